@@ -1,0 +1,389 @@
+"""The settings of a run: one frozen tree. `config_file` reads it from YAML; cross-checks live in `problems_of`.
+
+Defaults are the paper's (arXiv:2603.21877, Qwen3-4B) except where `preset: reference` differs: those are ours, and
+`REFERENCE_PRESET` lists the authors' value for each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where a run lives and how it starts."""
+
+    name: str
+    """Folder under `directory`."""
+    directory: str = "runs"
+    seed: int = 1
+    """Seeds problem order, template draws, engine sampling and evolution."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The initial policy."""
+
+    path: str
+    """Hugging Face directory: config.json, safetensors, tokenizer with a chat template."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type of trainer and engine. Gradients and optimizer state are float32."""
+    enable_thinking: bool = False
+    """Passed to the chat template (Qwen3's switch)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the trainer's ranks divide the work; their product is the number of processes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    """Sequence parallelism of norms and dropout; needs `tensor` > 1."""
+    distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+    timeout_s: float = 1800.0
+    """Longest wait in a collective or for the conducting rank before the run ends with an error."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Problems and how they are asked."""
+
+    train: str
+    """JSONL or parquet file of problems."""
+    evaluation: Mapping[str, str] = field(default_factory=dict)
+    """Name to file; evaluated plainly every `evaluation.every_steps` and at the end."""
+    id_field: str = "id"
+    """When the rows have none, a hash of the question serves."""
+    question_field: str = "question"
+    answer_field: str = "answer"
+    skip_bad_rows: bool = False
+    """Use the good rows and report the bad ones; otherwise a bad row ends the run."""
+    question_format: str = (
+        "Let's think step by step and output the final answer within \\boxed{{}}.\nQuestion: {question}"
+    )
+    """str.format of the user message; literal braces are doubled. The paper's wording."""
+    max_prompt_tokens: int = 4096
+    """Longer plain prompts are bad rows; longer templated prompts disqualify the template."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """Sampling, and the SGLang servers that do it."""
+
+    group_size: int = 6
+    """G, rollouts per problem."""
+    temperature: float = 0.6
+    top_p: float = 1.0
+    max_new_tokens: int = 12288
+    num_engines: int = 1
+    """SGLang servers."""
+    tensor_parallel: int = 1
+    """Ranks per server."""
+    max_running_requests: int = 256
+    """Requests an engine decodes at once; the broker keeps no more in flight."""
+    max_total_tokens: int | None = None
+    """Size of an engine's KV cache in tokens; None lets the engine choose from free memory."""
+    startup_timeout_s: float = 600.0
+    request_timeout_s: float = 3600.0
+    """Longest wait for one completion; then it counts as aborted."""
+    refresh_timeout_s: float = 300.0
+    verify_weights: Literal["always", "first", "never"] = "always"
+    """When to compare checksums of the engine's weights with the trainer's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GradingConfig:
+    """Answer checking."""
+
+    num_workers: int = 2
+    """Processes that run math-verify."""
+    deadline_s: float = 3.0
+    """A worker that takes longer on one answer is killed and replaced; the grade is `error`."""
+    memory_limit_mib: int = 2048
+    """Address-space limit of a worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HardConfig:
+    """Which problems count as hard."""
+
+    max_solved: int = 1
+    """A problem with at most this many correct rollouts in its group is hard (the paper's tau = 2, as a count)."""
+    min_problems: int = 100
+    """Fewer hard problems in an epoch: no evolution, the next epoch asks everything plainly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssignmentConfig:
+    """How templates are given to the rollouts of a hard problem."""
+
+    num_plain: int = 2
+    """Rollouts of a templated group that ask plainly: they keep the plain behaviour on-policy and give the group
+    baseline failures to compare with. The authors reserve none."""
+    same_template_in_group: bool = False
+    """One draw for the whole group (the paper's ablation)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdvantageConfig:
+    """Credit of a rollout against its siblings."""
+
+    estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    baseline: Literal["group", "plain_anchored"] = "group"
+    """`plain_anchored`: a templated group is joined by as many virtual rollouts as it has, at the ledger's running
+    estimate of the problem's plain success rate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """The token loss."""
+
+    context: Literal["sampling", "replace", "importance", "ratio_mask"] = "ratio_mask"
+    """Which prompt the old and the current log-probs are taken on; see docs in `rl.objective`."""
+    ratio_low: float = 0.01
+    ratio_high: float = 10.0
+    """Context ratio band, both ends inclusive, of `ratio_mask`."""
+    ratio_form: Literal["hard", "soft"] = "hard"
+    """Outside the band: weight 0, or clip(rho)/rho."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    """Bound on the loss of tokens with negative advantage, in units of -advantage."""
+    denominator: Literal["all", "kept"] = "all"
+    """Tokens the loss is divided by: all response tokens of the mini-batch, or those with non-zero weight."""
+    normalization: Literal["global", "micro_batch"] = "global"
+    """`micro_batch` is the authors' mean per micro-batch; its result depends on packing. For comparison only."""
+    drop_zero_advantage: bool = True
+    """Leave rollouts without gradient out of the forward pass."""
+    drop_failed_templated: bool = False
+    """Give failed templated rollouts no gradient (they still shape the baseline)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringConfig:
+    """Where log-probs come from."""
+
+    recompute: bool = False
+    """Score the sampling context with the trainer instead of trusting the engine's log-probs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Not applied to norms."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up, then constant."""
+    clip_grad: float = 1.0
+    micro_batch_tokens: int = 16384
+    """Packed tokens per forward pass and rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """How many problems and how often."""
+
+    problems_per_step: int = 128
+    problems_per_update: int = 64
+    """Mini-batch of one optimizer step; must divide `problems_per_step`."""
+    epochs: int = 10
+    max_steps: int | None = None
+    """Stop after this many rollout steps even inside an epoch."""
+    save_every_steps: int = 30
+    """0 saves only at the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReflectionConfig:
+    """Who writes new templates."""
+
+    backend: Literal["openai", "self", "phrasebook"] = "self"
+    """`openai`: any OpenAI-compatible endpoint (Teacher-Ref). `self`: the frozen initial policy on its own SGLang
+    server (Self-Ref). `phrasebook`: recombines the phrases of a file; for machines without a language model."""
+    base_url: str | None = None
+    """Of the `openai` backend, e.g. https://host/v1."""
+    model: str | None = None
+    api_key_env: str = "P2O_REFLECTION_API_KEY"
+    """Environment variable that holds the key; the key itself is never in a file."""
+    phrases: str | None = None
+    """File of the `phrasebook` backend, one phrase per line."""
+    temperature: float = 0.6
+    max_tokens: int = 2048
+    timeout_s: float = 120.0
+    max_retries: int = 4
+    """Per call, with exponential back-off; then evolution pauses and says so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvolutionConfig:
+    """GEPA beside training."""
+
+    enabled: bool = True
+    """False is plain GRPO."""
+    rules: Literal["asynchronous", "reference"] = "asynchronous"
+    """`reference`: the authors' lock-step rules exactly. `asynchronous`: lineages advance on their own."""
+    budget: Literal["light", "medium", "heavy", "heavy_2", "heavy_3", "heavy_4", "heavy_16"] = "heavy_4"
+    """GEPA's automatic budget by number of candidates."""
+    max_rollouts: int | None = None
+    """Explicit budget of evaluation rollouts per round instead of `budget`."""
+    dev_size: int = 300
+    """Problems that score candidates; the rest of the hard set gives feedback. Split rules of the authors."""
+    num_lineages: int = 16
+    minibatch_size: int = 3
+    evaluation_temperature: float = 0.0
+    """Greedy, as the authors; training samples at `rollout.temperature`."""
+    warm_start: bool = True
+    """Begin a round with the last library's templates; the authors begin with the empty template alone."""
+    guard_leaks: bool = True
+    """Refuse templates that contain a gold answer of their feedback, and never pair a template with such a problem."""
+    plain_control: bool = False
+    """After a round, sample the development problems plainly as often as the round did: what luck alone solves."""
+    max_template_tokens: int = 1024
+    round_timeout_s: float = 7200.0
+    """A round that takes longer is cut off and what it has is used."""
+    reflection: ReflectionConfig = field(default_factory=ReflectionConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Measuring the policy on plain prompts."""
+
+    every_steps: int = 30
+    """0 evaluates only at the end."""
+    num_samples: int = 1
+    temperature: float = 0.0
+    at_start: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """What is written beside metrics.jsonl."""
+
+    console: bool = True
+    wandb_project: str | None = None
+    tensorboard: bool = False
+    rollouts_every_steps: int = 1
+    """Write all rollouts of a step as JSONL; 0 writes none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything a run depends on."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    preset: Literal["p2o", "reference"] = "p2o"
+    """`reference` changes the defaults to the authors' production settings (`REFERENCE_PRESET`)."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)
+    hard: HardConfig = field(default_factory=HardConfig)
+    assignment: AssignmentConfig = field(default_factory=AssignmentConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    sglang: Mapping[str, Any] = field(default_factory=dict)
+    """Passed to the SGLang server as `--key value`, checked against the installed version."""
+    megatron: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of Megatron's TransformerConfig, checked against the installed version."""
+
+
+REFERENCE_PRESET: Mapping[str, Any] = {
+    "assignment.num_plain": 0,
+    "advantage.baseline": "group",
+    "advantage.estimator": "grpo",
+    "objective.context": "ratio_mask",
+    "objective.denominator": "all",
+    "objective.normalization": "micro_batch",
+    "objective.drop_zero_advantage": False,
+    "scoring.recompute": True,
+    "evolution.rules": "reference",
+    "evolution.warm_start": False,
+    "evolution.guard_leaks": False,
+}
+"""Dotted field to the authors' value, applied as a default: what a file or `--set` names wins."""
+
+
+def problems_of(config: Config) -> list[str]:
+    """Return every rule the settings break, one sentence each with the remedy; empty when the run can start."""
+    rules: list[tuple[bool, str]] = [
+        (
+            config.schedule.problems_per_step % config.schedule.problems_per_update == 0,
+            f"schedule.problems_per_update={config.schedule.problems_per_update} must divide "
+            f"schedule.problems_per_step={config.schedule.problems_per_step}",
+        ),
+        (
+            0 <= config.assignment.num_plain <= config.rollout.group_size,
+            f"assignment.num_plain={config.assignment.num_plain} must lie in 0..rollout.group_size="
+            f"{config.rollout.group_size}",
+        ),
+        (
+            config.rollout.group_size >= 2,
+            f"rollout.group_size={config.rollout.group_size} must be at least 2: a group of one has no baseline",
+        ),
+        (
+            0 < config.objective.ratio_low <= 1 <= config.objective.ratio_high,
+            f"objective.ratio_low={config.objective.ratio_low} and objective.ratio_high={config.objective.ratio_high} "
+            "must enclose 1 and be positive",
+        ),
+        (
+            0 <= config.objective.clip_low < 1 and config.objective.clip_high >= 0,
+            f"objective.clip_low={config.objective.clip_low} must lie in [0, 1) and objective.clip_high="
+            f"{config.objective.clip_high} must not be negative",
+        ),
+        (
+            config.objective.dual_clip > 1,
+            f"objective.dual_clip={config.objective.dual_clip} must be greater than 1",
+        ),
+        (
+            config.rollout.temperature > 0,
+            f"rollout.temperature={config.rollout.temperature} must be positive: greedy rollouts are all alike",
+        ),
+        (
+            not config.parallel.sequence or config.parallel.tensor > 1,
+            "parallel.sequence needs parallel.tensor > 1: set parallel.sequence to false",
+        ),
+        (
+            min(config.parallel.tensor, config.parallel.pipeline, config.parallel.data) >= 1,
+            "parallel.tensor, parallel.pipeline and parallel.data must be at least 1",
+        ),
+        (
+            config.objective.normalization == "global" or config.objective.denominator == "all",
+            "objective.normalization=micro_batch is defined for objective.denominator=all only",
+        ),
+        (
+            not config.evolution.enabled
+            or config.evolution.reflection.backend != "openai"
+            or bool(config.evolution.reflection.base_url and config.evolution.reflection.model),
+            "evolution.reflection.backend=openai needs evolution.reflection.base_url and .model",
+        ),
+        (
+            not config.evolution.enabled
+            or config.evolution.reflection.backend != "phrasebook"
+            or bool(config.evolution.reflection.phrases),
+            "evolution.reflection.backend=phrasebook needs evolution.reflection.phrases: a file of phrases",
+        ),
+        (
+            "{question}" in config.data.question_format,
+            "data.question_format must contain {question}",
+        ),
+    ]
+    return [text for holds, text in rules if not holds]

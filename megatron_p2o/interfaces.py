@@ -1,0 +1,117 @@
+"""What the algorithm needs from outside. `policy`, `rollout`, `rewards` and `evolve` provide it, `testing.fakes` too."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_p2o.types import (
+    Completion,
+    Grade,
+    Group,
+    Logprobs,
+    Problem,
+    Prompt,
+    SamplingParams,
+    Template,
+    TrainSample,
+    UpdateReport,
+)
+
+NamedWeights = Iterable[tuple[str, Tensor]]
+"""(Hugging Face parameter name, full tensor): the only form in which weights cross from policy to engine."""
+
+
+class Policy(Protocol):
+    """The model being trained. Called on rank 0; the implementation moves the other ranks."""
+
+    def update(
+        self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
+    ) -> UpdateReport:
+        """Take one optimizer step.
+
+        Args:
+            samples: the rollouts that carry gradient; may be empty (then nothing moves and the step counts).
+            old_logprobs: [R] each, under `context_ids`, before the first update of this rollout batch; None when this
+                is that first update, so that its own forward pass provides them.
+            num_loss_tokens: response tokens of the whole mini-batch including the dropped rollouts: the denominator
+                `objective.denominator: all` uses.
+        """
+        ...
+
+    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        """Return log pi(response | context_ids) at the sampling temperature, [R] each, without gradient."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the current weights under Hugging Face names. Must be consumed to the end."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write weights and optimizer state into `directory`."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """The serving copies of the policy."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
+        """Yield (index into `prompts`, completion) as completions finish, each index once."""
+        ...
+
+    def refresh(self, weights: NamedWeights, version: int) -> None:
+        """Load `weights` into every engine, verify, and only then serve under `version`."""
+        ...
+
+
+class Grader(Protocol):
+    """Decides whether a completion answers its problem."""
+
+    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+        """Grade `text` against `problem.answer`. The future never raises: what cannot be decided is "error"."""
+        ...
+
+
+class TemplateLibrary(Protocol):
+    """Which templates a problem is asked with: an immutable, versioned outcome of prompt evolution."""
+
+    @property
+    def version(self) -> int: ...
+
+    def assigned(self, problem: Problem) -> Sequence[Template]:
+        """Return one template per rollout for a problem with evolved templates, else an empty sequence."""
+        ...
+
+
+class PromptRenderer(Protocol):
+    """Turns problems and templates into tokens, and tokens back into text."""
+
+    def render(self, problem: Problem, template: Template) -> Prompt:
+        """Raise `ValueError` when the prompt exceeds `data.max_prompt_tokens`."""
+        ...
+
+    def decode(self, completion: Completion) -> str:
+        """Return the response text without special tokens."""
+        ...
+
+
+class PromptEvolution(Protocol):
+    """One round of prompt evolution at the end of an epoch."""
+
+    def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> TemplateLibrary:
+        """Return the library for the next epoch; an empty one when nothing helped. Never raises for lost evolution."""
+        ...
+
+
+class StepObserver(Protocol):
+    """Logging, checkpointing and evaluation: called around the algorithm, never inside it."""
+
+    def on_step(self, groups: Sequence[Group], reports: Sequence[UpdateReport]) -> None: ...
+
+    def on_epoch(self, hard: Sequence[Problem], library: TemplateLibrary) -> None: ...

@@ -1,0 +1,187 @@
+"""The values that flow through one P2O step, in order of appearance.
+
+    Problem -> Prompt -> Completion -> Rollout -> Group -> TrainSample -> PackedBatch
+
+All are frozen: a stage returns new values and never edits the ones it was given. This file is also the
+glossary: the words defined here are used for the same idea everywhere.
+
+Dimension letters: P problems, G rollouts per group, L tokens of one sample, R tokens of one response,
+T packed tokens, V vocabulary (Vp: this rank's share), D hidden size.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+TokenIds = NDArray[np.int32]
+"""Token ids, int32: Python integers would cost nine times the memory on the conducting rank."""
+
+Logprobs = NDArray[np.float32]
+"""Natural-log probabilities of sampled tokens at the sampling temperature, float32."""
+
+Grade = Literal["correct", "incorrect", "error"]
+"""Verdict on one completion. `error`: the grader could not decide (worker killed, out of memory); reward 0, counted."""
+
+FinishReason = Literal["stop", "length", "abort"]
+"""Why the engine stopped: end-of-sequence token, `max_new_tokens`, or given up on (engine lost, time limit)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One verifiable problem."""
+
+    id: str
+    """Stable over epochs and runs; keys the ledger and the template assignment."""
+    question: str
+    answer: str
+    """Gold answer, as it would stand inside `\\boxed{}`."""
+    source: str = ""
+    """Data set or generator family it came from."""
+    level: str = ""
+    """Difficulty label of the source, used only to report rewards by level."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """An instruction put in front of a question while sampling. Id 0 is always the empty template."""
+
+    id: int
+    text: str
+    """"" asks the problem plainly."""
+    parent: int | None
+    """Template it was reflected from; None for a seed."""
+    lineage_problem_ids: frozenset[str] = frozenset()
+    """Problems whose feedback (and gold answer) this template or an ancestor has seen: never paired with them."""
+    score: float = 0.0
+    """Mean reward on the development problems it was evaluated on, in [0, 1]."""
+    weight_version: int = 0
+    """Policy version the score was measured on."""
+
+
+PLAIN = Template(id=0, text="", parent=None)
+"""The empty template: the problem is asked plainly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A problem as one rollout asks it: sampled with the template, trained without it."""
+
+    problem: Problem
+    template: Template
+    sampling_ids: TokenIds
+    """[P] what the engine conditions on: x with z."""
+    training_ids: TokenIds
+    """[P] what the gradient conditions on: bare x (context distillation). Equal to `sampling_ids` for PLAIN."""
+
+    @property
+    def is_templated(self) -> bool:
+        return self.template.text != ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to sample a completion."""
+
+    temperature: float
+    """0 is greedy."""
+    max_new_tokens: int
+    top_p: float = 1.0
+    seed: int | None = None
+    """None: the engine's own random state."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What an engine sampled for a prompt."""
+
+    prompt: Prompt
+    token_ids: TokenIds
+    """[R] including the end-of-sequence token when `finish_reason` is "stop"."""
+    logprobs: Logprobs
+    """[R] the engine's log-probs under `prompt.sampling_ids`, at the sampling temperature."""
+    finish_reason: FinishReason
+    weight_versions: tuple[int, ...]
+    """Policy versions the tokens were sampled from, oldest first; one entry unless an update fell in the middle."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """A graded completion."""
+
+    completion: Completion
+    grade: Grade
+    reward: float
+    """1 for correct, else 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """All rollouts of one problem in one step; advantages are relative to the group."""
+
+    problem: Problem
+    rollouts: tuple[Rollout, ...]
+    """[G]"""
+    advantages: tuple[float, ...]
+    """[G] same order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSample:
+    """One sequence to take the gradient on. `context_ids` is the bare prompt unless `objective.context` is "sampling"."""
+
+    context_ids: TokenIds
+    """[P]"""
+    response_ids: TokenIds
+    """[R], R >= 1"""
+    advantage: float
+    sampling_logprobs: Logprobs
+    """[R] log-probs of the response under the prompt it was sampled with: the c side of the context ratio."""
+    is_templated: bool
+    """Whether the sampling prompt differs from `context_ids`: only then the context ratio can differ from 1."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions this sample takes in a pack: every token but the last predicts its successor."""
+        return len(self.context_ids) + len(self.response_ids) - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """Samples laid end to end without padding. Position t predicts `target_ids_T[t]`, its successor in the sample."""
+
+    token_ids_T: Tensor
+    """int64"""
+    target_ids_T: Tensor
+    """int64"""
+    cu_seqlens: Tensor
+    """[num_samples + 1] int32, first 0, last T."""
+    loss_mask_T: Tensor
+    """bool: the target is a response token. The denominator counts these."""
+    loss_weights_T: Tensor
+    """float32 factor on the token's loss; 0 drops a token without changing the denominator."""
+    advantages_T: Tensor
+    """float32, the sample's advantage on its response positions, 0 elsewhere."""
+    sampling_logprobs_T: Tensor
+    """float32, 0 outside `loss_mask_T`."""
+    is_templated_T: Tensor
+    """bool"""
+    old_logprobs_T: Tensor | None
+    """float32 log-probs under the same context before the first update; None says that this forward pass is it."""
+    sample_index_T: Tensor
+    """int64 index of the sample (in the list that was packed) each position belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateReport:
+    """What one optimizer step did, over the whole batch and all ranks."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    is_applied: bool
+    """False when the gradient was not finite and the step was skipped."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Token sums named by `megatron_p2o.rl.objective.TokenStats`; divide by `loss_tokens` for means."""
