@@ -183,5 +183,5 @@ class UpdateReport:
     learning_rate: float
     is_applied: bool
     """False when the gradient was not finite and the step was skipped."""
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict[str, float])
     """Token sums named by `megatron_p2o.rl.objective.TokenStats`; divide by `loss_tokens` for means."""

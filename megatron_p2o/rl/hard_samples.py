@@ -1,0 +1,89 @@
+"""Hard samples: which problems fail, and the ledger of every problem's plain and templated tries."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_p2o.types import Group, Problem
+
+
+def hard_problems(groups: Iterable[Group], max_solved: int) -> list[Problem]:
+    """Return the problems with at most `max_solved` correct rollouts, templated or not (arXiv:2603.21877, Alg. 1).
+
+    Rollouts that were given up on count neither way; a group of nothing else is not hard, it is unmeasured.
+    """
+    hard: list[Problem] = []
+    for group in groups:
+        tried = [rollout for rollout in group.rollouts if rollout.completion.finish_reason != "abort"]
+        if tried and sum(rollout.reward > 0 for rollout in tried) <= max_solved:
+            hard.append(group.problem)
+    return hard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerEntry:
+    """What one group showed about its problem: one line of hard_samples.jsonl."""
+
+    epoch: int
+    step: int
+    problem_id: str
+    plain_tries: int
+    plain_solved: int
+    templated_tries: int
+    templated_solved: int
+
+
+def ledger_entry(group: Group, epoch: int, step: int) -> LedgerEntry:
+    """Return the counts of `group`; rollouts that were given up on are left out."""
+    tried = [rollout for rollout in group.rollouts if rollout.completion.finish_reason != "abort"]
+    templated = [rollout for rollout in tried if rollout.completion.prompt.is_templated]
+    plain = [rollout for rollout in tried if not rollout.completion.prompt.is_templated]
+    return LedgerEntry(
+        epoch=epoch,
+        step=step,
+        problem_id=group.problem.id,
+        plain_tries=len(plain),
+        plain_solved=sum(rollout.reward > 0 for rollout in plain),
+        templated_tries=len(templated),
+        templated_solved=sum(rollout.reward > 0 for rollout in templated),
+    )
+
+
+class HardSampleLedger:
+    """Every problem's history, in order of training. Owned by the conducting rank; rebuilt from its entries."""
+
+    def __init__(self, entries: Sequence[LedgerEntry] = ()) -> None:
+        self._history: dict[str, list[LedgerEntry]] = {}
+        self.num_entries = 0
+        for entry in entries:
+            self.record(entry)
+
+    def record(self, entry: LedgerEntry) -> None:
+        """Append one group's counts."""
+        self._history.setdefault(entry.problem_id, []).append(entry)
+        self.num_entries += 1
+
+    def history(self, problem_id: str) -> Sequence[LedgerEntry]:
+        """Return the entries of a problem, oldest first."""
+        return tuple(self._history.get(problem_id, ()))
+
+    def plain_success_rate(self, problem_id: str) -> float:
+        """Return the discounted share of plain tries that succeeded, in [0, 1]; 0 before the first plain try.
+
+        Each newer entry halves the weight of the older ones: the policy that failed an epoch ago is not this one.
+        """
+        tries = solved = 0.0
+        for entry in self._history.get(problem_id, ()):
+            tries = tries / 2 + entry.plain_tries
+            solved = solved / 2 + entry.plain_solved
+        return solved / tries if tries else 0.0
+
+    def internalised(self) -> list[str]:
+        """Return the problems first solved only through a template and solved plainly later, in order of id."""
+        return sorted(problem_id for problem_id, entries in self._history.items() if _is_internalised(entries))
+
+
+def _is_internalised(entries: Sequence[LedgerEntry]) -> bool:
+    first_solved = next((entry for entry in entries if entry.plain_solved or entry.templated_solved), None)
+    if first_solved is None or first_solved.plain_solved:
+        return False
+    return any(entry.plain_solved for entry in entries)
