@@ -1,0 +1,70 @@
+"""Progress of a run for the person who started it."""
+
+import sys
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_p2o.metrics.sinks import StepRecord
+
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("reward", "rollout/reward_mean", ".3f"),
+    ("plain", "rollout/reward_plain", ".3f"),
+    ("templated", "rollout/reward_templated", ".3f"),
+    ("hard", "hard/set_size", ".0f"),
+    ("loss", "train/loss", "+.4f"),
+    ("grad", "train/grad_norm", ".3g"),
+    ("flat", "rollout/zero_advantage_groups_share", ".0%"),
+    ("skipped", "train/skipped_updates_count", ".0f"),
+    ("tokens/s", "perf/rollout_tokens_per_s", ".0f"),
+    ("s", "perf/step_s", ".1f"),
+)
+"""Label, key and format of what a row shows, in order. `flat`: groups whose advantages are all zero."""
+
+SILENT_AT_ZERO = {"train/skipped_updates_count"}
+
+
+class ConsoleSink:
+    """One compact row per record, under a live progress bar on a terminal; plain lines anywhere else."""
+
+    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
+        self._num_steps = num_steps
+        self._console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=num_steps)
+        self._progress.start()
+
+    def write(self, record: StepRecord) -> None:
+        self._progress.update(self._task, completed=record.step)
+        self._progress.console.print(f"step {record.step:>4}/{self._num_steps}  epoch {record.epoch}  {row_of(record)}")
+
+    def announce(self, activity: str) -> None:
+        """Say what the run is doing now: beside the bar on a terminal, as a line elsewhere."""
+        self._progress.update(self._task, description=activity)
+        if not self._console.is_terminal:
+            self._console.print(activity)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def row_of(record: StepRecord) -> str:
+    """Return the record's numbers on one line; keys it does not hold take no room. Evaluations come first."""
+    cells = [
+        f"{key.removesuffix('_accuracy')} {number:.3f}"
+        for key, number in sorted(record.metrics.items())
+        if key.startswith("eval/")
+    ]
+    for label, key, layout in COLUMNS:
+        if key in record.metrics and not (key in SILENT_AT_ZERO and record.metrics[key] == 0):
+            cells.append(f"{label} {record.metrics[key]:{layout}}")
+    return "  ".join(cells)

@@ -1,0 +1,68 @@
+"""The metrics of a run on their way out: reduced once, then written to every sink."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from megatron_p2o.config import LoggingConfig
+from megatron_p2o.metrics.console import ConsoleSink
+from megatron_p2o.metrics.sinks import JsonlSink, MetricSink, StepRecord, TensorBoardSink, WandbSink
+from megatron_p2o.metrics.values import MetricValue, numbers_of
+
+
+class MetricsLog:
+    """Sends a step's metrics to every sink. Closes them when left as a context manager."""
+
+    def __init__(self, sinks: Sequence[MetricSink], announce: Callable[[str], None] | None = None) -> None:
+        self._sinks = list(sinks)
+        self._announce = announce
+
+    def write(self, step: int, epoch: int, metrics: Mapping[str, MetricValue]) -> StepRecord:
+        """Reduce `metrics`, write them everywhere, and return what was written."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        record = StepRecord(step=step, epoch=epoch, time=now, metrics=numbers_of(metrics))
+        for sink in self._sinks:
+            sink.write(record)
+        return record
+
+    def announce(self, activity: str) -> None:
+        """Tell the person watching what the run is doing now ("prompt evolution"); silent without a console."""
+        if self._announce is not None:
+            self._announce(activity)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_metrics_log(
+    run_directory: Path, run_name: str, logging: LoggingConfig, num_steps: int, keep_through_step: int = -1
+) -> MetricsLog:
+    """Open the sinks that `logging` asks for.
+
+    Args:
+        num_steps: steps the run will have, for the progress bar.
+        keep_through_step: last step the resumed checkpoint holds; -1 starts afresh.
+
+    Raises:
+        ValueError: a sink was asked for whose package is missing. Nothing is left open or moved then.
+    """
+    optional: list[MetricSink] = []
+    if logging.tensorboard:
+        optional.append(TensorBoardSink(run_directory / "tensorboard"))
+    if logging.wandb_project is not None:
+        optional.append(WandbSink(logging.wandb_project, run_name, run_directory))
+    sinks: list[MetricSink] = [JsonlSink(run_directory / "metrics.jsonl", keep_through_step), *optional]
+    if not logging.console:
+        return MetricsLog(sinks)
+    console = ConsoleSink(num_steps)
+    return MetricsLog([*sinks, console], console.announce)

@@ -1,0 +1,60 @@
+"""Every rollout of a step as JSON lines, for reading and for the report."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_p2o.metrics.jsonl import JsonObject, replace_text
+from megatron_p2o.types import Completion, Group, Rollout
+
+
+class RolloutWriter:
+    """Writes `step-000012.jsonl` files, one line per rollout, groups kept together."""
+
+    def __init__(self, directory: Path, keep_through_step: int = -1) -> None:
+        """Open `directory` for a run that resumes after `keep_through_step`; later steps move to `discarded/`."""
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        for step, path in step_files(directory):
+            if step > keep_through_step:
+                (directory / "discarded").mkdir(exist_ok=True)
+                path.replace(directory / "discarded" / path.name)
+
+    def write(self, step: int, groups: Sequence[Group], decode: Callable[[Completion], str]) -> Path:
+        """Write the step's file, whole or not at all, and return its path. `decode` gives the response text."""
+        lines = [
+            json.dumps(_line(group, rollout, advantage, decode(rollout.completion)), ensure_ascii=False)
+            for group in groups
+            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        ]
+        path = self._directory / f"step-{step:06d}.jsonl"
+        replace_text(path, "".join(line + "\n" for line in lines))
+        return path
+
+
+def step_files(directory: Path) -> Iterator[tuple[int, Path]]:
+    """Yield (step, file) of a `rollouts` folder in order of step; nothing when there is no such folder."""
+    for path in sorted(directory.glob("step-*.jsonl")):
+        number = path.stem.removeprefix("step-")
+        if number.isdecimal():
+            yield int(number), path
+
+
+def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> JsonObject:
+    completion, problem = rollout.completion, group.problem
+    return {
+        "problem_id": problem.id,
+        "level": problem.level,
+        "question": problem.question,
+        "answer": problem.answer,
+        "template_id": completion.prompt.template.id,
+        "is_templated": completion.prompt.is_templated,
+        "grade": rollout.grade,
+        "reward": rollout.reward,
+        "advantage": advantage,
+        "response": response,
+        "num_prompt_tokens": len(completion.prompt.sampling_ids),
+        "num_response_tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "weight_versions": list(completion.weight_versions),
+    }

@@ -1,0 +1,126 @@
+"""Metrics of a step: pure functions of what the algorithm returned. Keys are `area/name_unit`.
+
+A `_share` lies in [0, 1] and its denominator is in the table below; a metric without observations (the reward of
+templated rollouts in a plain step) is left out rather than reported as zero.
+
+    rollout/reward_*                    rollouts of that kind
+    rollout/zero_advantage_groups_share groups
+    rollout/dropped_rollouts_share      rollouts
+    rollout/truncated_share             rollouts
+    train/ratio_mask_kept_share         response tokens of templated rollouts that were trained on
+    train/clipped_share, entropy_mean   response tokens that were trained on
+    mismatch/*_mean                     response tokens compared between engine and trainer
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
+from megatron_p2o.types import Group, Problem, Rollout, UpdateReport
+
+
+def step_metrics(
+    groups: Sequence[Group], reports: Sequence[UpdateReport], seconds: Mapping[str, float]
+) -> dict[str, MetricValue]:
+    """Return everything one step shows.
+
+    Args:
+        groups: all rollouts of the step, the dropped ones included.
+        reports: one per optimizer step, in order.
+        seconds: phase name (rollout, grade, train, refresh, evolution, evaluation, step) to duration.
+    """
+    return {**rollout_metrics(groups), **update_metrics(reports), **speed_metrics(groups, reports, seconds)}
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, MetricValue]:
+    """Return rewards by kind and level, what the group baseline could not use, and how completions ended."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    plain = [rollout for rollout in rollouts if not rollout.completion.prompt.is_templated]
+    templated = [rollout for rollout in rollouts if rollout.completion.prompt.is_templated]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    finish_reasons = [rollout.completion.finish_reason for rollout in rollouts]
+    metrics: dict[str, MetricValue] = {
+        "rollout/reward_mean": _mean_reward(rollouts),
+        "rollout/reward_plain": _mean_reward(plain),
+        "rollout/reward_templated": _mean_reward(templated),
+        "rollout/zero_advantage_groups_share": Mean.of(not any(group.advantages) for group in groups),
+        "rollout/dropped_rollouts_share": Mean.of(a == 0 for group in groups for a in group.advantages),
+        "rollout/truncated_share": Mean.of(reason == "length" for reason in finish_reasons),
+        "rollout/aborted_count": Sum(finish_reasons.count("abort")),
+        "rollout/grade_error_count": Sum(sum(rollout.grade == "error" for rollout in rollouts)),
+        "rollout/response_tokens_mean": Mean.of(lengths),
+        "rollout/rollouts_count": Sum(len(rollouts)),
+    }
+    if lengths:
+        metrics["rollout/response_tokens_max"] = Max(max(lengths))
+    for level in sorted({group.problem.level for group in groups} - {""}):
+        of_level = [rollout for group in groups if group.problem.level == level for rollout in group.rollouts]
+        metrics[f"rollout/reward_level_{level}"] = _mean_reward(of_level)
+    return metrics
+
+
+def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
+    """Return what the optimizer steps did. A skipped update counts as skipped and in no mean of loss or gradient."""
+    applied = [report for report in reports if report.is_applied]
+    metrics: dict[str, MetricValue] = {
+        "train/loss": Mean.of(report.loss for report in applied),
+        "train/grad_norm": Mean.of(report.grad_norm for report in applied),
+        "train/skipped_updates_count": Sum(len(reports) - len(applied)),
+        "train/ratio_mask_kept_share": _token_mean(reports, "templated_kept_tokens", "templated_tokens"),
+        "train/clipped_share": _token_mean(reports, "clipped_tokens", "loss_tokens"),
+        "train/entropy_mean": _token_mean(reports, "entropy_sum", "loss_tokens"),
+        "mismatch/logprob_abs_mean": _token_mean(reports, "mismatch_abs_sum", "mismatch_tokens"),
+        "mismatch/ratio_mean": _token_mean(reports, "ratio_sum", "mismatch_tokens"),
+    }
+    if reports:
+        metrics["train/learning_rate"] = Last(reports[-1].learning_rate)
+    worst = [report.sums["mismatch_abs_max"] for report in reports if "mismatch_abs_max" in report.sums]
+    if worst:
+        metrics["mismatch/logprob_abs_max"] = Max(max(worst))
+    return metrics
+
+
+def speed_metrics(
+    groups: Sequence[Group], reports: Sequence[UpdateReport], seconds: Mapping[str, float]
+) -> dict[str, MetricValue]:
+    """Return seconds per phase, and tokens per second: sampled ones over `rollout`, trained ones over `train`."""
+    metrics: dict[str, MetricValue] = {f"perf/{phase}_s": Sum(duration) for phase, duration in seconds.items()}
+    sampled = sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts)
+    trained = sum(report.sums.get("loss_tokens", 0.0) for report in reports)
+    if seconds.get("rollout"):
+        metrics["perf/rollout_tokens_per_s"] = Mean(sampled, seconds["rollout"])
+    if seconds.get("train"):
+        metrics["perf/train_tokens_per_s"] = Mean(trained, seconds["train"])
+    return metrics
+
+
+def epoch_metrics(
+    hard: Sequence[Problem], library_version: int, num_templates: int, evolution: Mapping[str, float]
+) -> dict[str, MetricValue]:
+    """Return the state after an epoch: hard set, library in force, and the evolution round if there was one.
+
+    Args:
+        evolution: name to number, e.g. pool_size, best_score, coverage, pass_at_n_plain, num_rollouts; empty when no
+            round ran. Each becomes `evolution/<name>`.
+    """
+    return {
+        "hard/set_size": Last(len(hard)),
+        "library/version": Last(library_version),
+        "library/num_templates": Last(num_templates),
+        **{f"evolution/{name}": Last(number) for name, number in evolution.items()},
+    }
+
+
+def evaluation_metrics(accuracies: Mapping[str, Mean]) -> dict[str, MetricValue]:
+    """Return `eval/<set>_accuracy` for each evaluation set: correct samples over samples."""
+    return {f"eval/{name}_accuracy": accuracy for name, accuracy in accuracies.items()}
+
+
+def _mean_reward(rollouts: Iterable[Rollout]) -> Mean:
+    return Mean.of(rollout.reward for rollout in rollouts)
+
+
+def _token_mean(reports: Sequence[UpdateReport], numerator: str, denominator: str) -> Mean:
+    return Mean(
+        sum(report.sums.get(numerator, 0.0) for report in reports),
+        sum(report.sums.get(denominator, 0.0) for report in reports),
+    )
