@@ -116,6 +116,10 @@ class HardConfig:
 
     max_solved: int = 1
     """A problem with at most this many correct rollouts in its group is hard (the paper's tau = 2, as a count)."""
+    counted: Literal["plain", "all"] = "plain"
+    """Which rollouts of a templated group decide. `plain` asks whether the skill is in the weights yet (the paper's
+    Eq. 3), at the rate `max_solved / rollout.group_size`; `all` counts templated successes too (the authors' code), so
+    that a problem loses its templates as soon as they work."""
     min_problems: int = 100
     """Fewer hard problems in an epoch: no evolution, the next epoch asks everything plainly."""
 
@@ -307,6 +311,7 @@ class Config:
 
 
 REFERENCE_PRESET: Mapping[str, Any] = {
+    "hard.counted": "all",
     "assignment.num_plain": 0,
     "advantage.baseline": "group",
     "advantage.estimator": "grpo",

@@ -1,4 +1,4 @@
-"""What the algorithm needs from outside. `policy`, `rollout`, `rewards` and `evolve` provide it, `testing.fakes` too."""
+"""What the algorithm needs from outside; `policy`, `rollout`, `rewards`, `evolve` and `testing.fakes` provide it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -10,7 +10,6 @@ from torch import Tensor
 from megatron_p2o.types import (
     Completion,
     Grade,
-    Group,
     Logprobs,
     Problem,
     Prompt,
@@ -88,6 +87,10 @@ class TemplateLibrary(Protocol):
         """Return one template per rollout for a problem with evolved templates, else an empty sequence."""
         ...
 
+    def cleared(self) -> "TemplateLibrary":
+        """Return the next version with no templates: every problem is asked plainly."""
+        ...
+
 
 class PromptRenderer(Protocol):
     """Turns problems and templates into tokens, and tokens back into text."""
@@ -105,13 +108,5 @@ class PromptEvolution(Protocol):
     """One round of prompt evolution at the end of an epoch."""
 
     def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> TemplateLibrary:
-        """Return the library for the next epoch; an empty one when nothing helped. Never raises for lost evolution."""
+        """Return the library for the next epoch; a cleared one when nothing helped. Never raises for lost evolution."""
         ...
-
-
-class StepObserver(Protocol):
-    """Logging, checkpointing and evaluation: called around the algorithm, never inside it."""
-
-    def on_step(self, groups: Sequence[Group], reports: Sequence[UpdateReport]) -> None: ...
-
-    def on_epoch(self, hard: Sequence[Problem], library: TemplateLibrary) -> None: ...

@@ -130,10 +130,10 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSample:
-    """One sequence to take the gradient on. `context_ids` is the bare prompt unless `objective.context` is "sampling"."""
+    """One sequence to take the gradient on."""
 
     context_ids: TokenIds
-    """[P]"""
+    """[P] the bare prompt, unless `objective.context` is "sampling"."""
     response_ids: TokenIds
     """[R], R >= 1"""
     advantage: float

@@ -2,21 +2,26 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_p2o.types import Group, Problem
 
 
-def hard_problems(groups: Iterable[Group], max_solved: int) -> list[Problem]:
-    """Return the problems with at most `max_solved` correct rollouts, templated or not (arXiv:2603.21877, Alg. 1).
+def hard_problems(groups: Iterable[Group], max_solved: int, counted: Literal["plain", "all"]) -> list[Problem]:
+    """Return the problems of which at most `max_solved` rollouts in a full group were correct.
 
-    Rollouts that were given up on count neither way; a group of nothing else is not hard, it is unmeasured.
+    A group decides by its plain rollouts ("plain": arXiv:2603.21877, Eq. 3; a group without any decides by all) or by
+    all of them ("all": Alg. 1 and the authors' code). Rollouts that were given up on count neither way.
     """
-    hard: list[Problem] = []
-    for group in groups:
-        tried = [rollout for rollout in group.rollouts if rollout.completion.finish_reason != "abort"]
-        if tried and sum(rollout.reward > 0 for rollout in tried) <= max_solved:
-            hard.append(group.problem)
-    return hard
+    return [group.problem for group in groups if _is_hard(group, max_solved, counted)]
+
+
+def _is_hard(group: Group, max_solved: int, counted: Literal["plain", "all"]) -> bool:
+    tried = [rollout for rollout in group.rollouts if rollout.completion.finish_reason != "abort"]
+    plain = [rollout for rollout in tried if not rollout.completion.prompt.is_templated]
+    deciding = plain if counted == "plain" and plain else tried
+    num_solved = sum(rollout.reward > 0 for rollout in deciding)
+    return bool(deciding) and num_solved * len(group.rollouts) <= max_solved * len(deciding)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

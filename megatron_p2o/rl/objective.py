@@ -1,4 +1,4 @@
-"""The P2O token loss on the original prompt (arXiv:2603.21877; clip of arXiv:1707.06347, dual clip of arXiv:1912.09729).
+"""The P2O token loss on the original prompt (arXiv:2603.21877; clips of arXiv:1707.06347, 1912.09729).
 
 `objective.context` says where the two log-probs of the policy ratio are taken; c is the prompt a rollout was sampled
 with (x, or x with template z), and the gradient's prompt is `TrainSample.context_ids`:

@@ -1,0 +1,221 @@
+"""P2O (arXiv:2603.21877, Algorithm 1): policy steps on the bare prompts, alternating with evolution of templates.
+
+A problem the policy fails is asked through evolved templates; what it then gets right is learnt without them.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+from megatron_p2o.config import Config
+from megatron_p2o.interfaces import Grader, Policy, PromptEvolution, PromptRenderer, RolloutEngine, TemplateLibrary
+from megatron_p2o.rl.grouping import make_group, train_samples
+from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
+from megatron_p2o.types import (
+    PLAIN,
+    Completion,
+    Grade,
+    Group,
+    Logprobs,
+    Problem,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    Template,
+    TrainSample,
+    UpdateReport,
+)
+
+Item = TypeVar("Item")
+
+GRADING_TIMEOUT_S = 600.0
+"""Longest wait for a verdict after the last completion; the grader's own deadline per answer is far shorter."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """The implementations a run is made of."""
+
+    policy: Policy
+    engine: RolloutEngine
+    grader: Grader
+    renderer: PromptRenderer
+    evolution: PromptEvolution | None
+    """None is plain GRPO."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one step did."""
+
+    groups: list[Group]
+    hard: list[Problem]
+    reports: list[UpdateReport]
+    """One per optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """Where training stands; with the weights, all that a resumed run needs."""
+
+    library: TemplateLibrary
+    step: int = 0
+    """Steps done; the weight version the engines serve."""
+    epoch: int = 0
+    batch: int = 0
+    """Steps done in this epoch."""
+    hard: tuple[Problem, ...] = ()
+    """Hard problems of this epoch so far."""
+
+
+class TrainObserver(Protocol):
+    """Logging, checkpoints and evaluation: called between the steps, never inside them."""
+
+    def on_step(self, state: TrainState, result: StepResult) -> None: ...
+
+    def on_epoch(self, state: TrainState, hard: Sequence[Problem]) -> None: ...
+
+    def should_stop(self, state: TrainState) -> bool:
+        """Whether to end the run here, between two steps."""
+        ...
+
+
+def p2o_step(
+    problems: Sequence[Problem], state: TrainState, ledger: HardSampleLedger, parts: Parts, config: Config
+) -> StepResult:
+    """Sample, grade, credit, distil, and hand the new weights to the engines.
+
+    `problems` is the batch x_1..x_P. Raises what the parts raise; a step that raised has not been recorded anywhere.
+    """
+    # Sample y ~ pi(. | x, z): a hard problem is asked through its templates, every other one plainly.
+    prompts = [
+        parts.renderer.render(problem, template)
+        for problem in problems
+        for template in templates_of(problem, state.library, config.rollout.group_size)
+    ]
+    rollouts = sample_and_grade(prompts, rollout_sampling(config), parts)
+
+    # Credit each rollout against its siblings; what they nearly all fail is work for the next evolution.
+    groups = [
+        make_group(siblings, config.advantage, ledger.plain_success_rate(problem.id))
+        for problem, siblings in zip(problems, chunks(rollouts, config.rollout.group_size), strict=True)
+    ]
+    hard = hard_problems(groups, config.hard.max_solved, config.hard.counted)
+
+    # Distil: the gradient is taken on (x, y), whatever template y was sampled with.
+    reports = update(groups, parts.policy, config)
+
+    parts.engine.refresh(parts.policy.weights(), version=state.step + 1)
+    return StepResult(groups=groups, hard=hard, reports=reports)
+
+
+def train(
+    batches_of: Callable[[int], Sequence[Sequence[Problem]]],
+    state: TrainState,
+    ledger: HardSampleLedger,
+    parts: Parts,
+    observer: TrainObserver,
+    config: Config,
+) -> TrainState:
+    """Alternate one epoch of policy steps with one round of prompt evolution, from `state` on.
+
+    `batches_of(epoch)` must give the same batches whenever it is asked. Returns the state at the end or where
+    `observer.should_stop` ended the run.
+    """
+    while state.epoch < config.schedule.epochs:
+        for problems in batches_of(state.epoch)[state.batch :]:
+            if observer.should_stop(state):
+                return state
+            result = p2o_step(problems, state, ledger, parts, config)
+            state = replace(state, step=state.step + 1, batch=state.batch + 1, hard=(*state.hard, *result.hard))
+            observer.on_step(state, result)
+        if observer.should_stop(state):
+            return state
+        hard = state.hard
+        library = evolved_library(state, parts.evolution, config)
+        state = replace(state, library=library, epoch=state.epoch + 1, batch=0, hard=())
+        observer.on_epoch(state, hard)
+    return state
+
+
+def evolved_library(state: TrainState, evolution: PromptEvolution | None, config: Config) -> TemplateLibrary:
+    """Return the templates of the next epoch; a round is run when an epoch follows and enough is hard."""
+    if evolution is None or state.epoch + 1 == config.schedule.epochs:
+        return state.library
+    if len(state.hard) < config.hard.min_problems:
+        return state.library.cleared()
+    return evolution.evolve(state.hard, state.library, state.epoch)
+
+
+def update(groups: Sequence[Group], policy: Policy, config: Config) -> list[UpdateReport]:
+    """Take one optimizer step per mini-batch of groups, all against the policy that sampled them."""
+    minibatches = [
+        scored(train_samples(part, config.objective), part, policy, config)
+        for part in chunks(groups, config.schedule.problems_per_update)
+    ]
+    # The first update's own forward pass gives its old log-probs; later ones need theirs before the policy moves.
+    live = [carrying_gradient(samples, config) for samples in minibatches]
+    old_logprobs = [None, *(old_logprobs_of(samples, policy, config) for samples in live[1:])]
+    return [
+        policy.update(samples, old, sum(len(sample.response_ids) for sample in minibatch))
+        for samples, old, minibatch in zip(live, old_logprobs, minibatches, strict=True)
+    ]
+
+
+def carrying_gradient(samples: Sequence[TrainSample], config: Config) -> list[TrainSample]:
+    """Return the samples the forward pass needs: a zero advantage has no gradient, only a place in the denominator."""
+    return [sample for sample in samples if sample.advantage != 0 or not config.objective.drop_zero_advantage]
+
+
+def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Config) -> Sequence[Logprobs] | None:
+    """Return log pi_old on the gradient's prompt; the importance context uses the sampling log-probs instead."""
+    return None if config.objective.context == "importance" else policy.score(samples)
+
+
+def scored(samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config) -> list[TrainSample]:
+    """Return the samples with the trainer's own log-probs of the sampling context under `scoring.recompute`."""
+    if not config.scoring.recompute:
+        return samples
+    on_sampling_context = train_samples(groups, replace(config.objective, context="sampling"))
+    logprobs = policy.score(on_sampling_context)
+    return [replace(sample, sampling_logprobs=row) for sample, row in zip(samples, logprobs, strict=True)]
+
+
+def sample_and_grade(prompts: Sequence[Prompt], sampling: SamplingParams, parts: Parts) -> list[Rollout]:
+    """Return one graded rollout per prompt, in order; each is graded while the others are still being sampled."""
+    completions: dict[int, Completion] = {}
+    grades: dict[int, Future[Grade]] = {}
+    for index, completion in parts.engine.generate(prompts, sampling):
+        completions[index] = completion
+        if completion.finish_reason != "abort":
+            text = parts.renderer.decode(completion)
+            grades[index] = parts.grader.submit(completion.prompt.problem, text)
+    return [
+        rollout_of(completions[index], grades[index].result(GRADING_TIMEOUT_S) if index in grades else "error")
+        for index in range(len(prompts))
+    ]
+
+
+def rollout_of(completion: Completion, grade: Grade) -> Rollout:
+    return Rollout(completion=completion, grade=grade, reward=1.0 if grade == "correct" else 0.0)
+
+
+def templates_of(problem: Problem, library: TemplateLibrary, group_size: int) -> Sequence[Template]:
+    """Return the template of each rollout of `problem`: those evolved for it, or none at all."""
+    return library.assigned(problem) or (PLAIN,) * group_size
+
+
+def rollout_sampling(config: Config) -> SamplingParams:
+    """Return how training rollouts are sampled."""
+    return SamplingParams(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+
+
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Return `items` in consecutive chunks of `size`; the caller's sizes divide evenly."""
+    assert len(items) % size == 0, f"{len(items)} items do not split into chunks of {size}"
+    return [items[start : start + size] for start in range(0, len(items), size)]
