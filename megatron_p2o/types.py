@@ -10,11 +10,13 @@ T packed tokens, V vocabulary (Vp: this rank's share), D hidden size.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # processes that only pass text around (evolution) then start in a tenth of the time
+    from torch import Tensor
 
 TokenIds = NDArray[np.int32]
 """Token ids, int32: Python integers would cost nine times the memory on the conducting rank."""
@@ -152,25 +154,25 @@ class TrainSample:
 class PackedBatch:
     """Samples laid end to end without padding. Position t predicts `target_ids_T[t]`, its successor in the sample."""
 
-    token_ids_T: Tensor
+    token_ids_T: "Tensor"
     """int64"""
-    target_ids_T: Tensor
+    target_ids_T: "Tensor"
     """int64"""
-    cu_seqlens: Tensor
+    cu_seqlens: "Tensor"
     """[num_samples + 1] int32, first 0, last T."""
-    loss_mask_T: Tensor
+    loss_mask_T: "Tensor"
     """bool: the target is a response token. The denominator counts these."""
-    loss_weights_T: Tensor
+    loss_weights_T: "Tensor"
     """float32 factor on the token's loss; 0 drops a token without changing the denominator."""
-    advantages_T: Tensor
+    advantages_T: "Tensor"
     """float32, the sample's advantage on its response positions, 0 elsewhere."""
-    sampling_logprobs_T: Tensor
+    sampling_logprobs_T: "Tensor"
     """float32, 0 outside `loss_mask_T`."""
-    is_templated_T: Tensor
+    is_templated_T: "Tensor"
     """bool"""
-    old_logprobs_T: Tensor | None
+    old_logprobs_T: "Tensor | None"
     """float32 log-probs under the same context before the first update; None says that this forward pass is it."""
-    sample_index_T: Tensor
+    sample_index_T: "Tensor"
     """int64 index of the sample (in the list that was packed) each position belongs to."""
 
 
