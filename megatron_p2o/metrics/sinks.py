@@ -85,7 +85,7 @@ class WandbSink:
 
     def __init__(self, project: str, run_name: str, directory: Path) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(
                 f"logging.wandb_project={project} needs the package wandb: pip install wandb, "

@@ -7,9 +7,9 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     rollout/zero_advantage_groups_share groups
     rollout/dropped_rollouts_share      rollouts
     rollout/truncated_share             rollouts
-    train/ratio_mask_kept_share         response tokens of templated rollouts that were trained on
-    train/clipped_share, entropy_mean   response tokens that were trained on
-    mismatch/*_mean                     response tokens compared between engine and trainer
+    train/ratio_mask_kept_share         response tokens of templated rollouts in the pack
+    train/clipped_share, *_mean         response tokens in the pack
+    mismatch/*_mean                     response tokens of plain rollouts in the pack: engine and trainer, same prompt
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,15 +67,18 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
         "train/skipped_updates_count": Sum(len(reports) - len(applied)),
         "train/ratio_mask_kept_share": _token_mean(reports, "templated_kept_tokens", "templated_tokens"),
         "train/clipped_share": _token_mean(reports, "clipped_tokens", "loss_tokens"),
-        "train/entropy_mean": _token_mean(reports, "entropy_sum", "loss_tokens"),
+        "train/ratio_mean": _token_mean(reports, "ratio_sum", "loss_tokens"),
         "mismatch/logprob_abs_mean": _token_mean(reports, "mismatch_abs_sum", "mismatch_tokens"),
-        "mismatch/ratio_mean": _token_mean(reports, "ratio_sum", "mismatch_tokens"),
+        "mismatch/ratio_mean": _token_mean(reports, "mismatch_ratio_sum", "mismatch_tokens"),
     }
     if reports:
         metrics["train/learning_rate"] = Last(reports[-1].learning_rate)
-    worst = [report.sums["mismatch_abs_max"] for report in reports if "mismatch_abs_max" in report.sums]
-    if worst:
-        metrics["mismatch/logprob_abs_max"] = Max(max(worst))
+    # No policy is that certain: a sum of exactly zero says that the entropy was not computed.
+    if any(report.sums.get("entropy_sum") for report in reports):
+        metrics["train/entropy_mean"] = _token_mean(reports, "entropy_sum", "loss_tokens")
+    compared = [report.sums["mismatch_abs_max"] for report in reports if report.sums.get("mismatch_tokens")]
+    if compared:
+        metrics["mismatch/logprob_abs_max"] = Max(max(compared))
     return metrics
 
 
