@@ -6,6 +6,7 @@ Defaults are the paper's (arXiv:2603.21877, Qwen3-4B) except where `preset: refe
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 
@@ -269,6 +270,8 @@ class EvaluationConfig:
     num_samples: int = 1
     temperature: float = 0.0
     at_start: bool = True
+    with_best_template: bool = False
+    """Also evaluate under the best template whenever a round has published one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -327,11 +330,39 @@ REFERENCE_PRESET: Mapping[str, Any] = {
 """Dotted field to the authors' value, applied as a default: what a file or `--set` names wins."""
 
 
+POSITIVE = (
+    *("parallel.timeout_s", "data.max_prompt_tokens", "rollout.max_new_tokens", "rollout.num_engines"),
+    *("rollout.tensor_parallel", "rollout.max_running_requests", "rollout.startup_timeout_s", "rollout.top_p"),
+    *("rollout.request_timeout_s", "rollout.refresh_timeout_s", "grading.num_workers", "grading.deadline_s"),
+    *("grading.memory_limit_mib", "optimizer.lr", "optimizer.eps", "optimizer.clip_grad"),
+    *("optimizer.micro_batch_tokens", "schedule.problems_per_step", "schedule.problems_per_update"),
+    *("schedule.epochs", "evolution.dev_size", "evolution.num_lineages", "evolution.minibatch_size"),
+    *("evolution.max_template_tokens", "evolution.round_timeout_s", "evolution.reflection.max_tokens"),
+    *("evolution.reflection.timeout_s", "evaluation.num_samples"),
+)
+"""Settings that must be greater than 0."""
+
+NOT_NEGATIVE = (
+    *("hard.max_solved", "hard.min_problems", "optimizer.weight_decay", "optimizer.warmup_steps"),
+    *("schedule.save_every_steps", "evolution.evaluation_temperature", "evolution.reflection.temperature"),
+    *("evolution.reflection.max_retries", "evaluation.every_steps", "evaluation.temperature"),
+    "logging.rollouts_every_steps",
+)
+"""Settings that must be at least 0."""
+
+
+def _out_of_range(config: Config) -> list[str]:
+    values = {name: attrgetter(name)(config) for name in (*POSITIVE, *NOT_NEGATIVE)}
+    return [f"{name}={values[name]} must be greater than 0" for name in POSITIVE if not values[name] > 0] + [
+        f"{name}={values[name]} must not be negative" for name in NOT_NEGATIVE if not values[name] >= 0
+    ]
+
+
 def problems_of(config: Config) -> list[str]:
     """Return every rule the settings break, one sentence each with the remedy; empty when the run can start."""
     rules: list[tuple[bool, str]] = [
         (
-            config.schedule.problems_per_step % config.schedule.problems_per_update == 0,
+            config.schedule.problems_per_step % max(1, config.schedule.problems_per_update) == 0,
             f"schedule.problems_per_update={config.schedule.problems_per_update} must divide "
             f"schedule.problems_per_step={config.schedule.problems_per_step}",
         ),
@@ -391,4 +422,4 @@ def problems_of(config: Config) -> list[str]:
             "data.question_format must contain {question}",
         ),
     ]
-    return [text for holds, text in rules if not holds]
+    return _out_of_range(config) + [text for holds, text in rules if not holds]
