@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Runs every check that needs no GPU: formatting, types, unit, multi-process, kernel and end-to-end tests.
+#   tools/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash tools/install_cpu.sh --dev
+# One thread per process: several processes with a thread per core slow one another down by an order of magnitude.
+export OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export PATH="$PWD/.venv/bin:$PATH"
+
+if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+fi
+ruff check .
+ruff format --check .
+pyright
+bash -n examples/*.sh examples/*/*.sh tools/*.sh
+python -m pytest
