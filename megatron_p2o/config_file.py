@@ -257,7 +257,7 @@ def _located(sentence: str, settings: Settings, source: str) -> ConfigProblem:
 
 
 def _names(sentence: str, name: str) -> bool:
-    return re.search(rf"(?<![\w.]){re.escape(name)}(?![\w])", sentence) is not None
+    return re.search(rf"(?<!\w)(?<!\w\.){re.escape(name)}(?!\w)", sentence) is not None
 
 
 def _all_names(cls: type, name: NamePath) -> Iterator[NamePath]:

@@ -21,19 +21,23 @@ class ConfigProblem:
     name: str
     """Dotted name of the setting; "" when the file as a whole is wrong."""
     where: str
-    """`file:line`, or `--set`."""
+    """`file:line`, or `--set`; "" for what was found outside the settings."""
     sentence: str
     """Name, value, rule and remedy."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.sentence}"
+        return f"{self.where}: {self.sentence}" if self.where else self.sentence
 
 
 class ConfigError(ValueError):
     """The settings cannot be used; `problems` holds everything that is wrong with them."""
 
-    def __init__(self, problems: Sequence[ConfigProblem]) -> None:
-        self.problems = tuple(sorted(problems, key=_place))
+    def __init__(self, problems: Sequence[ConfigProblem | str]) -> None:
+        located = [
+            problem if isinstance(problem, ConfigProblem) else ConfigProblem(name="", where="", sentence=problem)
+            for problem in problems
+        ]
+        self.problems = tuple(sorted(located, key=_place))
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__("\n  ".join([f"{count} in the settings:", *map(str, self.problems)]))
 
@@ -125,7 +129,8 @@ def read_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> S
         dotted, equals, text = override.partition("=")
         name = _override_path(dotted.strip())
         if not equals:
-            problems.append(problem("--set", dotted, "", "must have the form name=value"))
+            sentence = f"{override} must have the form name=value"
+            problems.append(ConfigProblem(name=dotted, where="--set", sentence=sentence))
             continue
         try:
             loader = yaml.SafeLoader(text)
