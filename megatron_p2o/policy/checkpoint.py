@@ -1,0 +1,93 @@
+"""Weights, optimizer state and schedule on disk, by megatron-core's distributed checkpointing."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.optimizer import distrib_optimizer
+
+from megatron_p2o.policy.model import PolicyModel
+from megatron_p2o.policy.optimizer import Optimization
+
+
+def save_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path) -> None:
+    """Write the state into `directory`, which is created. Collective."""
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(_state(model, optimization, is_loading=False), str(directory))
+
+
+def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path) -> None:
+    """Restore what `save_checkpoint` wrote, under any parallel sizes. Collective.
+
+    Raises:
+        ValueError: `directory` holds no checkpoint.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        raise ValueError(f"{directory} holds no checkpoint of the policy")
+    _fill_adam_state(optimization)
+    state = dist_checkpointing.load(_state(model, optimization, is_loading=True), str(directory))
+    assert isinstance(state, dict)
+    model.load_state_dict(state["model"])
+    with torch.no_grad():
+        optimization.optimizer.load_state_dict(state["optimizer"])
+    _unshare_adam_steps(optimization)
+    optimization.scheduler.load_state_dict(state["scheduler"])
+
+
+def _state(model: PolicyModel, optimization: Optimization, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    weights = model.sharded_state_dict(metadata=metadata)
+    optimizer = optimization.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return {"model": weights, "optimizer": optimizer, "scheduler": optimization.scheduler.state_dict()}
+
+
+def _sharded_optimizers(optimization: Optimization) -> list[distrib_optimizer.DistributedOptimizer]:
+    """Return the distributed optimizers that run torch's Adam, whose state megatron-core does not fully handle."""
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return []
+    chained = getattr(optimization.optimizer, "chained_optimizers", [optimization.optimizer])
+    return [optimizer for optimizer in chained if isinstance(optimizer, distrib_optimizer.DistributedOptimizer)]
+
+
+def _fill_adam_state(optimization: Optimization) -> None:
+    """Give torch's Adam the state it makes at its first step, and the loader the step it asks every parameter for."""
+    for sharded in _sharded_optimizers(optimization):
+        state = sharded.optimizer.state
+        for group in sharded.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in state:
+                    state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        sharded._set_main_param_and_optimizer_states = _with_step(sharded)
+
+
+def _with_step(sharded: distrib_optimizer.DistributedOptimizer) -> Any:
+    """Return the optimizer's setter, given the parameter's present step with the tensors of the checkpoint."""
+    original = type(sharded)._set_main_param_and_optimizer_states
+
+    def set_states(model_parameter: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        group, order = sharded.model_param_group_index_map[model_parameter]
+        parameter = sharded.optimizer.param_groups[group]["params"][order]
+        original(sharded, model_parameter, {**tensors, "step": sharded.optimizer.state[parameter]["step"]})
+
+    return set_states
+
+
+def _unshare_adam_steps(optimization: Optimization) -> None:
+    """Give each parameter its own step: loaded as one tensor, it would count once per parameter and step."""
+    for sharded in _sharded_optimizers(optimization):
+        for state in sharded.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

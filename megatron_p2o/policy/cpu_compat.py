@@ -1,0 +1,86 @@
+"""Run megatron-core without CUDA: the only place that stands in for what it takes from `torch.cuda`.
+
+megatron-core writes `device="cuda"`, compares tensor type names with "torch.cuda.FloatTensor" and asks `torch.cuda` for
+the current device and the random state. On a machine without CUDA these are answered with the CPU; with CUDA nothing
+here has any effect.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_thread = threading.local()
+
+
+@contextmanager
+def cuda_stand_ins() -> Iterator[None]:
+    """Answer megatron-core's CUDA calls with the CPU inside the block; does nothing when CUDA is present.
+
+    Re-entrant, and valid for the calling thread: megatron-core must be called inside this block on every thread.
+    """
+    if torch.cuda.is_available() or getattr(_thread, "is_inside", False):
+        yield
+        return
+    _replace_functions()
+    _thread.is_inside = True
+    try:
+        with _CpuForCuda():
+            yield
+    finally:
+        _thread.is_inside = False
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """Turns the device "cuda" into the CPU, and names CPU tensor types as CUDA's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and _is_cuda(device):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: object) -> bool:
+    return device.startswith("cuda") if isinstance(device, str) else getattr(device, "type", None) == "cuda"
+
+
+def _replace_functions() -> None:
+    """Replace module-level functions once per process; on a machine without CUDA they could only raise."""
+    if getattr(torch.cuda.current_device, "is_stand_in", False):
+        return
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+    cpu = torch.device("cpu")
+
+    def current_device() -> torch.device:
+        return cpu
+
+    current_device.is_stand_in = True  # pyright: ignore[reportFunctionMemberAccess]
+    replacements: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "current_device", current_device),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
+        (torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state)),
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (
+            tensor_parallel_random,
+            "_get_cuda_rng_state",
+            lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state(),
+        ),
+        (
+            tensor_parallel_random,
+            "_set_cuda_rng_state",
+            lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+        ),
+    ]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)

@@ -1,0 +1,229 @@
+"""Forward and backward passes over packed samples, through Megatron's schedule.
+
+T packed tokens of one micro-batch, N response tokens among them.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_p2o.config import ObjectiveConfig
+from megatron_p2o.policy.attention import PackLayout, pack_layout, sample_positions
+from megatron_p2o.rl.objective import SUM_NAMES, TokenStats, policy_loss
+from megatron_p2o.rl.packing import micro_batches, pack
+from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
+
+FILLER = TrainSample(
+    context_ids=np.zeros(1, np.int32),
+    response_ids=np.zeros(1, np.int32),
+    advantage=0.0,
+    sampling_logprobs=np.zeros(1, np.float32),
+    is_templated=False,
+)
+"""Stands in where a data-parallel rank has no samples but must take part in the collectives; counts for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """One forward pass of one data-parallel rank."""
+
+    batch: PackedBatch
+    samples: tuple[int, ...]
+    """Index of each packed sample in the rank's share; empty for a filler."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Denominator:
+    """What the summed token loss of an optimizer step is divided by."""
+
+    objective: ObjectiveConfig
+    num_loss_tokens: int
+    """Response tokens of the whole mini-batch, dropped rollouts included."""
+    num_samples: int
+    """Samples of the whole update, over all ranks."""
+    counts_here: bool
+    """Whether a fixed denominator is contributed by this rank: Megatron adds the contributions of all."""
+
+    def contribution(
+        self, loss: Tensor, stats: TokenStats, micro_batch: MicroBatch, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return a micro-batch's loss and what it adds to the divisor (int32); `number` is its place on this rank.
+
+        The quotient of the sums over all micro-batches and ranks is the loss of the step.
+        """
+        if self.objective.normalization == "micro_batch":
+            # The authors': token mean of the micro-batch, weighted by its share of the rows.
+            share = len(micro_batch.samples) / self.num_samples
+            num_tokens = stats.sums[SUM_NAMES.index("loss_tokens")].clamp(min=1)
+            return loss * (share / num_tokens).float(), self._once(1, number, loss)
+        if self.objective.denominator == "kept":
+            return loss, stats.sums[SUM_NAMES.index("kept_tokens")].int()
+        return loss, self._once(self.num_loss_tokens, number, loss)
+
+    def _once(self, value: int, number: int, like: Tensor) -> Tensor:
+        value = value if self.counts_here and number == 0 else 0
+        return torch.tensor(value, dtype=torch.int32, device=like.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassResult:
+    """What forward and backward passes add up to; zero on all but the last pipeline stage."""
+
+    loss: Tensor
+    """[] float32 numerator of the step's loss."""
+    divisor: Tensor
+    """[] int32."""
+    stats: TokenStats
+
+    def merge(self, other: "PassResult") -> "PassResult":
+        return PassResult(
+            loss=self.loss + other.loss,
+            divisor=self.divisor + other.divisor,
+            stats=self.stats.merge(other.stats),
+        )
+
+    @staticmethod
+    def zero(device: torch.device | str = "cpu") -> "PassResult":
+        """Return the neutral element of `merge`."""
+        return PassResult(
+            loss=torch.zeros((), device=device),
+            divisor=torch.zeros((), dtype=torch.int32, device=device),
+            stats=TokenStats.zero(device),
+        )
+
+    def on_cpu(self) -> "PassResult":
+        return PassResult(
+            loss=self.loss.cpu(),
+            divisor=self.divisor.cpu(),
+            stats=TokenStats(sums=self.stats.sums.cpu(), maxima=self.stats.maxima.cpu()),
+        )
+
+
+def make_micro_batches(
+    samples: Sequence[TrainSample],
+    old_logprobs: Sequence[Logprobs] | None,
+    budget_tokens: int,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """Return the rank's share packed into micro-batches; a filler when it is empty."""
+    if not samples:
+        filler_old = None if old_logprobs is None else [FILLER.sampling_logprobs]
+        return [MicroBatch(batch=pack([FILLER], filler_old, device), samples=())]
+    return [
+        MicroBatch(
+            batch=pack(
+                [samples[index] for index in members],
+                None if old_logprobs is None else [old_logprobs[index] for index in members],
+                device,
+            ),
+            samples=tuple(members),
+        )
+        for members in micro_batches([sample.num_tokens for sample in samples], budget_tokens)
+    ]
+
+
+def forward_backward(
+    module: DistributedDataParallel,
+    batches: Sequence[MicroBatch],
+    objective: ObjectiveConfig,
+    denominator: Denominator,
+) -> PassResult:
+    """Accumulate the gradient of the step's loss over `batches`, reduced over the data-parallel ranks. Collective."""
+    numbered = enumerate(batches)
+
+    def forward_step(micro_batches_left: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Any, Any]:
+        number, micro_batch = next(micro_batches_left)
+
+        def loss_of(output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, PassResult]:
+            logprobs_T, entropy_T = _on_positions(output, micro_batch.batch)
+            loss, stats = policy_loss(logprobs_T, micro_batch.batch, objective, entropy_T)
+            if not micro_batch.samples:
+                loss, stats = loss * 0.0, TokenStats.zero(loss.device)
+            loss, divisor = denominator.contribution(loss, stats, micro_batch, number)
+            # Megatron adds the divisors into a tensor of its own and scales the gradient by their sum.
+            return loss, divisor, PassResult(loss=loss.detach(), divisor=divisor.clone(), stats=stats)
+
+        return _run_model(model, micro_batch.batch), loss_of
+
+    results = _schedule(forward_step, numbered, module, len(batches))
+    return functools.reduce(PassResult.merge, results, PassResult.zero(batches[0].batch.token_ids_T.device))
+
+
+@torch.no_grad()
+def score(module: DistributedDataParallel, batches: Sequence[MicroBatch]) -> dict[int, Logprobs]:
+    """Return the log-probs [R] of each sample's response by index; empty but on the last pipeline stage. Collective."""
+
+    def forward_step(micro_batches_left: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
+        micro_batch = next(micro_batches_left)
+
+        def collect(output: tuple[Tensor, Tensor], non_loss_data: bool = True) -> dict[int, Logprobs]:
+            logprobs_N = output[0].float().cpu().numpy()
+            index_N = micro_batch.batch.sample_index_T[micro_batch.batch.loss_mask_T].cpu().numpy()
+            return {sample: logprobs_N[index_N == place] for place, sample in enumerate(micro_batch.samples)}
+
+        return _run_model(model, micro_batch.batch), collect
+
+    results = _schedule(forward_step, iter(batches), module, len(batches), forward_only=True)
+    return {sample: logprobs for result in results for sample, logprobs in result.items()}
+
+
+def _schedule(
+    forward_step: Any,
+    iterator: Iterator[Any],
+    module: DistributedDataParallel,
+    num_micro_batches: int,
+    *,
+    forward_only: bool = False,
+) -> list[Any]:
+    """Run Megatron's pipeline schedule; returns what the last stage's loss function reported, else nothing."""
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterator,
+        model=[module],
+        num_microbatches=num_micro_batches,
+        seq_length=1,  # with variable_seq_lengths the stages tell each other the true length
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _run_model(model: Any, batch: PackedBatch) -> Any:
+    """Return (logprobs_N, entropy_N) on the last stage, else hidden states."""
+    cu_seqlens, padding = _padded(batch.cu_seqlens, _length_multiple(model))
+    layout: PackLayout = pack_layout(cu_seqlens)
+    return model(
+        F.pad(batch.token_ids_T, (0, padding))[None],
+        sample_positions(cu_seqlens)[None],
+        None,
+        packed_seq_params=layout,
+        labels=F.pad(batch.target_ids_T, (0, padding))[None],
+        loss_mask=F.pad(batch.loss_mask_T, (0, padding))[None],
+    )
+
+
+def _padded(cu_seqlens: Tensor, multiple: int) -> tuple[Tensor, int]:
+    """Return the boundaries with a last sample of padding, so that the pack's length is a multiple; and its length."""
+    padding = -int(cu_seqlens[-1]) % multiple
+    return (torch.cat([cu_seqlens, cu_seqlens[-1:] + padding]) if padding else cu_seqlens), padding
+
+
+def _length_multiple(model: Any) -> int:
+    """Sequence parallelism cuts a pack evenly over the tensor ranks."""
+    return model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+
+
+def _on_positions(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Return the head's [N] values as [T], zero elsewhere."""
+    rows_N = batch.loss_mask_T.nonzero().squeeze(1)
+    return tuple(
+        values_N.new_zeros(len(batch.loss_mask_T)).index_copy(0, rows_N, values_N) for values_N in output
+    )  # pyright: ignore[reportReturnType]

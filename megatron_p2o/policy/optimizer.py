@@ -1,0 +1,102 @@
+"""Megatron's optimizer and schedule as this trainer uses them: AdamW, linear warm-up then constant, guarded steps."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_p2o.config import OptimizerConfig
+from megatron_p2o.policy.model import PolicyModel
+
+CONSTANT_FOREVER = 2**31 - 1
+"""Steps of the schedule's constant part, which has no end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutcome:
+    """What became of one optimizer step; the same on every rank."""
+
+    grad_norm: float
+    """Of the whole gradient, before clipping."""
+    is_applied: bool
+    """False when the gradient was not finite."""
+
+
+class Optimization:
+    """The model under data parallelism with its optimizer and schedule; owns gradients and optimizer state."""
+
+    def __init__(
+        self, model: PolicyModel, config: TransformerConfig, settings: OptimizerConfig, *, is_sharded: bool
+    ) -> None:
+        """Wrap `model`, whose weights must be loaded already: their float32 copies are made here. Collective.
+
+        Args:
+            is_sharded: `parallel.distributed_optimizer`.
+        """
+        module = Float16Module(config, model) if config.bf16 else model
+        self.module = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=is_sharded),
+            module,
+        )
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.eps,
+                clip_grad=settings.clip_grad,
+                params_dtype=config.params_dtype,
+                bf16=config.bf16,
+                use_distributed_optimizer=is_sharded,
+            ),
+            [self.module],
+        )
+        # The schedule is also what exempts the norms from weight decay.
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=settings.lr / (settings.warmup_steps + 1),
+            max_lr=settings.lr,
+            min_lr=settings.lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=CONSTANT_FOREVER,
+            lr_decay_style="constant",
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=CONSTANT_FOREVER,
+            wd_incr_style="constant",
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate the next step uses: step k of W warm-up steps (from 0) uses lr * (k + 1) / (W + 1)."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def clear_gradients(self) -> None:
+        self.module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> StepOutcome:
+        """Apply the accumulated gradient unless it is not finite, and advance the schedule. Collective."""
+        with torch.no_grad():
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+        is_finite = math.isfinite(grad_norm)
+        if is_finite:
+            self.optimizer.step()
+        self.skip()
+        return StepOutcome(grad_norm=grad_norm, is_applied=is_finite)
+
+    def skip(self) -> None:
+        """Advance the schedule without a step."""
+        self.scheduler.step(increment=1)

@@ -1,0 +1,109 @@
+"""The trainer's ranks: torch.distributed, Megatron's groups, and the channel on which rank 0 conducts."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import ProcessGroup
+
+from megatron_p2o.config import ParallelConfig
+from megatron_p2o.policy.cpu_compat import cuda_stand_ins
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """Where this process stands. World order is Megatron's "tp-cp-ep-dp-pp": tensor fastest, pipeline slowest."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    device: torch.device
+    control: ProcessGroup
+    """Gloo group of all ranks: commands from rank 0 and small replies, whatever the backend of the model."""
+    owns_distributed: bool
+    """Whether `initialize_parallel` started torch.distributed, and `end_parallel` ends it."""
+
+    @property
+    def is_conductor(self) -> bool:
+        return self.rank == 0
+
+
+def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
+    """Start torch.distributed (unless it is) and Megatron's groups. All ranks must call.
+
+    Under torchrun the environment says who we are; without it, a single process is a world of one.
+
+    Raises:
+        ValueError: the number of processes is not the product of the parallel sizes.
+    """
+    timeout = timedelta(seconds=parallel.timeout_s)
+    owns_distributed = not dist.is_initialized()
+    if owns_distributed:
+        _initialize_torch_distributed(parallel, timeout)
+    check_world_size(parallel, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        distributed_timeout_minutes=parallel.timeout_s / 60,  # pyright: ignore[reportArgumentType]
+    )
+    with cuda_stand_ins():
+        model_parallel_cuda_manual_seed(seed)
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        device=_device(),
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        owns_distributed=owns_distributed,
+    )
+
+
+def check_world_size(parallel: ParallelConfig, num_processes: int) -> None:
+    """Raise `ValueError` unless `num_processes` is the product of the parallel sizes."""
+    if num_processes != parallel.world_size:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x parallel.data="
+            f"{parallel.data} = {parallel.world_size} must equal the number of trainer processes, {num_processes}: "
+            f"set parallel.data to {_fitting_data(parallel, num_processes)} or start {parallel.world_size} processes"
+        )
+
+
+def data_rank_of(rank: int, parallel: ParallelConfig) -> int:
+    """Return the data-parallel rank of a world rank."""
+    return rank // parallel.tensor % parallel.data
+
+
+def end_parallel(ranks: Ranks) -> None:
+    """Destroy what `initialize_parallel` made. Peers that still wait for this rank get an error."""
+    parallel_state.destroy_model_parallel()
+    if ranks.owns_distributed:
+        dist.destroy_process_group()
+
+
+def _fitting_data(parallel: ParallelConfig, num_processes: int) -> str:
+    model_ranks = parallel.tensor * parallel.pipeline
+    return str(num_processes // model_ranks) if num_processes % model_ranks == 0 else "a fitting value"
+
+
+def _initialize_torch_distributed(parallel: ParallelConfig, timeout: timedelta) -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        check_world_size(parallel, int(os.environ["WORLD_SIZE"]))
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        check_world_size(parallel, 1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

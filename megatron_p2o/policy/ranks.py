@@ -1,0 +1,247 @@
+"""Rank 0 conducts: its `MegatronPolicy` is the Policy of the algorithm, and every other rank follows its commands.
+
+A command is one collective method of `PolicyShard`, with each rank's share of the samples; ranks of one data-parallel
+replica get the same share. The answers come back in one gather, so a command has ended everywhere when it returns.
+"""
+
+import functools
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from megatron_p2o.config import Config
+from megatron_p2o.policy.cpu_compat import cuda_stand_ins
+from megatron_p2o.policy.forward import PassResult
+from megatron_p2o.policy.hf_directory import write_hf_directory
+from megatron_p2o.policy.parallel import Ranks, data_rank_of, end_parallel, initialize_parallel
+from megatron_p2o.policy.shard import PolicyShard, UpdateReply
+from megatron_p2o.policy.shares import check_samples, shares_of
+from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
+
+ERROR_KEY = "megatron_p2o/policy_error"
+"""Where the first rank that fails leaves its error for the others, in torch.distributed's store."""
+
+Method = Literal["update", "skip", "score", "export", "save", "load", "close"]
+
+
+class PolicyError(RuntimeError):
+    """A rank failed inside a collective call of the policy; the message names the rank, the call and the error.
+
+    The trainer's ranks are then out of step: the only way on is to end the run and resume it.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """What one rank is to do next."""
+
+    method: Method
+    arguments: tuple[Any, ...] = ()
+
+
+def build_policy(config: Config, output_dir: Path | None = None) -> "MegatronPolicy":
+    """Return this rank's handle on the policy loaded from `model.path`. All ranks must call.
+
+    Starts torch.distributed when it is not running. Afterwards rank 0 (`is_conductor`) uses the handle as the Policy,
+    and every other rank calls `serve()`.
+
+    Args:
+        output_dir: where a rank that fails writes its traceback; None writes none.
+
+    Raises:
+        ValueError: the configuration does not fit the model or the number of processes.
+    """
+    ranks = initialize_parallel(config.parallel, config.run.seed)
+    with cuda_stand_ins():
+        shard = PolicyShard(config, ranks)
+    return MegatronPolicy(config, ranks, shard, output_dir)
+
+
+class MegatronPolicy:
+    """The Policy of `megatron_p2o.interfaces`, trained by Megatron on all ranks.
+
+    Its methods but `serve` are for rank 0. They raise `ValueError` for samples that cannot be trained on, before any
+    rank has begun, and `PolicyError` when a rank fails; no wait exceeds `parallel.timeout_s`.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, shard: PolicyShard, output_dir: Path | None) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._shard = shard
+        self._output_dir = output_dir
+        self._exporting = False
+
+    @property
+    def is_conductor(self) -> bool:
+        return self._ranks.is_conductor
+
+    @property
+    def vocab_size(self) -> int:
+        return self._shard.architecture.vocab_size
+
+    def update(
+        self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
+    ) -> UpdateReport:
+        """Take one optimizer step; see `interfaces.Policy`.
+
+        Without samples, or when the gradient is not finite, no weight changes (`is_applied` is False) but the
+        learning-rate schedule advances.
+        """
+        check_samples(samples, old_logprobs, self.vocab_size)
+        num_response_tokens = sum(len(sample.response_ids) for sample in samples)
+        if num_loss_tokens < num_response_tokens:
+            raise ValueError(
+                f"num_loss_tokens={num_loss_tokens} must count the {num_response_tokens} response tokens of the samples"
+            )
+        if not samples:
+            learning_rate = self._everywhere("skip")[0]
+            return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=learning_rate, is_applied=False)
+        shares = shares_of(samples, old_logprobs, self._config.parallel.data)
+        replies = cast(
+            list[UpdateReply],
+            self._conduct("update", [(share, num_loss_tokens, len(samples)) for share in shares]),
+        )
+        return _update_report(replies)
+
+    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        """Return log pi(response | context_ids) at the sampling temperature, [R] float32 each, without gradient."""
+        check_samples(samples, None, self.vocab_size)
+        if not samples:
+            return []
+        shares = shares_of(samples, None, self._config.parallel.data)
+        replies = cast(list[dict[int, Logprobs]], self._conduct("score", [(share,) for share in shares]))
+        by_index = {index: row for reply in replies for index, row in reply.items()}
+        return [by_index[index] for index in range(len(samples))]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (Hugging Face name, full tensor); the receiver may keep them.
+
+        Every rank takes part until the end: when the iterator is closed early, the rest is gathered and discarded.
+        """
+        self._send([Command(method="export")] * self._ranks.world_size)
+        self._exporting = True
+        stream = self._shard.export()
+        with self._named_errors("export"):
+            try:
+                for item in stream:
+                    yield item
+            finally:
+                for _ in stream:
+                    pass
+                self._gather(None)
+                self._exporting = False
+
+    def export_hf(self, directory: Path) -> None:
+        """Write the weights as a Hugging Face model directory, with `model.path`'s configuration and tokenizer."""
+        write_hf_directory(self.weights(), Path(self._config.model.path), directory)
+
+    def save(self, directory: Path) -> None:
+        """Write weights, optimizer state and schedule into `directory`, which all ranks must see."""
+        self._everywhere("save", directory)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote; the parallel sizes may differ."""
+        self._everywhere("load", directory)
+
+    def close(self) -> None:
+        """End the followers' `serve` and the process groups. The policy cannot be used afterwards."""
+        self._send([Command(method="close")] * self._ranks.world_size)
+        end_parallel(self._ranks)
+
+    def serve(self) -> None:
+        """Follow rank 0's commands until it closes the policy. For every rank but 0.
+
+        Raises:
+            PolicyError: a rank failed, or rank 0 ended without closing the policy.
+        """
+        assert not self.is_conductor, "rank 0 conducts"
+        while True:
+            command = self._receive()
+            if command.method == "close":
+                end_parallel(self._ranks)
+                return
+            with self._named_errors(command.method):
+                self._gather(self._execute(command))
+
+    def _everywhere(self, method: Method, *arguments: Any) -> list[Any]:
+        """Run a method with the same arguments on all ranks; returns their answers by rank."""
+        return self._conduct(method, [arguments] * self._config.parallel.data)
+
+    def _conduct(self, method: Method, arguments_by_data_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        commands = [
+            Command(method=method, arguments=arguments_by_data_rank[data_rank_of(rank, self._config.parallel)])
+            for rank in range(self._ranks.world_size)
+        ]
+        self._send(commands)
+        with self._named_errors(method):
+            return self._gather(self._execute(commands[0]))
+
+    def _send(self, commands: list[Command]) -> None:
+        assert self.is_conductor, "rank 0 conducts: the other ranks serve"
+        if self._exporting:
+            raise RuntimeError(f"policy.weights() must be consumed to the end before policy.{commands[0].method}")
+        with self._named_errors(commands[0].method):
+            dist.scatter_object_list([None], commands, src=0, group=self._ranks.control)
+
+    def _receive(self) -> Command:
+        received: list[Any] = [None]
+        with self._named_errors("serve"):
+            dist.scatter_object_list(received, None, src=0, group=self._ranks.control)
+        return received[0]
+
+    def _execute(self, command: Command) -> Any:
+        with cuda_stand_ins():
+            result = getattr(self._shard, command.method)(*command.arguments)
+            if command.method == "export":
+                for _ in result:
+                    pass
+                return None
+            return result
+
+    def _gather(self, reply: Any) -> list[Any]:
+        """Return every rank's reply on rank 0, nothing elsewhere."""
+        replies: list[Any] | None = [None] * self._ranks.world_size if self.is_conductor else None
+        dist.gather_object(reply, replies, dst=0, group=self._ranks.control)
+        return replies or []
+
+    @contextmanager
+    def _named_errors(self, method: str) -> Iterator[None]:
+        """Turn whatever ends a collective call into a `PolicyError` that names the rank that failed first."""
+        try:
+            yield
+        except PolicyError:
+            raise
+        except Exception as error:
+            if self._output_dir is not None:
+                self._output_dir.mkdir(parents=True, exist_ok=True)
+                path = self._output_dir / f"rank_{self._ranks.rank}_error.txt"
+                path.write_text(traceback.format_exc())
+            raise PolicyError(self._first_error(method, error)) from error
+
+    def _first_error(self, method: str, error: Exception) -> str:
+        """Publish this rank's error unless another rank has been first, and return the first."""
+        own = f"policy.{method} failed on rank {self._ranks.rank}: {type(error).__name__}: {error}"
+        try:
+            first = _get_default_store().compare_set(ERROR_KEY, "", own).decode()
+        except (RuntimeError, ValueError):  # the store is gone with the rank that hosted it
+            return own
+        return first if first == own else f"{first} (seen on rank {self._ranks.rank} as {type(error).__name__})"
+
+
+def _update_report(replies: Sequence[UpdateReply]) -> UpdateReport:
+    results = [reply.result for reply in replies if reply.result is not None]
+    total = functools.reduce(PassResult.merge, results, PassResult.zero())
+    return UpdateReport(
+        loss=float(total.loss) / max(int(total.divisor), 1),
+        grad_norm=replies[0].outcome.grad_norm,
+        learning_rate=replies[0].learning_rate,
+        is_applied=replies[0].outcome.is_applied,
+        sums=total.stats.as_dict(),
+    )

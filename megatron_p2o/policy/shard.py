@@ -1,0 +1,89 @@
+"""This rank's part of the policy: model, optimizer and what is done with them. Every method is collective."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_p2o.config import Config
+from megatron_p2o.policy.checkpoint import load_checkpoint, save_checkpoint
+from megatron_p2o.policy.forward import Denominator, PassResult, forward_backward, make_micro_batches, score
+from megatron_p2o.policy.hf_weights import export_hf_weights, load_hf_weights
+from megatron_p2o.policy.model import build_model, read_architecture, transformer_config
+from megatron_p2o.policy.optimizer import Optimization, StepOutcome
+from megatron_p2o.policy.parallel import Ranks
+from megatron_p2o.policy.shares import Share
+from megatron_p2o.types import Logprobs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateReply:
+    """A rank's account of one update."""
+
+    outcome: StepOutcome
+    learning_rate: float
+    result: PassResult | None
+    """None but on the ranks that speak for their data-parallel replica."""
+
+
+class PolicyShard:
+    """Built from `model.path`; must be constructed on all ranks, inside `cuda_stand_ins`."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        directory = Path(config.model.path)
+        self.config = config
+        self.ranks = ranks
+        self.architecture = read_architecture(directory)
+        settings = transformer_config(self.architecture, config.parallel, config.model.dtype, config.megatron)
+        self.model = build_model(self.architecture, settings, config.rollout.temperature)
+        load_hf_weights(self.model, directory)
+        self.optimization = Optimization(
+            self.model, settings, config.optimizer, is_sharded=config.parallel.distributed_optimizer
+        )
+        # One rank of each replica holds its results: the last stage, whose tensor ranks all know the same.
+        self.speaks = ranks.tensor_rank == 0 and ranks.pipeline_rank == config.parallel.pipeline - 1
+
+    def update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
+        """Take one optimizer step on the shares of all data-parallel ranks."""
+        optimization = self.optimization
+        batches = make_micro_batches(
+            share.samples, share.old_logprobs, self.config.optimizer.micro_batch_tokens, self.ranks.device
+        )
+        denominator = Denominator(
+            objective=self.config.objective,
+            num_loss_tokens=num_loss_tokens,
+            num_samples=num_samples,
+            counts_here=self.ranks.data_rank == 0,
+        )
+        learning_rate = optimization.learning_rate
+        optimization.clear_gradients()
+        result = forward_backward(optimization.module, batches, self.config.objective, denominator)
+        outcome = optimization.step()
+        return UpdateReply(
+            outcome=outcome, learning_rate=learning_rate, result=result.on_cpu() if self.speaks else None
+        )
+
+    def skip(self) -> float:
+        """Let an update without samples pass; returns the learning rate it would have used."""
+        learning_rate = self.optimization.learning_rate
+        self.optimization.skip()
+        return learning_rate
+
+    def score(self, share: Share) -> dict[int, Logprobs]:
+        """Return the responses' log-probs by place in the caller's list, for the ranks that speak."""
+        batches = make_micro_batches(
+            share.samples, None, self.config.optimizer.micro_batch_tokens, self.ranks.device
+        )
+        logprobs = score(self.optimization.module, batches)
+        return {share.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights on rank 0; see `export_hf_weights`."""
+        return export_hf_weights(self.model, self.ranks.control)
+
+    def save(self, directory: Path) -> None:
+        save_checkpoint(self.model, self.optimization, directory)
+
+    def load(self, directory: Path) -> None:
+        load_checkpoint(self.model, self.optimization, directory)
