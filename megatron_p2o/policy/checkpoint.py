@@ -5,19 +5,51 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from megatron.core.optimizer import distrib_optimizer
+from torch.distributed import ProcessGroup
 
 from megatron_p2o.policy.model import PolicyModel
 from megatron_p2o.policy.optimizer import Optimization
 
 
-def save_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path) -> None:
-    """Write the state into `directory`, which is created. Collective."""
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Writes megatron-core's "torch_dist" format with torch's own writer.
+
+    megatron-core's writer starts a process that imports the main module again and others that inherit our sockets; when
+    one of them fails, the caller waits forever.
+    """
+
+    def __init__(self, control: ProcessGroup) -> None:
+        super().__init__("torch_dist", 1)
+        self._control = control
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(renamed, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=self._control,
+        )
+
+
+def save_checkpoint(
+    model: PolicyModel, optimization: Optimization, directory: Path, control: ProcessGroup
+) -> None:
+    """Write the state into `directory`, which is created. Collective; `control` is a gloo group of all ranks."""
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    dist_checkpointing.save(_state(model, optimization, is_loading=False), str(directory))
+    dist.barrier(group=control)
+    state = _state(model, optimization, is_loading=False)
+    dist_checkpointing.save(state, str(directory), sharded_strategy=InProcessSave(control))
 
 
 def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path) -> None:

@@ -83,7 +83,7 @@ class PolicyShard:
         return export_hf_weights(self.model, self.ranks.control)
 
     def save(self, directory: Path) -> None:
-        save_checkpoint(self.model, self.optimization, directory)
+        save_checkpoint(self.model, self.optimization, directory, self.ranks.control)
 
     def load(self, directory: Path) -> None:
         load_checkpoint(self.model, self.optimization, directory)
