@@ -212,8 +212,9 @@ def _decided_settings(
         "variable_seq_lengths": parallel.pipeline > 1,
         "moe_token_dispatcher_type": "alltoall",
         "use_cpu_initialization": not torch.cuda.is_available(),
-        # Every weight is read from model.path.
-        "perform_initialization": False,
+        # Although every weight is read from model.path: initialisation is also what marks the cut parameters, and
+        # without the marks the gradient norm counts them on one tensor rank only.
+        "perform_initialization": True,
     }
 
 
