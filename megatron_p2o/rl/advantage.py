@@ -27,7 +27,9 @@ def group_advantages(
         Exactly 0 for every rollout when no reward differs (from the siblings and from the anchor).
     """
     rewards = np.asarray(rewards_G, dtype=np.float64)
-    size, mean = len(rewards), rewards.mean() if len(rewards) else 0.0
+    if len(rewards) == 0:
+        return ()
+    size, mean = len(rewards), rewards.mean()
     possible = set(rewards.tolist())
     anchor_squares = 0.0
     if anchor_success_rate is not None:

@@ -10,8 +10,9 @@ import torch
 def nan_filled_empty() -> Iterator[None]:
     """Fill every uninitialised tensor made inside with NaN (floating point), the largest value (integers) or True.
 
-    Uses torch's own fill (`torch.utils.deterministic`), so it also reaches `empty_like`, `new_empty` and buffers made inside operators. Process-wide
-    while it lasts: deterministic algorithms are preferred too, and a warning says where there is none.
+    Uses torch's own fill (`torch.utils.deterministic`), so it also reaches `empty_like`, `new_empty` and buffers made
+    inside operators. Process-wide while it lasts: deterministic algorithms are preferred too, and a warning says where
+    there is none.
     """
     was_enabled = torch.are_deterministic_algorithms_enabled()
     was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,0 +1,74 @@
+"""Context-ratio weights against the paper's definition."""
+
+import math
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_p2o.rl.context_ratio import context_ratio_weights
+
+Form = Literal["hard", "soft"]
+LOW, HIGH = 0.01, 10.0
+
+
+def weights(
+    ratios: list[float], form: Form = "hard", *, is_templated: bool = True, low: float = LOW, high: float = HIGH
+) -> list[float]:
+    """Return the weights of tokens whose context ratio is given."""
+    sampling = torch.full((len(ratios),), -3.0, dtype=torch.float64)
+    old = sampling + torch.tensor(ratios, dtype=torch.float64).log()
+    flags = torch.full((len(ratios),), is_templated)
+    return context_ratio_weights(old, sampling, flags, low=low, high=high, form=form).tolist()
+
+
+def test_tokens_inside_the_band_are_kept_and_others_dropped() -> None:
+    ratios = [1e-4, 0.0099, 0.0101, 0.5, 1.0, 2.0, 9.99, 10.01, 1e4]
+    assert weights(ratios) == [0, 0, 1, 1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("bound", [LOW, HIGH])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_bounds_are_inclusive(bound: float, dtype: torch.dtype) -> None:
+    log_ratio = torch.tensor([math.log(bound)], dtype=dtype)
+    # The band's end as this dtype computes it: whether exp(log(b)) is b or a neighbour is rounding, not the rule.
+    exact = float(log_ratio.exp())
+    flags, zero = torch.tensor([True]), torch.zeros(1, dtype=dtype)
+    at_low = context_ratio_weights(log_ratio, zero, flags, low=exact, high=1e9, form="hard")
+    at_high = context_ratio_weights(log_ratio, zero, flags, low=1e-9, high=exact, form="hard")
+    assert at_low.tolist() == at_high.tolist() == [1.0]
+    above, below = (float(np.nextafter(exact, side, dtype=np.dtype(str(dtype)[6:]))) for side in (np.inf, 0))
+    assert context_ratio_weights(log_ratio, zero, flags, low=above, high=1e9, form="hard").tolist() == [0.0]
+    assert context_ratio_weights(log_ratio, zero, flags, low=1e-9, high=below, form="hard").tolist() == [0.0]
+
+
+@pytest.mark.parametrize("form", ["hard", "soft"])
+def test_plain_tokens_weigh_one_whatever_engine_and_trainer_disagree(form: Form) -> None:
+    assert weights([1e-8, 0.5, 1e8], form, is_templated=False) == [1, 1, 1]
+    assert weights([1e-8, 0.5, 1e8], form, is_templated=False, low=1.0, high=1.0) == [1, 1, 1]
+
+
+def test_the_soft_form_weighs_by_the_clipped_ratio_over_the_ratio() -> None:
+    expected = [0.01 / 1e-4, 0.01 / 0.005, 1.0, 1.0, 1.0, 10 / 20, 10 / 1e4]
+    assert weights([1e-4, 0.005, 0.02, 1.0, 9.0, 20.0, 1e4], "soft") == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("form", ["hard", "soft"])
+@pytest.mark.parametrize("difference", [-1e4, -200.0, 200.0, 1e4, -math.inf, math.inf])
+def test_extreme_differences_stay_finite(form: Form, difference: float) -> None:
+    old, sampling, flags = torch.tensor([difference]), torch.tensor([-1.0]), torch.tensor([True])
+    weight = context_ratio_weights(old, sampling, flags, low=LOW, high=HIGH, form=form)
+    assert torch.isfinite(weight).all()
+    if form == "hard":
+        assert weight.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("form", ["hard", "soft"])
+def test_weights_have_no_gradient_and_keep_their_type(form: Form) -> None:
+    old = torch.tensor([-1.0, -9.0], requires_grad=True)
+    weight = context_ratio_weights(
+        old, torch.full((2,), -1.0), torch.tensor([True, True]), low=LOW, high=HIGH, form=form
+    )
+    assert not weight.requires_grad
+    assert weight.dtype == torch.float32
