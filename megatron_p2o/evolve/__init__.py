@@ -1,0 +1,1 @@
+"""Prompt evolution: templates that make hard problems solvable, searched in a process of its own beside training."""

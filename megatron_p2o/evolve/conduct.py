@@ -1,0 +1,143 @@
+"""A round from its request to its library: used by the service, and by rank 0 for a round whose service is lost."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_p2o.evolve.budget import RolloutBudget, automatic_budget
+from megatron_p2o.evolve.core_async import AsynchronousCore
+from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, Evaluator, Rejection
+from megatron_p2o.evolve.history import ForeignJournal, Published, RoundHistory
+from megatron_p2o.evolve.journal import Journal, read_journal
+from megatron_p2o.evolve.library import PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.publish import RoundStats, build_library, round_stats
+from megatron_p2o.evolve.reflection import ReflectionRequest
+from megatron_p2o.evolve.reflectors import ReflectionUnavailable, Reflector
+from megatron_p2o.evolve.round import EndedBy, Round, RoundSpec
+from megatron_p2o.evolve.score_book import ScoreBook
+from megatron_p2o.evolve.split import Split, split_problems
+
+
+def journal_path(run_dir: Path, epoch: int) -> Path:
+    """Return where the round after `epoch` is journalled."""
+    return run_dir / "evolution" / f"journal-{epoch:04d}.jsonl"
+
+
+def split_of(spec: RoundSpec) -> Split | None:
+    """Return the round's split; None when there are too few hard problems for a round."""
+    problem_ids = [problem.id for problem in spec.problems]
+    return split_problems(problem_ids, spec.settings.evolution.dev_size, spec.settings.min_problems, spec.rng("split"))
+
+
+async def conduct_round(
+    spec: RoundSpec,
+    split: Split,
+    run_dir: Path,
+    evaluator: Evaluator,
+    reflector: Reflector,
+    finish: asyncio.Event,
+    notify: Callable[[str], None],
+) -> RoundStats:
+    """Run the round or go on with it, write its library, and return its numbers.
+
+    `finish` ends it early with what there is. `notify` is told what a person should know. Raises `OSError` when
+    journal or library cannot be written.
+    """
+    with open_journal(journal_path(run_dir, spec.epoch), spec.fingerprint(), notify) as journal:
+        history = RoundHistory(journal.records, journal.append, spec.fingerprint())
+        state = open_round(spec, split, history, evaluator, reflector)
+        published = published_library(history, run_dir)
+        if published is not None and history.published is not None:
+            return round_stats(state, published, cast(EndedBy, history.published.ended_by))
+        ended_by = await run_until(AsynchronousCore(state).run(), finish)
+        library = build_library(state)
+        library.save(run_dir)
+        history.add(Published(version=library.version, ended_by=ended_by))
+        journal.sync()
+        return round_stats(state, library, ended_by)
+
+
+async def run_until(core: Any, finish: asyncio.Event) -> EndedBy:
+    """Run a core until it ends by itself or `finish` is set."""
+    running = asyncio.ensure_future(core)
+    finishing = asyncio.ensure_future(finish.wait())
+    await asyncio.wait([running, finishing], return_when=asyncio.FIRST_COMPLETED)
+    finishing.cancel()
+    if running.done():
+        return running.result()
+    running.cancel()
+    await asyncio.wait([running])
+    return "deadline"
+
+
+def open_journal(path: Path, fingerprint: str, notify: Callable[[str], None]) -> Journal:
+    """Return the round's journal; one of another round is set aside under another name."""
+    records, _ = read_journal(path)
+    try:
+        RoundHistory(records, lambda _: None, fingerprint)
+    except ForeignJournal as error:
+        aside = next(
+            candidate
+            for number in range(1_000_000)
+            if not (candidate := path.with_name(f"{path.name}.superseded-{number}")).exists()
+        )
+        path.rename(aside)
+        notify(f"{error}; it is kept as {aside.name} and the round starts afresh")
+    journal = Journal(path)
+    if journal.num_dropped_bytes:
+        notify(f"{path}: dropped {journal.num_dropped_bytes} damaged bytes after {len(journal.records)} records")
+    return journal
+
+
+def open_round(
+    spec: RoundSpec, split: Split, history: RoundHistory, evaluator: Evaluator, reflector: Reflector
+) -> Round:
+    """Return the round as its history left it."""
+    settings = spec.settings.evolution
+    limit = settings.max_rollouts or automatic_budget(settings.budget, len(split.dev))
+    book = ScoreBook(
+        evaluator,
+        history,
+        RolloutBudget(limit, spent=history.num_scored),
+        temperature=settings.evaluation_temperature,
+        feedback_ids=split.feedback,
+        free_scores=spec.free_scores,
+    )
+    return Round(spec, split, history, book, reflector)
+
+
+def published_library(history: RoundHistory, run_dir: Path) -> PublishedLibrary | None:
+    """Return the library this round has already written, if it is there and whole."""
+    if history.published is None:
+        return None
+    try:
+        return load_library(library_path(run_dir, history.published.version))
+    except (OSError, ValueError):
+        return None
+
+
+def salvage(spec: RoundSpec, split: Split, run_dir: Path) -> tuple[PublishedLibrary, RoundStats]:
+    """Return what the journal of a lost round is good for, without writing to it.
+
+    Raises `ForeignJournal` when it is not of this round, `OSError` when it cannot be read.
+    """
+    records, _ = read_journal(journal_path(run_dir, spec.epoch))
+    history = RoundHistory(records, lambda _: None, spec.fingerprint())
+    state = open_round(spec, split, history, Nobody(), Nobody())
+    library = build_library(state)
+    return library, round_stats(state, library, "service_lost")
+
+
+class Nobody:
+    """Evaluator and reflector of a round that is only read."""
+
+    async def evaluate(
+        self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
+    ) -> Evaluation | Rejection:
+        raise EvaluationFailed("this round is only read")
+
+    async def propose(self, request: ReflectionRequest) -> str:
+        raise ReflectionUnavailable("this round is only read")
+
+    async def close(self) -> None: ...

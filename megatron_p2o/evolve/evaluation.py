@@ -1,0 +1,67 @@
+"""What a template was worth on a problem, and who is asked for it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_p2o.types import FinishReason
+
+SOLVED_REWARD = 0.5
+"""A problem counts as solved from this reward on. Single rollouts earn 0 or 1; means over training rollouts lie
+between, and a template that works less than half the time does not solve."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """One graded rollout of a problem through a template."""
+
+    reward: float
+    """In [0, 1]."""
+    response_text: str
+    """Without special tokens; empty when it was not kept."""
+    finish_reason: FinishReason
+    num_tokens: int
+    """Sampled tokens."""
+    weight_version: int
+    """Newest policy version that sampled a token of it."""
+
+    @property
+    def is_solved(self) -> bool:
+        return self.reward >= SOLVED_REWARD
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """The template cannot be used, e.g. because the prompt would be too long; it is never cut to fit."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FreeScore:
+    """What training rollouts already showed about a template on a problem."""
+
+    template_text: str
+    problem_id: str
+    evaluation: Evaluation
+    """`reward` is the mean over those rollouts; the text is one of them."""
+
+
+class TemplateRejected(Exception):
+    """Raised where a `Rejection` was answered."""
+
+
+class EvaluationFailed(Exception):
+    """No score could be had: the engine gave up or was lost. Not a verdict on the template."""
+
+
+class Evaluator(Protocol):
+    """Samples and grades; rank 0 implements it on the training engines."""
+
+    async def evaluate(
+        self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
+    ) -> Evaluation | Rejection:
+        """Ask `problem_id` through `template_text` once.
+
+        `sample` tells repeated rollouts of the same pair apart; 0 temperature is greedy. Raises `EvaluationFailed`.
+        """
+        ...

@@ -1,0 +1,75 @@
+"""An append-only file of JSON records that survives a kill at any byte: each line carries its length and checksum."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class Journal:
+    """Records of one round on disk. One process writes; each record is one `write` call, in order."""
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending and cut off a torn or corrupted tail. Raises `OSError`."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.records, num_good_bytes = read_journal(path)
+        """What the file held when it was opened, oldest first."""
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.num_dropped_bytes = os.fstat(self._descriptor).st_size - num_good_bytes
+        """Damaged bytes at the end of the file, now cut off."""
+        if self.num_dropped_bytes > 0:
+            os.ftruncate(self._descriptor, num_good_bytes)
+
+    def append(self, record: Any) -> None:
+        """Add a JSON value. It outlives this process once the call returns (not a power cut: see `sync`)."""
+        line = encode_line(record)
+        if os.write(self._descriptor, line) != len(line):
+            raise OSError(f"{self.path}: the disk took only part of a journal line; free some space")
+
+    def sync(self) -> None:
+        """Flush to the device."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def encode_line(record: Any) -> bytes:
+    """Return `<bytes of the JSON> <crc32, 8 hex digits> <JSON>` and a newline."""
+    body = json.dumps(record, separators=(",", ":")).encode()
+    return b"%d %08x %s\n" % (len(body), zlib.crc32(body), body)
+
+
+def read_journal(path: Path) -> tuple[list[Any], int]:
+    """Return the records up to the first damaged line, and how many bytes they take. A missing file is empty."""
+    content = path.read_bytes() if path.exists() else b""
+    records: list[Any] = []
+    start = 0
+    while start < len(content):
+        end = content.find(b"\n", start)
+        line = content[start : end if end >= 0 else len(content)]
+        record = _decode_line(line) if end >= 0 else None
+        if record is None:
+            break
+        records.append(record[0])
+        start = end + 1
+    return records, start
+
+
+def _decode_line(line: bytes) -> tuple[Any] | None:
+    """Return the record in a one-tuple (it may itself be null), or None when the line is damaged."""
+    parts = line.split(b" ", 2)
+    if len(parts) != 3 or parts[0] != b"%d" % len(parts[2]) or parts[1] != b"%08x" % zlib.crc32(parts[2]):
+        return None
+    return (json.loads(parts[2]),)

@@ -1,0 +1,84 @@
+"""From the pool of a round to the library of the next epoch, and the numbers a report needs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_p2o.evolve.assignment import assign
+from megatron_p2o.evolve.cover import greedy_cover
+from megatron_p2o.evolve.library import PublishedLibrary
+from megatron_p2o.evolve.round import EndedBy, Round
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundStats:
+    """What a round did."""
+
+    epoch: int
+    library_version: int
+    ended_by: EndedBy
+    num_hard: int
+    num_dev: int = 0
+    num_feedback: int = 0
+    num_candidates: int = 0
+    """With those it began with."""
+    num_templates: int = 0
+    """Published."""
+    num_rollouts: int = 0
+    """Evaluations of templates, in this round."""
+    num_tokens: int = 0
+    """Sampled by them."""
+    best_score: float = 0.0
+    """Highest mean development reward of a published template."""
+    coverage: float = 0.0
+    """Share of the development problems that some published template solved: what the round claims."""
+    plain_coverage: float | None = None
+    """Share that as many plain samples solve (`evolution.plain_control`): what luck alone would have claimed."""
+    outcomes: Mapping[str, int]
+    """Proposals by how they ended."""
+    num_restarts: int = 0
+    """Times the service was lost and resumed."""
+    duration_s: float = 0.0
+
+
+def build_library(state: Round) -> PublishedLibrary:
+    """Return the cover's templates, best first, and their assignment to all hard problems."""
+    spec = state.spec
+    solved = {candidate.id: state.pool.solved(candidate.id) for candidate in state.pool.qualified()}
+    if spec.settings.evolution.rules == "asynchronous":
+        # How often a group asks plainly is assignment.num_plain; the authors leave it to the empty template's luck.
+        del solved[0]
+    cover = [state.pool.template(candidate_id) for candidate_id in greedy_cover(solved)]
+    assignments = assign(
+        [problem.id for problem in spec.problems],
+        cover,
+        solved,
+        spec.settings.group_size,
+        spec.settings.assignment,
+        spec.rng("assignment"),
+        guard_leaks=spec.settings.evolution.guard_leaks,
+    )
+    return PublishedLibrary(
+        version=spec.library_version,
+        templates=tuple(sorted(cover, key=lambda template: (-template.score, template.id))),
+        assignments=assignments,
+    )
+
+
+def round_stats(state: Round, library: PublishedLibrary, ended_by: EndedBy) -> RoundStats:
+    """Return the numbers of a round that published `library`."""
+    covered = frozenset[str]().union(*(state.pool.solved(template.id) for template in library.templates))
+    return RoundStats(
+        epoch=state.spec.epoch,
+        library_version=library.version,
+        ended_by=ended_by,
+        num_hard=len(state.spec.problems),
+        num_dev=len(state.split.dev),
+        num_feedback=len(state.split.feedback),
+        num_candidates=len(state.pool),
+        num_templates=len(library.templates),
+        num_rollouts=state.history.num_scored,
+        num_tokens=state.history.num_tokens,
+        best_score=max((template.score for template in library.templates), default=0.0),
+        coverage=len(covered) / len(state.split.dev),
+        outcomes=state.history.outcome_counts(),
+    )

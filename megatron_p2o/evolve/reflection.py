@@ -1,0 +1,149 @@
+"""Asking for a better template: what reflection is shown, how its answer is read, and which answers are refused."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_p2o.evolve.evaluation import Evaluation
+from megatron_p2o.evolve.text import shorten
+from megatron_p2o.types import Problem
+
+MAX_PROMPT_CHARS = 90_000
+"""Of a whole reflection prompt: about 30,000 tokens of mathematical English, which with the answer fits the context
+of 32,768 that Qwen3 was trained on. The authors count tokens; this process holds no tokenizer."""
+
+MAX_FORMAT_FAILURE_CHARS = 800
+"""Of a response without a final answer: its beginning and end show what went wrong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One problem the parent template was tried on."""
+
+    problem: Problem
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReflectionRequest:
+    """What a reflector is given."""
+
+    proposal: int
+    """Number of the proposal within the round: keys all randomness."""
+    parent_text: str
+    examples: tuple[Example, ...]
+
+
+class ReflectionRefused(Exception):
+    """Reflection answered, but with nothing usable; the next proposal may do better."""
+
+
+def reflection_prompt(request: ReflectionRequest, max_chars: int = MAX_PROMPT_CHARS) -> str:
+    """Return the user message that asks for a new template, in the shape of GEPA's instruction proposal."""
+    frame = PROMPT.format(parent=request.parent_text, examples="")
+    share = max(0, max_chars - len(frame)) // max(1, len(request.examples))
+    examples = "\n\n".join(_example_text(index + 1, item, share) for index, item in enumerate(request.examples))
+    return PROMPT.format(parent=request.parent_text, examples=examples)
+
+
+PROMPT = """\
+A language model answers questions. In front of each question it is given this instruction, which may be empty:
+
+```
+{parent}
+```
+
+Below are questions it was asked with that instruction, what it answered, and a judgement of each answer.
+
+{examples}
+
+Write a better instruction for the model.
+
+Work out from the questions what kind of task this is and what a good answer must look like. Study the judgements: \
+where an answer is wrong, find the step at which the reasoning leaves the right path, and what the model would have \
+had to know or to do there. Put into the instruction the facts of the field and the ways of working that help on \
+questions of this kind, also those the model used with success. The instruction will be put in front of other \
+questions than these, so do not repeat these questions or their answers in it.
+
+Reply with the new instruction between a line of three backticks and another line of three backticks.
+"""
+
+
+def _example_text(number: int, example: Example, max_chars: int) -> str:
+    """Return one example in at most about `max_chars`; the response gives way first, then the question."""
+    verdict = _verdict(example)
+    question = shorten(example.problem.question, max(200, max_chars // 2))
+    room = max(200, max_chars - len(question) - len(verdict) - 100)
+    if _lacks_final_answer(example.evaluation):
+        room = min(room, MAX_FORMAT_FAILURE_CHARS)
+    response = shorten(example.evaluation.response_text, room)
+    return f"# Example {number}\n## Question\n{question}\n## Answer of the model\n{response}\n## Judgement\n{verdict}"
+
+
+def _verdict(example: Example) -> str:
+    gold = f"The correct final answer is {example.problem.answer}."
+    if example.evaluation.is_solved:
+        return f"Correct. {gold}"
+    if example.evaluation.finish_reason == "length":
+        return f"Wrong: the answer was cut off at the length limit before it was complete. {gold}"
+    if _lacks_final_answer(example.evaluation):
+        return f"Wrong: there is no final answer inside \\boxed{{}}. {gold}"
+    return f"Wrong: the final answer does not match. {gold}"
+
+
+def _lacks_final_answer(evaluation: Evaluation) -> bool:
+    return not evaluation.is_solved and "\\boxed" not in evaluation.response_text
+
+
+FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*$", re.MULTILINE)
+"""A fence on a line of its own, with an optional language tag."""
+
+
+def extract_template(answer: str) -> str:
+    """Return the text of the last complete fenced block after any thinking, else the whole answer if it has no fence.
+
+    Raises `ReflectionRefused` when thinking or a fence was not closed (the answer was cut off) or nothing is left.
+    """
+    opened, closed, tail = answer.rpartition("</think>")
+    if not closed and "<think>" in answer:
+        raise ReflectionRefused("thinking not finished")
+    visible = tail if closed else opened + tail
+    fences = list(FENCE.finditer(visible))
+    if len(fences) % 2 == 1 or ("```" in visible and not fences):
+        raise ReflectionRefused("fence not closed")
+    template = visible[fences[-2].end() : fences[-1].start()] if fences else visible
+    if not template.strip():
+        raise ReflectionRefused("empty")
+    return template.strip()
+
+
+TOKEN = re.compile(r"[A-Za-z]+|\d+|[^\sA-Za-z\d]")
+"""Words, numbers and single symbols."""
+
+IGNORED_SYMBOLS = frozenset("$\\,;{}()[]. ")
+"""Typesetting that may differ between an answer and its mention."""
+
+MIN_LEAK_CHARACTERS = 3
+"""An answer with fewer letters and digits ("7", "x") stands in any instruction by chance."""
+
+
+def leaked_answer(template: str, answers: Iterable[str]) -> str | None:
+    """Return the first non-trivial answer that `template` contains as a run of tokens; None when there is none."""
+    tokens = _tokens(template)
+    for answer in answers:
+        wanted = _tokens(answer)
+        if _is_telling(wanted) and any(
+            tokens[start : start + len(wanted)] == wanted for start in range(len(tokens) - len(wanted) + 1)
+        ):
+            return answer
+    return None
+
+
+def _tokens(text: str) -> list[str]:
+    return [token for token in TOKEN.findall(text.lower()) if token not in IGNORED_SYMBOLS]
+
+
+def _is_telling(tokens: Sequence[str]) -> bool:
+    """Return whether finding these tokens says something: not a short number, not a single word such as "none"."""
+    is_word = len(tokens) == 1 and tokens[0].isalpha()
+    return not is_word and sum(len(token) for token in tokens if token.isalnum()) >= MIN_LEAK_CHARACTERS

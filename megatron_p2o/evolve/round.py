@@ -1,0 +1,184 @@
+"""One round of evolution: what it is given, and what both sets of rules (asynchronous, reference) work on."""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_p2o.config import AssignmentConfig, EvolutionConfig
+from megatron_p2o.evolve.evaluation import Evaluation, FreeScore
+from megatron_p2o.evolve.history import Accepted, Disqualified, Ended, Picked, Reflected, RoundHistory
+from megatron_p2o.evolve.json_records import to_json
+from megatron_p2o.evolve.pool import Candidate, CandidatePool, Score
+from megatron_p2o.evolve.reflection import Example, ReflectionRefused, ReflectionRequest, leaked_answer
+from megatron_p2o.evolve.reflectors import Reflector
+from megatron_p2o.evolve.score_book import ScoreBook
+from megatron_p2o.evolve.split import Split
+from megatron_p2o.types import Problem, Template
+
+EndedBy = Literal[
+    "budget", "no_progress", "deadline", "reflection_unavailable", "too_few_hard", "service_lost", "library_unwritten"
+]
+"""Why a round stopped. `no_progress`: proposals in a row that led to no rollout; `deadline`: `round_timeout_s`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundSettings:
+    """The part of the configuration that evolution depends on."""
+
+    evolution: EvolutionConfig
+    assignment: AssignmentConfig
+    group_size: int
+    sampling_temperature: float
+    """Of training rollouts: the plain control samples like them."""
+    min_problems: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundSpec:
+    """What rank 0 asks the service for."""
+
+    epoch: int
+    library_version: int
+    """Of the library to publish."""
+    problems: tuple[Problem, ...]
+    """Hard ones, each once; `question` is the user message as the policy sees it without a template."""
+    warm_templates: tuple[Template, ...]
+    """To begin with beside the empty template."""
+    settings: RoundSettings
+    free_scores: tuple[FreeScore, ...] = ()
+    """Lost when the trainer restarts, so not part of the round's identity."""
+
+    def fingerprint(self) -> str:
+        """Return what a journal must agree on to be continued: everything that events refer to."""
+        evolution = self.settings.evolution
+        identity = [
+            self.epoch,
+            to_json(self.problems),
+            [template.text for template in self.warm_templates],
+            [evolution.rules, evolution.dev_size, evolution.minibatch_size, evolution.evaluation_temperature],
+            [self.settings.seed, self.settings.min_problems],
+        ]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+    def rng(self, purpose: str) -> random.Random:
+        """Return a generator that depends on the run's seed, the round and `purpose` only."""
+        return random.Random(f"{self.settings.seed}/{self.epoch}/{purpose}")
+
+
+class Round:
+    """The state of a round in progress, rebuilt from its history when it is resumed."""
+
+    def __init__(
+        self, spec: RoundSpec, split: Split, history: RoundHistory, book: ScoreBook, reflector: Reflector
+    ) -> None:
+        self.spec = spec
+        self.settings = spec.settings.evolution
+        self.split = split
+        self.history = history
+        self.book = book
+        self.pool = CandidatePool(split.dev)
+        self._problems = {problem.id: problem for problem in spec.problems}
+        self._reflector = reflector
+        self._rebuild_pool()
+
+    async def reflect(self, proposal: int, parent: Candidate, examples: Mapping[str, Evaluation]) -> str:
+        """Return the template reflection wrote for a proposal; asked once, journalled.
+
+        `examples` maps the minibatch's problem ids to how the parent did. Raises `ReflectionRefused` when the answer
+        is useless or unsafe, `ReflectionUnavailable` when there is none.
+        """
+        reflected = self.history.reflections.get(proposal)
+        if reflected is None:
+            reflected = await self._ask(proposal, parent, examples)
+            self.history.add(reflected)
+        if reflected.refusal:
+            raise ReflectionRefused(reflected.refusal)
+        return reflected.text
+
+    def accept(self, picked: Picked, text: str) -> Candidate:
+        """Return the proposal's candidate, added to the pool now or before a kill."""
+        known = self.history.candidate_of.get(picked.proposal)
+        if known is not None:
+            return self.pool[known]
+        candidate = self._add(picked, text)
+        self.history.add(Accepted(proposal=picked.proposal, candidate=candidate.id))
+        return candidate
+
+    def end(self, proposal: int, outcome: str) -> None:
+        if proposal not in self.history.outcomes:
+            self.history.add(Ended(proposal=proposal, outcome=outcome))
+
+    async def score(self, candidate: Candidate, problem_ids: Sequence[str]) -> None:
+        """Evaluate a candidate on development problems and set its scores. Raises as `ScoreBook.measure`."""
+        evaluations = await self.book.measure(candidate.text, problem_ids)
+        for problem_id, evaluation in zip(problem_ids, evaluations, strict=True):
+            self._record(candidate, problem_id, evaluation)
+
+    def disqualify(self, candidate: Candidate, reason: str) -> None:
+        self.history.add(Disqualified(candidate=candidate.id, reason=reason))
+        self.pool.disqualify(candidate.id)
+
+    def dev_ids(self, candidate: Candidate) -> list[str]:
+        """Return the development problems it may be scored on: none whose answer its lineage has seen."""
+        if not self.settings.guard_leaks:
+            return list(self.split.dev)
+        return [problem_id for problem_id in self.split.dev if problem_id not in candidate.lineage_problem_ids]
+
+    async def _ask(self, proposal: int, parent: Candidate, examples: Mapping[str, Evaluation]) -> Reflected:
+        request = ReflectionRequest(
+            proposal=proposal,
+            parent_text=parent.text,
+            examples=tuple(
+                Example(problem=self._problems[problem_id], evaluation=evaluation)
+                for problem_id, evaluation in examples.items()
+            ),
+        )
+        try:
+            text = (await self._reflector.propose(request)).strip()
+        except ReflectionRefused as refused:
+            return Reflected(proposal=proposal, text="", refusal=str(refused))
+        return Reflected(proposal=proposal, text=text, refusal=self._refusal(text, parent, examples))
+
+    def _refusal(self, text: str, parent: Candidate, examples: Mapping[str, Evaluation]) -> str:
+        """Return why `text` may not become a candidate; "" when it may. The authors ask for non-empty text only."""
+        if not text:
+            return "empty"
+        if self.settings.rules == "reference" and not self.settings.guard_leaks:
+            return ""
+        if self.settings.rules == "asynchronous" and self.pool.is_known(text):
+            return "duplicate"
+        lineage = parent.lineage_problem_ids | examples.keys()
+        answers = [self._problems[key].answer for key in sorted(lineage) if key in self._problems]
+        if self.settings.guard_leaks and leaked_answer(text, answers) is not None:
+            return "leaks an answer"
+        return ""
+
+    def _add(self, picked: Picked, text: str) -> Candidate:
+        parent = self.pool[picked.parent]
+        lineage = parent.lineage_problem_ids | frozenset(picked.minibatch)
+        return self.pool.add(text, parent.id, lineage)
+
+    def _record(self, candidate: Candidate, problem_id: str, evaluation: Evaluation) -> None:
+        score = Score(reward=evaluation.reward, weight_version=evaluation.weight_version)
+        self.pool.record(candidate.id, problem_id, score)
+
+    def _rebuild_pool(self) -> None:
+        self.pool.add("", None)
+        for template in self.spec.warm_templates:
+            if template.text and not self.pool.is_known(template.text):
+                self.pool.add(template.text, None, template.lineage_problem_ids)
+        for proposal, candidate_id in sorted(self.history.candidate_of.items(), key=lambda item: item[1]):
+            added = self._add(self.history.picks[proposal], self.history.reflections[proposal].text)
+            assert added.id == candidate_id, f"journal says candidate {candidate_id}, replay gives {added.id}"
+        for candidate_id in range(len(self.pool)):
+            candidate = self.pool[candidate_id]
+            for problem_id in self.dev_ids(candidate):
+                evaluation = self.book.known(candidate.text, problem_id)
+                if evaluation is not None:
+                    self._record(candidate, problem_id, evaluation)
+        for candidate_id in self.history.disqualified:
+            self.pool.disqualify(candidate_id)

@@ -1,0 +1,106 @@
+"""Every rollout of a round goes through here: asked for once, journalled, then remembered."""
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from megatron_p2o.evolve.budget import RolloutBudget
+from megatron_p2o.evolve.evaluation import (
+    Evaluation,
+    EvaluationFailed,
+    Evaluator,
+    FreeScore,
+    Rejection,
+    TemplateRejected,
+)
+from megatron_p2o.evolve.history import RoundHistory, Scored, ScoreKey, digest
+from megatron_p2o.evolve.text import shorten
+
+MAX_RESPONSE_CHARS = 16_000
+"""Of a response that reflection may be shown; more would not fit its prompt beside others."""
+
+
+class BudgetSpent(Exception):
+    """The rollouts asked for would exceed the round's budget."""
+
+
+class ScoreBook:
+    """Measures templates on problems, and knows what was measured already."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        history: RoundHistory,
+        budget: RolloutBudget,
+        *,
+        temperature: float,
+        feedback_ids: Collection[str],
+        free_scores: Sequence[FreeScore] = (),
+    ) -> None:
+        """`temperature` is the evaluations'. Responses are kept for `feedback_ids` only: development answers stay out
+        of the journal's way and of reflection's sight."""
+        self._evaluator = evaluator
+        self._history = history
+        self._budget = budget
+        self._temperature = temperature
+        self._feedback_ids = frozenset(feedback_ids)
+        self._free = {(digest(free.template_text), free.problem_id, ""): free.evaluation for free in free_scores}
+        self._in_flight: dict[ScoreKey, asyncio.Task[Evaluation]] = {}
+
+    def known(self, text: str, problem_id: str, *, occasion: str = "", min_version: int = 0) -> Evaluation | None:
+        """Return what was measured for the pair on policy version `min_version` or later."""
+        key = (digest(text), problem_id, occasion)
+        evaluation = self._history.evaluations.get(key) or self._free.get(key)
+        return evaluation if evaluation is not None and evaluation.weight_version >= min_version else None
+
+    async def measure(
+        self,
+        text: str,
+        problem_ids: Sequence[str],
+        *,
+        occasion: str = "",
+        min_version: int = 0,
+    ) -> list[Evaluation]:
+        """Return one evaluation per problem, in order; only what is not known is sampled.
+
+        Waits for all of them, then raises `TemplateRejected` or `EvaluationFailed` if one did. Raises `BudgetSpent`
+        before anything is sampled.
+        """
+        known = [self.known(text, key, occasion=occasion, min_version=min_version) for key in problem_ids]
+        if not self._budget.try_spend(sum(evaluation is None for evaluation in known)):
+            raise BudgetSpent(f"{self._budget.spent} of {self._budget.limit} rollouts are used")
+        outcomes = await asyncio.gather(
+            *(
+                self._sample_once((digest(text), problem_id, occasion), text)
+                for problem_id, evaluation in zip(problem_ids, known, strict=True)
+                if evaluation is None
+            ),
+            return_exceptions=True,
+        )
+        fresh: list[Evaluation] = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            fresh.append(outcome)
+        sampled = iter(fresh)
+        return [evaluation if evaluation is not None else next(sampled) for evaluation in known]
+
+    async def _sample_once(self, key: ScoreKey, text: str) -> Evaluation:
+        """Share a rollout that another lineage is already waiting for."""
+        if key not in self._in_flight:
+            task = asyncio.ensure_future(self._sample(key, text))
+            self._in_flight[key] = task
+            task.add_done_callback(lambda _: self._in_flight.pop(key))
+        return await asyncio.shield(self._in_flight[key])
+
+    async def _sample(self, key: ScoreKey, text: str) -> Evaluation:
+        template, problem_id, occasion = key
+        answer = await self._evaluator.evaluate(text, problem_id, temperature=self._temperature)
+        if isinstance(answer, Rejection):
+            raise TemplateRejected(answer.reason)
+        if answer.finish_reason == "abort":
+            raise EvaluationFailed(f"the engine gave up on problem {problem_id}")
+        kept = shorten(answer.response_text, MAX_RESPONSE_CHARS) if problem_id in self._feedback_ids else ""
+        evaluation = replace(answer, response_text=kept)
+        self._history.add(Scored(template=template, problem_id=problem_id, occasion=occasion, evaluation=evaluation))
+        return evaluation

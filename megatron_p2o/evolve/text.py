@@ -1,0 +1,15 @@
+"""Cutting long text in the middle."""
+
+HEAD_SHARE = 0.5
+"""Of what is kept; the rest is tail."""
+
+
+def shorten(text: str, max_chars: int) -> str:
+    """Return `text`, its middle replaced by a note of what is missing when it is longer than `max_chars`."""
+    if len(text) <= max_chars:
+        return text
+    num_head = int(max_chars * HEAD_SHARE)
+    num_tail = max_chars - num_head
+    missing = len(text) - num_head - num_tail
+    tail = text[len(text) - num_tail :]
+    return f"{text[:num_head]}\n[... {missing} characters left out ...]\n{tail}"
