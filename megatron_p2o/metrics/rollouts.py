@@ -44,10 +44,13 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
     completion, problem = rollout.completion, group.problem
     return {
         "problem_id": problem.id,
+        "source": problem.source,
         "level": problem.level,
         "question": problem.question,
         "answer": problem.answer,
+        # Ids are unique within a library version only, so the text says which template it was.
         "template_id": completion.prompt.template.id,
+        "template": completion.prompt.template.text,
         "is_templated": completion.prompt.is_templated,
         "grade": rollout.grade,
         "reward": rollout.reward,

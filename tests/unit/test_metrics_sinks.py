@@ -186,6 +186,7 @@ def test_rollout_lines_say_what_was_asked_how_and_what_came_of_it(tmp_path: Path
     assert plain["problem_id"] == "h1" and plain["question"] == "2+2?" and plain["answer"] == "4"
     assert (plain["template_id"], plain["is_templated"], plain["grade"], plain["reward"]) == (0, False, "incorrect", 0)
     assert (templated["template_id"], templated["is_templated"], templated["grade"]) == (9, True, "correct")
+    assert (plain["template"], templated["template"]) == ("", "<b>think</b>")
     assert templated["advantage"] == 0.5
     assert templated["response"] == "réponse\n1"
     assert (templated["num_prompt_tokens"], templated["num_response_tokens"]) == (17, 4)

@@ -1,0 +1,188 @@
+"""A run directory as the report reads it: every part may be missing, and the run may still be writing."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_p2o.metrics.jsonl import JsonObject, read_lines
+from megatron_p2o.rl.hard_samples import LedgerEntry
+
+Points = list[tuple[float, float]]
+"""(x, y), x ascending."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricLine:
+    """What `metrics.jsonl` says about one step, its lines merged; the later number of a key wins."""
+
+    step: int
+    epoch: int
+    """Of the first line: the epoch the step was part of."""
+    time: str
+    metrics: Mapping[str, float]
+    """Finite numbers only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LibraryTemplate:
+    """A published template, as the report shows it."""
+
+    id: int
+    text: str
+    parent: int | None
+    score: float
+    weight_version: int
+    num_lineage_problems: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedLibrary:
+    """One `templates/library-<version>.json`."""
+
+    version: int
+    templates: Sequence[LibraryTemplate]
+    num_problems: Mapping[int, int]
+    """Template id to the number of problems it is assigned to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One run directory."""
+
+    directory: Path
+    arm: str
+    """What is compared: runs of one arm differ by seed."""
+    seed: int | None
+    """None when neither `results.json` nor the folder's name tells it."""
+    lines: Sequence[MetricLine]
+    libraries: Sequence[PublishedLibrary]
+    """Oldest first; empty for a run without evolution."""
+    ledger: Sequence[LedgerEntry]
+    results: JsonObject | None
+    """`results.json`, which is written at the end; None while the run is in progress or when it was ended early."""
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    def points(self, key: str) -> Points:
+        """Return (step, number) wherever `key` was written."""
+        return [(line.step, line.metrics[key]) for line in self.lines if key in line.metrics]
+
+    def keys(self, prefix: str) -> list[str]:
+        """Return the metric keys that begin with `prefix`, sorted."""
+        return sorted({key for line in self.lines for key in line.metrics if key.startswith(prefix)})
+
+    def total(self, key: str) -> float:
+        """Return the sum of `key` over all steps; 0 when it was never written."""
+        return sum(number for _, number in self.points(key))
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        ValueError: it is not a run directory, or a file in it is damaged (other than by being written right now).
+    """
+    if not (directory / "metrics.jsonl").exists() and not (directory / "results.json").exists():
+        raise ValueError(f"{directory} holds neither metrics.jsonl nor results.json: name the directory of a run")
+    results = read_object(directory / "results.json")
+    arm, seed = arm_and_seed(directory.name)
+    return Run(
+        directory=directory,
+        arm=str(results["arm"]) if results and "arm" in results else arm,
+        seed=int(results["seed"]) if results and "seed" in results else seed,
+        lines=read_metrics(directory / "metrics.jsonl"),
+        libraries=read_libraries(directory / "templates"),
+        ledger=read_ledger(directory / "hard_samples.jsonl"),
+        results=results,
+    )
+
+
+def arm_and_seed(run_name: str) -> tuple[str, int | None]:
+    """Split `grpo_n6-seed2` into ("grpo_n6", 2); a name of another form is an arm of its own."""
+    match = re.fullmatch(r"(.+?)[-_]seed[-_]?(\d+)", run_name)
+    return (match[1], int(match[2])) if match else (run_name, None)
+
+
+def read_metrics(path: Path) -> list[MetricLine]:
+    """Return the lines of `metrics.jsonl` merged by step, in order of step."""
+    merged: dict[int, MetricLine] = {}
+    for line in read_lines(path):
+        step = int(line["step"])
+        earlier = merged.get(step)
+        finite = {key: float(number) for key, number in line["metrics"].items() if number is not None}
+        merged[step] = MetricLine(
+            step=step,
+            epoch=earlier.epoch if earlier else int(line["epoch"]),
+            time=str(line["time"]),
+            metrics={**(earlier.metrics if earlier else {}), **finite},
+        )
+    return [merged[step] for step in sorted(merged)]
+
+
+def read_libraries(directory: Path) -> list[PublishedLibrary]:
+    """Return the published libraries, oldest first; empty when the run has none."""
+    libraries = [_library(content) for content in _objects(sorted(directory.glob("library-*.json")))]
+    return sorted(libraries, key=lambda library: library.version)
+
+
+def read_ledger(path: Path) -> list[LedgerEntry]:
+    """Return the ledger's entries in order; of a group recorded twice, the later record."""
+    names = {field.name for field in fields(LedgerEntry)}
+    entries: dict[tuple[int, int, str], LedgerEntry] = {}
+    for line in read_lines(path):
+        entry = LedgerEntry(**{name: value for name, value in line.items() if name in names})
+        entries[entry.epoch, entry.step, entry.problem_id] = entry
+    return list(entries.values())
+
+
+def read_object(path: Path) -> JsonObject | None:
+    """Return the JSON object in `path`, or None when there is no such file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore or remove it") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object: restore or remove it")
+    return value
+
+
+def _objects(paths: Sequence[Path]) -> Iterator[JsonObject]:
+    for path in paths:
+        content = read_object(path)
+        if content is not None:
+            yield content
+
+
+def _library(content: JsonObject) -> PublishedLibrary:
+    num_problems: dict[int, int] = {}
+    for template_ids in content.get("assignments", {}).values():
+        for template_id in set(template_ids):
+            num_problems[int(template_id)] = num_problems.get(int(template_id), 0) + 1
+    return PublishedLibrary(
+        version=int(content["version"]),
+        templates=[_template(template) for template in content.get("templates", [])],
+        num_problems=num_problems,
+    )
+
+
+def _template(content: JsonObject) -> LibraryTemplate:
+    parent = content.get("parent")
+    return LibraryTemplate(
+        id=int(content["id"]),
+        text=str(content.get("text", "")),
+        parent=None if parent is None else int(parent),
+        score=float(content.get("score", 0.0)),
+        weight_version=int(content.get("weight_version", 0)),
+        num_lineage_problems=len(content.get("lineage_problem_ids", [])),
+    )
