@@ -132,7 +132,7 @@ def _token_stats(
         zero if entropy_T is None else torch.where(mask_T, entropy_T, zero),
         is_plain_T,
         difference_T.abs(),
-        torch.where(is_plain_T, difference_T.exp(), zero),
+        torch.where(is_plain_T, difference_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), zero),
     ]
     maxima = [difference_T.abs().max() if len(difference_T) else zero.sum()]
     return TokenStats(

@@ -142,7 +142,7 @@ class UpdateCall:
 
 @dataclass(kw_only=True, slots=True)
 class FakePolicy:
-    """Implements `Policy`: its one weight is the number of updates it has taken."""
+    """Implements `Policy`: its one weight is the number of updates that had samples."""
 
     journal: Journal = field(default_factory=Journal)
     num_updates: int = 0
@@ -156,8 +156,8 @@ class FakePolicy:
         self.journal.append("update")
         old = None if old_logprobs is None else tuple(old_logprobs)
         self.updates.append(UpdateCall(samples=tuple(samples), old_logprobs=old, num_loss_tokens=num_loss_tokens))
-        self.num_updates += 1
-        return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, is_applied=True)
+        self.num_updates += 1 if samples else 0
+        return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, is_applied=bool(samples))
 
     def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         self.journal.append("score")
