@@ -33,6 +33,10 @@ def examples_section(runs: Sequence[Run]) -> Html | None:
     return element("section", element("h2", "Examples"), element("p", note), shown)
 
 
+def _problems(num: int) -> str:
+    return "1 problem" if num == 1 else f"{num} problems"
+
+
 def runs_with_examples(runs: Sequence[Run]) -> list[Run]:
     """Return the first run of each arm that used templates; without any, the first run."""
     templated = [run for run in runs if any(entry.templated_tries for entry in run.ledger)]
@@ -119,12 +123,14 @@ def _facts(template: LibraryTemplate, lineage: _Lineage) -> Iterator[str]:
     yield f"score {number_text(template.score, 'share')} at weight version {template.weight_version}"
     num_problems = lineage.library.num_problems.get(template.id, 0)
     if num_problems:
-        yield f"assigned to {num_problems} problems"
+        yield f"assigned to {_problems(num_problems)}"
     if template.num_lineage_problems:
-        yield f"reflected on {template.num_lineage_problems} problems"
+        yield f"reflected on {_problems(template.num_lineage_problems)}"
+    if template.id == PLAIN.id:
+        return
     if template.text in lineage.earlier:
         yield f"carried over from version {lineage.earlier[template.text]}"
-    elif template.parent == PLAIN.id and template.id != PLAIN.id:
+    elif template.parent == PLAIN.id:
         yield "reflected from the plain prompt"
     elif template.parent is not None and lineage.parent_of(template) is None:
         yield f"reflected from template {template.parent}, which was not published"
