@@ -1,22 +1,27 @@
 """A round from its request to its library: used by the service, and by rank 0 for a round whose service is lost."""
 
 import asyncio
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 from megatron_p2o.evolve.budget import RolloutBudget, automatic_budget
+from megatron_p2o.evolve.control import plain_coverage
 from megatron_p2o.evolve.core_async import AsynchronousCore
+from megatron_p2o.evolve.core_reference import ReferenceCore
 from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, Evaluator, Rejection
 from megatron_p2o.evolve.history import ForeignJournal, Published, RoundHistory
 from megatron_p2o.evolve.journal import Journal, read_journal
 from megatron_p2o.evolve.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.publish import RoundStats, build_library, round_stats
-from megatron_p2o.evolve.reflection import ReflectionRequest
-from megatron_p2o.evolve.reflectors import ReflectionUnavailable, Reflector
-from megatron_p2o.evolve.round import EndedBy, Round, RoundSpec
+from megatron_p2o.evolve.reflection import ReflectionRequest, ReflectionUnavailable
+from megatron_p2o.evolve.reflectors import Reflector
+from megatron_p2o.evolve.round import Round, RoundSpec
 from megatron_p2o.evolve.score_book import ScoreBook
 from megatron_p2o.evolve.split import Split, split_problems
+
+Result = TypeVar("Result")
 
 
 def journal_path(run_dir: Path, epoch: int) -> Path:
@@ -46,29 +51,41 @@ async def conduct_round(
     """
     with open_journal(journal_path(run_dir, spec.epoch), spec.fingerprint(), notify) as journal:
         history = RoundHistory(journal.records, journal.append, spec.fingerprint())
-        state = open_round(spec, split, history, evaluator, reflector)
-        published = published_library(history, run_dir)
-        if published is not None and history.published is not None:
-            return round_stats(state, published, cast(EndedBy, history.published.ended_by))
-        ended_by = await run_until(AsynchronousCore(state).run(), finish)
-        library = build_library(state)
-        library.save(run_dir)
-        history.add(Published(version=library.version, ended_by=ended_by))
-        journal.sync()
-        return round_stats(state, library, ended_by)
+        state = open_round(spec, split, history, evaluator, reflector, notify)
+        library = published_library(history, run_dir)
+        if library is not None:
+            state.restore_candidates()
+        else:
+            ended_by = await run_until(core_of(state).run(), finish) or "deadline"
+            library = build_library(state)
+            library.save(run_dir)
+            history.add(Published(version=library.version, ended_by=ended_by))
+            journal.sync()
+        control = None
+        if spec.settings.evolution.plain_control:
+            control = await run_until(plain_coverage(state, evaluator), finish)
+        assert history.published is not None, "set above or before"
+        return round_stats(state, library, history.published.ended_by, control)
 
 
-async def run_until(core: Any, finish: asyncio.Event) -> EndedBy:
-    """Run a core until it ends by itself or `finish` is set."""
-    running = asyncio.ensure_future(core)
+def core_of(state: Round) -> AsynchronousCore | ReferenceCore:
+    """Return the rules `evolution.rules` names."""
+    if state.settings.rules == "reference":
+        return ReferenceCore(state, rollout_budget(state.spec, state.split))
+    return AsynchronousCore(state)
+
+
+async def run_until(work: Coroutine[Any, Any, Result], finish: asyncio.Event) -> Result | None:
+    """Return the result of `work`, or None when `finish` was set before it was done."""
+    working = asyncio.ensure_future(work)
     finishing = asyncio.ensure_future(finish.wait())
-    await asyncio.wait([running, finishing], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([working, finishing], return_when=asyncio.FIRST_COMPLETED)
     finishing.cancel()
-    if running.done():
-        return running.result()
-    running.cancel()
-    await asyncio.wait([running])
-    return "deadline"
+    if working.done():
+        return working.result()
+    working.cancel()
+    await asyncio.wait([working])
+    return None
 
 
 def open_journal(path: Path, fingerprint: str, notify: Callable[[str], None]) -> Journal:
@@ -90,21 +107,36 @@ def open_journal(path: Path, fingerprint: str, notify: Callable[[str], None]) ->
     return journal
 
 
-def open_round(
-    spec: RoundSpec, split: Split, history: RoundHistory, evaluator: Evaluator, reflector: Reflector
-) -> Round:
-    """Return the round as its history left it."""
+def rollout_budget(spec: RoundSpec, split: Split) -> int:
+    """Return `evolution.max_rollouts`, or GEPA's automatic budget."""
     settings = spec.settings.evolution
-    limit = settings.max_rollouts or automatic_budget(settings.budget, len(split.dev))
+    return settings.max_rollouts or automatic_budget(settings.budget, len(split.dev))
+
+
+def open_round(
+    spec: RoundSpec,
+    split: Split,
+    history: RoundHistory,
+    evaluator: Evaluator,
+    reflector: Reflector,
+    notify: Callable[[str], None],
+) -> Round:
+    """Return the round with the empty template and the warm ones in its pool.
+
+    The reference rules count rollouts in a unit of their own and reuse no training rollouts.
+    """
+    is_reference = spec.settings.evolution.rules == "reference"
+    limit = sys.maxsize if is_reference else rollout_budget(spec, split)
     book = ScoreBook(
         evaluator,
         history,
         RolloutBudget(limit, spent=history.num_scored),
-        temperature=settings.evaluation_temperature,
+        temperature=spec.settings.evolution.evaluation_temperature,
         feedback_ids=split.feedback,
-        free_scores=spec.free_scores,
+        free_scores=() if is_reference else spec.free_scores,
+        is_failure_zero=is_reference,
     )
-    return Round(spec, split, history, book, reflector)
+    return Round(spec, split, history, book, reflector, notify)
 
 
 def published_library(history: RoundHistory, run_dir: Path) -> PublishedLibrary | None:
@@ -124,7 +156,8 @@ def salvage(spec: RoundSpec, split: Split, run_dir: Path) -> tuple[PublishedLibr
     """
     records, _ = read_journal(journal_path(run_dir, spec.epoch))
     history = RoundHistory(records, lambda _: None, spec.fingerprint())
-    state = open_round(spec, split, history, Nobody(), Nobody())
+    state = open_round(spec, split, history, Nobody(), Nobody(), lambda _: None)
+    state.restore_candidates()
     library = build_library(state)
     return library, round_stats(state, library, "service_lost")
 

@@ -13,12 +13,11 @@ import asyncio
 import math
 from collections.abc import Sequence
 
-from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, TemplateRejected
-from megatron_p2o.evolve.history import Picked
+from megatron_p2o.evolve.evaluation import EvaluationFailed, TemplateRejected, total_reward
+from megatron_p2o.evolve.history import EndedBy, Picked
 from megatron_p2o.evolve.pool import Candidate, CandidatePool
-from megatron_p2o.evolve.reflection import ReflectionRefused
-from megatron_p2o.evolve.reflectors import ReflectionUnavailable
-from megatron_p2o.evolve.round import EndedBy, Round
+from megatron_p2o.evolve.reflection import ReflectionRefused, ReflectionUnavailable
+from megatron_p2o.evolve.round import Round
 from megatron_p2o.evolve.score_book import BudgetSpent
 from megatron_p2o.evolve.selection import pick_parent
 
@@ -42,6 +41,8 @@ class AsynchronousCore:
     """Runs a `Round` to its end."""
 
     def __init__(self, state: Round) -> None:
+        """Restore the candidates that `state` had before a kill."""
+        state.restore_candidates()
         self._round = state
         self._open = state.history.open_proposals()
         self._next = max(state.history.picks, default=-1) + 1
@@ -63,8 +64,6 @@ class AsynchronousCore:
             await self._race(seed)
         except BudgetSpent:
             self._stop("budget")
-        except EvaluationFailed:
-            pass  # it stays in the pool with the scores it has
 
     async def _lineage(self) -> None:
         num_barren = 0
@@ -84,9 +83,8 @@ class AsynchronousCore:
 
     def _pick(self) -> Picked:
         """Return a proposal that was under way before a kill, else a new one."""
-        history = self._round.history
         if self._open:
-            return history.picks[self._open.pop(0)]
+            return self._round.history.picks[self._open.pop(0)]
         rng = self._round.spec.rng(f"proposal/{self._next}")
         pool = self._round.pool
         parent = pick_parent({candidate.id: pool.solved(candidate.id) for candidate in pool.qualified()}, rng)
@@ -94,7 +92,7 @@ class AsynchronousCore:
         minibatch = rng.sample(feedback, min(self._round.settings.minibatch_size, len(feedback)))
         picked = Picked(proposal=self._next, parent=parent, minibatch=tuple(minibatch))
         self._next += 1
-        history.add(picked)
+        self._round.begin(picked)
         return picked
 
     async def _outcome_of(self, picked: Picked) -> str | None:
@@ -103,7 +101,9 @@ class AsynchronousCore:
             return await self._advance(picked)
         except BudgetSpent:
             return self._stop("budget")
-        except ReflectionUnavailable:
+        except ReflectionUnavailable as error:
+            if self._ended_by is None:
+                self._round.notify(f"evolution pauses until the next round: {error}")
             return self._stop("reflection_unavailable")
         except ReflectionRefused as refused:
             return f"refused: {refused}"
@@ -154,6 +154,8 @@ class AsynchronousCore:
                 start = end
         except TemplateRejected as rejected:
             self._round.disqualify(candidate, str(rejected))
+        except EvaluationFailed:
+            pass  # it keeps the scores it has
 
     def _stop(self, reason: EndedBy) -> None:
         self._ended_by = self._ended_by or reason
@@ -171,10 +173,6 @@ class AsynchronousCore:
         else:
             await self._progress.wait()
         self._num_waiting -= 1
-
-
-def total_reward(evaluations: Sequence[Evaluation]) -> float:
-    return sum(evaluation.reward for evaluation in evaluations)
 
 
 def rung_ends(num_problems: int) -> list[int]:

@@ -1,5 +1,6 @@
 """What a template was worth on a problem, and who is asked for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,10 @@ class Evaluation:
     @property
     def is_solved(self) -> bool:
         return self.reward >= SOLVED_REWARD
+
+
+def total_reward(evaluations: Sequence[Evaluation]) -> float:
+    return sum(evaluation.reward for evaluation in evaluations)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

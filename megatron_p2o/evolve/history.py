@@ -4,10 +4,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from megatron_p2o.evolve.evaluation import Evaluation
 from megatron_p2o.evolve.json_records import from_json, to_json
+
+EndedBy = Literal["budget", "no_progress", "deadline", "reflection_unavailable", "too_few_hard", "service_lost"]
+"""Why a round stopped. `no_progress`: reflection wrote nothing worth a rollout; `deadline`: `round_timeout_s`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +84,16 @@ class Published:
     """The library was written; the round is over."""
 
     version: int
-    ended_by: str
+    ended_by: EndedBy
 
 
 Event = Opened | Scored | Picked | Reflected | Accepted | Disqualified | Ended | Published
 EVENT_KINDS: dict[str, type[Event]] = {
     kind.__name__: kind for kind in (Opened, Scored, Picked, Reflected, Accepted, Disqualified, Ended, Published)
 }
+
+CONTROL_OCCASION = "control/"
+"""Begins the occasion of the plain control's scores."""
 
 ScoreKey = tuple[str, str, str]
 """(template digest, problem id, occasion)"""
@@ -108,6 +114,7 @@ class RoundHistory:
         self.evaluations: dict[ScoreKey, Evaluation] = {}
         """Latest by key."""
         self.num_scored = 0
+        """Rollouts through candidates; the plain control's are not counted."""
         self.num_tokens = 0
         self.picks: dict[int, Picked] = {}
         self.reflections: dict[int, Reflected] = {}
@@ -140,8 +147,9 @@ class RoundHistory:
                 self._check(event.fingerprint)
             case Scored():
                 self.evaluations[event.template, event.problem_id, event.occasion] = event.evaluation
-                self.num_scored += 1
-                self.num_tokens += event.evaluation.num_tokens
+                if not event.occasion.startswith(CONTROL_OCCASION):
+                    self.num_scored += 1
+                    self.num_tokens += event.evaluation.num_tokens
             case Picked():
                 self.picks[event.proposal] = event
             case Reflected():

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from megatron_p2o.evolve.assignment import assign
 from megatron_p2o.evolve.cover import greedy_cover
+from megatron_p2o.evolve.history import EndedBy
 from megatron_p2o.evolve.library import PublishedLibrary
-from megatron_p2o.evolve.round import EndedBy, Round
+from megatron_p2o.evolve.round import Round
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +65,8 @@ def build_library(state: Round) -> PublishedLibrary:
     )
 
 
-def round_stats(state: Round, library: PublishedLibrary, ended_by: EndedBy) -> RoundStats:
-    """Return the numbers of a round that published `library`."""
+def round_stats(state: Round, library: PublishedLibrary, ended_by: EndedBy, plain: float | None = None) -> RoundStats:
+    """Return the numbers of a round that published `library`; `plain` is the control's coverage."""
     covered = frozenset[str]().union(*(state.pool.solved(template.id) for template in library.templates))
     return RoundStats(
         epoch=state.spec.epoch,
@@ -80,5 +81,6 @@ def round_stats(state: Round, library: PublishedLibrary, ended_by: EndedBy) -> R
         num_tokens=state.history.num_tokens,
         best_score=max((template.score for template in library.templates), default=0.0),
         coverage=len(covered) / len(state.split.dev),
+        plain_coverage=plain,
         outcomes=state.history.outcome_counts(),
     )

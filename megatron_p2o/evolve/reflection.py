@@ -38,6 +38,10 @@ class ReflectionRefused(Exception):
     """Reflection answered, but with nothing usable; the next proposal may do better."""
 
 
+class ReflectionUnavailable(Exception):
+    """Nobody can reflect now; evolution stops proposing until the next round."""
+
+
 def reflection_prompt(request: ReflectionRequest, max_chars: int = MAX_PROMPT_CHARS) -> str:
     """Return the user message that asks for a new template, in the shape of GEPA's instruction proposal."""
     frame = PROMPT.format(parent=request.parent_text, examples="")

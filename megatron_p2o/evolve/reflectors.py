@@ -8,9 +8,8 @@ from megatron_p2o.config import ReflectionConfig
 from megatron_p2o.evolve.phrasebook import Phrasebook
 from megatron_p2o.evolve.reflection import ReflectionRequest
 
-
-class ReflectionUnavailable(Exception):
-    """Nobody can reflect now; evolution stops proposing until the next round."""
+SELF_REFLECTION_FIELDS = {"chat_template_kwargs": {"enable_thinking": False}}
+"""SGLang's way to switch Qwen3's thinking off: thoughts would use up `max_tokens` before the template begins."""
 
 
 class Reflector(Protocol):
@@ -34,4 +33,7 @@ def build_reflector(config: ReflectionConfig, seed: int, environment: Mapping[st
         if config.phrases is None:
             raise ValueError("evolution.reflection.backend=phrasebook needs evolution.reflection.phrases: name a file")
         return Phrasebook.from_file(Path(config.phrases), seed)
-    raise NotImplementedError
+    from megatron_p2o.evolve.chat_completions import ChatCompletions  # aiohttp, which a phrasebook does without
+
+    extra_fields = SELF_REFLECTION_FIELDS if config.backend == "self" else {}
+    return ChatCompletions(config, environment.get(config.api_key_env), seed, extra_fields)

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_p2o.config import AssignmentConfig, EvolutionConfig
 from megatron_p2o.evolve.evaluation import Evaluation, FreeScore
@@ -17,11 +16,6 @@ from megatron_p2o.evolve.reflectors import Reflector
 from megatron_p2o.evolve.score_book import ScoreBook
 from megatron_p2o.evolve.split import Split
 from megatron_p2o.types import Problem, Template
-
-EndedBy = Literal[
-    "budget", "no_progress", "deadline", "reflection_unavailable", "too_few_hard", "service_lost", "library_unwritten"
-]
-"""Why a round stopped. `no_progress`: proposals in a row that led to no rollout; `deadline`: `round_timeout_s`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +53,8 @@ class RoundSpec:
             self.epoch,
             to_json(self.problems),
             [template.text for template in self.warm_templates],
-            [evolution.rules, evolution.dev_size, evolution.minibatch_size, evolution.evaluation_temperature],
-            [self.settings.seed, self.settings.min_problems],
+            [evolution.rules, evolution.dev_size, evolution.minibatch_size, evolution.num_lineages],
+            [evolution.evaluation_temperature, evolution.guard_leaks, self.settings.min_problems, self.settings.seed],
         ]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
@@ -73,8 +67,15 @@ class Round:
     """The state of a round in progress, rebuilt from its history when it is resumed."""
 
     def __init__(
-        self, spec: RoundSpec, split: Split, history: RoundHistory, book: ScoreBook, reflector: Reflector
+        self,
+        spec: RoundSpec,
+        split: Split,
+        history: RoundHistory,
+        book: ScoreBook,
+        reflector: Reflector,
+        notify: Callable[[str], None],
     ) -> None:
+        """`notify` is told what a person should know."""
         self.spec = spec
         self.settings = spec.settings.evolution
         self.split = split
@@ -83,7 +84,13 @@ class Round:
         self.pool = CandidatePool(split.dev)
         self._problems = {problem.id: problem for problem in spec.problems}
         self._reflector = reflector
-        self._rebuild_pool()
+        self.notify = notify
+        self._add_seeds()
+
+    def begin(self, picked: Picked) -> None:
+        """Journal a proposal, unless it was before a kill."""
+        if picked.proposal not in self.history.picks:
+            self.history.add(picked)
 
     async def reflect(self, proposal: int, parent: Candidate, examples: Mapping[str, Evaluation]) -> str:
         """Return the template reflection wrote for a proposal; asked once, journalled.
@@ -100,12 +107,10 @@ class Round:
         return reflected.text
 
     def accept(self, picked: Picked, text: str) -> Candidate:
-        """Return the proposal's candidate, added to the pool now or before a kill."""
-        known = self.history.candidate_of.get(picked.proposal)
-        if known is not None:
-            return self.pool[known]
+        """Add the proposal's candidate to the pool and return it."""
         candidate = self._add(picked, text)
-        self.history.add(Accepted(proposal=picked.proposal, candidate=candidate.id))
+        if picked.proposal not in self.history.candidate_of:
+            self.history.add(Accepted(proposal=picked.proposal, candidate=candidate.id))
         return candidate
 
     def end(self, proposal: int, outcome: str) -> None:
@@ -113,14 +118,27 @@ class Round:
             self.history.add(Ended(proposal=proposal, outcome=outcome))
 
     async def score(self, candidate: Candidate, problem_ids: Sequence[str]) -> None:
-        """Evaluate a candidate on development problems and set its scores. Raises as `ScoreBook.measure`."""
-        evaluations = await self.book.measure(candidate.text, problem_ids)
-        for problem_id, evaluation in zip(problem_ids, evaluations, strict=True):
-            self._record(candidate, problem_id, evaluation)
+        """Evaluate a candidate on development problems and set the scores there are. Raises as `ScoreBook.measure`."""
+        try:
+            await self.book.measure(candidate.text, problem_ids)
+        finally:
+            self._record_known(candidate, problem_ids)
 
     def disqualify(self, candidate: Candidate, reason: str) -> None:
-        self.history.add(Disqualified(candidate=candidate.id, reason=reason))
+        """Take a candidate out of the running: its template cannot be used."""
+        if candidate.id not in self.history.disqualified:
+            self.history.add(Disqualified(candidate=candidate.id, reason=reason))
         self.pool.disqualify(candidate.id)
+
+    def restore_candidates(self) -> None:
+        """Bring the pool to where the history ends: candidates, scores, disqualifications."""
+        for proposal, candidate_id in sorted(self.history.candidate_of.items(), key=lambda item: item[1]):
+            added = self._add(self.history.picks[proposal], self.history.reflections[proposal].text)
+            assert added.id == candidate_id, f"the journal says candidate {candidate_id}, replay gives {added.id}"
+        for candidate in self.pool.qualified():
+            self._record_known(candidate, self.dev_ids(candidate))
+        for candidate_id in self.history.disqualified:
+            self.pool.disqualify(candidate_id)
 
     def dev_ids(self, candidate: Candidate) -> list[str]:
         """Return the development problems it may be scored on: none whose answer its lineage has seen."""
@@ -147,8 +165,6 @@ class Round:
         """Return why `text` may not become a candidate; "" when it may. The authors ask for non-empty text only."""
         if not text:
             return "empty"
-        if self.settings.rules == "reference" and not self.settings.guard_leaks:
-            return ""
         if self.settings.rules == "asynchronous" and self.pool.is_known(text):
             return "duplicate"
         lineage = parent.lineage_problem_ids | examples.keys()
@@ -162,23 +178,15 @@ class Round:
         lineage = parent.lineage_problem_ids | frozenset(picked.minibatch)
         return self.pool.add(text, parent.id, lineage)
 
-    def _record(self, candidate: Candidate, problem_id: str, evaluation: Evaluation) -> None:
-        score = Score(reward=evaluation.reward, weight_version=evaluation.weight_version)
-        self.pool.record(candidate.id, problem_id, score)
+    def _record_known(self, candidate: Candidate, problem_ids: Sequence[str]) -> None:
+        for problem_id in problem_ids:
+            evaluation = self.book.known(candidate.text, problem_id)
+            if evaluation is not None:
+                score = Score(reward=evaluation.reward, weight_version=evaluation.weight_version)
+                self.pool.record(candidate.id, problem_id, score)
 
-    def _rebuild_pool(self) -> None:
+    def _add_seeds(self) -> None:
         self.pool.add("", None)
         for template in self.spec.warm_templates:
-            if template.text and not self.pool.is_known(template.text):
+            if not self.pool.is_known(template.text):
                 self.pool.add(template.text, None, template.lineage_problem_ids)
-        for proposal, candidate_id in sorted(self.history.candidate_of.items(), key=lambda item: item[1]):
-            added = self._add(self.history.picks[proposal], self.history.reflections[proposal].text)
-            assert added.id == candidate_id, f"journal says candidate {candidate_id}, replay gives {added.id}"
-        for candidate_id in range(len(self.pool)):
-            candidate = self.pool[candidate_id]
-            for problem_id in self.dev_ids(candidate):
-                evaluation = self.book.known(candidate.text, problem_id)
-                if evaluation is not None:
-                    self._record(candidate, problem_id, evaluation)
-        for candidate_id in self.history.disqualified:
-            self.pool.disqualify(candidate_id)

@@ -20,6 +20,10 @@ MAX_RESPONSE_CHARS = 16_000
 """Of a response that reflection may be shown; more would not fit its prompt beside others."""
 
 
+LOST = Evaluation(reward=0.0, response_text="", finish_reason="abort", num_tokens=0, weight_version=0)
+"""A rollout without a verdict, where such count as failures."""
+
+
 class BudgetSpent(Exception):
     """The rollouts asked for would exceed the round's budget."""
 
@@ -36,15 +40,19 @@ class ScoreBook:
         temperature: float,
         feedback_ids: Collection[str],
         free_scores: Sequence[FreeScore] = (),
+        is_failure_zero: bool = False,
     ) -> None:
-        """`temperature` is the evaluations'. Responses are kept for `feedback_ids` only: development answers stay out
-        of the journal's way and of reflection's sight."""
+        """Responses are kept for `feedback_ids` only: reflection sees no others, and the journal stays small.
+
+        `is_failure_zero` scores a lost rollout 0, as training does; otherwise it raises and may be asked again.
+        """
         self._evaluator = evaluator
         self._history = history
         self._budget = budget
         self._temperature = temperature
         self._feedback_ids = frozenset(feedback_ids)
         self._free = {(digest(free.template_text), free.problem_id, ""): free.evaluation for free in free_scores}
+        self._is_failure_zero = is_failure_zero
         self._in_flight: dict[ScoreKey, asyncio.Task[Evaluation]] = {}
 
     def known(self, text: str, problem_id: str, *, occasion: str = "", min_version: int = 0) -> Evaluation | None:
@@ -60,18 +68,20 @@ class ScoreBook:
         *,
         occasion: str = "",
         min_version: int = 0,
+        sample: int = 0,
     ) -> list[Evaluation]:
         """Return one evaluation per problem, in order; only what is not known is sampled.
 
-        Waits for all of them, then raises `TemplateRejected` or `EvaluationFailed` if one did. Raises `BudgetSpent`
-        before anything is sampled.
+        `sample` tells rollouts of one pair apart for the evaluator, `occasion` for the history. Waits for all of them,
+        then raises `TemplateRejected` or `EvaluationFailed` if one did. Raises `BudgetSpent` before anything is
+        sampled.
         """
         known = [self.known(text, key, occasion=occasion, min_version=min_version) for key in problem_ids]
         if not self._budget.try_spend(sum(evaluation is None for evaluation in known)):
             raise BudgetSpent(f"{self._budget.spent} of {self._budget.limit} rollouts are used")
         outcomes = await asyncio.gather(
             *(
-                self._sample_once((digest(text), problem_id, occasion), text)
+                self._sample_once((digest(text), problem_id, occasion), text, sample)
                 for problem_id, evaluation in zip(problem_ids, known, strict=True)
                 if evaluation is None
             ),
@@ -85,22 +95,31 @@ class ScoreBook:
         sampled = iter(fresh)
         return [evaluation if evaluation is not None else next(sampled) for evaluation in known]
 
-    async def _sample_once(self, key: ScoreKey, text: str) -> Evaluation:
+    async def _sample_once(self, key: ScoreKey, text: str, sample: int) -> Evaluation:
         """Share a rollout that another lineage is already waiting for."""
         if key not in self._in_flight:
-            task = asyncio.ensure_future(self._sample(key, text))
+            task = asyncio.ensure_future(self._sample(key, text, sample))
             self._in_flight[key] = task
             task.add_done_callback(lambda _: self._in_flight.pop(key))
         return await asyncio.shield(self._in_flight[key])
 
-    async def _sample(self, key: ScoreKey, text: str) -> Evaluation:
+    async def _sample(self, key: ScoreKey, text: str, sample: int) -> Evaluation:
         template, problem_id, occasion = key
-        answer = await self._evaluator.evaluate(text, problem_id, temperature=self._temperature)
-        if isinstance(answer, Rejection):
-            raise TemplateRejected(answer.reason)
-        if answer.finish_reason == "abort":
-            raise EvaluationFailed(f"the engine gave up on problem {problem_id}")
+        answer = await self._ask(text, problem_id, sample)
         kept = shorten(answer.response_text, MAX_RESPONSE_CHARS) if problem_id in self._feedback_ids else ""
         evaluation = replace(answer, response_text=kept)
         self._history.add(Scored(template=template, problem_id=problem_id, occasion=occasion, evaluation=evaluation))
         return evaluation
+
+    async def _ask(self, text: str, problem_id: str, sample: int) -> Evaluation:
+        try:
+            answer = await self._evaluator.evaluate(text, problem_id, temperature=self._temperature, sample=sample)
+            if isinstance(answer, Rejection):
+                raise TemplateRejected(answer.reason)
+            if answer.finish_reason == "abort":
+                raise EvaluationFailed(f"the engine gave up on problem {problem_id}")
+        except EvaluationFailed:
+            if not self._is_failure_zero:
+                raise
+            return LOST
+        return answer

@@ -16,12 +16,12 @@ from megatron_p2o.config import Config
 from megatron_p2o.evolve.answers import Answers, Evaluate
 from megatron_p2o.evolve.conduct import salvage, split_of
 from megatron_p2o.evolve.evaluation import FreeScore
-from megatron_p2o.evolve.history import ForeignJournal
+from megatron_p2o.evolve.history import EndedBy, ForeignJournal
 from megatron_p2o.evolve.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.messages import EvaluateRequest, FinishRound, Notice, RoundPublished, StartRound
 from megatron_p2o.evolve.publish import RoundStats
 from megatron_p2o.evolve.reflectors import build_reflector
-from megatron_p2o.evolve.round import EndedBy, RoundSettings, RoundSpec
+from megatron_p2o.evolve.round import RoundSettings, RoundSpec
 from megatron_p2o.evolve.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
 from megatron_p2o.evolve.split import Split
 from megatron_p2o.interfaces import TemplateLibrary
