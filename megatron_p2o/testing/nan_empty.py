@@ -14,10 +14,9 @@ def nan_filled_empty() -> Iterator[None]:
     inside operators. Process-wide while it lasts: deterministic algorithms are preferred too, and a warning says where
     there is none.
     """
-    was_enabled = torch.are_deterministic_algorithms_enabled()
-    was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was_enabled, warn_only=was_warn_only)
+        torch.set_deterministic_debug_mode(before)

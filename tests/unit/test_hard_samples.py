@@ -1,0 +1,151 @@
+"""Hard problems and the ledger against counts made by hand."""
+
+from typing import Literal
+
+import pytest
+
+from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, hard_problems, ledger_entry
+from megatron_p2o.testing.fakes import fake_problem, fake_rollout
+from megatron_p2o.types import PLAIN, Group, Template
+
+Counted = Literal["plain", "all"]
+HINT = Template(id=1, text="Go on.", parent=0)
+
+
+def group(number: int = 0, *, plain: str = "", templated: str = "") -> Group:
+    """Return a group from one letter per rollout: s solved, f failed, a given up on."""
+    problem = fake_problem(number)
+    rollouts = tuple(
+        fake_rollout(
+            problem,
+            reward=float(letter == "s"),
+            template=template,
+            finish_reason="abort" if letter == "a" else "stop",
+        )
+        for template, letters in ((HINT, templated), (PLAIN, plain))
+        for letter in letters
+    )
+    return Group(problem=problem, rollouts=rollouts, advantages=(0.0,) * len(rollouts))
+
+
+def is_hard(group: Group, counted: Counted, max_solved: int = 1) -> bool:
+    return hard_problems([group], max_solved, counted) == [group.problem]
+
+
+def entry(step: int, *, plain: tuple[int, int] = (0, 0), templated: tuple[int, int] = (0, 0)) -> LedgerEntry:
+    """Return an entry of problem "p" from (tries, solved) counts."""
+    return LedgerEntry(
+        epoch=0,
+        step=step,
+        problem_id="p",
+        plain_tries=plain[0],
+        plain_solved=plain[1],
+        templated_tries=templated[0],
+        templated_solved=templated[1],
+    )
+
+
+@pytest.mark.parametrize("counted", ["plain", "all"])
+def test_at_most_one_success_of_six_is_hard(counted: Counted) -> None:
+    hard = [is_hard(group(plain="s" * solved + "f" * (6 - solved)), counted) for solved in range(7)]
+    assert hard == [True, True, False, False, False, False, False]
+
+
+@pytest.mark.parametrize(("max_solved", "expected"), [(0, [True] + [False] * 4), (3, [True] * 4 + [False])])
+def test_the_number_of_allowed_successes_is_a_setting(max_solved: int, expected: list[bool]) -> None:
+    hard = [is_hard(group(plain="s" * solved + "f" * (4 - solved)), "plain", max_solved) for solved in range(5)]
+    assert hard == expected
+
+
+def test_templated_successes_keep_a_problem_hard_only_when_plain_rollouts_decide() -> None:
+    crutch = group(templated="ssss", plain="ff")
+    assert is_hard(crutch, "plain")
+    assert not is_hard(crutch, "all")
+
+
+def test_plain_rollouts_decide_at_the_rate_of_a_full_group() -> None:
+    # One success of six is hard; one of two is a rate of a half, and is not.
+    assert not is_hard(group(templated="ffff", plain="sf"), "plain")
+    assert is_hard(group(templated="ffff", plain="sf"), "all")
+
+
+def test_a_group_without_plain_rollouts_is_decided_by_all() -> None:
+    assert is_hard(group(templated="sfffff"), "plain")
+    assert not is_hard(group(templated="ssffff"), "plain")
+
+
+@pytest.mark.parametrize("counted", ["plain", "all"])
+def test_rollouts_that_were_given_up_on_are_not_failures(counted: Counted) -> None:
+    assert not is_hard(group(plain="aaaaaa"), counted)
+    assert not is_hard(group(plain="saaaaa"), counted)
+    assert is_hard(group(plain="faaaaa"), counted)
+    assert not is_hard(group(plain="ssaaff"), counted)
+
+
+def test_a_group_whose_plain_rollouts_were_given_up_on_is_decided_by_the_others() -> None:
+    assert is_hard(group(templated="ffff", plain="aa"), "plain")
+    assert not is_hard(group(templated="ssss", plain="aa"), "plain")
+
+
+def test_hard_problems_keep_the_order_of_training() -> None:
+    groups = [group(3, plain="ffff"), group(1, plain="ssss"), group(2, plain="ffff")]
+    assert [problem.id for problem in hard_problems(groups, 1, "plain")] == ["problem-003", "problem-002"]
+
+
+def test_an_entry_counts_plain_and_templated_tries_apart() -> None:
+    assert ledger_entry(group(5, templated="ssfa", plain="sfa"), epoch=2, step=9) == LedgerEntry(
+        epoch=2,
+        step=9,
+        problem_id="problem-005",
+        plain_tries=2,
+        plain_solved=1,
+        templated_tries=3,
+        templated_solved=2,
+    )
+
+
+def test_the_plain_rate_halves_the_weight_of_older_entries() -> None:
+    ledger = HardSampleLedger()
+    assert ledger.plain_success_rate("p") == 0.0
+    ledger.record(entry(1, plain=(6, 0)))
+    assert ledger.plain_success_rate("p") == 0.0
+    ledger.record(entry(2, plain=(2, 1), templated=(4, 4)))
+    assert ledger.plain_success_rate("p") == pytest.approx(1 / (6 / 2 + 2))
+    ledger.record(entry(3, plain=(2, 2)))
+    assert ledger.plain_success_rate("p") == pytest.approx((1 / 2 + 2) / (6 / 4 + 2 / 2 + 2))
+
+
+def test_templated_tries_say_nothing_about_the_plain_rate() -> None:
+    assert HardSampleLedger([entry(1, templated=(6, 6))]).plain_success_rate("p") == 0.0
+    ledger = HardSampleLedger([entry(1, plain=(4, 1)), entry(2, templated=(6, 6)), entry(3, templated=(6, 0))])
+    assert ledger.plain_success_rate("p") == 0.25
+
+
+def test_constant_plain_success_is_exactly_one() -> None:
+    ledger = HardSampleLedger([entry(step, plain=(6, 6)) for step in range(30)])
+    assert ledger.plain_success_rate("p") == 1.0
+
+
+def test_internalised_is_solved_by_a_template_first_and_plainly_later() -> None:
+    def is_internalised(*entries: LedgerEntry) -> bool:
+        return HardSampleLedger(entries).internalised() == ["p"]
+
+    failed, crutch = entry(1, plain=(6, 0)), entry(2, plain=(2, 0), templated=(4, 3))
+    assert is_internalised(failed, crutch, entry(3, plain=(6, 1)))
+    assert is_internalised(crutch, crutch, failed, entry(9, plain=(2, 2), templated=(4, 4)))
+    assert not is_internalised()
+    assert not is_internalised(failed, crutch)
+    assert not is_internalised(failed, entry(2, plain=(6, 1)), crutch)
+    assert not is_internalised(entry(1, plain=(2, 1), templated=(4, 4)), entry(2, plain=(6, 6)))
+
+
+def test_a_ledger_rebuilt_from_its_entries_is_the_same() -> None:
+    entries = [ledger_entry(group(number % 3, plain="sf", templated="sff"), 0, number) for number in range(7)]
+    grown = HardSampleLedger()
+    for item in entries:
+        grown.record(item)
+    rebuilt = HardSampleLedger(entries)
+    assert rebuilt.num_entries == grown.num_entries == 7
+    assert [item.step for item in rebuilt.history("problem-001")] == [1, 4]
+    assert rebuilt.history("problem-002") == grown.history("problem-002") == (entries[2], entries[5])
+    assert rebuilt.history("unknown") == ()
