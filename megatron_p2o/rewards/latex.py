@@ -23,9 +23,15 @@ _BRACKET = re.compile(r"\\[{}]|\\.|[()\[\]{}]")
 
 def normal_form(text: str) -> str:
     """Return an answer with one spelling of spacing, fractions, minus signs and brackets, without a final full stop."""
+    # A double backslash ends a row of a matrix: its second half does not belong to what follows.
+    rows = [_rewritten(row) for row in text.split(r"\\")]
+    return r"\\".join(rows).strip().removesuffix(".").strip()
+
+
+def _rewritten(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return text.strip().removesuffix(".").strip()
+    return text.strip()
 
 
 def nesting_depth(text: str) -> int:

@@ -12,6 +12,9 @@ TOLERANCE = Fraction(1, 1_000_000)
 MAX_DIGITS = 1000
 """Longer numerals are compared as text only: converting them takes quadratic time."""
 
+MIN_WORD_LETTERS = 4
+"""Letters without spaces or \\text are a word from this length on, a product of variables below it."""
+
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)(?:"
     r"(?P<grouped>\d{1,3}(?:[, ]\d{3})+)|"
@@ -21,6 +24,7 @@ _NUMBER = re.compile(
     r"(?P<integer>\d+)"
     r")(?P<degree>\^\{?\\circ\}?|°)?(?P<percent>\\?%)?"
 )
+_BASED = re.compile(r"\(?(\d[0-9A-F]*)\)?_\{?(\d+)\}?")
 _SPACED_INTEGERS = re.compile(r"-?\d+(?: -?\d+)+")
 _ONLY_NUMERALS = re.compile(r"[\d., ]*")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
@@ -57,6 +61,8 @@ def quick_verdict(gold: str, answer: str) -> bool | None:
         return False
     if gold == answer:
         return True
+    if _BASED.fullmatch(gold) or _BASED.fullmatch(answer):
+        return _digits_and_base(gold) == _digits_and_base(answer)
     gold_numbers, answer_numbers = parse_numbers(gold), parse_numbers(answer)
     if gold_numbers is not None and answer_numbers is not None:
         return _lists_agree(gold_numbers, answer_numbers)
@@ -113,6 +119,14 @@ def parse_number(text: str) -> Number | None:
     )
 
 
+def _digits_and_base(text: str) -> tuple[str, int] | None:
+    """Return the digits and the base of `120_8`; no base is base ten. math-verify would drop the base."""
+    based = _BASED.fullmatch(text)
+    if based is not None:
+        return based[1], int(based[2])
+    return (text, 10) if text.isdecimal() else None
+
+
 def _lists_agree(gold: NumberList, answer: NumberList) -> bool:
     if len(gold.numbers) != len(answer.numbers):
         return False
@@ -147,13 +161,14 @@ def _close(expected: Fraction, gold: Number, answer: Number) -> bool:
 
 
 def _words_verdict(gold: str, answer: str) -> bool | None:
-    r"""Compare names, choices and yes/no; None for a difference between letters without \text: maybe they are variables."""
+    """Compare names, choices and yes/no; None for a few bare letters that differ: they may be variables."""
     gold_words, answer_words = _words(gold), _words(answer)
     if gold_words is None or answer_words is None:
         return None
     if gold_words == answer_words:
         return True
-    return False if _TEXT.fullmatch(gold) or _TEXT.fullmatch(answer) else None
+    is_text = _TEXT.fullmatch(gold) or _TEXT.fullmatch(answer) or min(len(gold), len(answer)) >= MIN_WORD_LETTERS
+    return False if is_text else None
 
 
 def _words(text: str) -> str | None:

@@ -22,8 +22,6 @@ COSTLY_FORMS = (
 r"""Towers of powers, huge exponents, factorials of factorials, long numerals, huge binomials, operations over a range,
 matrices: refused unless the gold answer has the same form."""
 
-_BASED = re.compile(r"\(?(\d[0-9A-F]*)\)?_\{?(\d+)\}?")
-_INTEGER = re.compile(r"\d+")
 _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*([A-Za-z]+)\.?\s*\}(?:\^\{?\d\}?)?$")
 _UNITS = (
     *(("mm", "millimeter"), ("cm", "centimeter"), ("m", "meter"), ("km", "kilometer"), ("in", "inch", "inches")),
@@ -45,21 +43,7 @@ def is_refused(gold: str, answer: str) -> bool:
         return True
     if any(form.search(answer) and not form.search(gold) for form in COSTLY_FORMS):
         return True
-    return not (_bases_agree(gold, answer) and _units_agree(gold, answer) and _brackets_agree(gold, answer))
-
-
-def _bases_agree(gold: str, answer: str) -> bool:
-    """120 in base 8 is written `120_8`: math-verify drops the base. No base is base ten."""
-    if not (_BASED.fullmatch(gold) or _BASED.fullmatch(answer)):
-        return True
-    return _digits_and_base(gold) == _digits_and_base(answer) is not None
-
-
-def _digits_and_base(text: str) -> tuple[str, int] | None:
-    based = _BASED.fullmatch(text)
-    if based:
-        return based[1], int(based[2])
-    return (text, 10) if _INTEGER.fullmatch(text) else None
+    return not (_units_agree(gold, answer) and _brackets_agree(gold, answer))
 
 
 def _units_agree(gold: str, answer: str) -> bool:
