@@ -100,7 +100,7 @@ def value_ticks(chart: LineChart, lines: Sequence[Line]) -> list[float]:
     if chart.unit == "share":
         return [0.0, 0.25, 0.5, 0.75, 1.0]
     values = [y for line in lines for _, y in line.points] + ([0.0] if chart.starts_at_zero else [])
-    return ticks(min(values), max(values), 4)
+    return ticks(min(values), max(values), 4) if any(values) else [0.0, 0.5, 1.0]
 
 
 def ticks(low: float, high: float, num: int) -> list[float]:
@@ -140,7 +140,8 @@ def number_text(value: float, unit: Unit = "number") -> str:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    if high > low:
+    # A range at the limit of rounding has no ticks in it.
+    if high - low > 1e-12 * max(abs(low), abs(high), 1e-100):
         return low, high
     margin = abs(low) / 2 or 0.5
     return low - margin, high + margin

@@ -63,10 +63,10 @@ def write_summary(run_dirs: Sequence[Path], output: Path) -> JsonObject:
 
 def print_table(summary: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Print every run as a row: drawn on a terminal, aligned plain text anywhere else."""
-    stream = stream or sys.stdout
-    is_terminal = stream.isatty()
+    target = stream or sys.stdout
+    is_terminal = target.isatty()
     width = None if is_terminal else PLAIN_TEXT_WIDTH
-    console = Console(file=stream, width=width, highlight=False, markup=False)
+    console = Console(file=target, width=width, highlight=False, markup=False)
     table = Table(box=SIMPLE if is_terminal else None, pad_edge=False)
     for heading, key in COLUMNS:
         table.add_column(heading, justify="left" if key == "arm" else "right")

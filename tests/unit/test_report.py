@@ -1,0 +1,315 @@
+"""The report of runs that are whole, partial, in progress or hostile."""
+
+import json
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_p2o.metrics.examples import find_examples, shortened, spread
+from megatron_p2o.metrics.report import duration_text, write_report
+from megatron_p2o.metrics.report_figures import by_epoch, over_rollouts
+from megatron_p2o.metrics.report_templates import word_changes
+from megatron_p2o.metrics.runs import arm_and_seed, read_run
+
+HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+def metric_line(step: int, epoch: int, **metrics: float | None) -> dict[str, Any]:
+    named = {key.replace("__", "/"): number for key, number in metrics.items()}
+    return {"step": step, "epoch": epoch, "time": f"2026-01-31T12:{step:02d}:00.000+00:00", "metrics": named}
+
+
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def rollout_line(problem_id: str, *, correct: bool, template: str = "", response: str = "answer") -> dict[str, Any]:
+    return {
+        "problem_id": problem_id,
+        "level": "hard",
+        "question": f"Question {problem_id}?",
+        "answer": "42",
+        "template_id": 3 if template else 0,
+        "template": template,
+        "is_templated": bool(template),
+        "reward": float(correct),
+        "response": response,
+        "num_response_tokens": 7,
+    }
+
+
+def ledger_line(step: int, epoch: int, problem_id: str, plain: tuple[int, int], templated: tuple[int, int]) -> dict:
+    return {
+        "epoch": epoch,
+        "step": step,
+        "problem_id": problem_id,
+        "plain_solved": plain[0],
+        "plain_tries": plain[1],
+        "templated_solved": templated[0],
+        "templated_tries": templated[1],
+    }
+
+
+def template(id: int, text: str, parent: int | None, score: float) -> dict[str, Any]:
+    return {
+        "id": id,
+        "text": text,
+        "parent": parent,
+        "lineage_problem_ids": ["h9"],
+        "score": score,
+        "weight_version": 4,
+    }
+
+
+def grpo_run(root: Path) -> Path:
+    directory = root / "grpo_n6-seed1"
+    write_lines(
+        directory / "metrics.jsonl",
+        [
+            metric_line(0, 0, eval__heldout_hard_accuracy=0.0),
+            metric_line(1, 0, rollout__reward_mean=0.25, rollout__rollouts_count=12, perf__step_s=2.0),
+            metric_line(2, 0, rollout__reward_mean=0.5, rollout__rollouts_count=12, perf__step_s=3.0),
+            metric_line(2, 1, hard__set_size=7),
+            metric_line(2, 1, eval__heldout_hard_accuracy=0.125),
+        ],
+    )
+    return directory
+
+
+def p2o_run(root: Path, text: str = "Work step by step.") -> Path:
+    directory = root / "p2o_n6-seed1"
+    evolution = {"evolution/num_rollouts": 100, "evolution/best_score": 0.5, "evolution/coverage": 0.75}
+    write_lines(
+        directory / "metrics.jsonl",
+        [
+            metric_line(1, 0, rollout__reward_mean=0.25, rollout__rollouts_count=12, train__loss=None),
+            {**metric_line(1, 1), "metrics": {"hard/set_size": 2, **evolution}},
+            metric_line(2, 1, rollout__reward_mean=0.5, rollout__rollouts_count=12, perf__train_s=61.0),
+            metric_line(3, 2, rollout__reward_mean=0.9, rollout__rollouts_count=12, eval__heldout_hard_accuracy=0.875),
+        ],
+    )
+    write_lines(
+        directory / "hard_samples.jsonl",
+        [
+            ledger_line(1, 0, "h1", (0, 6), (0, 0)),
+            ledger_line(1, 0, "h2", (0, 6), (0, 0)),
+            ledger_line(2, 1, "h1", (0, 2), (3, 4)),
+            ledger_line(2, 1, "h2", (0, 2), (0, 4)),
+            ledger_line(3, 2, "h1", (2, 2), (4, 4)),
+        ],
+    )
+    write_lines(directory / "rollouts" / "step-000001.jsonl", [rollout_line("h1", correct=False, response="a guess")])
+    write_lines(
+        directory / "rollouts" / "step-000002.jsonl",
+        [
+            rollout_line("h1", correct=False, response="plainly wrong"),
+            rollout_line("h1", correct=False, template=text, response="wrong all the same"),
+            rollout_line("h1", correct=True, template=text, response="right with it"),
+        ],
+    )
+    write_lines(
+        directory / "rollouts" / "step-000003.jsonl", [rollout_line("h1", correct=True, response="right alone")]
+    )
+    library = {
+        "version": 1,
+        "templates": [template(0, "", None, 0.0), template(3, text, 0, 0.5), template(5, text + " Slowly.", 3, 0.75)],
+        "assignments": {"h1": [0, 0, 3, 3, 5, 5], "h2": [0, 0, 3, 3, 3, 3]},
+    }
+    (directory / "templates").mkdir()
+    (directory / "templates" / "library-1.json").write_text(json.dumps(library))
+    return directory
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects them with their text."""
+
+    VOID = frozenset({"meta", "path", "line"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.visible: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.visible.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.visible)
+
+
+def report_of(tmp_path: Path, *runs: Path) -> Page:
+    write_report(runs, tmp_path / "report.html")
+    return Page((tmp_path / "report.html").read_text())
+
+
+def test_arms_stand_side_by_side_with_their_latest_numbers(tmp_path: Path) -> None:
+    page = report_of(tmp_path, grpo_run(tmp_path), p2o_run(tmp_path))
+    assert "P2O: grpo_n6, p2o_n6" in page.text
+    for text in ("12.5 %", "87.5 %", "Training reward", "Intractable problems", "Internalised", "Time", "61"):
+        assert text in page.text
+
+
+def test_a_run_without_templates_has_no_empty_sections_for_them(tmp_path: Path) -> None:
+    page = report_of(tmp_path, grpo_run(tmp_path))
+    for heading in ("Templates", "Examples", "Hard-sample ledger"):
+        assert f" {heading} " not in page.text.replace("Rollouts: training evolution Templates Wall time", "")
+
+
+def test_the_page_loads_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:
+    page = report_of(tmp_path, grpo_run(tmp_path), p2o_run(tmp_path))
+    assert not any({"src", "href", "action"} & attributes.keys() for _, attributes in page.elements)
+    scripts = [attributes.get("type") for tag, attributes in page.elements if tag == "script"]
+    assert scripts.count(None) == 1 and set(scripts) == {None, "application/json"}
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
+
+
+def test_text_of_a_run_never_becomes_markup(tmp_path: Path) -> None:
+    run = p2o_run(tmp_path, text=HOSTILE)
+    path = run / "rollouts" / "step-000002.jsonl"
+    hostile = [rollout_line("h1", correct=True, template=HOSTILE, response=HOSTILE), rollout_line("h1", correct=False)]
+    write_lines(path, [{**line, "question": HOSTILE, "answer": HOSTILE, "level": HOSTILE} for line in hostile])
+    write_lines(
+        run / "metrics.jsonl", [{**metric_line(1, 0), "metrics": {f"eval/{HOSTILE}": 0.5, "rollout/reward_mean": 1.0}}]
+    )
+    page = report_of(tmp_path, run.rename(tmp_path / "p2o<i>-seed1"))
+    assert not {"img", "i"} & {tag for tag, _ in page.elements}
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert sum(tag == "script" and "type" not in attributes for tag, attributes in page.elements) == 1
+    assert page.text.count("<img src=x onerror=alert(1)>") >= 4
+
+
+def test_templates_are_shown_below_the_one_they_were_reflected_from(tmp_path: Path) -> None:
+    page = report_of(tmp_path, p2o_run(tmp_path))
+    assert page.text.index("Template 0") < page.text.index("Template 3") < page.text.index("Template 5")
+    assert "score 75.0 % at weight version 4 · assigned to 1 problem · reflected on 1 problem" in page.text
+    assert [tag for tag, _ in page.elements].count("ins") == 1
+
+
+def test_a_template_whose_parent_was_not_published_is_a_root_that_says_so(tmp_path: Path) -> None:
+    run = p2o_run(tmp_path)
+    library = {"version": 2, "templates": [template(9, "Check twice.", 8, 0.5)], "assignments": {}}
+    (run / "templates" / "library-2.json").write_text(json.dumps(library))
+    page = report_of(tmp_path, run)
+    assert "reflected from template 8, which was not published" in page.text
+    assert page.text.index("Library version 2") < page.text.index("Library version 1")
+
+
+def test_word_changes_mark_exactly_what_changed() -> None:
+    assert word_changes("Work step by step.", "Work one step by <b>.") == (
+        "Work<ins> one</ins> step by <del>step.</del><ins>&lt;b&gt;.</ins>"
+    )
+
+
+def test_examples_tell_how_a_problem_was_internalised(tmp_path: Path) -> None:
+    (example,) = find_examples(read_run(p2o_run(tmp_path)))
+    assert (example.problem_id, example.gold, example.is_internalised) == ("h1", "42", True)
+    assert [(answer.label, answer.text, answer.is_correct, answer.template) for answer in example.answers] == [
+        ("Step 1, asked plainly", "a guess", False, ""),
+        ("Step 2, through the template", "right with it", True, "Work step by step."),
+        ("Step 3, later, asked plainly", "right alone", True, ""),
+    ]
+
+
+def test_examples_of_steps_that_were_not_written_are_passed_over(tmp_path: Path) -> None:
+    run = p2o_run(tmp_path)
+    for path in (run / "rollouts").iterdir():
+        path.unlink()
+    assert find_examples(read_run(run)) == []
+    report_of(tmp_path, run)
+
+
+def test_long_answers_keep_their_beginning_and_their_end() -> None:
+    text = "a" * 5000 + "\\boxed{1}"
+    assert shortened(text).startswith("a" * 1500) and shortened(text).endswith("\\boxed{1}")
+    assert f"[… {5009 - 2200} characters …]" in shortened(text)
+    assert shortened("short") == "short"
+
+
+def test_spread_picks_distinct_items_evenly() -> None:
+    assert spread(["a", "a", "b", "c", "d", "d", "e", "f"], 3) == ["a", "c", "e"]
+    assert spread(["a"], 3) == ["a"]
+
+
+def test_a_run_in_progress_is_reported_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    run = grpo_run(tmp_path)
+    for name in ("metrics.jsonl", "hard_samples.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 3, "epo')
+    page = report_of(tmp_path, run)
+    assert "step 2 at 2026-01-31 12:02 UTC" in page.text
+
+
+def test_a_run_before_its_first_step_is_reported_as_such(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").write_text("")
+    assert "no step yet" in report_of(tmp_path, tmp_path / "new").text
+
+
+def test_results_name_the_arm_and_mark_the_run_finished(tmp_path: Path) -> None:
+    run = grpo_run(tmp_path)
+    (run / "results.json").write_text(json.dumps({"arm": "baseline", "seed": 9, "wall_s": 3725.0}))
+    read = read_run(run)
+    assert (read.arm, read.seed) == ("baseline", 9)
+    page = report_of(tmp_path, run)
+    assert "finished" in page.text and "1 h 02 min" in page.text
+
+
+def test_lines_of_one_step_are_merged_and_belong_to_the_epoch_of_the_step(tmp_path: Path) -> None:
+    run = read_run(grpo_run(tmp_path))
+    assert [line.step for line in run.lines] == [0, 1, 2]
+    assert run.points("eval/heldout_hard_accuracy") == [(0, 0.0), (2, 0.125)]
+    assert by_epoch(run, "hard/set_size") == [(0, 7)]
+
+
+def test_numbers_written_as_null_are_gaps(tmp_path: Path) -> None:
+    assert read_run(p2o_run(tmp_path)).points("train/loss") == []
+
+
+def test_rollouts_spent_count_training_and_evolution(tmp_path: Path) -> None:
+    run = read_run(p2o_run(tmp_path))
+    assert over_rollouts(run, "eval/heldout_hard_accuracy") == [(12 + 100 + 12 + 12, 0.875)]
+
+
+def test_arm_and_seed_are_read_from_a_folder_name() -> None:
+    assert arm_and_seed("grpo_n6-seed2") == ("grpo_n6", 2)
+    assert arm_and_seed("p2o_seed12") == ("p2o", 12)
+    assert arm_and_seed("p2o_qwen3_4b") == ("p2o_qwen3_4b", None)
+
+
+def test_durations_read_as_people_say_them() -> None:
+    assert [duration_text(s) for s in (9.4, 61, 3725)] == ["9 s", "1 min 01 s", "1 h 02 min"]
+
+
+def test_what_is_not_a_run_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds neither metrics\.jsonl nor results\.json"):
+        write_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([], tmp_path / "report.html")
+    run = grpo_run(tmp_path)
+    (run / "templates").mkdir()
+    (run / "templates" / "library-1.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"library-1\.json must hold a JSON object"):
+        write_report([run], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
