@@ -1,0 +1,363 @@
+"""Hands requests to engines: who goes first, where, and what happens when an engine dies.
+
+Runs on an event loop in its own thread. The public methods may be called from any thread; the state is touched on the
+loop only and needs no lock.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from megatron_p2o.rollout.client import EngineClient, EngineUnreachable, Generation
+from megatron_p2o.types import Completion, Prompt, SamplingParams
+
+Priority = Literal["training", "evolution"]
+"""Training goes first; evolution takes the slots that training leaves idle."""
+
+PRIORITIES: tuple[Priority, ...] = ("training", "evolution")
+EVERYONE: frozenset[Priority] = frozenset(PRIORITIES)
+NOBODY: frozenset[Priority] = frozenset()
+
+ABORT_GRACE_S = 10.0
+"""How long an engine may take to hand over what an aborted request has so far."""
+
+LOOP_TIMEOUT_S = 60.0
+"""Limit on what only needs the loop's attention."""
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class EnginesLost(RuntimeError):
+    """No engine is left; the message ends with the last lines of their logs."""
+
+
+class BrokerClosed(RuntimeError):
+    """The broker was closed while requests were waiting, or before they came."""
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One server as the broker sees it."""
+
+    name: str
+    client: EngineClient
+    log_tail: Callable[[], str]
+    num_running: int = 0
+    is_lost: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One completion on its way."""
+
+    id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    priority: Priority
+    future: "Future[Completion]"
+
+
+class Broker:
+    """Owns the slots of all engines, the gate in front of them, and the policy version they serve."""
+
+    def __init__(self, *, slots_per_engine: int, request_timeout_s: float) -> None:
+        """Args:
+        slots_per_engine: requests an engine decodes at once; more wait here, where priority can still be changed.
+        request_timeout_s: longest wait for one completion, counted from the moment an engine gets it.
+        """
+        self._slots = slots_per_engine
+        self._request_timeout_s = request_timeout_s
+        self._engines: list[Engine] = []
+        self._queues: dict[Priority, deque[Request]] = {priority: deque() for priority in PRIORITIES}
+        self._admitted = EVERYONE
+        self._refusal: Exception | None = None
+        self._version = 0
+        self._homes: dict[str, Engine] = {}
+        self._num_open: Counter[str] = Counter()
+        self._tasks: dict[Request, asyncio.Task[None]] = {}
+        self._chores: set[asyncio.Task[None]] = set()
+        self._ids = count()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="broker", daemon=True)
+        self._thread.start()
+
+    @property
+    def version(self) -> int:
+        """Policy version the engines serve."""
+        return self._version
+
+    @property
+    def num_engines(self) -> int:
+        """Engines that are not lost."""
+        return len(self._live())
+
+    def add_engine(self, name: str, make_client: Callable[[], EngineClient], log_tail: Callable[[], str]) -> None:
+        """Start using a server. `make_client` is called on the loop."""
+
+        async def add() -> None:
+            self._engines.append(Engine(name, make_client(), log_tail))
+            self._dispatch()
+
+        self._run(add()).result(LOOP_TIMEOUT_S)
+
+    def submit(self, prompt: Prompt, sampling: SamplingParams, priority: Priority = "training") -> "Future[Completion]":
+        """Return a future of the completion; cancelling it aborts the request.
+
+        A request that runs out of time completes with finish reason "abort" and the tokens it has so far. The future
+        holds `EnginesLost` when no engine is left, and the error given to `suspend` while the engines are suspended.
+        """
+        future: Future[Completion] = Future()
+        if self._loop.is_closed():
+            future.set_exception(BrokerClosed("the broker was closed"))
+            return future
+        request = Request(f"p2o-{next(self._ids)}", prompt, sampling, priority, future)
+        future.add_done_callback(lambda done: self._on_cancel(request) if done.cancelled() else None)
+        self._loop.call_soon_threadsafe(self._enqueue, request)
+        return future
+
+    async def generate(self, prompt: Prompt, sampling: SamplingParams, priority: Priority = "training") -> Completion:
+        """`submit` for a caller that runs on an event loop of its own."""
+        return await asyncio.wrap_future(self.submit(prompt, sampling, priority))
+
+    def admit(self, priorities: frozenset[Priority]) -> None:
+        """Set the gate: requests of other priorities wait. Those an engine already has are not touched."""
+
+        async def set_gate() -> None:
+            self._admitted = priorities
+            self._dispatch()
+
+        self._run(set_gate()).result(LOOP_TIMEOUT_S)
+
+    def suspend(self, error: Exception) -> None:
+        """Answer waiting and future requests with `error` until `serve`: what the engines hold must not be sampled."""
+
+        async def refuse() -> None:
+            self._refuse(error)
+
+        self._run(refuse()).result(LOOP_TIMEOUT_S)
+
+    def serve(self, version: int) -> None:
+        """Open the gate to everyone, for weights of `version`."""
+
+        async def open_gate() -> None:
+            self._refusal = None
+            self._version = version
+            self._admitted = EVERYONE
+            self._dispatch()
+
+        self._run(open_gate()).result(LOOP_TIMEOUT_S)
+
+    def call_every_engine(self, call: Callable[[str, EngineClient], Awaitable[T]]) -> "Future[dict[str, T]]":
+        """Run `call(name, client)` for all engines at once; the result is by name.
+
+        An engine that turns out to be gone is left out; the future holds `EnginesLost` when none is left, else the
+        first other error.
+        """
+
+        async def attempt(engine: Engine) -> tuple[str, T] | None:
+            try:
+                return engine.name, await call(engine.name, engine.client)
+            except EngineUnreachable as error:
+                self._lose(engine, error)
+                return None
+
+        async def call_all() -> dict[str, T]:
+            answers = await asyncio.gather(*map(attempt, self._live()), return_exceptions=True)
+            if not self._live():
+                raise self._lost()
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+            return dict(answer for answer in answers if isinstance(answer, tuple))
+
+        return self._run(call_all())
+
+    def close(self) -> None:
+        """Fail what is waiting, drop what is running, end the thread. Idempotent."""
+        if self._loop.is_closed():
+            return
+
+        async def shut_down() -> None:
+            self._refuse(BrokerClosed("the broker was closed"))
+            for tasks in (list(self._tasks.values()), self._chores):
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            for engine in self._engines:
+                await engine.client.close()
+
+        self._run(shut_down()).result(LOOP_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(LOOP_TIMEOUT_S)
+        self._loop.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _on_cancel(self, request: Request) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._drop, request)
+
+    # Everything below runs on the loop.
+
+    def _live(self) -> list[Engine]:
+        return [engine for engine in self._engines if not engine.is_lost]
+
+    def _enqueue(self, request: Request) -> None:
+        if self._refusal is not None:
+            settle(request.future, self._refusal)
+            return
+        self._num_open[request.prompt.problem.id] += 1
+        self._queues[request.priority].append(request)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Give waiting requests to free slots."""
+        for priority in PRIORITIES:
+            queue = self._queues[priority]
+            while priority in self._admitted and queue:
+                engine = self._engine_for(queue[0].prompt.problem.id)
+                if engine is None:
+                    return
+                self._start(queue.popleft(), engine)
+
+    def _engine_for(self, problem_id: str) -> Engine | None:
+        """Return the engine that has the problem's prompt in its cache, else the least loaded; None if all are full."""
+        free = [engine for engine in self._live() if engine.num_running < self._slots]
+        if not free:
+            return None
+        home = self._homes.get(problem_id)
+        if home not in free:
+            home = min(free, key=lambda engine: engine.num_running)
+            self._homes[problem_id] = home
+        return home
+
+    def _start(self, request: Request, engine: Engine) -> None:
+        engine.num_running += 1
+        task = self._loop.create_task(self._serve(request, engine))
+        self._tasks[request] = task
+        task.add_done_callback(lambda done: self._on_served(request, engine, done))
+
+    async def _serve(self, request: Request, engine: Engine) -> None:
+        generation = await self._generate(request, engine)
+        completion = Completion(
+            prompt=request.prompt,
+            token_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            finish_reason=generation.finish_reason,
+            weight_versions=generation.weight_versions,
+        )
+        settle(request.future, completion)
+
+    async def _generate(self, request: Request, engine: Engine) -> Generation:
+        """Return what the engine sampled, cut short when the time is over."""
+        answer = asyncio.ensure_future(
+            engine.client.generate(
+                request.prompt.sampling_ids, request.sampling, request.id, self._request_timeout_s + ABORT_GRACE_S
+            )
+        )
+        try:
+            done, _ = await asyncio.wait([answer], timeout=self._request_timeout_s)
+            if not done:
+                await engine.client.abort(request.id)
+            return await answer
+        except TimeoutError:
+            logger.warning("%s did not end %s within rollout.request_timeout_s", engine.name, request.id)
+            return nothing_generated(self._version)
+        except asyncio.CancelledError:
+            self._later(engine.client.abort(request.id))
+            raise
+        finally:
+            answer.cancel()
+
+    def _on_served(self, request: Request, engine: Engine, task: "asyncio.Task[None]") -> None:
+        """Free the slot; send the request elsewhere if the engine is gone."""
+        engine.num_running -= 1
+        del self._tasks[request]
+        error = self._refusal if task.cancelled() else task.exception()
+        if isinstance(error, EngineUnreachable):
+            self._lose(engine, error)
+            if self._refusal is None:
+                self._queues[request.priority].appendleft(request)
+            else:
+                self._close_request(request, self._refusal)
+        else:
+            self._close_request(request, error)
+        self._dispatch()
+
+    def _close_request(self, request: Request, error: BaseException | None) -> None:
+        if error is not None:
+            settle(request.future, error)
+        problem_id = request.prompt.problem.id
+        self._num_open[problem_id] -= 1
+        if self._num_open[problem_id] == 0:
+            del self._num_open[problem_id]
+            self._homes.pop(problem_id, None)
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request whose future was cancelled."""
+        if request in self._tasks:
+            self._tasks[request].cancel()
+        elif request in self._queues[request.priority]:
+            self._queues[request.priority].remove(request)
+            self._close_request(request, None)
+
+    def _lose(self, engine: Engine, error: EngineUnreachable) -> None:
+        """Send nothing more to an engine; refuse everything when it was the last."""
+        if engine.is_lost:
+            return
+        engine.is_lost = True
+        logger.warning("%s is lost: %s; last lines of its log:\n%s", engine.name, error, engine.log_tail())
+        if not self._live():
+            self._refuse(self._lost())
+
+    def _lost(self) -> EnginesLost:
+        tails = "\n".join(f"{engine.name}:\n{engine.log_tail()}" for engine in self._engines)
+        return EnginesLost(f"all {len(self._engines)} engines are lost; last lines of their logs:\n{tails}")
+
+    def _refuse(self, error: Exception) -> None:
+        self._refusal = error
+        for queue in self._queues.values():
+            while queue:
+                self._close_request(queue.popleft(), error)
+
+    def _later(self, chore: Coroutine[Any, Any, None]) -> None:
+        """Run something nobody waits for; its failure is logged only, because a lost engine is noticed anyway."""
+        task = self._loop.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._on_chore_done)
+
+    def _on_chore_done(self, task: "asyncio.Task[None]") -> None:
+        self._chores.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.warning("could not abort a request: %s", task.exception())
+
+
+def settle(future: "Future[Completion]", outcome: Completion | BaseException) -> None:
+    """Set the outcome of a future unless its owner has cancelled it."""
+    try:
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except InvalidStateError:
+        assert future.cancelled()
+
+
+def nothing_generated(version: int) -> Generation:
+    """Return what a request is given up with when the engine does not even answer the abort."""
+    return Generation(
+        token_ids=np.empty(0, dtype=np.int32),
+        logprobs=np.empty(0, dtype=np.float32),
+        finish_reason="abort",
+        weight_versions=(version,),
+    )

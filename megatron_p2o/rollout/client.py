@@ -1,0 +1,145 @@
+"""The routes of one SGLang server, with tokens in and tokens out. Lives on the broker's event loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from megatron_p2o.types import FinishReason, Logprobs, SamplingParams, TokenIds
+
+CONTROL_TIMEOUT_S = 60.0
+"""Limit on calls that should answer at once."""
+
+
+class EngineUnreachable(RuntimeError):
+    """The connection was refused, reset or cut: the server is gone."""
+
+
+class EngineRefused(RuntimeError):
+    """The server answered with an error: the request is at fault, or the server's state is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """What a server sampled."""
+
+    token_ids: TokenIds
+    """[R]"""
+    logprobs: Logprobs
+    """[R] at the sampling temperature; of the unscaled distribution for greedy sampling. Not renormalised for top_p."""
+    finish_reason: FinishReason
+    weight_versions: tuple[int, ...]
+    """Oldest first."""
+
+
+class EngineClient:
+    """HTTP client of one server. Create and use it on one event loop."""
+
+    def __init__(self, base_url: str, api_key: str, admin_key: str, stop_token_ids: Sequence[int]) -> None:
+        """Args:
+        stop_token_ids: end-of-sequence ids of the model.
+        """
+        self._base_url = base_url
+        self._user = {"Authorization": f"Bearer {api_key}"}
+        self._admin = {"Authorization": f"Bearer {admin_key}"}
+        self._stop_token_ids = list(stop_token_ids)
+        # The broker bounds the requests in flight; the connector must not bound them a second time.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+    async def generate(
+        self, token_ids: TokenIds, sampling: SamplingParams, request_id: str, timeout_s: float
+    ) -> Generation:
+        """Sample one continuation.
+
+        SGLang 0.5.21 honours `sampling.seed` only under `sglang.enable_deterministic_inference`, which needs a GPU.
+
+        Raises:
+            TimeoutError: no answer within `timeout_s`; the server may still be at work on it, see `abort`.
+            EngineUnreachable, EngineRefused
+        """
+        parameters: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop_token_ids": self._stop_token_ids,
+        }
+        if sampling.seed is not None:
+            parameters["sampling_seed"] = sampling.seed
+        request = {
+            "rid": request_id,
+            "input_ids": token_ids.tolist(),
+            "sampling_params": parameters,
+            "return_logprob": True,
+        }
+        return parse_generation(await self._post("/generate", request, self._user, timeout_s))
+
+    async def abort(self, request_id: str) -> None:
+        """Ask the server to finish a request with what it has; `generate` then returns it as "abort"."""
+        await self._post("/abort_request", {"rid": request_id}, self._admin, CONTROL_TIMEOUT_S)
+
+    async def pause(self) -> None:
+        """Stop decoding; running requests lose their KV cache and are computed anew after `resume`."""
+        await self._post("/pause_generation", {"mode": "retract"}, self._admin, CONTROL_TIMEOUT_S)
+
+    async def resume(self) -> None:
+        """Go on with the requests that `pause` stopped."""
+        await self._post("/continue_generation", {}, self._admin, CONTROL_TIMEOUT_S)
+
+    async def begin_weight_update(self, timeout_s: float) -> None:
+        await self._update("/begin_weight_update", {}, timeout_s)
+
+    async def update_weights(
+        self, payloads: Sequence[str], load_format: str | None, flush_cache: bool, timeout_s: float
+    ) -> None:
+        """Hand one serialized payload to each tensor-parallel rank. Only inside begin/end."""
+        request = {
+            "serialized_named_tensors": list(payloads),
+            "load_format": load_format,
+            "flush_cache": flush_cache,
+        }
+        await self._update("/update_weights_from_tensor", request, timeout_s)
+
+    async def end_weight_update(self, timeout_s: float) -> None:
+        await self._update("/end_weight_update", {}, timeout_s)
+
+    async def set_weight_version(self, version: int) -> None:
+        """From now on tokens are marked with `version`."""
+        request = {"new_version": str(version), "abort_all_requests": False}
+        await self._update("/update_weight_version", request, CONTROL_TIMEOUT_S)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def _update(self, path: str, request: dict[str, Any], timeout_s: float) -> None:
+        answer = await self._post(path, request, self._admin, timeout_s)
+        if not answer["success"]:
+            raise EngineRefused(f"{self._base_url}{path}: {answer['message']}")
+
+    async def _post(self, path: str, request: dict[str, Any], headers: dict[str, str], timeout_s: float) -> Any:
+        limit = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.post(
+                self._base_url + path, json=request, headers=headers, timeout=limit
+            ) as response:
+                if response.status != 200:
+                    raise EngineRefused(f"{self._base_url}{path}: {response.status} {(await response.text())[:500]}")
+                return await response.json(content_type=None) if response.content_type == "application/json" else None
+        except TimeoutError:
+            raise TimeoutError(f"{self._base_url}{path}: no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            raise EngineUnreachable(f"{self._base_url}{path}: {error!r}") from error
+
+
+def parse_generation(answer: dict[str, Any]) -> Generation:
+    """Read the JSON of /generate."""
+    meta = answer["meta_info"]
+    token_logprobs = meta["output_token_logprobs"] or []
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
+    return Generation(
+        token_ids=np.array([token for _, token, _ in token_logprobs], dtype=np.int32),
+        logprobs=np.array([logprob for logprob, _, _ in token_logprobs], dtype=np.float32),
+        finish_reason=meta["finish_reason"]["type"],
+        weight_versions=tuple(dict.fromkeys(int(span["version"]) for span in spans)),
+    )

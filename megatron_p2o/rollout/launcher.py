@@ -1,0 +1,114 @@
+"""The engine process: one SGLang server, started by `rollout.server` as `python -m megatron_p2o.rollout.launcher`.
+
+Its settings come as one JSON object on standard input, so that the keys of the server show up neither in the process
+list nor in the environment of its children:
+
+    {"parent_pid": 1234, "scratch": "/tmp/...", "arguments": {"model_path": ..., "api_key": ..., ...}}
+
+`scratch` is the private temporary directory of the server; `arguments` are fields of SGLang's ServerArgs. This file
+and `rollout.weight_loader` are all that runs in that process besides SGLang, which is imported nowhere else.
+"""
+
+import difflib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+EXIT_BAD_ARGUMENT = 78
+"""sysexits.h EX_CONFIG: the last line of the log names the setting."""
+
+PARENT_POLL_S = 1.0
+
+LEFT_IN_SHARED_MEMORY = re.compile(r"/dev/shm/(sglang_loads_|sem\.mp-)")
+"""SGLang's load snapshots and the semaphores of Python's multiprocessing."""
+
+
+def main() -> None:
+    settings = json.load(sys.stdin)
+    die_with_parent(settings["parent_pid"], scratch=settings["scratch"])
+    arguments: Mapping[str, Any] = settings["arguments"]
+    hide_in_logs([arguments["api_key"], arguments["admin_api_key"]])
+
+    from sglang.launch_server import run_server
+    from sglang.srt.arg_groups.arg_utils import record_fields
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    try:
+        check_names(arguments, [field.name for field in record_fields(ServerArgs)])
+    except ValueError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_ARGUMENT)
+    try:
+        run_server(ServerArgs(**arguments))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def check_names(arguments: Mapping[str, Any], known: list[str]) -> None:
+    """Raise `ValueError` for a setting that this SGLang does not have, with the nearest name."""
+    for name in arguments:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f": did you mean sglang.{near[0]}?" if near else ""
+        raise ValueError(f"sglang.{name} is not an argument of the installed SGLang server{hint}")
+
+
+def die_with_parent(parent_pid: int, scratch: str) -> None:
+    """Kill this process group once `parent_pid` is no longer the parent, even if that was ended by SIGKILL.
+
+    PR_SET_PDEATHSIG would fire when the *thread* that started this process ends: the parent could then not start
+    engines from a thread that does not live as long as they do.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(PARENT_POLL_S)
+        for path in shared_memory_of(os.getpid()):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
+
+
+def shared_memory_of(pid: int) -> set[Path]:
+    """Return the files in /dev/shm that a server and its children map and leave behind when they are killed."""
+    try:
+        server = psutil.Process(pid)
+        mapped = [entry.path for process in (server, *server.children()) for entry in process.memory_maps()]
+    except psutil.NoSuchProcess:
+        return set()
+    return {Path(path) for path in mapped if LEFT_IN_SHARED_MEMORY.match(path)}
+
+
+def hide_in_logs(secrets: list[str]) -> None:
+    """Replace the secrets in every log message of this process: SGLang logs all of its arguments."""
+    make_record = logging.getLogRecordFactory()
+
+    def make_clean_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        for secret in secrets:
+            if isinstance(record.msg, str):
+                record.msg = record.msg.replace(secret, "***")
+        return record
+
+    logging.setLogRecordFactory(make_clean_record)
+
+
+if __name__ == "__main__":
+    main()

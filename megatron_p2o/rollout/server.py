@@ -1,0 +1,203 @@
+"""One SGLang server as a child process: started, watched, and stopped without leaving anything behind."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_p2o.rollout.launcher import EXIT_BAD_ARGUMENT, shared_memory_of
+
+HOST = "127.0.0.1"
+"""Servers are never reachable from another machine: SGLang's weight routes and ZMQ sockets trust their callers."""
+
+CPU_SITE = Path(__file__).parent / "cpu_site"
+LAUNCHER = "megatron_p2o.rollout.launcher"
+
+OWN_ARGUMENTS = ("host", "port", "api_key", "admin_api_key", "tokenizer_worker_num")
+"""Not to be set from outside. With several tokenizer workers SGLang 0.5.21 serves without checking keys."""
+
+TORCHRUN_VARIABLES = re.compile(
+    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|TORCH_NCCL_\w+)$"
+)
+"""Of the trainer's process group: an engine must not join it."""
+
+POLL_S = 0.2
+PROBE_TIMEOUT_S = 10.0
+LOG_TAIL_LINES = 30
+LOG_NOISE = re.compile(r"Ignore import error|Warning: |warnings\.warn")
+
+
+class EngineStartFailed(RuntimeError):
+    """A server died or did not answer before its deadline; the message ends with the last lines of its log."""
+
+
+class EngineServer:
+    """A running SGLang server. Whoever creates it owns it and must call `stop`; it dies with its parent anyway."""
+
+    def __init__(self, name: str, arguments: Mapping[str, Any], log_path: Path) -> None:
+        """Start the process and return without waiting; call `wait_until_ready` next.
+
+        Args:
+            name: how errors call it, e.g. "engine 0".
+            arguments: fields of SGLang's ServerArgs, `OWN_ARGUMENTS` excepted.
+            log_path: receives everything the server prints; readable by this user only.
+
+        Raises:
+            ValueError: `arguments` sets something that is decided here.
+        """
+        for key in OWN_ARGUMENTS:
+            if key in arguments:
+                raise ValueError(f"sglang.{key} is decided by the program: remove it")
+        self.name = name
+        self.log_path = log_path
+        self.api_key = secrets.token_urlsafe(32)
+        """Opens /generate and the OpenAI routes."""
+        self.admin_key = secrets.token_urlsafe(32)
+        """Opens the weight routes."""
+        self._port = reserve_port()
+        self.base_url = f"http://{HOST}:{self._port.getsockname()[1]}"
+        self._scratch = Path(tempfile.mkdtemp(prefix="p2o-engine-"))
+        self._leftovers: set[Path] = set()
+        self._process = self._start(arguments)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the launcher, which leads its own session and process group."""
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        """Return whether the server process runs. Does not reap it, so that its group's id stays ours until `stop`."""
+        if self._process.returncode is not None:
+            return False
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Return when the server answers requests that carry its key.
+
+        Raises:
+            ValueError: an argument is unknown to the installed SGLang.
+            EngineStartFailed: the process ended, or `timeout_s` passed. It is stopped then.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._answers():
+            if not self.is_alive():
+                raise self._start_error("ended while starting")
+            if time.monotonic() > deadline:
+                raise self._start_error(f"did not answer within rollout.startup_timeout_s={timeout_s:g}")
+            time.sleep(POLL_S)
+        self._port.close()
+        self._leftovers = shared_memory_of(self.pid)
+
+    def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
+        """Return the last lines of the log, without the noise of optional imports."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        return "\n".join([line for line in lines if not LOG_NOISE.search(line)][-num_lines:])
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """End the server and every process it started: SIGTERM, after `grace_s` SIGKILL. Idempotent."""
+        if self._process.returncode is not None:
+            return
+        if self.is_alive():
+            self._leftovers |= shared_memory_of(self.pid)
+            self._process.terminate()
+        deadline = time.monotonic() + grace_s
+        while self.is_alive() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait(timeout=grace_s)
+        self._port.close()
+        for path in self._leftovers:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _start(self, arguments: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        settings = {
+            "parent_pid": os.getpid(),
+            "scratch": str(self._scratch),
+            "arguments": {
+                **arguments,
+                "host": HOST,
+                "port": self._port.getsockname()[1],
+                "api_key": self.api_key,
+                "admin_api_key": self.admin_key,
+            },
+        }
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with open_private(self.log_path) as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", LAUNCHER],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=engine_environment(is_cpu=arguments.get("device") == "cpu", scratch=self._scratch),
+                start_new_session=True,
+            )
+        assert process.stdin is not None
+        with process.stdin as pipe:
+            pipe.write(json.dumps(settings).encode())
+        return process
+
+    def _answers(self) -> bool:
+        """/health says that warm-up is over; /model_info that this is our server, because it checks the key."""
+        authorization = {"Authorization": f"Bearer {self.api_key}"}
+        try:
+            for path in ("/health", "/model_info"):
+                request = urllib.request.Request(self.base_url + path, headers=authorization)
+                with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):
+                    pass
+        except OSError:
+            return False
+        return True
+
+    def _start_error(self, what: str) -> Exception:
+        tail = self.log_tail()
+        self.stop(grace_s=1.0)
+        if self._process.returncode == EXIT_BAD_ARGUMENT:
+            return ValueError(tail.splitlines()[-1])
+        return EngineStartFailed(f"{self.name} {what}; last lines of {self.log_path}:\n{tail}")
+
+
+def reserve_port() -> socket.socket:
+    """Return a socket that holds a free loopback port without listening on it.
+
+    While it is open no other process is given the port, yet a server that sets SO_REUSEADDR (every HTTP server does)
+    can bind it and listen: two runs on one machine cannot collide between choosing and using a port.
+    """
+    holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind((HOST, 0))
+    return holder
+
+
+def open_private(path: Path) -> IO[bytes]:
+    """Open a new or emptied file that only this user can read."""
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode=0o600), "wb")
+
+
+def engine_environment(*, is_cpu: bool, scratch: Path) -> dict[str, str]:
+    """Return the environment of an engine process: this one's, without what binds it to the trainer's ranks."""
+    environment = {name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.match(name)}
+    environment |= {
+        "TMPDIR": str(scratch),  # holds SGLang's ZMQ sockets, which it never removes
+        "HF_HUB_OFFLINE": "1",
+    }
+    if is_cpu:
+        search_path = [str(CPU_SITE), *filter(None, [environment.get("PYTHONPATH")])]
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(search_path),
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",  # more threads spin against the trainer for the same cores
+        }
+    return environment
