@@ -198,12 +198,27 @@ def sample_and_grade(prompts: Sequence[Prompt], sampling: SamplingParams, parts:
 
 
 def rollout_of(completion: Completion, grade: Grade) -> Rollout:
-    return Rollout(completion=completion, grade=grade, reward=1.0 if grade == "correct" else 0.0)
+    return Rollout(completion=completion, grade=grade, reward=reward_of(grade))
+
+
+def reward_of(grade: Grade) -> float:
+    """Return the reward of a verdict: what could not be decided earns nothing."""
+    return 1.0 if grade == "correct" else 0.0
 
 
 def templates_of(problem: Problem, library: TemplateLibrary, group_size: int) -> Sequence[Template]:
-    """Return the template of each rollout of `problem`: those evolved for it, or none at all."""
-    return library.assigned(problem) or (PLAIN,) * group_size
+    """Return the template of each rollout of `problem`: those evolved for it, or none at all.
+
+    Raises:
+        ValueError: the library was made for groups of another size (a run resumed with changed settings).
+    """
+    templates = library.assigned(problem) or (PLAIN,) * group_size
+    if len(templates) != group_size:
+        raise ValueError(
+            f"rollout.group_size={group_size} but library {library.version} gives {problem.id!r} {len(templates)} "
+            "templates, one per rollout: resume with the group size the library was made for"
+        )
+    return templates
 
 
 def rollout_sampling(config: Config) -> SamplingParams:

@@ -83,6 +83,11 @@ class TemplateLibrary(Protocol):
     @property
     def version(self) -> int: ...
 
+    @property
+    def templates(self) -> Sequence[Template]:
+        """The published templates; empty before the first successful round."""
+        ...
+
     def assigned(self, problem: Problem) -> Sequence[Template]:
         """Return one template per rollout for a problem with evolved templates, else an empty sequence."""
         ...

@@ -86,7 +86,7 @@ def speed_metrics(
     groups: Sequence[Group], reports: Sequence[UpdateReport], seconds: Mapping[str, float]
 ) -> dict[str, MetricValue]:
     """Return seconds per phase, and tokens per second: sampled ones over `rollout`, trained ones over `train`."""
-    metrics: dict[str, MetricValue] = {f"perf/{phase}_s": Sum(duration) for phase, duration in seconds.items()}
+    metrics = phase_metrics(seconds)
     sampled = sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts)
     trained = sum(report.sums.get("loss_tokens", 0.0) for report in reports)
     if seconds.get("rollout"):
@@ -94,6 +94,11 @@ def speed_metrics(
     if seconds.get("train"):
         metrics["perf/train_tokens_per_s"] = Mean(trained, seconds["train"])
     return metrics
+
+
+def phase_metrics(seconds: Mapping[str, float]) -> dict[str, MetricValue]:
+    """Return `perf/<phase>_s` for each phase."""
+    return {f"perf/{phase}_s": Sum(duration) for phase, duration in seconds.items()}
 
 
 def epoch_metrics(

@@ -1,0 +1,102 @@
+"""How long the phases of a step take, measured around the parts rather than inside the algorithm."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+from megatron_p2o.interfaces import Grader, NamedWeights, Policy, PromptEvolution, RolloutEngine, TemplateLibrary
+from megatron_p2o.types import Completion, Grade, Logprobs, Problem, Prompt, SamplingParams, TrainSample, UpdateReport
+
+
+class PhaseClock:
+    """Adds up seconds by phase until they are taken."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `phase`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def take(self) -> Mapping[str, float]:
+        """Return the seconds of each phase since the last call and start again from nothing."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
+class TimedPolicy:
+    """A policy whose scoring and updates count as `score` and `train`. Everything else passes through unmeasured."""
+
+    def __init__(self, policy: Policy, clock: PhaseClock) -> None:
+        self._policy, self._clock = policy, clock
+        self.weights, self.save, self.load = policy.weights, policy.save, policy.load
+
+    def update(
+        self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
+    ) -> UpdateReport:
+        with self._clock.measure("train"):
+            return self._policy.update(samples, old_logprobs, num_loss_tokens)
+
+    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        with self._clock.measure("score"):
+            return self._policy.score(samples)
+
+
+class TimedEngine:
+    """An engine whose generation counts as `rollout` and whose weight refresh counts as `refresh`."""
+
+    def __init__(self, engine: RolloutEngine, clock: PhaseClock) -> None:
+        self._engine, self._clock = engine, clock
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
+        with self._clock.measure("rollout"):
+            yield from self._engine.generate(prompts, sampling)
+
+    def refresh(self, weights: NamedWeights, version: int) -> None:
+        with self._clock.measure("refresh"):
+            self._engine.refresh(weights, version)
+
+
+class TimedGrader:
+    """A grader of which only the waiting after the last completion counts, as `grade`."""
+
+    def __init__(self, grader: Grader, clock: PhaseClock) -> None:
+        self._grader, self._clock = grader, clock
+
+    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+        return TimedFuture.around(self._grader.submit(problem, text), self._clock)
+
+
+class TimedFuture(Future[Grade]):
+    """A verdict whose waiting is measured."""
+
+    _inner: Future[Grade]
+    _clock: PhaseClock
+
+    @classmethod
+    def around(cls, inner: Future[Grade], clock: PhaseClock) -> "TimedFuture":
+        """Return `inner` with its `result` measured."""
+        future = cls()
+        future._inner, future._clock = inner, clock
+        return future
+
+    def result(self, timeout: float | None = None) -> Grade:
+        with self._clock.measure("grade"):
+            return self._inner.result(timeout)
+
+
+class TimedEvolution:
+    """Prompt evolution that counts as `evolution`."""
+
+    def __init__(self, evolution: PromptEvolution, clock: PhaseClock) -> None:
+        self._evolution, self._clock = evolution, clock
+
+    def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> TemplateLibrary:
+        with self._clock.measure("evolution"):
+            return self._evolution.evolve(hard, library, epoch)

@@ -1,0 +1,170 @@
+"""What happens around the steps of a run: numbers, rollouts, ledger, evaluations and checkpoints."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_p2o.algorithm import Parts, StepResult, TrainState
+from megatron_p2o.config import Config
+from megatron_p2o.evaluate import Evaluation, best_template, evaluate, evaluation_record
+from megatron_p2o.metrics.clock import PhaseClock
+from megatron_p2o.metrics.log import MetricsLog
+from megatron_p2o.metrics.rollouts import RolloutWriter
+from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, phase_metrics, step_metrics
+from megatron_p2o.metrics.values import Mean
+from megatron_p2o.rl.hard_samples import HardSampleLedger, ledger_entry
+from megatron_p2o.run_state import LedgerFile, RunState, StopRequest, save_checkpoint, write_whole
+from megatron_p2o.types import PLAIN, Group, Problem, Template
+
+RoundStatistics = Mapping[str, float]
+"""Numbers of the last evolution round by name; empty when none ran since they were last asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFiles:
+    """The files a run appends to."""
+
+    run_dir: Path
+    ledger: LedgerFile
+    metrics: MetricsLog
+    rollouts: RolloutWriter
+
+
+class RunObserver:
+    """Implements `algorithm.TrainObserver` for a run directory. Lives on the conducting rank."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        parts: Parts,
+        files: RunFiles,
+        clock: PhaseClock,
+        stop: StopRequest,
+        evaluation_sets: Mapping[str, Sequence[Problem]],
+        observe_groups: Callable[[Sequence[Group]], None],
+        take_round_statistics: Callable[[], RoundStatistics],
+        resumed: RunState | None,
+    ) -> None:
+        self._config, self._parts, self._files, self._clock, self._stop = config, parts, files, clock, stop
+        self._evaluation_sets = evaluation_sets
+        self._observe_groups = observe_groups
+        self._take_round_statistics = take_round_statistics
+        self._num_rollouts_train = resumed.num_rollouts_train if resumed else 0
+        self._num_rollouts_evolution = resumed.num_rollouts_evolution if resumed else 0
+        self._wall_s_before = resumed.wall_s if resumed else 0.0
+        self._started = self._last_end = time.monotonic()
+        self._first_round: RoundStatistics = {}
+        self._published_accuracy: Mapping[str, float] = {}
+
+    @property
+    def ledger(self) -> HardSampleLedger:
+        return self._files.ledger.ledger
+
+    def on_start(self, state: TrainState) -> None:
+        """Evaluate the initial policy of a fresh run."""
+        if self._config.evaluation.at_start and state.step == 0:
+            self._evaluate(state, PLAIN, "")
+
+    def on_step(self, state: TrainState, result: StepResult) -> None:
+        now = time.monotonic()
+        seconds = {**self._clock.take(), "step": now - self._last_end}
+        self._files.metrics.write(state.step, state.epoch, step_metrics(result.groups, result.reports, seconds))
+        self._files.ledger.append([ledger_entry(group, state.epoch, state.step) for group in result.groups])
+        self._observe_groups(result.groups)
+        self._num_rollouts_train += sum(len(group.rollouts) for group in result.groups)
+        if _is_due(state.step, self._config.logging.rollouts_every_steps):
+            self._files.rollouts.write(state.step, result.groups, self._parts.renderer.decode)
+        if _is_due(state.step, self._config.evaluation.every_steps):
+            self._evaluate(state, PLAIN, "")
+        if _is_due(state.step, self._config.schedule.save_every_steps):
+            self.save(state)
+        self._last_end = time.monotonic()
+
+    def on_epoch(self, state: TrainState, hard: Sequence[Problem]) -> None:
+        statistics = self._take_round_statistics()
+        self._num_rollouts_evolution += int(statistics.get("num_rollouts", 0))
+        self._first_round = self._first_round or statistics
+        metrics = epoch_metrics(hard, state.library.version, len(state.library.templates), statistics)
+        self._files.metrics.write(state.step, state.epoch, {**metrics, **phase_metrics(self._clock.take())})
+        best = best_template(state.library)
+        if best is not PLAIN and self._config.evaluation.with_best_template:
+            outcome = self._evaluate(state, best, "templated_")
+            self._published_accuracy = self._published_accuracy or _accuracies(outcome)
+        self._last_end = time.monotonic()
+
+    def should_stop(self, state: TrainState) -> bool:
+        limit = self._config.schedule.max_steps
+        return self._stop.is_made() or (limit is not None and state.step >= limit)
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of `state`."""
+        self._files.metrics.announce("checkpoint")
+        save_checkpoint(self._files.run_dir, self._run_state(state), self._parts.policy, keep_last=2)
+
+    def on_end(self, state: TrainState) -> None:
+        """Evaluate, save and write results.json."""
+        plain = self._evaluate(state, PLAIN, "")
+        best = best_template(state.library)
+        templated = self._evaluate(state, best, "templated_") if best is not PLAIN else {}
+        if state.step > 0:
+            self.save(state)
+        write_whole(self._files.run_dir / "results.json", json.dumps(self._results(state, plain, templated), indent=1))
+
+    def _results(
+        self, state: TrainState, plain: Mapping[str, Evaluation], templated: Mapping[str, Evaluation]
+    ) -> dict[str, Any]:
+        run_state = self._run_state(state)
+        return {
+            "arm": self._config.run.name.rsplit("-seed", 1)[0],
+            "seed": self._config.run.seed,
+            "num_steps": state.step,
+            "evaluation": {name: evaluation_record(outcome) for name, outcome in plain.items()},
+            "templated_evaluation": {name: evaluation_record(outcome) for name, outcome in templated.items()},
+            "templated_accuracy_when_published": self._published_accuracy,
+            "template_hard_accuracy": templated["heldout_hard"].accuracy if "heldout_hard" in templated else None,
+            "best_template": best_template(state.library).text,
+            "first_round": dict(self._first_round),
+            "pass_at_n_plain": self._first_round.get("pass_at_n_plain"),
+            "num_internalised": len(self.ledger.internalised()),
+            "num_rollouts_train": run_state.num_rollouts_train,
+            "num_rollouts_evolution": run_state.num_rollouts_evolution,
+            "wall_s": run_state.wall_s,
+        }
+
+    def _evaluate(self, state: TrainState, template: Template, prefix: str) -> dict[str, Evaluation]:
+        self._files.metrics.announce("evaluation")
+        outcome = {
+            name: evaluate(problems, self._parts, self._config, template)
+            for name, problems in self._evaluation_sets.items()
+        }
+        self._clock.take()
+        accuracies = {prefix + name: Mean(each.num_correct, each.num_samples) for name, each in outcome.items()}
+        if accuracies:
+            self._files.metrics.write(state.step, state.epoch, evaluation_metrics(accuracies))
+        self._last_end = time.monotonic()
+        return outcome
+
+    def _run_state(self, state: TrainState) -> RunState:
+        return RunState(
+            step=state.step,
+            epoch=state.epoch,
+            batch=state.batch,
+            hard_problem_ids=tuple(problem.id for problem in state.hard),
+            library_version=state.library.version,
+            num_ledger_entries=self.ledger.num_entries,
+            num_rollouts_train=self._num_rollouts_train,
+            num_rollouts_evolution=self._num_rollouts_evolution,
+            wall_s=self._wall_s_before + time.monotonic() - self._started,
+        )
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _accuracies(outcome: Mapping[str, Evaluation]) -> dict[str, float]:
+    return {name: each.accuracy for name, each in outcome.items()}

@@ -1,0 +1,96 @@
+"""How templates are tried out: rendered, sampled on the training engines and graded, on behalf of prompt evolution."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from megatron_p2o.algorithm import reward_of
+from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, FreeScore, Rejection
+from megatron_p2o.evolve.publish import RoundStats
+from megatron_p2o.interfaces import Grader, PromptRenderer
+from megatron_p2o.types import Completion, Group, Problem, Prompt, Rollout, SamplingParams, Template
+
+UNNUMBERED = -1
+"""Id of a template that is only being tried out; published templates are numbered from 0."""
+
+Sample = Callable[[Prompt, SamplingParams], Future[Completion]]
+"""Submits one rollout to the engines at evolution's priority."""
+
+
+class TemplateEvaluator:
+    """Implements `evolve.session.Evaluate`. Calls may come from any thread; nothing blocks."""
+
+    def __init__(self, sample: Sample, renderer: PromptRenderer, grader: Grader) -> None:
+        self._sample, self._renderer, self._grader = sample, renderer, grader
+
+    def __call__(
+        self, template_text: str, problem: Problem, sampling: SamplingParams
+    ) -> Future[Evaluation | Rejection]:
+        outcome: Future[Evaluation | Rejection] = Future()
+        template = Template(id=UNNUMBERED, text=template_text, parent=None)
+        try:
+            prompt = self._renderer.render(problem, template)
+        except ValueError as error:
+            outcome.set_result(Rejection(reason=str(error)))
+            return outcome
+        sampled = self._sample(prompt, sampling)
+        sampled.add_done_callback(lambda done: self._grade(done, outcome))
+        return outcome
+
+    def _grade(self, sampled: Future[Completion], outcome: Future[Evaluation | Rejection]) -> None:
+        error = sampled.exception()
+        if error is not None:
+            outcome.set_exception(EvaluationFailed(str(error)))
+            return
+        completion = sampled.result()
+        if completion.finish_reason == "abort":
+            outcome.set_exception(EvaluationFailed("the engine gave the rollout up"))
+            return
+        text = self._renderer.decode(completion)
+        graded = self._grader.submit(completion.prompt.problem, text)
+        graded.add_done_callback(
+            lambda done: outcome.set_result(_evaluation(completion, reward_of(done.result()), text))
+        )
+
+
+def _evaluation(completion: Completion, reward: float, text: str) -> Evaluation:
+    return Evaluation(
+        reward=reward,
+        response_text=text,
+        finish_reason=completion.finish_reason,
+        num_tokens=len(completion.token_ids),
+        weight_version=completion.weight_versions[-1],
+    )
+
+
+def free_scores(groups: Sequence[Group], decode: Callable[[Completion], str]) -> list[FreeScore]:
+    """Return what training rollouts already say about each (template, problem): the mean reward and one answer."""
+    scores: list[FreeScore] = []
+    for group in groups:
+        by_template: dict[str, list[Rollout]] = {}
+        for rollout in group.rollouts:
+            if rollout.completion.finish_reason != "abort":
+                by_template.setdefault(rollout.completion.prompt.template.text, []).append(rollout)
+        for text, rollouts in by_template.items():
+            shown = rollouts[0].completion
+            mean_reward = sum(rollout.reward for rollout in rollouts) / len(rollouts)
+            evaluation = _evaluation(shown, mean_reward, decode(shown))
+            scores.append(FreeScore(template_text=text, problem_id=group.problem.id, evaluation=evaluation))
+    return scores
+
+
+def round_statistics(stats: RoundStats | None) -> dict[str, float]:
+    """Return the numbers of a round for the metrics `evolution/<name>`; empty when none ran."""
+    if stats is None:
+        return {}
+    numbers: dict[str, float] = {
+        "pool_size": stats.num_candidates,
+        "best_score": stats.best_score,
+        "coverage": stats.coverage,
+        "num_rollouts": stats.num_rollouts,
+        "num_templates": stats.num_templates,
+        "num_restarts": stats.num_restarts,
+        "round_s": stats.duration_s,
+    }
+    if stats.plain_coverage is not None:
+        numbers["pass_at_n_plain"] = stats.plain_coverage
+    return numbers

@@ -1,0 +1,251 @@
+"""One rank of a run: build the parts, resume, train, close. Started by torchrun as `-m megatron_p2o.train CONFIG`.
+
+The only place where implementations meet. Rank 0 conducts; the others serve its policy's calls until it is done.
+"""
+
+import argparse
+import json
+import logging
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megatron_p2o.algorithm import Parts, TrainState, train
+from megatron_p2o.config import Config
+from megatron_p2o.config_file import load_config
+from megatron_p2o.data.batches import epoch_batches
+from megatron_p2o.data.chat import ChatRenderer, fitting_problems
+from megatron_p2o.data.problems import load_problems
+from megatron_p2o.evaluate import evaluate, evaluation_record
+from megatron_p2o.evolve.library import EMPTY_LIBRARY, library_path, load_library
+from megatron_p2o.evolve.session import EvolutionSession
+from megatron_p2o.launch import end_with_parent
+from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
+from megatron_p2o.metrics.log import open_metrics_log
+from megatron_p2o.metrics.rollouts import RolloutWriter
+from megatron_p2o.observer import RunFiles, RunObserver
+from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rollout.engine import start_engines
+from megatron_p2o.run_state import (
+    POLICY_FOLDER,
+    LedgerFile,
+    StopRequest,
+    latest_checkpoint,
+    read_state,
+    write_whole,
+)
+from megatron_p2o.template_evaluation import TemplateEvaluator, free_scores, round_statistics
+from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a run reads before it starts anything."""
+
+    renderer: ChatRenderer
+    train: Sequence[Problem]
+    evaluation: Mapping[str, Sequence[Problem]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run this rank and return its exit status."""
+    parser = argparse.ArgumentParser(prog="megatron_p2o.train")
+    parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
+    parser.add_argument("--evaluate", action="store_true", help="measure the policy instead of training it")
+    parser.add_argument("--checkpoint", type=Path, help="start from this checkpoint instead of the latest")
+    options = parser.parse_args(arguments)
+    end_with_parent()
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    config, run_dir = load_config(options.config), options.config.parent
+    policy = build_policy(config, run_dir)
+    if not policy.is_conductor:
+        policy.serve()
+        return 0
+    checkpoint = options.checkpoint or (None if options.evaluate else latest_checkpoint(run_dir))
+    with ExitStack() as stack:
+        stack.callback(policy.close)
+        conductor = Conductor(config, run_dir, policy, checkpoint, stack)
+        if options.evaluate:
+            conductor.evaluate()
+        else:
+            conductor.train()
+    return 0
+
+
+def dry_run(config: Config) -> None:
+    """Read everything a run would read and print what was found. Starts nothing.
+
+    Raises:
+        ValueError: a file, a row or a prompt is bad; the message names it.
+    """
+    inputs = load_inputs(config)
+    num_steps = len(epoch_batches(inputs.train, config.schedule.problems_per_step, config.run.seed, epoch=0))
+    print(f"train: {len(inputs.train)} problems, {num_steps} steps in each of {config.schedule.epochs} epochs")
+    for name, problems in inputs.evaluation.items():
+        print(f"evaluation.{name}: {len(problems)} problems")
+    print(f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens")
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Read problems and tokenizer.
+
+    Raises:
+        ValueError: a file, a row or a prompt is bad; the message names it.
+    """
+    renderer = ChatRenderer(config.model, config.data)
+
+    def read(path: str) -> Sequence[Problem]:
+        return fitting_problems(load_problems(path, config.data), renderer, config.data.skip_bad_rows)
+
+    evaluation = {name: read(path) for name, path in config.data.evaluation.items()}
+    return Inputs(renderer=renderer, train=read(config.data.train), evaluation=evaluation)
+
+
+class Conductor:
+    """Rank 0 of a run: owns the engines, the grader and evolution through the exit stack it is given."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, policy: MegatronPolicy, checkpoint: Path | None, stack: ExitStack
+    ) -> None:
+        self.config, self.run_dir, self.policy = config, run_dir, policy
+        self.inputs = load_inputs(config)
+        self.resumed = read_state(checkpoint) if checkpoint else None
+        self.engine = stack.enter_context(start_engines(config, run_dir))
+        self.grader = make_grader(config.grading)
+        stack.callback(self.grader.close)
+        self.evolution = self._start_evolution(stack) if config.evolution.enabled else None
+        self.clock = PhaseClock()
+        self.parts = Parts(
+            policy=TimedPolicy(policy, self.clock),
+            engine=TimedEngine(self.engine, self.clock),
+            grader=TimedGrader(self.grader, self.clock),
+            renderer=self.inputs.renderer,
+            evolution=TimedEvolution(self.evolution, self.clock) if self.evolution else None,
+        )
+        self.state = self._initial_state()
+        if checkpoint:
+            policy.load(checkpoint / POLICY_FOLDER)
+        # Also a fresh run: from the first rollout on, what the engines serve has been compared with the trainer.
+        self.engine.refresh(policy.weights(), version=self.state.step)
+        self._stack = stack
+
+    def train(self) -> None:
+        """Train to the end of the schedule or to a stop request, and save."""
+        config, state = self.config, self.state
+        stop = StopRequest(self.run_dir)
+        observer = self._observer(stop)
+        observer.on_start(state)
+        state = train(self.batches_of, state, observer.ledger, self.parts, observer, config)
+        if stop.is_made():
+            observer.save(state)
+            stop.clear()
+            return
+        observer.on_end(state)
+
+    def evaluate(self) -> None:
+        """Measure the policy plainly on every evaluation set; write evaluation.json and print it."""
+        outcome = {
+            name: evaluation_record(evaluate(problems, self.parts, self.config))
+            for name, problems in self.inputs.evaluation.items()
+        }
+        record = {"step": self.state.step, "evaluation": outcome}
+        write_whole(self.run_dir / "evaluation.json", json.dumps(record, indent=1))
+        print(json.dumps(record, indent=1))
+
+    def batches_of(self, epoch: int) -> Sequence[Sequence[Problem]]:
+        """Return the problems of each step of an epoch; the same whenever asked."""
+        return epoch_batches(self.inputs.train, self.config.schedule.problems_per_step, self.config.run.seed, epoch)
+
+    def _observer(self, stop: StopRequest) -> RunObserver:
+        keep_through_step = self.resumed.step if self.resumed else -1
+        num_steps = len(self.batches_of(0)) * self.config.schedule.epochs
+        metrics = open_metrics_log(
+            self.run_dir,
+            self.config.run.name,
+            self.config.logging,
+            num_steps=min(num_steps, self.config.schedule.max_steps or num_steps),
+            keep_through_step=keep_through_step,
+        )
+        ledger = LedgerFile(self.run_dir / "hard_samples.jsonl", self.resumed.num_ledger_entries if self.resumed else 0)
+        self._stack.callback(ledger.close)
+        files = RunFiles(
+            run_dir=self.run_dir,
+            ledger=ledger,
+            metrics=self._stack.enter_context(metrics),
+            rollouts=RolloutWriter(self.run_dir / "rollouts", keep_through_step),
+        )
+        return RunObserver(
+            config=self.config,
+            parts=self.parts,
+            files=files,
+            clock=self.clock,
+            stop=stop,
+            evaluation_sets=self.inputs.evaluation,
+            observe_groups=self._observe_groups,
+            take_round_statistics=self._take_round_statistics,
+            resumed=self.resumed,
+        )
+
+    def _initial_state(self) -> TrainState:
+        resumed = self.resumed
+        if resumed is None:
+            return TrainState(library=EMPTY_LIBRARY)
+        by_id = {problem.id: problem for problem in self.inputs.train}
+        return TrainState(
+            library=load_library(library_path(self.run_dir, resumed.library_version))
+            if resumed.library_version
+            else EMPTY_LIBRARY,
+            step=resumed.step,
+            epoch=resumed.epoch,
+            batch=resumed.batch,
+            hard=tuple(by_id[problem_id] for problem_id in resumed.hard_problem_ids),
+        )
+
+    def _start_evolution(self, stack: ExitStack) -> EvolutionSession:
+        def sample(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
+            return self.engine.broker.submit(prompt, sampling, priority="evolution")
+
+        evaluator = TemplateEvaluator(sample, self.inputs.renderer, self.grader)
+        url = key = model = None
+        if self.config.evolution.reflection.backend == "self":
+            url, key = self.engine.start_reflection_server()
+            model = self.config.model.path
+        session = EvolutionSession(
+            self.config,
+            self.run_dir,
+            evaluator,
+            reflection_url=url,
+            reflection_model=model,
+            reflection_api_key=key,
+        )
+        stack.callback(session.close)
+        return session
+
+    def _observe_groups(self, groups: Sequence[Group]) -> None:
+        if self.evolution is not None:
+            for score in free_scores(groups, self.inputs.renderer.decode):
+                self.evolution.observe(score)
+
+    def _take_round_statistics(self) -> Mapping[str, float]:
+        if self.evolution is None:
+            return {}
+        last_round, self.evolution.last_round = self.evolution.last_round, None
+        return round_statistics(last_round)
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    # An exception unwinds the exit stack, which ends the engines, the graders and the evolution service.
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""`p2o train` as a user runs it: real ranks, a real engine, real grading, a real evolution process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+P2O = [sys.executable, "-m", "megatron_p2o.cli"]
+RUN_TIMEOUT_S = 420
+
+pytestmark = pytest.mark.slow
+
+
+def settings(tiny: Path, runs: Path, name: str) -> list[str]:
+    """Return overrides that make examples/tiny_cpu runs small: 32 problems a step."""
+    return [
+        f"run.directory={runs}",
+        f"run.name={name}",
+        f"model.path={tiny}/model",
+        f"data.train={tiny}/problems/train.jsonl",
+        f"data.evaluation.heldout_easy={tiny}/problems/heldout_easy.jsonl",
+        f"data.evaluation.heldout_hard={tiny}/problems/heldout_hard.jsonl",
+        "schedule.problems_per_step=32",
+        "schedule.problems_per_update=16",
+    ]
+
+
+def p2o(command: str, config: str, overrides: list[str]) -> list[str]:
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    return [*P2O, command, str(ROOT / "examples" / "tiny_cpu" / config), *sets]
+
+
+def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=RUN_TIMEOUT_S, check=False)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def p2o_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A P2O run of two short epochs, two updates a step, stopped in the first epoch and resumed."""
+    runs = tmp_path_factory.mktemp("runs")
+    command = p2o(
+        "train", "p2o.yaml", [*settings(tiny, runs, "p2o"), "schedule.epochs=2", "evolution.max_rollouts=400"]
+    )
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(runs / "p2o" / "rollouts" / "step-000002.jsonl", process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0, output
+    assert not (runs / "p2o" / "results.json").exists(), "the run was asked to stop, not to finish"
+    resumed = run(command)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    return runs / "p2o"
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    """Return when `path` exists; fail when the process ends first or takes too long."""
+    deadline = time.monotonic() + RUN_TIMEOUT_S
+    while not path.exists():
+        if process.poll() is not None:
+            pytest.fail(f"ended before writing {path.name}: {process.stdout.read() if process.stdout else ''}")
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"{path.name} was not written in {RUN_TIMEOUT_S} s")
+        time.sleep(0.2)
+
+
+def test_an_interrupted_run_asks_every_problem_once_an_epoch(p2o_run: Path) -> None:
+    entries = lines(p2o_run / "hard_samples.jsonl")
+    asked = Counter((entry["epoch"], entry["problem_id"]) for entry in entries)
+    assert set(asked.values()) == {1}
+    steps = [line["step"] for line in lines(p2o_run / "metrics.jsonl") if "train/loss" in line["metrics"]]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(entries) == 32 * len(steps)
+
+
+def test_the_engine_and_the_trainer_agree_at_every_step(p2o_run: Path) -> None:
+    mismatches = [
+        line["metrics"]["mismatch/logprob_abs_max"]
+        for line in lines(p2o_run / "metrics.jsonl")
+        if "mismatch/logprob_abs_max" in line["metrics"]
+    ]
+    assert mismatches
+    # float32 on both sides, other reduction orders; log-probs reach -15 nats.
+    assert max(mismatches) < 1e-4
+
+
+def test_evolution_publishes_templates_that_the_second_epoch_is_asked_through(p2o_run: Path) -> None:
+    library = json.loads((p2o_run / "templates" / "library-1.json").read_text())
+    texts = {template["text"] for template in library["templates"]}
+    assert texts and "" not in texts
+    entries = lines(p2o_run / "hard_samples.jsonl")
+    assert not any(entry["templated_tries"] for entry in entries if entry["epoch"] == 0)
+    assert any(entry["templated_tries"] for entry in entries if entry["epoch"] == 1)
+
+
+def test_results_and_report_are_written(p2o_run: Path) -> None:
+    results = json.loads((p2o_run / "results.json").read_text())
+    assert set(results["evaluation"]) == {"heldout_easy", "heldout_hard"}
+    assert results["num_rollouts_train"] == 6 * len(lines(p2o_run / "hard_samples.jsonl"))
+    assert results["num_rollouts_evolution"] > 0
+    report = run([*P2O, "report", str(p2o_run)])
+    assert report.returncode == 0, report.stderr
+    assert "<svg" in (p2o_run / "report.html").read_text()
+
+
+def test_a_checkpoint_evaluates_to_what_training_measured(p2o_run: Path) -> None:
+    name = (p2o_run / "checkpoints" / "latest").read_text().strip()
+    outcome = run([*P2O, "eval", str(p2o_run / "checkpoints" / name)])
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    measured = json.loads((p2o_run / "evaluation.json").read_text())["evaluation"]
+    trained = json.loads((p2o_run / "results.json").read_text())["evaluation"]
+    # Greedy decoding from the same weights: only a tie between two tokens could differ.
+    assert measured == trained
+
+
+def test_two_tensor_parallel_ranks_train_by_configuration_alone(tiny: Path, tmp_path: Path) -> None:
+    overrides = [*settings(tiny, tmp_path, "tp2"), "parallel.tensor=2", "schedule.max_steps=2"]
+    outcome = run(p2o("train", "grpo_n6.yaml", overrides))
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    steps = [line["metrics"] for line in lines(tmp_path / "tp2" / "metrics.jsonl") if "train/loss" in line["metrics"]]
+    assert len(steps) == 2
+    assert max(step["mismatch/logprob_abs_max"] for step in steps) < 1e-4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_an_interrupted_run(number: signal.Signals, tiny: Path, tmp_path: Path) -> None:
+    command = p2o("train", "p2o.yaml", settings(tiny, tmp_path, "killed"))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "killed" / "rollouts" / "step-000001.jsonl", process)  # type: ignore[arg-type]
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 4, "torchrun, a rank, an engine with its own children"
+    os.kill(process.pid, number)
+    process.wait(timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, [member.cmdline() for member in alive if member.is_running()]
+
+
+def test_a_model_that_no_engine_can_load_ends_the_run_with_the_reason(tiny: Path, tmp_path: Path) -> None:
+    overrides = [*settings(tiny, tmp_path, "bad"), "sglang.attention_backend=no_such_backend"]
+    outcome = run(p2o("train", "grpo_n6.yaml", overrides))
+    assert outcome.returncode != 0
+    assert "no_such_backend" in outcome.stderr
+
+
+def test_bad_settings_start_nothing(tmp_path: Path) -> None:
+    overrides = [f"run.directory={tmp_path}", "rollout.group_size=1", "optimizer.lrr=1", "model.path=/no/such/model"]
+    outcome = run(p2o("train", "p2o.yaml", overrides))
+    assert outcome.returncode == 2
+    assert "optimizer.lrr" in outcome.stderr and "optimizer.lr" in outcome.stderr
+    assert "rollout.group_size=1" in outcome.stderr
+    assert not any(tmp_path.iterdir())
