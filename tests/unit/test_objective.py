@@ -94,11 +94,16 @@ def batch_of(samples_of_tokens: Sequence[Sequence[Token]], *, with_old: bool = T
     return logprobs_T, batch
 
 
+def random_token(random: np.random.Generator, advantage: float, is_templated: bool) -> Token:
+    current, old, sampling = -random.uniform(0.1, 6.0, size=3)
+    return Token(current, old, sampling, advantage, is_templated)
+
+
 def mixed_batch(seed: int = 0, *, with_old: bool = True) -> tuple[Tensor, PackedBatch]:
     """Return four random samples: plain and templated, both signs of the advantage, far from every kink."""
     random = np.random.default_rng(seed)
     groups = [
-        [Token(*(-random.uniform(0.1, 6.0, size=3)), advantage, is_templated) for _ in range(length)]
+        [random_token(random, advantage, is_templated) for _ in range(length)]
         for length, advantage, is_templated in ((5, 1.3, True), (1, -0.7, True), (8, -1.1, False), (3, 0.4, False))
     ]
     return batch_of(groups, with_old=with_old)

@@ -26,7 +26,7 @@ def samples_of(shapes: list[tuple[int, int]]) -> list[TrainSample]:
                 context_ids=ids[:prompt_length],
                 response_ids=ids[prompt_length:],
                 advantage=(-1) ** number * (number + 0.25),
-                sampling_logprobs=-(number + 1) - np.arange(response_length, dtype=np.float32) / 16,
+                sampling_logprobs=(-(number + 1) - np.arange(response_length) / 16).astype(np.float32),
                 is_templated=number % 2 == 0,
             )
         )

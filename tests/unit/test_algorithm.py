@@ -1,0 +1,285 @@
+"""One P2O step with fakes at every border; the training loop is in test_algorithm_train.py."""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from megatron_p2o.algorithm import Parts, StepResult, TrainState, p2o_step
+from megatron_p2o.rl.advantage import group_advantages
+from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
+from megatron_p2o.testing.fakes import (
+    FakeEngine,
+    FakeGrader,
+    FakeLibrary,
+    FakePolicy,
+    FakeRenderer,
+    Journal,
+    Reply,
+    encode,
+    fake_config,
+    fake_logprobs,
+    fake_problem,
+)
+from megatron_p2o.types import PLAIN, Problem, Prompt, Template
+
+Context = Literal["sampling", "replace", "importance", "ratio_mask"]
+HINT = Template(id=1, text="§ go on", parent=0)
+"""Its first character occurs in no question."""
+OTHER = Template(id=2, text="§ look again", parent=1)
+PROBLEMS = [fake_problem(number) for number in range(4)]
+
+
+def mixed_reply(prompt: Prompt, index: int) -> Reply:
+    """Solve about a third of the rollouts, with responses of different lengths, by prompt and place alone."""
+    draw = zlib.crc32(prompt.sampling_ids.tobytes() + bytes([index]))
+    return Reply(text="yes") if draw % 3 == 0 else Reply(text="no" + "!" * (draw % 5))
+
+
+def solved_by(places: Mapping[str, Sequence[int]], group_size: int = 4) -> Callable[[Prompt, int], Reply]:
+    """Return a reply that solves only the given rollouts of the given problems."""
+    return lambda prompt, index: Reply(
+        text="yes" if index % group_size in places.get(prompt.problem.id, ()) else "no, sorry"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step that was run, with the fakes it was run on."""
+
+    result: StepResult
+    policy: FakePolicy
+    engine: FakeEngine
+    grader: FakeGrader
+    journal: Journal
+
+
+def run_step(
+    reply: Callable[[Prompt, int], Reply] = mixed_reply,
+    settings: Mapping[str, Any] | None = None,
+    templates: Mapping[str, Sequence[Template]] | None = None,
+    *,
+    step: int = 0,
+    problems: Sequence[Problem] = PROBLEMS,
+    ledger: HardSampleLedger | None = None,
+) -> Step:
+    """Run one step from a policy that has already moved `step` times."""
+    journal = Journal()
+    policy, grader = FakePolicy(journal=journal, num_updates=step), FakeGrader()
+    engine = FakeEngine(reply=reply, journal=journal, version=step, num_updates=step)
+    parts = Parts(policy=policy, engine=engine, grader=grader, renderer=FakeRenderer(), evolution=None)
+    state = TrainState(library=FakeLibrary(assignments=templates or {}), step=step)
+    result = p2o_step(problems, state, ledger or HardSampleLedger(), parts, fake_config(settings))
+    return Step(result=result, policy=policy, engine=engine, grader=grader, journal=journal)
+
+
+TEMPLATED = {PROBLEMS[1].id: [HINT, OTHER, PLAIN, HINT], PROBLEMS[2].id: [HINT] * 4}
+
+
+@pytest.mark.parametrize("context", ["replace", "importance", "ratio_mask"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_engine_sees_the_template_and_training_does_not(context: Context, recompute: bool) -> None:
+    step = run_step(settings={"objective.context": context, "scoring.recompute": recompute}, templates=TEMPLATED)
+    asked = [chr(prompt.sampling_ids[0]) for prompt in step.engine.prompts]
+    assert asked == ["q"] * 4 + ["§", "§", "q", "§"] + ["§"] * 4 + ["q"] * 4
+    samples = [sample for call in step.policy.updates for sample in call.samples]
+    questions = {tuple(encode(problem.question)) for problem in PROBLEMS}
+    assert {tuple(sample.context_ids) for sample in samples} <= questions
+    assert any(sample.is_templated for sample in samples) and not all(sample.is_templated for sample in samples)
+
+
+def test_each_response_is_trained_on_the_bare_prompt_of_its_own_problem() -> None:
+    asked: dict[str, Prompt] = {}
+
+    def numbered(prompt: Prompt, index: int) -> Reply:
+        asked[f"reply {index}"] = prompt
+        return Reply(text=f"reply {index}")
+
+    step = run_step(numbered, {"objective.drop_zero_advantage": False}, TEMPLATED)
+    samples = [sample for call in step.policy.updates for sample in call.samples]
+    assert len(samples) == len(asked) == 16
+    for sample in samples:
+        prompt = asked["".join(chr(token) for token in sample.response_ids[:-1])]
+        assert np.array_equal(sample.context_ids, encode(prompt.problem.question))
+        assert np.array_equal(sample.sampling_logprobs, fake_logprobs(prompt.sampling_ids, sample.response_ids))
+        assert sample.is_templated == (prompt.template.text != "")
+
+
+def test_without_distillation_training_sees_what_the_engine_saw() -> None:
+    step = run_step(
+        settings={"objective.context": "sampling", "objective.drop_zero_advantage": False}, templates=TEMPLATED
+    )
+    contexts = [tuple(sample.context_ids) for call in step.policy.updates for sample in call.samples]
+    assert contexts == [tuple(prompt.sampling_ids) for prompt in step.engine.prompts]
+    assert not any(sample.is_templated for call in step.policy.updates for sample in call.samples)
+
+
+def test_rollouts_are_in_the_order_they_were_asked_whatever_finishes_first() -> None:
+    step = run_step(templates=TEMPLATED)
+    prompts = [rollout.completion.prompt for group in step.result.groups for rollout in group.rollouts]
+    assert all(rolled is asked for rolled, asked in zip(prompts, step.engine.prompts, strict=True))
+    assert [group.problem for group in step.result.groups] == PROBLEMS
+    assert [prompt.template for prompt in prompts[4:8]] == [HINT, OTHER, PLAIN, HINT]
+
+
+def test_rewards_are_the_grades_of_the_decoded_text() -> None:
+    texts = {0: "yes", 1: "no", 2: "?", 3: "yes!"}
+    step = run_step(lambda prompt, index: Reply(text=texts[index % 4]), problems=PROBLEMS[:2])
+    for group in step.result.groups:
+        assert [rollout.grade for rollout in group.rollouts] == ["correct", "incorrect", "error", "incorrect"]
+        assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0, 0.0, 0.0]
+        assert group.advantages == group_advantages([1, 0, 0, 0], "grpo")
+    assert sorted(step.grader.submitted) == sorted((p.id, text) for p in PROBLEMS[:2] for text in texts.values())
+
+
+def test_zero_advantages_are_dropped_and_their_tokens_counted() -> None:
+    reply = solved_by({PROBLEMS[0].id: [1]})
+    step = run_step(reply)
+    first, second = step.policy.updates
+    num_failed, num_solved = len("no, sorry") + 1, len("yes") + 1
+    assert len(first.samples) == 4 and len(second.samples) == 0
+    assert first.num_loss_tokens == 7 * num_failed + num_solved
+    assert second.num_loss_tokens == 8 * num_failed
+    kept = run_step(reply, {"objective.drop_zero_advantage": False})
+    assert [len(call.samples) for call in kept.policy.updates] == [8, 8]
+    assert [call.num_loss_tokens for call in kept.policy.updates] == [first.num_loss_tokens, second.num_loss_tokens]
+    assert all(sample.advantage == 0 for sample in kept.policy.updates[1].samples)
+
+
+def test_old_log_probs_are_scored_before_any_update_and_the_engines_refreshed_last() -> None:
+    step = run_step(settings={"schedule.problems_per_update": 1}, templates=TEMPLATED, step=3)
+    assert step.journal == ["generate", *["score"] * 3, *["update"] * 4, "weights", "refresh"]
+    assert step.policy.updates[0].old_logprobs is None
+    for call, scored in zip(step.policy.updates[1:], step.policy.scored, strict=True):
+        assert call.samples == scored and call.old_logprobs is not None
+        for sample, old in zip(call.samples, call.old_logprobs, strict=True):
+            assert np.array_equal(old, fake_logprobs(sample.context_ids, sample.response_ids, num_updates=3))
+
+
+@pytest.mark.parametrize("context", ["sampling", "replace", "importance", "ratio_mask"])
+def test_one_update_per_step_needs_no_scoring(context: Context) -> None:
+    step = run_step(settings={"schedule.problems_per_update": 4, "objective.context": context}, templates=TEMPLATED)
+    assert step.journal == ["generate", "update", "weights", "refresh"]
+    assert step.policy.updates[0].old_logprobs is None
+
+
+def test_true_importance_ratios_never_need_scoring() -> None:
+    step = run_step(settings={"objective.context": "importance"}, templates=TEMPLATED)
+    assert step.journal == ["generate", "update", "update", "weights", "refresh"]
+    assert [call.old_logprobs for call in step.policy.updates] == [None, None]
+
+
+@pytest.mark.parametrize("drop_failed", [False, True])
+@pytest.mark.parametrize("num_updates", [1, 2])
+def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_failed: bool, num_updates: int) -> None:
+    def mismatched(prompt: Prompt, index: int) -> Reply:
+        finish = "abort" if index == 5 else "stop"
+        reply = replace(mixed_reply(prompt, index), finish_reason=finish)
+        return replace(reply, logprobs=np.full(len(reply.token_ids), -9.0, np.float32))
+
+    settings = {
+        "scoring.recompute": True,
+        "objective.drop_failed_templated": drop_failed,
+        "objective.drop_zero_advantage": False,
+        "schedule.problems_per_update": 4 // num_updates,
+    }
+    step = run_step(mismatched, settings, TEMPLATED, step=5)
+    assert step.journal[: 2 * num_updates] == ["generate", *["score"] * (2 * num_updates - 1)]
+    trained = [sample for call in step.policy.updates for sample in call.samples]
+    sampled = [
+        rollout.completion
+        for group in step.result.groups
+        for rollout in group.rollouts
+        if rollout.completion.finish_reason != "abort"
+        and not (drop_failed and rollout.completion.prompt.is_templated and rollout.reward == 0)
+    ]
+    assert len(trained) == len(sampled) < 16
+    for sample, completion in zip(trained, sampled, strict=True):
+        expected = fake_logprobs(completion.prompt.sampling_ids, completion.token_ids, num_updates=5)
+        assert np.array_equal(sample.sampling_logprobs, expected)
+        assert np.array_equal(sample.context_ids, completion.prompt.training_ids)
+        assert np.array_equal(sample.response_ids, completion.token_ids)
+
+
+def test_engines_serve_the_updated_weights_under_the_next_version() -> None:
+    step = run_step(step=7)
+    assert step.engine.refreshes == [8] and step.engine.version == 8
+    assert step.engine.num_updates == step.policy.num_updates == 9
+    assert {r.completion.weight_versions for group in step.result.groups for r in group.rollouts} == {(7,)}
+    assert len(step.result.reports) == 2
+
+
+def test_rollouts_are_sampled_as_configured() -> None:
+    step = run_step(settings={"rollout.temperature": 0.7, "rollout.top_p": 0.9, "rollout.max_new_tokens": 5})
+    (sampling,) = step.engine.samplings
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens) == (0.7, 0.9, 5)
+
+
+def test_a_rollout_that_was_given_up_on_is_not_trained_on_and_its_siblings_are_credited() -> None:
+    def one_lost(prompt: Prompt, index: int) -> Reply:
+        return Reply(text="lost", finish_reason="abort") if index == 1 else Reply(text="yes" if index == 0 else "no")
+
+    step = run_step(one_lost, {"schedule.problems_per_update": 1}, problems=PROBLEMS[:1])
+    (group,) = step.result.groups
+    won, lost_a, lost_b = group_advantages([1, 0, 0], "grpo")
+    assert group.advantages == (won, 0.0, lost_a, lost_b)
+    assert group.rollouts[1].grade == "error" and group.rollouts[1].reward == 0.0
+    (call,) = step.policy.updates
+    assert [sample.advantage for sample in call.samples] == [won, lost_a, lost_b]
+    assert call.num_loss_tokens == len("yes") + 1 + 2 * (len("no") + 1)
+    assert "lost" not in [text for _, text in step.grader.submitted]
+
+
+def test_a_step_whose_rollouts_are_all_lost_moves_nothing_and_counts() -> None:
+    step = run_step(lambda prompt, index: Reply(text="", finish_reason="abort"), templates=TEMPLATED)
+    assert step.result.hard == []
+    assert [(call.samples, call.num_loss_tokens) for call in step.policy.updates] == [((), 0), ((), 0)]
+    assert step.engine.refreshes == [1] and step.engine.num_updates == 0
+
+
+def test_problems_their_plain_rollouts_fail_are_hard() -> None:
+    reply = solved_by({PROBLEMS[0].id: [0, 1], PROBLEMS[1].id: [0, 1, 3], PROBLEMS[2].id: [0], PROBLEMS[3].id: []})
+    assert run_step(reply).result.hard == [PROBLEMS[2], PROBLEMS[3]]
+    templated = {PROBLEMS[1].id: [HINT, HINT, PLAIN, HINT]}
+    assert run_step(reply, templates=templated).result.hard == PROBLEMS[1:]
+    assert run_step(reply, {"hard.counted": "all"}, templated).result.hard == PROBLEMS[2:]
+
+
+def test_the_anchor_is_the_ledgers_plain_rate_of_each_problem() -> None:
+    entries = [
+        LedgerEntry(
+            epoch=0, step=1, problem_id=p.id, plain_tries=4, plain_solved=n, templated_tries=0, templated_solved=0
+        )
+        for n, p in enumerate(PROBLEMS)
+    ]
+    templates = {problem.id: [HINT] * 4 for problem in PROBLEMS}
+    reply = solved_by({problem.id: [0, 1, 2, 3] for problem in PROBLEMS})
+    settings = {"advantage.baseline": "plain_anchored"}
+    step = run_step(reply, settings, templates, ledger=HardSampleLedger(entries))
+    for number, group in enumerate(step.result.groups):
+        assert group.advantages == group_advantages([1.0] * 4, "grpo", anchor_success_rate=number / 4)
+    assert run_step(reply, None, templates).policy.updates[0].samples == ()
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (8, 4), (3, 5)])
+def test_a_library_made_for_another_group_size_is_refused(sizes: tuple[int, int]) -> None:
+    templates = {problem.id: [HINT] * size for problem, size in zip(PROBLEMS, sizes, strict=False)}
+    with pytest.raises(ValueError, match=r"rollout\.group_size=4 .*'problem-00[01]'"):
+        run_step(templates=templates)
+
+
+def test_a_step_that_fails_has_moved_nothing() -> None:
+    journal = Journal()
+
+    def lost(prompt: Prompt, index: int) -> Reply:
+        raise ConnectionError("engine lost")
+
+    policy = FakePolicy(journal=journal)
+    engine = FakeEngine(reply=lost, journal=journal)
+    parts = Parts(policy=policy, engine=engine, grader=FakeGrader(), renderer=FakeRenderer(), evolution=None)
+    with pytest.raises(ConnectionError):
+        p2o_step(PROBLEMS, TrainState(library=FakeLibrary()), HardSampleLedger(), parts, fake_config())
+    assert journal == ["generate"]

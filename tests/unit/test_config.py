@@ -1,0 +1,143 @@
+"""The rules between settings, and the reference preset."""
+
+from dataclasses import fields, is_dataclass
+from operator import attrgetter
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pytest
+
+from megatron_p2o.config import NOT_NEGATIVE, POSITIVE, REFERENCE_PRESET, Config, problems_of
+from megatron_p2o.testing.fakes import fake_config
+
+
+def dotted_types(section: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every setting under its dotted name."""
+    hints, found = get_type_hints(section), {}
+    for field in fields(section):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            found |= dotted_types(kind, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = kind
+    return found
+
+
+SETTINGS = dotted_types(Config)
+
+
+def test_a_sensible_run_breaks_no_rule() -> None:
+    assert problems_of(fake_config()) == []
+
+
+def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
+    assert set(REFERENCE_PRESET) <= set(SETTINGS)
+    for name, value in REFERENCE_PRESET.items():
+        choices = get_args(SETTINGS[name]) if get_origin(SETTINGS[name]) is not None else None
+        assert value in choices if choices else isinstance(value, SETTINGS[name]), name
+    assert problems_of(fake_config(REFERENCE_PRESET)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"schedule.problems_per_step": 128, "schedule.problems_per_update": 48}, "schedule.problems_per_update=48"),
+        ({"schedule.problems_per_step": 4, "schedule.problems_per_update": 8}, "schedule.problems_per_update=8"),
+        ({"assignment.num_plain": -1}, "assignment.num_plain=-1"),
+        ({"assignment.num_plain": 5, "rollout.group_size": 4}, "assignment.num_plain=5"),
+        ({"assignment.num_plain": 0, "rollout.group_size": 1}, "rollout.group_size=1"),
+        ({"objective.ratio_low": 0.0}, "objective.ratio_low=0.0"),
+        ({"objective.ratio_low": 1.5}, "objective.ratio_low=1.5"),
+        ({"objective.ratio_high": 0.5}, "objective.ratio_high=0.5"),
+        ({"objective.clip_low": 1.0}, "objective.clip_low=1.0"),
+        ({"objective.clip_low": -0.1}, "objective.clip_low=-0.1"),
+        ({"objective.clip_high": -0.1}, "objective.clip_high=-0.1"),
+        ({"objective.dual_clip": 1.0}, "objective.dual_clip=1.0"),
+        ({"rollout.temperature": 0.0}, "rollout.temperature=0.0"),
+        ({"parallel.sequence": True}, "parallel.sequence"),
+        ({"parallel.tensor": 0}, "parallel.tensor"),
+        ({"parallel.pipeline": 0}, "parallel.pipeline"),
+        ({"parallel.data": -1}, "parallel.data"),
+        ({"objective.normalization": "micro_batch", "objective.denominator": "kept"}, "objective.normalization"),
+        ({"evolution.reflection.backend": "openai"}, "evolution.reflection.base_url"),
+        (
+            {"evolution.reflection.backend": "openai", "evolution.reflection.base_url": "https://host/v1"},
+            "evolution.reflection.base_url and .model",
+        ),
+        ({"evolution.reflection.backend": "phrasebook"}, "evolution.reflection.phrases"),
+        ({"data.question_format": "Answer."}, "data.question_format"),
+    ],
+)
+def test_each_broken_rule_is_named_and_alone(settings: dict[str, Any], named: str) -> None:
+    problems = problems_of(fake_config(settings))
+    assert len(problems) == 1
+    assert named in problems[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule.problems_per_step": 128, "schedule.problems_per_update": 128},
+        {"assignment.num_plain": 0},
+        {"assignment.num_plain": 4},
+        {"objective.ratio_low": 1.0, "objective.ratio_high": 1.0},
+        {"objective.clip_low": 0.0, "objective.clip_high": 0.0},
+        {"parallel.sequence": True, "parallel.tensor": 2},
+        {"objective.denominator": "kept"},
+        {"evolution.reflection.backend": "openai", "evolution.enabled": False},
+        {"evolution.reflection.backend": "phrasebook", "evolution.enabled": False},
+        {"evolution.reflection.backend": "phrasebook", "evolution.reflection.phrases": "phrases.txt"},
+        {
+            "evolution.reflection.backend": "openai",
+            "evolution.reflection.base_url": "https://host/v1",
+            "evolution.reflection.model": "teacher",
+        },
+    ],
+)
+def test_the_edge_of_a_rule_is_allowed(settings: dict[str, Any]) -> None:
+    assert problems_of(fake_config(settings)) == []
+
+
+@pytest.mark.parametrize(("names", "smallest_bad"), [(POSITIVE, 0), (NOT_NEGATIVE, -1)])
+def test_every_number_with_a_range_is_checked(names: tuple[str, ...], smallest_bad: int) -> None:
+    assert set(names) <= set(SETTINGS)
+    for name in names:
+        assert any(problem.startswith(f"{name}=") for problem in problems_of(fake_config({name: smallest_bad}))), name
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    problems = problems_of(fake_config({"rollout.temperature": 0.0, "objective.dual_clip": 0.5, "schedule.epochs": 0}))
+    assert len(problems) == 3
+
+
+def test_the_world_is_the_product_of_the_parallel_sizes() -> None:
+    config = fake_config({"parallel.tensor": 2, "parallel.pipeline": 3, "parallel.data": 5})
+    assert config.parallel.world_size == 30
+
+
+def test_the_defaults_are_the_papers() -> None:
+    defaults = Config(run=fake_config().run, model=fake_config().model, data=fake_config().data)
+    published = {
+        "rollout.group_size": 6,
+        "rollout.temperature": 0.6,
+        "rollout.max_new_tokens": 12288,
+        "data.max_prompt_tokens": 4096,
+        "schedule.problems_per_step": 128,
+        "schedule.problems_per_update": 64,
+        "schedule.epochs": 10,
+        "optimizer.lr": 1e-6,
+        "optimizer.weight_decay": 0.01,
+        "optimizer.clip_grad": 1.0,
+        "objective.clip_low": 0.2,
+        "objective.clip_high": 0.2,
+        "objective.dual_clip": 3.0,
+        "objective.ratio_low": 0.01,
+        "objective.ratio_high": 10.0,
+        "hard.max_solved": 1,
+        "hard.min_problems": 100,
+        "evolution.budget": "heavy_4",
+        "evolution.dev_size": 300,
+        "evolution.num_lineages": 16,
+        "evolution.minibatch_size": 3,
+    }
+    assert {name: attrgetter(name)(defaults) for name in published} == published
