@@ -1,0 +1,333 @@
+"""Settings files: what is read, what is refused, and that every problem is said at once with its place."""
+
+import dataclasses
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_p2o.config import REFERENCE_PRESET, Config
+from megatron_p2o.config_file import ConfigError, dump_config, load_config, missing_paths
+
+REQUIRED = "run: {name: first}\nmodel: {path: model}\ndata: {train: train.jsonl}\n"
+
+
+def write(directory: Path, text: str, name: str = "run.yaml") -> Path:
+    path = directory / name
+    path.write_text(text)
+    return path
+
+
+def load(directory: Path, text: str, overrides: Sequence[str] = ()) -> Config:
+    return load_config(write(directory, REQUIRED + text), overrides)
+
+
+def problems(directory: Path, text: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Return the messages for a file of exactly this text, with the directory cut off."""
+    path = write(directory, text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    return [str(problem).replace(f"{directory}/", "") for problem in error.value.problems]
+
+
+def test_required_settings_alone_give_the_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path, "")
+    assert (config.run.name, config.model.path, config.data.train) == ("first", "model", "train.jsonl")
+    assert config.rollout.group_size == 6
+    assert config.evolution.reflection.backend == "self"
+
+
+def test_values_take_the_type_of_their_field(tmp_path: Path) -> None:
+    text = """
+optimizer: {lr: 1e-6, eps: 1, beta1: '0.5'}
+rollout: {max_total_tokens: 7}
+schedule: {max_steps: null}
+parallel: {distributed_optimizer: yes}
+evolution: {reflection: {temperature: 0}}
+sglang: {mem-fraction-static: 0.5, on: [1, {two: 2}]}
+megatron:
+"""
+    config = load(tmp_path, text)
+    assert config.optimizer.lr == 1e-6
+    assert config.optimizer.beta1 == 0.5
+    assert isinstance(config.optimizer.eps, float)
+    assert config.rollout.max_total_tokens == 7
+    assert config.schedule.max_steps is None
+    assert config.parallel.distributed_optimizer is True
+    assert isinstance(config.evolution.reflection.temperature, float)
+    assert config.sglang == {"mem-fraction-static": 0.5, "on": [1, {"two": 2}]}
+    assert config.megatron == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("optimizer: {lr: fast}", "optimizer.lr=fast must be a number: write it like 0.5 or 1e-6"),
+        ("optimizer: {lr: true}", "optimizer.lr=true must be a number: write it like 0.5 or 1e-6"),
+        ("optimizer: {lr: .nan}", "optimizer.lr=.nan must be a number: write it like 0.5 or 1e-6"),
+        ("optimizer: {lr: [1]}", "optimizer.lr=(a list) must be a number: write it like 0.5 or 1e-6"),
+        ("run: {seed: true}", "run.seed=true must be a whole number: write it in digits"),
+        ("schedule: {epochs: 1.5}", "schedule.epochs=1.5 must be a whole number: write it in digits"),
+        ("schedule: {epochs: 1e3}", "schedule.epochs=1e3 must be a whole number: write it in digits"),
+        ("schedule: {epochs: '10'}", "schedule.epochs=10 must be a whole number: write it in digits"),
+        ("schedule: {epochs: }", "schedule.epochs= is empty: give a value or delete the line"),
+        ("logging: {console: 1}", "logging.console=1 must be true or false"),
+        ("run: {directory: no}", "run.directory=no is no text in YAML: put it in quotes"),
+        ("run: {directory: 2024}", "run.directory=2024 is no text in YAML: put it in quotes"),
+        ("run: {directory: 2024-01-01}", "run.directory=2024-01-01 is no text in YAML: put it in quotes"),
+        ("data: {evaluation: {math: 5}}", "data.evaluation.math=5 is no text in YAML: put it in quotes"),
+        ("data: {evaluation: math.jsonl}", "data.evaluation=math.jsonl must be a mapping: write its settings below it"),
+        ("optimizer: 3", "optimizer=3 must be a mapping: write its settings below it, indented"),
+        ("run: {directory: !!python/name:os.system x}", "run.directory=x cannot be read"),
+        ("model: {dtype: bfloat}", "model.dtype=bfloat must be one of float32, bfloat16: did you mean bfloat16?"),
+        ("rollout: {verify_weights: off}", "must be one of always, first, never: choose one"),
+        ("evolution: {reflection: {backend: [self]}}", "evolution.reflection.backend=(a list) must be one of openai,"),
+    ],
+)
+def test_value_of_the_wrong_type_is_named_with_its_line_and_remedy(tmp_path: Path, line: str, message: str) -> None:
+    # The required settings stand in the base, so that the line under test may open any section.
+    write(tmp_path, REQUIRED, "base.yaml")
+    found = problems(tmp_path, f"base: base.yaml\n{line}\n")
+    assert len(found) == 1
+    assert found[0].startswith("run.yaml:2: ")
+    assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("optimizer: {lrr: 1}", "optimizer.lrr is not a setting: did you mean optimizer.lr?"),
+        ("optimiser: {lr: 1}", "optimiser is not a setting: did you mean optimizer?"),
+        ("group_size: 6", "group_size is not a setting: did you mean rollout.group_size?"),
+        ("optimizer.lr: 1", "optimizer.lr is not a setting: nest it: write `lr:` indented below `optimizer:`"),
+        ("evolution: {reflection: {api_key: sk-1}}", "did you mean evolution.reflection.api_key_env?"),
+        ("1: 2", "1 is not a setting: known here are "),
+    ],
+)
+def test_unknown_name_is_answered_with_the_nearest_one(tmp_path: Path, line: str, message: str) -> None:
+    write(tmp_path, REQUIRED, "base.yaml")
+    found = problems(tmp_path, f"base: base.yaml\n{line}\n")
+    assert len(found) == 1
+    assert found[0].startswith("run.yaml:2: ")
+    assert message in found[0]
+
+
+def test_all_problems_are_listed_at_once_in_order_of_the_file(tmp_path: Path) -> None:
+    text = """run: {name: no}
+model: {pth: x}
+optimizer:
+  lr: 1e-6
+  lr: 2e-6
+  beta1: fast
+schedule: {problems_per_step: 100, problems_per_update: 64}
+"""
+    assert problems(tmp_path, text, ["evaluation.tempearture=1"]) == [
+        "--set: evaluation.tempearture is not a setting: did you mean evaluation.temperature?",
+        "run.yaml: model.path is missing: it has no default, set it",
+        "run.yaml: data.train is missing: it has no default, set it",
+        "run.yaml:1: run.name=no is no text in YAML: put it in quotes",
+        "run.yaml:2: model.pth is not a setting: did you mean model.path?",
+        "run.yaml:5: optimizer.lr is set twice (first on line 4): keep one",
+        "run.yaml:6: optimizer.beta1=fast must be a number: write it like 0.5 or 1e-6",
+        "run.yaml:7: schedule.problems_per_update=64 must divide schedule.problems_per_step=100",
+    ]
+
+
+def test_cross_check_is_silent_about_a_setting_that_was_refused_already(tmp_path: Path) -> None:
+    found = problems(tmp_path, REQUIRED + "schedule: {problems_per_step: many, problems_per_update: 48}")
+    assert len(found) == 1 and "problems_per_step=many" in found[0]
+
+
+def test_cross_check_names_the_places_of_both_settings(tmp_path: Path) -> None:
+    found = problems(tmp_path, REQUIRED + "rollout: {group_size: 2}\n", ["assignment.num_plain=3"])
+    assert found == ["run.yaml:4, --set: assignment.num_plain=3 must lie in 0..rollout.group_size=2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("schedule: {problems_per_update: 0}", "schedule.problems_per_update=0 must be greater than 0"),
+        ("grading: {deadline_s: 0}", "grading.deadline_s=0.0 must be greater than 0"),
+        ("hard: {max_solved: -1}", "hard.max_solved=-1 must not be negative"),
+    ],
+)
+def test_value_out_of_range_is_a_problem(tmp_path: Path, line: str, message: str) -> None:
+    assert problems(tmp_path, REQUIRED + line) == [f"run.yaml:4: {message}"]
+
+
+def test_base_is_read_first_relative_to_the_file_and_mappings_merge(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    write(tmp_path / "shared", REQUIRED + "optimizer: {lr: 1, eps: 2}\nsglang: {a: 1, b: 1}", "root.yaml")
+    write(tmp_path / "shared", "base: root.yaml\noptimizer: {eps: 3, beta1: 0.5}", "middle.yaml")
+    path = write(tmp_path, "base: shared/middle.yaml\noptimizer: {beta1: 0.25}\nsglang: {b: 2}\nrun: {name: last}")
+    config = load_config(path)
+    assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.beta1) == (1, 3, 0.25)
+    assert config.sglang == {"a": 1, "b": 2}
+    assert config.run.name == "last"
+
+
+def test_problem_in_a_base_is_reported_with_the_file_of_the_base(tmp_path: Path) -> None:
+    write(tmp_path, REQUIRED + "optimizer: {lr: x}", "root.yaml")
+    assert problems(tmp_path, "base: root.yaml\n")[0].startswith("root.yaml:4: optimizer.lr=x")
+
+
+def test_base_that_is_missing_or_leads_in_a_circle_is_refused(tmp_path: Path) -> None:
+    assert "run.yaml:1: base=gone.yaml must be an existing settings file" in problems(tmp_path, "base: gone.yaml")[0]
+    write(tmp_path, "base: run.yaml", "other.yaml")
+    assert "other.yaml:1: base=run.yaml leads back to a file" in problems(tmp_path, "base: other.yaml")[0]
+    assert "run.yaml:1: base=5 must be the path" in problems(tmp_path, "base: 5")[0]
+
+
+def test_overrides_win_and_are_typed_like_the_file(tmp_path: Path) -> None:
+    overrides = [
+        "optimizer.lr=2e-6",
+        "schedule.max_steps=3",
+        "logging.wandb_project=null",
+        "run.name='7'",
+        "data.question_format=a {question} = b",
+        "data.evaluation.aime.2024=aime.jsonl",
+        "sglang={x: 1}",
+        "sglang.y=true",
+        "optimizer.lr=3e-6",
+    ]
+    config = load(tmp_path, "optimizer: {lr: 1}\n", overrides)
+    assert config.optimizer.lr == 3e-6
+    assert config.schedule.max_steps == 3
+    assert config.logging.wandb_project is None
+    assert config.run.name == "7"
+    assert config.data.question_format == "a {question} = b"
+    assert config.data.evaluation == {"aime.2024": "aime.jsonl"}
+    assert config.sglang == {"x": 1, "y": True}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr", "optimizer.lr must have the form name=value"),
+        ("optimizer.lr=x", "optimizer.lr=x must be a number"),
+        ("optimizer.lrr=1", "optimizer.lrr is not a setting: did you mean optimizer.lr?"),
+        ("optimizer.lr.x=1", "optimizer.lr.x is not a setting"),
+        ("run.name=7", "run.name=7 is no text in YAML: put it in quotes"),
+        ("run.name=", "run.name= is empty"),
+        ("run.name=[", "run.name=[ must be a YAML value"),
+        ("optimizer=1", "optimizer=1 must be a mapping"),
+    ],
+)
+def test_override_problem_is_reported_as_set(tmp_path: Path, override: str, message: str) -> None:
+    found = problems(tmp_path, REQUIRED, [override])
+    assert len(found) == 1
+    assert found[0].startswith(f"--set: {message}")
+
+
+def test_reference_preset_sets_every_default_of_the_authors(tmp_path: Path) -> None:
+    config = load(tmp_path, "preset: reference")
+    assert {name: attrgetter(name)(config) for name in REFERENCE_PRESET} == dict(REFERENCE_PRESET)
+
+
+def test_file_and_overrides_win_over_the_preset_in_either_order(tmp_path: Path) -> None:
+    config = load(tmp_path, "assignment: {num_plain: 1}\npreset: reference", ["evolution.guard_leaks=true"])
+    assert config.assignment.num_plain == 1
+    assert config.evolution.guard_leaks is True
+    assert config.evolution.warm_start is False
+    assert load(tmp_path, "", ["preset=reference"]).assignment.num_plain == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"run: {name: [}", "run.yaml:1: YAML syntax"),
+        (b"run:\n  name: x\n bad: y\n", "run.yaml:3: YAML syntax"),
+        (b"run: {name: x}\n---\nrun: {name: y}\n", "run.yaml:2: YAML syntax"),
+        (b"run: {name: x}\n# \xff\n", "run.yaml:2: the file must be UTF-8"),
+        (b"a: \x00", "run.yaml: YAML syntax"),
+        (b"- run\n", "run.yaml:1: the file must be a mapping of sections"),
+        (b"just words", "run.yaml:1: the file must be a mapping of sections"),
+        (b"a: &a {b: *a}", "run.yaml:1: a=(a mapping) cannot be read"),
+    ],
+)
+def test_file_that_is_no_mapping_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert message in str(error.value).replace(f"{tmp_path}/", "")
+
+
+def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the file cannot be read \(No such file or directory\)"):
+        load_config(tmp_path / "gone.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_empty_file_misses_exactly_the_required_settings(tmp_path: Path) -> None:
+    assert [line.split()[1] for line in problems(tmp_path, "")] == ["run.name", "model.path", "data.train"]
+
+
+def test_dump_reads_back_equal_whatever_the_settings_hold(tmp_path: Path) -> None:
+    text = r"""
+preset: reference
+optimizer: {lr: 1e-6, eps: 1.0e-300}
+data:
+  question_format: "é: {question}\n\t\\boxed{{}} # no"
+  evaluation: {"no": "yes.jsonl", 'a b: c': "1e3"}
+assignment: {num_plain: 3}
+sglang: {flag: true, list: [1, 2.5, null, "off"], nested: {a: {b: ""}}}
+evolution: {reflection: {backend: openai, base_url: "https://host/v1", model: "null"}}
+"""
+    write(tmp_path, REQUIRED, "base.yaml")
+    text = "base: base.yaml\n" + text.replace("data:\n", "data:\n  train: x.jsonl\n")
+    config = load_config(write(tmp_path, text))
+    assert config.data.evaluation == {"no": "yes.jsonl", "a b: c": "1e3"}
+    assert load_config(write(tmp_path, dump_config(config), "dumped.yaml")) == config
+
+
+def test_dump_holds_every_setting(tmp_path: Path) -> None:
+    config = load(tmp_path, "")
+    assert yaml.safe_load(dump_config(config)) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("sglang: {api_key: very-secret}", "sglang.api_key"),
+        ("sglang: {admin-api-key: very-secret}", "sglang.admin-api-key"),
+        ("megatron: {hf_token: very-secret}", "megatron.hf_token"),
+        ("evolution: {reflection: {api_key_env: very-secret}}", "evolution.reflection.api_key_env"),
+        ("evolution: {reflection: {base_url: 'https://me:very-secret@host/v1'}}", "evolution.reflection.base_url"),
+    ],
+)
+def test_credential_in_the_settings_is_refused_and_never_shown(tmp_path: Path, line: str, name: str) -> None:
+    found = problems(tmp_path, REQUIRED + line)
+    assert len(found) == 1
+    assert found[0].startswith(f"run.yaml:4: {name} ")
+    assert "secret" not in found[0]
+
+
+def test_dump_refuses_a_credential_that_was_set_in_code(tmp_path: Path) -> None:
+    config = dataclasses.replace(load(tmp_path, ""), sglang={"api_key": "very-secret"})
+    with pytest.raises(ValueError, match=r"sglang\.api_key is a credential") as error:
+        dump_config(config)
+    assert "very-secret" not in str(error.value)
+
+
+def test_missing_paths_names_each_absent_file_and_only_those(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "evolution: {reflection: {phrases: phrases.txt}}\n"
+    config = load(tmp_path, text, ["data.evaluation.math=math.jsonl", "data.evaluation.aime=aime.jsonl"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    named = [sentence.split("=")[0] for sentence in missing_paths(config)]
+    everything = ["model.path", "data.train", "data.evaluation.math", "data.evaluation.aime"]
+    assert sorted(named) == sorted([*everything, "evolution.reflection.phrases"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for name in ("train.jsonl", "aime.jsonl", "phrases.txt"):
+        (tmp_path / name).touch()
+    assert [sentence.split("=")[0] for sentence in missing_paths(config)] == ["data.evaluation.math"]
+
+
+def test_problems_found_elsewhere_can_be_raised_the_same_way() -> None:
+    error = ConfigError(["data.train=x must be an existing file"])
+    assert str(error) == "1 problem in the settings:\n  data.train=x must be an existing file"
