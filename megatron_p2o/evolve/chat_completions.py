@@ -78,7 +78,7 @@ class ChatCompletions:
             except TransientError as error:
                 if attempt + 1 == num_tries:
                     raise ReflectionUnavailable(f"{self._url}: {error} ({num_tries} tries)") from error
-                await asyncio.sleep(self._delay_s(attempt, error.retry_after_s, rng))
+                await asyncio.sleep(retry_delay_s(attempt, self._base_delay_s, error.retry_after_s, rng))
         raise AssertionError("the last try returned or raised")
 
     async def close(self) -> None:
@@ -129,11 +129,6 @@ class ChatCompletions:
             text = text.replace(self._api_key, "***")
         return " ".join(text.split())[:MAX_DETAIL_CHARS]
 
-    def _delay_s(self, attempt: int, retry_after: float | None, rng: random.Random) -> float:
-        if retry_after is not None:
-            return min(retry_after, MAX_DELAY_S)
-        return min(self._base_delay_s * 2**attempt * rng.uniform(0.5, 1.5), MAX_DELAY_S)
-
 
 def answer_text(content: bytes) -> str:
     """Return the first choice's text of a chat completion. Raise `TransientError` when there is none."""
@@ -145,6 +140,12 @@ def answer_text(content: bytes) -> str:
     if not isinstance(text, str) or not text.strip():
         raise TransientError("an empty answer")
     return text
+
+
+def retry_delay_s(attempt: int, base_s: float, retry_after: float | None, rng: random.Random) -> float:
+    """Return the wait before the retry after try `attempt` (from 0): what the endpoint asks for, else doubling."""
+    wanted = retry_after if retry_after is not None else base_s * 2**attempt * rng.uniform(0.5, 1.5)
+    return min(wanted, MAX_DELAY_S)
 
 
 def retry_after_s(header: str | None) -> float | None:

@@ -69,7 +69,7 @@ def load_library(path: Path) -> PublishedLibrary:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         expected = content.pop("checksum")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a template library: {error!r}") from error
     if checksum(content) != expected:
         raise ValueError(f"{path} does not match its checksum: it was altered or damaged; remove it to ask plainly")

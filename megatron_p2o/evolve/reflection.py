@@ -12,6 +12,9 @@ MAX_PROMPT_CHARS = 90_000
 """Of a whole reflection prompt: about 30,000 tokens of mathematical English, which with the answer fits the context
 of 32,768 that Qwen3 was trained on. The authors count tokens; this process holds no tokenizer."""
 
+EXAMPLE_FRAME_CHARS = 160
+"""Headings and cut marks around an example."""
+
 MAX_FORMAT_FAILURE_CHARS = 800
 """Of a response without a final answer: its beginning and end show what went wrong."""
 
@@ -77,7 +80,7 @@ def _example_text(number: int, example: Example, max_chars: int) -> str:
     """Return one example in at most about `max_chars`; the response gives way first, then the question."""
     verdict = _verdict(example)
     question = shorten(example.problem.question, max(200, max_chars // 2))
-    room = max(200, max_chars - len(question) - len(verdict) - 100)
+    room = max(200, max_chars - len(question) - len(verdict) - EXAMPLE_FRAME_CHARS)
     if _lacks_final_answer(example.evaluation):
         room = min(room, MAX_FORMAT_FAILURE_CHARS)
     response = shorten(example.evaluation.response_text, room)

@@ -1,0 +1,126 @@
+"""A task for evolution without a model: each family of problems needs its own two key phrases in the template."""
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from megatron_p2o.config import AssignmentConfig, EvolutionConfig, ReflectionConfig
+from megatron_p2o.evolve.evaluation import Evaluation, Rejection
+from megatron_p2o.evolve.round import RoundSettings, RoundSpec
+from megatron_p2o.types import Problem, SamplingParams, Template
+
+KEY_PHRASES: Mapping[str, tuple[str, str]] = {
+    "red": ("heat it slowly.", "stir it well."),
+    "green": ("water it daily.", "give it light."),
+    "blue": ("cool it down.", "keep it dry."),
+}
+"""By family, which is the problem's `source`."""
+
+FILLER_PHRASES = ("be kind.", "think twice.", "stay calm.", "take a seat.", "smile.", "read all of it.")
+
+PHRASES = (*(phrase for keys in KEY_PHRASES.values() for phrase in keys), *FILLER_PHRASES)
+
+SUCCESS_RATES = (0.0, 0.15, 0.97)
+"""With none, one and both key phrases of the problem's family."""
+
+
+def make_problems(num_problems: int) -> list[Problem]:
+    """Return problems of all families in turn, with answers no instruction contains."""
+    families = list(KEY_PHRASES)
+    return [
+        Problem(
+            id=f"problem-{index}",
+            question=f"{families[index % len(families)]} question {index}",
+            answer=f"{1000 + index}, {2000 + index}",
+            source=families[index % len(families)],
+        )
+        for index in range(num_problems)
+    ]
+
+
+def draw(*key: object) -> float:
+    """Return a number in [0, 1) that depends on `key` only: greedy decoding gives the same answer when asked again."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") / 2**64
+
+
+class KeyPhraseTask:
+    """An `Evaluator`, and through `submit` an `Evaluate` of a session. Counts what it was asked."""
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        *,
+        seed: int = 0,
+        max_template_chars: int = 10_000,
+        weight_version: int = 3,
+    ) -> None:
+        self.problems = {problem.id: problem for problem in problems}
+        self.requests: Counter[tuple[str, str, float, int]] = Counter()
+        """(template text, problem id, temperature, sample)"""
+        self.weight_version = weight_version
+        self._seed = seed
+        self._max_template_chars = max_template_chars
+
+    async def evaluate(
+        self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
+    ) -> Evaluation | Rejection:
+        self.requests[template_text, problem_id, temperature, sample] += 1
+        await asyncio.sleep(0)
+        return self.answer(template_text, problem_id, temperature, sample)
+
+    def submit(
+        self, template_text: str, problem: Problem, sampling: SamplingParams
+    ) -> "Future[Evaluation | Rejection]":
+        self.requests[template_text, problem.id, sampling.temperature, 0] += 1
+        future: Future[Evaluation | Rejection] = Future()
+        future.set_result(self.answer(template_text, problem.id, sampling.temperature, 0))
+        return future
+
+    def answer(self, template_text: str, problem_id: str, temperature: float, sample: int) -> Evaluation | Rejection:
+        if len(template_text) > self._max_template_chars:
+            return Rejection(reason=f"{len(template_text)} characters are too many")
+        keys = KEY_PHRASES[self.problems[problem_id].source]
+        rate = SUCCESS_RATES[sum(key in template_text for key in keys)]
+        is_solved = draw(self._seed, template_text, problem_id, temperature, sample) < rate
+        return Evaluation(
+            reward=float(is_solved),
+            response_text="\\boxed{1}",
+            finish_reason="stop",
+            num_tokens=10,
+            weight_version=self.weight_version,
+        )
+
+
+def families_served(template_text: str) -> set[str]:
+    """Return the families both of whose key phrases are in the template."""
+    return {family for family, keys in KEY_PHRASES.items() if all(key in template_text for key in keys)}
+
+
+def round_spec(
+    problems: Sequence[Problem],
+    *,
+    epoch: int = 0,
+    seed: int = 1,
+    library_version: int = 1,
+    warm_templates: Sequence[Template] = (),
+    **evolution: Any,
+) -> RoundSpec:
+    """Return a round over `problems`; `evolution` are fields of `EvolutionConfig`."""
+    reflection = ReflectionConfig(backend="phrasebook")
+    return RoundSpec(
+        epoch=epoch,
+        library_version=library_version,
+        problems=tuple(problems),
+        warm_templates=tuple(warm_templates),
+        settings=RoundSettings(
+            evolution=EvolutionConfig(**{"reflection": reflection, **evolution}),
+            assignment=AssignmentConfig(),
+            group_size=6,
+            sampling_temperature=0.6,
+            min_problems=10,
+            seed=seed,
+        ),
+    )
