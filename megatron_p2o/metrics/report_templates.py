@@ -70,19 +70,23 @@ class _Lineage:
     """Text of every template of an earlier library to the first version that held it."""
 
     def parent_of(self, template: LibraryTemplate) -> LibraryTemplate | None:
-        """Return the parent if this library holds it: ancestors that lost out are not published."""
+        """Return the parent as far as library and journal know it; None for what the round began with."""
         if template.parent is None or template.parent == template.id:
             return None
-        return next((other for other in self.library.templates if other.id == template.parent), None)
+        return next((other for other in self.templates() if other.id == template.parent), None)
+
+    def templates(self) -> list[LibraryTemplate]:
+        """Return the published templates and their known ancestors."""
+        return [*self.library.templates, *self.library.ancestors]
 
     def below(self, parent: LibraryTemplate | None) -> list[LibraryTemplate]:
         """Return the templates reflected from `parent` (None: the roots), those with the best descendant first."""
-        children = [template for template in self.library.templates if self.parent_of(template) == parent]
+        children = [template for template in self.templates() if self.parent_of(template) == parent]
         return sorted(children, key=lambda template: (-self.best_score(template), template.id))
 
     def best_score(self, template: LibraryTemplate) -> float:
         """Return the best score among a template and what descends from it."""
-        return max(template.score, *(self.best_score(child) for child in self.below(template)), 0.0)
+        return max(template.score or 0.0, *(self.best_score(child) for child in self.below(template)), 0.0)
 
 
 def _run_templates(run: Run) -> Html:
@@ -107,20 +111,23 @@ def _tree(template: LibraryTemplate, lineage: _Lineage) -> Html:
 def _template(template: LibraryTemplate, lineage: _Lineage) -> Html:
     parent = lineage.parent_of(template)
     text: Child = word_changes(parent.text, template.text) if parent and parent.text else template.text
-    fill = element("span", class_="fill", style=f"width:{100 * min(1.0, max(0.0, template.score)):.1f}%")
+    fill = element("span", class_="fill", style=f"width:{100 * min(1.0, max(0.0, template.score or 0.0)):.1f}%")
     return element(
         "div",
         element(
             "p", element("b", f"Template {template.id}"), " · ", " · ".join(_facts(template, lineage)), class_="facts"
         ),
-        element("div", fill, class_="bar", aria_hidden="true"),
+        element("div", fill, class_="bar", aria_hidden="true") if template.score is not None else None,
         element("pre", text) if template.text else element("p", "Asks plainly.", class_="empty"),
-        class_="template",
+        class_="template" if template.score is not None else "template unpublished",
     )
 
 
 def _facts(template: LibraryTemplate, lineage: _Lineage) -> Iterator[str]:
-    yield f"score {number_text(template.score, 'share')} at weight version {template.weight_version}"
+    if template.score is None:
+        yield "an ancestor, not published"
+    else:
+        yield f"score {number_text(template.score, 'share')} at weight version {template.weight_version}"
     num_problems = lineage.library.num_problems.get(template.id, 0)
     if num_problems:
         yield f"assigned to {_problems(num_problems)}"
@@ -133,7 +140,7 @@ def _facts(template: LibraryTemplate, lineage: _Lineage) -> Iterator[str]:
     elif template.parent == PLAIN.id:
         yield "reflected from the plain prompt"
     elif template.parent is not None and lineage.parent_of(template) is None:
-        yield f"reflected from template {template.parent}, which was not published"
+        yield f"reflected from template {template.parent}, with which the round began"
 
 
 def _run_examples(run: Run, examples: Sequence[Example]) -> Html:

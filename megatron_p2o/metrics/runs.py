@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_p2o.metrics.jsonl import JsonObject, read_lines
+from megatron_p2o.metrics.lineage import JournalledRound, ancestors, read_rounds
 from megatron_p2o.rl.hard_samples import LedgerEntry
 
 Points = list[tuple[float, float]]
@@ -28,14 +29,16 @@ class MetricLine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LibraryTemplate:
-    """A published template, as the report shows it."""
+    """A template of a library's lineage, as the report shows it."""
 
     id: int
     text: str
     parent: int | None
-    score: float
+    score: float | None
+    """None: an ancestor that was not published itself."""
     weight_version: int
     num_lineage_problems: int
+    """Problems its reflection was shown, its ancestors' included if it was published."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +47,8 @@ class PublishedLibrary:
 
     version: int
     templates: Sequence[LibraryTemplate]
+    ancestors: Sequence[LibraryTemplate]
+    """Of the templates, as far as the round's journal tells them."""
     num_problems: Mapping[int, int]
     """Template id to the number of problems it is assigned to."""
 
@@ -96,7 +101,7 @@ def read_run(directory: Path) -> Run:
         arm=str(results["arm"]) if results and "arm" in results else arm,
         seed=int(results["seed"]) if results and "seed" in results else seed,
         lines=read_metrics(directory / "metrics.jsonl"),
-        libraries=read_libraries(directory / "templates"),
+        libraries=read_libraries(directory),
         ledger=read_ledger(directory / "hard_samples.jsonl"),
         results=results,
     )
@@ -125,8 +130,10 @@ def read_metrics(path: Path) -> list[MetricLine]:
 
 
 def read_libraries(directory: Path) -> list[PublishedLibrary]:
-    """Return the published libraries, oldest first; empty when the run has none."""
-    libraries = [_library(content) for content in _objects(sorted(directory.glob("library-*.json")))]
+    """Return the published libraries of a run directory, oldest first; empty when the run has none."""
+    rounds = {found.version: found for found in read_rounds(directory / "evolution")}
+    contents = _objects(sorted((directory / "templates").glob("library-*.json")))
+    libraries = [_library(content, rounds) for content in contents]
     return sorted(libraries, key=lambda library: library.version)
 
 
@@ -164,16 +171,36 @@ def _objects(paths: Sequence[Path]) -> Iterator[JsonObject]:
             yield content
 
 
-def _library(content: JsonObject) -> PublishedLibrary:
+def _library(content: JsonObject, rounds: Mapping[int, JournalledRound]) -> PublishedLibrary:
+    version = int(content["version"])
+    templates = [_template(template) for template in content.get("templates", [])]
     num_problems: dict[int, int] = {}
     for template_ids in content.get("assignments", {}).values():
         for template_id in set(template_ids):
             num_problems[int(template_id)] = num_problems.get(int(template_id), 0) + 1
     return PublishedLibrary(
-        version=int(content["version"]),
-        templates=[_template(template) for template in content.get("templates", [])],
+        version=version,
+        templates=templates,
+        ancestors=_ancestors(templates, rounds[version]) if version in rounds else [],
         num_problems=num_problems,
     )
+
+
+def _ancestors(templates: Sequence[LibraryTemplate], round_: JournalledRound) -> list[LibraryTemplate]:
+    published = {template.id for template in templates}
+    found = {older.id: older for template in templates for older in ancestors(round_, template.id)}
+    return [
+        LibraryTemplate(
+            id=older.id,
+            text=older.text,
+            parent=older.parent,
+            score=None,
+            weight_version=0,
+            num_lineage_problems=older.num_problems,
+        )
+        for older in found.values()
+        if older.id not in published
+    ]
 
 
 def _template(content: JsonObject) -> LibraryTemplate:

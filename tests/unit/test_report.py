@@ -2,17 +2,30 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron_p2o.config import LoggingConfig
+from megatron_p2o.evolve.conduct import journal_path
+from megatron_p2o.evolve.evaluation import Evaluation
+from megatron_p2o.evolve.history import Accepted, Opened, Picked, Published, Reflected, Scored, event_to_json
+from megatron_p2o.evolve.journal import Journal
+from megatron_p2o.evolve.library import PublishedLibrary
 from megatron_p2o.metrics.examples import find_examples, shortened, spread
+from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.report import duration_text, write_report
 from megatron_p2o.metrics.report_figures import by_epoch, over_rollouts
 from megatron_p2o.metrics.report_templates import word_changes
+from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.runs import arm_and_seed, read_run
+from megatron_p2o.metrics.step import step_metrics
+from megatron_p2o.rl.hard_samples import ledger_entry
+from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, Rollout, Template
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -207,13 +220,82 @@ def test_templates_are_shown_below_the_one_they_were_reflected_from(tmp_path: Pa
     assert [tag for tag, _ in page.elements].count("ins") == 1
 
 
-def test_a_template_whose_parent_was_not_published_is_a_root_that_says_so(tmp_path: Path) -> None:
+def test_a_template_whose_parent_is_unknown_is_a_root_that_says_so(tmp_path: Path) -> None:
     run = p2o_run(tmp_path)
     library = {"version": 2, "templates": [template(9, "Check twice.", 8, 0.5)], "assignments": {}}
     (run / "templates" / "library-2.json").write_text(json.dumps(library))
     page = report_of(tmp_path, run)
-    assert "reflected from template 8, which was not published" in page.text
+    assert "reflected from template 8, with which the round began" in page.text
     assert page.text.index("Library version 2") < page.text.index("Library version 1")
+
+
+def test_library_and_journal_of_evolution_give_the_lineage_with_its_unpublished_ancestors(tmp_path: Path) -> None:
+    run = grpo_run(tmp_path)
+    winner = Template(id=4, text="Count twice, slowly.", parent=2, lineage_problem_ids=frozenset("abc"), score=0.75)
+    library = PublishedLibrary(version=1, templates=(winner,), assignments={"h1": (winner, winner, PLAIN)})
+    library.save(run)
+    with Journal(journal_path(run, 0)) as journal:
+        for event in (
+            Opened(fingerprint="f"),
+            Picked(proposal=0, parent=0, minibatch=("a", "b", "c")),
+            Reflected(proposal=0, text="Count."),
+            Accepted(proposal=0, candidate=1),
+            Picked(proposal=1, parent=1, minibatch=("a",)),
+            Reflected(proposal=1, text="Count twice."),
+            Scored(
+                template="d",
+                problem_id="a",
+                occasion="",
+                evaluation=Evaluation(
+                    reward=1.0, response_text="r", finish_reason="stop", num_tokens=1, weight_version=1
+                ),
+            ),
+            Accepted(proposal=1, candidate=2),
+            Picked(proposal=2, parent=0, minibatch=("a",)),
+            Reflected(proposal=2, text="A dead end."),
+            Accepted(proposal=2, candidate=3),
+            Picked(proposal=3, parent=2, minibatch=("c",)),
+            Reflected(proposal=3, text=winner.text),
+            Accepted(proposal=3, candidate=4),
+            Published(version=1, ended_by="budget"),
+        ):
+            journal.append(event_to_json(event))
+    (read,) = read_run(run).libraries
+    assert read.num_problems == {0: 1, 4: 1}
+    assert [(older.id, older.text, older.parent) for older in read.ancestors] == [
+        (2, "Count twice.", 1),
+        (1, "Count.", 0),
+    ]
+    page = report_of(tmp_path, run)
+    assert page.text.index("Template 1") < page.text.index("Template 2") < page.text.index("Template 4")
+    assert "A dead end." not in page.text
+
+
+def test_what_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
+    problem = Problem(id="h1", question="Six times seven?", answer="42", level="hard")
+    hint = Template(id=1, text="Add six sevens.", parent=0)
+
+    def rollout(template: Template, reward: float) -> Rollout:
+        ids = np.arange(3, dtype=np.int32)
+        prompt = Prompt(problem=problem, template=template, sampling_ids=ids, training_ids=ids)
+        logprobs = np.zeros(3, dtype=np.float32)
+        completion = Completion(
+            prompt=prompt, token_ids=ids, logprobs=logprobs, finish_reason="stop", weight_versions=(0,)
+        )
+        return Rollout(completion=completion, grade="correct" if reward else "incorrect", reward=reward)
+
+    group = Group(problem=problem, rollouts=(rollout(PLAIN, 0.0), rollout(hint, 1.0)), advantages=(-0.7, 0.7))
+    with open_metrics_log(tmp_path / "run", "run", LoggingConfig(console=False), num_steps=1) as log:
+        log.write(1, 0, step_metrics([group], [], {"step": 2.0}))
+    RolloutWriter(tmp_path / "run" / "rollouts").write(1, [group], lambda completion: "It is \\boxed{42}.")
+    write_lines(tmp_path / "run" / "hard_samples.jsonl", [asdict(ledger_entry(group, epoch=0, step=1))])
+
+    run = read_run(tmp_path / "run")
+    assert run.points("rollout/reward_templated") == [(1, 1.0)]
+    assert [answer.template for answer in find_examples(run)[0].answers] == ["", "Add six sevens."]
+    page = report_of(tmp_path, tmp_path / "run")
+    for text in ("Six times seven?", "It is \\boxed{42}.", "Add six sevens.", "template, pass@1"):
+        assert text in page.text
 
 
 def test_word_changes_mark_exactly_what_changed() -> None:

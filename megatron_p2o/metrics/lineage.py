@@ -1,0 +1,85 @@
+"""Who was reflected from whom, from the journals of evolution rounds: a library holds only the templates that won."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_p2o.types import PLAIN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalledTemplate:
+    """A candidate that reflection wrote."""
+
+    id: int
+    text: str
+    parent: int
+    num_problems: int
+    """Problems of its reflection, those of its ancestors not counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalledRound:
+    """The candidates of one round."""
+
+    version: int
+    """Of the library it published."""
+    candidates: Mapping[int, JournalledTemplate]
+    """By id; those the round began with are not among them."""
+
+
+def read_rounds(directory: Path) -> list[JournalledRound]:
+    """Return the rounds that have published a library, from `journal-*.jsonl` files; none when there is no folder."""
+    rounds = [_round(path) for path in sorted(directory.glob("journal-*.jsonl"))]
+    return [found for found in rounds if found is not None]
+
+
+def ancestors(round_: JournalledRound, template_id: int) -> Iterator[JournalledTemplate]:
+    """Yield the template's ancestors that the round wrote, nearest first."""
+    known = round_.candidates.get(template_id)
+    while known is not None and known.parent != PLAIN.id:
+        known = round_.candidates.get(known.parent)
+        if known is not None:
+            yield known
+
+
+def _round(path: Path) -> JournalledRound | None:
+    picks: dict[int, dict[str, Any]] = {}
+    texts: dict[int, str] = {}
+    candidates: dict[int, JournalledTemplate] = {}
+    version: int | None = None
+    for event in _events(path):
+        match event["event"]:
+            case "Picked":
+                picks[event["proposal"]] = event
+            case "Reflected":
+                texts[event["proposal"]] = event["text"]
+            case "Accepted":
+                pick = picks[event["proposal"]]
+                candidates[event["candidate"]] = JournalledTemplate(
+                    id=event["candidate"],
+                    text=texts[event["proposal"]],
+                    parent=pick["parent"],
+                    num_problems=len(pick["minibatch"]),
+                )
+            case "Published":
+                version = event["version"]
+            case _:
+                pass
+    return None if version is None else JournalledRound(version=version, candidates=candidates)
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of `<bytes> <checksum> <JSON>` lines up to the first that is damaged or still being written."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            body = line.split(" ", 2)[-1]
+            # Scores are most of a journal and hold whole responses; a lineage needs none of them.
+            if body.startswith('{"event":"Scored"'):
+                continue
+            try:
+                yield json.loads(body)
+            except json.JSONDecodeError:
+                return
