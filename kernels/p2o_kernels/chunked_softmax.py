@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_gather_into_tensor, get_rank, get_world_size
+from torch.distributed import ProcessGroup, all_gather, get_rank, get_world_size
 
 CHUNK_BYTES = 32 * 2**20
 """Size of one chunk's [C, V] buffer: small against the full logits, large enough for an efficient matrix product."""
@@ -25,6 +25,8 @@ class HeadShard:
 
     weight_VD: Tensor
     """Rows of the weight that are real vocabulary; a view."""
+    num_rows: int
+    """Rows with padding, the same on all ranks: what decides the chunks, or the ranks would wait for each other."""
     vocab_start: int
     """Global id of row 0."""
     temperature: float
@@ -75,12 +77,12 @@ def shard_of(
     """Return the shard without its padded rows; `vocab_size` counts the real columns over all ranks of `tp_group`."""
     num_rows = len(weight_VpD)
     num_valid = num_rows if vocab_size is None else min(max(vocab_size - vocab_start, 0), num_rows)
-    return HeadShard(weight_VpD[:num_valid], vocab_start, temperature, tp_group)
+    return HeadShard(weight_VpD[:num_valid], num_rows, vocab_start, temperature, tp_group)
 
 
-def chunk_rows(num_columns: int, element_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Return the tokens of one chunk: its [C, V] buffer takes at most `chunk_bytes`, but never less than 16 rows."""
-    return max(16, chunk_bytes // max(1, num_columns * element_bytes))
+def chunk_rows(row_bytes: int) -> int:
+    """Return the tokens of one chunk: its [C, V] buffer takes at most `CHUNK_BYTES`, but never less than 16 rows."""
+    return max(16, CHUNK_BYTES // max(1, row_bytes))
 
 
 def softmax_chunk(
@@ -163,7 +165,7 @@ def _gather(values: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None:
         return values[None]
     stacked = values.new_empty(get_world_size(group), *values.shape)
-    all_gather_into_tensor(stacked, values.contiguous(), group=group)
+    all_gather(list(stacked.unbind()), values.contiguous(), group=group)
     return stacked
 
 

@@ -26,10 +26,11 @@ def linear_logprob(
 
     Args:
         hidden_TD: float32, bfloat16 or float64, the same on all ranks of `tp_group`.
-        weight_VpD: this rank's rows of the LM head.
+        weight_VpD: this rank's rows of the LM head; as many on every rank of `tp_group`.
         targets_T: global token ids in [0, vocab_size); integer.
         temperature: the logits are divided by it.
-        tp_group: the ranks that share the vocabulary. All must call. **The hidden gradient is then this shard's partial
+        tp_group: the ranks that share the vocabulary. All must call, and all run backward with the same gradient of
+            `logprobs_T` (backward communicates when chunks are computed again). **The hidden gradient is then this shard's partial
             sum**: the caller's mapping (Megatron's `copy_to_tensor_model_parallel_region` or its sequence-parallel
             gather) adds it over the group.
         vocab_start: global id of this rank's first row.

@@ -31,13 +31,12 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VpD: Tensor, targets_T: Tensor, shard: HeadShard
     ) -> tuple[Tensor, Tensor]:
-        num_tokens, num_columns = len(hidden_TD), len(shard.weight_VD)
-        element_bytes = shard.compute_dtype.itemsize
-        rows = chunk_rows(num_columns, element_bytes)
+        num_tokens = len(hidden_TD)
+        row_bytes = shard.num_rows * shard.compute_dtype.itemsize
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        keep = needs_grad and num_tokens * num_columns * element_bytes <= SAVE_BYTES
-        rows = num_tokens if keep else min(rows, num_tokens)
-        buffer = hidden_TD.new_empty(rows * num_columns, dtype=shard.compute_dtype)
+        keep = needs_grad and num_tokens * row_bytes <= SAVE_BYTES
+        rows = num_tokens if keep else min(chunk_rows(row_bytes), num_tokens)
+        buffer = hidden_TD.new_empty(rows * len(shard.weight_VD), dtype=shard.compute_dtype)
         logprobs_T = hidden_TD.new_empty(num_tokens, dtype=shard.compute_dtype)
         entropy_T = torch.empty_like(logprobs_T)
         chunk: SoftmaxChunk | None = None
