@@ -6,14 +6,17 @@ The only place where implementations meet. Rank 0 conducts; the others serve its
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 from megatron_p2o.algorithm import Parts, TrainState, train
 from megatron_p2o.config import Config
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _exit_on_signal)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     config, run_dir = load_config(options.config), options.config.parent
+    sys.excepthook = partial(report_error, run_dir)
     policy = build_policy(config, run_dir)
     if not policy.is_conductor:
         policy.serve()
@@ -79,6 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             conductor.train()
     return 0
+
+
+def report_error(run_dir: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what ended this rank in one message; the traceback goes to error-rank-<rank>.txt beside the settings."""
+    path = run_dir / f"error-rank-{os.environ.get('RANK', '0')}.txt"
+    write_whole(path, "".join(traceback.format_exception(kind, error, trace)))
+    print(f"p2o: {kind.__name__}: {error}\np2o: where it happened: {path}", file=sys.stderr, flush=True)
 
 
 def dry_run(config: Config) -> None:
