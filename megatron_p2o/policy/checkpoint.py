@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -15,6 +14,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.optimizer import distrib_optimizer
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_p2o.policy.model import PolicyModel
 from megatron_p2o.policy.optimizer import Optimization
@@ -33,17 +34,15 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        torch_checkpoint.save(
+        save(
             mcore_to_pyt_state_dict(renamed, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            storage_writer=FileSystemWriter(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=self._control,
         )
 
 
-def save_checkpoint(
-    model: PolicyModel, optimization: Optimization, directory: Path, control: ProcessGroup
-) -> None:
+def save_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path, control: ProcessGroup) -> None:
     """Write the state into `directory`, which is created. Collective; `control` is a gloo group of all ranks."""
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)

@@ -224,6 +224,4 @@ def _length_multiple(model: Any) -> int:
 def _on_positions(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Return the head's [N] values as [T], zero elsewhere."""
     rows_N = batch.loss_mask_T.nonzero().squeeze(1)
-    return tuple(
-        values_N.new_zeros(len(batch.loss_mask_T)).index_copy(0, rows_N, values_N) for values_N in output
-    )  # pyright: ignore[reportReturnType]
+    return tuple(values_N.new_zeros(len(batch.loss_mask_T)).index_copy(0, rows_N, values_N) for values_N in output)  # pyright: ignore[reportReturnType]

@@ -8,8 +8,10 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from p2o_kernels import linear_logprob
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from p2o_kernels import linear_logprob
 
 
 class LogprobHead(ColumnParallelLinear):
@@ -44,7 +46,7 @@ class LogprobHead(ColumnParallelLinear):
             return super().forward(input_, weight, runtime_gather_output)
         if weight is None:
             weight = self.weight
-        assert weight is not None and self.tp_group is not None
+        assert weight is not None and isinstance(self.tp_group, ProcessGroup)
         if self.sequence_parallel:
             # Its backward adds the hidden gradients of the vocabulary shards and scatters them.
             hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)

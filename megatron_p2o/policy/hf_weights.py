@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_p2o.policy.hf_directory import WeightFiles
 from megatron_p2o.policy.model import PolicyModel
+from megatron_p2o.policy.parallel import pipeline_group, tensor_group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +110,7 @@ def export_hf_weights(model: PolicyModel, control: ProcessGroup) -> Iterator[tup
     if parallel_state.get_data_parallel_rank() != 0:
         return
     is_head = parallel_state.get_tensor_model_parallel_rank() == 0
-    stages = parallel_state.get_pipeline_model_parallel_group()
+    stages = pipeline_group()
     if stages.rank() == 0:
         for name, tensor in _gathered(model):
             if is_head:
@@ -162,7 +163,7 @@ def _gathered(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
 
 def _gather(part: Tensor, cut_dimension: int | None) -> Tensor:
     """Return a new tensor joined over the tensor ranks."""
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_group()
     if cut_dimension is None or group.size() == 1:
         return part.clone()
     parts = [torch.empty_like(part) for _ in range(group.size())]

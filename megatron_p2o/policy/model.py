@@ -171,12 +171,13 @@ class RMSNorm(torch.nn.Module):
 def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     submodules: Any = layer.submodules
-    submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    norm: Any = RMSNorm
+    submodules.input_layernorm = submodules.pre_mlp_layernorm = norm
     attention = submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.q_layernorm = attention.k_layernorm = norm
     attention.core_attention = PackedCoreAttention
     # An explicit block spec, so that the final norm is ours too.
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 def _decided_settings(

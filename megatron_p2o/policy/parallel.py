@@ -54,6 +54,8 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
     )
     with cuda_stand_ins():
         model_parallel_cuda_manual_seed(seed)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(control, ProcessGroup)
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -61,7 +63,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         device=_device(),
-        control=dist.new_group(backend="gloo", timeout=timeout),
+        control=control,
         owns_distributed=owns_distributed,
     )
 
@@ -79,6 +81,20 @@ def check_world_size(parallel: ParallelConfig, num_processes: int) -> None:
 def data_rank_of(rank: int, parallel: ParallelConfig) -> int:
     """Return the data-parallel rank of a world rank."""
     return rank // parallel.tensor % parallel.data
+
+
+def tensor_group() -> ProcessGroup:
+    """Return the ranks that share this rank's layers and samples."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    assert isinstance(group, ProcessGroup)
+    return group
+
+
+def pipeline_group() -> ProcessGroup:
+    """Return the stages that share this rank's samples, first stage first."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    assert isinstance(group, ProcessGroup)
+    return group
 
 
 def end_parallel(ranks: Ranks) -> None:
@@ -102,7 +118,8 @@ def _initialize_torch_distributed(parallel: ParallelConfig, timeout: timedelta) 
         dist.init_process_group(backend, timeout=timeout)
     else:
         check_world_size(parallel, 1)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def _device() -> torch.device:

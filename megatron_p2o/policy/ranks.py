@@ -5,6 +5,7 @@ replica get the same share. The answers come back in one gather, so a command ha
 """
 
 import functools
+import itertools
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,8 @@ class MegatronPolicy:
         self._ranks = ranks
         self._shard = shard
         self._output_dir = output_dir
-        self._exporting = False
+        self._export: Iterator[tuple[str, Tensor]] | None = None
+        self._is_broken = False
 
     @property
     def is_conductor(self) -> bool:
@@ -126,17 +128,13 @@ class MegatronPolicy:
         Every rank takes part until the end: when the iterator is closed early, the rest is gathered and discarded.
         """
         self._send([Command(method="export")] * self._ranks.world_size)
-        self._exporting = True
-        stream = self._shard.export()
-        with self._named_errors("export"):
-            try:
-                for item in stream:
-                    yield item
-            finally:
-                for _ in stream:
-                    pass
-                self._gather(None)
-                self._exporting = False
+        self._export = stream = self._shard.export()
+        try:
+            with self._named_errors("export"):
+                # Through `chain`, because closing this generator must not close the stream: it has to be finished.
+                yield from itertools.chain(stream)
+        finally:
+            self._finish_export()
 
     def export_hf(self, directory: Path) -> None:
         """Write the weights as a Hugging Face model directory, with `model.path`'s configuration and tokenizer."""
@@ -151,7 +149,13 @@ class MegatronPolicy:
         self._everywhere("load", directory)
 
     def close(self) -> None:
-        """End the followers' `serve` and the process groups. The policy cannot be used afterwards."""
+        """End the followers' `serve` and the process groups. The policy cannot be used afterwards.
+
+        After a `PolicyError` there is no one left to talk to, and this does nothing.
+        """
+        if self._is_broken:
+            return
+        self._finish_export()
         self._send([Command(method="close")] * self._ranks.world_size)
         end_parallel(self._ranks)
 
@@ -170,6 +174,16 @@ class MegatronPolicy:
             with self._named_errors(command.method):
                 self._gather(self._execute(command))
 
+    def _finish_export(self) -> None:
+        """Take part in what is left of an export that was not consumed to the end."""
+        if self._export is None or self._is_broken:
+            return
+        stream, self._export = self._export, None
+        with self._named_errors("export"):
+            for _ in stream:
+                pass
+            self._gather(None)
+
     def _everywhere(self, method: Method, *arguments: Any) -> list[Any]:
         """Run a method with the same arguments on all ranks; returns their answers by rank."""
         return self._conduct(method, [arguments] * self._config.parallel.data)
@@ -185,7 +199,7 @@ class MegatronPolicy:
 
     def _send(self, commands: list[Command]) -> None:
         assert self.is_conductor, "rank 0 conducts: the other ranks serve"
-        if self._exporting:
+        if self._export is not None:
             raise RuntimeError(f"policy.weights() must be consumed to the end before policy.{commands[0].method}")
         with self._named_errors(commands[0].method):
             dist.scatter_object_list([None], commands, src=0, group=self._ranks.control)
@@ -219,6 +233,7 @@ class MegatronPolicy:
         except PolicyError:
             raise
         except Exception as error:
+            self._is_broken = True
             if self._output_dir is not None:
                 self._output_dir.mkdir(parents=True, exist_ok=True)
                 path = self._output_dir / f"rank_{self._ranks.rank}_error.txt"

@@ -72,9 +72,7 @@ class PolicyShard:
 
     def score(self, share: Share) -> dict[int, Logprobs]:
         """Return the responses' log-probs by place in the caller's list, for the ranks that speak."""
-        batches = make_micro_batches(
-            share.samples, None, self.config.optimizer.micro_batch_tokens, self.ranks.device
-        )
+        batches = make_micro_batches(share.samples, None, self.config.optimizer.micro_batch_tokens, self.ranks.device)
         logprobs = score(self.optimization.module, batches)
         return {share.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
 

@@ -31,9 +31,7 @@ def balanced(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(indices) for indices in members]
 
 
-def shares_of(
-    samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_ranks: int
-) -> list[Share]:
+def shares_of(samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_ranks: int) -> list[Share]:
     """Return one share per data-parallel rank."""
     return [
         Share(
@@ -45,12 +43,12 @@ def shares_of(
     ]
 
 
-def check_samples(
-    samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, vocab_size: int
-) -> None:
+def check_samples(samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, vocab_size: int) -> None:
     """Raise `ValueError` for samples that cannot be packed, before any rank has begun."""
     if old_logprobs is not None and len(old_logprobs) != len(samples):
-        raise ValueError(f"old_logprobs has {len(old_logprobs)} rows for {len(samples)} samples: must be one per sample")
+        raise ValueError(
+            f"old_logprobs has {len(old_logprobs)} rows for {len(samples)} samples: must be one per sample"
+        )
     for index, sample in enumerate(samples):
         if len(sample.context_ids) < 1 or len(sample.response_ids) < 1:
             raise ValueError(f"samples[{index}] has an empty context or response: both need at least one token")

@@ -1,0 +1,139 @@
+"""The policy a second time, as plainly as possible: transformers, torch's AdamW, one sample after the other.
+
+What Megatron computes under any layout must equal this. R tokens of one response, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+
+from megatron_p2o.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from megatron_p2o.types import Logprobs, TrainSample
+
+
+def policy_config(
+    directory: Path,
+    *,
+    parallel: ParallelConfig | None = None,
+    objective: ObjectiveConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    dtype: str = "float32",
+) -> Config:
+    """Return a configuration that trains the model in `directory`; what is not given is its default.
+
+    The default optimizer has a large `eps`, because Adam divides by it where gradients are nearly zero and would blow
+    up rounding errors, and small micro-batches, so that there are several.
+    """
+    return Config(
+        run=RunConfig(name="test"),
+        model=ModelConfig(path=str(directory), dtype=dtype),  # pyright: ignore[reportArgumentType]
+        data=DataConfig(train=""),
+        parallel=parallel or ParallelConfig(timeout_s=30.0),
+        objective=objective or ObjectiveConfig(),
+        optimizer=optimizer or OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, micro_batch_tokens=48),
+    )
+
+
+def random_samples(
+    response_lengths: Sequence[int], *, vocab_size: int, seed: int = 0, num_context_tokens: int = 5
+) -> list[TrainSample]:
+    """Return samples of random tokens with advantages of both signs; every second one is templated.
+
+    Token 0 is left out: it is the tiny model's padding, whose embedding transformers never gives a gradient.
+    """
+    generator = np.random.default_rng(seed)
+    return [
+        TrainSample(
+            context_ids=generator.integers(1, vocab_size, num_context_tokens + index % 3).astype(np.int32),
+            response_ids=generator.integers(1, vocab_size, length).astype(np.int32),
+            advantage=float(generator.normal()),
+            sampling_logprobs=generator.uniform(-9.0, -3.0, length).astype(np.float32),
+            is_templated=index % 2 == 1,
+        )
+        for index, length in enumerate(response_lengths)
+    ]
+
+
+class PolicyOracle:
+    """The same model, loss and optimizer steps in float32 on one process."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.model = Qwen3ForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+        settings = config.optimizer
+        norms = [parameter for parameter in self.model.parameters() if parameter.dim() == 1]
+        matrices = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": norms, "weight_decay": 0.0},
+            ],
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+        )
+
+    def logprobs(self, sample: TrainSample) -> Tensor:
+        """Return log pi(response | context) at the sampling temperature, [R], differentiable."""
+        ids = torch.from_numpy(np.concatenate([sample.context_ids, sample.response_ids]).astype(np.int64))
+        logits = self.model(ids[None]).logits[0] / self.config.rollout.temperature
+        targets = ids[len(sample.context_ids) :]
+        return logits[len(sample.context_ids) - 1 : -1].log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        with torch.no_grad():
+            return [self.logprobs(sample).numpy() for sample in samples]
+
+    def update(
+        self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
+    ) -> tuple[float, float]:
+        """Take one optimizer step; return its loss and the gradient norm before clipping."""
+        objective = self.config.objective
+        total, num_kept = torch.zeros(()), 0.0
+        for index, sample in enumerate(samples):
+            logprobs_R = self.logprobs(sample)
+            old_R = logprobs_R.detach() if old_logprobs is None else torch.from_numpy(old_logprobs[index])
+            losses_R, weights_R = token_losses(logprobs_R, old_R, sample, objective)
+            total = total + (losses_R * weights_R).sum()
+            num_kept += float((weights_R != 0).sum())
+        loss = total / (num_kept if objective.denominator == "kept" else num_loss_tokens)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
+        self.optimizer.step()
+        return float(loss.detach()), float(norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return copies by Hugging Face name; a tied head is named once."""
+        tied = self.model.config.tie_word_embeddings
+        state = self.model.state_dict()
+        return {name: value.clone() for name, value in state.items() if not (tied and name == "lm_head.weight")}
+
+
+def token_losses(
+    logprobs_R: Tensor, old_R: Tensor, sample: TrainSample, objective: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
+    """Return the dual-clipped loss and the weight of each token, for the contexts `replace` and `ratio_mask`."""
+    advantage = sample.advantage
+    ratio_R = (logprobs_R - old_R).exp()
+    clipped_R = ratio_R.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    losses_R = torch.maximum(-advantage * ratio_R, -advantage * clipped_R)
+    if advantage < 0:
+        losses_R = losses_R.clamp(max=-objective.dual_clip * advantage)
+    weights_R = torch.ones_like(old_R)
+    if objective.context == "ratio_mask" and sample.is_templated:
+        rho_R = (old_R - torch.from_numpy(sample.sampling_logprobs)).exp()
+        weights_R = ((rho_R >= objective.ratio_low) & (rho_R <= objective.ratio_high)).float()
+    return losses_R, weights_R

@@ -1,0 +1,197 @@
+"""The same calls under every parallel layout give what one plain process gives."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_p2o.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.testing.distributed import run_gloo_ranks
+from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+
+VOCAB_SIZE = 131
+"""Odd, so that tensor parallelism pads it."""
+
+LENGTHS = (3, 17, 1, 20, 30, 9, 9)
+
+LAYOUTS = [
+    pytest.param(ParallelConfig(tensor=2), id="tensor-2"),
+    pytest.param(ParallelConfig(tensor=2, sequence=True), id="tensor-2-sequence"),
+    pytest.param(ParallelConfig(pipeline=2), id="pipeline-2"),
+    pytest.param(ParallelConfig(data=2), id="data-2"),
+    pytest.param(ParallelConfig(data=2, distributed_optimizer=True), id="data-2-sharded-optimizer"),
+    pytest.param(ParallelConfig(tensor=2, pipeline=2, sequence=True), id="tensor-2-pipeline-2-sequence"),
+]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    return write_tiny_qwen3(directory, vocab_size=VOCAB_SIZE, tie_embeddings=request.param)
+
+
+def train(config: Any) -> dict[str, Any] | None:
+    """Score, update twice (the second time against old log-probs), return everything observable."""
+    policy = build_policy(config)
+    if not policy.is_conductor:
+        policy.serve()
+        return None
+    samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
+    before = policy.score(samples)
+    reports = [policy.update(samples, None, 100), policy.update(samples, before, 100)]
+    result = {
+        "before": before,
+        "reports": reports,
+        "weights": {name: tensor.numpy() for name, tensor in policy.weights()},
+        "after": policy.score(samples),
+    }
+    policy.close()
+    return result
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS)
+def test_scores_losses_and_updated_weights_equal_transformers_under_every_layout(
+    model_path: Path, parallel: ParallelConfig
+):
+    config = policy_config(model_path, parallel=parallel)
+    oracle = PolicyOracle(config)
+    samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
+    before = oracle.score(samples)
+    expected = [oracle.update(samples, None, 100), oracle.update(samples, before, 100)]
+
+    result = run_gloo_ranks(train, parallel.world_size, config, timeout_s=60)[0]
+
+    for ours, theirs in zip(result["before"], before, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for report, (loss, grad_norm) in zip(result["reports"], expected, strict=True):
+        assert report.is_applied
+        assert report.loss == pytest.approx(loss, abs=1e-6)
+        assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
+        assert report.sums["loss_tokens"] == sum(LENGTHS)
+    weights = oracle.weights()
+    assert set(result["weights"]) == set(weights)
+    for name, tensor in weights.items():
+        np.testing.assert_allclose(result["weights"][name], tensor.numpy(), atol=1e-5, err_msg=name)
+    for ours, theirs in zip(result["after"], oracle.score(samples), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("denominator", ["all", "kept"])
+def test_the_denominator_counts_tokens_of_all_ranks(tmp_path: Path, denominator: Any):
+    directory = write_tiny_qwen3(tmp_path, vocab_size=VOCAB_SIZE)
+    objective = ObjectiveConfig(denominator=denominator, ratio_low=0.3, ratio_high=2.0)
+    config = policy_config(directory, parallel=ParallelConfig(data=2), objective=objective)
+    samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
+    oracle = PolicyOracle(config)
+    before = oracle.score(samples)
+    expected = [oracle.update(samples, None, 100), oracle.update(samples, before, 100)]
+    reports = run_gloo_ranks(train, 2, config)[0]["reports"]
+    assert 0 < reports[0].sums["kept_tokens"] < sum(LENGTHS)
+    for report, (loss, grad_norm) in zip(reports, expected, strict=True):
+        assert report.loss == pytest.approx(loss, abs=1e-6)
+        assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
+
+
+def test_a_data_rank_without_samples_takes_part_and_counts_for_nothing(tmp_path: Path):
+    directory = write_tiny_qwen3(tmp_path, vocab_size=VOCAB_SIZE)
+    samples = random_samples((6,), vocab_size=VOCAB_SIZE)
+
+    def update_with_one_sample(config: Any) -> Any:
+        policy = build_policy(config)
+        if not policy.is_conductor:
+            return policy.serve()
+        outcome = policy.update(samples, None, 6), policy.score(samples)
+        policy.close()
+        return outcome
+
+    for denominator in ("all", "kept"):
+        config = policy_config(
+            directory,
+            parallel=ParallelConfig(data=2),
+            objective=ObjectiveConfig(denominator=denominator, context="replace"),
+        )
+        report, scores = run_gloo_ranks(update_with_one_sample, 2, config)[0]
+        oracle = PolicyOracle(config)
+        loss, grad_norm = oracle.update(samples, None, 6)
+        assert report.loss == pytest.approx(loss, abs=1e-6)
+        assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
+        assert report.sums["loss_tokens"] == 6
+        np.testing.assert_allclose(scores[0], oracle.score(samples)[0], atol=1e-5)
+
+
+def continued(policy: MegatronPolicy, num_steps: int) -> list[tuple[float, float]]:
+    samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE, seed=1)
+    reports = [policy.update(samples, None, 100) for _ in range(num_steps)]
+    return [(report.grad_norm, report.learning_rate) for report in reports]
+
+
+def save_then_continue(config: Any, directory: Path) -> list[tuple[float, float]] | None:
+    policy = build_policy(config)
+    if not policy.is_conductor:
+        return policy.serve()
+    continued(policy, 2)
+    policy.save(directory)
+    history = continued(policy, 2)
+    policy.close()
+    return history
+
+
+def load_and_continue(config: Any, directory: Path) -> list[tuple[float, float]] | None:
+    policy = build_policy(config)
+    if not policy.is_conductor:
+        return policy.serve()
+    policy.load(directory)
+    history = continued(policy, 2)
+    policy.close()
+    return history
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        pytest.param(ParallelConfig(tensor=2), ParallelConfig(pipeline=2), id="tensor-to-pipeline"),
+        pytest.param(
+            ParallelConfig(data=2, distributed_optimizer=True),
+            ParallelConfig(tensor=2, distributed_optimizer=True),
+            id="sharded-optimizer-to-tensor",
+        ),
+    ],
+)
+def test_training_continues_under_another_layout(tmp_path: Path, saved: ParallelConfig, loaded: ParallelConfig):
+    directory = write_tiny_qwen3(tmp_path / "model", vocab_size=VOCAB_SIZE)
+    optimizer = OptimizerConfig(lr=1e-3, eps=1e-4, warmup_steps=3, micro_batch_tokens=48)
+    config = partial(policy_config, directory, optimizer=optimizer)
+    expected = run_gloo_ranks(save_then_continue, 2, config(parallel=saved), tmp_path / "checkpoint")[0]
+    resumed = run_gloo_ranks(load_and_continue, 2, config(parallel=loaded), tmp_path / "checkpoint")[0]
+    assert [rate for _, rate in expected] == pytest.approx([7.5e-4, 1e-3])
+    for ours, theirs in zip(resumed, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_weights_of_later_stages_reach_rank_0_even_when_the_first_iteration_is_cut_short(tmp_path: Path):
+    directory = write_tiny_qwen3(tmp_path, vocab_size=VOCAB_SIZE)
+
+    def peek_then_export(config: Any) -> Any:
+        policy = build_policy(config)
+        if not policy.is_conductor:
+            return policy.serve()
+        first_look = policy.weights()
+        name, _ = next(first_look)
+        with pytest.raises(RuntimeError, match=r"must be consumed to the end before policy\.score"):
+            policy.score(random_samples((2,), vocab_size=VOCAB_SIZE))
+        first_look.close()
+        exported = {name: tensor.numpy() for name, tensor in policy.weights()}
+        policy.close()
+        return name, exported
+
+    config = policy_config(directory, parallel=ParallelConfig(pipeline=2))
+    name, exported = run_gloo_ranks(peek_then_export, 2, config)[0]
+    weights = PolicyOracle(config).weights()
+    assert name == "model.embed_tokens.weight"
+    assert set(exported) == set(weights)
+    assert all(torch.equal(torch.from_numpy(exported[name]), tensor) for name, tensor in weights.items())
