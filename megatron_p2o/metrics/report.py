@@ -59,13 +59,13 @@ def overview_section(runs: Sequence[Run], styles: dict[str, int]) -> Html:
     sets = evaluation_keys(runs)
     header = [
         "Run",
-        "State",
         *(evaluation_name(key) for key in sets),
         "Train reward",
         "Rollouts: training",
         "evolution",
         "Templates",
         "Wall time",
+        "State",
     ]
     rows = [_overview_row(run, sets, styles) for run in runs]
     note = "Accuracies are the latest evaluation of the run; training reward is its last step's mean."
@@ -81,13 +81,13 @@ def _overview_row(run: Run, sets: Sequence[str], styles: dict[str, int]) -> list
     wall_s = results.get("wall_s", run.total("perf/step_s"))
     return [
         join(swatch, run.name),
-        _state(run),
         *(_last(run, key) for key in sets),
         number_text(reward[-1][1], "share") if reward else "",
         number_text(results.get("num_rollouts_train") or run.total("rollout/rollouts_count")),
         number_text(results.get("num_rollouts_evolution") or run.total("evolution/num_rollouts")),
         str(len(run.libraries[-1].templates)) if run.libraries else "",
         duration_text(float(wall_s)),
+        _state(run),
     ]
 
 

@@ -186,7 +186,7 @@ def test_arms_stand_side_by_side_with_their_latest_numbers(tmp_path: Path) -> No
 def test_a_run_without_templates_has_no_empty_sections_for_them(tmp_path: Path) -> None:
     page = report_of(tmp_path, grpo_run(tmp_path))
     for heading in ("Templates", "Examples", "Hard-sample ledger"):
-        assert f" {heading} " not in page.text.replace("Rollouts: training evolution Templates Wall time", "")
+        assert f" {heading} " not in page.text.replace("Rollouts: training evolution Templates Wall time State", "")
 
 
 def test_the_page_loads_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:
