@@ -213,7 +213,7 @@ def _key(style: int) -> Html:
 
 
 def _hover_values(chart: LineChart, lines: Sequence[Line], frame: Frame) -> dict[str, object]:
-    xs = sorted({x for line in lines for x, _ in line.points})
+    xs = _positions(lines, MAX_POINTS)
     numbers = [dict(line.points) for line in lines]
     return {
         "x": xs,
@@ -231,14 +231,20 @@ def _hover_values(chart: LineChart, lines: Sequence[Line], frame: Frame) -> dict
     }
 
 
+def _positions(lines: Iterable[Line], limit: int) -> list[float]:
+    """Return the x of all lines, at most `limit` of them."""
+    xs = sorted({x for line in lines for x, _ in line.points})
+    return [x for x, _ in thinned([(x, 0.0) for x in xs], limit)]
+
+
 def _table(chart: LineChart, lines: Sequence[Line]) -> Html:
     numbers = [dict(line.points) for line in lines]
-    xs = sorted({x for line in lines for x, _ in line.points})
-    shown = [x for x, _ in thinned([(x, 0.0) for x in xs], MAX_ROWS)]
+    num_xs = len({x for line in lines for x, _ in line.points})
+    shown = _positions(lines, MAX_ROWS)
     rows = [
         [number_text(x), *(number_text(values[x], chart.unit) if x in values else "" for values in numbers)]
         for x in shown
     ]
-    summary = "Table" if len(shown) == len(xs) else f"Table ({len(shown)} of {len(xs)} rows)"
+    summary = "Table" if len(shown) == num_xs else f"Table ({len(shown)} of {num_xs} rows)"
     header = [chart.x_label, *(line.name for line in lines)]
     return element("details", element("summary", summary), table(header, rows, chart.title))

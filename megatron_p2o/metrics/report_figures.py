@@ -19,6 +19,16 @@ Styles = dict[str, int]
 TEMPLATED = "eval/templated_"
 """Begin of the keys of evaluations through a template."""
 
+FAILURES = (
+    ("rollout/grade_error_count", "Grader could not decide"),
+    ("rollout/aborted_count", "Rollouts given up on"),
+    ("train/skipped_updates_count", "Updates skipped"),
+)
+"""Counts and their headings in the table of a run's failures."""
+
+PHASES = tuple(f"perf/{phase}_s" for phase in ("rollout", "grade", "score", "train", "refresh", "step", "evolution"))
+"""Phases in the order they come in; others follow."""
+
 NUM_IDS_SHOWN = 40
 """Problem ids listed in the ledger's section."""
 
@@ -48,7 +58,7 @@ def training_section(runs: Sequence[Run], styles: Styles) -> Html:
         name = level.removeprefix("rollout/reward_level_")
         note = "Mean reward of the training rollouts of this level, templated ones included."
         charts.append(_key_chart(runs, styles, level, f"Training reward: {name}", note, "share"))
-    return _section("Training", "Reward and validation accuracy (Figure 3 of the paper).", charts)
+    return _section("Training", "Reward and validation accuracy (Figure 3 of the paper).", charts, by_source(runs))
 
 
 def evaluation_keys(runs: Sequence[Run]) -> list[str]:
@@ -61,6 +71,22 @@ def evaluation_name(key: str) -> str:
     """Return how the report calls an evaluation key."""
     name = key.removeprefix("eval/").removesuffix("_accuracy").replace("_", " ")
     return f"with template: {name.removeprefix('templated ')}" if key.startswith(TEMPLATED) else name
+
+
+def by_source(runs: Sequence[Run]) -> Html | None:
+    """Return the final accuracy by source of the problems; None before a run has finished."""
+    rows: list[list[Child]] = []
+    for run in runs:
+        for part, asked in (("evaluation", "plainly"), ("templated_evaluation", "with template")):
+            for name, outcome in sorted(((run.results or {}).get(part) or {}).items()):
+                sources = sorted(outcome.get("by_source", {}).items())
+                found = ", ".join(f"{source} {number_text(share, 'share')}" for source, share in sources)
+                rows.append([run.name, name.replace("_", " "), asked, number_text(outcome["accuracy"], "share"), found])
+    if not rows:
+        return None
+    header = ["Run", "Problems", "Asked", "Accuracy", "By source"]
+    content = table(header, rows, "Final accuracy by source of the problems")
+    return element("details", element("summary", "Final accuracy by source of the problems"), content)
 
 
 def over_rollouts(run: Run, key: str) -> Points:
@@ -147,20 +173,21 @@ def health_section(runs: Sequence[Run], styles: Styles) -> Html:
         ("rollout/zero_advantage_groups_share", "Groups without gradient", "Every advantage is zero.", "share"),
         ("rollout/response_tokens_mean", "Response length", "Mean tokens per rollout.", "number"),
         ("rollout/truncated_share", "Truncated rollouts", "Share of the step's rollouts.", "share"),
-        ("rollout/grade_error_count", "Grading errors", "Rollouts whose grader could not decide.", "number"),
-        ("rollout/aborted_count", "Aborted rollouts", "Rollouts the engine gave up on.", "number"),
     )
     charts = [
         _key_chart(runs, styles, key, title, note, unit)
         for key, title, note, unit in shown
         if any(run.points(key) for run in runs)
     ]
-    return _section("Health", "Engine/trainer mismatch, optimisation, and where rollouts go.", charts)
+    rows = [[run.name, *(number_text(run.total(key)) for key, _ in FAILURES)] for run in runs]
+    failures = table(["Run", *(name for _, name in FAILURES)], rows, "What failed, over the whole run")
+    return _section("Health", "Engine/trainer mismatch, optimisation, and where rollouts go.", charts, failures)
 
 
 def time_section(runs: Sequence[Run]) -> Html | None:
     """Return the seconds each phase took in total, with a bar relative to the run's longest."""
-    phases = sorted({key for run in runs for key in run.keys("perf/") if key.endswith("_s") and "_per_s" not in key})
+    keys = {key for run in runs for key in run.keys("perf/") if key.endswith("_s") and "_per_s" not in key}
+    phases = sorted(keys, key=lambda key: (PHASES.index(key) if key in PHASES else len(PHASES), key))
     if not phases:
         return None
     rows: list[list[Child]] = []
@@ -169,13 +196,13 @@ def time_section(runs: Sequence[Run]) -> Html | None:
         longest = max(totals.values()) or 1.0
         rows.append([run.name, *(_bar(seconds, longest) for seconds in totals.values())])
     header = ["Run", *(phase.removeprefix("perf/").removesuffix("_s") for phase in phases)]
-    note = "Total seconds of each phase; `step` is a whole step, so it contains others. Phases may overlap."
+    note = "Total seconds of each phase. A step contains others, and phases may overlap."
     content = table(header, rows, "Seconds per phase")
     return element("section", element("h2", "Time"), element("p", note), content)
 
 
-def _section(title: str, note: str, charts: Sequence[Html]) -> Html:
-    return element("section", element("h2", title), element("p", note), element("div", charts, class_="charts"))
+def _section(title: str, note: str, charts: Sequence[Html], after: Html | None = None) -> Html:
+    return element("section", element("h2", title), element("p", note), element("div", charts, class_="charts"), after)
 
 
 def _lines(runs: Sequence[Run], styles: Styles, points_of: Callable[[Run], Points]) -> list[Line]:

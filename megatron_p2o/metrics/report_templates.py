@@ -132,7 +132,7 @@ def _facts(template: LibraryTemplate, lineage: _Lineage) -> Iterator[str]:
     if num_problems:
         yield f"assigned to {_problems(num_problems)}"
     if template.num_lineage_problems:
-        yield f"reflected on {_problems(template.num_lineage_problems)}"
+        yield f"has seen {_problems(template.num_lineage_problems)}"
     if template.id == PLAIN.id:
         return
     if template.text in lineage.earlier:

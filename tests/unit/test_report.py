@@ -216,7 +216,7 @@ def test_text_of_a_run_never_becomes_markup(tmp_path: Path) -> None:
 def test_templates_are_shown_below_the_one_they_were_reflected_from(tmp_path: Path) -> None:
     page = report_of(tmp_path, p2o_run(tmp_path))
     assert page.text.index("Template 0") < page.text.index("Template 3") < page.text.index("Template 5")
-    assert "score 75.0 % at weight version 4 · assigned to 1 problem · reflected on 1 problem" in page.text
+    assert "score 75.0 % at weight version 4 · assigned to 1 problem · has seen 1 problem" in page.text
     assert [tag for tag, _ in page.elements].count("ins") == 1
 
 
@@ -351,11 +351,14 @@ def test_a_run_before_its_first_step_is_reported_as_such(tmp_path: Path) -> None
 
 def test_results_name_the_arm_and_mark_the_run_finished(tmp_path: Path) -> None:
     run = grpo_run(tmp_path)
-    (run / "results.json").write_text(json.dumps({"arm": "baseline", "seed": 9, "wall_s": 3725.0}))
+    outcome = {"accuracy": 0.25, "num_samples": 64, "by_source": {"walk": 0.375, "affine": 0.125}}
+    results = {"arm": "baseline", "seed": 9, "wall_s": 3725.0, "evaluation": {"heldout_hard": outcome}}
+    (run / "results.json").write_text(json.dumps(results))
     read = read_run(run)
     assert (read.arm, read.seed) == ("baseline", 9)
     page = report_of(tmp_path, run)
     assert "finished" in page.text and "1 h 02 min" in page.text
+    assert "affine 12.5 %, walk 37.5 %" in page.text
 
 
 def test_lines_of_one_step_are_merged_and_belong_to_the_epoch_of_the_step(tmp_path: Path) -> None:
