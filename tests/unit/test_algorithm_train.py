@@ -29,7 +29,7 @@ from megatron_p2o.types import PLAIN, Problem, Prompt, Template, TrainSample
 
 HINT = Template(id=1, text="§ go on", parent=0)
 TEMPLATES = [HINT, HINT, PLAIN, HINT]
-HARD = frozenset({"problem-001", "problem-006"})
+HARD = frozenset(f"problem-{number:03d}" for number in (1, 4, 6, 7, 10))
 """Solved through a template only."""
 
 
@@ -53,11 +53,14 @@ class Recorder:
     ledger: HardSampleLedger
     stop_at_step: int | None = None
     states: list[TrainState] = field(default_factory=list)
+    hard: list[list[Problem]] = field(default_factory=list)
+    """Of each step."""
     entries: list[LedgerEntry] = field(default_factory=list)
     epochs: list[tuple[TrainState, tuple[Problem, ...]]] = field(default_factory=list)
 
     def on_step(self, state: TrainState, result: StepResult) -> None:
         self.states.append(state)
+        self.hard.append(result.hard)
         for group in result.groups:
             entry = ledger_entry(group, state.epoch, state.step)
             self.entries.append(entry)
@@ -160,10 +163,10 @@ def test_evolution_is_given_the_hard_problems_of_the_whole_epoch_and_the_last_li
     assert [call.epoch for call in calls] == [0, 1]
     assert [call.library.version for call in calls] == [0, 1]
     assert finished.end.library.version == 2
-    for call, (state, hard), last_of_epoch in zip(
-        calls, finished.recorder.epochs, finished.recorder.states[2::3], strict=False
-    ):
-        assert call.hard == hard == last_of_epoch.hard
+    for call, (state, hard) in zip(calls, finished.recorder.epochs, strict=False):
+        by_step = finished.recorder.hard[3 * call.epoch : 3 * call.epoch + 3]
+        assert any(by_step[:2])
+        assert call.hard == hard == tuple(problem for problems in by_step for problem in problems)
         assert state.hard == () and state.library.version == call.library.version + 1
 
 

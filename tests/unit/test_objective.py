@@ -268,7 +268,7 @@ def test_a_zero_loss_weight_drops_the_token_from_the_loss_and_not_from_the_denom
 
 def test_token_sums_are_those_counted_by_hand() -> None:
     groups = [
-        [Token(-1.0, -1.0, -1.0, 1.0, True), Token(-1.0, -1.0, -9.0, 1.0, True), Token(-1.0, -2.0, -2.0, 1.0, True)],
+        [Token(-1.0, -1.0, -1.0, 1.0, True), Token(-0.5, -1.0, -9.0, 1.0, True), Token(-1.0, -2.0, -2.0, 1.0, True)],
         [Token(-2.0, -2.0, -2.5, -1.0, False), Token(-1.0, -3.0, -2.0, -1.0, False)],
     ]
     logprobs_T, batch = batch_of(groups)
@@ -281,7 +281,7 @@ def test_token_sums_are_those_counted_by_hand() -> None:
             "templated_tokens": 3,
             "templated_kept_tokens": 2,
             "clipped_tokens": 2,
-            "ratio_sum": 1 + 1 + math.exp(1.0) + 1 + math.exp(2.0),
+            "ratio_sum": 1 + math.exp(0.5) + math.exp(1.0) + 1 + math.exp(2.0),
             "entropy_sum": 2.5,
             "mismatch_tokens": 2,
             "mismatch_abs_sum": 1.5,
