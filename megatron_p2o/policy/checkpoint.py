@@ -51,14 +51,14 @@ def save_checkpoint(model: PolicyModel, optimization: Optimization, directory: P
     dist_checkpointing.save(state, str(directory), sharded_strategy=InProcessSave(control))
 
 
-def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path) -> None:
-    """Restore what `save_checkpoint` wrote, under any parallel sizes. Collective.
-
-    Raises:
-        ValueError: `directory` holds no checkpoint.
-    """
+def check_checkpoint(directory: Path) -> None:
+    """Raise `ValueError` when `directory` holds no checkpoint. Local."""
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        raise ValueError(f"{directory} holds no checkpoint of the policy")
+        raise ValueError(f"{directory} holds no checkpoint of the policy: name a directory that its `save` has written")
+
+
+def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path) -> None:
+    """Restore what `save_checkpoint` wrote, under any parallel sizes. Collective."""
     _fill_adam_state(optimization)
     state = dist_checkpointing.load(_state(model, optimization, is_loading=True), str(directory))
     assert isinstance(state, dict)

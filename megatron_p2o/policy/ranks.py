@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config import Config
+from megatron_p2o.policy.checkpoint import check_checkpoint
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.forward import PassResult
 from megatron_p2o.policy.hf_directory import write_hf_directory
@@ -145,7 +146,12 @@ class MegatronPolicy:
         self._everywhere("save", directory)
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote; the parallel sizes may differ."""
+        """Restore what `save` wrote; the parallel sizes may differ.
+
+        Raises:
+            ValueError: `directory` holds no checkpoint.
+        """
+        check_checkpoint(directory)
         self._everywhere("load", directory)
 
     def close(self) -> None:
@@ -233,7 +239,8 @@ class MegatronPolicy:
         except PolicyError:
             raise
         except Exception as error:
-            self._is_broken = True
+            # A single rank cannot be out of step.
+            self._is_broken = self._ranks.world_size > 1
             if self._output_dir is not None:
                 self._output_dir.mkdir(parents=True, exist_ok=True)
                 path = self._output_dir / f"rank_{self._ranks.rank}_error.txt"

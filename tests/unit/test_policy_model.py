@@ -1,0 +1,122 @@
+"""Reading a Hugging Face configuration, and what Megatron is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_p2o.config import ParallelConfig
+from megatron_p2o.policy.model import Architecture, padded_vocab_size, read_architecture, transformer_config
+from megatron_p2o.policy.parallel import check_world_size, data_rank_of
+
+QWEN3_4B = {
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "num_hidden_layers": 36,
+    "hidden_size": 2560,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 9728,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+"""As published, in the form of transformers 4."""
+
+
+def architecture_of(settings: dict[str, Any], directory: Path) -> Architecture:
+    (directory / "config.json").write_text(json.dumps(settings))
+    return read_architecture(directory)
+
+
+def test_a_published_configuration_gives_megatrons_sizes(tmp_path: Path):
+    architecture = architecture_of(QWEN3_4B, tmp_path)
+    assert architecture.rope_theta == 1e6
+    assert architecture.ties_embeddings
+    config = transformer_config(architecture, ParallelConfig(tensor=8, pipeline=2), "bfloat16", {})
+    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (36, 2560, 9728)
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (32, 8, 128)
+    assert config.params_dtype == torch.bfloat16 and config.bf16
+    assert config.variable_seq_lengths and config.qk_layernorm and config.normalization == "RMSNorm"
+
+
+def test_rope_theta_is_found_in_the_form_of_transformers_5(tmp_path: Path):
+    settings = {**QWEN3_4B, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}
+    del settings["rope_theta"]
+    assert architecture_of(settings, tmp_path).rope_theta == 5e6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
+        ({"attention_bias": True}, "attention_bias is set"),
+        ({"use_sliding_window": True}, "use_sliding_window is set"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rotary embedding is scaled \('yarn'\)"),
+    ],
+)
+def test_what_the_trainer_does_not_compute_is_refused(tmp_path: Path, change: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        architecture_of({**QWEN3_4B, **change}, tmp_path)
+
+
+def test_a_directory_without_configuration_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"model\.path=.* has no config\.json"):
+        read_architecture(tmp_path)
+
+
+def test_megatron_overrides_reach_the_configuration(tmp_path: Path):
+    architecture = architecture_of(QWEN3_4B, tmp_path)
+    overrides = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    config = transformer_config(architecture, ParallelConfig(), "float32", overrides)
+    assert config.recompute_granularity == "full"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"recompute_granularty": "full"}, r"did you mean megatron\.recompute_granularity\?"),
+        ({"hidden_size": 128}, r"megatron\.hidden_size is decided by model\.path"),
+        ({"sequence_parallel": True}, r"megatron\.sequence_parallel is decided by .* parallel"),
+    ],
+)
+def test_unknown_and_decided_overrides_are_refused(tmp_path: Path, overrides: dict[str, Any], message: str):
+    architecture = architecture_of(QWEN3_4B, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        transformer_config(architecture, ParallelConfig(), "float32", overrides)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (ParallelConfig(tensor=16), r"parallel\.tensor=16 must divide the model's num_key_value_heads=8"),
+        (ParallelConfig(pipeline=5), r"parallel\.pipeline=5 must divide the model's num_hidden_layers=36"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(tmp_path: Path, parallel: ParallelConfig, message: str):
+    with pytest.raises(ValueError, match=message):
+        transformer_config(architecture_of(QWEN3_4B, tmp_path), parallel, "float32", {})
+
+
+def test_the_vocabulary_is_padded_to_a_multiple_of_the_tensor_ranks():
+    assert [padded_vocab_size(131, tensor) for tensor in (1, 2, 4, 8)] == [131, 132, 132, 136]
+    assert padded_vocab_size(151936, 8) == 151936
+
+
+def test_a_wrong_number_of_processes_is_explained():
+    parallel = ParallelConfig(tensor=2, pipeline=2, data=1)
+    check_world_size(parallel, 4)
+    with pytest.raises(ValueError, match=r"= 4 must equal .* 8: set parallel\.data to 2 or start 4 processes"):
+        check_world_size(parallel, 8)
+    with pytest.raises(ValueError, match=r"set parallel\.data to a fitting value"):
+        check_world_size(parallel, 6)
+
+
+def test_tensor_ranks_are_neighbours_and_stages_are_farthest_apart():
+    parallel = ParallelConfig(tensor=2, data=3, pipeline=2)
+    assert [data_rank_of(rank, parallel) for rank in range(12)] == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]

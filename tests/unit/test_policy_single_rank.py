@@ -1,0 +1,240 @@
+"""The whole policy in one process against transformers and torch's AdamW."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from megatron_p2o.config import Config, ObjectiveConfig, OptimizerConfig
+from megatron_p2o.policy.attention import pack_layout, sample_positions
+from megatron_p2o.policy.cpu_compat import cuda_stand_ins
+from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples, token_losses
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+
+VOCAB_SIZE = 131
+LENGTHS = (3, 17, 1, 20, 30, 9, 9)
+SAMPLES = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def any_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four query heads per key/value head, a head size that is not hidden size / heads, norms that are not 1."""
+    directory = write_tiny_qwen3(
+        tmp_path_factory.mktemp("tiny"),
+        vocab_size=VOCAB_SIZE,
+        num_heads=8,
+        num_kv_heads=2,
+        tie_embeddings=request.param,
+    )
+    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("tiny"), vocab_size=VOCAB_SIZE)
+
+
+@contextmanager
+def policy_of(config: Config) -> Iterator[MegatronPolicy]:
+    with closing(build_policy(config)) as policy:
+        yield policy
+
+
+def weights_of(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
+    return dict(policy.weights())
+
+
+def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float) -> None:
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_packed_logits_and_log_probs_equal_transformers_sample_by_sample(any_model: Path):
+    config = policy_config(any_model)
+    oracle = PolicyOracle(config)
+    with policy_of(config) as policy:
+        for ours, theirs in zip(policy.score(SAMPLES), oracle.score(SAMPLES), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        lengths = torch.tensor([7, 1, 12])
+        ids = torch.randint(1, VOCAB_SIZE, (20,), generator=torch.Generator().manual_seed(0))
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        with torch.no_grad(), cuda_stand_ins():
+            logits = policy._shard.model(
+                ids[None], sample_positions(cu_seqlens)[None], None, packed_seq_params=pack_layout(cu_seqlens)
+            )
+            expected = torch.cat([oracle.model(part[None]).logits[0] for part in ids.split(lengths.tolist())])
+        torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
+
+
+def test_three_updates_equal_transformers_with_torch_adamw(any_model: Path):
+    config = policy_config(any_model)
+    oracle = PolicyOracle(config)
+    with policy_of(config) as policy:
+        old: Any = None
+        for _ in range(3):
+            report = policy.update(SAMPLES, old, 120)
+            loss, grad_norm = oracle.update(SAMPLES, old, 120)
+            assert report.loss == pytest.approx(loss, abs=1e-6)
+            assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
+            old = old or oracle.score(SAMPLES)
+        assert_same_weights(weights_of(policy), oracle.weights(), atol=1e-5)
+
+
+def test_the_export_equals_what_was_loaded_bit_for_bit(any_model: Path, tmp_path: Path):
+    config = policy_config(any_model)
+    with policy_of(config) as policy:
+        assert_same_weights(weights_of(policy), PolicyOracle(config).weights(), atol=0)
+        policy.export_hf(tmp_path)
+    again = PolicyOracle(policy_config(tmp_path)).weights()
+    assert_same_weights(again, PolicyOracle(config).weights(), atol=0)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (any_model / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] in (True, False)
+
+
+@pytest.mark.parametrize("denominator", ["all", "kept"])
+def test_an_update_does_not_depend_on_micro_batches_or_order(model: Path, denominator: Any):
+    results: list[tuple[float, float]] = []
+    weights: list[dict[str, torch.Tensor]] = []
+    for budget, samples in ((1, SAMPLES), (40, SAMPLES), (10_000, SAMPLES), (40, SAMPLES[::-1])):
+        config = policy_config(
+            model,
+            objective=ObjectiveConfig(denominator=denominator, ratio_low=0.3, ratio_high=2.0),
+            optimizer=OptimizerConfig(lr=1e-3, eps=1e-4, micro_batch_tokens=budget),
+        )
+        with policy_of(config) as policy:
+            report = policy.update(samples, None, 120)
+            results.append((report.loss, report.grad_norm))
+            weights.append(weights_of(policy))
+    assert 0 < report.sums["kept_tokens"] < sum(LENGTHS)
+    for result, weight in zip(results[1:], weights[1:], strict=True):
+        assert result == pytest.approx(results[0], rel=1e-5)
+        assert_same_weights(weight, weights[0], atol=1e-6)
+
+
+def test_dropped_rollouts_count_in_the_denominator_all_and_need_no_forward_pass(model: Path):
+    """Zero advantage has no gradient: leaving such rollouts out changes nothing as long as they are counted."""
+    dead = [replace(sample, advantage=0.0) for sample in random_samples((11, 4), vocab_size=VOCAB_SIZE, seed=5)]
+    for objective in (ObjectiveConfig(), ObjectiveConfig(context="replace")):
+        with policy_of(policy_config(model, objective=objective)) as policy:
+            with_dead = policy.update([*SAMPLES, *dead], None, sum(LENGTHS) + 15)
+        with policy_of(policy_config(model, objective=objective)) as policy:
+            without = policy.update(SAMPLES, None, sum(LENGTHS) + 15)
+        assert (without.loss, without.grad_norm) == pytest.approx((with_dead.loss, with_dead.grad_norm), rel=1e-5)
+        assert with_dead.sums["loss_tokens"] == without.sums["loss_tokens"] + 15
+
+
+def test_micro_batch_normalization_is_the_row_weighted_mean_of_micro_batch_means(model: Path):
+    objective = ObjectiveConfig(normalization="micro_batch", context="replace")
+    samples = random_samples((30, 2, 9), vocab_size=VOCAB_SIZE)  # with a budget of 40: [0], [1, 2]
+    config = policy_config(model, objective=objective, optimizer=OptimizerConfig(lr=1e-3, micro_batch_tokens=40))
+    oracle = PolicyOracle(config)
+    means = []
+    for rows in (samples[:1], samples[1:]):
+        losses = [token_losses(oracle.logprobs(row), oracle.logprobs(row).detach(), row, objective)[0] for row in rows]
+        means.append(torch.cat(losses).mean())
+    expected = means[0] * (1 / 3) + means[1] * (2 / 3)
+    expected.backward()
+    norm = torch.nn.utils.clip_grad_norm_(oracle.model.parameters(), 1.0)
+    with policy_of(config) as policy:
+        report = policy.update(samples, None, 41)
+    assert report.loss == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert report.grad_norm == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_training_goes_on(model: Path):
+    with policy_of(policy_config(model)) as policy:
+        before = weights_of(policy)
+        broken = policy.update([replace(SAMPLES[0], advantage=float("nan")), SAMPLES[1]], None, 20)
+        assert not broken.is_applied and not np.isfinite(broken.grad_norm)
+        assert_same_weights(weights_of(policy), before, atol=0)
+        healthy = policy.update(SAMPLES, None, 120)
+    with policy_of(policy_config(model)) as policy:
+        assert healthy.grad_norm == policy.update(SAMPLES, None, 120).grad_norm
+
+
+def test_the_learning_rate_warms_up_over_applied_skipped_and_empty_updates(model: Path):
+    optimizer = OptimizerConfig(lr=1e-3, warmup_steps=3, micro_batch_tokens=48)
+    with policy_of(policy_config(model, optimizer=optimizer)) as policy:
+        reports = [
+            policy.update(SAMPLES, None, 120),
+            policy.update([], None, 0),
+            policy.update([replace(SAMPLES[0], advantage=float("nan"))], None, 3),
+            policy.update(SAMPLES, None, 120),
+            policy.update(SAMPLES, None, 120),
+        ]
+    assert [report.learning_rate for report in reports] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+    assert [report.is_applied for report in reports] == [True, False, False, True, True]
+
+
+def test_an_empty_update_moves_no_weight(model: Path):
+    with policy_of(policy_config(model)) as policy:
+        policy.update(SAMPLES, None, 120)
+        before = weights_of(policy)
+        report = policy.update([], None, 7)
+        assert (report.loss, report.grad_norm, report.is_applied) == (0.0, 0.0, False)
+        assert_same_weights(weights_of(policy), before, atol=0)
+        assert policy.score([]) == []
+
+
+def test_training_continues_identically_after_save_and_load(model: Path, tmp_path: Path):
+    with policy_of(policy_config(model)) as policy:
+        policy.update(SAMPLES, None, 120)
+        policy.save(tmp_path / "checkpoint")
+        expected = [policy.update(SAMPLES, None, 120) for _ in range(2)]
+        weights = weights_of(policy)
+    with policy_of(policy_config(model)) as policy:
+        policy.load(tmp_path / "checkpoint")
+        assert [policy.update(SAMPLES, None, 120) for _ in range(2)] == expected
+        assert_same_weights(weights_of(policy), weights, atol=0)
+
+
+def test_a_missing_checkpoint_is_named(model: Path, tmp_path: Path):
+    with policy_of(policy_config(model)) as policy, pytest.raises(ValueError, match="holds no checkpoint"):
+        policy.load(tmp_path)
+
+
+def test_recomputing_activations_changes_nothing(model: Path):
+    plain = policy_config(model)
+    recomputing = replace(
+        plain, megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    )
+    with policy_of(plain) as policy:
+        expected = policy.update(SAMPLES, None, 120)
+    with policy_of(recomputing) as policy:
+        report = policy.update(SAMPLES, None, 120)
+    assert (report.loss, report.grad_norm) == (expected.loss, expected.grad_norm)
+
+
+def test_bfloat16_accumulates_updates_that_are_too_small_for_it(model: Path):
+    """A step of 2e-4 is lost on a bfloat16 weight of 0.25 or more (spacing 2e-3); the float32 copy keeps it."""
+    optimizer = OptimizerConfig(lr=2e-4, weight_decay=0.0, micro_batch_tokens=10_000)
+    with policy_of(policy_config(model, dtype="bfloat16", optimizer=optimizer)) as policy:
+        before = weights_of(policy)
+        reports = [policy.update(SAMPLES, None, 120)]
+        after_one = weights_of(policy)
+        reports += [policy.update(SAMPLES, None, 120) for _ in range(11)]
+        after_all = weights_of(policy)
+    name = "lm_head.weight"
+    is_large = before[name].abs() >= 0.25
+    assert before[name].dtype == torch.bfloat16
+    assert torch.equal(after_one[name][is_large], before[name][is_large])
+    assert (after_all[name] != before[name])[is_large].float().mean() > 0.3
+    _, grad_norm = PolicyOracle(policy_config(model)).update(SAMPLES, None, 120)
+    # Eight bits of mantissa in activations and log-probs.
+    assert reports[0].grad_norm == pytest.approx(grad_norm, rel=0.05)
