@@ -150,12 +150,13 @@ def evolved_library(state: TrainState, evolution: PromptEvolution | None, config
 
 def update(groups: Sequence[Group], policy: Policy, config: Config) -> list[UpdateReport]:
     """Take one optimizer step per mini-batch of groups, all against the policy that sampled them."""
-    minibatches = [
-        scored(train_samples(part, config.objective), part, policy, config)
-        for part in chunks(groups, config.schedule.problems_per_update)
+    parts = chunks(groups, config.schedule.problems_per_update)
+    minibatches = [train_samples(part, config.objective) for part in parts]
+    live = [
+        scored(carrying_gradient(samples, config), part, policy, config)
+        for samples, part in zip(minibatches, parts, strict=True)
     ]
     # The first update's own forward pass gives its old log-probs; later ones need theirs before the policy moves.
-    live = [carrying_gradient(samples, config) for samples in minibatches]
     old_logprobs = [None, *(old_logprobs_of(samples, policy, config) for samples in live[1:])]
     return [
         policy.update(samples, old, sum(len(sample.response_ids) for sample in minibatch))
@@ -174,10 +175,11 @@ def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Conf
 
 
 def scored(samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config) -> list[TrainSample]:
-    """Return the samples with the trainer's own log-probs of the sampling context under `scoring.recompute`."""
+    """Return the samples of `groups` with the trainer's own log-probs of their sampling prompts, if settings ask so."""
     if not config.scoring.recompute:
         return samples
-    on_sampling_context = train_samples(groups, replace(config.objective, context="sampling"))
+    sampling = replace(config.objective, context="sampling")
+    on_sampling_context = carrying_gradient(train_samples(groups, sampling), config)
     logprobs = policy.score(on_sampling_context)
     return [replace(sample, sampling_logprobs=row) for sample, row in zip(samples, logprobs, strict=True)]
 
@@ -192,9 +194,17 @@ def sample_and_grade(prompts: Sequence[Prompt], sampling: SamplingParams, parts:
             text = parts.renderer.decode(completion)
             grades[index] = parts.grader.submit(completion.prompt.problem, text)
     return [
-        rollout_of(completions[index], grades[index].result(GRADING_TIMEOUT_S) if index in grades else "error")
+        rollout_of(completions[index], verdict(grades[index], prompts[index].problem) if index in grades else "error")
         for index in range(len(prompts))
     ]
+
+
+def verdict(grade: Future[Grade], problem: Problem) -> Grade:
+    """Wait for a grade. Raise `TimeoutError` when the grader has not answered long after its own deadline."""
+    try:
+        return grade.result(GRADING_TIMEOUT_S)
+    except TimeoutError as error:
+        raise TimeoutError(f"the grader did not answer on problem {problem.id} in {GRADING_TIMEOUT_S:g} s") from error
 
 
 def rollout_of(completion: Completion, grade: Grade) -> Rollout:

@@ -17,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except ConfigError as error:
+    except ValueError as error:
+        # ConfigError and what the readers of files raise: messages for the user, about the user's input.
         print(f"p2o: {error}", file=sys.stderr)
         return BAD_INPUT
 
@@ -37,9 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides")
     evaluate.set_defaults(run=_evaluate)
 
-    report = commands.add_parser("report", help="write the HTML report of one or more runs")
+    report = commands.add_parser("report", help="compare runs: print a table, write report.html and summary.json")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
-    report.add_argument("--output", type=Path, help="HTML file; default: report.html in the first run folder")
+    report.add_argument("--output", type=Path, metavar="FOLDER", help="default: the first run folder")
     report.set_defaults(run=_report)
 
     doctor = commands.add_parser("doctor", help="say what this machine offers and what is missing")
@@ -91,14 +92,17 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    # Imported here: a run does not need the charts, and a report does not need torch.
     from megatron_p2o.metrics.report import write_report
+    from megatron_p2o.metrics.summary import print_table, write_summary
 
-    output = options.output or options.runs[0] / "report.html"
     missing = [f"{run}: no such run folder" for run in options.runs if not run.is_dir()]
     if missing:
         raise ConfigError(missing)
-    write_report(options.runs, output)
-    print(output)
+    folder = options.output or options.runs[0]
+    write_report(options.runs, folder / "report.html")
+    print_table(write_summary(options.runs, folder / "summary.json"))
+    print(f"{folder}/report.html and summary.json written")
     return 0
 
 

@@ -9,6 +9,9 @@ from megatron_p2o.config import Config
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.types import PLAIN, Problem, Rollout, SamplingParams, Template
 
+UNNUMBERED = -1
+"""Id of a template outside any library; published templates are numbered from 0."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
@@ -49,6 +52,11 @@ def best_template(library: TemplateLibrary) -> Template:
     """Return the template with the highest development score, PLAIN when the library has none."""
     templated = [template for template in library.templates if template.text]
     return max(templated, key=lambda template: template.score, default=PLAIN)
+
+
+def template_of(text: str) -> Template:
+    """Return a template that is in no library, to ask problems through; PLAIN for ""."""
+    return Template(id=UNNUMBERED, text=text, parent=None) if text else PLAIN
 
 
 def _accuracy_of(source: str, rollouts: Sequence[Rollout]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_p2o.algorithm import Parts, StepResult, TrainState
 from megatron_p2o.config import Config
-from megatron_p2o.evaluate import Evaluation, best_template, evaluate, evaluation_record
+from megatron_p2o.evaluate import Evaluation, best_template, evaluate, evaluation_record, template_of
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
@@ -59,6 +59,8 @@ class RunObserver:
         self._started = self._last_end = time.monotonic()
         self._first_round: RoundStatistics = {}
         self._published_accuracy: Mapping[str, float] = {}
+        # An empty library, after everything was internalised, does not make the last template worth less.
+        self._best_template = template_of(resumed.best_template) if resumed else PLAIN
 
     @property
     def ledger(self) -> HardSampleLedger:
@@ -91,9 +93,11 @@ class RunObserver:
         metrics = epoch_metrics(hard, state.library.version, len(state.library.templates), statistics)
         self._files.metrics.write(state.step, state.epoch, {**metrics, **phase_metrics(self._clock.take())})
         best = best_template(state.library)
-        if best is not PLAIN and self._config.evaluation.with_best_template:
-            outcome = self._evaluate(state, best, "templated_")
-            self._published_accuracy = self._published_accuracy or _accuracies(outcome)
+        if best is not PLAIN:
+            self._best_template = best
+            if self._config.evaluation.with_best_template:
+                outcome = self._evaluate(state, best, "templated_")
+                self._published_accuracy = self._published_accuracy or _accuracies(outcome)
         self._last_end = time.monotonic()
 
     def should_stop(self, state: TrainState) -> bool:
@@ -108,7 +112,7 @@ class RunObserver:
     def on_end(self, state: TrainState) -> None:
         """Evaluate, save and write results.json."""
         plain = self._evaluate(state, PLAIN, "")
-        best = best_template(state.library)
+        best = self._best_template
         templated = self._evaluate(state, best, "templated_") if best is not PLAIN else {}
         if state.step > 0:
             self.save(state)
@@ -126,7 +130,7 @@ class RunObserver:
             "templated_evaluation": {name: evaluation_record(outcome) for name, outcome in templated.items()},
             "templated_accuracy_when_published": self._published_accuracy,
             "template_hard_accuracy": templated["heldout_hard"].accuracy if "heldout_hard" in templated else None,
-            "best_template": best_template(state.library).text,
+            "best_template": self._best_template.text,
             "first_round": dict(self._first_round),
             "pass_at_n_plain": self._first_round.get("pass_at_n_plain"),
             "num_internalised": len(self.ledger.internalised()),
@@ -158,6 +162,7 @@ class RunObserver:
             num_ledger_entries=self.ledger.num_entries,
             num_rollouts_train=self._num_rollouts_train,
             num_rollouts_evolution=self._num_rollouts_evolution,
+            best_template=self._best_template.text,
             wall_s=self._wall_s_before + time.monotonic() - self._started,
         )
 

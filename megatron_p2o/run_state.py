@@ -38,6 +38,8 @@ class RunState:
     """Lines of the ledger that belong to this state; later ones are of steps that will be run again."""
     num_rollouts_train: int = 0
     num_rollouts_evolution: int = 0
+    best_template: str = ""
+    """Text of the best template of the last library that had any; "" before."""
     wall_s: float = 0.0
     """Time spent training so far, over all restarts."""
 

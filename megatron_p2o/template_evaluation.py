@@ -4,13 +4,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from megatron_p2o.algorithm import reward_of
+from megatron_p2o.evaluate import template_of
 from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, FreeScore, Rejection
 from megatron_p2o.evolve.publish import RoundStats
 from megatron_p2o.interfaces import Grader, PromptRenderer
-from megatron_p2o.types import Completion, Group, Problem, Prompt, Rollout, SamplingParams, Template
-
-UNNUMBERED = -1
-"""Id of a template that is only being tried out; published templates are numbered from 0."""
+from megatron_p2o.types import Completion, Group, Problem, Prompt, Rollout, SamplingParams
 
 Sample = Callable[[Prompt, SamplingParams], Future[Completion]]
 """Submits one rollout to the engines at evolution's priority."""
@@ -26,9 +24,8 @@ class TemplateEvaluator:
         self, template_text: str, problem: Problem, sampling: SamplingParams
     ) -> Future[Evaluation | Rejection]:
         outcome: Future[Evaluation | Rejection] = Future()
-        template = Template(id=UNNUMBERED, text=template_text, parent=None)
         try:
-            prompt = self._renderer.render(problem, template)
+            prompt = self._renderer.render(problem, template_of(template_text))
         except ValueError as error:
             outcome.set_result(Rejection(reason=str(error)))
             return outcome

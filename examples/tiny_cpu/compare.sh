@@ -33,4 +33,4 @@ for seed in $seeds; do
             --set data.evaluation.heldout_hard="$tiny/problems/heldout_hard.jsonl"
     done
 done
-p2o report "${runs[@]}" --output "$output/report.html"
+p2o report "${runs[@]}" --output "$output"
