@@ -47,6 +47,7 @@ def save_checkpoint(model: PolicyModel, optimization: Optimization, directory: P
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier(group=control)
+    _fill_adam_state(optimization)
     state = _state(model, optimization, is_loading=False)
     dist_checkpointing.save(state, str(directory), sharded_strategy=InProcessSave(control))
 
@@ -60,6 +61,9 @@ def check_checkpoint(directory: Path) -> None:
 def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path) -> None:
     """Restore what `save_checkpoint` wrote, under any parallel sizes. Collective."""
     _fill_adam_state(optimization)
+    for sharded in _sharded_optimizers(optimization):
+        # The loader asks the checkpoint for a step per parameter, which it never saved.
+        sharded._set_main_param_and_optimizer_states = _with_step(sharded)
     state = dist_checkpointing.load(_state(model, optimization, is_loading=True), str(directory))
     assert isinstance(state, dict)
     model.load_state_dict(state["model"])
@@ -81,19 +85,27 @@ def _state(model: PolicyModel, optimization: Optimization, *, is_loading: bool) 
     return {"model": weights, "optimizer": optimizer, "scheduler": optimization.scheduler.state_dict()}
 
 
-def _sharded_optimizers(optimization: Optimization) -> list[distrib_optimizer.DistributedOptimizer]:
-    """Return the distributed optimizers that run torch's Adam, whose state megatron-core does not fully handle."""
+def _torch_adam_optimizers(optimization: Optimization) -> list[Any]:
+    """Return Megatron's optimizers that run torch's Adam; empty where Transformer Engine or Apex has a fused one."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return []
-    chained = getattr(optimization.optimizer, "chained_optimizers", [optimization.optimizer])
-    return [optimizer for optimizer in chained if isinstance(optimizer, distrib_optimizer.DistributedOptimizer)]
+    return list(getattr(optimization.optimizer, "chained_optimizers", [optimization.optimizer]))
+
+
+def _sharded_optimizers(optimization: Optimization) -> list[distrib_optimizer.DistributedOptimizer]:
+    """Return the distributed ones among them, whose state megatron-core does not fully load."""
+    optimizers = _torch_adam_optimizers(optimization)
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, distrib_optimizer.DistributedOptimizer)]
 
 
 def _fill_adam_state(optimization: Optimization) -> None:
-    """Give torch's Adam the state it makes at its first step, and the loader the step it asks every parameter for."""
-    for sharded in _sharded_optimizers(optimization):
-        state = sharded.optimizer.state
-        for group in sharded.optimizer.param_groups:
+    """Give torch's Adam the state it makes at its first step.
+
+    A run whose rollouts were all alike has not stepped yet; megatron-core would save nothing for it and then miss it.
+    """
+    for optimizer in _torch_adam_optimizers(optimization):
+        state = optimizer.optimizer.state
+        for group in optimizer.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter not in state:
                     state[parameter] = {
@@ -101,7 +113,6 @@ def _fill_adam_state(optimization: Optimization) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
-        sharded._set_main_param_and_optimizer_states = _with_step(sharded)
 
 
 def _with_step(sharded: distrib_optimizer.DistributedOptimizer) -> Any:

@@ -139,6 +139,19 @@ def test_dropped_rollouts_count_in_the_denominator_all_and_need_no_forward_pass(
         assert with_dead.sums["loss_tokens"] == without.sums["loss_tokens"] + 15
 
 
+def test_only_response_positions_reach_the_head(model: Path):
+    num_rows: list[int] = []
+
+    def count_rows(_: Any, inputs: Any, keywords: dict[str, Any]) -> None:
+        num_rows.append(len(keywords["rows_N"]))
+
+    with policy_of(policy_config(model)) as policy:
+        policy._shard.model.output_layer.register_forward_pre_hook(count_rows, with_kwargs=True)
+        policy.update(SAMPLES, None, 120)
+        policy.score(SAMPLES)
+    assert sum(num_rows) == 2 * sum(LENGTHS) < 2 * sum(sample.num_tokens for sample in SAMPLES)
+
+
 def test_micro_batch_normalization_is_the_row_weighted_mean_of_micro_batch_means(model: Path):
     objective = ObjectiveConfig(normalization="micro_batch", context="replace")
     samples = random_samples((30, 2, 9), vocab_size=VOCAB_SIZE)  # with a budget of 40: [0], [1, 2]
@@ -192,9 +205,11 @@ def test_an_empty_update_moves_no_weight(model: Path):
         assert policy.score([]) == []
 
 
-def test_training_continues_identically_after_save_and_load(model: Path, tmp_path: Path):
+@pytest.mark.parametrize("num_updates", [0, 1], ids=["before the first step", "after it"])
+def test_training_continues_identically_after_save_and_load(model: Path, tmp_path: Path, num_updates: int):
     with policy_of(policy_config(model)) as policy:
-        policy.update(SAMPLES, None, 120)
+        for _ in range(num_updates):
+            policy.update(SAMPLES, None, 120)
         policy.save(tmp_path / "checkpoint")
         expected = [policy.update(SAMPLES, None, 120) for _ in range(2)]
         weights = weights_of(policy)
