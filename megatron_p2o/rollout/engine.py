@@ -25,6 +25,7 @@ CPU_ARGUMENTS: Mapping[str, Any] = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
     "mem_fraction_static": 0.3,
+    "disable_overlap_schedule": True,  # there is no device whose work could hide the scheduler's
     "sleep_on_idle": True,  # an idle scheduler would otherwise spin on a core that the trainer needs
 }
 """Of a server on a machine without CUDA; `sglang` in the configuration wins."""
