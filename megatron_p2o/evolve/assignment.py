@@ -22,9 +22,9 @@ def assign(
 ) -> dict[str, tuple[Template, ...]]:
     """Return one template per rollout for every problem that has any; a problem left out is asked plainly.
 
-    Templates of `cover` that solved the problem come into question, else all of `cover` (a feedback problem was never
-    scored); under `guard_leaks` never one whose lineage saw the problem's answer. Drawn with replacement, weighted by
-    mean development reward. `solved` maps template ids to the development problems they solve.
+    Templates of `cover` that solve the problem come into question, else all of `cover`; under `guard_leaks` never one
+    whose lineage saw the problem's answer. Drawn with replacement, weighted by mean development reward. `solved` maps
+    template ids to the problems they are known to solve: the authors know of development problems only.
     """
     assignments: dict[str, tuple[Template, ...]] = {}
     for problem_id in problem_ids:

@@ -57,6 +57,7 @@ async def conduct_round(
             state.restore_candidates()
         else:
             ended_by = await run_until(core_of(state).run(), finish) or "deadline"
+            state.book.cancel()
             library = build_library(state)
             library.save(run_dir)
             history.add(Published(version=library.version, ended_by=ended_by))

@@ -27,7 +27,10 @@ async def plain_coverage(state: Round, evaluator: Evaluator) -> float:
         problem_id: sum(problem_id in state.pool.scores(candidate_id) for candidate_id in range(1, len(state.pool)))
         for problem_id in state.split.dev
     }
-    solved = await asyncio.gather(*(_is_solved(book, key, number) for key, number in num_samples.items()))
+    try:
+        solved = await asyncio.gather(*(_is_solved(book, key, number) for key, number in num_samples.items()))
+    finally:
+        book.cancel()
     return sum(solved) / len(solved)
 
 

@@ -28,10 +28,7 @@ MIN_RUNG = 10
 """Problems of a rung; fewer say nothing."""
 
 MAX_BARREN = 8
-"""Proposals in a row without a child to compare before a lineage waits for the others. When all wait, it is over."""
-
-BARREN_OUTCOMES = ("parent solves all", "evaluation failed")
-"""And those that begin with "refused"."""
+"""Proposals in a row without any new score before a lineage waits for the others. When all wait, it is over."""
 
 MAX_PAIRINGS = 3
 """Measurements of parent and child in search of a common policy version; after that the policy moves too fast."""
@@ -52,28 +49,23 @@ class AsynchronousCore:
 
     async def run(self) -> EndedBy:
         """Return why it ended. Cancelling it loses nothing that was journalled."""
-        await asyncio.gather(*(self._score_seed(seed) for seed in self._round.pool.qualified()))
+        await asyncio.gather(*(self._race(seed) for seed in self._round.pool.qualified()))
         async with asyncio.TaskGroup() as lineages:
             for _ in range(self._round.settings.num_lineages):
                 lineages.create_task(self._lineage())
         assert self._ended_by is not None, "lineages stop only for a reason"
         return self._ended_by
 
-    async def _score_seed(self, seed: Candidate) -> None:
-        try:
-            await self._race(seed)
-        except BudgetSpent:
-            self._stop("budget")
-
     async def _lineage(self) -> None:
         num_barren = 0
         while self._ended_by is None:
+            num_scored = self._round.history.num_scored
             picked = self._pick()
             outcome = await self._outcome_of(picked)
             if outcome is None:
                 return
             self._round.end(picked.proposal, outcome)
-            is_barren = outcome in BARREN_OUTCOMES or outcome.startswith("refused")
+            is_barren = self._round.history.num_scored == num_scored
             num_barren = num_barren + 1 if is_barren else 0
             if not is_barren:
                 self._announce_progress()
@@ -154,7 +146,7 @@ class AsynchronousCore:
                 start = end
         except TemplateRejected as rejected:
             self._round.disqualify(candidate, str(rejected))
-        except EvaluationFailed:
+        except (EvaluationFailed, BudgetSpent):
             pass  # it keeps the scores it has
 
     def _stop(self, reason: EndedBy) -> None:
@@ -166,7 +158,7 @@ class AsynchronousCore:
         self._progress = asyncio.Event()
 
     async def _wait_for_progress(self) -> None:
-        """Wait until another lineage has compared a child or the round is over; it is when there is no other."""
+        """Wait until a proposal of another lineage led to scores, or the round is over: it is when all wait."""
         self._num_waiting += 1
         if self._num_waiting == self._round.settings.num_lineages:
             self._stop("no_progress")

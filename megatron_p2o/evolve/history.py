@@ -10,7 +10,7 @@ from megatron_p2o.evolve.evaluation import Evaluation
 from megatron_p2o.evolve.json_records import from_json, to_json
 
 EndedBy = Literal["budget", "no_progress", "deadline", "reflection_unavailable", "too_few_hard", "service_lost"]
-"""Why a round stopped. `no_progress`: reflection wrote nothing worth a rollout; `deadline`: `round_timeout_s`."""
+"""Why a round stopped. `no_progress`: proposals led to no new score any more; `deadline`: `round_timeout_s`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from megatron_p2o.evolve.cover import greedy_cover
 from megatron_p2o.evolve.history import EndedBy
 from megatron_p2o.evolve.library import PublishedLibrary
 from megatron_p2o.evolve.round import Round
+from megatron_p2o.types import Template
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +46,13 @@ def build_library(state: Round) -> PublishedLibrary:
     """Return the cover's templates, best first, and their assignment to all hard problems."""
     spec = state.spec
     solved = {candidate.id: state.pool.solved(candidate.id) for candidate in state.pool.qualified()}
-    if spec.settings.evolution.rules == "asynchronous":
+    is_reference = spec.settings.evolution.rules == "reference"
+    if not is_reference:
         # How often a group asks plainly is assignment.num_plain; the authors leave it to the empty template's luck.
         del solved[0]
     cover = [state.pool.template(candidate_id) for candidate_id in greedy_cover(solved)]
+    if not is_reference:
+        solved = {template.id: solved[template.id] | solved_feedback(state, template) for template in cover}
     assignments = assign(
         [problem.id for problem in spec.problems],
         cover,
@@ -63,6 +67,19 @@ def build_library(state: Round) -> PublishedLibrary:
         templates=tuple(sorted(cover, key=lambda template: (-template.score, template.id))),
         assignments=assignments,
     )
+
+
+def solved_feedback(state: Round, template: Template) -> frozenset[str]:
+    """Return the feedback problems `template` is known to solve: from minibatches of its children, and from training.
+
+    Those its own lineage was reflected on prove nothing. The authors score templates on development problems only.
+    """
+    evaluations = {
+        problem_id: state.book.known(template.text, problem_id)
+        for problem_id in state.split.feedback
+        if problem_id not in template.lineage_problem_ids
+    }
+    return frozenset(key for key, evaluation in evaluations.items() if evaluation is not None and evaluation.is_solved)
 
 
 def round_stats(state: Round, library: PublishedLibrary, ended_by: EndedBy, plain: float | None = None) -> RoundStats:

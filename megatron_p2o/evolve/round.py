@@ -54,7 +54,8 @@ class RoundSpec:
             to_json(self.problems),
             [template.text for template in self.warm_templates],
             [evolution.rules, evolution.dev_size, evolution.minibatch_size, evolution.num_lineages],
-            [evolution.evaluation_temperature, evolution.guard_leaks, self.settings.min_problems, self.settings.seed],
+            [evolution.evaluation_temperature, evolution.guard_leaks, evolution.reflection.backend],
+            [self.settings.min_problems, self.settings.seed],
         ]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
@@ -175,8 +176,9 @@ class Round:
 
     def _add(self, picked: Picked, text: str) -> Candidate:
         parent = self.pool[picked.parent]
-        lineage = parent.lineage_problem_ids | frozenset(picked.minibatch)
-        return self.pool.add(text, parent.id, lineage)
+        is_blind = self.settings.reflection.backend == "phrasebook"  # it is shown feedback but does not look at it
+        seen = frozenset[str]() if is_blind else frozenset(picked.minibatch)
+        return self.pool.add(text, parent.id, parent.lineage_problem_ids | seen)
 
     def _record_known(self, candidate: Candidate, problem_ids: Sequence[str]) -> None:
         for problem_id in problem_ids:

@@ -77,12 +77,14 @@ class ScoreBook:
         sampled.
         """
         known = [self.known(text, key, occasion=occasion, min_version=min_version) for key in problem_ids]
-        if not self._budget.try_spend(sum(evaluation is None for evaluation in known)):
+        keys = [(digest(text), problem_id, occasion) for problem_id in problem_ids]
+        num_new = sum(e is None and key not in self._in_flight for e, key in zip(known, keys, strict=True))
+        if not self._budget.try_spend(num_new):
             raise BudgetSpent(f"{self._budget.spent} of {self._budget.limit} rollouts are used")
         outcomes = await asyncio.gather(
             *(
-                self._sample_once((digest(text), problem_id, occasion), text, sample)
-                for problem_id, evaluation in zip(problem_ids, known, strict=True)
+                asyncio.shield(self._sampling(key, text, sample))
+                for key, evaluation in zip(keys, known, strict=True)
                 if evaluation is None
             ),
             return_exceptions=True,
@@ -95,13 +97,18 @@ class ScoreBook:
         sampled = iter(fresh)
         return [evaluation if evaluation is not None else next(sampled) for evaluation in known]
 
-    async def _sample_once(self, key: ScoreKey, text: str, sample: int) -> Evaluation:
-        """Share a rollout that another lineage is already waiting for."""
+    def cancel(self) -> None:
+        """Forget what is in flight: nobody waits for it any more, and the history is about to be closed."""
+        for task in list(self._in_flight.values()):
+            task.cancel()
+
+    def _sampling(self, key: ScoreKey, text: str, sample: int) -> asyncio.Task[Evaluation]:
+        """Return the rollout another lineage is already waiting for, or a new one."""
         if key not in self._in_flight:
             task = asyncio.ensure_future(self._sample(key, text, sample))
             self._in_flight[key] = task
             task.add_done_callback(lambda _: self._in_flight.pop(key))
-        return await asyncio.shield(self._in_flight[key])
+        return self._in_flight[key]
 
     async def _sample(self, key: ScoreKey, text: str, sample: int) -> Evaluation:
         template, problem_id, occasion = key

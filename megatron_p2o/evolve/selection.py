@@ -4,8 +4,8 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 
-EXPLORATION_SHARE = 0.1
-"""Chance of a uniform draw: lets a candidate without any front advance."""
+EXPLORATION_SHARE = 0.2
+"""Chance of a uniform draw: lets a candidate without any front advance, the empty template above all."""
 
 
 def reference_selection(fronts: Mapping[str, frozenset[int]], width: int, rng: random.Random) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from megatron_p2o.config import AssignmentConfig, EvolutionConfig, ReflectionConfig
+from megatron_p2o.config import AssignmentConfig, EvolutionConfig
 from megatron_p2o.evolve.evaluation import Evaluation, Rejection
 from megatron_p2o.evolve.round import RoundSettings, RoundSpec
 from megatron_p2o.types import Problem, SamplingParams, Template
@@ -54,6 +54,7 @@ class KeyPhraseTask:
         problems: Sequence[Problem],
         *,
         seed: int = 0,
+        success_rates: tuple[float, float, float] = SUCCESS_RATES,
         max_template_chars: int = 10_000,
         weight_version: int = 3,
     ) -> None:
@@ -62,6 +63,7 @@ class KeyPhraseTask:
         """(template text, problem id, temperature, sample)"""
         self.weight_version = weight_version
         self._seed = seed
+        self._success_rates = success_rates
         self._max_template_chars = max_template_chars
 
     async def evaluate(
@@ -83,7 +85,7 @@ class KeyPhraseTask:
         if len(template_text) > self._max_template_chars:
             return Rejection(reason=f"{len(template_text)} characters are too many")
         keys = KEY_PHRASES[self.problems[problem_id].source]
-        rate = SUCCESS_RATES[sum(key in template_text for key in keys)]
+        rate = self._success_rates[sum(key in template_text for key in keys)]
         is_solved = draw(self._seed, template_text, problem_id, temperature, sample) < rate
         return Evaluation(
             reward=float(is_solved),
@@ -109,14 +111,13 @@ def round_spec(
     **evolution: Any,
 ) -> RoundSpec:
     """Return a round over `problems`; `evolution` are fields of `EvolutionConfig`."""
-    reflection = ReflectionConfig(backend="phrasebook")
     return RoundSpec(
         epoch=epoch,
         library_version=library_version,
         problems=tuple(problems),
         warm_templates=tuple(warm_templates),
         settings=RoundSettings(
-            evolution=EvolutionConfig(**{"reflection": reflection, **evolution}),
+            evolution=EvolutionConfig(**evolution),
             assignment=AssignmentConfig(),
             group_size=6,
             sampling_temperature=0.6,
