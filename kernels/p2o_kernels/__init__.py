@@ -1,5 +1,15 @@
-"""Fused operations of P2O training. Imports torch and triton only, nothing of `megatron_p2o`."""
+"""Fused operations of P2O training: torch on CPU, Triton on CUDA. Imports no `megatron_p2o` and, on CPU, no triton."""
 
+from p2o_kernels.advantage import GroupedAdvantages, active_token_index, grouped_advantage
 from p2o_kernels.logprob import linear_logprob
+from p2o_kernels.policy_loss import LossRule, PolicyLoss, linear_policy_loss
 
-__all__ = ["linear_logprob"]
+__all__ = [
+    "GroupedAdvantages",
+    "LossRule",
+    "PolicyLoss",
+    "active_token_index",
+    "grouped_advantage",
+    "linear_logprob",
+    "linear_policy_loss",
+]

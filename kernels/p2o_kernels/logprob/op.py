@@ -1,11 +1,14 @@
 """`linear_logprob`: log-probs of given tokens from hidden states, without ever holding the logits."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, get_world_size
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
-from p2o_kernels.chunked_softmax import shard_of
-from p2o_kernels.logprob.torch_path import linear_logprob_torch
+from p2o_kernels.lm_head import HeadShard, LmHeadPath, SoftmaxChunk, make_shard, path_for
 
 
 def linear_logprob(
@@ -17,63 +20,101 @@ def linear_logprob(
     tp_group: ProcessGroup | None = None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
+    path: LmHeadPath | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (logprobs_T, entropy_T): log softmax(hidden @ weight.T / temperature) at the targets, and the entropy.
 
     Both are float32 (float64 for float64 inputs), in nats, the same on all ranks. `logprobs_T` is differentiable in
     hidden and weight, `entropy_T` is a metric without gradient. Products accumulate in float32; the weight gradient is
-    accumulated in float32 and cast once. Under `torch.no_grad` nothing beyond one chunk of logits is held.
+    accumulated in float32 and cast once. No more than one chunk of logits exists at a time, and under `torch.no_grad`
+    nothing is kept; else backward computes each chunk again, for the rows whose gradient is not zero, unless all of the
+    exponentials fit into `path.save_bytes`.
 
     Args:
         hidden_TD: float32, bfloat16 or float64, the same on all ranks of `tp_group`.
         weight_VpD: this rank's rows of the LM head; as many on every rank of `tp_group`.
-        targets_T: global token ids in [0, vocab_size); integer.
+        targets_T: global token ids in [0, vocab_size); int64 or int32.
         temperature: the logits are divided by it.
         tp_group: the ranks that share the vocabulary. All must call, and all run backward with the same gradient of
-            `logprobs_T` (backward communicates when chunks are computed again). **The hidden gradient is then this shard's partial
-            sum**: the caller's mapping (Megatron's `copy_to_tensor_model_parallel_region` or its sequence-parallel
-            gather) adds it over the group.
+            `logprobs_T` (backward communicates when chunks are computed again). **The hidden gradient is then this
+            shard's partial sum**: the caller's mapping (Megatron's `copy_to_tensor_model_parallel_region` or its
+            sequence-parallel gather) adds it over the group.
         vocab_start: global id of this rank's first row.
         vocab_size: real columns over all ranks; rows of the weight at or beyond it are padding, never counted, and get
             a zero gradient. Default: every row is real.
+        path: how to compute; default by device, see `path_for`.
 
     Raises:
         ValueError: shapes, dtypes, devices or targets do not fit.
     """
-    _check(hidden_TD, weight_VpD, targets_T, temperature)
-    num_ranks = 1 if tp_group is None else get_world_size(tp_group)
-    last = vocab_size if vocab_size is not None else vocab_start + len(weight_VpD) if num_ranks == 1 else None
-    check_targets(targets_T, last)
-    shard = shard_of(
-        weight_VpD.detach(), temperature=temperature, tp_group=tp_group, vocab_start=vocab_start, vocab_size=vocab_size
+    path = path_for(hidden_TD) if path is None else path
+    shard = make_shard(
+        hidden_TD,
+        weight_VpD,
+        targets_T,
+        temperature=temperature,
+        tp_group=tp_group,
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
     )
-    return linear_logprob_torch(hidden_TD, shard, weight_VpD, targets_T)
+    logprobs_T, entropy_T = _LinearLogprob.apply(hidden_TD, weight_VpD, targets_T, shard, path)  # pyright: ignore[reportGeneralTypeIssues]
+    return logprobs_T, entropy_T
 
 
-def check_targets(targets_T: Tensor, vocab_size: int | None) -> None:
-    """Raise `ValueError` for a target outside the vocabulary: it would have no logit."""
-    if len(targets_T) == 0:
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VpD: Tensor, targets_T: Tensor, shard: HeadShard, path: LmHeadPath
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens = len(hidden_TD)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        keep = needs_grad and num_tokens * shard.num_rows * shard.compute_dtype.itemsize <= path.save_bytes
+        chunk_rows = max(num_tokens, 1) if keep else path.num_chunk_rows(shard, num_tokens)
+        buffer = path.exponentials_buffer(shard, chunk_rows, for_gradient=keep)
+        logprobs_T = hidden_TD.new_empty(num_tokens, dtype=shard.compute_dtype)
+        entropy_T = torch.empty_like(logprobs_T)
+        chunk: SoftmaxChunk | None = None
+        for start in range(0, num_tokens, chunk_rows):
+            tokens = slice(start, start + chunk_rows)
+            chunk = path.softmax_chunk(shard, hidden_TD[tokens], targets_T[tokens], buffer, with_entropy=True)
+            assert chunk.entropy_C is not None
+            logprobs_T[tokens], entropy_T[tokens] = chunk.logprobs_C, chunk.entropy_C
+        ctx.shard, ctx.path = shard, path
+        ctx.kept_chunk = chunk if keep else None
+        ctx.save_for_backward(hidden_TD, weight_VpD, targets_T)
+        ctx.mark_non_differentiable(entropy_T)
+        return logprobs_T, entropy_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, logprob_grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden_TD, weight_VpD, targets_T = ctx.saved_tensors
+        shard, path = ctx.shard, ctx.path
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden_grad_TD = torch.zeros_like(hidden_TD) if wants_hidden else None
+        weight_grad_VpD = torch.zeros_like(weight_VpD, dtype=shard.compute_dtype) if wants_weight else None
+        for tokens, chunk in _chunks_with_gradient(ctx, hidden_TD, targets_T, logprob_grad_T):
+            hidden_CD, targets_C, grad_C = hidden_TD[tokens], targets_T[tokens], logprob_grad_T[tokens]
+            if hidden_grad_TD is not None:
+                hidden_grad_TD[tokens] = path.hidden_grad(shard, chunk, targets_C, grad_C).to(hidden_TD.dtype)
+            if weight_grad_VpD is not None:
+                path.add_weight_grad_(weight_grad_VpD, shard, chunk, hidden_CD, targets_C, grad_C)
+        if weight_grad_VpD is not None:
+            weight_grad_VpD = weight_grad_VpD.to(weight_VpD.dtype)
+        return hidden_grad_TD, weight_grad_VpD, None, None, None
+
+
+def _chunks_with_gradient(
+    ctx: Any, hidden_TD: Tensor, targets_T: Tensor, logprob_grad_T: Tensor
+) -> Iterator[tuple[slice | Tensor, SoftmaxChunk]]:
+    """Yield (token rows, chunk): the kept one, or each computed again for the rows whose gradient is not zero."""
+    shard, path = ctx.shard, ctx.path
+    if ctx.kept_chunk is not None:
+        yield slice(None), ctx.kept_chunk
         return
-    low, high = (int(bound) for bound in targets_T.aminmax())
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        raise ValueError(f"targets_T spans [{low}, {high}]: must lie in [0, {vocab_size}); mask rows before the call")
-
-
-def _check(hidden_TD: Tensor, weight_VpD: Tensor, targets_T: Tensor, temperature: float) -> None:
-    if hidden_TD.dim() != 2 or weight_VpD.dim() != 2 or hidden_TD.shape[1] != weight_VpD.shape[1]:
-        raise ValueError(
-            f"hidden_TD {tuple(hidden_TD.shape)} and weight_VpD {tuple(weight_VpD.shape)}: must be [T, D] and [Vp, D]"
-        )
-    if targets_T.shape != hidden_TD.shape[:1] or targets_T.is_floating_point():
-        raise ValueError(
-            f"targets_T {tuple(targets_T.shape)} {targets_T.dtype}: must be integer [{len(hidden_TD)}], one per token"
-        )
-    if hidden_TD.dtype != weight_VpD.dtype or hidden_TD.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(
-            f"hidden_TD is {hidden_TD.dtype}, weight_VpD is {weight_VpD.dtype}: must be the same, float32, bfloat16 or "
-            "float64"
-        )
-    if not hidden_TD.device == weight_VpD.device == targets_T.device:
-        raise ValueError("hidden_TD, weight_VpD and targets_T: must be on one device")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be positive")
+    live = logprob_grad_T.nonzero().squeeze(1)
+    chunk_rows = path.num_chunk_rows(shard, len(live))
+    buffer = path.exponentials_buffer(shard, chunk_rows, for_gradient=True)
+    for tokens in live.split(chunk_rows):
+        if len(tokens):
+            yield tokens, path.softmax_chunk(shard, hidden_TD[tokens], targets_T[tokens], buffer, with_entropy=False)

@@ -1,0 +1,102 @@
+# pyright: reportAttributeAccessIssue=false
+"""Triton kernels of `grouped_advantage`."""
+
+import triton
+import triton.language as tl
+
+from p2o_kernels.advantage.reference import STD_EPSILON
+
+_STD_EPSILON = tl.constexpr(STD_EPSILON)
+
+
+@triton.jit
+def grouped_advantage_kernel(
+    rewards_ptr, group_ids_ptr, is_valid_ptr, anchor_rates_ptr, cu_seqlens_ptr, loss_mask_ptr,
+    advantages_ptr, is_flat_ptr, num_active_ptr, token_advantages_ptr, num_rollouts,
+    ESTIMATOR: tl.constexpr, HAS_ANCHORS: tl.constexpr, BLOCK_ROLLOUTS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Grid (R,). Each program finds the statistics of its rollout's group again: cheaper than a second launch.
+
+    Rewards enter relative to the rollout's own, so float32 keeps the digits in which the group differs.
+    """
+    rollout = tl.program_id(0)
+    own_group = tl.load(group_ids_ptr + rollout)
+    own_reward = tl.load(rewards_ptr + rollout)
+    size = 0.0
+    total = 0.0
+    highest = float("-inf")
+    lowest = float("inf")
+    for start in range(0, num_rollouts, BLOCK_ROLLOUTS):
+        others = start + tl.arange(0, BLOCK_ROLLOUTS)
+        inside = others < num_rollouts
+        is_sibling = inside & (tl.load(is_valid_ptr + others, mask=inside, other=0) != 0)
+        is_sibling = is_sibling & (tl.load(group_ids_ptr + others, mask=inside, other=0) == own_group)
+        relative = tl.load(rewards_ptr + others, mask=inside, other=0.0) - own_reward
+        size += tl.sum(tl.where(is_sibling, 1.0, 0.0), 0)
+        total += tl.sum(tl.where(is_sibling, relative, 0.0), 0)
+        highest = tl.maximum(highest, tl.max(tl.where(is_sibling, relative, float("-inf")), 0))
+        lowest = tl.minimum(lowest, tl.min(tl.where(is_sibling, relative, float("inf")), 0))
+    successes = 0.0
+    failures = 0.0
+    if HAS_ANCHORS:
+        rate = tl.load(anchor_rates_ptr + rollout)
+        has_anchor = rate == rate  # not nan
+        successes = tl.where(has_anchor, size * rate, 0.0)
+        failures = tl.where(has_anchor, size * (1.0 - rate), 0.0)
+        highest = tl.where(successes > 0.0, tl.maximum(highest, 1.0 - own_reward), highest)
+        lowest = tl.where(successes > 0.0, tl.minimum(lowest, 1.0 - own_reward), lowest)
+        highest = tl.where(failures > 0.0, tl.maximum(highest, -own_reward), highest)
+        lowest = tl.where(failures > 0.0, tl.minimum(lowest, -own_reward), lowest)
+        total += successes * (1.0 - own_reward) - failures * own_reward
+        size = tl.where(has_anchor, 2.0 * size, size)
+    mean = total / tl.maximum(size, 1.0)
+    degrees = tl.maximum(size - 1.0, 1.0)
+    advantage = -mean
+    if ESTIMATOR == "grpo":
+        squares = successes * (1.0 - own_reward - mean) * (1.0 - own_reward - mean)
+        squares += failures * (own_reward + mean) * (own_reward + mean)
+        for start in range(0, num_rollouts, BLOCK_ROLLOUTS):
+            others = start + tl.arange(0, BLOCK_ROLLOUTS)
+            inside = others < num_rollouts
+            is_sibling = inside & (tl.load(is_valid_ptr + others, mask=inside, other=0) != 0)
+            is_sibling = is_sibling & (tl.load(group_ids_ptr + others, mask=inside, other=0) == own_group)
+            relative = tl.load(rewards_ptr + others, mask=inside, other=0.0) - own_reward
+            centred = tl.where(is_sibling, relative - mean, 0.0)
+            squares += tl.sum(centred * centred, 0)
+        advantage = advantage / (tl.sqrt(squares / degrees) + _STD_EPSILON)
+    if ESTIMATOR == "rloo":
+        advantage = advantage * (size / degrees)
+    is_flat = (highest <= lowest) | (size < 2.0)
+    is_valid = tl.load(is_valid_ptr + rollout) != 0
+    advantage = tl.where(is_valid & (is_flat == 0), advantage, 0.0)
+    tl.store(advantages_ptr + rollout, advantage)
+    tl.store(is_flat_ptr + rollout, is_flat.to(tl.int8))
+    first = tl.load(cu_seqlens_ptr + rollout)
+    last = tl.load(cu_seqlens_ptr + rollout + 1)
+    num_active = tl.zeros((BLOCK_TOKENS,), tl.int32)
+    for start in range(first, last, BLOCK_TOKENS):
+        tokens = start + tl.arange(0, BLOCK_TOKENS)
+        inside = tokens < last
+        in_loss = tl.load(loss_mask_ptr + tokens, mask=inside, other=0) != 0
+        token_advantage = tl.where(in_loss, advantage, 0.0)
+        tl.store(token_advantages_ptr + tokens, token_advantage, mask=inside)
+        num_active += (token_advantage != 0.0).to(tl.int32)
+    tl.store(num_active_ptr + rollout, tl.sum(num_active, 0))
+
+
+@triton.jit
+def active_token_index_kernel(
+    token_advantages_ptr, cu_seqlens_ptr, ends_ptr, num_active_ptr, index_ptr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Grid (R,). Writes the rollout's active positions in order; `ends` is the running sum of the active counts."""
+    rollout = tl.program_id(0)
+    first = tl.load(cu_seqlens_ptr + rollout)
+    last = tl.load(cu_seqlens_ptr + rollout + 1)
+    written = tl.load(ends_ptr + rollout) - tl.load(num_active_ptr + rollout)
+    for start in range(first, last, BLOCK_TOKENS):
+        tokens = start + tl.arange(0, BLOCK_TOKENS)
+        advantage = tl.load(token_advantages_ptr + tokens, mask=tokens < last, other=0.0)
+        is_active = (advantage != 0.0).to(tl.int32)
+        position = written + tl.cumsum(is_active, 0) - 1
+        tl.store(index_ptr + position, tokens.to(tl.int64), mask=is_active != 0)
+        written += tl.sum(is_active, 0)

@@ -1,0 +1,48 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
+"""Launches the kernels of `grouped_advantage`."""
+
+import torch
+from torch import Tensor
+
+from p2o_kernels.advantage.triton_kernels import active_token_index_kernel, grouped_advantage_kernel
+
+_BLOCK = 1024
+"""Rollouts, and tokens, that a program takes at a time."""
+
+
+def grouped_advantage_triton(
+    rewards_R: Tensor,
+    group_ids_R: Tensor,
+    is_valid_R: Tensor,
+    cu_seqlens: Tensor,
+    loss_mask_T: Tensor,
+    estimator: str,
+    anchor_rates_R: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (advantages_R, is_flat_R, num_active_R, advantages_T); one launch."""
+    num_rollouts = len(rewards_R)
+    advantages_R = torch.empty_like(rewards_R)
+    is_flat_R = torch.empty(num_rollouts, dtype=torch.bool, device=rewards_R.device)
+    num_active_R = torch.empty(num_rollouts, dtype=torch.int32, device=rewards_R.device)
+    # Tokens outside every rollout keep 0.
+    advantages_T = torch.zeros(len(loss_mask_T), dtype=torch.float32, device=rewards_R.device)
+    if num_rollouts:
+        grouped_advantage_kernel[(num_rollouts,)](
+            rewards_R, group_ids_R, is_valid_R.view(torch.uint8),
+            rewards_R if anchor_rates_R is None else anchor_rates_R, cu_seqlens, loss_mask_T.view(torch.uint8),
+            advantages_R, is_flat_R.view(torch.int8), num_active_R, advantages_T, num_rollouts,
+            ESTIMATOR=estimator, HAS_ANCHORS=anchor_rates_R is not None, BLOCK_ROLLOUTS=_BLOCK, BLOCK_TOKENS=_BLOCK,
+        )  # fmt: skip
+    return advantages_R, is_flat_R, num_active_R, advantages_T
+
+
+def active_token_index_triton(advantages_T: Tensor, num_active_R: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the positions with non-zero advantage, ascending: a running sum and one launch."""
+    if len(num_active_R) == 0:
+        return torch.empty(0, dtype=torch.int64, device=advantages_T.device)
+    ends_R = num_active_R.cumsum(0, dtype=torch.int32)
+    index = torch.empty(int(ends_R[-1]), dtype=torch.int64, device=advantages_T.device)
+    active_token_index_kernel[(len(num_active_R),)](
+        advantages_T, cu_seqlens, ends_R, num_active_R, index, BLOCK_TOKENS=_BLOCK
+    )
+    return index

@@ -1,0 +1,7 @@
+"""The P2O policy loss from hidden states and a (vocabulary-parallel) LM head, with both gradients."""
+
+from p2o_kernels.policy_loss.op import PolicyLoss, linear_policy_loss
+from p2o_kernels.policy_loss.reference import linear_policy_loss_reference
+from p2o_kernels.policy_loss.token_loss import LossRule
+
+__all__ = ["LossRule", "PolicyLoss", "linear_policy_loss", "linear_policy_loss_reference"]

@@ -1,0 +1,315 @@
+"""`linear_policy_loss`: LM head, log-probs on the original prompt, P2O loss and both gradients in one pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from p2o_kernels.lm_head import HeadShard, LmHeadPath, SoftmaxChunk, make_shard, path_for
+from p2o_kernels.logprob import linear_logprob
+from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, TokenLosses, token_inputs, token_losses_torch
+
+TWO_PHASE_DEAD_SHARE = 1 / 3
+"""Computing log-probs first (2T) and all of it for the live rows T' only (6T') beats one pass (6T) below T' = 2/3 T."""
+_MAIN_GRAD_RULE = (
+    "weight_main_grad_VpD is complete after the forward call: put factors into loss_scale, the gradient of the loss "
+    "must be 1"
+)
+
+
+class PolicyLoss(NamedTuple):
+    """The loss, and per token what the metrics need; only `loss` has a gradient."""
+
+    loss: Tensor
+    """Scalar: loss_scale * sum of the weighted token losses, the same on all ranks."""
+    logprobs_T: Tensor
+    """0 where not live."""
+    entropy_T: Tensor
+    """Nats; 0 where not live or not asked for."""
+    weights_T: Tensor
+    """After the context ratio; 0 where not live."""
+    ratio_T: Tensor
+    """Policy ratio; 1 where not live."""
+    is_clipped_T: Tensor
+    """bool"""
+    is_live_T: Tensor
+    """bool: weight and advantage are not zero, so the token went through the head."""
+
+
+def linear_policy_loss(
+    hidden_TD: Tensor,
+    weight_VpD: Tensor,
+    targets_T: Tensor,
+    *,
+    advantages_T: Tensor,
+    weights_T: Tensor,
+    rule: LossRule,
+    old_logprobs_T: Tensor | None = None,
+    sampling_logprobs_T: Tensor | None = None,
+    is_templated_T: Tensor | None = None,
+    loss_scale: float = 1.0,
+    temperature: float = 1.0,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    weight_main_grad_VpD: Tensor | None = None,
+    expected_dead_share: float = 0.0,
+    with_entropy: bool = True,
+    path: LmHeadPath | None = None,
+) -> PolicyLoss:
+    """Compute the P2O loss and, in the same pass, both gradients: three matrix products, no [T, V] logits.
+
+    Equals `(weights * token_loss(linear_logprob(...))).sum() * loss_scale` and its backward. Rows whose weight or
+    advantage is zero never reach the first product. Arguments shared with `linear_logprob` mean the same, the partial
+    sums of the hidden gradient included. All inputs but hidden and weight are constants.
+
+    Args:
+        advantages_T: float32.
+        weights_T: float32 factor on each token's loss; 0 outside the loss mask.
+        rule: context mode, clips and context-ratio band.
+        old_logprobs_T: float32 log-probs under the same prompt before the first update; None: this pass provides them.
+        sampling_logprobs_T: float32 log-probs under the prompt of sampling; for `importance` and `ratio_mask`.
+        is_templated_T: bool, whether the prompts differ; for `ratio_mask`.
+        loss_scale: 1 / global denominator. Known before the call, so that the gradient needs no second pass.
+        weight_main_grad_VpD: float32 [Vp, D]. The weight gradient is added to it **during the forward call**, none is
+            returned to autograd, and the gradient that arrives at `loss` must be 1.
+        expected_dead_share: share of the live rows that the context mask is expected to drop, as measured in the last
+            step. Above `TWO_PHASE_DEAD_SHARE` the Triton path computes log-probs first and then the rest for what
+            is left; the torch path drops such rows after each chunk's softmax anyway. Changes time, not results.
+        with_entropy: compute the entropy of live rows.
+
+    Raises:
+        ValueError: inputs do not fit each other or the rule.
+        RuntimeError: backward through one loss twice.
+    """
+    path = path_for(hidden_TD) if path is None else path
+    shard = make_shard(
+        hidden_TD,
+        weight_VpD,
+        targets_T,
+        temperature=temperature,
+        tp_group=tp_group,
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
+    )
+    _check_tokens(targets_T, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
+    _check_main_grad(weight_main_grad_VpD, weight_VpD, shard)
+    tokens = token_inputs(rule, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
+    tokens, live = _live_rows(tokens)
+    may_lose_rows = tokens.mask_logprobs_N is not None and not path.compacts_rows
+    if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
+        tokens, live = _score_first(hidden_TD, weight_VpD, targets_T, tokens, live, rule, shard, vocab_size, path)
+    call = _Call(shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy)
+    return PolicyLoss(*_LinearPolicyLoss.apply(hidden_TD, weight_VpD, targets_T, call))  # pyright: ignore[reportGeneralTypeIssues]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The constants of one call; `tokens` holds the live rows only."""
+
+    shard: HeadShard
+    path: LmHeadPath
+    rule: LossRule
+    tokens: TokenInputs
+    live: Tensor
+    """int64 rows of the batch that go through the head, ascending."""
+    loss_scale: float
+    weight_main_grad_VpD: Tensor | None
+    with_entropy: bool
+
+
+def _live_rows(tokens: TokenInputs, live: Tensor | None = None) -> tuple[TokenInputs, Tensor]:
+    """Keep the tokens whose weight and advantage are not zero; return them and their row numbers."""
+    rows = ((tokens.weights_N != 0) & (tokens.advantages_N != 0)).nonzero().squeeze(1)
+    return tokens.select(rows), rows if live is None else live[rows]
+
+
+def _score_first(
+    hidden_TD: Tensor,
+    weight_VpD: Tensor,
+    targets_T: Tensor,
+    tokens: TokenInputs,
+    live: Tensor,
+    rule: LossRule,
+    shard: HeadShard,
+    vocab_size: int | None,
+    path: LmHeadPath,
+) -> tuple[TokenInputs, Tensor]:
+    """First of two phases: log-probs of the live rows alone, so that the context mask is known before the gradients."""
+    with torch.no_grad():
+        logprobs, _ = linear_logprob(
+            hidden_TD[live],
+            weight_VpD,
+            targets_T[live],
+            temperature=shard.temperature,
+            tp_group=shard.tp_group,
+            vocab_start=shard.vocab_start,
+            vocab_size=vocab_size,
+            path=path,
+        )
+    masked = token_inputs(
+        rule, tokens.advantages_N, tokens.weights_N, logprobs, tokens.mask_logprobs_N, tokens.is_templated_N
+    )
+    return _live_rows(masked, live)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VpD: Tensor, targets_T: Tensor, call: _Call) -> tuple[Tensor, ...]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        outputs = _Outputs.empty(len(hidden_TD), call)
+        gradients = _Gradients.zero(hidden_TD, weight_VpD, call, wants_hidden, wants_weight)
+        path, shard = call.path, call.shard
+        chunk_rows = path.num_chunk_rows(shard, len(call.live))
+        buffer = path.exponentials_buffer(shard, chunk_rows, for_gradient=gradients.are_wanted)
+        token_losses = _token_losses(path)
+        for start in range(0, len(call.live), chunk_rows):
+            rows = call.live[start : start + chunk_rows]
+            hidden_CD, targets_C = hidden_TD[rows], targets_T[rows]
+            chunk = path.softmax_chunk(shard, hidden_CD, targets_C, buffer, with_entropy=call.with_entropy)
+            tokens = call.tokens.select(torch.arange(start, start + len(rows), device=rows.device))
+            losses = token_losses(call.rule, chunk.logprobs_C, tokens)
+            outputs.put(rows, chunk, losses)
+            gradients.add(rows, hidden_CD, targets_C, chunk, losses.logprob_grad_N * call.loss_scale)
+        ctx.gradients = gradients
+        loss = outputs.losses_T.sum() * call.loss_scale
+        values = outputs.per_token()
+        ctx.mark_non_differentiable(*values)
+        return loss, *values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_policy_loss: backward ran already; its gradients are gone, call it again")
+        gradients: _Gradients = ctx.gradients
+        ctx.gradients = None
+        return *gradients.scaled(loss_grad), None, None
+
+
+def _token_losses(path: LmHeadPath) -> Callable[[LossRule, Tensor, TokenInputs], TokenLosses]:
+    if not path.is_triton:
+        return token_losses_torch
+    from p2o_kernels.policy_loss.triton_path import token_losses_triton
+
+    return token_losses_triton
+
+
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """Values per token of the whole batch, filled chunk by chunk."""
+
+    losses_T: Tensor
+    logprobs_T: Tensor
+    entropy_T: Tensor
+    weights_T: Tensor
+    ratio_T: Tensor
+    is_clipped_T: Tensor
+    is_live_T: Tensor
+
+    @staticmethod
+    def empty(num_tokens: int, call: _Call) -> "_Outputs":
+        losses, logprobs, entropy, weights = call.shard.weight_VD.new_zeros(
+            4, num_tokens, dtype=call.shard.compute_dtype
+        ).unbind()
+        is_clipped, is_live = call.live.new_zeros(2, num_tokens, dtype=torch.bool).unbind()
+        is_live[call.live] = True
+        return _Outputs(losses, logprobs, entropy, weights, torch.ones_like(losses), is_clipped, is_live)
+
+    def put(self, rows: Tensor, chunk: SoftmaxChunk, losses: TokenLosses) -> None:
+        self.losses_T[rows] = losses.losses_N
+        self.logprobs_T[rows] = chunk.logprobs_C
+        self.weights_T[rows] = losses.weights_N
+        self.ratio_T[rows] = losses.ratio_N
+        self.is_clipped_T[rows] = losses.is_clipped_N
+        if chunk.entropy_C is not None:
+            self.entropy_T[rows] = chunk.entropy_C
+
+    def per_token(self) -> tuple[Tensor, ...]:
+        """Return the fields of `PolicyLoss` after the loss, each with memory of its own."""
+        views = (self.logprobs_T, self.entropy_T, self.weights_T, self.ratio_T, self.is_clipped_T, self.is_live_T)
+        return tuple(view.clone() for view in views)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """Both gradients of the loss, accumulated chunk by chunk; None where nobody asked."""
+
+    call: _Call
+    hidden_TD: Tensor | None
+    weight_VpD: Tensor | None
+    """The main gradient itself when there is one."""
+    weight_dtype: torch.dtype
+
+    @staticmethod
+    def zero(
+        hidden_TD: Tensor, weight_VpD: Tensor, call: _Call, wants_hidden: bool, wants_weight: bool
+    ) -> "_Gradients":
+        hidden_grad_TD = torch.zeros_like(hidden_TD) if wants_hidden else None
+        weight_grad_VpD = None
+        if wants_weight:
+            weight_grad_VpD = call.weight_main_grad_VpD
+            if weight_grad_VpD is None:
+                weight_grad_VpD = torch.zeros_like(weight_VpD, dtype=call.shard.compute_dtype)
+        return _Gradients(call, hidden_grad_TD, weight_grad_VpD, weight_VpD.dtype)
+
+    @property
+    def are_wanted(self) -> bool:
+        return self.hidden_TD is not None or self.weight_VpD is not None
+
+    def add(
+        self, rows: Tensor, hidden_CD: Tensor, targets_C: Tensor, chunk: SoftmaxChunk, logprob_grad_C: Tensor
+    ) -> None:
+        """Add a chunk; rows that clipping or the context mask left without gradient are dropped where that is cheap."""
+        if not self.are_wanted:
+            return
+        path, shard = self.call.path, self.call.shard
+        if path.compacts_rows:
+            kept = logprob_grad_C.nonzero().squeeze(1)
+            if len(kept) < len(rows):
+                chunk, rows, hidden_CD = chunk.select(kept), rows[kept], hidden_CD[kept]
+                targets_C, logprob_grad_C = targets_C[kept], logprob_grad_C[kept]
+        if self.hidden_TD is not None:
+            grad_CD = path.hidden_grad(shard, chunk, targets_C, logprob_grad_C)
+            self.hidden_TD[rows] = grad_CD.to(self.hidden_TD.dtype)
+        if self.weight_VpD is not None:
+            path.add_weight_grad_(self.weight_VpD, shard, chunk, hidden_CD, targets_C, logprob_grad_C)
+
+    def scaled(self, loss_grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients times the one of the loss, in the inputs' dtypes. Uses their memory up."""
+        hidden_TD = None if self.hidden_TD is None else self.hidden_TD.mul_(loss_grad)
+        if self.call.weight_main_grad_VpD is None:
+            weight = None if self.weight_VpD is None else self.weight_VpD.mul_(loss_grad).to(self.weight_dtype)
+            return hidden_TD, weight
+        if loss_grad.is_cuda:
+            torch.ops.aten._assert_async.msg(loss_grad == 1, _MAIN_GRAD_RULE)
+        elif loss_grad != 1:
+            raise ValueError(f"{_MAIN_GRAD_RULE}, not {loss_grad.item():g}")
+        return hidden_TD, None
+
+
+def _check_tokens(targets_T: Tensor, *values: Tensor | None) -> None:
+    names = ("advantages_T", "weights_T", "old_logprobs_T", "sampling_logprobs_T", "is_templated_T")
+    for name, value in zip(names, values, strict=True):
+        if value is None:
+            continue
+        if value.shape != targets_T.shape or value.device != targets_T.device:
+            raise ValueError(
+                f"{name} {tuple(value.shape)} on {value.device}: must be {tuple(targets_T.shape)} on {targets_T.device}"
+            )
+        if (value.dtype == torch.bool) != (name == "is_templated_T"):
+            raise ValueError(f"{name} is {value.dtype}: is_templated_T must be bool, the others floating point")
+
+
+def _check_main_grad(main_grad_VpD: Tensor | None, weight_VpD: Tensor, shard: HeadShard) -> None:
+    if main_grad_VpD is None:
+        return
+    if main_grad_VpD.shape != weight_VpD.shape or main_grad_VpD.dtype != shard.compute_dtype:
+        raise ValueError(
+            f"weight_main_grad_VpD {tuple(main_grad_VpD.shape)} {main_grad_VpD.dtype}: must be "
+            f"{tuple(weight_VpD.shape)} {shard.compute_dtype}"
+        )

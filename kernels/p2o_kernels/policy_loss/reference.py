@@ -1,0 +1,51 @@
+"""Specification of `linear_policy_loss`: full logits, one rank, ordinary autograd."""
+
+import torch
+from torch import Tensor
+
+from p2o_kernels.logprob.reference import linear_logprob_reference
+from p2o_kernels.policy_loss.token_loss import LossRule
+
+
+def linear_policy_loss_reference(
+    hidden_TD: Tensor,
+    weight_VpD: Tensor,
+    targets_T: Tensor,
+    *,
+    advantages_T: Tensor,
+    weights_T: Tensor,
+    rule: LossRule,
+    old_logprobs_T: Tensor | None = None,
+    sampling_logprobs_T: Tensor | None = None,
+    is_templated_T: Tensor | None = None,
+    loss_scale: float = 1.0,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, logprobs_T, entropy_T) in `dtype`; the loss is differentiable in hidden and weight."""
+    logprobs_T, entropy_T = linear_logprob_reference(
+        hidden_TD, weight_VpD, targets_T, temperature=temperature, vocab_size=vocab_size, dtype=dtype
+    )
+    first_pass_T = logprobs_T.detach() if old_logprobs_T is None else old_logprobs_T.to(dtype)
+    old_T = first_pass_T
+    token_weights_T = weights_T.to(dtype)
+    if rule.context == "importance":
+        assert sampling_logprobs_T is not None
+        old_T = sampling_logprobs_T.to(dtype)
+    if rule.context == "ratio_mask":
+        assert sampling_logprobs_T is not None and is_templated_T is not None
+        rho_T = torch.where(is_templated_T, first_pass_T - sampling_logprobs_T.to(dtype), 0.0).clamp(-60, 60).exp()
+        if rule.ratio_form == "hard":
+            factor_T = ((rho_T >= rule.ratio_low) & (rho_T <= rule.ratio_high)).to(dtype)
+        else:
+            factor_T = rho_T.clamp(rule.ratio_low, rule.ratio_high) / rho_T
+        token_weights_T = token_weights_T * factor_T
+    advantages_T = advantages_T.to(dtype)
+    ratio_T = (logprobs_T - old_T).clamp(-20, 20).exp()
+    clipped_T = ratio_T.clamp(1 - rule.clip_low, 1 + rule.clip_high)
+    losses_T = torch.maximum(-advantages_T * ratio_T, -advantages_T * clipped_T)
+    losses_T = torch.where(advantages_T < 0, torch.minimum(losses_T, -rule.dual_clip * advantages_T), losses_T)
+    # Tokens outside the mask may hold any log-prob, also inf or nan times zero.
+    losses_T = torch.where(token_weights_T != 0, token_weights_T * losses_T, 0.0)
+    return loss_scale * losses_T.sum(), logprobs_T.detach(), entropy_T

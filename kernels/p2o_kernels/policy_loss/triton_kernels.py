@@ -1,0 +1,45 @@
+"""Triton kernel of the P2O token loss: one launch instead of some twenty over a chunk of tokens."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def token_losses_kernel(
+    logprobs_ptr, advantages_ptr, weights_ptr, old_ptr, sampling_ptr, is_templated_ptr,
+    losses_ptr, logprob_grad_ptr, token_weights_ptr, ratio_ptr, is_clipped_ptr,
+    num_tokens, clip_low, clip_high, dual_clip, ratio_low, ratio_high, max_log_ratio, max_context_log_ratio,
+    HAS_OLD: tl.constexpr, HAS_MASK: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (token blocks,). `token_loss.token_losses_torch`, term by term."""
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tokens < num_tokens
+    logprob = tl.load(logprobs_ptr + tokens, mask=inside, other=0.0)
+    advantage = tl.load(advantages_ptr + tokens, mask=inside, other=0.0)
+    weight = tl.load(weights_ptr + tokens, mask=inside, other=0.0)
+    old = logprob
+    if HAS_OLD:
+        old = tl.load(old_ptr + tokens, mask=inside, other=0.0)
+    if HAS_MASK:
+        is_templated = tl.load(is_templated_ptr + tokens, mask=inside, other=0) != 0
+        sampling = tl.load(sampling_ptr + tokens, mask=inside, other=0.0)
+        context_log_ratio = tl.where(is_templated, old - sampling, 0.0)
+        context_ratio = tl.exp(tl.minimum(tl.maximum(context_log_ratio, -max_context_log_ratio), max_context_log_ratio))
+        if SOFT:
+            weight *= tl.minimum(tl.maximum(context_ratio, ratio_low), ratio_high) / context_ratio
+        else:
+            weight = tl.where((context_ratio >= ratio_low) & (context_ratio <= ratio_high), weight, 0.0)
+    log_ratio = logprob - old
+    ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -max_log_ratio), max_log_ratio))
+    plain = -advantage * ratio
+    clipped = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+    ceiling = -dual_clip * advantage
+    is_capped = (advantage < 0.0) & (tl.maximum(plain, clipped) > ceiling)
+    is_clipped = (clipped > plain) | is_capped
+    has_gradient = (is_clipped == 0) & (tl.abs(log_ratio) <= max_log_ratio)
+    loss = tl.where(is_capped, ceiling, tl.maximum(plain, clipped))
+    tl.store(losses_ptr + tokens, weight * loss, mask=inside)
+    tl.store(logprob_grad_ptr + tokens, tl.where(has_gradient, weight * plain, 0.0), mask=inside)
+    tl.store(token_weights_ptr + tokens, weight, mask=inside)
+    tl.store(ratio_ptr + tokens, ratio, mask=inside)
+    tl.store(is_clipped_ptr + tokens, is_clipped.to(tl.int8), mask=inside)
