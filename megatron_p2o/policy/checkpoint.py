@@ -49,6 +49,7 @@ def save_checkpoint(model: PolicyModel, optimization: Optimization, directory: P
     dist.barrier(group=control)
     _fill_adam_state(optimization)
     state = _state(model, optimization, is_loading=False)
+    _name_step_zero(state["optimizer"])
     dist_checkpointing.save(state, str(directory), sharded_strategy=InProcessSave(control))
 
 
@@ -113,6 +114,13 @@ def _fill_adam_state(optimization: Optimization) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+
+
+def _name_step_zero(state: dict[str, Any]) -> None:
+    """Add the step all parameters share where megatron-core left it out because it is 0, but will ask for it."""
+    adam = state.get("optimizer", state)
+    if isinstance(adam.get("state"), dict) and adam["state"]:
+        adam["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def _with_step(sharded: distrib_optimizer.DistributedOptimizer) -> Any:
