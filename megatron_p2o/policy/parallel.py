@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
@@ -100,6 +101,12 @@ def pipeline_group() -> ProcessGroup:
 def end_parallel(ranks: Ranks) -> None:
     """Destroy what `initialize_parallel` made. Peers that still wait for this rank get an error."""
     parallel_state.destroy_model_parallel()
+    # What Megatron forgets, and what the cache of rotary embeddings keeps alive: freed in a process that is forked
+    # later, a group would take that process down.
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, ProcessGroup):
+            setattr(parallel_state, name, None)
+    RotaryEmbedding.forward.cache_clear()  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
     if ranks.owns_distributed:
         dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
@@ -60,6 +61,8 @@ def build_policy(config: Config, output_dir: Path | None = None) -> "MegatronPol
     Raises:
         ValueError: the configuration does not fit the model or the number of processes.
     """
+    if config.model.dtype == "float32" and torch.cuda.is_available():
+        raise ValueError("model.dtype=float32 is for machines without CUDA, whose attention needs bfloat16: set that")
     ranks = initialize_parallel(config.parallel, config.run.seed)
     with cuda_stand_ins():
         shard = PolicyShard(config, ranks)
@@ -213,7 +216,13 @@ class MegatronPolicy:
     def _receive(self) -> Command:
         received: list[Any] = [None]
         with self._named_errors("serve"):
-            dist.scatter_object_list(received, None, src=0, group=self._ranks.control)
+            try:
+                dist.scatter_object_list(received, None, src=0, group=self._ranks.control)
+            except RuntimeError as error:
+                raise ConnectionError(
+                    "no command from rank 0: it ended without closing the policy, or was silent for "
+                    f"parallel.timeout_s={self._config.parallel.timeout_s:g} s"
+                ) from error
         return received[0]
 
     def _execute(self, command: Command) -> Any:

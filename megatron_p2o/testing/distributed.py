@@ -1,8 +1,10 @@
 """Run a function on several gloo ranks of this machine: how the multi-rank tests start."""
 
+import gc
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -19,18 +21,12 @@ GRACE_S = 3.0
 """How long the other ranks may take to finish after one has failed; their errors are reported too."""
 
 
-def run_gloo_ranks(
-    function: Callable[..., Any], world_size: int, *args: object, timeout_s: float = 60.0, init_gloo: bool = True
-) -> list[Any]:
+def run_gloo_ranks(function: Callable[..., Any], world_size: int, *args: object, timeout_s: float = 60.0) -> list[Any]:
     """Return what `function(*args)` returns on each of `world_size` ranks, in rank order.
 
     Ranks are forked, so that what this process has imported is imported already (CPU only: a process that has used CUDA
     cannot fork). Each has torch.distributed initialised on gloo and the environment of torchrun; one thread each.
     Results must be picklable; large tensors are copied.
-
-    Args:
-        init_gloo: False leaves torch.distributed uninitialised, for functions that do it; `MASTER_ADDR` and
-            `MASTER_PORT` are then not set.
 
     Raises:
         RuntimeError: a rank raised or died; the message holds every failed rank's traceback.
@@ -43,7 +39,7 @@ def run_gloo_ranks(
         try:
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
-                task = (function, args, rank, world_size, Path(directory) / "store" if init_gloo else None, timeout_s)
+                task = (function, args, rank, world_size, Path(directory) / "store")
                 process = context.Process(target=_run_rank, args=(sender, *task), daemon=True)
                 process.start()
                 sender.close()
@@ -64,8 +60,7 @@ def _run_rank(
     args: tuple[object, ...],
     rank: int,
     world_size: int,
-    store: Path | None,
-    timeout_s: float,
+    store: Path,
 ) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -74,14 +69,17 @@ def _run_rank(
         "GLOO_SOCKET_IFNAME": "lo",
     }
     torch.set_num_threads(1)
+    # What the parent left to the collector must not be collected here: a process group has threads only there.
+    gc.freeze()
     try:
-        if store is not None:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-        outcome = (True, function(*args))
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        outcome = pickle.dumps((True, function(*args)))
     except BaseException:  # the traceback crosses to the parent, which raises it
-        outcome = (False, traceback.format_exc())
-    sender.send_bytes(pickle.dumps(outcome))
+        outcome = pickle.dumps((False, traceback.format_exc()))
+    sender.send_bytes(outcome)
     sender.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
     # Forked interpreters skip teardown: at-exit hooks belong to the parent.
     os._exit(0)
 

@@ -1,6 +1,7 @@
 """A rank that fails ends the run with one error that names it; nothing hangs."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,28 @@ def test_followers_end_with_an_error_when_the_conductor_is_gone(model_path: Path
         policy = build_policy(config)
         if policy.is_conductor:
             return None
-        with pytest.raises(PolicyError, match=r"policy\.serve failed on rank 1"):
+        with pytest.raises(
+            PolicyError, match=r"policy\.serve failed on rank 1: ConnectionError: no command from rank 0"
+        ):
             policy.serve()
         return "ended"
 
     config = policy_config(model_path, parallel=ParallelConfig(data=2, timeout_s=20))
     assert run_gloo_ranks(conductor_leaves, 2, config, timeout_s=15) == [None, "ended"]
+
+
+def test_followers_do_not_wait_longer_than_the_time_limit(model_path: Path):
+    def conductor_is_silent(config: Any) -> str | None:
+        policy = build_policy(config)
+        if policy.is_conductor:
+            time.sleep(3)
+            return None
+        with pytest.raises(PolicyError, match=r"was silent for parallel\.timeout_s=1 s"):
+            policy.serve()
+        return "ended"
+
+    config = policy_config(model_path, parallel=ParallelConfig(data=2, timeout_s=1.0))
+    assert run_gloo_ranks(conductor_is_silent, 2, config, timeout_s=15) == [None, "ended"]
 
 
 def test_bad_samples_are_refused_before_any_rank_begins(model_path: Path):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_p2o.policy.shares import balanced, check_samples, shares_of
@@ -13,6 +13,7 @@ from megatron_p2o.testing.policy_oracle import random_samples
 SAMPLES = random_samples((4, 1, 9, 3), vocab_size=50)
 
 
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 8))
 def test_every_sample_goes_to_one_rank_and_loads_differ_by_less_than_one_sample(lengths: list[int], num_ranks: int):
     members = balanced(lengths, num_ranks)
