@@ -13,6 +13,7 @@ _REWRITES = (
     (re.compile("[\u2212\u2013]"), "-"),
     (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
+    (re.compile(r"\\(?:text|mathrm)\{\s*percent\s*\}"), r"\\%"),
     (re.compile(r"\s+"), " "),
     (re.compile(r"(?<=[^\w]) | (?=[^\w])"), ""),
 )

@@ -12,6 +12,7 @@ from megatron_p2o.rewards.latex import normal_form
 from megatron_p2o.rewards.pool import WorkerPool
 from megatron_p2o.rewards.quick_match import quick_verdict, sides_to_check
 from megatron_p2o.rewards.refusals import is_refused, is_too_long
+from megatron_p2o.rewards.units import units_agree, without_unit
 from megatron_p2o.types import Grade, Problem
 
 
@@ -48,7 +49,7 @@ class MathGrader:
         undecided = undecided_sides(problem.answer, answer)
         if isinstance(undecided, bool):
             return self._decided("correct" if undecided else "incorrect", "quick")
-        return self._pool.submit(_normal_gold(problem.answer), undecided)
+        return self._pool.submit(without_unit(_normal_gold(problem.answer)), undecided)
 
     def close(self) -> None:
         """Kill the workers; what they have not answered is graded "error"."""
@@ -71,11 +72,14 @@ def undecided_sides(gold: str, answer: str) -> bool | tuple[str, ...]:
         return True
     undecided: list[str] = []
     for side in sides_to_check(gold, answer):
-        verdict = quick_verdict(gold, side)
-        if verdict is False or (verdict is None and is_refused(gold, side)):
+        if not units_agree(gold, side):
+            return False
+        bare_gold, bare_side = without_unit(gold), without_unit(side)
+        verdict = quick_verdict(bare_gold, bare_side)
+        if verdict is False or (verdict is None and is_refused(bare_gold, bare_side)):
             return False
         if verdict is None:
-            undecided.append(side)
+            undecided.append(bare_side)
     return tuple(undecided) or True
 
 

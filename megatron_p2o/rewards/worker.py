@@ -93,9 +93,14 @@ def is_match(answers: list[str], gold: str) -> bool:
 @lru_cache(maxsize=4096)
 def parsed(latex: str) -> list[Any]:
     """Return math-verify's readings of an answer: an expression when it has one, and the text."""
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    extraction = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
+    # Units are gone already: this normalisation takes single letters, such as the t of 2t, for units.
+    spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    extraction = LatexExtractionConfig(
+        try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=spelling
+    )
     return parse(rf"\boxed{{{latex}}}", [extraction], parsing_timeout=0, raise_on_error=True)
 
 

@@ -151,6 +151,10 @@ def test_cross_check_names_the_places_of_both_settings(tmp_path: Path) -> None:
         ("schedule: {problems_per_update: 0}", "schedule.problems_per_update=0 must be greater than 0"),
         ("grading: {deadline_s: 0}", "grading.deadline_s=0.0 must be greater than 0"),
         ("hard: {max_solved: -1}", "hard.max_solved=-1 must not be negative"),
+        (
+            "grading: {memory_limit_mib: 64}",
+            "grading.memory_limit_mib=64 must be at least 256: math-verify alone takes about 70",
+        ),
     ],
 )
 def test_value_out_of_range_is_a_problem(tmp_path: Path, line: str, message: str) -> None:

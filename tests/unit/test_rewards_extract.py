@@ -1,0 +1,76 @@
+"""Finding the final answer in a response."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_p2o.rewards.extract import last_boxed
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{41} no wait \boxed{42}", "42"),
+        (r"\boxed{ \frac{1}{2} }", r"\frac{1}{2}"),
+        (r"\boxed {7} and \fbox{8}", "8"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\}}", r"\}"),
+        (r"a row \\\boxed{3}", "3"),
+        (r"\boxed{}", ""),
+        (r"} } \boxed{3} {", "3"),
+        (r"\boxed{1 { \boxed{2}", "2"),
+        (r"\boxed{4} and then \boxed{5", "4"),
+        ("<think>\\boxed{1}</think> is \\boxed{2}", "2"),
+        ("\\boxed{1}</think>\\boxed{2}</think>\\boxed{3}", "3"),
+    ],
+)
+def test_last_balanced_box_is_the_answer(text: str, answer: str) -> None:
+    assert last_boxed(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "42",
+        "the answer is $42$",
+        r"\boxed{42",
+        r"\boxed 42",
+        r"boxed{42}",
+        r"\boxed{4\}",
+        "\\boxed{1}</think> done",
+    ],
+)
+def test_response_without_a_closed_box_after_thinking_has_no_answer(text: str) -> None:
+    assert last_boxed(text) is None
+
+
+BRACES = st.recursive(
+    st.text(alphabet="ab1 +", max_size=4), lambda inner: st.lists(inner.map(lambda part: f"{{{part}}}")).map("x".join)
+)
+
+
+@given(before=st.text(alphabet="{}ab\\ ", max_size=12), content=BRACES, after=st.text(alphabet="}ab ", max_size=8))
+def test_balanced_content_comes_back_whatever_stands_around_it(before: str, content: str, after: str) -> None:
+    # The blank keeps a backslash at the end of `before` from escaping the box.
+    assert last_boxed(f"{before} \\boxed{{{content}}}{after}") == content.strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{" * 150_000, None),
+        (r"\boxed{" * 100_000 + "}" * 100_000, ""),
+        ("{" * 1_000_000 + r"\boxed{1}", "1"),
+        (r"\boxed" + " " * 1_000_000, None),
+        (r"\boxed " * 150_000 + "{1}", "1"),
+        (r"\boxed{1}" + "\\" * 1_000_000, "1"),
+        (r"\boxed{1}" * 100_000, "1"),
+        ("</think>" * 125_000 + r"\boxed{1}", "1"),
+    ],
+)
+def test_hostile_megabytes_are_read_in_one_pass(text: str, answer: str | None) -> None:
+    # Anything worse than linear would take hours here.
+    assert last_boxed(text) == answer

@@ -1,0 +1,283 @@
+"""Grading with math-verify in worker processes: right verdicts, and workers that may hang, crash or be killed."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from os import kill
+from pathlib import Path
+
+import pytest
+
+from megatron_p2o.config import GradingConfig
+from megatron_p2o.rewards.math_grader import MathGrader
+from megatron_p2o.rewards.pool import WorkerPool
+from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.types import Grade, Problem
+
+PATIENCE_S = 120.0
+"""Longest wait for anything here; passing tests take a fraction of a second on an idle machine."""
+
+ENDLESS = ("2^{100000000000}", "2^{100000000001}")
+"""Gold and answer of the same costly form: no guard refuses the answer, and algebra does not end."""
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[MathGrader]:
+    """A grader that waits long enough for any honest answer, however busy the machine."""
+    grader = make_grader(GradingConfig(num_workers=2, deadline_s=PATIENCE_S))
+    yield grader
+    grader.close()
+
+
+def submit(grader: MathGrader, gold: str, text: str) -> Future[Grade]:
+    return grader.submit(Problem(id="p", question="q", answer=gold), text)
+
+
+def grade_answer(grader: MathGrader, gold: str, answer: str) -> Grade:
+    return submit(grader, gold, rf"so \boxed{{{answer}}}").result(PATIENCE_S)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        (r"\sin^2 x", r"1-\cos^2 x"),
+        (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}"),
+        ("0<x<1", "(0,1)"),
+        (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty) \cup (-\infty, 2)"),
+        (r"1\pm\sqrt{2}", r"1+\sqrt2, 1-\sqrt2"),
+        (r"\infty", r"+\infty"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"),
+        ("x^2+y^2=1", "x^2+y^2-1=0"),
+        ("x=1,y=2", "(1,2)"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"),
+        ("5", r"5 \text{ apples}"),
+        (r"10\text{ cm}^2", r"10\text{ square centimeters}"),
+        ("4", "2+2=4"),
+        (r"\binom{10}{3}", "120"),
+        (r"\sqrt{2}+\sqrt{3}", "3.1462643699"),
+        ("ab", "ba"),
+    ],
+)
+def test_equal_answer_is_correct(grader: MathGrader, gold: str, answer: str) -> None:
+    assert grade_answer(grader, gold, answer) == "correct"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("10^{-8}", "0"),
+        (r"\frac{1}{10^{9}}", "0.0"),
+        ("10^{-20}", r"2\cdot 10^{-20}"),
+        ("3", "1+1=3"),
+        ("2^{100}", "2^{100}+1"),
+        ("2", r"2\text{ or }3"),
+        ("5", r"\pm 5"),
+        (r"\pm 5", "5"),
+        ("(1,2)", "(1,2),(3,4)"),
+        ("x", "x=5"),
+        ("x=3", "y=3"),
+        ("x+1", "y+1"),
+        ("3c", "3d"),
+        ("23t", "23"),
+        ("5", "5c"),
+        (r"42", r"42\text{ or 43}"),
+        (r"\triangle\text{ABC}", r"\triangle\text{DEF}"),
+        (r"3\text{ hours } 20\text{ minutes}", r"3\text{ hours } 30\text{ minutes}"),
+        ("p-q", "q-p"),
+        (r"\infty", r"-\infty"),
+        ("30", r"\frac{\pi}{6}"),
+        (r"2\sqrt{3}", "3.464"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"),
+        (r"(-\infty,2)\cup(3,\infty)", r"(-\infty,2]\cup(3,\infty)"),
+        ("x+1", r"\frac{"),
+        ("x+1", "((((("),
+        ("x+1", "ник增高人权"),
+    ],
+)
+def test_different_answer_is_incorrect(grader: MathGrader, gold: str, answer: str) -> None:
+    assert grade_answer(grader, gold, answer) == "incorrect"
+
+
+@pytest.mark.parametrize(
+    "text", ["the answer is 7", "Step 7. therefore nothing", "", r"\boxed{7", "\\boxed{7}</think>"]
+)
+def test_response_without_a_box_is_incorrect(grader: MathGrader, text: str) -> None:
+    assert submit(grader, "7", text).result(PATIENCE_S) == "incorrect"
+
+
+HOSTILE = {
+    "tower": r"\boxed{9^{9^{9^9}}}",
+    "tower without braces": r"\boxed{9^9^9^9}",
+    "power of a power": r"\boxed{10^{10^{10}}}",
+    "nested towers": r"\boxed{\dfrac{5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)} - 5}{16}}",
+    "huge exponent": r"\boxed{99999999999^{99999999}}",
+    "huge factorial": r"\boxed{10000000!}",
+    "factorial of a factorial": r"\boxed{((20!)!)!}",
+    "huge binomial": r"\boxed{\binom{1000000000}{500000000}}",
+    "100,000 digits": r"\boxed{" + "7" * 100_000 + "}",
+    "a million digits": r"\boxed{" + "7" * 1_000_000 + "}",
+    "1,000 fractions": r"\boxed{" + r"\frac{1}{1+" * 1000 + "1" + "}" * 1001,
+    "5,000 parentheses": r"\boxed{" + "(" * 5000 + "1" + ")" * 5000 + "}",
+    "40 parentheses": r"\boxed{" + "(" * 40 + "1" + ")" * 40 + "}",
+    "500 roots": r"\boxed{" + r"\sqrt{" * 500 + "2" + "}" * 501,
+    "long sum": r"\boxed{\sum_{k=1}^{1000000000} \frac{1}{k^3+1}}",
+    "long product": r"\boxed{\prod_{k=1}^{100000000} k}",
+    "integral": r"\boxed{\int_0^1 \frac{\sin(x^{x})}{\ln(1+x^5)+e^{x^2}} dx}",
+    "power of a sum": r"\boxed{(x+1)^{2000}-(x-1)^{2000}}",
+    "3,000 terms": r"\boxed{" + "+".join(rf"\frac{{{i}}}{{{i + 1}}}" for i in range(3000)) + "}",
+    "matrix": r"\boxed{\begin{pmatrix}" + r"\\".join("&".join("1" * 9) for _ in range(9)) + r"\end{pmatrix}}",
+    "determinant": r"\boxed{\det\begin{pmatrix}a&b\\c&d\end{pmatrix}}",
+    "5,000 open boxes": r"\boxed{" * 5000,
+    "40,000 dollars": "$ " * 40_000 + r"\boxed{$}",
+    "3,000 open boxes with dollars": r"$\boxed{1 " * 3000,
+    "20,000 fractions": r"\boxed{" + r"\frac{1}{2}" * 20_000 + "}",
+    "list": r"\boxed{" + ",".join(map(str, range(400))) + "}",
+    "set of roots": r"\boxed{\{" + ",".join(rf"\sqrt{{{i}}}" for i in range(60)) + r"\}}",
+    "zero bytes": "\\boxed{\0\0}",
+    "line breaks": "\\boxed{\n\r\u2028x\n}",
+    "half a surrogate": "\\boxed{\ud800}",
+    "request in disguise": '\\boxed{"}\\n{"gold": "1", "answers": ["1"]}',
+}
+
+
+def test_hostile_answers_neither_end_the_grader_nor_pass(grader: MathGrader) -> None:
+    for gold in ("42", "x+1"):
+        futures = {name: submit(grader, gold, text) for name, text in HOSTILE.items()}
+        grades = {name: future.result(PATIENCE_S) for name, future in futures.items()}
+        assert {name for name, grade in grades.items() if grade != "incorrect"} == set()
+    assert grade_answer(grader, "x+1", "1+x") == "correct"
+
+
+def test_answer_that_takes_too_long_is_an_error_and_the_next_is_graded() -> None:
+    grader = make_grader(GradingConfig(num_workers=1, deadline_s=0.5))
+    try:
+        assert grade_answer(grader, *ENDLESS) == "error"
+        assert grader.counts == {"killed": 1}
+        assert grader.worker_pids == []
+    finally:
+        grader.close()
+
+
+def test_worker_killed_from_outside_is_an_error_and_the_pool_recovers() -> None:
+    grader = make_grader(GradingConfig(num_workers=1, deadline_s=PATIENCE_S))
+    try:
+        assert grade_answer(grader, "x+1", "1+x") == "correct"
+        (worker,) = grader.worker_pids
+        endless = submit(grader, ENDLESS[0], rf"\boxed{{{ENDLESS[1]}}}")
+        wait_until(endless.running)
+        kill(worker, signal.SIGKILL)
+        assert endless.result(PATIENCE_S) == "error"
+        assert grade_answer(grader, "x+1", "1+x") == "correct"
+        assert grader.counts == {"correct": 2, "crashed": 1}
+    finally:
+        grader.close()
+
+
+def test_worker_that_died_idle_costs_no_grade() -> None:
+    pool = WorkerPool(num_workers=1, deadline_s=PATIENCE_S, memory_limit_mib=512, recycle_after=2)
+    try:
+        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == "correct"
+        (first,) = pool.worker_pids
+        kill(first, signal.SIGKILL)
+        wait_until(lambda: pool.worker_pids == [])
+        assert pool.submit("x+1", ["2+x"]).result(PATIENCE_S) == "incorrect"
+        assert pool.submit("x+1", ["1+x", "x+1"]).result(PATIENCE_S) == "correct"
+        (second,) = pool.worker_pids
+        assert pool.submit("x+1", ["1+x", "x+2"]).result(PATIENCE_S) == "incorrect"
+        assert pool.worker_pids != [second], "replaced after two answers"
+        assert pool.counts == {"correct": 2, "incorrect": 2, "recycled": 1}
+    finally:
+        pool.close()
+
+
+def test_answer_that_needs_too_much_memory_is_an_error() -> None:
+    pool = WorkerPool(num_workers=1, deadline_s=PATIENCE_S, memory_limit_mib=128)
+    try:
+        assert pool.submit("2^{2000000000}", ["4^{1000000000}"]).result(PATIENCE_S) == "error"
+        assert pool.counts == {"out_of_memory": 1}
+    finally:
+        pool.close()
+
+
+def test_worker_that_cannot_start_is_an_error() -> None:
+    # Too little memory to import math-verify.
+    pool = WorkerPool(num_workers=1, deadline_s=PATIENCE_S, memory_limit_mib=24)
+    try:
+        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == "error"
+        assert pool.counts == {"not_started": 1}
+    finally:
+        pool.close()
+
+
+def test_closing_ends_what_is_running_and_waiting_as_errors() -> None:
+    grader = make_grader(GradingConfig(num_workers=1, deadline_s=PATIENCE_S))
+    futures = [submit(grader, ENDLESS[0], rf"\boxed{{{ENDLESS[1]}}}") for _ in range(3)]
+    cancelled = submit(grader, "x+1", r"\boxed{1+x}")
+    assert cancelled.cancel()
+    wait_until(lambda: futures[0].running() and grader.worker_pids)
+    grader.close()
+    assert [future.result(PATIENCE_S) for future in futures] == ["error"] * 3
+    assert grader.worker_pids == []
+    with pytest.raises(RuntimeError, match="the grader is closed"):
+        submit(grader, "x+1", r"\boxed{1+x}")
+    grader.close()
+
+
+def run_parent(script: str) -> subprocess.Popen[str]:
+    preamble = (
+        "from megatron_p2o.config import GradingConfig\n"
+        "from megatron_p2o.rewards.registry import make_grader\n"
+        "from megatron_p2o.types import Problem\n"
+        f"grader = make_grader(GradingConfig(num_workers=2, deadline_s={PATIENCE_S}))\n"
+        "def submit(gold, text): return grader.submit(Problem(id='p', question='q', answer=gold), text)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", preamble + script], stdout=subprocess.PIPE, text=True)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_no_worker_outlives_a_parent_that_is_killed() -> None:
+    gold, answer = ENDLESS
+    script = (
+        f"futures = [submit({gold!r}, r'\\boxed{{{answer}}}') for _ in range(2)]\n"
+        "import time\n"
+        "while len(grader.worker_pids) < 2: time.sleep(0.02)\n"
+        "print(*grader.worker_pids, flush=True)\n"
+        f"time.sleep({PATIENCE_S})\n"
+    )
+    with run_parent(script) as parent:
+        try:
+            assert parent.stdout is not None
+            workers = [int(pid) for pid in parent.stdout.readline().split()]
+            assert len(workers) == 2 and all(is_alive(worker) for worker in workers)
+        finally:
+            parent.kill()
+    wait_until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def test_answers_without_algebra_start_nothing_and_import_no_algebra() -> None:
+    script = (
+        "grades = [submit('42', r'\\boxed{42.0}').result(), submit('42', r'\\boxed{9^{9^9}}').result()]\n"
+        "import sys\n"
+        "print(grades, grader.worker_pids, {'sympy', 'math_verify', 'torch'} & set(sys.modules), grader.counts)\n"
+        "grader.close()\n"
+    )
+    with run_parent(script) as parent:
+        output, _ = parent.communicate(timeout=PATIENCE_S)
+    assert output.strip() == "['correct', 'incorrect'] [] set() {'quick': 2}"
+    assert parent.returncode == 0

@@ -1,0 +1,228 @@
+"""Verdicts without algebra: equal texts, numbers, lists, words, and answers refused for their form alone."""
+
+import random
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_p2o.rewards.latex import nesting_depth, normal_form, split_at, split_list
+from megatron_p2o.rewards.math_grader import undecided_sides
+from megatron_p2o.rewards.quick_match import parse_number
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("42", "42."),
+        ("42", "$42$"),
+        ("42", "042"),
+        ("42", "+42"),
+        ("42", "42.0"),
+        ("-3", "\u22123"),
+        ("1234", "1,234"),
+        ("1234", "1{,}234"),
+        ("1234", "1 234"),
+        ("1234", r"1\,234"),
+        ("5", r"\$5.00"),
+        (r"\frac{1}{2}", r"\dfrac{1}{2}"),
+        (r"\frac{1}{2}", r"\frac12"),
+        (r"\frac{1}{2}", "0.5"),
+        (r"\frac{1}{2}", ".5"),
+        (r"\frac{1}{2}", "3/6"),
+        (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+        (r"1\frac{1}{2}", r"\frac{3}{2}"),
+        (r"\frac{1}{3}", "0.333333"),
+        ("0.1666667", r"\frac16"),
+        ("0.5", r"50\%"),
+        (r"25\%", "25"),
+        (r"25\%", "0.25"),
+        (r"30^\circ", "30"),
+        ("(1,2)", r"\left( 1, 2 \right)"),
+        ("(1,2)", "1, 2"),
+        (r"\{1,2\}", r"\{2,1\}"),
+        (r"\{1,2\}", "2,1"),
+        ("1,2", "2,1"),
+        ("12 45", "12  45"),
+        ("12 45", "(12, 45)"),
+        ("120_8", "120_{8}"),
+        ("120_8", "(120)_8"),
+        ("7", "7_{10}"),
+        (r"\text{A}", "A"),
+        ("A", r"\textbf{(A)}"),
+        ("yes", r"\text{Yes.}"),
+        (r"\text{no solution}", "No  solution"),
+        ("3", "x=3"),
+        ("3", "x+y=3"),
+        ("3", r"x=\frac{6}{2}=3"),
+        ("x=3", "x = 3"),
+        (r"\pi r^2", r"\pi r^2"),
+        ("5", r"5 \text{ apples}"),
+        ("5", "5 cm"),
+        (r"5\text{ cm}", "5"),
+        (r"10\text{ cm}^2", r"10\,\mathrm{cm}^{2}"),
+        (r"5\text{ cm}", r"5\text{ centimeters}"),
+        (r"\frac{1}{2}\text{ kg}", "0.5"),
+        (r"25\%", r"25\text{ percent}"),
+        ("9" * 2000, "9" * 2000),
+    ],
+)
+def test_equal_answer_is_accepted_without_algebra(gold: str, answer: str) -> None:
+    assert undecided_sides(gold, answer) is True
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("42", ""),
+        ("42", "43"),
+        ("42", "4 2"),
+        ("9", r"9\%"),
+        ("50", r"50\%"),
+        (r"25\%", "26"),
+        ("3", "3.0000001"),
+        ("1000000", "1000000.0000004"),
+        ("1000", "1.000"),
+        (r"\frac{1}{3}", "0.33"),
+        (r"\frac{1}{3}", "0.3333"),
+        ("0.0000001", "0.0000002"),
+        ("0.000000001", "0.0"),
+        ("2", "1,2"),
+        ("12", "1,2"),
+        ("6", "1,2,3,4,5,6,7"),
+        ("(1,2)", "(2,1)"),
+        ("(1,2)", "[1,2]"),
+        ("(1,2)", r"\{1,2\}"),
+        ("[0,1]", "[0,1)"),
+        ("12 45", "45 12"),
+        ("12 45", "1245"),
+        ("12 45", "12 4 5"),
+        ("12 45", "12 45 3"),
+        ("120_8", "120"),
+        ("120", "120_8"),
+        ("10101_2", "10101_3"),
+        (r"\text{even}", r"\text{odd}"),
+        (r"\text{no solution}", r"\text{no solutions}"),
+        ("evil", "live"),
+        ("3", "1=3"),
+        ("3", "1+1=4"),
+        ("1", "2=1"),
+        (r"5\text{ cm}", r"5\text{ m}"),
+        (r"x\text{ meters}", r"x\text{ feet}"),
+        ("9", r"9\text{ percent}"),
+        ("(a,b)", r"\{a,b\}"),
+    ],
+)
+def test_wrong_answer_is_refused_without_algebra(gold: str, answer: str) -> None:
+    assert undecided_sides(gold, answer) is False
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "sides"),
+    [
+        ("x+1", "1+x", ("1+x",)),
+        ("2", r"\sqrt{4}", (r"\sqrt{4}",)),
+        ("2", r"\sqrt{4}=2", (r"\sqrt{4}",)),
+        ("3", "1+1=3", ("1+1",)),
+        ("4", r"x=2+2=2\cdot 2=4", ("2+2", r"2\cdot 2")),
+        ("2", "x=1,y=2", ("x=1,y=2",)),
+        ("y=x+1", "y=1+x", ("y=1+x",)),
+        (r"5\text{ cm}", r"\sqrt{25}\text{ centimeters}", (r"\sqrt{25}",)),
+        ("ab", "ba", ("ba",)),
+        ("3c", "3d", ("3d",)),
+        ("xcm", "x", ("x",)),
+        (r"\triangle\text{ABC}", r"\triangle\text{DEF}", (r"\triangle\text{DEF}",)),
+        (r"\text{H}_2\text{O}", r"\text{H}_2\text{S}", (r"\text{H}_2\text{S}",)),
+        ("42", r"42\text{ or 43}", (r"42\text{or 43}",)),
+        (r"2\pi\text{ cm}", r"\pi+\pi\text{ cm}", (r"\pi+\pi",)),
+    ],
+)
+def test_what_takes_algebra_is_left_undecided(gold: str, answer: str, sides: tuple[str, ...]) -> None:
+    assert undecided_sides(gold, answer) == sides
+
+
+COSTLY = {
+    "tower": ("2^{3^{4^{5}}}", r"9^{9^{9^9}}"),
+    "bracketed tower": ("2^{3^{4}}", r"5^{\left(5^{\left(5^5\right)}-4\right)}"),
+    "huge exponent": ("3^{20000}", "99999^{99999999}"),
+    "high power of a sum": ("(a+b)^{100}", "(x+1)^{2000}-(x-1)^{2000}"),
+    "factorial of a factorial": ("(3!)!", "((20!)!)!"),
+    "huge factorial": ("2024!", "10000000!"),
+    "huge binomial": (r"\binom{2024}{7}", r"\binom{1000000000}{500000000}"),
+    "sum": (r"\sum_{k=1}^{20000}k", r"\sum_{k=1}^{1000000000}\frac{1}{k^3+1}"),
+    "product": (r"\prod_{k=1}^{20000}k", r"\prod_{k=1}^{100000000}k"),
+    "integral": (r"\int f(x) dx", r"\int_0^1\frac{\sin(x^{x})}{\ln(1+x^5)}dx"),
+    "matrix": (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_costly_form_is_refused_unless_the_gold_answer_has_it_too(name: str) -> None:
+    gold, answer = COSTLY[name]
+    assert undecided_sides("x+1", answer) is False
+    assert undecided_sides(gold, answer) == (normal_form(answer),)
+
+
+def test_long_or_deep_answer_is_refused_unless_the_gold_answer_is_so_too() -> None:
+    long_sum = "+".join(["x"] * 300)
+    assert undecided_sides("x", long_sum) is False
+    assert undecided_sides(long_sum, long_sum.replace("x", "y")) == (long_sum.replace("x", "y"),)
+    deep = "(" * 30 + "x" + ")" * 30
+    assert undecided_sides("x", deep) is False
+    assert undecided_sides("(" * 20 + "x+1" + ")" * 20, deep) == (deep,)
+
+
+def test_hostile_megabytes_are_refused_before_they_are_read() -> None:
+    assert undecided_sides("42", "7" * 1_000_000) is False
+    assert undecided_sides("42", "(" * 1_000_000) is False
+
+
+@given(value=st.fractions(max_denominator=10**6), factor=st.integers(min_value=1, max_value=50))
+def test_fraction_is_read_exactly_however_it_is_expanded(value: Fraction, factor: int) -> None:
+    number = parse_number(rf"\frac{{{value.numerator * factor}}}{{{value.denominator * factor}}}")
+    assert number is not None and number.value == value
+
+
+@given(text=st.text(alphabet="0123456789.,/%+- \\frac{}^circ_xab()[]=<>!", max_size=20))
+def test_any_text_equals_itself_and_nothing_raises(text: str) -> None:
+    assert undecided_sides(text, text) is True
+    undecided_sides("42", text)
+    undecided_sides(text, "x=1,(2)")
+
+
+def test_numbers_agree_with_exact_arithmetic_on_random_pairs() -> None:
+    generator = random.Random(7)
+    for _ in range(500):
+        gold = Fraction(generator.randint(-40, 40), generator.randint(1, 12))
+        answer = gold if generator.random() < 0.5 else Fraction(generator.randint(-40, 40), generator.randint(1, 12))
+        spelled = rf"\frac{{{3 * answer.numerator}}}{{{3 * answer.denominator}}}"
+        assert undecided_sides(f"{gold.numerator}/{gold.denominator}", spelled) is (gold == answer)
+
+
+def test_rows_of_a_matrix_keep_their_separator() -> None:
+    assert normal_form(r"\begin{pmatrix} 1 & 2 \\ 3 & \dfrac{1}{2} \end{pmatrix}") == (
+        r"\begin{pmatrix}1&2\\3&\frac{1}{2}\end{pmatrix}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1,2", ("", ["1", "2"])),
+        ("(1,2]", ("(]", ["1", "2"])),
+        (r"\{a, f(b,c)\}", ("{}", ["a", "f(b,c)"])),
+        ("(1,2),(3,4)", ("", ["(1,2)", "(3,4)"])),
+        ("(5)", ("", ["5"])),
+        ("(x+1)(x-1)", ("", ["(x+1)(x-1)"])),
+        ("{1,2}", ("", ["{1,2}"])),
+    ],
+)
+def test_list_is_split_outside_of_inner_brackets(text: str, expected: tuple[str, list[str]]) -> None:
+    assert split_list(text) == expected
+
+
+def test_nesting_counts_the_deepest_bracket_and_separators_inside_do_not_split() -> None:
+    assert nesting_depth(r"(1+[2])\{\{3\}\}") == 2
+    assert nesting_depth("(((") == 3
+    assert split_at("f(a=b)=c", "=") == ["f(a=b)", "c"]
