@@ -31,6 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_arguments(train)
     train.add_argument("--dry-run", action="store_true", help="check settings and files, start nothing")
     train.add_argument("--print-config", action="store_true", help="print the resolved settings and end")
+    train.add_argument("--num-nodes", type=int, help="nodes of the run, each with this command; srun tells by itself")
+    train.add_argument("--node-rank", type=int, default=0, help="this node's place, from 0")
+    train.add_argument("--head", default="", metavar="HOST:PORT", help="where node 0 can be reached by the others")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="measure a policy on the evaluation sets, without templates")
@@ -77,8 +80,11 @@ def _train(options: argparse.Namespace) -> int:
         dry_run(config)
         return 0
     from megatron_p2o.launch import launch
+    from megatron_p2o.nodes import nodes_from_options
 
-    return launch(config)
+    explicit = options.num_nodes is not None
+    nodes = nodes_from_options(options.num_nodes, options.node_rank, options.head) if explicit else None
+    return launch(config, nodes=nodes)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -1,30 +1,37 @@
-"""Starts the ranks of a run on this machine under torch's elastic agent (what torchrun runs), and reports how it ended.
+"""Starts the ranks of a run on this node under torch's elastic agent (what torchrun runs), and reports how it ended.
 
-The agent runs inside the `p2o` process, so that a failed run ends in the failing rank's one message rather than in the
-agent's traceback.
+A run on several nodes starts `p2o` once on each, under `srun` or by hand; see `nodes`. The agent runs inside the `p2o`
+process, so that a failed run ends in the failing rank's one message rather than in the agent's traceback.
 """
 
 import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import torch
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import dump_config
+from megatron_p2o.nodes import Nodes, nodes_of_slurm
 from megatron_p2o.run_state import write_whole
 
 STOP_TIMEOUT_S = 60
 """How long the ranks may take to end their engines after SIGTERM before they are killed."""
+
+SHARED_FILE_POLL_S = 0.5
 
 PR_SET_PDEATHSIG = 1
 
@@ -34,38 +41,109 @@ def run_directory(config: Config) -> Path:
     return Path(config.run.directory) / config.run.name
 
 
-def launch(config: Config, arguments: Sequence[str] = ()) -> int:
-    """Save the resolved settings, run `megatron_p2o.train` on every rank of this machine, and return the exit status.
+def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = None) -> int:
+    """Save the resolved settings, run `megatron_p2o.train` on every rank of this node, and return the exit status.
 
-    SIGINT and SIGTERM end the ranks; SIGUSR1 makes them save and end after the current step.
+    Without `nodes` they are those of the `srun` step, or this machine alone. SIGINT and SIGTERM end the ranks; SIGUSR1
+    makes them save and end after the current step.
+
+    Raises:
+        ValueError: the ranks cannot be laid out on the nodes, or these do not share the run's folder and settings.
     """
+    nodes = nodes or nodes_of_slurm(os.environ) or this_machine()
+    num_ranks = ranks_per_node(config, nodes)
     run_dir = run_directory(config)
-    resolved = run_dir / "config.yaml"
-    write_whole(resolved, dump_config(config))
+    resolved = share_settings(config, run_dir, nodes)
     prepare_environment()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    ranks = elastic_launch(agent_settings(config.parallel.world_size), sys.executable)
+    ranks = elastic_launch(agent_settings(num_ranks, nodes, config.parallel.timeout_s), sys.executable)
     try:
         with stop_file_on_sigusr1(run_dir / "stop"):
             ranks("-m", "megatron_p2o.train", str(resolved), *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"p2o: rank {rank} ended with status {failure.exitcode}; the run is in {run_dir}", file=sys.stderr)
+        where = f"rank {rank} on {node_name(nodes)}"
+        print(f"p2o: {where} ended with status {failure.exitcode}; the run is in {run_dir}", file=sys.stderr)
+        return 1
+    except DistError as error:
+        print(
+            f"p2o: {node_name(nodes)} did not meet the other {nodes.count - 1} nodes at {nodes.head_address}:"
+            f"{nodes.head_port} within parallel.timeout_s={config.parallel.timeout_s:g} s: {error}",
+            file=sys.stderr,
+        )
         return 1
     except SignalException as error:
         return 128 + error.sigval
     return 0
 
 
-def agent_settings(num_ranks: int) -> LaunchConfig:
-    """Return how the agent starts `num_ranks` ranks: once, at a port of this machine that it finds free."""
+def this_machine() -> Nodes:
+    """Return the nodes of a run that has one: the agent listens at a port that it finds free."""
+    return Nodes(count=1, rank=0, head_address="localhost", head_port=0, launch_id=uuid.uuid4().hex)
+
+
+def node_name(nodes: Nodes) -> str:
+    """Return how messages call this node."""
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return host if nodes.count == 1 else f"{host} (node {nodes.rank} of {nodes.count})"
+
+
+def ranks_per_node(config: Config, nodes: Nodes) -> int:
+    """Return how many ranks each node starts.
+
+    Raises:
+        ValueError: they do not divide evenly, or this node has fewer GPUs.
+    """
+    parallel = config.parallel
+    product = (
+        f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data}"
+    )
+    num_ranks, rest = divmod(parallel.world_size, nodes.count)
+    if rest:
+        raise ValueError(f"{product} = {parallel.world_size} ranks must divide evenly over {nodes.count} nodes")
+    if torch.cuda.is_available() and torch.cuda.device_count() < num_ranks:
+        raise ValueError(
+            f"{product} puts {num_ranks} ranks on each node, but {node_name(nodes)} shows {torch.cuda.device_count()} "
+            "GPUs: lower parallel.data or use more nodes"
+        )
+    return num_ranks
+
+
+def share_settings(config: Config, run_dir: Path, nodes: Nodes) -> Path:
+    """Return the file of the resolved settings: written by the head, awaited and compared by every other node.
+
+    Raises:
+        ValueError: the head's settings did not appear here within `parallel.timeout_s`.
+    """
+    path = run_dir / "config.yaml"
+    text = f"# Resolved settings of start {nodes.launch_id}\n{dump_config(config)}"
+    if nodes.is_head:
+        write_whole(path, text)
+        return path
+    deadline = time.monotonic() + config.parallel.timeout_s
+    while not path.exists() or path.read_text(encoding="utf-8") != text:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{node_name(nodes)} waited parallel.timeout_s={config.parallel.timeout_s:g} s for the head node to "
+                f"write its own settings to {path}: run.directory must be a filesystem that all nodes share, and all "
+                "nodes must be given the same settings"
+            )
+        time.sleep(SHARED_FILE_POLL_S)
+    return path
+
+
+def agent_settings(num_ranks: int, nodes: Nodes, timeout_s: float) -> LaunchConfig:
+    """Return how this node's agent starts `num_ranks` ranks: once, node by node in order."""
+    # Only the static rendezvous keeps the nodes in order: tensor-parallel ranks must be neighbours.
+    is_single = nodes.count == 1
     return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
         nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        run_id=nodes.launch_id,
+        rdzv_backend="c10d" if is_single else "static",
+        rdzv_endpoint=f"{nodes.head_address}:{nodes.head_port}",
+        rdzv_configs={} if is_single else {"timeout": timeout_s, "rank": nodes.rank},
         max_restarts=0,
         shutdown_timeout=STOP_TIMEOUT_S,
     )
