@@ -162,7 +162,8 @@ class ObjectiveConfig:
     dual_clip: float = 3.0
     """Bound on the loss of tokens with negative advantage, in units of -advantage."""
     denominator: Literal["all", "kept"] = "all"
-    """Tokens the loss is divided by: all response tokens of the mini-batch, or those with non-zero weight."""
+    """Tokens the loss is divided by: `all` response tokens of the mini-batch, or those `kept`, which have a non-zero
+    weight and belong to a rollout with gradient."""
     normalization: Literal["global", "micro_batch"] = "global"
     """`micro_batch` is the authors' mean per micro-batch; its result depends on packing. For comparison only."""
     drop_zero_advantage: bool = True
@@ -334,7 +335,7 @@ POSITIVE = (
     *("parallel.timeout_s", "data.max_prompt_tokens", "rollout.max_new_tokens", "rollout.num_engines"),
     *("rollout.tensor_parallel", "rollout.max_running_requests", "rollout.startup_timeout_s", "rollout.top_p"),
     *("rollout.request_timeout_s", "rollout.refresh_timeout_s", "grading.num_workers", "grading.deadline_s"),
-    *("grading.memory_limit_mib", "optimizer.lr", "optimizer.eps", "optimizer.clip_grad"),
+    *("optimizer.lr", "optimizer.eps", "optimizer.clip_grad"),
     *("optimizer.micro_batch_tokens", "schedule.problems_per_step", "schedule.problems_per_update"),
     *("schedule.epochs", "evolution.dev_size", "evolution.num_lineages", "evolution.minibatch_size"),
     *("evolution.max_template_tokens", "evolution.round_timeout_s", "evolution.reflection.max_tokens"),
@@ -416,6 +417,11 @@ def problems_of(config: Config) -> list[str]:
             or config.evolution.reflection.backend != "phrasebook"
             or bool(config.evolution.reflection.phrases),
             "evolution.reflection.backend=phrasebook needs evolution.reflection.phrases: a file of phrases",
+        ),
+        (
+            config.grading.memory_limit_mib >= 256,
+            f"grading.memory_limit_mib={config.grading.memory_limit_mib} must be at least 256: math-verify alone takes "
+            "about 70",
         ),
         (
             "{question}" in config.data.question_format,
