@@ -22,7 +22,7 @@ class Evaluate(Protocol):
     """Renders, samples and grades on rank 0."""
 
     def __call__(
-        self, template_text: str, problem: Problem, sampling: SamplingParams
+        self, template_text: str, problem: Problem, sampling: SamplingParams, /
     ) -> "Future[Evaluation | Rejection]":
         """Submit one rollout; many are in flight at once. A prompt that is too long is a `Rejection`.
 

@@ -48,6 +48,7 @@ class EvolutionSession:
         reflection_url: str | None = None,
         reflection_model: str | None = None,
         reflection_api_key: str | None = None,
+        finish_grace_s: float = FINISH_GRACE_S,
     ) -> None:
         """Check the settings; the process starts with the first round.
 
@@ -58,6 +59,7 @@ class EvolutionSession:
         self._settings = _round_settings(config, reflection_url, reflection_model)
         self._run_dir = run_dir
         self._evaluate = evaluate
+        self._finish_grace_s = finish_grace_s
         self._environment = dict(os.environ)
         if reflection_api_key is not None:
             self._environment[config.evolution.reflection.api_key_env] = reflection_api_key
@@ -156,10 +158,12 @@ class EvolutionSession:
                     message = await service.receive()
             except TimeoutError:
                 if limit > deadline:
-                    raise ServiceLost(f"no library {FINISH_GRACE_S:g} s after evolution.round_timeout_s") from None
+                    raise ServiceLost(
+                        f"no library {self._finish_grace_s:g} s after evolution.round_timeout_s"
+                    ) from None
                 logger.warning("evolution.deadline: round %d is cut off, what it has is used", spec.epoch)
                 service.send(FinishRound())
-                limit = deadline + FINISH_GRACE_S
+                limit = deadline + self._finish_grace_s
                 continue
             match message:
                 case EvaluateRequest():

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from math import sqrt
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def random_rewards(rng: random.Random, num_candidates: int) -> list[list[float]]
     return [[float(rng.random() < 0.25) for _ in range(NUM_PROBLEMS)] for _ in range(num_candidates)]
 
 
-def gepa_state_of(rewards: list[list[float]]) -> "gepa_state.GEPAState[None, int]":
+def gepa_state_of(rewards: list[list[float]]) -> Any:
     evaluations = [
         gepa_state.ValsetEvaluation(
             outputs_by_val_id=dict.fromkeys(range(NUM_PROBLEMS)),

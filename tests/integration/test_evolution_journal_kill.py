@@ -1,0 +1,45 @@
+"""The journal under SIGKILL of a process that does nothing but write it."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_p2o.evolve.journal import Journal, read_journal
+
+WRITER = """
+import sys
+from pathlib import Path
+from megatron_p2o.evolve.journal import Journal
+
+journal = Journal(Path(sys.argv[1]))
+number = len(journal.records)
+print("writing", flush=True)
+while True:
+    journal.append({"number": number, "text": "x" * (number * 37 % 5000)})
+    number += 1
+"""
+
+
+def test_journal_killed_at_random_moments_never_loses_or_repeats_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    rng = random.Random(0)
+    num_records = 0
+    for _ in range(8):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        with writer.stdout:
+            assert writer.stdout.readline() == b"writing\n"
+            time.sleep(rng.uniform(0.0, 0.05))
+            writer.send_signal(signal.SIGKILL)
+            writer.wait(30)
+        records, _ = read_journal(path)
+        assert [record["number"] for record in records] == list(range(len(records)))
+        assert len(records) >= num_records
+        num_records = len(records)
+    assert num_records > 8
+    with Journal(path) as journal:
+        journal.append({"number": num_records})
+    assert read_journal(path)[0][-1] == {"number": num_records}

@@ -1,0 +1,388 @@
+"""Evolution as a process of its own: rounds over the socket, kills, stops, silence, and the death of rank 0."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_p2o.config import (
+    Config,
+    DataConfig,
+    EvolutionConfig,
+    HardConfig,
+    ModelConfig,
+    ReflectionConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from megatron_p2o.evolve.conduct import journal_path
+from megatron_p2o.evolve.evaluation import Evaluation, FreeScore, Rejection
+from megatron_p2o.evolve.history import digest
+from megatron_p2o.evolve.journal import read_journal
+from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.session import EvolutionSession
+from megatron_p2o.testing.evolution import KEY_PHRASES, PHRASES, KeyPhraseTask, families_served, make_problems
+from megatron_p2o.types import Problem, SamplingParams, Template
+
+PROBLEMS = make_problems(60)
+WARM_LIBRARY = PublishedLibrary(
+    version=1, templates=(Template(id=1, text=" ".join(KEY_PHRASES["red"]), parent=None, score=0.3),)
+)
+LIMIT_S = 30.0
+"""For anything that must happen soon."""
+
+
+@pytest.fixture
+def phrases(tmp_path: Path) -> Path:
+    path = tmp_path / "phrases.txt"
+    path.write_text("\n".join(PHRASES) + "\n")
+    return path
+
+
+@pytest.fixture
+def sessions() -> Iterator[list[EvolutionSession]]:
+    """Sessions appended here are closed at the end."""
+    opened: list[EvolutionSession] = []
+    yield opened
+    for session in opened:
+        session.close()
+
+
+def config_of(phrases: Path, **evolution: Any) -> Config:
+    settings = {
+        "max_rollouts": 600,
+        "reflection": ReflectionConfig(backend="phrasebook", phrases=str(phrases)),
+        "round_timeout_s": 60.0,
+        **evolution,
+    }
+    return Config(
+        run=RunConfig(name="test"),
+        model=ModelConfig(path="unused"),
+        data=DataConfig(train="unused", question_format="Please: {question}"),
+        rollout=RolloutConfig(max_new_tokens=77, top_p=0.9),
+        hard=HardConfig(min_problems=10),
+        evolution=EvolutionConfig(**settings),
+    )
+
+
+def is_running(process_id: int) -> bool:
+    """Return whether the process lives; a zombie does not."""
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until_gone(process_id: int) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while is_running(process_id):
+        assert time.monotonic() < deadline, f"process {process_id} still runs after {LIMIT_S:g} s"
+        time.sleep(0.01)
+
+
+def scores_in(path: Path) -> set[tuple[str, str]]:
+    records, _ = read_journal(path)
+    return {(record["template"], record["problem_id"]) for record in records if record["event"] == "Scored"}
+
+
+class KillingTask(KeyPhraseTask):
+    """Signals the service at given requests, and notes what its journal held when it was dead."""
+
+    def __init__(self, kill_at: set[int], journal: Path, signal_number: signal.Signals = signal.SIGKILL) -> None:
+        super().__init__(PROBLEMS)
+        self.session: EvolutionSession | None = None
+        self.asked: list[tuple[str, str]] = []
+        """(template digest, problem id) in order."""
+        self.signalled: list[int] = []
+        """Process ids."""
+        self.journalled: list[tuple[int, set[tuple[str, str]]]] = []
+        """At each kill: number of requests so far, scores on disk."""
+        self._kill_at = kill_at
+        self._journal = journal
+        self._signal = signal_number
+
+    def submit(
+        self, template_text: str, problem: Problem, sampling: SamplingParams
+    ) -> "Future[Evaluation | Rejection]":
+        self.asked.append((digest(template_text), problem.id))
+        if len(self.asked) in self._kill_at:
+            assert self.session is not None and self.session.service_process_id is not None
+            self.signalled.append(self.session.service_process_id)
+            os.kill(self.signalled[-1], self._signal)
+            if self._signal == signal.SIGKILL:
+                wait_until_gone(self.signalled[-1])
+                self.journalled.append((len(self.asked), scores_in(self._journal)))
+        return super().submit(template_text, problem, sampling)
+
+
+def killing_session(
+    config: Config, run_dir: Path, kill_at: set[int], signal_number: signal.Signals = signal.SIGKILL, **options: Any
+) -> tuple[EvolutionSession, KillingTask]:
+    task = KillingTask(kill_at, journal_path(run_dir, 0), signal_number)
+    session = EvolutionSession(config, run_dir, task.submit, **options)
+    task.session = session
+    return session, task
+
+
+# Rounds
+
+
+def test_round_publishes_templates_that_solve_hard_problems(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
+) -> None:
+    task = KeyPhraseTask(PROBLEMS)
+    session = EvolutionSession(config_of(phrases, max_rollouts=3500), tmp_path, task.submit)
+    sessions.append(session)
+    library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    assert library.version == 1 and library == load_library(library_path(tmp_path, 1))
+    served = set[str]().union(*(families_served(template.text) for template in library.templates))
+    assert served == {"red", "green", "blue"}
+    assert all(len(library.assigned(problem)) == 6 for problem in PROBLEMS)
+    stats = session.last_round
+    assert stats is not None and stats.ended_by == "budget" and stats.duration_s > 0
+    assert stats.num_rollouts == task.requests.total() and 3490 < stats.num_rollouts <= 3500
+    assert (stats.num_hard, stats.num_dev, stats.num_feedback) == (60, 30, 30)
+    assert stats.coverage == 1.0 and stats.best_score > 0.5
+    assert (session.num_service_losses, session.num_failed_evaluations) == (0, 0)
+
+    process_id = session.service_process_id
+    assert process_id is not None
+    task.requests.clear()
+    again = session.evolve(PROBLEMS, library, epoch=1)
+    assert session.service_process_id == process_id, "one process serves all rounds"
+    assert again.version == 2
+    assert {text for text, *_ in task.requests} >= {template.text for template in library.templates}, "warm start"
+    session.close()
+    sessions.clear()
+    assert not is_running(process_id)
+
+
+def test_rollouts_are_sampled_as_configured(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:
+    asked: set[tuple[SamplingParams, str]] = set()
+    task = KeyPhraseTask(PROBLEMS)
+
+    def evaluate(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Evaluation | Rejection]":
+        asked.add((sampling, problem.question))
+        return task.submit(text, problem, sampling)
+
+    sessions.append(EvolutionSession(config_of(phrases, plain_control=True), tmp_path, evaluate))
+    sessions[0].evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=77, top_p=1.0)
+    like_training = SamplingParams(temperature=0.6, max_new_tokens=77, top_p=0.9)
+    assert {sampling for sampling, _ in asked} == {greedy, like_training}
+    assert {question for _, question in asked} == {problem.question for problem in PROBLEMS}
+    stats = sessions[0].last_round
+    assert stats is not None and stats.plain_coverage == 0.0, "a plain prompt never succeeds in this task"
+
+
+def test_too_few_hard_problems_start_no_process(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
+) -> None:
+    sessions.append(EvolutionSession(config_of(phrases), tmp_path, KeyPhraseTask(PROBLEMS).submit))
+    library = sessions[0].evolve(PROBLEMS[:9], PublishedLibrary(version=4), epoch=0)
+    assert library == PublishedLibrary(version=5)
+    assert sessions[0].service_process_id is None
+    assert sessions[0].last_round is not None and sessions[0].last_round.ended_by == "too_few_hard"
+
+
+def test_training_rollouts_given_to_the_session_reach_the_round(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
+) -> None:
+    task = KeyPhraseTask(PROBLEMS)
+    session = EvolutionSession(config_of(phrases), tmp_path, task.submit)
+    sessions.append(session)
+    failed = Evaluation(reward=0.0, response_text="?", finish_reason="stop", num_tokens=3, weight_version=3)
+    for problem in PROBLEMS:
+        session.observe(FreeScore(template_text="", problem_id=problem.id, evaluation=failed))
+    session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    assert all(text for text, *_ in task.requests)
+    session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=1)
+    assert any(not text for text, *_ in task.requests), "they count for one round only"
+
+
+# Kills
+
+
+@pytest.mark.parametrize("kill_at", [1, 37, 160, 431])
+def test_killed_service_resumes_and_neither_loses_nor_repeats_a_finished_rollout(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession], kill_at: int
+) -> None:
+    session, task = killing_session(config_of(phrases), tmp_path, {kill_at})
+    sessions.append(session)
+    library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    ((num_asked, journalled),) = task.journalled
+    if kill_at > 100:
+        assert journalled, "the kill fell into the middle of the work"
+    assert scores_in(journal_path(tmp_path, 0)) >= journalled, "lost"
+    assert not set(task.asked[num_asked:]) & journalled, "repeated"
+    assert session.last_round is not None
+    assert session.last_round.ended_by == "budget" and session.last_round.num_restarts == 1
+    assert 590 < session.last_round.num_rollouts <= 600
+    assert library == load_library(library_path(tmp_path, 1))
+
+
+def test_service_killed_twice_costs_the_round_but_not_what_it_found(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
+) -> None:
+    session, task = killing_session(config_of(phrases), tmp_path, {200, 400})
+    sessions.append(session)
+    library = session.evolve(PROBLEMS, WARM_LIBRARY, epoch=0)
+    stats = session.last_round
+    assert stats is not None and stats.ended_by == "service_lost" and stats.num_restarts == 2
+    assert library.version == 2 and library.templates, "salvaged from the journal"
+    assert library == load_library(library_path(tmp_path, 2))
+    assert stats.num_rollouts == len(task.journalled[1][1])
+    next_library = session.evolve(PROBLEMS, library, epoch=1)
+    assert next_library.version == 3 and session.last_round is not None
+    assert session.last_round.ended_by == "budget", "the next round has a service again"
+
+
+def test_service_that_cannot_start_costs_evolution_only(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
+) -> None:
+    sessions.append(EvolutionSession(config_of(phrases), tmp_path, KeyPhraseTask(PROBLEMS).submit))
+    phrases.unlink()
+    library = sessions[0].evolve(PROBLEMS, PublishedLibrary(version=3), epoch=0)
+    assert library == PublishedLibrary(version=4)
+    assert sessions[0].last_round is not None and sessions[0].last_round.ended_by == "service_lost"
+    assert "phrases.txt" in (tmp_path / "evolution" / "service.log").read_text()
+
+
+# Time
+
+
+def test_late_round_publishes_what_it_has(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:
+    task = KeyPhraseTask(PROBLEMS)
+    unanswered: list[Future[Evaluation | Rejection]] = []
+
+    def evaluate(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Evaluation | Rejection]":
+        if task.requests.total() >= 200:
+            unanswered.append(Future())
+            return unanswered[-1]
+        return task.submit(text, problem, sampling)
+
+    sessions.append(EvolutionSession(config_of(phrases, round_timeout_s=6.0), tmp_path, evaluate))
+    library = sessions[0].evolve(PROBLEMS, WARM_LIBRARY, epoch=0)
+    stats = sessions[0].last_round
+    assert stats is not None and stats.ended_by == "deadline" and stats.num_rollouts == 200
+    assert library.templates and sessions[0].num_service_losses == 0
+    assert unanswered and all(future.cancelled() for future in unanswered), "nobody waits for them any more"
+
+
+def test_frozen_service_is_given_up_and_killed(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:
+    config = config_of(phrases, round_timeout_s=3.0)
+    session, task = killing_session(config, tmp_path, {20}, signal.SIGSTOP, finish_grace_s=0.2)
+    sessions.append(session)
+    library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    assert session.last_round is not None and session.last_round.ended_by == "service_lost"
+    assert library.version == 1
+    wait_until_gone(task.signalled[0])
+
+
+# Failures around it
+
+
+def test_evaluations_that_raise_are_counted_and_end_with_plain_prompts(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
+) -> None:
+    numbers = iter(range(10**9))
+
+    def evaluate(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Evaluation | Rejection]":
+        future: Future[Evaluation | Rejection] = Future()
+        match next(numbers) % 3:
+            case 0:
+                raise RuntimeError("no engine")
+            case 1:
+                future.set_exception(ValueError("bad prompt"))
+            case _:
+                future.cancel()
+        return future
+
+    sessions.append(EvolutionSession(config_of(phrases), tmp_path, evaluate))
+    library = sessions[0].evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    stats = sessions[0].last_round
+    assert stats is not None and stats.num_rollouts == 0 and stats.ended_by == "no_progress"
+    assert library == PublishedLibrary(version=1)
+    assert sessions[0].num_failed_evaluations == next(numbers) > 0
+    assert sessions[0].num_service_losses == 0
+
+
+def test_dead_reflection_endpoint_pauses_evolution_and_says_so(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(phrases, reflection=ReflectionConfig(backend="self", max_retries=0))
+    session = EvolutionSession(
+        config,
+        tmp_path,
+        KeyPhraseTask(PROBLEMS).submit,
+        reflection_url="http://127.0.0.1:1/v1",
+        reflection_model="initial-policy",
+        reflection_api_key="sk-very-secret",
+    )
+    sessions.append(session)
+    library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    assert library == PublishedLibrary(version=1)
+    assert session.last_round is not None and session.last_round.ended_by == "reflection_unavailable"
+    assert "evolution pauses until the next round: http://127.0.0.1:1/v1/chat/completions" in caplog.text
+    files = [path for path in tmp_path.rglob("*.*") if path.suffix in (".log", ".json", ".jsonl")]
+    written = caplog.text + "".join(path.read_text() for path in files)
+    assert len(files) >= 3
+    assert "sk-very-secret" not in written
+
+
+def test_unusable_reflection_settings_are_refused_at_the_start(tmp_path: Path, phrases: Path) -> None:
+    task = KeyPhraseTask(PROBLEMS)
+    config = config_of(phrases)
+    phrases.write_text("# only a comment\n")
+    with pytest.raises(ValueError, match="holds no phrase"):
+        EvolutionSession(config, tmp_path, task.submit)
+    lonely = replace(config, evolution=replace(config.evolution, reflection=ReflectionConfig(backend="self")))
+    with pytest.raises(ValueError, match=r"needs evolution\.reflection\.base_url"):
+        EvolutionSession(lonely, tmp_path, task.submit)
+
+
+def test_service_dies_with_rank_0(tmp_path: Path, phrases: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import json, sys
+        from concurrent.futures import Future
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[1])
+        from test_evolution_service import EMPTY_LIBRARY, PROBLEMS, EvolutionSession, config_of
+
+        def evaluate(text, problem, sampling):
+            print(json.dumps(session.service_process_id), flush=True)
+            return Future()  # never done: the round hangs until this process is killed
+
+        session = EvolutionSession(config_of(Path(sys.argv[2])), Path(sys.argv[3]), evaluate)
+        session.evolve(PROBLEMS, EMPTY_LIBRARY, 0)
+        """
+    )
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", program, here, str(phrases), str(tmp_path)]
+    rank_0 = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert rank_0.stdout is not None
+    try:
+        service = json.loads(rank_0.stdout.readline())
+        assert is_running(service)
+    finally:
+        rank_0.kill()
+        rank_0.wait(LIMIT_S)
+    wait_until_gone(service)
+
+
+def test_service_holds_no_torch() -> None:
+    program = "import sys, megatron_p2o.evolve.service; print({'torch', 'megatron', 'aiohttp'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=LIMIT_S).stdout
+    assert printed.strip() == b"set()"
