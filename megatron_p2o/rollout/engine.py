@@ -13,11 +13,11 @@ import torch
 
 from megatron_p2o.config import Config
 from megatron_p2o.interfaces import NamedWeights
-from megatron_p2o.rollout.broker import NOBODY, Broker, EnginesLost
+from megatron_p2o.rollout.broker import NOBODY, Broker
 from megatron_p2o.rollout.client import EngineClient
 from megatron_p2o.rollout.server import EngineServer
 from megatron_p2o.rollout.weight_message import LOAD_FORMAT
-from megatron_p2o.rollout.weight_sync import BUCKET_BYTES, RefreshFailed, WeightSync
+from megatron_p2o.rollout.weight_sync import BUCKET_BYTES, WeightSync
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
 CPU_ARGUMENTS: Mapping[str, Any] = {
@@ -113,15 +113,14 @@ class SglangEngine:
         versions.
 
         Raises:
-            RefreshFailed: from then on `generate` raises it too, until a refresh succeeds.
-            EnginesLost
+            RefreshFailed, EnginesLost: like any other error here, `generate` raises it too until a refresh succeeds.
         """
         policy = self._config.rollout.verify_weights
         verify = policy == "always" or (policy == "first" and not self._is_verified)
         self.broker.admit(NOBODY)
         try:
             self._sync.refresh(weights, version, verify=verify)
-        except (RefreshFailed, EnginesLost) as error:
+        except Exception as error:
             self.broker.suspend(error)
             raise
         self._is_verified = self._is_verified or verify

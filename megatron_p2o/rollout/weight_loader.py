@@ -81,6 +81,8 @@ class Refresh:
 
     plans: list[CopyPlan] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    checksums: dict[str, int] = field(default_factory=dict)
+    """The trainer's, by weight."""
     expected: list[tuple[Copy, int]] = field(default_factory=list)
     """Checksum each destination must have at the end."""
     corrupted: list[str] = field(default_factory=list)
@@ -124,12 +126,11 @@ class WeightLoader:
         unwritten = self._unwritten(refresh)
         if unwritten or hasattr(self._model, "post_load_weights"):
             self._plans.clear()  # load_weights does more than the recorded copies: run it every time
-        used = {copy.name for plan in refresh.plans for copy in plan.copies}
         report = RefreshReport(
             num_tensors=len(refresh.names),
             num_verified=len(refresh.expected) if message.verify else 0,
             corrupted=tuple(dict.fromkeys(corrupted)),
-            ignored=tuple(name for name in refresh.names if name not in used),
+            ignored=tuple(ignored_by_model(refresh)),
             unwritten=tuple(unwritten),
         )
         write_report(report, Path(f"{message.report_path}.{tensor_parallel_rank()}"))
@@ -145,6 +146,7 @@ class WeightLoader:
     def _expect(self, plan: CopyPlan, entries: Sequence[TensorEntry], checksums: Sequence[int], bucket: Tensor) -> None:
         """Note the checksum of every destination: the trainer's own, or for a slice that of the slice as received."""
         sent = dict(zip((entry.name for entry in entries), checksums, strict=True))
+        self._refresh.checksums |= sent
         received = {entry.name: entry.view(bucket) for entry in entries}
         sliced = {copy.name: copy.destination.device for copy in plan.copies if not copy.is_whole}
         for name, device in sliced.items():
@@ -162,6 +164,13 @@ class WeightLoader:
         for plan in refresh.plans:
             written.update(plan.written)
         return [name for name, value in self._model.named_parameters() if written[name] < value.numel()]
+
+
+def ignored_by_model(refresh: Refresh) -> list[str]:
+    """Return the weights that no copy came from, except those whose twin was used (tied embeddings)."""
+    used = {copy.name for plan in refresh.plans for copy in plan.copies}
+    used_checksums = {refresh.checksums[name] for name in used if name in refresh.checksums}
+    return [name for name in refresh.names if name not in used and refresh.checksums.get(name) not in used_checksums]
 
 
 class CopyRecorder(TorchDispatchMode):

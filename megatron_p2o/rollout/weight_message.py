@@ -82,7 +82,7 @@ class RefreshReport:
     corrupted: tuple[str, ...]
     """Weights that lie in the model otherwise than in the trainer."""
     ignored: tuple[str, ...]
-    """Weights the model took nothing from."""
+    """Weights this rank took nothing from, twins of used weights excepted."""
     unwritten: tuple[str, ...]
     """Parameters of the model that no weight filled completely."""
 

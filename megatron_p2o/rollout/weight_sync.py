@@ -9,7 +9,7 @@ confirmed; after a failure the engines stay paused until a later refresh succeed
 import mmap
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -183,12 +183,9 @@ class WeightSync:
             await client.update_weights([payload] * self._num_ranks, LOAD_FORMAT, True, self._timeout_s)
 
         for name in self._wait(self._fleet.call_every_engine(finish)):
-            for rank in range(self._num_ranks):
-                path = paths[name].with_name(f"{paths[name].name}.{rank}")
-                report = read_report(path)
-                path.unlink()
-                if verify and (complaint := complaint_of(report)):
-                    raise RefreshFailed(f"refresh to version {version}: {name}, rank {rank}: {complaint}")
+            reports = [take_report(Path(f"{paths[name]}.{rank}")) for rank in range(self._num_ranks)]
+            if verify and (complaint := complaint_of(reports)):
+                raise RefreshFailed(f"refresh to version {version}: {name} {complaint}")
 
     def commit(self, version: int) -> None:
         """Close the update, name the new weights and decode again."""
@@ -242,17 +239,31 @@ class WeightSync:
         return future.result(timeout=2 * self._timeout_s + 60)
 
 
-def complaint_of(report: RefreshReport) -> str:
-    """Return what is wrong with an engine's weights, or ""."""
-    if report.corrupted:
-        return f"{len(report.corrupted)} weights differ from the trainer's: {shorten(report.corrupted)}"
-    if report.unwritten:
-        return (
-            f"{len(report.unwritten)} parameters were not filled by traceable copies: {shorten(report.unwritten)}; "
-            "either the policy left weights out, or this model cannot be verified: set rollout.verify_weights to never"
-        )
-    if report.num_verified == 0:
-        return "nothing was compared"
+def take_report(path: Path) -> RefreshReport:
+    report = read_report(path)
+    path.unlink()
+    return report
+
+
+def complaint_of(reports: Sequence[RefreshReport]) -> str:
+    """Return what is wrong with an engine's weights, given the reports of its ranks, or ""."""
+    for rank, report in enumerate(reports):
+        if report.corrupted:
+            return (
+                f"(rank {rank}) holds {len(report.corrupted)} weights that differ from the trainer's: "
+                f"{shorten(report.corrupted)}"
+            )
+        if report.unwritten:
+            return (
+                f"(rank {rank}) has {len(report.unwritten)} parameters that no traceable copy filled: "
+                f"{shorten(report.unwritten)}; either the policy left weights out, or this model cannot be verified: "
+                "set rollout.verify_weights to never"
+            )
+        if report.num_verified == 0:
+            return f"(rank {rank}) compared nothing"
+    ignored = set.intersection(*(set(report.ignored) for report in reports))
+    if ignored:
+        return f"has no use for {len(ignored)} weights it was sent: {shorten(tuple(sorted(ignored)))}"
     return ""
 
 

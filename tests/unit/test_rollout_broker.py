@@ -1,0 +1,301 @@
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from megatron_p2o.rollout.broker import EVERYONE, NOBODY, Broker, BrokerClosed, EnginesLost
+from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable, Generation
+from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8)
+WAIT_S = 20
+
+
+class FakeClient:
+    """An engine that answers when told to, with the prompt's ids plus one."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.permits = asyncio.Semaphore(0)
+        self.served: list[int] = []
+        self.aborted: list[str] = []
+        self.num_running = self.most_running = 0
+        self.is_gone = self.ignores_abort = False
+        self.stopping: dict[str, asyncio.Event] = {}
+
+    async def generate(self, token_ids, sampling, request_id, timeout_s) -> Generation:
+        if token_ids[0] < 0:
+            raise EngineRefused("negative token")
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        stop = self.stopping[request_id] = asyncio.Event()
+        go = asyncio.ensure_future(self.permits.acquire())
+        abort = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait([go, abort], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.num_running -= 1
+            go.cancel()
+            abort.cancel()
+        if self.is_gone:
+            raise EngineUnreachable("connection reset")
+        if stop.is_set() and self.ignores_abort:
+            raise TimeoutError("no answer")
+        self.served.append(int(token_ids[0]))
+        reason = "abort" if stop.is_set() else "stop"
+        return Generation(
+            token_ids=token_ids + 1, logprobs=np.zeros(1, np.float32), finish_reason=reason, weight_versions=(3,)
+        )
+
+    async def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        self.stopping[request_id].set()
+
+    async def close(self) -> None:
+        pass
+
+    def release(self, count: int = 1000) -> None:
+        """Let `count` requests finish; called by the test's thread."""
+
+        async def add() -> None:
+            for _ in range(count):
+                self.permits.release()
+
+        asyncio.run_coroutine_threadsafe(add(), self.loop).result(WAIT_S)
+
+    def die(self) -> None:
+        self.is_gone = True
+        self.release()
+
+
+@contextmanager
+def broker_with(
+    num_engines: int = 1, slots: int = 4, request_timeout_s: float = WAIT_S
+) -> Iterator[tuple[Broker, list[FakeClient]]]:
+    broker = Broker(slots_per_engine=slots, request_timeout_s=request_timeout_s)
+    clients: list[FakeClient] = []
+
+    def make_client() -> FakeClient:
+        clients.append(FakeClient())
+        return clients[-1]
+
+    try:
+        for index in range(num_engines):
+            broker.add_engine(f"engine {index}", make_client, lambda index=index: f"log of engine {index}")
+        yield broker, clients
+    finally:
+        broker.close()
+
+
+def prompt(token: int, problem: str | None = None) -> Prompt:
+    ids = np.array([token], dtype=np.int32)
+    return Prompt(
+        problem=Problem(id=problem or str(token), question="", answer=""),
+        template=PLAIN,
+        sampling_ids=ids,
+        training_ids=ids,
+    )
+
+
+def settled(broker: Broker) -> None:
+    """Return when the loop has seen everything submitted so far."""
+    broker.admit(EVERYONE)
+
+
+def test_a_completion_carries_what_the_engine_sampled() -> None:
+    with broker_with() as (broker, (client,)):
+        client.release()
+        asked = prompt(7)
+        completion = broker.submit(asked, SAMPLING).result(WAIT_S)
+    assert completion.prompt is asked
+    assert completion.token_ids.tolist() == [8]
+    assert completion.finish_reason == "stop"
+    assert completion.weight_versions == (3,)
+
+
+def test_training_overtakes_evolution_that_still_waits() -> None:
+    with broker_with(slots=1) as (broker, (client,)):
+        first = broker.submit(prompt(1), SAMPLING, "evolution")
+        later = [broker.submit(prompt(2), SAMPLING, "evolution"), broker.submit(prompt(3), SAMPLING, "training")]
+        client.release()
+        for future in (first, *later):
+            future.result(WAIT_S)
+    assert client.served == [1, 3, 2]
+
+
+def test_no_engine_gets_more_requests_than_it_has_slots() -> None:
+    with broker_with(num_engines=2, slots=3) as (broker, clients):
+        futures = [broker.submit(prompt(token), SAMPLING) for token in range(20)]
+        settled(broker)
+        assert [client.num_running for client in clients] == [3, 3]
+        for client in clients:
+            client.release()
+        assert [future.result(WAIT_S).token_ids[0] for future in futures] == list(range(1, 21))
+    assert [client.most_running for client in clients] == [3, 3]
+
+
+def test_the_rollouts_of_a_problem_go_to_one_engine_while_it_has_slots() -> None:
+    with broker_with(num_engines=2, slots=8) as (broker, clients):
+        futures = [broker.submit(prompt(token, problem=str(token % 2)), SAMPLING) for token in range(12)]
+        settled(broker)
+        for client in clients:
+            client.release()
+        for future in futures:
+            future.result(WAIT_S)
+    assert [{token % 2 for token in client.served} for client in clients] == [{0}, {1}]
+
+
+def test_a_full_engine_does_not_hold_up_its_group() -> None:
+    with broker_with(num_engines=2, slots=4) as (broker, clients):
+        futures = [broker.submit(prompt(token, problem="same"), SAMPLING) for token in range(6)]
+        settled(broker)
+        assert [client.num_running for client in clients] == [4, 2]
+        for client in clients:
+            client.release()
+        for future in futures:
+            future.result(WAIT_S)
+
+
+def test_a_closed_gate_holds_new_requests_and_leaves_running_ones_alone() -> None:
+    with broker_with() as (broker, (client,)):
+        running = broker.submit(prompt(1), SAMPLING)
+        broker.admit(NOBODY)
+        held = broker.submit(prompt(2), SAMPLING)
+        client.release()
+        running.result(WAIT_S)
+        assert not held.done()
+        broker.admit(EVERYONE)
+        assert held.result(WAIT_S).token_ids.tolist() == [3]
+
+
+def test_the_gate_can_admit_evolution_alone() -> None:
+    with broker_with() as (broker, (client,)):
+        client.release()
+        broker.admit(frozenset({"evolution"}))
+        training = broker.submit(prompt(1), SAMPLING, "training")
+        evolution = broker.submit(prompt(2), SAMPLING, "evolution")
+        evolution.result(WAIT_S)
+        assert not training.done()
+        broker.serve(version=1)
+        training.result(WAIT_S)
+
+
+def test_requests_of_an_engine_that_dies_are_sampled_by_another_once() -> None:
+    with broker_with(num_engines=2, slots=4) as (broker, clients):
+        futures = [broker.submit(prompt(token), SAMPLING) for token in range(8)]
+        settled(broker)
+        clients[0].die()
+        clients[1].release()
+        assert [future.result(WAIT_S).token_ids[0] for future in futures] == list(range(1, 9))
+        assert broker.num_engines == 1
+    assert clients[0].served == []
+    assert sorted(clients[1].served) == list(range(8))
+
+
+def test_losing_the_last_engine_fails_every_request_with_the_logs() -> None:
+    with broker_with(num_engines=2, slots=1) as (broker, clients):
+        futures = [broker.submit(prompt(token), SAMPLING) for token in range(5)]
+        settled(broker)
+        for client in clients:
+            client.die()
+        for future in futures:
+            with pytest.raises(EnginesLost, match=r"log of engine 0\n.*\nlog of engine 1"):
+                future.result(WAIT_S)
+        with pytest.raises(EnginesLost):
+            broker.submit(prompt(9), SAMPLING).result(WAIT_S)
+
+
+def test_a_request_out_of_time_completes_as_aborted_with_its_tokens() -> None:
+    with broker_with(request_timeout_s=0.05) as (broker, (client,)):
+        completion = broker.submit(prompt(4), SAMPLING).result(WAIT_S)
+    assert completion.finish_reason == "abort"
+    assert completion.token_ids.tolist() == [5]
+    assert len(client.aborted) == 1
+
+
+def test_a_request_whose_abort_is_not_answered_completes_without_tokens() -> None:
+    with broker_with(request_timeout_s=0.05) as (broker, (client,)):
+        client.ignores_abort = True
+        completion = broker.submit(prompt(4), SAMPLING).result(WAIT_S)
+    assert completion.finish_reason == "abort"
+    assert completion.token_ids.size == completion.logprobs.size == 0
+
+
+def test_a_refused_request_fails_alone() -> None:
+    with broker_with() as (broker, (client,)):
+        client.release()
+        bad, good = broker.submit(prompt(-1), SAMPLING), broker.submit(prompt(1), SAMPLING)
+        with pytest.raises(EngineRefused, match="negative token"):
+            bad.result(WAIT_S)
+        assert good.result(WAIT_S).token_ids.tolist() == [2]
+        assert broker.num_engines == 1
+
+
+def test_nothing_is_served_while_suspended() -> None:
+    with broker_with(slots=1) as (broker, (client,)):
+        running = broker.submit(prompt(1), SAMPLING)
+        waiting = broker.submit(prompt(2), SAMPLING)
+        broker.suspend(RuntimeError("bad weights"))
+        for future in (waiting, broker.submit(prompt(3), SAMPLING)):
+            with pytest.raises(RuntimeError, match="bad weights"):
+                future.result(WAIT_S)
+        client.release()
+        running.result(WAIT_S)
+        broker.serve(version=5)
+        assert broker.version == 5
+        assert broker.submit(prompt(4), SAMPLING).result(WAIT_S).token_ids.tolist() == [5]
+    assert client.served == [1, 4]
+
+
+def test_cancelling_a_future_aborts_the_request_and_frees_its_slot() -> None:
+    with broker_with(slots=1) as (broker, (client,)):
+        running = broker.submit(prompt(1), SAMPLING)
+        queued = broker.submit(prompt(2), SAMPLING)
+        last = broker.submit(prompt(3), SAMPLING)
+        settled(broker)
+        assert queued.cancel() and running.cancel()
+        settled(broker)
+        client.release()
+        last.result(WAIT_S)
+    assert client.served == [3]
+    assert len(client.aborted) == 1
+
+
+def test_closing_fails_what_runs_and_waits_and_ends_the_thread() -> None:
+    num_threads = threading.active_count()
+    with broker_with(slots=1) as (broker, _):
+        futures = [broker.submit(prompt(token), SAMPLING) for token in range(2)]
+        settled(broker)
+        broker.close()
+        for future in (*futures, broker.submit(prompt(3), SAMPLING)):
+            with pytest.raises(BrokerClosed):
+                future.result(WAIT_S)
+    assert threading.active_count() == num_threads
+
+
+def test_coroutines_of_another_loop_can_wait_for_completions() -> None:
+    with broker_with() as (broker, (client,)):
+        client.release()
+
+        async def ask() -> list[int]:
+            completions = await asyncio.gather(*(broker.generate(prompt(token), SAMPLING) for token in (1, 2)))
+            return [int(completion.token_ids[0]) for completion in completions]
+
+        assert asyncio.run(ask()) == [2, 3]
+
+
+def test_a_call_to_every_engine_leaves_out_those_that_are_gone() -> None:
+    async def name_of(name: str, client: FakeClient) -> str:
+        if client.is_gone:
+            raise EngineUnreachable("connection refused")
+        return name.upper()
+
+    with broker_with(num_engines=2) as (broker, clients):
+        clients[0].is_gone = True
+        assert broker.call_every_engine(name_of).result(WAIT_S) == {"engine 1": "ENGINE 1"}
+        clients[1].is_gone = True
+        with pytest.raises(EnginesLost):
+            broker.call_every_engine(name_of).result(WAIT_S)

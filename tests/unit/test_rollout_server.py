@@ -1,0 +1,183 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.rollout.client import parse_generation
+from megatron_p2o.rollout.engine import end_of_sequence_ids, server_arguments
+from megatron_p2o.rollout.launcher import check_names
+from megatron_p2o.rollout.server import CPU_SITE, EngineServer, engine_environment, reserve_port
+
+
+def config_with(sglang: dict | None = None, **rollout) -> Config:
+    return Config(
+        run=RunConfig(name="test", seed=10),
+        model=ModelConfig(path="/models/policy", dtype="float32"),
+        data=DataConfig(train="train.jsonl"),
+        rollout=RolloutConfig(**rollout),
+        sglang=sglang or {},
+    )
+
+
+def test_server_arguments_follow_the_settings() -> None:
+    arguments = server_arguments(
+        config_with({"chunked-prefill-size": 64}, max_running_requests=32, max_total_tokens=999), 1, is_cpu=True
+    )
+    assert arguments["model_path"] == "/models/policy"
+    assert arguments["dtype"] == "float32"
+    assert arguments["device"] == "cpu"
+    assert arguments["max_running_requests"] == 32
+    assert arguments["max_total_tokens"] == 999
+    assert arguments["chunked_prefill_size"] == 64
+    assert arguments["random_seed"] == 11, "engines of one run must not sample alike"
+
+
+def test_engines_on_gpus_follow_each_other() -> None:
+    arguments = server_arguments(config_with(tensor_parallel=2), 3, is_cpu=False)
+    assert arguments["base_gpu_id"] == 6
+    assert arguments["tp_size"] == 2
+    assert "device" not in arguments
+    assert arguments["max_total_tokens"] is None
+
+
+def test_the_sglang_section_wins_over_our_choices_for_the_cpu() -> None:
+    assert server_arguments(config_with({"sleep_on_idle": False}), 0, is_cpu=True)["sleep_on_idle"] is False
+
+
+def test_arguments_that_other_settings_decide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sglang\.tp_size is decided by rollout\.tensor_parallel"):
+        server_arguments(config_with({"tp-size": 2}), 0, is_cpu=True)
+
+
+def test_a_server_s_address_and_keys_cannot_be_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sglang\.host is decided by the program"):
+        EngineServer("engine 0", {"host": "0.0.0.0"}, tmp_path / "log")
+
+
+def test_an_unknown_argument_is_named_with_its_nearest() -> None:
+    with pytest.raises(ValueError, match=r"sglang\.max_runing_requests is not .* did you mean sglang\.max_running"):
+        check_names({"dtype": 1, "max_runing_requests": 2}, ["dtype", "max_running_requests"])
+
+
+def test_a_reserved_port_is_given_to_nobody_else_and_still_serves() -> None:
+    with reserve_port() as holder:
+        port = holder.getsockname()[1]
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)):
+            server.settimeout(5)
+            server.accept()[0].close()
+
+
+def test_reserved_ports_differ() -> None:
+    holders = [reserve_port() for _ in range(50)]
+    assert len({holder.getsockname()[1] for holder in holders}) == 50
+    for holder in holders:
+        holder.close()
+
+
+def test_an_engine_does_not_inherit_the_trainer_s_process_group(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("RANKING", "kept")
+    environment = engine_environment(is_cpu=True, scratch=tmp_path)
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & environment.keys()
+    assert environment["RANKING"] == "kept"
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(CPU_SITE)
+    assert environment["TMPDIR"] == str(tmp_path)
+    assert "SGLANG_USE_CPU_ENGINE" not in engine_environment(is_cpu=False, scratch=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"config.json": 2}, (2,)),
+        ({"config.json": 2, "generation_config.json": [5, 6]}, (5, 6)),
+        ({"config.json": 2, "generation_config.json": None}, (2,)),
+    ],
+)
+def test_stop_tokens_are_the_model_s_own(files: dict, expected: tuple[int, ...], tmp_path: Path) -> None:
+    for name, ids in files.items():
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": ids}))
+    assert end_of_sequence_ids(tmp_path) == expected
+
+
+def test_a_model_without_an_end_token_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no eos_token_id"):
+        end_of_sequence_ids(tmp_path)
+
+
+def test_an_answer_lists_each_weight_version_once_in_order() -> None:
+    meta = {
+        "output_token_logprobs": [[-0.5, 11, None], [-0.25, 12, None]],
+        "finish_reason": {"type": "length", "length": 2},
+        "weight_version": "4",
+        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
+    }
+    generation = parse_generation({"meta_info": meta})
+    assert generation.token_ids.tolist() == [11, 12] and generation.token_ids.dtype == np.int32
+    assert generation.logprobs.tolist() == [-0.5, -0.25] and generation.logprobs.dtype == np.float32
+    assert generation.finish_reason == "length"
+    assert generation.weight_versions == (3, 4)
+    assert parse_generation({"meta_info": {**meta, "weight_versions": None}}).weight_versions == (4,)
+
+
+def run_in_engine_environment(program: str, site: Path, tmp_path: Path) -> str:
+    environment = engine_environment(is_cpu=True, scratch=tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(CPU_SITE), str(site)])
+    # -S: no site-packages, so that what is installed there cannot decide the outcome; the site module is run by hand.
+    start = "import sitecustomize\n"
+    return subprocess.run(
+        [sys.executable, "-S", "-c", start + program], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_missing_packages_are_stood_in_for(tmp_path: Path) -> None:
+    program = """
+import triton, triton.language as tl
+from triton.runtime import driver
+from torchvision.transforms import InterpolationMode
+from sgl_kernel import top_k_renorm_prob
+
+@triton.autotune(configs=[triton.Config({}, num_warps=4)], key=[])
+@triton.jit
+def kernel(x: tl.constexpr):
+    return x + 1
+
+assert kernel(1) == 2 and triton.cdiv(7, 2) == 4 and triton.next_power_of_2(5) == 8
+assert "cpu" not in triton.backends.backends
+assert InterpolationMode.BICUBIC != InterpolationMode.NEAREST
+for attempt in (lambda: top_k_renorm_prob(1), lambda: __import__("sgl_kernel.scalar_type")):
+    try:
+        attempt()
+    except (NotImplementedError, ModuleNotFoundError) as error:
+        print(type(error).__name__)
+"""
+    assert run_in_engine_environment(program, tmp_path, tmp_path).split() == [
+        "NotImplementedError",
+        "ModuleNotFoundError",
+    ]
+
+
+def test_an_installed_package_wins_over_its_stand_in(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("mark = 'real'")
+    assert run_in_engine_environment("import triton; print(triton.mark)", tmp_path, tmp_path) == "real\n"
+
+
+def test_stand_ins_are_for_cpu_engines_only(tmp_path: Path) -> None:
+    environment = engine_environment(is_cpu=False, scratch=tmp_path) | {"PYTHONPATH": str(CPU_SITE)}
+    program = "import sitecustomize, importlib.util; print(importlib.util.find_spec('sgl_kernel'))"
+    answer = subprocess.run(
+        [sys.executable, "-S", "-c", program], env=environment, check=True, capture_output=True, text=True
+    )
+    assert answer.stdout == "None\n"

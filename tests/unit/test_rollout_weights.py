@@ -1,0 +1,310 @@
+import base64
+import pickle
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from megatron_p2o.rollout import weight_loader
+from megatron_p2o.rollout.checksum import BLOCK_WORDS, checksum
+from megatron_p2o.rollout.client import EngineRefused
+from megatron_p2o.rollout.weight_sync import RefreshFailed, StagingBuffer, WeightSync
+
+NAMES = ("embed.weight", "q.weight", "k.weight", "v.weight", "norm.weight")
+
+
+class FusedModel(nn.Module):
+    """An engine's model as SGLang builds it: q, k, v in one parameter, the embedding padded with zero rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Parameter(torch.full((8, 3), 9.0))
+        self.qkv = nn.Parameter(torch.zeros(7, 3, dtype=torch.bfloat16))
+        self.norm = nn.Parameter(torch.zeros(3))
+        self.num_loads = 0
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.num_loads += 1
+        rows = {"q.weight": (0, 3), "k.weight": (3, 2), "v.weight": (5, 2)}
+        for name, weight in weights:
+            if name in rows:
+                self.qkv.data.narrow(0, *rows[name]).copy_(weight)
+            elif name == "embed.weight":
+                self.embed.data[:5].copy_(weight)
+                self.embed.data[5:].fill_(0)
+            elif name == "norm.weight":
+                self.norm.data.copy_(weight)
+
+
+class FakeClient:
+    """The weight routes of an engine, with the loader in this process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.calls: list[str] = []
+        self.is_open = False
+        self.version = 0
+
+    async def pause(self) -> None:
+        self.calls.append("pause")
+
+    async def resume(self) -> None:
+        self.calls.append("resume")
+
+    async def begin_weight_update(self, timeout_s: float) -> None:
+        if self.is_open:
+            raise EngineRefused("a weight-update session is already open")
+        self.is_open = True
+
+    async def update_weights(self, payloads, load_format, flush_cache, timeout_s) -> None:
+        assert self.is_open
+        for payload in payloads:
+            self.load(pickle.loads(base64.b64decode(payload)))
+
+    def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
+        weight_loader.load(self.model, named_tensors)
+
+    async def end_weight_update(self, timeout_s: float) -> None:
+        self.is_open = False
+
+    async def set_weight_version(self, version: int) -> None:
+        self.version = version
+
+
+class Fleet:
+    """Engines that answer before the call returns."""
+
+    def __init__(self, *clients: FakeClient) -> None:
+        self.clients = clients
+
+    def call_every_engine(self, call) -> Future:
+        future: Future = Future()
+        try:
+            answers = {}
+            for index, client in enumerate(self.clients):
+                try:
+                    call(f"engine {index}", client).send(None)
+                except StopIteration as stop:
+                    answers[f"engine {index}"] = stop.value
+            future.set_result(answers)
+        except EngineRefused as error:
+            future.set_exception(error)
+        return future
+
+
+def weights(seed: int = 0) -> list[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed.weight": (5, 3), "q.weight": (3, 3), "k.weight": (2, 3), "v.weight": (2, 3), "norm.weight": (3,)}
+    return [
+        (name, torch.randn(shapes[name], generator=generator).to(torch.bfloat16 if name[0] in "qkv" else torch.float32))
+        for name in NAMES
+    ]
+
+
+def assert_holds(model: FusedModel, sent: list[tuple[str, Tensor]]) -> None:
+    by_name = dict(sent)
+    assert torch.equal(model.qkv, torch.cat([by_name["q.weight"], by_name["k.weight"], by_name["v.weight"]]))
+    assert torch.equal(model.embed, torch.cat([by_name["embed.weight"], torch.zeros(3, 3)]))
+    assert torch.equal(model.norm, by_name["norm.weight"])
+
+
+@pytest.fixture
+def model() -> FusedModel:
+    return FusedModel()
+
+
+def sync_of(*clients: FakeClient, directory: Path, bucket_bytes: int = 1 << 16) -> WeightSync:
+    return WeightSync(Fleet(*clients), directory, tensor_parallel=1, timeout_s=5, bucket_bytes=bucket_bytes)
+
+
+@pytest.mark.parametrize("bucket_bytes", [16, 48, 1 << 16], ids=["each weight alone", "some together", "one bucket"])
+def test_every_engine_holds_the_weights_after_each_refresh(tmp_path: Path, bucket_bytes: int) -> None:
+    clients = [FakeClient(FusedModel()), FakeClient(FusedModel())]
+    sync = sync_of(*clients, directory=tmp_path, bucket_bytes=bucket_bytes)
+    for version in (1, 2, 3):
+        sent = weights(seed=version)
+        sync.refresh(iter(sent), version, verify=True)
+        for client in clients:
+            assert_holds(client.model, sent)
+            assert client.version == version
+            assert not client.is_open
+            assert client.calls[-2:] == ["pause", "resume"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_first_refresh_runs_the_model_s_own_loading(model: FusedModel, tmp_path: Path) -> None:
+    sync = sync_of(FakeClient(model), directory=tmp_path)
+    for version in (1, 2, 3):
+        sync.refresh(weights(version), version, verify=True)
+    assert model.num_loads == 1
+
+
+def test_a_parameter_that_moved_is_found_again(model: FusedModel, tmp_path: Path) -> None:
+    sync = sync_of(FakeClient(model), directory=tmp_path)
+    sync.refresh(weights(1), 1, verify=True)
+    model.qkv.data = model.qkv.data.clone()
+    sync.refresh(weights(2), 2, verify=True)
+    assert_holds(model, weights(2))
+
+
+def test_a_model_that_derives_values_from_its_weights_always_loads_itself(tmp_path: Path) -> None:
+    class Derived(FusedModel):
+        def post_load_weights(self) -> None: ...
+
+    model = Derived()
+    sync = sync_of(FakeClient(model), directory=tmp_path)
+    for version in (1, 2):
+        sync.refresh(weights(version), version, verify=True)
+    assert model.num_loads == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_flipped_bit_in_the_engine_fails_the_refresh_and_names_the_weight(name: str, tmp_path: Path) -> None:
+    model = FusedModel()
+    client = FakeClient(model)
+    sync = sync_of(client, directory=tmp_path)
+    sync.refresh(weights(1), 1, verify=True)
+    sync.begin()
+    sync.load(weights(2), verify=True)
+    place = {"embed": model.embed[4], "q": model.qkv[2], "k": model.qkv[4], "v": model.qkv[5], "norm": model.norm}
+    flip_lowest_bit(place[name.split(".")[0]].data)
+    with pytest.raises(RefreshFailed, match=f"engine 0 .*1 weights that differ from the trainer's: {name}$"):
+        sync.check(2, verify=True)
+    assert client.version == 1
+    assert client.calls == ["pause", "resume", "pause"]
+
+
+def test_damage_on_the_way_to_the_engine_is_detected(model: FusedModel, tmp_path: Path) -> None:
+    class DamagingClient(FakeClient):
+        def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
+            for buffer in sync._buffers:
+                flip_lowest_bit(buffer._bytes)
+            super().load(named_tensors)
+
+    client = DamagingClient(model)
+    sync = sync_of(client, directory=tmp_path)
+    with pytest.raises(RefreshFailed, match=r"embed\.weight"):
+        sync.refresh(weights(), 1, verify=True)
+    assert client.version == 0
+
+
+def test_a_refresh_after_a_failed_one_repairs_the_engine(model: FusedModel, tmp_path: Path) -> None:
+    client = FakeClient(model)
+    sync = sync_of(client, directory=tmp_path)
+    sync.begin()
+    sync.load(weights(1), verify=True)
+    flip_lowest_bit(model.norm.data)
+    with pytest.raises(RefreshFailed):
+        sync.check(1, verify=True)
+    sync.refresh(weights(2), 2, verify=True)
+    assert_holds(model, weights(2))
+    assert client.version == 2
+
+
+def test_a_weight_that_was_left_out_fails_the_refresh(model: FusedModel, tmp_path: Path) -> None:
+    with pytest.raises(RefreshFailed, match="2 parameters that no traceable copy filled: qkv, norm;"):
+        sync_of(FakeClient(model), directory=tmp_path).refresh(weights()[:3], 1, verify=True)
+
+
+def test_a_weight_the_model_does_not_know_fails_the_refresh(model: FusedModel, tmp_path: Path) -> None:
+    sent = [*weights(), ("lm_head.bias", torch.ones(4))]
+    with pytest.raises(RefreshFailed, match=r"no use for 1 weights it was sent: lm_head\.bias"):
+        sync_of(FakeClient(model), directory=tmp_path).refresh(sent, 1, verify=True)
+
+
+def test_a_tied_weight_sent_twice_is_no_error(model: FusedModel, tmp_path: Path) -> None:
+    sent = [*weights(), ("lm_head.weight", weights()[0][1])]
+    sync_of(FakeClient(model), directory=tmp_path).refresh(sent, 1, verify=True)
+    assert_holds(model, weights())
+
+
+def test_without_verification_nothing_is_compared(model: FusedModel, tmp_path: Path) -> None:
+    client = FakeClient(model)
+    sync = sync_of(client, directory=tmp_path)
+    sync.begin()
+    sync.load(weights(), verify=False)
+    flip_lowest_bit(model.norm.data)
+    sync.check(1, verify=False)
+    sync.commit(1)
+    assert client.version == 1
+
+
+def test_a_policy_without_weights_is_an_error(model: FusedModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no weights"):
+        sync_of(FakeClient(model), directory=tmp_path).refresh(iter(()), 1, verify=True)
+
+
+def test_weights_are_taken_from_the_iterator_before_the_next_is_asked_for(model: FusedModel, tmp_path: Path) -> None:
+    """A policy may yield the same memory again and again: gathered weights are not kept."""
+    memory = torch.empty(15)
+
+    def reused() -> Iterator[tuple[str, Tensor]]:
+        for name, value in weights(4):
+            view = memory[: value.numel()].view(value.shape) if value.dtype == torch.float32 else value
+            yield name, view.copy_(value) if view is not value else value
+
+    sync_of(FakeClient(model), directory=tmp_path).refresh(reused(), 1, verify=True)
+    assert_holds(model, weights(4))
+
+
+def test_non_contiguous_weights_arrive_in_order(model: FusedModel, tmp_path: Path) -> None:
+    sent = [(name, value.t().contiguous().t() if value.dim() == 2 else value) for name, value in weights(5)]
+    sync_of(FakeClient(model), directory=tmp_path).refresh(sent, 1, verify=True)
+    assert_holds(model, weights(5))
+
+
+def test_a_staging_buffer_grows_for_a_large_tensor() -> None:
+    buffer = StagingBuffer(0, 32)
+    before = buffer.message(0, verify=False)
+    buffer.clear(1000)
+    buffer.put("large", torch.arange(250, dtype=torch.float32), verify=False)
+    after = buffer.message(0, verify=False)
+    assert after.num_bytes >= 1000 and after.buffer_id != before.buffer_id
+    mapped = torch.from_file(after.path, shared=True, size=after.num_bytes, dtype=torch.uint8)
+    assert torch.equal(after.entries[0].view(mapped), torch.arange(250, dtype=torch.float32))
+    buffer.close()
+
+
+@given(
+    count=st.integers(1, 40),
+    position=st.integers(0, 10**6),
+    bit=st.integers(0, 7),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]),
+)
+def test_a_checksum_notices_every_flipped_bit(count: int, position: int, bit: int, dtype: torch.dtype) -> None:
+    values = torch.arange(count).to(dtype)
+    changed = values.clone()
+    changed.view(torch.uint8)[position % changed.nbytes] ^= 1 << bit
+    assert checksum(changed) != checksum(values)
+
+
+def test_a_checksum_depends_on_order_and_length_but_not_on_strides() -> None:
+    values = torch.randn(6, 4)
+    assert checksum(values) == checksum(values.t().contiguous().t())
+    assert checksum(values) != checksum(values.flip(0))
+    assert checksum(values) != checksum(values.t())
+    assert checksum(torch.zeros(3)) != checksum(torch.zeros(4))
+    assert checksum(values[1:]) == checksum(values[1:].clone()), "rows that do not start at a 64-bit boundary"
+
+
+def test_a_checksum_covers_tensors_of_several_blocks() -> None:
+    values = torch.zeros(2 * BLOCK_WORDS + 3, dtype=torch.int64)
+    plain = checksum(values)
+    for index in (0, BLOCK_WORDS - 1, BLOCK_WORDS, 2 * BLOCK_WORDS + 2):
+        changed = values.clone()
+        changed[index] = 1
+        assert checksum(changed) != plain
+    swapped = values.clone()
+    swapped[0], values[BLOCK_WORDS] = 1, 1
+    assert checksum(swapped) != checksum(values)
+
+
+def flip_lowest_bit(values: Tensor) -> None:
+    flat = values.flatten().view(torch.uint8) if values.dtype != torch.uint8 else values
+    assert flat.data_ptr() == values.data_ptr()
+    flat[0] ^= 1
