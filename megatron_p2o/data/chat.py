@@ -1,6 +1,7 @@
 """Turns problems and templates into tokens with the model's own chat template, and tokens back into text."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, Template, Tok
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 MAX_REPORTED_PROBLEMS = 20
 """Too long problems an error lists one by one."""
@@ -95,6 +98,8 @@ class ChatRenderer:
 def fitting_problems(problems: Sequence[Problem], renderer: ChatRenderer, skip_bad_rows: bool) -> list[Problem]:
     """Return the problems whose plain prompt is short enough; also warms the renderer's store of plain prompts.
 
+    With `skip_bad_rows` those that are too long are counted in a warning instead of an error.
+
     Raises:
         ValueError: some are too long and `skip_bad_rows` is False, or all are.
     """
@@ -107,11 +112,15 @@ def fitting_problems(problems: Sequence[Problem], renderer: ChatRenderer, skip_b
             too_long.append(str(error))
         else:
             fitting.append(problem)
-    if too_long and not (skip_bad_rows and fitting):
+    if too_long:
         shown = too_long[:MAX_REPORTED_PROBLEMS]
         if len(too_long) > len(shown):
             shown.append(f"... and {len(too_long) - len(shown)} more")
-        raise ValueError("\n".join(shown))
+        if not skip_bad_rows or not fitting:
+            raise ValueError("\n".join(shown))
+        logger.warning(
+            "%d problems are too long and left out, %d stay\n%s", len(too_long), len(fitting), "\n".join(shown)
+        )
     return fitting
 
 

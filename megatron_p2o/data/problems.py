@@ -70,7 +70,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, line
+                yield number, line.rstrip(b"\r\n")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
