@@ -4,15 +4,21 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Protocol
 
 from megatron_p2o.config import RolloutConfig
 from megatron_p2o.evolve.evaluation import Evaluation, Rejection
+from megatron_p2o.evolve.json_records import from_json, to_json
 from megatron_p2o.evolve.messages import EvaluateReply, EvaluateRequest
 from megatron_p2o.evolve.service_process import ServiceProcess
+from megatron_p2o.evolve.text import MAX_RESPONSE_CHARS, shorten
 from megatron_p2o.types import Problem, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+MAX_LOGGED_FAILURES = 10
+"""Per round; a lost engine fails every request, and the count says how many."""
 
 RequestKey = tuple[str, str, float, int]
 """(template text, problem id, temperature, sample)"""
@@ -24,9 +30,9 @@ class Evaluate(Protocol):
     def __call__(
         self, template_text: str, problem: Problem, sampling: SamplingParams, /
     ) -> "Future[Evaluation | Rejection]":
-        """Submit one rollout; many are in flight at once. A prompt that is too long is a `Rejection`.
+        """Submit one rollout and return at once; many are in flight. A prompt that is too long is a `Rejection`.
 
-        The future raises when there is no verdict; that costs the one evaluation.
+        Called from the session's own thread. The future raises when there is no verdict; that costs one evaluation.
         """
         ...
 
@@ -66,22 +72,21 @@ class Answers:
         self._submitted.pop(key, None)
         if reply.failure is not None:
             self.num_failed += 1
-            logger.warning("evolution: no verdict on problem %s: %s", request.problem_id, reply.failure)
+            if self.num_failed <= MAX_LOGGED_FAILURES:
+                logger.warning("evolution: no verdict on problem %s: %s", request.problem_id, reply.failure)
         service.send(reply)
 
     async def _reply_to(self, key: RequestKey, number: int) -> EvaluateReply:
         try:
             future = self._submitted.get(key) or self._submit(key)
-            answer = await asyncio.shield(asyncio.wrap_future(future))
+            answer = _checked(number, await asyncio.shield(asyncio.wrap_future(future)))
         except asyncio.CancelledError:
             if (future := self._submitted.get(key)) is None or not future.cancelled():
                 raise  # this task was cancelled, not the evaluation
             return EvaluateReply(request=number, failure="the evaluation was cancelled")
         except Exception as error:  # the border to foreign code: a lost evaluation must not end training
             return EvaluateReply(request=number, failure=f"{type(error).__name__}: {error}")
-        if isinstance(answer, Rejection):
-            return EvaluateReply(request=number, rejection=answer.reason)
-        return EvaluateReply(request=number, evaluation=answer)
+        return answer
 
     def _submit(self, key: RequestKey) -> "Future[Evaluation | Rejection]":
         text, problem_id, temperature, _ = key
@@ -93,3 +98,13 @@ class Answers:
         future = self._evaluate(text, self._problems[problem_id], sampling)
         self._submitted[key] = future
         return future
+
+
+def _checked(number: int, answer: Evaluation | Rejection) -> EvaluateReply:
+    """Return the reply with what `evaluate` answered. Raise `ValueError` when it answered with something else."""
+    if isinstance(answer, Rejection):
+        reply = EvaluateReply(request=number, rejection=answer.reason)
+    else:
+        short = replace(answer, response_text=shorten(answer.response_text, MAX_RESPONSE_CHARS))
+        reply = EvaluateReply(request=number, evaluation=short)
+    return from_json(EvaluateReply, to_json(reply))

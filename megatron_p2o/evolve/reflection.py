@@ -124,6 +124,9 @@ def extract_template(answer: str) -> str:
     return template.strip()
 
 
+SPECIAL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>")
+"""Chat markup such as <|im_end|>: in a prompt it would be read as the end of the user's turn, not as text."""
+
 TOKEN = re.compile(r"[A-Za-z]+|\d+|[^\sA-Za-z\d]")
 """Words, numbers and single symbols."""
 

@@ -11,7 +11,7 @@ from megatron_p2o.evolve.evaluation import Evaluation, FreeScore
 from megatron_p2o.evolve.history import Accepted, Disqualified, Ended, Picked, Reflected, RoundHistory
 from megatron_p2o.evolve.json_records import to_json
 from megatron_p2o.evolve.pool import Candidate, CandidatePool, Score
-from megatron_p2o.evolve.reflection import Example, ReflectionRefused, ReflectionRequest, leaked_answer
+from megatron_p2o.evolve.reflection import SPECIAL_TOKEN, Example, ReflectionRefused, ReflectionRequest, leaked_answer
 from megatron_p2o.evolve.reflectors import Reflector
 from megatron_p2o.evolve.score_book import ScoreBook
 from megatron_p2o.evolve.split import Split
@@ -168,6 +168,8 @@ class Round:
             return "empty"
         if self.settings.rules == "asynchronous" and self.pool.is_known(text):
             return "duplicate"
+        if self.settings.rules == "asynchronous" and SPECIAL_TOKEN.search(text):
+            return "chat markup"
         lineage = parent.lineage_problem_ids | examples.keys()
         answers = [self._problems[key].answer for key in sorted(lineage) if key in self._problems]
         if self.settings.guard_leaks and leaked_answer(text, answers) is not None:

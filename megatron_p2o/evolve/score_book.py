@@ -14,11 +14,7 @@ from megatron_p2o.evolve.evaluation import (
     TemplateRejected,
 )
 from megatron_p2o.evolve.history import RoundHistory, Scored, ScoreKey, digest
-from megatron_p2o.evolve.text import shorten
-
-MAX_RESPONSE_CHARS = 16_000
-"""Of a response that reflection may be shown; more would not fit its prompt beside others."""
-
+from megatron_p2o.evolve.text import MAX_RESPONSE_CHARS, shorten
 
 LOST = Evaluation(reward=0.0, response_text="", finish_reason="abort", num_tokens=0, weight_version=0)
 """A rollout without a verdict, where such count as failures."""

@@ -1,6 +1,7 @@
 """The evolution process as rank 0 holds it, and the thread rank 0 talks to it from."""
 
 import asyncio
+import logging
 import socket
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_p2o.evolve.messages import MAX_LINE_BYTES, Message, decode, encode
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -74,9 +77,13 @@ class ServiceProcess:
         self._writer.close()
         try:
             await asyncio.to_thread(self._process.wait, STOP_GRACE_S)
+            return
         except subprocess.TimeoutExpired:
             self._process.kill()
+        try:
             await asyncio.to_thread(self._process.wait, STOP_GRACE_S)
+        except subprocess.TimeoutExpired:  # stuck in the kernel: it dies when it comes back, and nobody talks to it
+            logger.warning("evolution: process %d does not end after SIGKILL", self.process_id)
 
 
 class LoopThread:

@@ -24,6 +24,7 @@ from megatron_p2o.evolve.reflectors import build_reflector
 from megatron_p2o.evolve.round import RoundSettings, RoundSpec
 from megatron_p2o.evolve.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
 from megatron_p2o.evolve.split import Split
+from megatron_p2o.evolve.text import shorten
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.types import Problem
 
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 NUM_ATTEMPTS = 2
 """Starts of the service per round: one, and one that resumes from the journal."""
+
+MAX_OBSERVED_CHARS = 4_000
+"""Of a training rollout's response: an epoch has tens of thousands."""
 
 FINISH_GRACE_S = 60.0
 """For publishing, after `evolution.round_timeout_s`."""
@@ -99,7 +103,9 @@ class EvolutionSession:
 
     def observe(self, free: FreeScore) -> None:
         """Remember, for the next round, what training rollouts showed; of several for one pair the last counts."""
-        self._free_scores[free.template_text, free.problem_id] = free
+        text = shorten(free.evaluation.response_text, MAX_OBSERVED_CHARS)
+        kept = replace(free, evaluation=replace(free.evaluation, response_text=text))
+        self._free_scores[free.template_text, free.problem_id] = kept
 
     def close(self) -> None:
         """End the service and the thread. The session cannot be used afterwards."""

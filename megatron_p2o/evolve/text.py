@@ -1,5 +1,8 @@
 """Cutting long text in the middle."""
 
+MAX_RESPONSE_CHARS = 16_000
+"""Of a response on its way to reflection: more would not fit the prompt beside the other examples."""
+
 HEAD_SHARE = 0.5
 """Of what is kept; the rest is tail."""
 

@@ -38,6 +38,7 @@ PROBLEMS = make_problems(60)
 WARM_LIBRARY = PublishedLibrary(
     version=1, templates=(Template(id=1, text=" ".join(KEY_PHRASES["red"]), parent=None, score=0.3),)
 )
+SOLVED = Evaluation(reward=1.0, response_text="", finish_reason="stop", num_tokens=1, weight_version=1)
 LIMIT_S = 30.0
 """For anything that must happen soon."""
 
@@ -300,13 +301,15 @@ def test_evaluations_that_raise_are_counted_and_end_with_plain_prompts(
 
     def evaluate(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Evaluation | Rejection]":
         future: Future[Evaluation | Rejection] = Future()
-        match next(numbers) % 3:
+        match next(numbers) % 4:
             case 0:
                 raise RuntimeError("no engine")
             case 1:
                 future.set_exception(ValueError("bad prompt"))
-            case _:
+            case 2:
                 future.cancel()
+            case _:
+                future.set_result(replace(SOLVED, num_tokens=1.5))  # pyright: ignore[reportArgumentType]
         return future
 
     sessions.append(EvolutionSession(config_of(phrases), tmp_path, evaluate))
@@ -376,6 +379,7 @@ def test_service_dies_with_rank_0(tmp_path: Path, phrases: Path) -> None:
     try:
         service = json.loads(rank_0.stdout.readline())
         assert is_running(service)
+        os.kill(service, signal.SIGSTOP)  # so that it cannot notice the closed socket: only the kernel can end it
     finally:
         rank_0.kill()
         rank_0.wait(LIMIT_S)
