@@ -1,10 +1,84 @@
-"""Triton kernels on CPU: the interpreter, with bfloat16 made what the hardware does."""
+"""Inputs of the head operations, and Triton kernels on CPU: the interpreter with the hardware's bfloat16."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+
+from p2o_kernels.logprob import linear_logprob_reference
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadCase:
+    """Hidden states and an LM head whose last rows are padding of huge values: counting one would show."""
+
+    hidden_TD: Tensor
+    weight_VpD: Tensor
+    targets_T: Tensor
+    vocab_size: int
+    temperature: float
+    logprobs_T: Tensor
+    """float64 truth."""
+    entropy_T: Tensor
+
+    def leaves(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Return fresh copies of hidden and weight that collect gradients."""
+        dtype = self.hidden_TD.dtype if dtype is None else dtype
+        hidden, weight = self.hidden_TD.to(dtype, copy=True), self.weight_VpD.to(dtype, copy=True)
+        return hidden.requires_grad_(), weight.requires_grad_()
+
+
+def _make_head_case(
+    *,
+    num_tokens: int = 37,
+    vocab_size: int = 211,
+    num_padding: int = 13,
+    hidden_size: int = 24,
+    temperature: float = 0.6,
+    dtype: torch.dtype = torch.float32,
+    sharpness: float = 3.0,
+    seed: int = 0,
+) -> HeadCase:
+    """Logits have a standard deviation of about `sharpness`; targets are drawn from the distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
+    weight = torch.randn(vocab_size + num_padding, hidden_size, generator=generator)
+    weight = (weight * sharpness * temperature / hidden_size**0.5).to(dtype)
+    weight[vocab_size:] = 1000.0
+    logits = hidden.double() @ weight[:vocab_size].double().T / temperature
+    targets = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    logprobs, entropy = linear_logprob_reference(
+        hidden, weight, targets, temperature=temperature, vocab_size=vocab_size
+    )
+    return HeadCase(
+        hidden_TD=hidden,
+        weight_VpD=weight,
+        targets_T=targets,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        logprobs_T=logprobs,
+        entropy_T=entropy,
+    )
+
+
+@pytest.fixture(scope="session")
+def head_case() -> Callable[..., HeadCase]:
+    """Makes a `HeadCase` from keywords."""
+    return _make_head_case
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[Tensor, Tensor], float]:
+    """Norm of the difference over the norm of the truth, in float64."""
+
+    def compute(value: Tensor, truth: Tensor) -> float:
+        return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+    return compute
 
 
 @pytest.fixture(scope="session")

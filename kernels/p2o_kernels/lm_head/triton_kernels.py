@@ -114,7 +114,8 @@ def softmax_rows_kernel(
     inverse = 1.0 / (total + target)
     odds = tl.minimum(total, 1.0) * tl.exp2(MARGIN)
     # log(1 + odds): its series below 2^-10, where 1 + odds would round; else by total + target, which cannot overflow.
-    series = odds * (1.0 - odds * (0.5 - odds * (0.33333333 - 0.25 * odds)))
+    small = tl.minimum(odds, 0.0009765625)
+    series = small * (1.0 - small * (0.5 - small * (0.33333333 - 0.25 * small)))
     negative_logprob = tl.where(odds < 0.0009765625, series, (tl.log2(total + target) + MARGIN) * _LOG_2)
     tl.store(logprobs_ptr + rows, -negative_logprob, mask=is_row)
     tl.store(scale_ptr + rows, inverse, mask=is_row)

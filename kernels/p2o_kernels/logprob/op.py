@@ -57,17 +57,24 @@ def linear_logprob(
         vocab_start=vocab_start,
         vocab_size=vocab_size,
     )
-    logprobs_T, entropy_T = _LinearLogprob.apply(hidden_TD, weight_VpD, targets_T, shard, path)  # pyright: ignore[reportGeneralTypeIssues]
+    # Inside an autograd function this can no longer be told.
+    needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VpD.requires_grad)
+    logprobs_T, entropy_T = _LinearLogprob.apply(hidden_TD, weight_VpD, targets_T, shard, path, needs_grad)  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs_T, entropy_T
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VpD: Tensor, targets_T: Tensor, shard: HeadShard, path: LmHeadPath
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VpD: Tensor,
+        targets_T: Tensor,
+        shard: HeadShard,
+        path: LmHeadPath,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         num_tokens = len(hidden_TD)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         keep = needs_grad and num_tokens * shard.num_rows * shard.compute_dtype.itemsize <= path.save_bytes
         chunk_rows = max(num_tokens, 1) if keep else path.num_chunk_rows(shard, num_tokens)
         buffer = path.exponentials_buffer(shard, chunk_rows, for_gradient=keep)
@@ -87,7 +94,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, logprob_grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, logprob_grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VpD, targets_T = ctx.saved_tensors
         shard, path = ctx.shard, ctx.path
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -101,7 +108,7 @@ class _LinearLogprob(torch.autograd.Function):
                 path.add_weight_grad_(weight_grad_VpD, shard, chunk, hidden_CD, targets_C, grad_C)
         if weight_grad_VpD is not None:
             weight_grad_VpD = weight_grad_VpD.to(weight_VpD.dtype)
-        return hidden_grad_TD, weight_grad_VpD, None, None, None
+        return hidden_grad_TD, weight_grad_VpD, None, None, None, None
 
 
 def _chunks_with_gradient(

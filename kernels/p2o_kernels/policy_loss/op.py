@@ -103,7 +103,11 @@ def linear_policy_loss(
     may_lose_rows = tokens.mask_logprobs_N is not None and not path.compacts_rows
     if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
         tokens, live = _score_first(hidden_TD, weight_VpD, targets_T, tokens, live, rule, shard, vocab_size, path)
-    call = _Call(shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy)
+    # Inside an autograd function this can no longer be told.
+    wants_hidden, wants_weight = (torch.is_grad_enabled() and leaf.requires_grad for leaf in (hidden_TD, weight_VpD))
+    call = _Call(
+        shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy, wants_hidden, wants_weight
+    )
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_TD, weight_VpD, targets_T, call))  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -120,6 +124,8 @@ class _Call:
     loss_scale: float
     weight_main_grad_VpD: Tensor | None
     with_entropy: bool
+    wants_hidden_grad: bool
+    wants_weight_grad: bool
 
 
 def _live_rows(tokens: TokenInputs, live: Tensor | None = None) -> tuple[TokenInputs, Tensor]:
@@ -160,9 +166,8 @@ def _score_first(
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VpD: Tensor, targets_T: Tensor, call: _Call) -> tuple[Tensor, ...]:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         outputs = _Outputs.empty(len(hidden_TD), call)
-        gradients = _Gradients.zero(hidden_TD, weight_VpD, call, wants_hidden, wants_weight)
+        gradients = _Gradients.zero(hidden_TD, weight_VpD, call)
         path, shard = call.path, call.shard
         chunk_rows = path.num_chunk_rows(shard, len(call.live))
         buffer = path.exponentials_buffer(shard, chunk_rows, for_gradient=gradients.are_wanted)
@@ -246,12 +251,10 @@ class _Gradients:
     weight_dtype: torch.dtype
 
     @staticmethod
-    def zero(
-        hidden_TD: Tensor, weight_VpD: Tensor, call: _Call, wants_hidden: bool, wants_weight: bool
-    ) -> "_Gradients":
-        hidden_grad_TD = torch.zeros_like(hidden_TD) if wants_hidden else None
+    def zero(hidden_TD: Tensor, weight_VpD: Tensor, call: _Call) -> "_Gradients":
+        hidden_grad_TD = torch.zeros_like(hidden_TD) if call.wants_hidden_grad else None
         weight_grad_VpD = None
-        if wants_weight:
+        if call.wants_weight_grad:
             weight_grad_VpD = call.weight_main_grad_VpD
             if weight_grad_VpD is None:
                 weight_grad_VpD = torch.zeros_like(weight_VpD, dtype=call.shard.compute_dtype)

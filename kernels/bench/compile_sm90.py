@@ -1,0 +1,149 @@
+"""Compile every Triton kernel for Hopper without a GPU and print what came out, as JSON.
+
+    python kernels/bench/compile_sm90.py
+
+Per variant: registers, shared memory, spill stores and the instructions that show how it was compiled: HGMMA (tensor
+cores), UTMALDG / UTMASTG (bulk tensor copies), USETMAXREG (warp specialization). Uses the tools bundled with triton.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from p2o_kernels.advantage import triton_kernels as advantage_kernels
+from p2o_kernels.lm_head import triton_kernels as head_kernels
+from p2o_kernels.lm_head.triton_path import PLAIN_TILE, Tile
+from p2o_kernels.policy_loss import triton_kernels as loss_kernels
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTIONS = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "STL", "LDL")
+
+FLOAT_POINTERS = {
+    "logits_ptr", "target_logits_ptr", "sums_ptr", "weighted_ptr", "logprobs_ptr", "entropy_ptr", "scale_ptr",
+    "complement_ptr", "probability_scale_ptr", "logprob_grad_ptr", "product_ptr", "weight_grad_ptr", "advantages_ptr",
+    "weights_ptr", "old_ptr", "sampling_ptr", "losses_ptr", "token_weights_ptr", "ratio_ptr", "rewards_ptr",
+    "anchor_rates_ptr", "token_advantages_ptr",
+}  # fmt: skip
+OTHER_POINTERS = {
+    "*bf16": {"hidden_ptr", "weight_ptr", "exponentials_ptr", "result_ptr"},
+    "*i64": {"targets_ptr", "order_ptr", "group_ids_ptr", "index_ptr"},
+    "*i32": {"cu_seqlens_ptr", "num_active_ptr", "ends_ptr"},
+    "*i8": {"is_templated_ptr", "is_clipped_ptr", "is_flat_ptr"},
+    "*u8": {"is_valid_ptr", "loss_mask_ptr"},
+}
+FLOATS = {
+    "scale", "inverse_temperature", "clip_low", "clip_high", "dual_clip", "ratio_low", "ratio_high", "max_log_ratio",
+    "max_context_log_ratio",
+}  # fmt: skip
+MULTIPLES_OF_16 = {"hidden_size", "hidden_stride", "weight_stride", "exponentials_stride", "weight_grad_stride"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompiledKernel:
+    """What the compiler made of one variant."""
+
+    name: str
+    registers: int
+    shared_bytes: int
+    instructions: dict[str, int]
+
+
+def main() -> None:
+    print(json.dumps([asdict(compile_kernel(*variant)) for variant in variants()], indent=1))
+
+
+def variants() -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+    """Return (name, kernel, compile-time values, launch options) of everything that production launches."""
+    block = {"BLOCK": 1024}
+    advantage = {"HAS_ANCHORS": True, "BLOCK_ROLLOUTS": 1024, "BLOCK_TOKENS": 1024}
+    loss = {"HAS_OLD": True, "HAS_MASK": True, "SOFT": True, "BLOCK": 256}
+    return [
+        exponentials_variant("gradient with entropy", Tile(), store=True, entropy=True),
+        exponentials_variant("gradient", Tile(), store=True, entropy=False),
+        exponentials_variant("scoring with entropy", Tile(), store=False, entropy=True),
+        exponentials_variant("gradient with entropy, plain", PLAIN_TILE, store=True, entropy=True),
+        ("target_logits", head_kernels.target_logits_kernel, block, {}),
+        ("softmax_rows", head_kernels.softmax_rows_kernel, {"ENTROPY": True, "BLOCK": 256}, {}),
+        ("hidden_grad", head_kernels.hidden_grad_kernel, block, {}),
+        ("scale_rows", head_kernels.scale_rows_kernel, block, {}),
+        ("add_target_rows", head_kernels.add_target_rows_kernel, block, {}),
+        ("token_losses", loss_kernels.token_losses_kernel, loss, {}),
+        ("grouped_advantage", advantage_kernels.grouped_advantage_kernel, {"ESTIMATOR": "grpo"} | advantage, {}),
+        ("active_token_index", advantage_kernels.active_token_index_kernel, {"BLOCK_TOKENS": 1024}, {}),
+    ]
+
+
+def exponentials_variant(
+    label: str, tile: Tile, *, store: bool, entropy: bool
+) -> tuple[str, Any, dict[str, Any], dict[str, int]]:
+    """Return the first product with one tile configuration."""
+    constants = {
+        "STORE": store,
+        "ENTROPY": entropy,
+        "WARP_SPECIALIZE": tile.warp_specialize,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "BLOCK_DEPTH": tile.depth,
+    }
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return f"exponentials, {label}", head_kernels.exponentials_kernel, constants, options
+
+
+def compile_kernel(name: str, kernel: Any, constants: Mapping[str, Any], options: Mapping[str, int]) -> CompiledKernel:
+    """Compile one variant with the argument types and alignments that a launch would have."""
+    names: list[str] = kernel.arg_names
+    signature = {argument: "constexpr" if argument in constants else _type_of(argument) for argument in names}
+    aligned = [
+        index
+        for index, argument in enumerate(names)
+        if argument not in constants and (argument.endswith("_ptr") or argument in MULTIPLES_OF_16)
+    ]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(argument),): value for argument, value in constants.items()},
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    compiled = triton.compile(source, target=HOPPER, options=dict(options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _run("nvdisasm", "-c", file.name)
+    counts = Counter(re.findall(rf"\b({'|'.join(INSTRUCTIONS)})\b", assembly))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return CompiledKernel(
+        name=name,
+        registers=int(registers.group(1)),
+        shared_bytes=compiled.metadata.shared,
+        instructions={instruction: counts[instruction] for instruction in INSTRUCTIONS},
+    )
+
+
+def _type_of(argument: str) -> str:
+    if argument in FLOAT_POINTERS:
+        return "*fp32"
+    for pointer, arguments in OTHER_POINTERS.items():
+        if argument in arguments:
+            return pointer
+    return "fp32" if argument in FLOATS else "i32"
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+if __name__ == "__main__":
+    main()
