@@ -50,7 +50,7 @@ class RoundSpec:
         """Return what a journal must agree on to be continued: everything that events refer to."""
         evolution = self.settings.evolution
         identity = [
-            self.epoch,
+            [self.epoch, self.library_version],
             to_json(self.problems),
             [template.text for template in self.warm_templates],
             [evolution.rules, evolution.dev_size, evolution.minibatch_size, evolution.num_lineages],

@@ -85,7 +85,13 @@ class EvolutionSession:
 
     def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> PublishedLibrary:
         """Run the round after `epoch` and return its library (see `PromptEvolution.evolve`); then see `last_round`."""
-        return self.start(hard, library, epoch).result()
+        stop_margin_s = 3 * NUM_ATTEMPTS * STOP_GRACE_S
+        limit_s = self._settings.evolution.round_timeout_s + self._finish_grace_s + stop_margin_s
+        try:
+            return self.start(hard, library, epoch).result(limit_s)
+        except TimeoutError:
+            logger.warning("evolution.stuck: the session's thread is blocked, perhaps in `evaluate`; asking plainly")
+            return PublishedLibrary(version=library.version + 1)
 
     def start(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> "Future[PublishedLibrary]":
         """Begin a round without waiting for it; one round at a time."""

@@ -188,6 +188,7 @@ def test_fingerprint_changes_with_what_events_refer_to_and_with_nothing_else() -
         round_spec(problems[:-1]),
         round_spec([replace(problems[0], answer="other"), *problems[1:]]),
         round_spec(problems, epoch=1),
+        round_spec(problems, library_version=2),
         round_spec(problems, seed=2),
         round_spec(problems, warm_templates=[FIRST]),
         round_spec(problems, rules="reference"),
