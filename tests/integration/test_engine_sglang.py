@@ -1,0 +1,324 @@
+"""The rollout engine on real SGLang servers. One pair of servers serves all tests; the last test ends them."""
+
+import base64
+import json
+import os
+import pickle
+import signal
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.rollout.broker import Broker, EnginesLost
+from megatron_p2o.rollout.client import EngineClient
+from megatron_p2o.rollout.engine import SglangEngine, end_of_sequence_ids, start_engines
+from megatron_p2o.rollout.weight_sync import RefreshFailed
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
+
+pytestmark = pytest.mark.slow
+
+EOS = 2
+WAIT_S = 120
+TOLERANCE = 1e-5
+"""fp32 log-probs of about -10: measured 3e-6 at most."""
+
+
+def config_of(model: Path, **rollout: Any) -> Config:
+    defaults: dict[str, Any] = {
+        "num_engines": 2,
+        "max_running_requests": 32,
+        "max_total_tokens": 16384,
+        "startup_timeout_s": 300,
+        "request_timeout_s": WAIT_S,
+        "refresh_timeout_s": WAIT_S,
+    }
+    return Config(
+        run=RunConfig(name="test"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        data=DataConfig(train="unused"),
+        rollout=RolloutConfig(**defaults | rollout),
+    )
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def engine(model_path: Path, run_dir: Path) -> Iterator[SglangEngine]:
+    with start_engines(config_of(model_path), run_dir) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def trainer(model_path: Path) -> Any:
+    """The independent truth: transformers' model, whose weights the tests change and push."""
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+
+
+class Versions:
+    """Pushes changed weights, each time under the next version."""
+
+    def __init__(self) -> None:
+        self.current = 0
+
+    def push(self, engine: SglangEngine, trainer: Any) -> int:
+        generator = torch.Generator().manual_seed(self.current)
+        with torch.no_grad():
+            for parameter in trainer.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        self.current += 1
+        engine.refresh(trainer.state_dict().items(), self.current)
+        return self.current
+
+
+@pytest.fixture(scope="module")
+def versions() -> Versions:
+    return Versions()
+
+
+def prompts(num_problems: int, group_size: int = 1, length: int = 20) -> list[Prompt]:
+    generator = np.random.default_rng(num_problems)
+    asked: list[Prompt] = []
+    for index in range(num_problems):
+        ids = generator.integers(3, 99, length, dtype=np.int32)
+        problem = Problem(id=str(index), question="", answer="")
+        asked += [Prompt(problem=problem, template=PLAIN, sampling_ids=ids, training_ids=ids)] * group_size
+    return asked
+
+
+def sample(engine: SglangEngine, asked: Sequence[Prompt], **sampling: Any) -> list[Completion]:
+    parameters = SamplingParams(**{"temperature": 1.0, "max_new_tokens": 24} | sampling)
+    answers = dict(engine.generate(asked, parameters))
+    assert sorted(answers) == list(range(len(asked)))
+    return [answers[index] for index in range(len(asked))]
+
+
+def reference_logprobs(trainer: Any, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+    """Return transformers' log-probs of the response, one full forward pass without a cache."""
+    prompt_ids = completion.prompt.sampling_ids
+    ids = torch.tensor(np.concatenate([prompt_ids, completion.token_ids]), dtype=torch.int64)
+    with torch.no_grad():
+        logprobs = (trainer(ids[None]).logits[0].float() / temperature).log_softmax(-1)
+    return logprobs[:-1].gather(1, ids[1:, None])[len(prompt_ids) - 1 :, 0].numpy()
+
+
+def assert_matches(trainer: Any, completions: Sequence[Completion], temperature: float = 1.0) -> None:
+    for completion in completions:
+        expected = reference_logprobs(trainer, completion, temperature)
+        np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_transformers(engine: SglangEngine, trainer: Any, temperature: float) -> None:
+    completions = sample(engine, prompts(12, group_size=2), temperature=temperature)
+    assert_matches(trainer, completions, temperature)
+    assert all(completion.logprobs.dtype == np.float32 for completion in completions)
+
+
+def test_greedy_tokens_are_the_most_likely_ones(engine: SglangEngine, trainer: Any) -> None:
+    for completion in sample(engine, prompts(6), temperature=0.0):
+        ids = torch.tensor(np.concatenate([completion.prompt.sampling_ids, completion.token_ids]), dtype=torch.int64)
+        with torch.no_grad():
+            best = trainer(ids[None]).logits[0].argmax(-1)
+        start = len(completion.prompt.sampling_ids) - 1
+        assert completion.token_ids.tolist() == best[start:-1].tolist()
+
+
+def test_rollouts_of_a_group_and_of_both_engines_differ(engine: SglangEngine) -> None:
+    completions = sample(engine, prompts(1, group_size=64), max_new_tokens=8)
+    assert len({tuple(completion.token_ids) for completion in completions}) > 32
+
+
+def test_a_completion_stops_at_the_end_token_or_at_its_length(engine: SglangEngine) -> None:
+    completions = sample(engine, prompts(64, group_size=2), max_new_tokens=48)
+    reasons = [completion.finish_reason for completion in completions]
+    assert set(reasons) == {"stop", "length"}, "an untrained policy ends a few of so many responses"
+    for completion in completions:
+        assert len(completion.logprobs) == len(completion.token_ids)
+        assert EOS not in completion.token_ids[:-1]
+        assert (completion.token_ids[-1] == EOS) == (completion.finish_reason == "stop")
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == 48
+
+
+def test_leaving_the_iterator_early_frees_the_engine(engine: SglangEngine) -> None:
+    for _ in engine.generate(prompts(40), SamplingParams(temperature=1.0, max_new_tokens=200)):
+        break
+    assert len(sample(engine, prompts(4))) == 4
+
+
+def test_a_request_out_of_time_keeps_the_tokens_it_has(engine: SglangEngine, trainer: Any, model_path: Path) -> None:
+    server = engine._servers[0]
+    stop_at = end_of_sequence_ids(model_path)
+    broker = Broker(slots_per_engine=32, request_timeout_s=1.0)
+    try:
+        broker.add_engine(
+            "engine 0", lambda: EngineClient(server.base_url, server.api_key, server.admin_key, stop_at), str
+        )
+        sampling = SamplingParams(temperature=1.0, max_new_tokens=1900)
+        futures = [broker.submit(asked, sampling) for asked in prompts(32)]
+        completions = [future.result(WAIT_S) for future in futures]
+    finally:
+        broker.close()
+    aborted = [completion for completion in completions if completion.finish_reason == "abort"]
+    assert aborted, "1900 tokens for each of 32 sequences take longer than a second"
+    assert_matches(trainer, [completion for completion in aborted if completion.token_ids.size][:4])
+
+
+def test_refreshed_weights_are_served_under_their_version(
+    engine: SglangEngine, trainer: Any, versions: Versions
+) -> None:
+    before = sample(engine, prompts(4), temperature=0.0)
+    assert {completion.weight_versions for completion in before} == {(versions.current,)}
+    for _ in range(2):
+        version = versions.push(engine, trainer)
+        completions = sample(engine, prompts(16, group_size=2))
+        assert_matches(trainer, completions)
+        assert {completion.weight_versions for completion in completions} == {(version,)}
+        assert engine.broker.version == version
+    after = sample(engine, prompts(4), temperature=0.0)
+    assert [list(completion.token_ids) for completion in after] != [list(completion.token_ids) for completion in before]
+
+
+def test_requests_that_run_during_a_refresh_go_on_under_the_new_weights(
+    engine: SglangEngine, trainer: Any, versions: Versions, model_path: Path
+) -> None:
+    old = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    old.load_state_dict(trainer.state_dict())
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=600)
+    futures = [engine.broker.submit(asked, sampling, "evolution") for asked in prompts(24)]
+    next(engine.generate(prompts(1), SamplingParams(temperature=1.0, max_new_tokens=1)))
+    version = versions.push(engine, trainer)
+    completions = [future.result(WAIT_S) for future in futures]
+    across = [c for c in completions if c.weight_versions == (version - 1, version)]
+    assert across, [c.weight_versions for c in completions]
+    for completion in across[:4]:
+        matches_old = np.abs(completion.logprobs - reference_logprobs(old, completion)) < TOLERANCE
+        matches_new = np.abs(completion.logprobs - reference_logprobs(trainer, completion)) < TOLERANCE
+        num_old = int(np.argmin(matches_old)) if not matches_old.all() else len(matches_old)
+        assert 0 < num_old < len(matches_old)
+        assert matches_new[num_old:].all(), "the cache of the old weights must not be read after the refresh"
+
+
+def test_weights_that_change_on_the_way_are_not_served_until_a_good_refresh(
+    engine: SglangEngine, trainer: Any, versions: Versions
+) -> None:
+    def damaged_in_transit() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from trainer.state_dict().items()
+        engine._sync._buffers[0]._bytes[5] ^= 1
+
+    with pytest.raises(RefreshFailed, match=r"1 weights that differ from the trainer's: model\.embed_tokens\.weight"):
+        engine.refresh(damaged_in_transit(), versions.current + 1)
+    with pytest.raises(RefreshFailed):
+        sample(engine, prompts(1))
+    version = versions.push(engine, trainer)
+    completions = sample(engine, prompts(4))
+    assert_matches(trainer, completions)
+    assert {completion.weight_versions for completion in completions} == {(version,)}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.k_norm.weight", "model.layers.0.self_attn.v_proj.weight", "lm_head.weight"]
+)
+def test_weights_that_change_inside_the_engine_are_noticed(
+    engine: SglangEngine, trainer: Any, versions: Versions, name: str
+) -> None:
+    damaged = trainer.state_dict()[name].clone()
+    damaged.view(-1)[3] += 1e-3
+
+    async def damage(_: str, client: EngineClient) -> None:
+        await client.update_weights([plain_payload(name, damaged)], None, False, WAIT_S)
+
+    engine._sync.begin()
+    engine._sync.load(trainer.state_dict().items(), verify=True)
+    engine.broker.call_every_engine(damage).result(WAIT_S)
+    with pytest.raises(RefreshFailed, match=f"1 weights that differ from the trainer's: {name}"):
+        engine._sync.check(versions.current + 1, verify=True)
+    versions.push(engine, trainer)
+    assert_matches(trainer, sample(engine, prompts(2)))
+
+
+def plain_payload(name: str, tensor: torch.Tensor) -> str:
+    """Return a tensor as SGLang's own update route takes it, without shared memory."""
+
+    return base64.b64encode(pickle.dumps([(name, FloatTensor(tensor.tolist()))])).decode()
+
+
+class FloatTensor:
+    """Pickles as a call of `torch.FloatTensor`, which SGLang's unpickler allows."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self._values = values
+
+    def __reduce__(self) -> tuple[type, tuple[list[Any]]]:
+        return torch.FloatTensor, (self._values,)
+
+
+def test_nobody_without_the_keys_samples_or_changes_weights(engine: SglangEngine, run_dir: Path) -> None:
+    server = engine._servers[0]
+
+    def status(path: str, key: str | None) -> int:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(server.base_url + path, json.dumps({"input_ids": [5]}).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert status("/generate", None) == status("/generate", "wrong") == 401
+    assert status("/begin_weight_update", server.api_key) == 401
+    assert status("/generate", server.api_key) == 200
+    keys = (server.api_key, server.admin_key)
+    log = (run_dir / "engines" / "engine-0.log").read_text()
+    family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    exposed = [log, *(" ".join(member.cmdline()) for member in family), *(str(member.environ()) for member in family)]
+    assert not [key for key in keys for text in exposed if key in text]
+
+
+def test_engines_that_are_killed_are_replaced_by_the_rest_and_the_last_loss_is_an_error(
+    engine: SglangEngine, trainer: Any, versions: Versions
+) -> None:
+    """Ends the module's engines."""
+    first, second = engine._servers
+    family = [child for server in (first, second) for child in psutil.Process(server.pid).children(recursive=True)]
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=100)
+
+    iterator = engine.generate(prompts(48), sampling)
+    answers = [next(iterator)]
+    os.kill(first.pid, signal.SIGKILL)
+    answers += list(iterator)
+    assert sorted(index for index, _ in answers) == list(range(48))
+    assert_matches(trainer, [completion for _, completion in answers[-4:]])
+    assert engine.broker.num_engines == 1
+    versions.push(engine, trainer)
+    assert_matches(trainer, sample(engine, prompts(4)))
+
+    iterator = engine.generate(prompts(48), sampling)
+    next(iterator)
+    os.kill(second.pid, signal.SIGKILL)
+    with pytest.raises(EnginesLost, match=r"(?s)all 2 engines are lost.*engine 0:.*engine 1:.*batch"):
+        list(iterator)
+    with pytest.raises(EnginesLost):
+        engine.refresh(trainer.state_dict().items(), 99)
+
+    engine.close()
+    engine.close()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
