@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +321,46 @@ def test_evaluations_that_raise_are_counted_and_end_with_plain_prompts(
     assert library == PublishedLibrary(version=1)
     assert sessions[0].num_failed_evaluations == next(numbers) > 0
     assert sessions[0].num_service_losses == 0
+
+
+def test_served_model_reflects_for_a_round(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:
+    bodies: list[dict[str, Any]] = []
+    keys: set[str | None] = set()
+
+    class Model(BaseHTTPRequestHandler):
+        """Suggests both red key phrases, worded anew each time."""
+
+        def do_POST(self) -> None:
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            keys.add(self.headers["Authorization"])
+            template = f"{' '.join(KEY_PHRASES['red'])} Variant {len(bodies)}."
+            answer = {"choices": [{"message": {"content": f"Better:\n```\n{template}\n```"}}]}
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Model) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        session = EvolutionSession(
+            config_of(phrases, reflection=ReflectionConfig(backend="self")),
+            tmp_path,
+            KeyPhraseTask(PROBLEMS).submit,
+            reflection_url=f"http://127.0.0.1:{server.server_port}/v1",
+            reflection_model="initial-policy",
+            reflection_api_key="sk-of-this-run",
+        )
+        sessions.append(session)
+        library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+        server.shutdown()
+    assert library.templates and all("red" in families_served(template.text) for template in library.templates)
+    assert keys == {"Bearer sk-of-this-run"}
+    assert {body["model"] for body in bodies} == {"initial-policy"}
+    prompt = bodies[0]["messages"][0]["content"]
+    assert "Please: " in prompt and "The correct final answer is " in prompt, "as the policy was asked, with the answer"
 
 
 def test_dead_reflection_endpoint_pauses_evolution_and_says_so(
