@@ -78,7 +78,7 @@ class _Worker:
         """Return the worker's verdict: "correct", "incorrect" or "out_of_memory"."""
         assert self._process.stdin is not None, "opened as a pipe"
         try:
-            self._process.stdin.write(request)
+            self._process.stdin.write(request)  # never blocks: a pipe holds more than `MAX_REQUEST_CHARACTERS` need
         except BrokenPipeError as error:
             raise _WorkerLostError("crashed") from error
         verdict, peak_bytes = self._read_line(deadline_s).split()
@@ -139,7 +139,7 @@ class WorkerPool:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Requests by outcome: correct, incorrect, killed (deadline), crashed, out_of_memory, not_started, closed; and
+        """Requests by outcome: correct, incorrect, killed (deadline), crashed, out_of_memory, not_started; and
         the workers that were recycled."""
         with self._lock:
             return dict(self._counts)
@@ -186,8 +186,9 @@ class WorkerPool:
         while (job := self._jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
-            worker = self._usable(worker)
-            outcome = self._outcome(worker, job)
+            worker, outcome = self._usable(worker), "not_started"
+            if worker is not None:
+                outcome = self._outcome(worker, job)
             if outcome not in ("correct", "incorrect"):
                 self._discard(worker)
                 worker = None
@@ -195,9 +196,7 @@ class WorkerPool:
             job.future.set_result(outcome if outcome in ("correct", "incorrect") else "error")
         self._discard(worker)
 
-    def _outcome(self, worker: _Worker | None, job: _Job) -> str:
-        if worker is None:
-            return "closed"
+    def _outcome(self, worker: _Worker, job: _Job) -> str:
         try:
             if worker.num_answered == 0:
                 worker.wait_until_ready()
@@ -206,7 +205,8 @@ class WorkerPool:
             return str(error)
 
     def _usable(self, worker: _Worker | None) -> _Worker | None:
-        """Return a worker that is alive and not worn out, a fresh one if need be; None when the pool is closed."""
+        """Return a worker that is alive and not worn out, a fresh one if need be; None when the pool is closed or
+        the machine has no process to spare."""
         if worker is not None and worker.is_alive:
             if worker.num_answered < self._recycle_after and not worker.is_worn:
                 return worker
@@ -215,7 +215,11 @@ class WorkerPool:
         with self._lock:
             if self._is_closed:
                 return None
-            worker = _Worker(self._memory_limit_mib)
+            try:
+                worker = _Worker(self._memory_limit_mib)
+            except OSError as error:
+                logger.error("a grading worker did not start: %s", error)
+                return None
             self._workers.add(worker)
         return worker
 

@@ -7,6 +7,9 @@ from megatron_p2o.rewards.latex import nesting_depth, split_list
 MAX_ANSWER_CHARACTERS = 400
 """Longest answer that is looked at, unless the gold answer is long too."""
 
+MAX_REQUEST_CHARACTERS = 10_000
+"""Longest gold and wrong answer together that algebra is asked about: as JSON they fit into the buffer of a pipe."""
+
 MAX_NESTING = 25
 """Deepest brackets in an answer, unless the gold answer is deep too."""
 
@@ -29,6 +32,8 @@ def is_too_long(gold: str, answer: str) -> bool:
 
 def is_refused(gold: str, answer: str) -> bool:
     """Whether the answer (both in normal form) is incorrect for its form alone."""
+    if len(gold) + len(answer) > MAX_REQUEST_CHARACTERS:
+        return True
     if nesting_depth(answer) > max(MAX_NESTING, 2 * nesting_depth(gold)):
         return True
     if any(form.search(answer) and not form.search(gold) for form in COSTLY_FORMS):

@@ -28,6 +28,7 @@ def test_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
     others = [ids(epoch_batches(PROBLEMS, 10, seed, epoch)) for seed, epoch in ((1, 1), (2, 0), (0, 1), (11, 0))]
     assert all(other != first for other in others)
     assert len({str(other) for other in others}) == 4
+    assert epoch_batches(PROBLEMS, 10, seed=1, epoch=10) != epoch_batches(PROBLEMS, 10, seed=11, epoch=0)
 
 
 def test_order_is_the_same_in_another_process() -> None:
