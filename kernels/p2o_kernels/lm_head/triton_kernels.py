@@ -1,7 +1,8 @@
 """Triton kernels of the LM head: exponentials of logits relative to the target's, and the passes around the products.
 
-A row's exponentials are 2^(z - z_target - MARGIN) with z in units of log 2: the target's own logit takes the place of
-the row maximum, so no maximum has to be reduced, within a row or between ranks. README.md has the derivation.
+A row's exponentials are 2^((z - z_target) * scale - MARGIN) with scale = log2(e) / temperature: the target's own logit
+takes the place of the row maximum, so no maximum has to be reduced, within a row or between ranks. Logits are
+subtracted before anything is scaled, so that two large ones lose no digits. README.md has the derivation.
 
 Only `triton_path` launches these. Every [T, *] buffer is addressed with int64 offsets.
 """
@@ -10,18 +11,21 @@ import triton
 import triton.language as tl
 
 MARGIN = tl.constexpr(60.0)
-"""Powers of two by which exponentials are shifted down: e^-111 to e^27 around the target fit bfloat16's exponent."""
+"""Powers of two by which exponentials are shifted down, so that logits from 111 nats above the target's to 46 below fit
+the exponents of bfloat16 and the sums those of float32; higher ones saturate, lower ones count as 0."""
 _LARGEST_EXPONENT = tl.constexpr(100.0)
 """Exponentials saturate here, so that sums over the vocabulary stay finite in float32."""
 _LOG_2 = tl.constexpr(0.6931471805599453)
+_SERIES_LIMIT = tl.constexpr(2.0**-5)
+"""Below it four terms of log(1 + x) are exact to float32."""
 
 
 @triton.jit
 def target_logits_kernel(
-    hidden_ptr, weight_ptr, targets_ptr, logits_ptr, num_columns, hidden_size, vocab_start, scale,
+    hidden_ptr, weight_ptr, targets_ptr, logits_ptr, num_columns, hidden_size, vocab_start,
     hidden_stride, weight_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T,). logits[t] = scale * hidden[t] . weight[target[t]], 0 when another rank holds the target."""
+    """Grid (T,). logits[t] = hidden[t] . weight[target[t]], 0 when another rank holds the target."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.load(targets_ptr + row).to(tl.int64) - vocab_start
     is_held = (column >= 0) & (column < num_columns)
@@ -32,7 +36,7 @@ def target_logits_kernel(
         hidden = tl.load(hidden_ptr + row * hidden_stride + offsets, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + column * weight_stride + offsets, mask=inside & is_held, other=0.0)
         total += hidden * weight.to(tl.float32)
-    tl.store(logits_ptr + row, tl.sum(total, 0) * scale)
+    tl.store(logits_ptr + row, tl.sum(total, 0))
 
 
 @triton.jit
@@ -46,7 +50,7 @@ def exponentials_kernel(
     """Grid (row blocks * splits,): one block of rows against one contiguous range of vocabulary tiles.
 
     Writes the exponentials (bfloat16, [C, V], 0 at the target) when STORE, and per split the sums of the unrounded
-    exponentials [splits, C] and, when ENTROPY, of exponential * exponent [splits, C].
+    exponentials [splits, C] and, when ENTROPY, of exponential * (logit - target's logit) [splits, C].
     """
     num_row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     row_start = tl.program_id(0) % num_row_blocks * BLOCK_ROWS
@@ -54,7 +58,7 @@ def exponentials_kernel(
     rows = row_start + tl.arange(0, BLOCK_ROWS)
     is_row = rows < num_rows
     target = (tl.load(targets_ptr + rows, mask=is_row, other=-1).to(tl.int64) - vocab_start).to(tl.int32)
-    reference = tl.load(target_logits_ptr + rows, mask=is_row, other=0.0) + MARGIN
+    target_logit = tl.load(target_logits_ptr + rows, mask=is_row, other=0.0)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
     first_tile = split * tiles_per_split
@@ -80,11 +84,12 @@ def exponentials_kernel(
             logits = tl.dot(hidden, weight.T, logits)
         columns = column_start + tl.arange(0, BLOCK_COLUMNS)
         counts = (columns[None, :] < num_columns) & (columns[None, :] != target[:, None])
-        exponent = tl.minimum(logits * scale - reference[:, None], _LARGEST_EXPONENT)
-        exponential = tl.where(counts, tl.exp2(exponent), 0.0)
+        difference = logits - target_logit[:, None]
+        exponential = tl.exp2(tl.minimum(difference * scale - MARGIN, _LARGEST_EXPONENT))
+        exponential = tl.where(counts, exponential, 0.0)
         total += tl.sum(exponential, 1)
         if ENTROPY:
-            weighted += tl.sum(exponential * exponent, 1)
+            weighted += tl.sum(exponential * difference, 1)
         if STORE:
             exponentials_desc.store([row_start, column_start], exponential.to(tl.bfloat16))
     tl.store(sums_ptr + split.to(tl.int64) * num_rows + rows, total, mask=is_row)
@@ -95,7 +100,7 @@ def exponentials_kernel(
 @triton.jit
 def softmax_rows_kernel(
     sums_ptr, weighted_ptr, logprobs_ptr, entropy_ptr, scale_ptr, complement_ptr, num_rows, num_splits,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    inverse_temperature, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks,). Log-prob, entropy, probability scale and 1 - probability from the sums [splits, C].
 
@@ -113,17 +118,18 @@ def softmax_rows_kernel(
     target = tl.exp2(-MARGIN)
     inverse = 1.0 / (total + target)
     odds = tl.minimum(total, 1.0) * tl.exp2(MARGIN)
-    # log(1 + odds): its series below 2^-10, where 1 + odds would round; else by total + target, which cannot overflow.
-    small = tl.minimum(odds, 0.0009765625)
+    # log(1 + odds): by its series while 1 + odds would round away digits of odds, by the sum itself where it overflows.
+    small = tl.minimum(odds, _SERIES_LIMIT)
     series = small * (1.0 - small * (0.5 - small * (0.33333333 - 0.25 * small)))
-    negative_logprob = tl.where(odds < 0.0009765625, series, (tl.log2(total + target) + MARGIN) * _LOG_2)
+    large = (tl.log2(total + target) + MARGIN) * _LOG_2
+    negative_logprob = tl.where(odds < _SERIES_LIMIT, series, tl.where(total < 1.0, tl.log(1.0 + odds), large))
     tl.store(logprobs_ptr + rows, -negative_logprob, mask=is_row)
     tl.store(scale_ptr + rows, inverse, mask=is_row)
     tl.store(complement_ptr + rows, total * inverse, mask=is_row)
     if ENTROPY:
-        # Exponents were measured from the target's logit + MARGIN.
-        mean_logit = (weighted + MARGIN * total) * inverse * _LOG_2
-        tl.store(entropy_ptr + rows, negative_logprob - mean_logit, mask=is_row)
+        # The mean logit of the distribution, from the target's, whose own share is 0.
+        mean_difference = weighted * inverse * inverse_temperature
+        tl.store(entropy_ptr + rows, negative_logprob - mean_difference, mask=is_row)
 
 
 @triton.jit

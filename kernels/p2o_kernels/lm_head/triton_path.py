@@ -87,17 +87,16 @@ class TritonHead:
         logprobs, entropy, scale, complement = torch.empty_like(target_logits_C).new_empty(4, len(hidden_CD)).unbind()
         kernels.softmax_rows_kernel[(triton.cdiv(len(hidden_CD), 256),)](
             sums_2SC[0], sums_2SC[1], logprobs, entropy, scale, complement, len(hidden_CD), sums_2SC.shape[1],
-            ENTROPY=with_entropy, BLOCK=256,
+            1.0 / shard.temperature, ENTROPY=with_entropy, BLOCK=256,
         )  # fmt: skip
         return SoftmaxChunk(logprobs, entropy if with_entropy else None, exponentials_CV, scale, complement)
 
     def _target_logits(self, shard: HeadShard, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-        """Return the targets' logits in units of log 2."""
+        """Return the targets' logits before the temperature."""
         logits_C = torch.empty(len(hidden_CD), dtype=torch.float32, device=hidden_CD.device)
         kernels.target_logits_kernel[(len(hidden_CD),)](
             hidden_CD, shard.weight_VD, targets_C, logits_C, len(shard.weight_VD), hidden_CD.shape[1],
-            shard.vocab_start, math.log2(math.e) / shard.temperature, hidden_CD.stride(0), shard.weight_VD.stride(0),
-            BLOCK=_ROW_BLOCK,
+            shard.vocab_start, hidden_CD.stride(0), shard.weight_VD.stride(0), BLOCK=_ROW_BLOCK,
         )  # fmt: skip
         return _sum_over_ranks(logits_C, shard.tp_group)
 
@@ -111,7 +110,7 @@ class TritonHead:
         *,
         with_entropy: bool,
     ) -> Tensor:
-        """Return the row sums [2, splits, C] over all ranks: of the exponentials, and weighted by their exponents."""
+        """Return the row sums [2, splits, C] over all ranks: of the exponentials, and weighted by their logits."""
         num_rows, num_columns = len(hidden_CD), len(shard.weight_VD)
         row_blocks, column_tiles = triton.cdiv(num_rows, self.tile.rows), triton.cdiv(shard.num_rows, self.tile.columns)
         num_splits = max(1, min(self.num_multiprocessors // row_blocks, column_tiles))

@@ -1,0 +1,159 @@
+"""`grouped_advantage` against its scalar specification and the advantages of the algorithm; torch and interpreted."""
+
+import pytest
+import torch
+
+from megatron_p2o.rl.advantage import group_advantages
+from p2o_kernels import active_token_index, grouped_advantage
+from p2o_kernels.advantage.reference import group_advantages_reference
+
+ESTIMATORS = ("grpo", "dr_grpo", "rloo")
+NAN = float("nan")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def implementation(request):
+    """Both paths; Triton's in the interpreter."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted_triton")
+    return request.param
+
+
+def make_batch(*, offset=0.0, anchored=False, seed=0):
+    """Return ragged groups in mixed order: flat ones, one of one rollout, one of invalid rollouts, empty rollouts."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.cat([torch.randint(0, 6, (24,), generator=generator), torch.tensor([6, 7, 7, 8, 8, 8])])
+    groups = groups[torch.randperm(len(groups), generator=generator)]
+    rewards = (torch.rand(len(groups), generator=generator) < 0.4).float()
+    rewards[groups == 3] = 1.0
+    rewards[groups == 8] = torch.tensor([0.0, 1e-3, 0.5])
+    is_valid = torch.rand(len(groups), generator=generator) > 0.15
+    is_valid[groups == 7] = False
+    is_valid[groups == 8] = True
+    lengths = torch.randint(0, 9, (len(groups),), generator=generator)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    rates = torch.tensor([0.0, 1.0, 0.25, 1.0, NAN, 0.0, 0.5, 0.5, NAN])[groups] if anchored else None
+    return {
+        "rewards_R": rewards + offset,
+        "group_ids_R": groups * 1_000_003 - 7,
+        "is_valid_R": is_valid,
+        "cu_seqlens": cu_seqlens,
+        "loss_mask_T": torch.rand(int(cu_seqlens[-1]), generator=generator) > 0.3,
+        "anchor_rates_R": rates,
+    }
+
+
+def by_group(batch):
+    """Yield (rollouts of a group, their rewards, validity, anchor rate or None)."""
+    for group in batch["group_ids_R"].unique():
+        rows = (batch["group_ids_R"] == group).nonzero().squeeze(1)
+        rate = NAN if batch["anchor_rates_R"] is None else batch["anchor_rates_R"][rows[0]].item()
+        rewards, is_valid = batch["rewards_R"][rows].tolist(), batch["is_valid_R"][rows].tolist()
+        yield rows, rewards, is_valid, None if rate != rate else rate
+
+
+@pytest.mark.parametrize("anchored", [False, True], ids=["group baseline", "anchored"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_ragged_groups_equal_the_specification(estimator, anchored, implementation, nan_empty):
+    batch = make_batch(anchored=anchored)
+    result = grouped_advantage(**batch, estimator=estimator, implementation=implementation)
+    flags = set()
+    for rows, rewards, is_valid, rate in by_group(batch):
+        advantages, is_flat = group_advantages_reference(rewards, is_valid, estimator, rate)
+        torch.testing.assert_close(result.advantages_R[rows], torch.tensor(advantages), rtol=2e-6, atol=1e-7)
+        assert result.is_flat_R[rows].tolist() == [is_flat] * len(rows)
+        flags.add(is_flat)
+    assert flags == {True, False}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_advantages_are_those_of_the_algorithm(estimator, implementation):
+    batch = make_batch(anchored=True) | {"is_valid_R": torch.ones(30, dtype=torch.bool)}
+    result = grouped_advantage(**batch, estimator=estimator, implementation=implementation)
+    for rows, rewards, _, rate in by_group(batch):
+        truth = group_advantages(rewards, estimator, anchor_success_rate=rate)
+        torch.testing.assert_close(result.advantages_R[rows], torch.tensor(truth), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_common_offset_of_the_rewards_changes_nothing(estimator, implementation):
+    # Rewards in steps of 1/16 are exact at 1e6 in float32, so any difference would come from the computation.
+    near = make_batch()
+    near["rewards_R"] = (near["rewards_R"] * 16).round() / 16
+    far = near | {"rewards_R": near["rewards_R"] + 1e6}
+    first = grouped_advantage(**near, estimator=estimator, implementation=implementation)
+    second = grouped_advantage(**far, estimator=estimator, implementation=implementation)
+    torch.testing.assert_close(second.advantages_R, first.advantages_R, rtol=1e-6, atol=1e-7)
+    assert torch.equal(second.is_flat_R, first.is_flat_R)
+
+
+def test_a_difference_far_below_the_epsilon_is_not_flat(implementation):
+    rewards = torch.tensor([1.0, 1.0 + 2**-23, 1.0, 1.0])
+    result = grouped_advantage(
+        rewards,
+        torch.zeros(4, dtype=torch.int32),
+        torch.ones(4, dtype=torch.bool),
+        torch.arange(5, dtype=torch.int32),
+        torch.ones(4, dtype=torch.bool),
+        estimator="grpo",
+        implementation=implementation,
+    )
+    assert not result.is_flat_R.any() and result.advantages_R[1] > 0
+
+
+def test_tokens_carry_their_rollouts_advantage_inside_the_mask(implementation, nan_empty):
+    batch = make_batch()
+    result = grouped_advantage(**batch, estimator="grpo", implementation=implementation)
+    expected = torch.zeros(len(batch["loss_mask_T"]))
+    for rollout, (start, end) in enumerate(zip(batch["cu_seqlens"], batch["cu_seqlens"][1:], strict=False)):
+        for token in range(start, end):
+            if batch["loss_mask_T"][token]:
+                expected[token] = result.advantages_R[rollout]
+        assert result.num_active_R[rollout] == (expected[start:end] != 0).sum()
+    assert torch.equal(result.advantages_T, expected)
+    index = active_token_index(result, batch["cu_seqlens"], implementation=implementation)
+    assert index.dtype == torch.int64 and torch.equal(index, expected.nonzero().squeeze(1))
+
+
+def test_all_templated_successes_still_teach_against_a_plain_anchor(implementation):
+    arguments = {
+        "rewards_R": torch.ones(6),
+        "group_ids_R": torch.zeros(6, dtype=torch.int64),
+        "is_valid_R": torch.ones(6, dtype=torch.bool),
+        "cu_seqlens": torch.arange(7, dtype=torch.int32),
+        "loss_mask_T": torch.ones(6, dtype=torch.bool),
+        "estimator": "dr_grpo",
+        "implementation": implementation,
+    }
+    assert grouped_advantage(**arguments).is_flat_R.all()
+    anchored = grouped_advantage(**arguments, anchor_rates_R=torch.zeros(6))
+    torch.testing.assert_close(anchored.advantages_R, torch.full((6,), 0.5))
+
+
+def test_no_rollouts_give_empty_results(implementation):
+    empty = torch.zeros(0, dtype=torch.bool)
+    result = grouped_advantage(
+        torch.zeros(0),
+        torch.zeros(0, dtype=torch.int64),
+        empty,
+        torch.zeros(1, dtype=torch.int32),
+        empty,
+        estimator="grpo",
+        implementation=implementation,
+    )
+    assert len(result.advantages_R) == len(result.advantages_T) == 0
+    assert len(active_token_index(result, torch.zeros(1, dtype=torch.int32), implementation=implementation)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards_R": torch.zeros(30, dtype=torch.float64)}, "rewards_R"),
+        ({"is_valid_R": torch.ones(3, dtype=torch.bool)}, r"is_valid_R \(3,\)"),
+        ({"cu_seqlens": torch.arange(31, dtype=torch.int32)}, "cu_seqlens spans 0 to 30: must be 0 to T="),
+        ({"anchor_rates_R": torch.zeros(5)}, r"anchor_rates_R \(5,\)"),
+    ],
+)
+def test_misfits_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        grouped_advantage(**make_batch() | change, estimator="grpo")

@@ -1,0 +1,48 @@
+"""Every Triton kernel compiles for Hopper (sm_90a) on a machine without a GPU, into what was meant."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_BYTES_LIMIT = 232_448
+"""What a block may have on Hopper."""
+SPILL_STORES = {
+    "exponentials, gradient with entropy": 110,
+    "exponentials, scoring with entropy": 110,
+    "exponentials, gradient with entropy, plain": 60,
+}
+"""Budget: in the epilogue, once per tile of 128 x 256 x D multiply-adds. Every other kernel must not spill."""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What `compile_sm90.py` reports, by variant; a process of its own, since this one may interpret kernels."""
+    pytest.importorskip("triton", reason="triton is not installed: nothing to compile")
+    script = Path(__file__).parents[2] / "kernels" / "bench" / "compile_sm90.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {kernel["name"]: kernel for kernel in json.loads(done.stdout)}
+
+
+def test_every_kernel_fits_hopper_and_keeps_to_its_spill_budget(compiled):
+    assert len(compiled) == 12
+    for name, kernel in compiled.items():
+        assert kernel["shared_bytes"] <= SHARED_BYTES_LIMIT, name
+        assert kernel["registers"] <= 255, name
+        assert kernel["instructions"]["STL"] <= SPILL_STORES.get(name, 0), name
+
+
+def test_the_product_runs_on_tensor_cores_fed_by_bulk_copies(compiled):
+    products = {name: kernel["instructions"] for name, kernel in compiled.items() if name.startswith("exponentials")}
+    assert len(products) == 4
+    for name, instructions in products.items():
+        assert instructions["HGMMA"] > 0 and instructions["UTMALDG"] > 0, name
+        assert (instructions["UTMASTG"] > 0) == ("gradient" in name), name
+        assert (instructions["USETMAXREG"] > 0) == ("plain" not in name), name

@@ -1,0 +1,227 @@
+"""The Triton path in the interpreter: same operations, bfloat16, against float64 autograd.
+
+What the interpreter cannot show (races, tensor-core rounding, warp specialization) is left to the `gpu` tests.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_p2o.testing.distributed import run_gloo_ranks
+from p2o_kernels import LossRule, linear_logprob, linear_policy_loss
+from p2o_kernels.lm_head.shard import HeadShard
+from p2o_kernels.logprob import linear_logprob_reference
+from p2o_kernels.policy_loss import linear_policy_loss_reference
+from p2o_kernels.policy_loss.token_loss import token_inputs, token_losses_torch
+
+pytestmark = pytest.mark.usefixtures("interpreted_triton")
+
+
+def small_path(**options):
+    """Return a path of small tiles, several row blocks and several splits of the vocabulary."""
+    from p2o_kernels.lm_head.triton_path import Tile, TritonHead
+
+    tile = Tile(rows=32, columns=64, depth=32, warp_specialize=False)
+    return TritonHead(**{"tile": tile, "num_multiprocessors": 6, "save_bytes": 0} | options)
+
+
+def make_case(head_case, **changes):
+    shape = {"num_tokens": 70, "vocab_size": 300, "num_padding": 20, "hidden_size": 96, "dtype": torch.bfloat16}
+    return head_case(**shape | changes)
+
+
+def policy_arguments(case):
+    generator = torch.Generator().manual_seed(2)
+    num_tokens = len(case.targets_T)
+    old = case.logprobs_T.float() + 0.3 * torch.randn(num_tokens, generator=generator)
+    advantages = torch.randn(num_tokens, generator=generator)
+    advantages[::5] = 0
+    return {
+        "advantages_T": advantages,
+        "weights_T": (torch.rand(num_tokens, generator=generator) < 0.9).float(),
+        "old_logprobs_T": old,
+        "sampling_logprobs_T": old + 2 * torch.randn(num_tokens, generator=generator),
+        "is_templated_T": torch.rand(num_tokens, generator=generator) < 0.7,
+        "loss_scale": 1 / 70,
+        "temperature": case.temperature,
+        "vocab_size": case.vocab_size,
+    }
+
+
+def run_policy(case, rule, arguments, path):
+    hidden, weight = case.leaves()
+    main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    output = linear_policy_loss(
+        hidden, weight, case.targets_T, rule=rule, **arguments, weight_main_grad_VpD=main_grad, path=path
+    )
+    output.loss.backward()
+    return output, hidden.grad, main_grad
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"temperature": 1.0, "vocab_size": 299, "num_padding": 0}, {"num_tokens": 1}, {"sharpness": 20.0}],
+    ids=["padded", "odd vocabulary", "one row", "sharp"],
+)
+def test_policy_loss_and_gradients_equal_float64_autograd(shape, head_case, relative_error, nan_empty):
+    case = make_case(head_case, **shape)
+    arguments = policy_arguments(case) | ({"advantages_T": torch.ones(1)} if shape == {"num_tokens": 1} else {})
+    output, hidden_grad, main_grad = run_policy(case, LossRule(), arguments, small_path())
+    hidden, weight = case.leaves(torch.float64)
+    loss, *_ = linear_policy_loss_reference(hidden, weight, case.targets_T, rule=LossRule(), **arguments)
+    loss.backward()
+    live = output.is_live_T
+    # Logits of size 10 (sharp: 70) in float32; the stored exponentials are bfloat16, the gradients' sums float32.
+    scale = shape.get("sharpness", 3.0) / 3.0
+    assert (output.logprobs_T[live] - case.logprobs_T[live]).abs().max() < 5e-6 * scale
+    assert (output.entropy_T[live] - case.entropy_T[live]).abs().max() < 2e-5 * scale
+    assert output.loss.double().item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-8)
+    assert relative_error(hidden_grad, hidden.grad) < 2.5e-3
+    assert relative_error(main_grad, weight.grad) < 3e-3
+    assert (main_grad[case.vocab_size :] == 0).all()
+
+
+def test_the_weight_gradient_meets_its_accuracy_for_a_trained_policy(head_case, relative_error):
+    # Hidden states that point at their target, from uncertain to confident: what rounds is the rest of the row alone.
+    case = make_case(head_case, num_tokens=96, vocab_size=1000, num_padding=0, hidden_size=128, temperature=1.0)
+    generator = torch.Generator().manual_seed(8)
+    weight = (torch.randn(1000, 128, generator=generator) / 128**0.5).bfloat16()
+    targets = torch.randint(0, 1000, (96,), generator=generator)
+    confidence = 4 + 14 * torch.rand(96, 1, generator=generator)
+    hidden = (weight[targets].float() * confidence + 1.5 * torch.randn(96, 128, generator=generator)).bfloat16()
+    logprobs, entropy = linear_logprob_reference(hidden, weight, targets)
+    case = replace(case, hidden_TD=hidden, weight_VpD=weight, targets_T=targets, logprobs_T=logprobs, entropy_T=entropy)
+    arguments = policy_arguments(case)
+    output, _, main_grad = run_policy(case, LossRule(), arguments, small_path())
+    hidden, weight = case.leaves(torch.float64)
+    linear_policy_loss_reference(hidden, weight, targets, rule=LossRule(), **arguments)[0].backward()
+    live = output.is_live_T
+    assert (output.logprobs_T[live] - case.logprobs_T[live]).abs().max() < 1e-5
+    assert relative_error(main_grad, weight.grad) < 1e-3
+
+
+def test_logprobs_and_their_gradients_equal_float64_autograd(head_case, relative_error):
+    case = make_case(head_case)
+    gradient = torch.randn(70, generator=torch.Generator().manual_seed(4))
+    gradient[::3] = 0
+    grads = []
+    for path, dtype in ((small_path(), torch.bfloat16), (small_path(save_bytes=2**20), torch.bfloat16), (None, None)):
+        hidden, weight = case.leaves(dtype or torch.float64)
+        logprobs, entropy = linear_logprob(
+            hidden, weight, case.targets_T, temperature=case.temperature, vocab_size=case.vocab_size, path=path
+        )
+        logprobs.backward(gradient.to(logprobs.dtype))
+        assert (logprobs - case.logprobs_T).abs().max() < 5e-6
+        assert (entropy - case.entropy_T).abs().max() < 2e-5
+        grads.append((hidden.grad, weight.grad))
+    for hidden_grad, weight_grad in grads[:2]:
+        assert relative_error(hidden_grad, grads[2][0]) < 2.5e-3
+        assert relative_error(weight_grad, grads[2][1]) < 3.5e-3  # rounded to bfloat16 at the end
+
+
+def test_a_prime_vocabulary_is_cut_right(head_case):
+    case = make_case(head_case, num_tokens=3, vocab_size=4099, num_padding=1, hidden_size=32)
+    with torch.no_grad():
+        logprobs, _ = linear_logprob(
+            *case.leaves(), case.targets_T, temperature=0.6, vocab_size=4099, path=small_path(num_multiprocessors=5)
+        )
+    assert (logprobs - case.logprobs_T).abs().max() < 5e-6
+
+
+def test_targets_down_to_minus_100_nats_and_up_to_certainty_keep_their_digits():
+    gaps = torch.tensor([0.0, 1.0, 10.0, 50.0, 100.0, -5.0, -20.0, -40.0])
+    hidden = torch.zeros(8, 32)
+    hidden[:, 0], hidden[:, 1] = 64.0, 64.0 - gaps
+    weight = torch.zeros(300, 32)
+    weight[0, 0] = weight[7, 1] = 1.0
+    truth = -torch.log1p(torch.exp(gaps.double()) + 298 * torch.exp(gaps.double() - 64.0))
+    targets = torch.full((8,), 7)
+    with torch.no_grad():
+        logprobs, _ = linear_logprob(hidden.bfloat16(), weight.bfloat16(), targets, path=small_path())
+    torch.testing.assert_close(logprobs.double(), truth, rtol=3e-6, atol=1e-24)
+
+
+@pytest.mark.parametrize("has_old", [True, False], ids=["old given", "old is current"])
+def test_the_token_loss_kernel_equals_the_torch_form(has_old, nan_empty):
+    from p2o_kernels.policy_loss.triton_path import token_losses_triton
+
+    generator = torch.Generator().manual_seed(6)
+    logprobs = -5 * torch.rand(700, generator=generator)
+    old = logprobs + 25 * torch.randn(700, generator=generator) * (torch.rand(700, generator=generator) < 0.1)
+    old = old + 0.3 * torch.randn(700, generator=generator)
+    for rule in (LossRule(), LossRule(ratio_form="soft"), LossRule(context="importance"), LossRule(context="replace")):
+        tokens = token_inputs(
+            rule,
+            torch.randn(700, generator=generator),
+            torch.rand(700, generator=generator),
+            old if has_old else None,
+            old + 3 * torch.randn(700, generator=generator),
+            torch.rand(700, generator=generator) < 0.5,
+        )
+        computed, expected = token_losses_triton(rule, logprobs, tokens), token_losses_torch(rule, logprobs, tokens)
+        for name in expected.__slots__:
+            torch.testing.assert_close(getattr(computed, name), getattr(expected, name), rtol=2e-6, atol=1e-7)
+
+
+def test_two_phases_give_what_one_pass_gives_from_fewer_rows(head_case, relative_error):
+    case = make_case(head_case)
+    arguments = policy_arguments(case) | {"old_logprobs_T": None}
+    arguments["sampling_logprobs_T"] = arguments["sampling_logprobs_T"] - 3.0
+    one, one_hidden, one_weight = run_policy(case, LossRule(), arguments | {"expected_dead_share": 0.3}, small_path())
+    two, two_hidden, two_weight = run_policy(case, LossRule(), arguments | {"expected_dead_share": 0.4}, small_path())
+    assert two.is_live_T.sum() < 0.9 * one.is_live_T.sum()
+    torch.testing.assert_close(two.loss, one.loss)
+    assert relative_error(two_hidden, one_hidden) < 1e-6
+    assert relative_error(two_weight, one_weight) < 1e-5
+
+
+def shards_of_policy_loss(case, arguments):
+    rank = dist.get_rank()
+    hidden, weight = case.leaves()
+    rows = len(weight) // 2
+    part = weight.detach()[rank * rows : (rank + 1) * rows].requires_grad_()
+    main_grad = torch.zeros_like(part, dtype=torch.float32)
+    output = linear_policy_loss(
+        hidden,
+        part,
+        case.targets_T,
+        rule=LossRule(),
+        **arguments,
+        weight_main_grad_VpD=main_grad,
+        tp_group=dist.group.WORLD,
+        vocab_start=rank * rows,
+        path=small_path(),
+    )
+    output.loss.backward()
+    hidden_grad = hidden.grad.float()
+    dist.all_reduce(hidden_grad)
+    return output.loss.item(), hidden_grad.numpy(), main_grad.numpy()
+
+
+def test_two_ranks_give_the_unsharded_result(head_case, relative_error):
+    case = make_case(head_case)
+    arguments = policy_arguments(case)
+    output, hidden_grad, main_grad = run_policy(case, LossRule(), arguments, small_path())
+    by_rank = run_gloo_ranks(shards_of_policy_loss, 2, case, arguments)
+    for loss, sharded_hidden, _ in by_rank:
+        assert loss == pytest.approx(output.loss.item(), rel=1e-5)
+        assert relative_error(torch.from_numpy(sharded_hidden), hidden_grad) < 3e-3  # each part is rounded to bfloat16
+    weight_grad = torch.cat([torch.from_numpy(result[2]) for result in by_rank])
+    assert relative_error(weight_grad, main_grad) < 1e-5
+
+
+@pytest.mark.parametrize(("num_tokens", "vocab_rows", "rows"), [(32768, 151936, 3328), (100, 151936, 128)])
+def test_the_chunk_size_fills_the_device(num_tokens, vocab_rows, rows):
+    from p2o_kernels.lm_head.triton_path import TritonHead
+
+    weight = torch.empty(vocab_rows, 2560, dtype=torch.bfloat16, device="meta")
+    assert TritonHead().num_chunk_rows(HeadShard(weight, vocab_rows, 0, 1.0, None), num_tokens) == rows
+
+
+def test_unsupported_inputs_are_named(head_case):
+    case = make_case(head_case, hidden_size=12)
+    for leaves, message in ((case.leaves(), "D=12"), (case.leaves(torch.float32), "torch.float32")):
+        with pytest.raises(ValueError, match=message):
+            linear_logprob(*leaves, case.targets_T, path=small_path())
