@@ -48,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="say what this machine offers and what is missing")
     doctor.add_argument("--strict", action="store_true", help="exit with 1 when something required is missing")
+    doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="require N GPUs that nobody else uses")
+    doctor.add_argument(
+        "--require", action="append", default=[], metavar="PACKAGE", help="require an optional package; repeatable"
+    )
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -115,7 +119,7 @@ def _report(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from megatron_p2o.doctor import examine, print_findings
 
-    findings = examine()
+    findings = examine(options.gpus, options.require)
     print_findings(findings)
     return 1 if options.strict and any(finding.is_missing for finding in findings) else 0
 

@@ -1,18 +1,43 @@
 """`p2o doctor`: what this machine offers and what is missing, before anything is started."""
 
+import importlib
 import importlib.util
 import platform
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+from packaging.specifiers import SpecifierSet
 
-REQUIRED = ("torch", "megatron-core", "sglang", "transformers", "tokenizers", "safetensors", "math-verify", "aiohttp")
-"""Distributions without which no run starts."""
+REQUIRED = {
+    "torch": ">=2.11",
+    "megatron-core": ">=0.16.1,<0.20",
+    "sglang": ">=0.5.21",  # older ones unpickle whatever a weight update holds
+    "transformers": ">=5",
+    "tokenizers": "",
+    "safetensors": "",
+    "math-verify": "",
+    "aiohttp": "",
+}
+"""Distributions without which no run starts, and the versions it takes."""
 
-GPU_ONLY = ("transformer-engine", "flash-attn", "triton", "sglang-kernel", "flashinfer-python")
-"""Distributions that make the GPU lane fast; each has a fallback that this command names."""
+REQUIRED_ON_GPU = ("triton", "sglang-kernel", "flashinfer-python")
+"""Distributions without which SGLang does not serve, or the fused kernels do not run, on a GPU."""
+
+OPTIONAL_ON_GPU = ("transformer-engine", "flash-attn")
+"""Distributions that a run on a GPU does without."""
+
+IMPORTED_ON_GPU = {"transformer-engine": "transformer_engine.pytorch", "flash-attn": "flash_attn"}
+"""Distributions compiled against one version of torch, and the module that shows whether it is this one."""
+
+MIN_SHARED_MEMORY_BYTES = 1 << 30
+"""Of /dev/shm, through which weights are handed over and NCCL talks; containers often have 64 MiB."""
+
+MIN_FREE_GPU_SHARE = 0.9
+"""Of a GPU's memory before a job starts; less means that another process still holds some."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,15 +50,26 @@ class Finding:
     """True when runs cannot start without it."""
 
 
-def examine() -> list[Finding]:
-    """Return what was found, most basic first."""
-    has_gpu = torch.cuda.is_available()
-    lane = f"GPU ({torch.cuda.get_device_name()}, CUDA {torch.version.cuda})" if has_gpu else "CPU (gloo, float32)"
-    findings = [Finding(subject="lane", finding=lane), Finding(subject="python", finding=platform.python_version())]
-    findings += [_package(name, is_required=True) for name in REQUIRED]
-    findings += [_package(name, is_required=False) for name in GPU_ONLY]
-    findings.append(Finding(subject="attention", finding=_attention(has_gpu)))
-    findings.append(Finding(subject="fused kernels", finding=_kernels(has_gpu)))
+def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
+    """Return what was found, most basic first.
+
+    Args:
+        num_gpus: how many GPUs a job expects here, all to itself; 0 expects none.
+        required: optional distributions that count as required.
+    """
+    num_visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    is_gpu_build = torch.version.cuda is not None
+    findings = [_lane(num_visible), Finding(subject="python", finding=platform.python_version())]
+    findings += [_package(name, accepted) for name, accepted in REQUIRED.items()]
+    findings += [_package(name, "" if is_gpu_build or name in required else None) for name in REQUIRED_ON_GPU]
+    findings += [_package(name, "" if name in required else None) for name in OPTIONAL_ON_GPU]
+    if num_visible:
+        findings += _compiled_packages()
+    if num_gpus or num_visible:
+        findings += _gpus(num_visible, num_gpus)
+    findings.append(_shared_memory(is_expected=num_gpus > 0))
+    findings.append(Finding(subject="attention", finding=_attention(num_visible)))
+    findings.append(Finding(subject="fused kernels", finding=_kernels(num_visible)))
     findings.append(Finding(subject="apex", finding=_apex()))
     return findings
 
@@ -46,22 +82,83 @@ def print_findings(findings: list[Finding], write: Callable[[str], None] = print
         write(f"{finding.subject:<{width}}  {mark}{finding.finding}")
 
 
-def _package(name: str, *, is_required: bool) -> Finding:
+def _lane(num_visible: int) -> Finding:
+    if num_visible:
+        lane = f"GPU ({num_visible} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda})"
+    elif torch.version.cuda is not None:
+        lane = f"GPU packages (CUDA {torch.version.cuda}), but no GPU is visible"
+    else:
+        lane = "CPU (gloo, float32)"
+    return Finding(subject="lane", finding=lane)
+
+
+def _package(name: str, accepted: str | None) -> Finding:
+    """Return whether a distribution is installed in an accepted version ("" accepts all, None does without)."""
     try:
-        return Finding(subject=name, finding=version(name))
+        installed = version(name)
     except PackageNotFoundError:
-        hint = f"pip install {name}" if is_required else "not installed (optional, GPU only)"
-        return Finding(subject=name, finding=hint, is_missing=is_required)
+        if accepted is None:
+            return Finding(subject=name, finding="not installed (optional, GPU only)")
+        return Finding(subject=name, finding=f'pip install "{name}{accepted}"', is_missing=True)
+    if not SpecifierSet(accepted or "").contains(installed, prereleases=True):
+        return Finding(subject=name, finding=f"{installed}, but must be {accepted}", is_missing=True)
+    return Finding(subject=name, finding=installed)
 
 
-def _attention(has_gpu: bool) -> str:
-    if not has_gpu:
-        return "torch scaled_dot_product_attention per packed segment"
-    return "Transformer Engine" if importlib.util.find_spec("transformer_engine") else "torch varlen attention"
+def _compiled_packages() -> list[Finding]:
+    """Return the installed packages that cannot be imported: they were compiled for another torch or CUDA."""
+    broken: list[Finding] = []
+    for name, module in IMPORTED_ON_GPU.items():
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            continue
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            finding = f"cannot be imported, install it for torch {torch.__version__}: {error}"
+            broken.append(Finding(subject=name, finding=finding, is_missing=True))
+    return broken
 
 
-def _kernels(has_gpu: bool) -> str:
-    if not has_gpu:
+def _gpus(num_visible: int, num_expected: int) -> list[Finding]:
+    """Return whether the expected number is there, and for each whether it computes and has its memory to itself."""
+    if num_visible < num_expected:
+        finding = (
+            f"{num_visible} of {num_expected} are visible: see nvidia-smi, CUDA_VISIBLE_DEVICES and the job's GRES"
+        )
+        return [Finding(subject="gpus", finding=finding, is_missing=True)]
+    return [_gpu(index, is_expected=index < num_expected) for index in range(num_visible)]
+
+
+def _gpu(index: int, *, is_expected: bool) -> Finding:
+    subject = f"gpu {index}"
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        ones = torch.ones(16, 16, device=f"cuda:{index}", dtype=torch.bfloat16)
+        is_right = bool(((ones @ ones) == 16).all())
+    except RuntimeError as error:
+        return Finding(subject=subject, finding=f"does not compute: {error}", is_missing=True)
+    memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    if not is_right:
+        return Finding(subject=subject, finding="computes wrongly: 16 ones do not add up to 16", is_missing=True)
+    if is_expected and free < MIN_FREE_GPU_SHARE * total:
+        return Finding(subject=subject, finding=f"{memory}: another process holds memory", is_missing=True)
+    return Finding(subject=subject, finding=memory)
+
+
+def _shared_memory(*, is_expected: bool) -> Finding:
+    path = Path("/dev/shm")
+    free = shutil.disk_usage(path).free if path.exists() else 0
+    is_short = free < MIN_SHARED_MEMORY_BYTES
+    remedy = f", a job with GPUs needs {MIN_SHARED_MEMORY_BYTES >> 20}: raise --shm-size" if is_short else ""
+    return Finding(subject="/dev/shm", finding=f"{free >> 20} MiB free{remedy}", is_missing=is_short and is_expected)
+
+
+def _attention(num_visible: int) -> str:
+    return "torch varlen attention" if num_visible else "torch scaled_dot_product_attention per packed segment"
+
+
+def _kernels(num_visible: int) -> str:
+    if not num_visible:
         return "torch, chunked (no GPU)"
     return "triton" if importlib.util.find_spec("triton") else "torch, chunked (triton is not installed)"
 
