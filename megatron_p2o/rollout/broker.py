@@ -6,6 +6,7 @@ loop only and needs no lock.
 
 import asyncio
 import logging
+import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -85,7 +86,9 @@ class Broker:
         self._num_open: Counter[str] = Counter()
         self._tasks: dict[Request, asyncio.Task[None]] = {}
         self._chores: set[asyncio.Task[None]] = set()
-        self._ids = count()
+        prefix = secrets.token_hex(4)
+        self._ids = (f"{prefix}-{number:012d}" for number in count())
+        """Of one length: SGLang aborts every request whose id begins with the one it is given."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="broker", daemon=True)
         self._thread.start()
@@ -119,7 +122,7 @@ class Broker:
         if self._loop.is_closed():
             future.set_exception(BrokerClosed("the broker was closed"))
             return future
-        request = Request(f"p2o-{next(self._ids)}", prompt, sampling, priority, future)
+        request = Request(next(self._ids), prompt, sampling, priority, future)
         future.add_done_callback(lambda done: self._on_cancel(request) if done.cancelled() else None)
         self._loop.call_soon_threadsafe(self._enqueue, request)
         return future

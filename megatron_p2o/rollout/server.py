@@ -1,5 +1,7 @@
 """One SGLang server as a child process: started, watched, and stopped without leaving anything behind."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -31,6 +33,9 @@ TORCHRUN_VARIABLES = re.compile(
     r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|TORCH_NCCL_\w+)$"
 )
 """Of the trainer's process group: an engine must not join it."""
+
+KEEP_ALIVE_S = 3600
+"""How long a server keeps idle connections; the client closes them long before."""
 
 POLL_S = 0.2
 PROBE_TIMEOUT_S = 10.0
@@ -140,11 +145,11 @@ class EngineServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=engine_environment(is_cpu=arguments.get("device") == "cpu", scratch=self._scratch),
+                env=engine_environment(arguments, self._scratch),
                 start_new_session=True,
             )
         assert process.stdin is not None
-        with process.stdin as pipe:
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it died: wait_until_ready will say why
             pipe.write(json.dumps(settings).encode())
         return process
 
@@ -185,14 +190,16 @@ def open_private(path: Path) -> IO[bytes]:
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode=0o600), "wb")
 
 
-def engine_environment(*, is_cpu: bool, scratch: Path) -> dict[str, str]:
+def engine_environment(arguments: Mapping[str, Any], scratch: Path) -> dict[str, str]:
     """Return the environment of an engine process: this one's, without what binds it to the trainer's ranks."""
     environment = {name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.match(name)}
     environment |= {
         "TMPDIR": str(scratch),  # holds SGLang's ZMQ sockets, which it never removes
         "HF_HUB_OFFLINE": "1",
+        # An idle connection that the server closes while the client sends on it would look like the server's death.
+        "SGLANG_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
     }
-    if is_cpu:
+    if arguments.get("device") == "cpu":
         search_path = [str(CPU_SITE), *filter(None, [environment.get("PYTHONPATH")])]
         environment |= {
             "PYTHONPATH": os.pathsep.join(search_path),
@@ -200,4 +207,8 @@ def engine_environment(*, is_cpu: bool, scratch: Path) -> dict[str, str]:
             "TORCHDYNAMO_DISABLE": "1",
             "OMP_NUM_THREADS": "1",  # more threads spin against the trainer for the same cores
         }
+        if arguments.get("tp_size", 1) > 1:
+            cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+            bound = [str(core) for core in itertools.islice(cores, arguments["tp_size"])]
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
     return environment

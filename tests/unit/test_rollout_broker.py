@@ -51,8 +51,11 @@ class FakeClient:
         )
 
     async def abort(self, request_id: str) -> None:
-        self.aborted.append(request_id)
-        self.stopping[request_id].set()
+        """Like SGLang, take the id for the beginning of ids."""
+        for running_id, stop in self.stopping.items():
+            if running_id.startswith(request_id):
+                self.aborted.append(running_id)
+                stop.set()
 
     async def close(self) -> None:
         pass
@@ -261,6 +264,18 @@ def test_cancelling_a_future_aborts_the_request_and_frees_its_slot() -> None:
         client.release()
         last.result(WAIT_S)
     assert client.served == [3]
+    assert len(client.aborted) == 1
+
+
+def test_aborting_one_request_leaves_those_with_similar_ids_alone() -> None:
+    with broker_with(slots=200) as (broker, (client,)):
+        futures = [broker.submit(prompt(token), SAMPLING) for token in range(120)]
+        settled(broker)
+        futures[1].cancel()
+        settled(broker)
+        client.release()
+        del futures[1]
+        assert {future.result(WAIT_S).finish_reason for future in futures} == {"stop"}
     assert len(client.aborted) == 1
 
 

@@ -88,12 +88,19 @@ def test_an_engine_does_not_inherit_the_trainer_s_process_group(
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("RANKING", "kept")
-    environment = engine_environment(is_cpu=True, scratch=tmp_path)
+    environment = engine_environment({"device": "cpu"}, tmp_path)
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & environment.keys()
     assert environment["RANKING"] == "kept"
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(CPU_SITE)
     assert environment["TMPDIR"] == str(tmp_path)
-    assert "SGLANG_USE_CPU_ENGINE" not in engine_environment(is_cpu=False, scratch=tmp_path)
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in environment
+    assert "SGLANG_USE_CPU_ENGINE" not in engine_environment({}, tmp_path)
+
+
+def test_each_rank_of_a_cpu_engine_is_bound_to_a_core(tmp_path: Path) -> None:
+    bound = engine_environment({"device": "cpu", "tp_size": 3}, tmp_path)["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
+    assert len(bound) == 3
+    assert {int(core) for core in bound} <= os.sched_getaffinity(0)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ def test_an_answer_lists_each_weight_version_once_in_order() -> None:
 
 
 def run_in_engine_environment(program: str, site: Path, tmp_path: Path) -> str:
-    environment = engine_environment(is_cpu=True, scratch=tmp_path)
+    environment = engine_environment({"device": "cpu"}, tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(CPU_SITE), str(site)])
     # -S: no site-packages, so that what is installed there cannot decide the outcome; the site module is run by hand.
     start = "import sitecustomize\n"
@@ -175,7 +182,7 @@ def test_an_installed_package_wins_over_its_stand_in(tmp_path: Path) -> None:
 
 
 def test_stand_ins_are_for_cpu_engines_only(tmp_path: Path) -> None:
-    environment = engine_environment(is_cpu=False, scratch=tmp_path) | {"PYTHONPATH": str(CPU_SITE)}
+    environment = engine_environment({}, tmp_path) | {"PYTHONPATH": str(CPU_SITE)}
     program = "import sitecustomize, importlib.util; print(importlib.util.find_spec('sgl_kernel'))"
     answer = subprocess.run(
         [sys.executable, "-S", "-c", program], env=environment, check=True, capture_output=True, text=True
