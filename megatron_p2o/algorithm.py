@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from megatron_p2o.config import Config
-from megatron_p2o.interfaces import Grader, Policy, PromptEvolution, PromptRenderer, RolloutEngine, TemplateLibrary
+from megatron_p2o.interfaces import (
+    Grader,
+    Policy,
+    PromptEvolution,
+    PromptRenderer,
+    PromptTooLongError,
+    RolloutEngine,
+    TemplateLibrary,
+)
 from megatron_p2o.rl.grouping import make_group, train_samples
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
 from megatron_p2o.types import (
@@ -90,7 +98,7 @@ def p2o_step(
     """
     # Sample y ~ pi(. | x, z): a hard problem is asked through its templates, every other one plainly.
     prompts = [
-        parts.renderer.render(problem, template)
+        asked(problem, template, parts.renderer)
         for problem in problems
         for template in templates_of(problem, state.library, config.rollout.group_size)
     ]
@@ -229,6 +237,14 @@ def templates_of(problem: Problem, library: TemplateLibrary, group_size: int) ->
             "templates, one per rollout: resume with the group size the library was made for"
         )
     return templates
+
+
+def asked(problem: Problem, template: Template, renderer: PromptRenderer) -> Prompt:
+    """Return the prompt; a template too long for this problem, on which it was never tried, leaves it plain."""
+    try:
+        return renderer.render(problem, template)
+    except PromptTooLongError:
+        return renderer.render(problem, PLAIN)
 
 
 def rollout_sampling(config: Config) -> SamplingParams:

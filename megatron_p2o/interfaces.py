@@ -97,11 +97,15 @@ class TemplateLibrary(Protocol):
         ...
 
 
+class PromptTooLongError(ValueError):
+    """A prompt exceeds `data.max_prompt_tokens`; prompts are never truncated."""
+
+
 class PromptRenderer(Protocol):
     """Turns problems and templates into tokens, and tokens back into text."""
 
     def render(self, problem: Problem, template: Template) -> Prompt:
-        """Raise `ValueError` when the prompt exceeds `data.max_prompt_tokens`."""
+        """Return the prompt. Raise `PromptTooLongError` when it exceeds `data.max_prompt_tokens`."""
         ...
 
     def decode(self, completion: Completion) -> str:

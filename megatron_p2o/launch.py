@@ -4,7 +4,6 @@ A run on several nodes starts `p2o` once on each, under `srun` or by hand; see `
 process, so that a failed run ends in the failing rank's one message rather than in the agent's traceback.
 """
 
-import ctypes
 import logging
 import os
 import signal
@@ -25,15 +24,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import dump_config
+from megatron_p2o.files import write_whole
 from megatron_p2o.nodes import Nodes, nodes_of_slurm
-from megatron_p2o.run_state import write_whole
 
 STOP_TIMEOUT_S = 60
 """How long the ranks may take to end their engines after SIGTERM before they are killed."""
 
 SHARED_FILE_POLL_S = 0.5
-
-PR_SET_PDEATHSIG = 1
 
 
 def run_directory(config: Config) -> Path:
@@ -157,14 +154,6 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["PYTHONSAFEPATH"] = "1"
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies, however it dies.
-
-    Engines, graders and evolution watch this process in turn, so nothing of a run is left.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

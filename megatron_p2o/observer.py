@@ -10,13 +10,14 @@ from typing import Any
 from megatron_p2o.algorithm import Parts, StepResult, TrainState
 from megatron_p2o.config import Config
 from megatron_p2o.evaluate import Evaluation, best_template, evaluate, evaluation_record, template_of
+from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, phase_metrics, step_metrics
 from megatron_p2o.metrics.values import Mean
 from megatron_p2o.rl.hard_samples import HardSampleLedger, ledger_entry
-from megatron_p2o.run_state import LedgerFile, RunState, StopRequest, save_checkpoint, write_whole
+from megatron_p2o.run_state import LedgerFile, RunState, StopRequest, save_checkpoint
 from megatron_p2o.types import PLAIN, Group, Problem, Template
 
 RoundStatistics = Mapping[str, float]

@@ -8,12 +8,12 @@ runs/<name>/stop                 touch it: the run saves and ends after the curr
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import Policy
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 
@@ -120,17 +120,6 @@ def read_state(checkpoint: Path) -> RunState:
         return RunState(**{**fields, "hard_problem_ids": tuple(fields["hard_problem_ids"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no readable run state: {error}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 class StopRequest:

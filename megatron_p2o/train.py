@@ -27,12 +27,13 @@ from megatron_p2o.data.problems import load_problems
 from megatron_p2o.evaluate import evaluate, evaluation_record
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
-from megatron_p2o.launch import end_with_parent
+from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.observer import RunFiles, RunObserver
 from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.processes import end_with_parent
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import start_engines
 from megatron_p2o.run_state import (
@@ -41,7 +42,6 @@ from megatron_p2o.run_state import (
     StopRequest,
     latest_checkpoint,
     read_state,
-    write_whole,
 )
 from megatron_p2o.template_evaluation import TemplateEvaluator, free_scores, round_statistics
 from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, SamplingParams

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_p2o.config import DataConfig, ModelConfig
+from megatron_p2o.interfaces import PromptTooLongError
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, Template, TokenIds
 
 if TYPE_CHECKING:
@@ -18,10 +19,6 @@ logger = logging.getLogger(__name__)
 
 MAX_REPORTED_PROBLEMS = 20
 """Too long problems an error lists one by one."""
-
-
-class PromptTooLongError(ValueError):
-    """A prompt exceeds `data.max_prompt_tokens`; prompts are never truncated."""
 
 
 class ChatRenderer:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_p2o.evolve.json_records import from_json, to_json
+from megatron_p2o.files import write_whole
 from megatron_p2o.types import PLAIN, Problem, Template
 
 
@@ -51,7 +51,7 @@ class PublishedLibrary:
             )
         )
         path = library_path(run_dir, self.version)
-        write_atomically(path, json.dumps({"checksum": checksum(content), **content}, indent=1) + "\n")
+        write_whole(path, json.dumps({"checksum": checksum(content), **content}, indent=1) + "\n")
         return path
 
 
@@ -85,17 +85,6 @@ def load_library(path: Path) -> PublishedLibrary:
 def checksum(content: Any) -> str:
     """Return the sha256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name, flush to disk, and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _looked_up(ids: Iterable[int], by_id: Mapping[int, Template], path: Path) -> tuple[Template, ...]:

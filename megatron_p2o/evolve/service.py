@@ -6,11 +6,9 @@ costs evolution, never training.
 
 import argparse
 import asyncio
-import ctypes
 import itertools
 import logging
 import os
-import signal
 import socket
 from pathlib import Path
 
@@ -30,9 +28,7 @@ from megatron_p2o.evolve.messages import (
 )
 from megatron_p2o.evolve.reflectors import build_reflector
 from megatron_p2o.evolve.round import RoundSpec
-
-PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
+from megatron_p2o.processes import end_with_parent
 
 
 class RemoteEvaluator:
@@ -132,13 +128,6 @@ class Service:
         self._writer.write(encode(Notice(text=text)))
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends (Linux; elsewhere the socket tells)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "prctl") and libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-
-
 async def serve_socket(connection: socket.socket, run_dir: Path) -> None:
     reader, writer = await asyncio.open_connection(sock=connection, limit=MAX_LINE_BYTES)
     await Service(reader, writer, run_dir).serve()
@@ -149,7 +138,7 @@ def main() -> None:
     parser.add_argument("--socket-fd", type=int, required=True, help="inherited end of a socket pair")
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()
-    die_with_parent()
+    end_with_parent()
     logging.basicConfig(format=f"%(asctime)s {os.getpid()} %(levelname)s %(message)s")
     connection = socket.socket(fileno=arguments.socket_fd)
     try:

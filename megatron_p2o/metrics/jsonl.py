@@ -1,10 +1,11 @@
 """Append-only JSON lines: reading what a running or killed process wrote, and taking back what will be done again."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_p2o.files import write_whole
 
 JsonObject = dict[str, Any]
 
@@ -45,19 +46,8 @@ def keep_lines(path: Path, is_kept: Callable[[JsonObject], bool]) -> int:
         return 0
     with path.with_name(path.name + ".discarded").open("a", encoding="utf-8") as file:
         file.writelines(discarded)
-    replace_text(path, "".join(kept))
+    write_whole(path, "".join(kept))
     return len(discarded)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `path` under a temporary name, flush it to disk and rename it: readers see the old or the new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _parse(line: str, place: str) -> JsonObject:

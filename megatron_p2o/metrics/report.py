@@ -5,8 +5,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.charts import NUM_STYLES, number_text
-from megatron_p2o.metrics.jsonl import replace_text
 from megatron_p2o.metrics.markup import Child, Html, element, join, raw_text, table
 from megatron_p2o.metrics.report_figures import (
     effectiveness_section,
@@ -32,7 +32,7 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> None:
     if not run_dirs:
         raise ValueError("a report needs at least one run directory")
     runs = [read_run(directory) for directory in run_dirs]
-    replace_text(output, render(runs))
+    write_whole(output, render(runs))
 
 
 def render(runs: Sequence[Run]) -> str:

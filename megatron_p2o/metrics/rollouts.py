@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_p2o.metrics.jsonl import JsonObject, replace_text
+from megatron_p2o.files import write_whole
+from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.types import Completion, Group, Rollout
 
 
@@ -28,7 +29,7 @@ class RolloutWriter:
             for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
         ]
         path = self._directory / f"step-{step:06d}.jsonl"
-        replace_text(path, "".join(line + "\n" for line in lines))
+        write_whole(path, "".join(line + "\n" for line in lines))
         return path
 
 

@@ -11,7 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from megatron_p2o.metrics.jsonl import JsonObject, replace_text
+from megatron_p2o.files import write_whole
+from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.metrics.runs import read_object
 
 HARD_SET, EASY_SET = "heldout_hard", "heldout_easy"
@@ -57,7 +58,7 @@ def summarize(run_dirs: Sequence[Path]) -> JsonObject:
 def write_summary(run_dirs: Sequence[Path], output: Path) -> JsonObject:
     """Write `summarize(run_dirs)` to `output` in one rename, and return it."""
     summary = summarize(run_dirs)
-    replace_text(output, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_whole(output, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
 
 

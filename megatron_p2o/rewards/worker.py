@@ -7,18 +7,16 @@ when every answer equals the gold one, "incorrect", or "out_of_memory"; and the 
 asks sets the deadline and kills: alarms inside a process do not interrupt arithmetic on long integers.
 """
 
-import ctypes
 import json
 import logging
 import os
 import resource
-import signal
 import sys
 import warnings
 from functools import lru_cache
 from typing import Any, TextIO
 
-PR_SET_PDEATHSIG = 1
+from megatron_p2o.processes import end_with_parent
 
 RELATIVE_TOLERANCE = 1e-6
 """Two numbers that math-verify calls equal must agree within this, relative to the smaller of 1 and the gold one."""
@@ -29,7 +27,7 @@ MEMORY_ALARM = 0.75
 
 def main() -> None:
     parent, memory_limit_mib = int(sys.argv[1]), int(sys.argv[2])
-    end_with(parent)
+    end_with_parent(parent)
     limit_bytes = memory_limit_mib << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -40,13 +38,6 @@ def main() -> None:
     replies = private_stdout()
     is_match([r"\frac{1}{2}"], "0.5")
     answer_requests(replies, limit_bytes)
-
-
-def end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, and end now if that has happened already."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit("the grader's parent process is gone")
 
 
 def private_stdout() -> TextIO:

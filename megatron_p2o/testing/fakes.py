@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config import Config, DataConfig, HardConfig, ModelConfig, RolloutConfig, RunConfig, ScheduleConfig
-from megatron_p2o.interfaces import NamedWeights, TemplateLibrary
+from megatron_p2o.interfaces import NamedWeights, PromptTooLongError, TemplateLibrary
 from megatron_p2o.types import (
     PLAIN,
     Completion,
@@ -63,7 +63,7 @@ class FakeRenderer:
     def render(self, problem: Problem, template: Template) -> Prompt:
         text = f"{template.text}\n\n{problem.question}" if template.text else problem.question
         if len(text) > self.max_prompt_tokens:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"prompt of problem {problem.id!r} has {len(text)} tokens, more than data.max_prompt_tokens="
                 f"{self.max_prompt_tokens}"
             )

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_p2o.config import DataConfig, ModelConfig
-from megatron_p2o.data.chat import ChatRenderer, PromptTooLongError, fitting_problems
+from megatron_p2o.data.chat import ChatRenderer, fitting_problems
+from megatron_p2o.interfaces import PromptTooLongError
 from megatron_p2o.testing.tiny_model import character_tokenizer
 from megatron_p2o.types import PLAIN, Completion, Problem, Template
 
