@@ -136,6 +136,18 @@ def test_two_tensor_parallel_ranks_train_by_configuration_alone(tiny: Path, tmp_
     assert mismatches and max(mismatches) < 1e-4
 
 
+def test_the_initial_policy_reflects_on_a_server_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    small = ["schedule.problems_per_step=224", "schedule.problems_per_update=224", "rollout.group_size=2"]
+    short = ["assignment.num_plain=1", "schedule.epochs=2", "schedule.max_steps=3", "evolution.max_rollouts=100"]
+    reflection = ["evolution.reflection.backend=self", "evolution.reflection.max_tokens=32"]
+    overrides = [*settings(tiny, tmp_path, "self"), *small, *short, *reflection]
+    outcome = run(p2o("train", "p2o.yaml", overrides))
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    journal = (tmp_path / "self" / "evolution" / "journal-0000.jsonl").read_text()
+    # This policy cannot write instructions; that it was asked and answered is what is shown here.
+    assert '"event":"Reflected"' in journal
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_an_interrupted_run(number: signal.Signals, tiny: Path, tmp_path: Path) -> None:
     command = p2o("train", "p2o.yaml", settings(tiny, tmp_path, "killed"))
