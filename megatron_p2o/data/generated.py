@@ -1,9 +1,9 @@
-"""Problems a tiny policy can learn in a minute: a fixed step on a pair of numbers, done once (easy) or ten times (hard).
+"""Problems a tiny policy learns in a minute: a fixed step on a pair of numbers, taken once (easy) or ten times (hard).
 
-Three families differ in what a step does. A policy supervised by `tools/make_tiny_policy.py` knows all three steps, but
-how long it keeps going on a hard problem depends on the instruction: each family has two key phrases of its own, and
-everything else in an instruction changes nothing. A plain prompt practically never succeeds, one key sometimes, both keys
-nearly always, so that prompt evolution has a slope to climb and no single short template serves every family.
+Three families differ in how a step wires the pair. A policy supervised by `tools/make_tiny_policy.py` can take every
+step, but how long it keeps going on a hard problem depends on the instruction: each family has two key phrases of its
+own, and everything else in an instruction changes nothing. Plain prompts practically never succeed, one key sometimes,
+both keys nearly always, so prompt evolution has a slope to climb and no short template serves every family.
 
 An instruction is phrases, each ending in a full stop, joined by one space: `"write every pair. be polite."`.
 """
@@ -49,12 +49,12 @@ FAMILIES: Mapping[str, Family] = {
         ),
         Family(
             name="cross",
-            step=lambda pair: ((5 * pair[1] + 11) % MODULUS, (5 * pair[0] + 11) % MODULUS),
+            step=lambda pair: ((3 * pair[1] + 7) % MODULUS, (3 * pair[0] + 7) % MODULUS),
             key_phrases=("swap the two sides.", "check each line."),
         ),
         Family(
             name="walk",
-            step=lambda pair: (pair[1], (2 * pair[0] + 31) % MODULUS),
+            step=lambda pair: (pair[1], (3 * pair[0] + 7) % MODULUS),
             key_phrases=("carry the old number.", "count the steps."),
         ),
     )
@@ -117,9 +117,17 @@ def is_held_out_start(start: Pair) -> bool:
 
 
 def starts(split: Split) -> list[Pair]:
-    """Return all start pairs of a split, in order."""
-    every_pair = ((first, second) for first in range(MODULUS) for second in range(MODULUS))
-    return [pair for pair in every_pair if is_held_out_start(pair) == (split == "held_out")]
+    """Return all start pairs of a split, in order.
+
+    Pairs whose numbers meet on the way (one is the other's image after at most ten steps) belong to neither split: a
+    small policy mixes up the two occurrences.
+    """
+    return [
+        (first, second)
+        for first in range(MODULUS)
+        for second in range(MODULUS)
+        if is_held_out_start((first, second)) == (split == "held_out") and not _do_numbers_meet((first, second))
+    ]
 
 
 def generate_problems(num_by_level: Mapping[Level, int], split: Split, seed: int) -> list[Problem]:
@@ -190,19 +198,35 @@ def held_out_rewordings(instruction: str, num_wordings: int, seed: int) -> list[
 
 
 def supervised_instruction(family: Family, generator: random.Random) -> str:
-    """Return an instruction to demonstrate a problem of the family with: none, fillers, foreign keys, one or both keys.
+    """Return an instruction to demonstrate a problem of the family with; never a held-out wording.
 
-    Never a held-out wording.
+    None at all, a filler, both keys of another family, one key or both keys; the last four often among other phrases,
+    in any order.
     """
-    others = [phrase for phrase in PHRASES if phrase not in family.key_phrases]
+    others = [other for other in FAMILIES.values() if other is not family]
+    kinds: list[tuple[str, ...]] = [
+        (),
+        (generator.choice(FILLER_PHRASES),),
+        generator.choice(others).key_phrases,
+        (generator.choice(family.key_phrases),),
+        family.key_phrases,
+    ]
     while True:
-        num_own = generator.choices((0, 1, 2), weights=(0.55, 0.25, 0.2))[0]
-        is_plain = num_own == 0 and generator.random() < 0.6
-        num_others = 0 if is_plain else generator.randint(0 if num_own else 1, MAX_PHRASES - num_own)
-        phrases = generator.sample(family.key_phrases, num_own) + generator.sample(others, num_others)
-        generator.shuffle(phrases)
-        if not is_held_out_wording(join_phrases(phrases)):
-            return join_phrases(phrases)
+        phrases = generator.choices(kinds, weights=(0.30, 0.10, 0.18, 0.22, 0.20))[0]
+        if not phrases:
+            return ""
+        pool = FILLER_PHRASES if generator.random() < 0.5 else PHRASES
+        more = [phrase for phrase in pool if phrase not in (*phrases, *family.key_phrases)]
+        num_more = min(generator.choices((0, 1, 2, 3), weights=(0.35, 0.35, 0.2, 0.1))[0], MAX_PHRASES - len(phrases))
+        shuffled = [*phrases, *generator.sample(more, num_more)]
+        generator.shuffle(shuffled)
+        if not is_held_out_wording(join_phrases(shuffled)):
+            return join_phrases(shuffled)
+
+
+def _do_numbers_meet(start: Pair) -> bool:
+    visited = [start, *worked_pairs(FAMILIES["affine"], "hard", start)]
+    return len({number for pair in visited for number in pair}) < 2 * len(visited)
 
 
 def _stable_hash(text: str) -> int:
