@@ -19,7 +19,7 @@ def templates_section(runs: Sequence[Run]) -> Html | None:
         return None
     note = (
         "Each template below the one it was reflected from; words added to the parent are underlined, dropped ones "
-        "struck through. Score: mean reward on the development problems, asked greedily."
+        "struck through. Score: mean reward on the development problems."
     )
     return element("section", element("h2", "Templates"), element("p", note), [_run_templates(run) for run in evolved])
 
