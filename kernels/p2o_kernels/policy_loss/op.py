@@ -64,50 +64,45 @@ def linear_policy_loss(
     """Compute the P2O loss and, in the same pass, both gradients: three matrix products, no [T, V] logits.
 
     Equals `(weights * token_loss(linear_logprob(...))).sum() * loss_scale` and its backward. Rows whose weight or
-    advantage is zero never reach the first product. Arguments shared with `linear_logprob` mean the same, the partial
-    sums of the hidden gradient included. All inputs but hidden and weight are constants.
+    advantage is zero never reach the first product. Arguments not listed are those of `linear_logprob`, the partial sums
+    of the hidden gradient included. Only hidden and weight get gradients.
 
     Args:
-        advantages_T: float32.
-        weights_T: float32 factor on each token's loss; 0 outside the loss mask.
+        advantages_T, weights_T: float32; the weight is a factor on the token's loss, 0 outside the loss mask.
         rule: context mode, clips and context-ratio band.
-        old_logprobs_T: float32 log-probs under the same prompt before the first update; None: this pass provides them.
-        sampling_logprobs_T: float32 log-probs under the prompt of sampling; for `importance` and `ratio_mask`.
+        old_logprobs_T: float32, under the same prompt before the first update; None: this pass provides them.
+        sampling_logprobs_T: float32, under the prompt of sampling; for `importance` and `ratio_mask`.
         is_templated_T: bool, whether the prompts differ; for `ratio_mask`.
-        loss_scale: 1 / global denominator. Known before the call, so that the gradient needs no second pass.
+        loss_scale: 1 / global denominator, known before the call so that the gradient needs no second pass.
         weight_main_grad_VpD: float32 [Vp, D]. The weight gradient is added to it **during the forward call**, none is
             returned to autograd, and the gradient that arrives at `loss` must be 1.
-        expected_dead_share: share of the live rows that the context mask is expected to drop, as measured in the last
-            step. Above `TWO_PHASE_DEAD_SHARE` the Triton path computes log-probs first and then the rest for what
-            is left; the torch path drops such rows after each chunk's softmax anyway. Changes time, not results.
-        with_entropy: compute the entropy of live rows.
+        expected_dead_share: share of live rows the context mask will drop, as measured in the last step. Above
+            `TWO_PHASE_DEAD_SHARE` the Triton path finds log-probs first and then the rest for what is left; the torch
+            path drops such rows after each chunk's softmax anyway. Changes time, not results.
 
     Raises:
         ValueError: inputs do not fit each other or the rule.
         RuntimeError: backward through one loss twice.
     """
     path = path_for(hidden_TD) if path is None else path
-    shard = make_shard(
-        hidden_TD,
-        weight_VpD,
-        targets_T,
-        temperature=temperature,
-        tp_group=tp_group,
-        vocab_start=vocab_start,
-        vocab_size=vocab_size,
-    )
+    vocabulary = {
+        "temperature": temperature,
+        "tp_group": tp_group,
+        "vocab_start": vocab_start,
+        "vocab_size": vocab_size,
+    }
+    shard = make_shard(hidden_TD, weight_VpD, targets_T, **vocabulary)
     _check_tokens(targets_T, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
     _check_main_grad(weight_main_grad_VpD, weight_VpD, shard)
     tokens = token_inputs(rule, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
     tokens, live = _live_rows(tokens)
     may_lose_rows = tokens.mask_logprobs_N is not None and not path.compacts_rows
     if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
-        tokens, live = _score_first(hidden_TD, weight_VpD, targets_T, tokens, live, rule, shard, vocab_size, path)
-    # Inside an autograd function this can no longer be told.
-    wants_hidden, wants_weight = (torch.is_grad_enabled() and leaf.requires_grad for leaf in (hidden_TD, weight_VpD))
-    call = _Call(
-        shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy, wants_hidden, wants_weight
-    )
+        with torch.no_grad():
+            logprobs, _ = linear_logprob(hidden_TD[live], weight_VpD, targets_T[live], path=path, **share)
+        tokens, live = _masked_rows(rule, tokens, live, logprobs)
+    wants_grad = _wants_grad(hidden_TD), _wants_grad(weight_VpD)
+    call = _Call(shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy, *wants_grad)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_TD, weight_VpD, targets_T, call))  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -128,38 +123,21 @@ class _Call:
     wants_weight_grad: bool
 
 
+def _wants_grad(tensor: Tensor) -> bool:
+    """Whether backward will ask for this gradient; inside an autograd function that can no longer be told."""
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
 def _live_rows(tokens: TokenInputs, live: Tensor | None = None) -> tuple[TokenInputs, Tensor]:
     """Keep the tokens whose weight and advantage are not zero; return them and their row numbers."""
     rows = ((tokens.weights_N != 0) & (tokens.advantages_N != 0)).nonzero().squeeze(1)
     return tokens.select(rows), rows if live is None else live[rows]
 
 
-def _score_first(
-    hidden_TD: Tensor,
-    weight_VpD: Tensor,
-    targets_T: Tensor,
-    tokens: TokenInputs,
-    live: Tensor,
-    rule: LossRule,
-    shard: HeadShard,
-    vocab_size: int | None,
-    path: LmHeadPath,
-) -> tuple[TokenInputs, Tensor]:
-    """First of two phases: log-probs of the live rows alone, so that the context mask is known before the gradients."""
-    with torch.no_grad():
-        logprobs, _ = linear_logprob(
-            hidden_TD[live],
-            weight_VpD,
-            targets_T[live],
-            temperature=shard.temperature,
-            tp_group=shard.tp_group,
-            vocab_start=shard.vocab_start,
-            vocab_size=vocab_size,
-            path=path,
-        )
-    masked = token_inputs(
-        rule, tokens.advantages_N, tokens.weights_N, logprobs, tokens.mask_logprobs_N, tokens.is_templated_N
-    )
+def _masked_rows(rule: LossRule, tokens: TokenInputs, live: Tensor, logprobs_N: Tensor) -> tuple[TokenInputs, Tensor]:
+    """Apply the context mask that the log-probs of a first phase decide, and drop the rows it kills."""
+    advantages_N, sampling_N, is_templated_N = tokens.advantages_N, tokens.mask_logprobs_N, tokens.is_templated_N
+    masked = token_inputs(rule, advantages_N, tokens.weights_N, logprobs_N, sampling_N, is_templated_N)
     return _live_rows(masked, live)
 
 

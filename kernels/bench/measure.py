@@ -1,0 +1,161 @@
+"""Time, memory and errors of one provider on one case."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from bench.cases import Case, Shape
+from bench.providers import Outcome, Provider
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from p2o_kernels.logprob import linear_logprob_reference
+
+PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy", "verl")
+
+
+def time_interleaved(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
+    """Return `repeats` times in ms for each call, taken in turns after one warm-up round (three on CUDA).
+
+    CUDA: events around the call. CPU: processor time of this process, which other processes' load does not enter.
+    """
+    for _ in range(3 if device.type == "cuda" else 1):
+        for call in calls:
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, samples in zip(calls, times, strict=True):
+            samples.append(_time_once(call, device))
+    return times
+
+
+def _time_once(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        started = time.process_time()
+        call()
+        return 1e3 * (time.process_time() - started)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end)
+
+
+def extra_peak_bytes(provider: Provider, case: Case, device: torch.device) -> int:
+    """Return the most memory one run holds at a time beyond its inputs and the gradients it returns."""
+    outcome: Outcome | None = None
+
+    def run() -> None:
+        nonlocal outcome
+        outcome = provider.run(case)
+
+    peak = _peak_bytes_on_cuda(run, device) if device.type == "cuda" else _peak_bytes_on_cpu(run)
+    assert outcome is not None
+    gradients = (outcome.hidden_grad_TD, outcome.weight_grad_VD)
+    return peak - sum(tensor.nbytes for tensor in gradients if tensor is not None and tensor is not case.main_grad_VD)
+
+
+def _peak_bytes_on_cuda(call: Callable[[], None], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_bytes_on_cpu(call: Callable[[], None]) -> int:
+    """Sum of torch's own allocations, exact whatever else the machine does."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def errors_against_float64(provider: Provider, case: Case) -> dict[str, float]:
+    """Return the largest log-prob error in nats over live rows, and the relative errors of the gradients."""
+    case = for_contract(provider, case)
+    if case.main_grad_VD is not None:
+        case = replace(case, main_grad_VD=torch.zeros_like(case.main_grad_VD))
+    outcome = provider.run(case)
+    hidden = case.hidden_TD.detach().double().requires_grad_()
+    weight = case.weight_VD.detach().double().requires_grad_()
+    logprobs_T, _ = linear_logprob_reference(hidden, weight, case.targets_T)
+    (-(logprobs_T * case.advantages_T).sum() / len(case.targets_T)).backward()
+    live = case.is_live_T
+    errors: dict[str, float] = {}
+    if outcome.logprobs_T is not None:
+        errors["logprob_max"] = float((outcome.logprobs_T[live] - logprobs_T.detach()[live]).abs().max())
+    for name, value, truth in _gradients(outcome, hidden, weight):
+        errors[name] = float((value.double() - truth).norm() / truth.norm())
+    return errors
+
+
+def _gradients(outcome: Outcome, hidden: Tensor, weight: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+    pairs = [
+        ("hidden_grad_relative", outcome.hidden_grad_TD, hidden.grad),
+        ("weight_grad_relative", outcome.weight_grad_VD, weight.grad),
+    ]
+    return [(name, value, truth) for name, value, truth in pairs if value is not None and truth is not None]
+
+
+def passes_gate(provider: Provider, errors: dict[str, float]) -> bool:
+    """Whether a provider is right enough to be timed. A missing or nan error fails."""
+    limits = {"logprob_max": provider.max_logprob_error}
+    return bool(errors) and all(
+        error <= limits.get(name, provider.max_gradient_error) for name, error in errors.items()
+    )
+
+
+def for_contract(provider: Provider, case: Case) -> Case:
+    """Return the case a provider can run: cross-entropy knows no advantages but 0 and 1."""
+    if provider.contract == "policy":
+        return case
+    return replace(case, advantages_T=case.is_live_T.float())
+
+
+def matmul_ceiling(shape: Shape, repeats: int, device: torch.device) -> float:
+    """Return the TFLOP/s of the plain product hidden @ weight.T on 2,048 rows (8,192 on CUDA), in the inputs' dtype."""
+    dtype, num_rows = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 2048)
+    hidden = torch.randn(num_rows, shape.hidden_size, device=device).to(dtype)
+    weight = torch.randn(shape.vocab_size, shape.hidden_size, device=device).to(dtype)
+    result = torch.empty(num_rows, shape.vocab_size, dtype=dtype, device=device)
+    times = time_interleaved([lambda: torch.mm(hidden, weight.T, out=result)], repeats, device)[0]
+    return 2 * hidden.numel() * len(weight) / (sorted(times)[len(times) // 2] * 1e-3) / 1e12
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return what a result needs to be compared: device, versions, commit."""
+    versions: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    command = ["git", "describe", "--always", "--abbrev=12"]
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        clock = "CUDA events"
+    else:
+        name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+        clock = "processor time of the process"
+    return {
+        "device": name,
+        "clock": clock,
+        "commit": done.stdout.strip(),
+        "python": platform.python_version(),
+    } | versions

@@ -1,0 +1,85 @@
+"""The benchmark measures what it says: its gate, its memory count, its effective work."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from p2o_kernels.lm_head.torch_path import TorchHead
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The folder of the benchmark as a package."""
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    import bench.cases
+    import bench.measure
+    import bench.providers
+
+    return bench
+
+
+def test_the_gate_stops_a_wrong_gradient_and_a_missing_result(bench):
+    case = bench.cases.make_case(bench.cases.SHAPES["tiny"], 64, 0.0, CPU, with_main_grad=False)
+    ours = next(one for one in bench.providers.own_policy_providers(CPU) if one.name == "ours")
+
+    def halved(case):
+        outcome = ours.run(case)
+        outcome.weight_grad_VD.mul_(0.5)
+        return outcome
+
+    def silent(case):
+        return bench.providers.Outcome(logprobs_T=None)
+
+    for run, is_right in ((ours.run, True), (halved, False), (silent, False)):
+        provider = bench.providers.Provider(name="any", run=run)
+        assert bench.measure.passes_gate(provider, bench.measure.errors_against_float64(provider, case)) == is_right
+
+
+def test_memory_is_counted_to_the_byte_beyond_the_gradients(bench):
+    case = bench.cases.make_case(bench.cases.SHAPES["tiny"], 64, 0.0, CPU, with_main_grad=False)
+
+    def run(case):
+        temporary = torch.empty(1000, dtype=torch.uint8)
+        del temporary
+        gradient = torch.empty(640, dtype=torch.uint8)
+        other = torch.empty(512, dtype=torch.uint8)
+        del other
+        return bench.providers.Outcome(logprobs_T=None, hidden_grad_TD=gradient)
+
+    provider = bench.providers.Provider(name="any", run=run)
+    assert bench.measure.extra_peak_bytes(provider, case, CPU) == 512
+
+
+def test_our_memory_is_a_fraction_of_the_plain_path(bench):
+    shape = bench.cases.Shape(hidden_size=16, vocab_size=2048)
+    case = bench.cases.make_case(shape, 2048, 0.0, CPU, with_main_grad=False)
+    case = replace(case, path=TorchHead(chunk_bytes=2**20))
+    providers = {one.name: one for one in bench.providers.own_policy_providers(CPU)}
+    plain, ours = (bench.measure.extra_peak_bytes(providers[name], case, CPU) for name in ("plain", "ours"))
+    # The plain path holds logits and log-probs, 16 MiB each, and their gradient; ours one MiB chunk twice at most.
+    assert plain > 2 * 4 * 2048 * 2048
+    assert ours < plain / 8
+
+
+def test_the_command_writes_rows_whose_rates_follow_from_their_times(tmp_path):
+    command = "--op linear_policy_loss --shape tiny --tokens 512 1024 --dead 0 0.5 --peers none --repeats 2"
+    script = [sys.executable, str(ROOT / "tools" / "bench_kernels.py"), *command.split()]
+    output = tmp_path / "result.json"
+    subprocess.run([*script, "--json", str(output)], check=True, capture_output=True, timeout=120)
+    result = json.loads(output.read_text())
+    assert [(row["provider"], row["tokens"], row["dead_share"]) for row in result["rows"]] == [
+        (name, tokens, dead) for tokens in (512, 1024) for dead in (0, 0.5) for name in ("ours", "plain")
+    ]
+    for row in result["rows"]:
+        assert row["effective_tflops"] == pytest.approx(6 * row["tokens"] * 64 * 1000 / row["median_ms"] / 1e9)
+        assert row["share_of_matmul"] == pytest.approx(row["effective_tflops"] / result["matmul_tflops"])
+        assert row["errors"]["weight_grad_relative"] < 1e-5
+    assert result["environment"]["torch"] == torch.__version__
