@@ -68,7 +68,6 @@ def make_shard(
     hidden_TD: Tensor,
     weight_VpD: Tensor,
     targets_T: Tensor,
-    *,
     temperature: float,
     tp_group: ProcessGroup | None,
     vocab_start: int,

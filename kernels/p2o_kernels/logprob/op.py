@@ -48,15 +48,14 @@ def linear_logprob(
         ValueError: shapes, dtypes, devices or targets do not fit.
     """
     path = path_for(hidden_TD) if path is None else path
-    shard = make_shard(
-        hidden_TD,
-        weight_VpD,
-        targets_T,
-        temperature=temperature,
-        tp_group=tp_group,
-        vocab_start=vocab_start,
-        vocab_size=vocab_size,
-    )
+    shard = make_shard(hidden_TD, weight_VpD, targets_T, temperature, tp_group, vocab_start, vocab_size)
+    return linear_logprob_of_shard(hidden_TD, weight_VpD, targets_T, shard, path)
+
+
+def linear_logprob_of_shard(
+    hidden_TD: Tensor, weight_VpD: Tensor, targets_T: Tensor, shard: HeadShard, path: LmHeadPath
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob` of inputs that have been checked; `shard` was made of `weight_VpD`."""
     # Inside an autograd function this can no longer be told.
     needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VpD.requires_grad)
     logprobs_T, entropy_T = _LinearLogprob.apply(hidden_TD, weight_VpD, targets_T, shard, path, needs_grad)  # pyright: ignore[reportGeneralTypeIssues]

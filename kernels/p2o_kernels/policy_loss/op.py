@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from p2o_kernels.lm_head import HeadShard, LmHeadPath, SoftmaxChunk, make_shard, path_for
-from p2o_kernels.logprob import linear_logprob
+from p2o_kernels.logprob.op import linear_logprob_of_shard
 from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, TokenLosses, token_inputs, token_losses_torch
 
 TWO_PHASE_DEAD_SHARE = 1 / 3
@@ -64,8 +64,8 @@ def linear_policy_loss(
     """Compute the P2O loss and, in the same pass, both gradients: three matrix products, no [T, V] logits.
 
     Equals `(weights * token_loss(linear_logprob(...))).sum() * loss_scale` and its backward. Rows whose weight or
-    advantage is zero never reach the first product. Arguments not listed are those of `linear_logprob`, the partial sums
-    of the hidden gradient included. Only hidden and weight get gradients.
+    advantage is zero never reach the first product. Arguments not listed are those of `linear_logprob`, whose hidden
+    gradient is a partial sum under `tp_group` as well. Only hidden and weight get gradients.
 
     Args:
         advantages_T, weights_T: float32; the weight is a factor on the token's loss, 0 outside the loss mask.
@@ -81,17 +81,10 @@ def linear_policy_loss(
             path drops such rows after each chunk's softmax anyway. Changes time, not results.
 
     Raises:
-        ValueError: inputs do not fit each other or the rule.
-        RuntimeError: backward through one loss twice.
+        ValueError: inputs do not fit each other or the rule. RuntimeError: backward through one loss twice.
     """
     path = path_for(hidden_TD) if path is None else path
-    vocabulary = {
-        "temperature": temperature,
-        "tp_group": tp_group,
-        "vocab_start": vocab_start,
-        "vocab_size": vocab_size,
-    }
-    shard = make_shard(hidden_TD, weight_VpD, targets_T, **vocabulary)
+    shard = make_shard(hidden_TD, weight_VpD, targets_T, temperature, tp_group, vocab_start, vocab_size)
     _check_tokens(targets_T, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
     _check_main_grad(weight_main_grad_VpD, weight_VpD, shard)
     tokens = token_inputs(rule, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
@@ -99,7 +92,7 @@ def linear_policy_loss(
     may_lose_rows = tokens.mask_logprobs_N is not None and not path.compacts_rows
     if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
         with torch.no_grad():
-            logprobs, _ = linear_logprob(hidden_TD[live], weight_VpD, targets_T[live], path=path, **share)
+            logprobs, _ = linear_logprob_of_shard(hidden_TD[live], weight_VpD, targets_T[live], shard, path)
         tokens, live = _masked_rows(rule, tokens, live, logprobs)
     wants_grad = _wants_grad(hidden_TD), _wants_grad(weight_VpD)
     call = _Call(shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy, *wants_grad)
