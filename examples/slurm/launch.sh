@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# What the job scripts in examples/ run: `p2o doctor`, then the same `p2o train`, once on every node of the allocation.
+#   exec bash examples/slurm/launch.sh CONFIG [arguments of p2o train]
+# The run is called after the job: a job of the same name goes on where the last one stopped. Before its time limit a job
+# saves and queues again, as it does after a failure if a checkpoint was written since its start.
+#
+# From the environment, which sbatch hands on, and where alone secrets belong:
+#   P2O_RUNS           folder of the runs, on a filesystem that all nodes share; default: runs
+#   P2O_IMAGE          container image for pyxis; default: none, .venv or what PATH has
+#   P2O_MOUNTS         more --container-mounts than this folder and P2O_RUNS, comma-separated
+#   P2O_CACHE          folder on each node's own disk for compiled kernels; default: /tmp/p2o-cache-UID
+#   P2O_HEAD_ADDRESS   address of the head node, where its host name is not the one to be reached at
+set -euo pipefail
+
+SHARED_FILE_TIMEOUT_S=30
+
+: "${SLURM_JOB_ID:?launch.sh runs inside a Slurm job: submit a script of examples/ with sbatch}"
+runs="${P2O_RUNS:-runs}"
+run="$runs/$SLURM_JOB_NAME"
+started="$run/.started-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+[ -n "${P2O_IMAGE:-}" ] || export PATH="$PWD/.venv/bin:$PATH"
+
+say() { echo "launch: $(date +%FT%T) $*"; }
+
+# ---- in the batch step, on the head node
+
+run_job() {
+    local logs latest status=0
+    logs="logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-restart${SLURM_RESTART_COUNT:-0}"
+    mkdir -p logs "$run"
+    rm -f "$run/stop" "$run"/.started-*
+    touch "$started"
+    latest="$(latest_checkpoint)"
+    stops=0
+    trap 'stops=$((stops + 1)); say "stop requested"; touch "$run/stop"' USR1
+    say "$SLURM_JOB_NAME on $SLURM_JOB_NODELIST, from ${latest:-the start}; logs in $logs-*"
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
+        --kill-on-bad-exit=1 --output="$logs-%n-%N.log" "${container[@]}" bash "$0" --on-node "$@" &
+    step=$!
+    wait_for_step || status=$?
+    if [ "$status" -eq 0 ] && [ "$stops" -gt 0 ] && [ ! -e "$run/stop" ]; then
+        requeue "saved at $(latest_checkpoint)"
+    elif [ "$status" -eq 0 ]; then
+        rm -f "$run/stop"
+        say "ended well"
+    else
+        tail -n 4 "$logs"-*.log
+        say "failed with status $status"
+        [ "$(latest_checkpoint)" = "$latest" ] || requeue "a checkpoint was written since the start"
+    fi
+    return "$status"
+}
+
+latest_checkpoint() { cat "$run/checkpoints/latest" 2> /dev/null || true; }
+
+wait_for_step() {
+    # A trapped signal ends `wait` early, with its own status.
+    local seen status
+    while :; do
+        seen=$stops status=0
+        wait "$step" || status=$?
+        [ "$seen" -ne "$stops" ] || return "$status"
+    done
+}
+
+requeue() {
+    say "$1: queued again"
+    scontrol requeue "$SLURM_JOB_ID" || say "Slurm refused: submit again to go on"
+    exit "${status:-0}"
+}
+
+container=()
+if [ -n "${P2O_IMAGE:-}" ]; then
+    mkdir -p "$runs"
+    container=(--container-image="$P2O_IMAGE" --container-workdir="$PWD"
+        --container-mounts="$PWD:$PWD,$(realpath "$runs"):$(realpath "$runs")${P2O_MOUNTS:+,$P2O_MOUNTS}")
+fi
+
+# ---- on every node
+
+train_here() {
+    local config="$1" cache="${P2O_CACHE:-/tmp/p2o-cache-$(id -u)}" patience="$SHARED_FILE_TIMEOUT_S"
+    shift
+    until [ -e "$started" ]; do
+        [ "$patience" -gt 0 ] || fail "$PWD/$started, written by the head node, did not appear in ${SHARED_FILE_TIMEOUT_S} s: P2O_RUNS=$runs must be on a filesystem that all nodes share"
+        patience=$((patience - 1))
+        sleep 1
+    done
+    # Compilers write many small files, which shared filesystems are slow at; only their owner may write what is loaded.
+    (umask 077 && mkdir -p "$cache")
+    if [ ! -O "$cache" ] || [ -L "$cache" ]; then
+        fail "P2O_CACHE=$cache must be a folder of your own: name another one"
+    fi
+    export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor" FLASHINFER_WORKSPACE_BASE="$cache"
+    p2o doctor --strict --gpus "${SLURM_GPUS_ON_NODE:-0}" || fail "p2o doctor found something missing"
+    exec p2o train "$config" "$@" --set run.directory="$runs" --set run.name="$SLURM_JOB_NAME"
+}
+
+fail() {
+    say "$SLURMD_NODENAME: $1" >&2
+    exit 1
+}
+
+if [ "$1" = --on-node ]; then
+    shift
+    train_here "$@"
+else
+    run_job "$@"
+fi

@@ -1,0 +1,86 @@
+"""What launch.sh does around `p2o`, on two nodes, with a stand-in for `p2o` that ends as each test wants."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_p2o.nodes import first_host
+
+pytestmark = pytest.mark.slow
+
+Submit = Callable[..., str]
+
+JOB = """#!/bin/bash
+exec bash examples/slurm/launch.sh config.yaml --set optimizer.lr=1e-3
+"""
+
+
+@pytest.fixture
+def submit(cluster: Any, checkout: Path) -> Submit:
+    """Return a function that runs a job with `p2o` replaced by a script, waits for it and returns its log."""
+
+    def run(stand_in: str, **variables: str) -> str:
+        programs = checkout / "bin"
+        programs.mkdir()
+        (programs / "p2o").write_text(f"#!/bin/bash\n{stand_in}\n")
+        (programs / "p2o").chmod(0o755)
+        (checkout / "job.sh").write_text(JOB)
+        path = f"{programs}:{cluster.environment['PATH']}"
+        options = ("--job-name=first", "--nodes=2", "--gpus-per-node=8", "--requeue", "--open-mode=append")
+        cluster.run("sbatch", *options, "--output=job.log", "--wait", "job.sh", cwd=checkout, PATH=path, **variables)
+        return (checkout / "job.log").read_text()
+
+    return run
+
+
+def test_every_node_trains_once_after_its_doctor(submit: Submit, checkout: Path) -> None:
+    log = submit('echo "$SLURMD_NODENAME $*" >> calls.txt; test -n "$TRITON_CACHE_DIR"')
+    assert "ended well" in log
+    calls = sorted((checkout / "calls.txt").read_text().splitlines())
+    command = "train config.yaml --set optimizer.lr=1e-3 --set run.directory=runs --set run.name=first"
+    assert calls == [f"{node} {what}" for node in ("node1", "node2") for what in ("doctor --strict --gpus 8", command)]
+
+
+def test_a_node_whose_doctor_complains_ends_the_job_by_name(submit: Submit, checkout: Path) -> None:
+    log = submit("[ $1 = train ] && touch trained-$SLURMD_NODENAME && sleep 60; [ $SLURMD_NODENAME = node1 ]")
+    assert "node2: p2o doctor found something missing" in log
+    assert "failed with status" in log
+    assert not (checkout / "trained-node2").exists()
+
+
+def test_a_failing_node_is_named_and_its_last_words_are_shown(submit: Submit) -> None:
+    log = submit("[ $1 = doctor ] && exit; [ $SLURMD_NODENAME = node1 ] && sleep 60; echo rank 1: disk full; exit 3")
+    assert "node2: task 1: Exited with exit code 3" in log
+    assert re.search(r"==> logs/first-\d+-restart0-1-\S+.log <==\nrank 1: disk full\n", log)
+    assert "failed with status" in log and "queued again" not in log
+
+
+def test_a_failure_after_a_new_checkpoint_queues_the_job_again(submit: Submit) -> None:
+    log = submit(
+        "[ $1 = doctor ] && exit; [ $SLURMD_NODENAME = node2 ] && sleep 60\n"
+        "mkdir -p runs/first/checkpoints\n"
+        "[ -e runs/first/checkpoints/latest ] && exit 3\n"
+        "echo step-000007 > runs/first/checkpoints/latest; exit 3"
+    )
+    assert "from the start" in log and "from step-000007" in log
+    assert log.count("a checkpoint was written since the start: queued again") == 1
+
+
+def test_an_image_and_its_mounts_reach_pyxis(submit: Submit, cluster: Any, checkout: Path) -> None:
+    if not (cluster.folder / "pyxis_stub.so").exists():
+        pytest.skip("needs a C compiler and libslurm-dev for the stub of pyxis")
+    elsewhere = checkout / "elsewhere"
+    stand_in = 'echo "$PYXIS_STUB_0 $PYXIS_STUB_1 $PYXIS_STUB_2" > seen-$SLURMD_NODENAME'
+    log = submit(stand_in, P2O_IMAGE="p2o:gpu", P2O_RUNS=str(elsewhere), P2O_MOUNTS="/data:/data:ro")
+    assert "ended well" in log
+    mounts = f"{checkout}:{checkout},{elsewhere}:{elsewhere},/data:/data:ro"
+    assert (checkout / "seen-node2").read_text() == f"p2o:gpu {mounts} {checkout}\n"
+
+
+def test_our_reading_of_node_lists_is_that_of_scontrol(cluster: Any) -> None:
+    for node_list in ("node1", "node[2-3]", "rack[1-2]-n[007-009,12],login", "a,b[1-2]", "gpu-b200-[010-011]"):
+        hosts = cluster.call("scontrol", "show", "hostnames", node_list).split()
+        assert first_host(node_list) == hosts[0]
