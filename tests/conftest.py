@@ -1,7 +1,10 @@
 """What every test shares: one thread, reproducible property tests, memory that is never silently zero."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and inherited by the processes that tests start
 
@@ -10,6 +13,8 @@ import torch
 from hypothesis import settings
 
 from megatron_p2o.testing.nan_empty import nan_filled_empty
+
+ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)
 settings.register_profile("reproducible", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -21,3 +26,18 @@ def nan_empty() -> Iterator[None]:
     """Uninitialised tensors are NaN for the length of the test."""
     with nan_filled_empty():
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with model/ and problems/ as tools/make_tiny_policy.py writes them; supervising takes a minute.
+
+    P2O_TINY_POLICY names one that was made before.
+    """
+    made = os.environ.get("P2O_TINY_POLICY")
+    if made:
+        return Path(made)
+    folder = tmp_path_factory.mktemp("tiny")
+    command = [sys.executable, str(ROOT / "tools" / "make_tiny_policy.py"), "--out", str(folder), "--seed", "1"]
+    subprocess.run(command, check=True, timeout=600)
+    return folder
