@@ -115,8 +115,8 @@ class SglangEngine:
         Raises:
             RefreshFailed, EnginesLost: like any other error here, `generate` raises it too until a refresh succeeds.
         """
-        policy = self._config.rollout.verify_weights
-        verify = policy == "always" or (policy == "first" and not self._is_verified)
+        setting = self._config.rollout.verify_weights
+        verify = setting == "always" or (setting == "first" and not self._is_verified)
         self.broker.admit(NOBODY)
         try:
             self._sync.refresh(weights, version, verify=verify)
@@ -159,7 +159,7 @@ def start_engines(config: Config, run_dir: Path) -> SglangEngine:
     servers: list[EngineServer] = []
     try:
         for index in range(config.rollout.num_engines):
-            arguments = server_arguments(config, index, is_cpu=not torch.cuda.is_available())
+            arguments = server_arguments(config, index, torch.cuda.device_count())
             servers.append(EngineServer(f"engine {index}", arguments, run_dir / "engines" / f"engine-{index}.log"))
         for server in servers:
             server.wait_until_ready(config.rollout.startup_timeout_s)
@@ -174,15 +174,17 @@ def start_reflection_server(config: Config, run_dir: Path) -> EngineServer:
 
     It speaks OpenAI's chat completions at `base_url`/v1 for the bearer of `api_key`, and its weights never change.
     """
-    arguments = server_arguments(config, config.rollout.num_engines, is_cpu=not torch.cuda.is_available())
+    arguments = server_arguments(config, config.rollout.num_engines, torch.cuda.device_count())
     arguments["skip_tokenizer_init"] = False
     server = EngineServer("reflection server", arguments, run_dir / "engines" / "reflection.log")
     server.wait_until_ready(config.rollout.startup_timeout_s)
     return server
 
 
-def server_arguments(config: Config, index: int, *, is_cpu: bool) -> dict[str, Any]:
-    """Return the ServerArgs of engine `index`.
+def server_arguments(config: Config, index: int, num_gpus: int) -> dict[str, Any]:
+    """Return the ServerArgs of engine `index` on a machine with `num_gpus`; 0 means that it serves on the CPU.
+
+    Engines take the GPUs in turn, and share them when there are more ranks than GPUs.
 
     Raises:
         ValueError: `sglang` holds an argument that another setting decides.
@@ -192,8 +194,9 @@ def server_arguments(config: Config, index: int, *, is_cpu: bool) -> dict[str, A
         if name in given:
             raise ValueError(f"sglang.{name} is decided by {setting}: set that instead")
     rollout = config.rollout
+    machine = {"base_gpu_id": index * rollout.tensor_parallel % num_gpus} if num_gpus else CPU_ARGUMENTS
     return {
-        **(CPU_ARGUMENTS if is_cpu else {"base_gpu_id": index * rollout.tensor_parallel}),
+        **machine,
         "skip_tokenizer_init": True,
         "grammar_backend": "none",
         "log_level_http": "warning",
@@ -202,7 +205,7 @@ def server_arguments(config: Config, index: int, *, is_cpu: bool) -> dict[str, A
         "dtype": config.model.dtype,
         "tp_size": rollout.tensor_parallel,
         "max_running_requests": rollout.max_running_requests,
-        "max_total_tokens": rollout.max_total_tokens or (CPU_KV_TOKENS if is_cpu else None),
+        "max_total_tokens": rollout.max_total_tokens or (None if num_gpus else CPU_KV_TOKENS),
         "random_seed": config.run.seed + index,
         "custom_weight_loader": [LOAD_FORMAT],
         "weight_version": "0",

@@ -40,6 +40,9 @@ KEEP_ALIVE_S = 3600
 POLL_S = 0.2
 PROBE_TIMEOUT_S = 10.0
 LOG_TAIL_LINES = 30
+LOG_TAIL_BYTES = 1 << 18
+"""Read from the end of the log; of a long run it is large."""
+
 LOG_NOISE = re.compile(r"Ignore import error|Warning: |warnings\.warn")
 
 
@@ -106,7 +109,9 @@ class EngineServer:
 
     def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
         """Return the last lines of the log, without the noise of optional imports."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - LOG_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
         return "\n".join([line for line in lines if not LOG_NOISE.search(line)][-num_lines:])
 
     def stop(self, grace_s: float = 10.0) -> None:

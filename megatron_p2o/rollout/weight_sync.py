@@ -131,25 +131,29 @@ class WeightSync:
         bucket_bytes: size of each of the two staging buffers; a larger tensor gets a bucket of its own.
         """
         self._fleet = fleet
-        self._reports = report_directory
+        self._reports = report_directory.resolve()
         self._num_ranks = tensor_parallel
         self._timeout_s = timeout_s
         self._buffers = [StagingBuffer(slot, bucket_bytes) for slot in range(2)]
 
     def refresh(self, weights: NamedWeights, version: int, *, verify: bool) -> None:
-        """Load `weights` everywhere and serve them as `version`.
+        """Load `weights` everywhere and serve them as `version`. They are consumed to the end whatever happens.
 
         Raises:
             RefreshFailed: an engine refused, ran out of time, or holds other weights than it was sent.
             EnginesLost: no engine is left.
         """
+        remaining = iter(weights)
         try:
             self.begin()
-            self.load(weights, verify=verify)
+            self.load(remaining, verify=verify)
             self.check(version, verify=verify)
             self.commit(version)
         except (EngineRefused, TimeoutError) as error:
             raise RefreshFailed(f"refresh to version {version}: {error}") from error
+        finally:
+            for _ in remaining:
+                pass  # the policy's ranks gather in lock step: leaving them in the middle would hang the others
 
     def begin(self) -> None:
         """Stop decoding and open an update; closes one that a failed refresh left open."""

@@ -27,7 +27,7 @@ def config_with(sglang: dict | None = None, **rollout) -> Config:
 
 def test_server_arguments_follow_the_settings() -> None:
     arguments = server_arguments(
-        config_with({"chunked-prefill-size": 64}, max_running_requests=32, max_total_tokens=999), 1, is_cpu=True
+        config_with({"chunked-prefill-size": 64}, max_running_requests=32, max_total_tokens=999), 1, num_gpus=0
     )
     assert arguments["model_path"] == "/models/policy"
     assert arguments["dtype"] == "float32"
@@ -39,20 +39,21 @@ def test_server_arguments_follow_the_settings() -> None:
 
 
 def test_engines_on_gpus_follow_each_other() -> None:
-    arguments = server_arguments(config_with(tensor_parallel=2), 3, is_cpu=False)
+    arguments = server_arguments(config_with(tensor_parallel=2), 3, num_gpus=8)
     assert arguments["base_gpu_id"] == 6
     assert arguments["tp_size"] == 2
     assert "device" not in arguments
     assert arguments["max_total_tokens"] is None
+    assert server_arguments(config_with(tensor_parallel=2), 4, num_gpus=8)["base_gpu_id"] == 0
 
 
 def test_the_sglang_section_wins_over_our_choices_for_the_cpu() -> None:
-    assert server_arguments(config_with({"sleep_on_idle": False}), 0, is_cpu=True)["sleep_on_idle"] is False
+    assert server_arguments(config_with({"sleep_on_idle": False}), 0, num_gpus=0)["sleep_on_idle"] is False
 
 
 def test_arguments_that_other_settings_decide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sglang\.tp_size is decided by rollout\.tensor_parallel"):
-        server_arguments(config_with({"tp-size": 2}), 0, is_cpu=True)
+        server_arguments(config_with({"tp-size": 2}), 0, num_gpus=0)
 
 
 def test_a_server_s_address_and_keys_cannot_be_set(tmp_path: Path) -> None:

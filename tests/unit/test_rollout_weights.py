@@ -239,6 +239,19 @@ def test_a_policy_without_weights_is_an_error(model: FusedModel, tmp_path: Path)
         sync_of(FakeClient(model), directory=tmp_path).refresh(iter(()), 1, verify=True)
 
 
+def test_a_refused_refresh_still_consumes_the_weights(model: FusedModel, tmp_path: Path) -> None:
+    class RefusingClient(FakeClient):
+        def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
+            raise EngineRefused("no")
+
+    client = RefusingClient(model)
+    remaining = iter(weights())
+    with pytest.raises(RefreshFailed, match="version 1: no"):
+        sync_of(client, directory=tmp_path, bucket_bytes=16).refresh(remaining, 1, verify=True)
+    assert next(remaining, None) is None
+    assert client.version == 0
+
+
 def test_weights_are_taken_from_the_iterator_before_the_next_is_asked_for(model: FusedModel, tmp_path: Path) -> None:
     """A policy may yield the same memory again and again: gathered weights are not kept."""
     memory = torch.empty(15)
