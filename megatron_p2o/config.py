@@ -359,9 +359,18 @@ def _out_of_range(config: Config) -> list[str]:
     ]
 
 
+Rule = tuple[bool, str]
+"""Whether a rule holds, and the sentence that says so when it does not."""
+
+
 def problems_of(config: Config) -> list[str]:
     """Return every rule the settings break, one sentence each with the remedy; empty when the run can start."""
-    rules: list[tuple[bool, str]] = [
+    rules = [*_sampling_rules(config), *_objective_rules(config), *_process_rules(config)]
+    return _out_of_range(config) + [text for holds, text in rules if not holds]
+
+
+def _sampling_rules(config: Config) -> list[Rule]:
+    return [
         (
             config.schedule.problems_per_step % max(1, config.schedule.problems_per_update) == 0,
             f"schedule.problems_per_update={config.schedule.problems_per_update} must divide "
@@ -377,6 +386,19 @@ def problems_of(config: Config) -> list[str]:
             f"rollout.group_size={config.rollout.group_size} must be at least 2: a group of one has no baseline",
         ),
         (
+            config.rollout.temperature > 0,
+            f"rollout.temperature={config.rollout.temperature} must be positive: greedy rollouts are all alike",
+        ),
+        (
+            "{question}" in config.data.question_format,
+            "data.question_format must contain {question}",
+        ),
+    ]
+
+
+def _objective_rules(config: Config) -> list[Rule]:
+    return [
+        (
             0 < config.objective.ratio_low <= 1 <= config.objective.ratio_high,
             f"objective.ratio_low={config.objective.ratio_low} and objective.ratio_high={config.objective.ratio_high} "
             "must enclose 1 and be positive",
@@ -391,9 +413,14 @@ def problems_of(config: Config) -> list[str]:
             f"objective.dual_clip={config.objective.dual_clip} must be greater than 1",
         ),
         (
-            config.rollout.temperature > 0,
-            f"rollout.temperature={config.rollout.temperature} must be positive: greedy rollouts are all alike",
+            config.objective.normalization == "global" or config.objective.denominator == "all",
+            "objective.normalization=micro_batch is defined for objective.denominator=all only",
         ),
+    ]
+
+
+def _process_rules(config: Config) -> list[Rule]:
+    return [
         (
             not config.parallel.sequence or config.parallel.tensor > 1,
             "parallel.sequence needs parallel.tensor > 1: set parallel.sequence to false",
@@ -401,10 +428,6 @@ def problems_of(config: Config) -> list[str]:
         (
             min(config.parallel.tensor, config.parallel.pipeline, config.parallel.data) >= 1,
             "parallel.tensor, parallel.pipeline and parallel.data must be at least 1",
-        ),
-        (
-            config.objective.normalization == "global" or config.objective.denominator == "all",
-            "objective.normalization=micro_batch is defined for objective.denominator=all only",
         ),
         (
             not config.evolution.enabled
@@ -423,9 +446,4 @@ def problems_of(config: Config) -> list[str]:
             f"grading.memory_limit_mib={config.grading.memory_limit_mib} must be at least 256: math-verify alone takes "
             "about 70",
         ),
-        (
-            "{question}" in config.data.question_format,
-            "data.question_format must contain {question}",
-        ),
     ]
-    return _out_of_range(config) + [text for holds, text in rules if not holds]
