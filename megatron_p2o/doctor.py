@@ -60,9 +60,9 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
     num_visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_gpu_build = torch.version.cuda is not None
     findings = [_lane(num_visible), Finding(subject="python", finding=platform.python_version())]
-    findings += [_package(name, accepted) for name, accepted in REQUIRED.items()]
-    findings += [_package(name, "" if is_gpu_build or name in required else None) for name in REQUIRED_ON_GPU]
-    findings += [_package(name, "" if name in required else None) for name in OPTIONAL_ON_GPU]
+    findings += [package_finding(name, accepted) for name, accepted in REQUIRED.items()]
+    findings += [package_finding(name, "" if is_gpu_build or name in required else None) for name in REQUIRED_ON_GPU]
+    findings += [package_finding(name, "" if name in required else None) for name in OPTIONAL_ON_GPU]
     if num_visible:
         findings += _compiled_packages()
     if num_gpus or num_visible:
@@ -92,7 +92,7 @@ def _lane(num_visible: int) -> Finding:
     return Finding(subject="lane", finding=lane)
 
 
-def _package(name: str, accepted: str | None) -> Finding:
+def package_finding(name: str, accepted: str | None) -> Finding:
     """Return whether a distribution is installed in an accepted version ("" accepts all, None does without)."""
     try:
         installed = version(name)

@@ -1,0 +1,57 @@
+"""What `p2o doctor` calls missing: the exit status of a job's preflight hangs on it."""
+
+import pytest
+import torch
+
+from megatron_p2o.cli import main
+from megatron_p2o.doctor import Finding, examine, package_finding, print_findings
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
+
+
+def missing(findings: list[Finding]) -> set[str]:
+    return {finding.subject for finding in findings if finding.is_missing}
+
+
+@needs_no_gpu
+def test_a_machine_without_gpus_lacks_them_only_when_a_job_expects_some() -> None:
+    assert missing(examine()) == set()
+    assert missing(examine(num_gpus=8)) >= {"gpus"}
+    (finding,) = (finding for finding in examine(num_gpus=8) if finding.subject == "gpus")
+    assert finding.finding.startswith("0 of 8 are visible")
+
+
+@needs_no_gpu
+def test_an_optional_package_can_be_required() -> None:
+    assert missing(examine(required=["transformer-engine"])) == {"transformer-engine"}
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_missing"), [("", False), (None, False), (">=2", False), (">=99", True), (">=2,<2.1", True)]
+)
+def test_an_installed_package_must_have_an_accepted_version(accepted: str | None, is_missing: bool) -> None:
+    finding = package_finding("torch", accepted)
+    assert finding.is_missing == is_missing
+    assert torch.__version__ in finding.finding
+
+
+def test_a_package_that_is_not_there_is_missing_unless_runs_do_without_it() -> None:
+    assert package_finding("no-such-package", ">=1") == Finding(
+        subject="no-such-package", finding='pip install "no-such-package>=1"', is_missing=True
+    )
+    assert not package_finding("no-such-package", None).is_missing
+
+
+def test_the_report_marks_what_is_missing() -> None:
+    lines: list[str] = []
+    findings = [Finding(subject="a", finding="1"), Finding(subject="bcd", finding="2", is_missing=True)]
+    print_findings(findings, lines.append)
+    assert lines == ["a    1", "bcd  MISSING 2"]
+
+
+@needs_no_gpu
+def test_strict_turns_what_is_missing_into_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--strict"]) == 0
+    assert main(["doctor", "--gpus", "8"]) == 0
+    assert main(["doctor", "--strict", "--gpus", "8"]) == 1
+    assert "MISSING 0 of 8" in capsys.readouterr().out

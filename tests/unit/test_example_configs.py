@@ -1,0 +1,126 @@
+"""Every settings file under examples/ loads, and the runs of the paper ask for what the paper says."""
+
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_p2o.config import Config, problems_of
+from megatron_p2o.config_file import dump_config, load_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FILES = sorted(EXAMPLES.rglob("*.yaml"))
+
+PAPER: dict[str, Any] = {
+    "model.enable_thinking": False,
+    "data.max_prompt_tokens": 4096,
+    "rollout.group_size": 6,
+    "rollout.temperature": 0.6,
+    "rollout.top_p": 1.0,
+    "rollout.max_new_tokens": 12288,
+    "rollout.tensor_parallel": 1,
+    "hard.max_solved": 1,
+    "hard.counted": "all",
+    "hard.min_problems": 100,
+    "assignment.num_plain": 0,
+    "advantage.estimator": "grpo",
+    "advantage.baseline": "group",
+    "objective.context": "ratio_mask",
+    "objective.ratio_low": 0.01,
+    "objective.ratio_high": 10.0,
+    "objective.ratio_form": "hard",
+    "objective.clip_low": 0.2,
+    "objective.clip_high": 0.2,
+    "objective.dual_clip": 3.0,
+    "optimizer.lr": 1e-6,
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.clip_grad": 1.0,
+    "optimizer.micro_batch_tokens": 16384,
+    "schedule.problems_per_step": 128,
+    "schedule.problems_per_update": 64,
+    "schedule.epochs": 10,
+    "evolution.enabled": True,
+    "evolution.rules": "reference",
+    "evolution.budget": "heavy_4",
+    "evolution.dev_size": 300,
+    "evolution.num_lineages": 16,
+    "evolution.minibatch_size": 3,
+    "evolution.evaluation_temperature": 0.0,
+    "evolution.reflection.backend": "openai",
+    "evolution.reflection.temperature": 0.6,
+    "evolution.reflection.max_tokens": 2048,
+    "evaluation.every_steps": 30,
+    "evaluation.num_samples": 1,
+    "evaluation.temperature": 0.0,
+    "evaluation.at_start": True,
+}
+"""arXiv:2603.21877 and the authors' scripts, by setting."""
+
+
+def settings(name: str) -> Config:
+    return load_config(EXAMPLES / f"{name}.yaml")
+
+
+def differences(one: Config, other: Config) -> dict[str, Any]:
+    """Return what differs, by section and field, without the run's name."""
+    return {
+        f"{section}.{field}": getattr(getattr(other, section), field)
+        for section in Config.__dataclass_fields__
+        for field in getattr(getattr(one, section), "__dataclass_fields__", ())
+        if getattr(getattr(one, section), field) != getattr(getattr(other, section), field) and section != "run"
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_example_loads_without_problems(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert problems_of(config) == []
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(dump_config(config))
+    assert load_config(resolved) == config
+
+
+def test_a_run_is_called_after_its_file() -> None:
+    names = {path.stem: load_config(path).run.name for path in FILES if path.stem != "base"}
+    assert all(stem == name for stem, name in names.items())
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_job_script_is_called_after_its_settings(path: Path) -> None:
+    script = path.with_suffix(".sh").read_text()
+    assert f"#SBATCH --job-name={path.stem}\n" in script
+    assert f"examples/{path.stem}.yaml" in script
+
+
+@pytest.mark.parametrize("setting", PAPER)
+def test_the_paper_run_has_the_papers_setting(setting: str) -> None:
+    assert attrgetter(setting)(settings("p2o_qwen3_4b")) == PAPER[setting]
+
+
+def test_warm_up_is_nineteen_rollout_steps() -> None:
+    config = settings("p2o_qwen3_4b")
+    num_updates = config.schedule.problems_per_step // config.schedule.problems_per_update
+    assert config.optimizer.warmup_steps == 19 * num_updates
+
+
+def test_the_baselines_differ_from_p2o_in_nothing_else() -> None:
+    p2o, grpo, grpo_n12 = (settings(name) for name in ("p2o_qwen3_4b", "grpo_qwen3_4b", "grpo_qwen3_4b_n12"))
+    (difference,) = differences(p2o, grpo)
+    assert difference == "evolution.enabled" and not grpo.evolution.enabled
+    assert differences(grpo, grpo_n12) == {"rollout.group_size": 12}
+
+
+def test_self_reflection_leaves_a_gpu_to_its_server() -> None:
+    config = settings("p2o_qwen3_4b_selfref")
+    assert config.evolution.reflection.backend == "self"
+    assert (config.rollout.num_engines + 1) * config.rollout.tensor_parallel == config.parallel.world_size == 8
+
+
+def test_the_large_run_fills_four_nodes_and_its_engines_one() -> None:
+    config = settings("p2o_qwen3_32b")
+    assert config.parallel.world_size == 4 * 8
+    assert config.parallel.tensor <= 8, "tensor parallelism stays within a node"
+    assert config.rollout.num_engines * config.rollout.tensor_parallel == 8

@@ -1,0 +1,133 @@
+"""Which nodes a run spans, how its ranks are laid out on them, and that they start from one and the same settings."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_p2o.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_p2o.config_file import load_config
+from megatron_p2o.launch import agent_settings, ranks_per_node, share_settings, this_machine
+from megatron_p2o.nodes import Nodes, first_host, nodes_from_options, nodes_of_slurm
+
+STEP = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NODELIST": "gpu[017-020]",
+}
+TWO_RANKS = ParallelConfig(data=2, timeout_s=20)
+HEAD = Nodes(count=2, rank=0, head_address="head", head_port=20001, launch_id="7.0-restart-1")
+
+
+def config(directory: Path, parallel: ParallelConfig = TWO_RANKS) -> Config:
+    return Config(
+        run=RunConfig(name="first", directory=str(directory)),
+        model=ModelConfig(path="model"),
+        data=DataConfig(train="train.jsonl"),
+        parallel=parallel,
+    )
+
+
+@pytest.mark.parametrize(
+    ("node_list", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[017-020,3]", "gpu017"),
+        ("gpu[3,017-020]", "gpu3"),
+        ("rack[1-2]-node[07-09,12],login", "rack1-node07"),
+        ("gpu-b200-[010-011]", "gpu-b200-010"),
+    ],
+)
+def test_first_host_of_a_node_list(node_list: str, first: str) -> None:
+    assert first_host(node_list) == first
+
+
+def test_srun_says_where_a_node_stands() -> None:
+    nodes = nodes_of_slurm(STEP)
+    assert nodes == Nodes(count=4, rank=2, head_address="gpu017", head_port=22345, launch_id="12345.0-restart-0")
+    assert nodes_of_slurm({**STEP, "P2O_HEAD_ADDRESS": "10.0.0.17"}) == replace(nodes, head_address="10.0.0.17")
+
+
+def test_a_requeued_job_is_another_launch_at_the_same_port() -> None:
+    first, second = nodes_of_slurm(STEP), nodes_of_slurm({**STEP, "SLURM_RESTART_COUNT": "1"})
+    assert first and second and first.launch_id != second.launch_id and first.head_port == second.head_port
+
+
+@pytest.mark.parametrize("job_id", ["1", "9999", "10000", "987654321"])
+def test_ports_stay_below_those_of_outgoing_connections(job_id: str) -> None:
+    nodes = nodes_of_slurm({**STEP, "SLURM_JOB_ID": job_id})
+    assert nodes and 1024 < nodes.head_port < 32768
+
+
+def test_an_allocation_without_srun_and_a_step_on_one_node_are_a_single_machine() -> None:
+    allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "4", "SLURM_NNODES": "4", "SLURM_NODEID": "0"}
+    assert nodes_of_slurm(allocation) is None
+    assert nodes_of_slurm({**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "8"}) is None
+
+
+def test_several_tasks_on_a_node_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"8 tasks on 4 nodes.*--ntasks-per-node=1"):
+        nodes_of_slurm({**STEP, "SLURM_STEP_NUM_TASKS": "8"})
+
+
+def test_nodes_by_hand() -> None:
+    nodes = nodes_from_options(2, 1, "10.0.0.1:29500")
+    assert (nodes.count, nodes.rank, nodes.head_address, nodes.head_port) == (2, 1, "10.0.0.1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "node_rank", "head", "named"),
+    [
+        (2, 2, "a:1", "--node-rank=2"),
+        (0, 0, "a:1", "--node-rank=0"),
+        (2, 0, "", "--head="),
+        (2, 0, "a", "--head=a"),
+        (2, 0, "a:0", "--head=a:0"),
+        (2, 0, ":29500", "--head=:29500"),
+    ],
+)
+def test_contradictory_options_are_named(num_nodes: int, node_rank: int, head: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        nodes_from_options(num_nodes, node_rank, head)
+
+
+def test_ranks_divide_over_the_nodes(tmp_path: Path) -> None:
+    four = config(tmp_path, ParallelConfig(tensor=2, data=2))
+    assert [ranks_per_node(four, replace(HEAD, count=count)) for count in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ValueError, match=r"parallel.tensor=2 x parallel.pipeline=1 x parallel.data=2 = 4 .* 3 nodes"):
+        ranks_per_node(four, replace(HEAD, count=3))
+
+
+def test_a_single_machine_finds_its_own_port_and_several_nodes_keep_their_order() -> None:
+    alone = agent_settings(4, this_machine(), timeout_s=20)
+    assert (alone.rdzv_backend, alone.rdzv_endpoint, alone.max_nodes) == ("c10d", "localhost:0", 1)
+    second = agent_settings(4, replace(HEAD, rank=1), timeout_s=20)
+    assert (second.rdzv_backend, second.rdzv_endpoint, second.max_nodes) == ("static", "head:20001", 2)
+    assert second.rdzv_configs == {"rank": 1, "timeout": 20}
+
+
+def test_the_other_nodes_wait_for_the_heads_settings(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    head = threading.Timer(0.2, share_settings, (settings, tmp_path / "first", HEAD))
+    head.start()
+    path = share_settings(settings, tmp_path / "first", replace(HEAD, rank=1))
+    head.join()
+    assert load_config(path) == settings
+
+
+@pytest.mark.parametrize("what_is_there", ["nothing", "other settings", "an earlier start"])
+def test_a_node_that_does_not_see_the_heads_settings_says_so(what_is_there: str, tmp_path: Path) -> None:
+    settings = config(tmp_path, ParallelConfig(data=2, timeout_s=0.1))
+    if what_is_there == "other settings":
+        share_settings(replace(settings, preset="reference"), tmp_path / "first", HEAD)
+    elif what_is_there == "an earlier start":
+        share_settings(settings, tmp_path / "first", replace(HEAD, launch_id="7.0-restart-0"))
+    with pytest.raises(
+        ValueError, match=r"node 1 of 2\) waited.*run.directory must be a filesystem that all nodes share"
+    ):
+        share_settings(settings, tmp_path / "first", replace(HEAD, rank=1))
