@@ -1,5 +1,6 @@
 """Reflection without a language model: templates are recombined from a file of phrases."""
 
+import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -12,6 +13,13 @@ DEFAULT_MAX_PHRASES = 4
 
 MAX_PHRASES_LINE = re.compile(r"#\s*max_phrases\s*:\s*(\d+)\s*")
 
+HELD_OUT_LINE = re.compile(r"#\s*held_out_wordings\s*:\s*1/(\d+)\s*")
+"""A line `# held_out_wordings: 1/4`: of the templates of two phrases or more, only those whose SHA-256 (its first eight
+bytes, big-endian) divides by 4 are proposed. A policy whose supervision avoided these has seen none of them."""
+
+MAX_DRAWS = 100
+"""Changes tried until one gives a wording that may be proposed."""
+
 MOVE_WEIGHTS = {"add": 5, "replace": 3, "drop": 1, "reorder": 1}
 """How often each change is made, where it is possible."""
 
@@ -19,11 +27,14 @@ MOVE_WEIGHTS = {"add": 5, "replace": 3, "drop": 1, "reorder": 1}
 class Phrasebook:
     """Changes the parent template by one phrase; blind to feedback, so that search does all the work."""
 
-    def __init__(self, phrases: Sequence[str], seed: int, max_phrases: int = DEFAULT_MAX_PHRASES) -> None:
+    def __init__(
+        self, phrases: Sequence[str], seed: int, max_phrases: int = DEFAULT_MAX_PHRASES, held_out_divisor: int = 1
+    ) -> None:
         self.phrases = tuple(dict.fromkeys(phrases))
         """Distinct, in file order; a template is some of them joined by spaces."""
         self._seed = seed
         self._max_phrases = max_phrases
+        self._held_out_divisor = held_out_divisor
 
     @classmethod
     def from_file(cls, path: Path, seed: int) -> "Phrasebook":
@@ -33,7 +44,8 @@ class Phrasebook:
         if not phrases:
             raise ValueError(f"evolution.reflection.phrases={path} holds no phrase: write one per line")
         limits = [int(match[1]) for line in lines if (match := MAX_PHRASES_LINE.fullmatch(line))]
-        return cls(phrases, seed, limits[-1] if limits else DEFAULT_MAX_PHRASES)
+        divisors = [int(match[1]) for line in lines if (match := HELD_OUT_LINE.fullmatch(line))]
+        return cls(phrases, seed, (limits or [DEFAULT_MAX_PHRASES])[-1], (divisors or [1])[-1])
 
     async def propose(self, request: ReflectionRequest) -> str:
         rng = random.Random(f"phrasebook/{self._seed}/{request.proposal}")
@@ -41,8 +53,12 @@ class Phrasebook:
         moves = self._possible_moves(phrases)
         if not moves:
             raise ReflectionRefused("no other combination")
-        move = rng.choices(moves, [MOVE_WEIGHTS[name] for name in moves])[0]
-        return " ".join(self._moved(phrases, move, rng))
+        for _ in range(MAX_DRAWS):
+            move = rng.choices(moves, [MOVE_WEIGHTS[name] for name in moves])[0]
+            changed = self._moved(phrases, move, rng)
+            if self._may_propose(changed):
+                return " ".join(changed)
+        raise ReflectionRefused("no held-out wording within reach")
 
     async def close(self) -> None:
         """Nothing is held open."""
@@ -57,6 +73,10 @@ class Phrasebook:
             phrases.append(phrase)
             rest = rest[len(phrase) :].strip()
         return phrases
+
+    def _may_propose(self, phrases: Sequence[str]) -> bool:
+        digest = hashlib.sha256(" ".join(phrases).encode()).digest()
+        return len(phrases) < 2 or int.from_bytes(digest[:8], "big") % self._held_out_divisor == 0
 
     def _possible_moves(self, phrases: Sequence[str]) -> list[str]:
         has_unused = any(phrase not in phrases for phrase in self.phrases)
