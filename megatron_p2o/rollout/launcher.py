@@ -31,8 +31,11 @@ EXIT_BAD_ARGUMENT = 78
 
 PARENT_POLL_S = 1.0
 
-LEFT_IN_SHARED_MEMORY = re.compile(r"/dev/shm/(sglang_loads_|sem\.mp-)")
-"""SGLang's load snapshots and the semaphores of Python's multiprocessing."""
+MAPPED_SHARED_MEMORY = re.compile(r" (\d+) +/dev/shm/")
+"""Inode of a line of /proc/PID/maps. Its path may be a temporary one: semaphores are renamed once they exist."""
+
+LEFT_IN_SHARED_MEMORY = re.compile(r"sglang_loads_|sgl_shm_mq_|sem\.mp-")
+"""SGLang's load snapshots and message queues, and the semaphores of Python's multiprocessing."""
 
 
 def main() -> None:
@@ -89,12 +92,16 @@ def die_with_parent(parent_pid: int, scratch: str) -> None:
 
 def shared_memory_of(pid: int) -> set[Path]:
     """Return the files in /dev/shm that a server and its children map and leave behind when they are killed."""
+    inodes: set[int] = set()
     try:
         server = psutil.Process(pid)
-        mapped = [entry.path for process in (server, *server.children()) for entry in process.memory_maps()]
-    except psutil.NoSuchProcess:
-        return set()
-    return {Path(path) for path in mapped if LEFT_IN_SHARED_MEMORY.match(path)}
+        for process in (server, *server.children(recursive=True)):
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            inodes |= {int(inode) for inode in MAPPED_SHARED_MEMORY.findall(maps)}
+    except (psutil.NoSuchProcess, OSError):
+        pass  # a process ended meanwhile: what was found so far stands
+    candidates = [entry for entry in os.scandir("/dev/shm") if LEFT_IN_SHARED_MEMORY.match(entry.name)]
+    return {Path(entry.path) for entry in candidates if entry.inode() in inodes}
 
 
 def hide_in_logs(secrets: list[str]) -> None:

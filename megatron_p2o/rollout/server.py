@@ -37,7 +37,8 @@ TORCHRUN_VARIABLES = re.compile(
 KEEP_ALIVE_S = 3600
 """How long a server keeps idle connections; the client closes them long before."""
 
-POLL_S = 0.2
+START_POLL_S = 0.5
+STOP_POLL_S = 0.1
 PROBE_TIMEOUT_S = 10.0
 LOG_TAIL_LINES = 30
 LOG_TAIL_BYTES = 1 << 18
@@ -99,13 +100,14 @@ class EngineServer:
         """
         deadline = time.monotonic() + timeout_s
         while not self._answers():
+            self._leftovers |= shared_memory_of(self.pid)
             if not self.is_alive():
                 raise self._start_error("ended while starting")
             if time.monotonic() > deadline:
                 raise self._start_error(f"did not answer within rollout.startup_timeout_s={timeout_s:g}")
-            time.sleep(POLL_S)
+            time.sleep(START_POLL_S)
         self._port.close()
-        self._leftovers = shared_memory_of(self.pid)
+        self._leftovers |= shared_memory_of(self.pid)
 
     def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
         """Return the last lines of the log, without the noise of optional imports."""
@@ -123,7 +125,7 @@ class EngineServer:
             self._process.terminate()
         deadline = time.monotonic() + grace_s
         while self.is_alive() and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+            time.sleep(STOP_POLL_S)
         os.killpg(self.pid, signal.SIGKILL)
         self._process.wait(timeout=grace_s)
         self._port.close()
