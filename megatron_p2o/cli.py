@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--strict", action="store_true", help="exit with 1 when something required is missing")
     doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="require N GPUs that nobody else uses")
     doctor.add_argument(
-        "--require", action="append", default=[], metavar="PACKAGE", help="require an optional package; repeatable"
+        "--require", action="append", default=[], metavar="NAME[==VERSION]", help="require a package; repeatable"
     )
     doctor.set_defaults(run=_doctor)
     return parser

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
 REQUIRED = {
@@ -55,14 +56,17 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
 
     Args:
         num_gpus: how many GPUs a job expects here, all to itself; 0 expects none.
-        required: optional distributions that count as required.
+        required: further requirements ("flash-attn", "torch==2.13.0").
+
+    Raises:
+        ValueError: one of `required` is no requirement.
     """
     num_visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_gpu_build = torch.version.cuda is not None
     findings = [_lane(num_visible), Finding(subject="python", finding=platform.python_version())]
-    findings += [package_finding(name, accepted) for name, accepted in REQUIRED.items()]
-    findings += [package_finding(name, "" if is_gpu_build or name in required else None) for name in REQUIRED_ON_GPU]
-    findings += [package_finding(name, "" if name in required else None) for name in OPTIONAL_ON_GPU]
+    accepted: dict[str, str | None] = {**REQUIRED, **dict.fromkeys(OPTIONAL_ON_GPU)}
+    accepted |= dict.fromkeys(REQUIRED_ON_GPU, "" if is_gpu_build else None)
+    findings += [package_finding(name, versions) for name, versions in {**accepted, **_versions(required)}.items()]
     if num_visible:
         findings += _compiled_packages()
     if num_gpus or num_visible:
@@ -90,6 +94,15 @@ def _lane(num_visible: int) -> Finding:
     else:
         lane = "CPU (gloo, float32)"
     return Finding(subject="lane", finding=lane)
+
+
+def _versions(requirements: Collection[str]) -> dict[str, str]:
+    """Return the versions each requirement accepts, by distribution."""
+    try:
+        parsed = [Requirement(requirement) for requirement in requirements]
+    except InvalidRequirement as error:
+        raise ValueError(f"--require: {error}") from error
+    return {requirement.name: str(requirement.specifier) for requirement in parsed}
 
 
 def package_finding(name: str, accepted: str | None) -> Finding:

@@ -26,6 +26,14 @@ def test_an_optional_package_can_be_required() -> None:
     assert missing(examine(required=["transformer-engine"])) == {"transformer-engine"}
 
 
+@needs_no_gpu
+def test_versions_can_be_required_of_any_package() -> None:
+    assert missing(examine(required=["pytest>=1", "torch>=2"])) == set()
+    assert missing(examine(required=["pytest==0.1", "torch==2.0"])) == {"pytest", "torch"}
+    with pytest.raises(ValueError, match="--require"):
+        examine(required=["torch=2"])
+
+
 @pytest.mark.parametrize(
     ("accepted", "is_missing"), [("", False), (None, False), (">=2", False), (">=99", True), (">=2,<2.1", True)]
 )
