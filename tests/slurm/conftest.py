@@ -22,6 +22,7 @@ NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"
 
 COMMAND_TIMEOUT_S = 60
 START_TIMEOUT_S = 30
+POLL_S = 0.5
 
 CONFIGURATION = """
 ClusterName=p2o
@@ -51,7 +52,7 @@ StateSaveLocation={folder}/state
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 SlurmctldTimeout=60
-SlurmdTimeout=60
+SlurmdTimeout=30
 KillWait=5
 MinJobAge=300
 JobRequeue=1
@@ -61,6 +62,33 @@ PlugStackConfig={folder}/plugstack.conf
 
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=4000 Gres=gpu:8\n"
 PARTITION = "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO\n"
+
+
+def wait_for(
+    is_true: Callable[[], object], what: str, timeout_s: float = START_TIMEOUT_S, log: Callable[[], str] = str
+) -> None:
+    """Return when `is_true()`; fail the test with `log()` after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout_s:g} s for {what}\n{log()}")
+        time.sleep(POLL_S)
+
+
+def free_port_block(size: int) -> int:
+    """Return the first of `size` consecutive ports that nobody listens on."""
+    for first in range(16800, 19000, size):
+        holders: Sequence[socket.socket] = [socket.socket() for _ in range(size)]
+        try:
+            for offset, holder in enumerate(holders):
+                holder.bind(("127.0.0.1", first + offset))
+        except OSError:
+            continue
+        finally:
+            for holder in holders:
+                holder.close()
+        return first
+    pytest.fail("no free ports between 16800 and 19000")
 
 
 class Cluster:
@@ -75,6 +103,8 @@ class Cluster:
                 del self.environment[name]
         self.environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
         self._daemons: dict[str, psutil.Process] = {}
+
+    wait_for = staticmethod(wait_for)
 
     def start(self) -> None:
         self._write_configuration()
@@ -106,13 +136,14 @@ class Cluster:
                 is_ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 if is_ours and environment.get("SLURMD_NODENAME") == node:
                     victims += [process, *(parent for parent in process.parents() if parent.name() == "slurmstepd")]
-            except psutil.NoSuchProcess:
+            except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile; not to be looked at, so not ours
                 continue
         for victim in dict.fromkeys(victims):
             try:
                 victim.kill()
             except psutil.NoSuchProcess:
                 continue
+        (self.folder / f"slurmd.{node}.pid").unlink(missing_ok=True)
 
     def stop(self) -> None:
         self.call("scancel", "--user=root", "--full", is_checked=False)
@@ -165,31 +196,6 @@ class Cluster:
         path = Path(pid_file)
         wait_for(lambda: path.exists() and path.read_text().strip() != "", f"{name} to write {path}")
         self._daemons[name] = psutil.Process(int(path.read_text()))
-
-
-def wait_for(is_true: Callable[[], object], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
-    """Return when `is_true()`; fail the test after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {timeout_s:g} s for {what}")
-        time.sleep(0.3)
-
-
-def free_port_block(size: int) -> int:
-    """Return the first of `size` consecutive ports that nobody listens on."""
-    for first in range(16800, 19000, size):
-        holders: Sequence[socket.socket] = [socket.socket() for _ in range(size)]
-        try:
-            for offset, holder in enumerate(holders):
-                holder.bind(("127.0.0.1", first + offset))
-        except OSError:
-            continue
-        finally:
-            for holder in holders:
-                holder.close()
-        return first
-    pytest.fail("no free ports between 16800 and 19000")
 
 
 @pytest.fixture(scope="session")
