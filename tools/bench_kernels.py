@@ -30,7 +30,8 @@ def main() -> None:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"op": arguments.op, "environment": environment(device), "repeats": arguments.repeats}
+    result: dict[str, Any] = {"op": arguments.op, "note": arguments.note}
+    result |= {"environment": environment(device), "repeats": arguments.repeats}
     if arguments.op == "grouped_advantage":
         result["rows"] = bench_grouped_advantage(arguments.rollouts, arguments.repeats, device)
     else:
@@ -64,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1, help="of torch on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--note", help="a sentence on the circumstances, kept with the result")
     parser.add_argument("--json", type=Path, help="where to write the result")
     return parser.parse_args()
 

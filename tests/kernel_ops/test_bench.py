@@ -22,6 +22,7 @@ def bench(monkeypatch):
     import bench.cases
     import bench.measure
     import bench.providers
+    import bench.tables
 
     return bench
 
@@ -70,16 +71,24 @@ def test_our_memory_is_a_fraction_of_the_plain_path(bench):
 
 
 def test_the_command_writes_rows_whose_rates_follow_from_their_times(tmp_path):
-    command = "--op linear_policy_loss --shape tiny --tokens 512 1024 --dead 0 0.5 --peers none --repeats 2"
+    command = "--op linear_policy_loss --shape tiny --tokens 1024 2048 --dead 0 0.5 --peers none --repeats 2"
     script = [sys.executable, str(ROOT / "tools" / "bench_kernels.py"), *command.split()]
     output = tmp_path / "result.json"
     subprocess.run([*script, "--json", str(output)], check=True, capture_output=True, timeout=120)
     result = json.loads(output.read_text())
     assert [(row["provider"], row["tokens"], row["dead_share"]) for row in result["rows"]] == [
-        (name, tokens, dead) for tokens in (512, 1024) for dead in (0, 0.5) for name in ("ours", "plain")
+        (name, tokens, dead) for tokens in (1024, 2048) for dead in (0, 0.5) for name in ("ours", "plain")
     ]
     for row in result["rows"]:
         assert row["effective_tflops"] == pytest.approx(6 * row["tokens"] * 64 * 1000 / row["median_ms"] / 1e9)
         assert row["share_of_matmul"] == pytest.approx(row["effective_tflops"] / result["matmul_tflops"])
         assert row["errors"]["weight_grad_relative"] < 1e-5
     assert result["environment"]["torch"] == torch.__version__
+
+
+def test_the_readme_shows_the_committed_results_and_nothing_else(bench):
+    text = bench.tables.README.read_text()
+    for marker in bench.tables.MARKERS:
+        shown = text.partition(f"<!-- results: {marker} -->\n")[2].partition("<!-- end of results -->")[0]
+        tables = [bench.tables.table(json.loads(file.read_text())) for file in bench.tables.result_files(marker)]
+        assert shown == ("\n\n".join(tables) + "\n" if tables else "(empty: no run yet)\n")
