@@ -25,7 +25,7 @@ def compiled():
     script = Path(__file__).parents[2] / "kernels" / "bench" / "compile_sm90.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment, check=False
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=600, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return {kernel["name"]: kernel for kernel in json.loads(done.stdout)}

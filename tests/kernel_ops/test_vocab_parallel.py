@@ -60,7 +60,7 @@ def logprob_of_shards(path):
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 def test_sharded_logprobs_and_gradients_are_those_of_the_whole_head(path, num_ranks, relative_error):
-    by_rank = run_gloo_ranks(logprob_of_shards, num_ranks, path)
+    by_rank = run_gloo_ranks(logprob_of_shards, num_ranks, path, timeout_s=240)
     for index, vocab_size in enumerate(VOCAB_SIZES):
         hidden, weight, targets, gradient = make_inputs(vocab_size)
         hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
@@ -125,7 +125,7 @@ def loss_of_shards(rules, has_old, path):
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_sharded_policy_loss_and_gradients_are_those_of_the_whole_head(num_ranks, has_old, relative_error):
     rules = [LossRule(context=context) for context in ("sampling", "replace", "importance", "ratio_mask")]
-    by_rank = run_gloo_ranks(loss_of_shards, num_ranks, rules, has_old, PATHS["small chunks"])
+    by_rank = run_gloo_ranks(loss_of_shards, num_ranks, rules, has_old, PATHS["small chunks"], timeout_s=240)
     for index, rule in enumerate(rules):
         hidden, weight, targets, arguments = loss_arguments(181)
         hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
