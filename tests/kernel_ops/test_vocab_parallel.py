@@ -10,9 +10,9 @@ from p2o_kernels.lm_head.torch_path import TorchHead
 from p2o_kernels.logprob import linear_logprob_reference
 from p2o_kernels.policy_loss import linear_policy_loss_reference
 
-PATHS = {"keeping": TorchHead(), "small chunks": TorchHead(chunk_bytes=16 * 4 * 64, save_bytes=0)}
-VOCAB_SIZES = (240, 239, 181, 113)
-"""Of 240 rows: no padding, one padded row, and shards that are padding alone (the last of 4; the last of 2)."""
+PATHS = {"keeping": TorchHead(), "small chunks": TorchHead(chunk_bytes=32 * 4 * 60, save_bytes=0)}
+VOCAB_SIZES = (240, 181, 113)
+"""Of 240 rows: no padding, a last shard of which one row counts (4 ranks), and last shards of padding alone."""
 
 
 def make_inputs(vocab_size, loudness=60.0):
