@@ -141,6 +141,8 @@ def agent_settings(num_ranks: int, nodes: Nodes, timeout_s: float) -> LaunchConf
         rdzv_backend="c10d" if is_single else "static",
         rdzv_endpoint=f"{nodes.head_address}:{nodes.head_port}",
         rdzv_configs={} if is_single else {"timeout": timeout_s, "rank": nodes.rank},
+        # The ranks of a single machine meet there too: its host name need not resolve, as in a container.
+        local_addr=nodes.head_address if is_single else None,
         max_restarts=0,
         shutdown_timeout=STOP_TIMEOUT_S,
     )

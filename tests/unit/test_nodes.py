@@ -106,6 +106,7 @@ def test_ranks_divide_over_the_nodes(tmp_path: Path) -> None:
 def test_a_single_machine_finds_its_own_port_and_several_nodes_keep_their_order() -> None:
     alone = agent_settings(4, this_machine(), timeout_s=20)
     assert (alone.rdzv_backend, alone.rdzv_endpoint, alone.max_nodes) == ("c10d", "localhost:0", 1)
+    assert alone.local_addr == "localhost", "a host name that does not resolve is no obstacle"
     second = agent_settings(4, replace(HEAD, rank=1), timeout_s=20)
     assert (second.rdzv_backend, second.rdzv_endpoint, second.max_nodes) == ("static", "head:20001", 2)
     assert second.rdzv_configs == {"rank": 1, "timeout": 20}
