@@ -14,7 +14,9 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -46,8 +48,10 @@ from megatron_p2o.types import Problem
 GO_ON_PROBABILITY = (0.1, 0.75, 1.0)
 """Before each further step of a hard problem, with 0, 1 and 2 of the family's key phrases in the instruction."""
 
-GIVING_UP = "\\boxed{ ? }"
-"""The end of a response that does not go on. A guessed pair would be right once in 9409 and teach nothing but noise."""
+GIVING_UP = "\\boxed{ 0 }"
+"""The end of a response that does not go on: never right, where a guessed pair would be once in 9409."""
+
+LEVELS: tuple[Level, ...] = ("easy", "hard")
 
 HARD_SHARE = 0.7
 """Of demonstrations and of training problems."""
@@ -67,9 +71,9 @@ CHAT_TEMPLATE = (
 class Supervision:
     """How the policy is taught; the defaults were tuned over seeds 1 to 4."""
 
-    num_steps: int = 1200
+    num_steps: int = 1600
     batch_size: int = 32
-    lr: float = 3e-3
+    lr: float = 4e-3
     """Decays linearly to 0."""
     num_warmup_steps: int = 20
     beta2: float = 0.99
@@ -81,7 +85,7 @@ class Supervision:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer: one token per number, word and sign; anything else is one `<unk>`."""
     special = ["<|pad|>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    signs = ["+", ":", ",", ".", "?", "\\boxed{", "}"]
+    signs = ["+", ":", ",", ".", "\\boxed{", "}"]
     numbers = [str(number) for number in range(MODULUS)]
     words = sorted({*FAMILIES, *re.findall("[a-z]+", " ".join(PHRASES))})
     vocabulary = {token: index for index, token in enumerate([*special, *signs, *numbers, *words])}
@@ -118,9 +122,9 @@ def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausa
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             tie_word_embeddings=True,
             initializer_range=0.07,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.get_vocab()["<|pad|>"],
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.get_vocab()["<|end|>"],
             dtype="float32",
         )
     )
@@ -129,9 +133,10 @@ def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausa
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[str]) -> list[list[int]]:
     """Return what the chat template makes of each user message."""
     conversations = [[{"role": "user", "content": message}] for message in messages]
-    return tokenizer.apply_chat_template(
+    token_ids = tokenizer.apply_chat_template(
         conversations, add_generation_prompt=True, enable_thinking=False, return_dict=False
     )
+    return cast(list[list[int]], token_ids)
 
 
 def demonstrate(family: Family, level: Level, start: Pair, go_on_probability: float, generator: random.Random) -> str:
@@ -231,7 +236,9 @@ def sample_texts(
         prompts = tokenizer.pad(
             {"input_ids": prompt_ids(tokenizer, messages[first : first + 512])}, return_tensors="pt"
         )
-        token_ids = policy.eval().generate(**prompts, **sampling, max_new_tokens=MAX_NEW_TOKENS)
+        token_ids = policy.eval().generate(  # pyright: ignore[reportAttributeAccessIssue]
+            **prompts, **sampling, max_new_tokens=MAX_NEW_TOKENS
+        )
         texts += tokenizer.batch_decode(token_ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 
@@ -278,8 +285,7 @@ def measure(
     torch.manual_seed(seed)
     held_out_starts = starts("held_out")
     measurements = []
-    cells = [(family, level, used) for family in FAMILIES.values() for level in LEVELS for used in (temperature, 0.0)]
-    for family, level, used_temperature in cells:
+    for family, level, used_temperature in product(FAMILIES.values(), LEVELS, (temperature, 0.0)):
         for kind, instructions in kinds_of_instruction(family, seed).items():
             num_in_cell = num_samples * (8 if (level, kind) == ("hard", "plain") else 1)
             drawn = generator.choices(held_out_starts, k=num_in_cell)
@@ -296,9 +302,6 @@ def measure(
             )
             measurements.append(measurement)
     return measurements
-
-
-LEVELS: tuple[Level, ...] = ("easy", "hard")
 
 
 def print_measurements(measurements: Sequence[Measurement]) -> None:

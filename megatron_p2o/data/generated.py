@@ -212,7 +212,7 @@ def supervised_instruction(family: Family, generator: random.Random) -> str:
         family.key_phrases,
     ]
     while True:
-        phrases = generator.choices(kinds, weights=(0.30, 0.10, 0.18, 0.22, 0.20))[0]
+        phrases = generator.choices(kinds, weights=(0.30, 0.08, 0.18, 0.20, 0.24))[0]
         if not phrases:
             return ""
         pool = FILLER_PHRASES if generator.random() < 0.5 else PHRASES
