@@ -24,7 +24,7 @@ base="$("${buildah[@]}" from scratch)"
 
 say "building the cpu target"
 # shellcheck disable=SC2086  # several options in one variable
-"${buildah[@]}" bud --target cpu --build-arg CPU_BASE_IMAGE=localhost/debian-minbase ${P2O_BUILD_OPTIONS:-} \
+"${buildah[@]}" bud --layers --target cpu --build-arg CPU_BASE_IMAGE=localhost/debian-minbase ${P2O_BUILD_OPTIONS:-} \
     --tag localhost/megatron-p2o:cpu .
 
 say "training in it"

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-WAIT_S = 240
+WAIT_S = 480
 """Longest wait for an event of the job; on two idle cores each comes within a minute."""
 
 MINUTES, SIGNAL_BEFORE_S = 60, 600
