@@ -146,8 +146,8 @@ class Cluster:
         (self.folder / f"slurmd.{node}.pid").unlink(missing_ok=True)
 
     def stop(self) -> None:
-        self.call("scancel", "--user=root", "--full", is_checked=False)
         try:
+            self.call("scancel", "--user=root", "--full", is_checked=False)
             wait_for(lambda: not self.call("squeue", "-h", "-t", "running,completing"), "jobs to end")
         finally:
             daemons = list(reversed(self._daemons.values()))
