@@ -32,4 +32,4 @@ container="$("${buildah[@]}" from localhost/megatron-p2o:cpu)"
 "${buildah[@]}" run "$container" -- p2o doctor --strict
 "${buildah[@]}" run "$container" -- bash examples/tiny_cpu/compare.sh --output runs/quickstart --arms p2o 1
 "${buildah[@]}" rm "$container" > /dev/null
-say "done: $("${buildah[@]}" images --format '{{.Name}} {{.Size}}' localhost/megatron-p2o)"
+say "done: $("${buildah[@]}" images --format '{{.Size}}' localhost/megatron-p2o:cpu)"
