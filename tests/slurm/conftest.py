@@ -129,7 +129,7 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """End a node as a power failure would: its slurmd and everything that runs for jobs on it, at once."""
-        victims = [self._daemons.pop(node)]
+        victims = [self._daemons[node]]
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
@@ -143,6 +143,7 @@ class Cluster:
                 victim.kill()
             except psutil.NoSuchProcess:
                 continue
+        del self._daemons[node]
         (self.folder / f"slurmd.{node}.pid").unlink(missing_ok=True)
 
     def stop(self) -> None:
