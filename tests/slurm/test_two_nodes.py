@@ -93,7 +93,8 @@ def test_a_job_survives_its_time_limit_and_a_lost_node(
 
 def submit(cluster: Any, tiny: Path, problems: Path, checkout: Path) -> Job:
     options = (f"--time={MINUTES}", f"--signal=B:USR1@{SIGNAL_BEFORE_S}", "--parsable")
-    settings = {"data.train": problems, "schedule.epochs": 1000, "rollout.group_size": 4}
+    # So slowly that problems stay hard, however far a fast machine gets before the signal.
+    settings = {"data.train": problems, "schedule.epochs": 1000, "rollout.group_size": 4, "optimizer.lr": 1e-5}
     arguments = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     job_id = cluster.call(
         *("sbatch", *options, "examples/tiny_slurm.sh", *arguments),
