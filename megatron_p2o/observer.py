@@ -11,6 +11,7 @@ from megatron_p2o.algorithm import Parts, StepResult, TrainState
 from megatron_p2o.config import Config
 from megatron_p2o.evaluate import Evaluation, best_template, evaluate, evaluation_record, template_of
 from megatron_p2o.files import write_whole
+from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
@@ -47,12 +48,14 @@ class RunObserver:
         stop: StopRequest,
         evaluation_sets: Mapping[str, Sequence[Problem]],
         observe_groups: Callable[[Sequence[Group]], None],
+        keep_library: Callable[[TemplateLibrary], None],
         take_round_statistics: Callable[[], RoundStatistics],
         resumed: RunState | None,
     ) -> None:
         self._config, self._parts, self._files, self._clock, self._stop = config, parts, files, clock, stop
         self._evaluation_sets = evaluation_sets
         self._observe_groups = observe_groups
+        self._keep_library = keep_library
         self._take_round_statistics = take_round_statistics
         self._num_rollouts_train = resumed.num_rollouts_train if resumed else 0
         self._num_rollouts_evolution = resumed.num_rollouts_evolution if resumed else 0
@@ -108,6 +111,7 @@ class RunObserver:
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of `state`."""
         self._files.metrics.announce("checkpoint")
+        self._keep_library(state.library)
         save_checkpoint(self._files.run_dir, self._run_state(state), self._parts.policy, keep_last=2)
 
     def on_end(self, state: TrainState) -> None:

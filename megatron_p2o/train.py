@@ -25,9 +25,10 @@ from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, fitting_problems
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.evaluate import evaluate, evaluation_record
-from megatron_p2o.evolve.library import EMPTY_LIBRARY, library_path, load_library
+from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
 from megatron_p2o.files import write_whole
+from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
@@ -202,6 +203,7 @@ class Conductor:
             stop=stop,
             evaluation_sets=self.inputs.evaluation,
             observe_groups=self._observe_groups,
+            keep_library=self._keep_library,
             take_round_statistics=self._take_round_statistics,
             resumed=self.resumed,
         )
@@ -245,6 +247,11 @@ class Conductor:
         if self.evolution is not None:
             for score in free_scores(groups, self.inputs.renderer.decode):
                 self.evolution.observe(score)
+
+    def _keep_library(self, library: TemplateLibrary) -> None:
+        """Write a library that no round has published: a cleared one, which a checkpoint refers to all the same."""
+        if isinstance(library, PublishedLibrary) and not library_path(self.run_dir, library.version).exists():
+            library.save(self.run_dir)
 
     def _take_round_statistics(self) -> Mapping[str, float]:
         if self.evolution is None:

@@ -136,6 +136,17 @@ def test_two_tensor_parallel_ranks_train_by_configuration_alone(tiny: Path, tmp_
     assert mismatches and max(mismatches) < 1e-4
 
 
+def test_a_run_resumes_after_its_templates_were_cleared(tiny: Path, tmp_path: Path) -> None:
+    small = ["schedule.problems_per_step=224", "schedule.problems_per_update=224", "rollout.group_size=2"]
+    cleared = ["assignment.num_plain=1", "schedule.epochs=3", "hard.min_problems=1000"]
+    command = p2o("train", "p2o.yaml", [*settings(tiny, tmp_path, "cleared"), *small, *cleared])
+    first = run([*command, "--set", "schedule.max_steps=3"])
+    assert first.returncode == 0, first.stdout + first.stderr
+    resumed = run([*command, "--set", "schedule.max_steps=4"])
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert len(lines(tmp_path / "cleared" / "hard_samples.jsonl")) == 4 * 224
+
+
 def test_the_initial_policy_reflects_on_a_server_of_its_own(tiny: Path, tmp_path: Path) -> None:
     small = ["schedule.problems_per_step=224", "schedule.problems_per_update=224", "rollout.group_size=2"]
     short = ["assignment.num_plain=1", "schedule.epochs=2", "schedule.max_steps=3", "evolution.max_rollouts=100"]
