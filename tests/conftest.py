@@ -10,11 +10,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and inherited b
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from megatron_p2o.testing.nan_empty import nan_filled_empty
 
 ROOT = Path(__file__).parents[1]
+SUPERVISION_TIMEOUT_S = 600
 
 torch.set_num_threads(1)
 settings.register_profile("reproducible", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -32,12 +34,16 @@ def nan_empty() -> Iterator[None]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with model/ and problems/ as tools/make_tiny_policy.py writes them; supervising takes a minute.
 
-    P2O_TINY_POLICY names one that was made before.
+    P2O_TINY_POLICY names one that was made before. Workers that run tests side by side share one.
     """
     made = os.environ.get("P2O_TINY_POLICY")
     if made:
         return Path(made)
-    folder = tmp_path_factory.mktemp("tiny")
-    command = [sys.executable, str(ROOT / "tools" / "make_tiny_policy.py"), "--out", str(folder), "--seed", "1"]
-    subprocess.run(command, check=True, timeout=600)
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    shared = tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.getbasetemp()
+    folder = shared / "tiny"
+    with FileLock(shared / "tiny.lock", timeout=SUPERVISION_TIMEOUT_S):
+        if not (folder / "card.json").exists():
+            command = [sys.executable, str(ROOT / "tools" / "make_tiny_policy.py"), "--out", str(folder), "--seed", "1"]
+            subprocess.run(command, check=True, timeout=SUPERVISION_TIMEOUT_S)
     return folder

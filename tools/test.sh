@@ -20,4 +20,5 @@ else
     echo "SKIPPED pyright: it fetches itself with npm, which this machine does not reach"
 fi
 bash -n examples/*.sh examples/*/*.sh tools/*.sh
-python -m pytest
+# Two workers, a file each: the long tests wait for processes they started, not for the processor.
+python -m pytest -n 2 --dist loadfile
