@@ -135,6 +135,7 @@ def train(
         for problems in batches_of(state.epoch)[state.batch :]:
             if observer.should_stop(state):
                 return state
+            state = replace(state, library=newest_library(state, parts.evolution))
             result = p2o_step(problems, state, ledger, parts, config)
             state = replace(state, step=state.step + 1, batch=state.batch + 1, hard=(*state.hard, *result.hard))
             observer.on_step(state, result)
@@ -154,6 +155,11 @@ def evolved_library(state: TrainState, evolution: PromptEvolution | None, config
     if len(state.hard) < config.hard.min_problems:
         return state.library.cleared()
     return evolution.evolve(state.hard, state.library, state.epoch)
+
+
+def newest_library(state: TrainState, evolution: PromptEvolution | None) -> TemplateLibrary:
+    """Return what a round beside training has published meanwhile, else what there is: training never waits for it."""
+    return state.library if evolution is None else evolution.newest(state.library)
 
 
 def update(groups: Sequence[Group], policy: Policy, config: Config) -> list[UpdateReport]:

@@ -238,6 +238,9 @@ class EvolutionConfig:
 
     enabled: bool = True
     """False is plain GRPO."""
+    beside_training: bool = True
+    """A round runs in the slots that training leaves idle, and its library is used from the next step after it ended.
+    False waits for each round, as the authors do: slower, but a run can be repeated exactly."""
     rules: Literal["asynchronous", "reference"] = "asynchronous"
     """`reference`: the authors' lock-step rules exactly. `asynchronous`: lineages advance on their own."""
     budget: Literal["light", "medium", "heavy", "heavy_2", "heavy_3", "heavy_4", "heavy_16"] = "heavy_4"
@@ -325,6 +328,7 @@ REFERENCE_PRESET: Mapping[str, Any] = {
     "objective.drop_zero_advantage": False,
     "scoring.recompute": True,
     "evolution.rules": "reference",
+    "evolution.beside_training": False,
     "evolution.warm_start": False,
     "evolution.guard_leaks": False,
 }

@@ -13,6 +13,7 @@ from megatron_p2o.types import (
     Logprobs,
     Problem,
     Prompt,
+    RunningRound,
     SamplingParams,
     Template,
     TrainSample,
@@ -114,8 +115,17 @@ class PromptRenderer(Protocol):
 
 
 class PromptEvolution(Protocol):
-    """One round of prompt evolution at the end of an epoch."""
+    """A round of prompt evolution after each epoch. Never raises for lost evolution."""
 
     def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> TemplateLibrary:
-        """Return the library for the next epoch; a cleared one when nothing helped. Never raises for lost evolution."""
+        """Return the library to go on with; a cleared one when nothing helped, `library` while the round still runs."""
+        ...
+
+    def newest(self, library: TemplateLibrary) -> TemplateLibrary:
+        """Return the library of a round that has ended beside training, else `library`. Never waits."""
+        ...
+
+    @property
+    def running(self) -> RunningRound | None:
+        """The round that runs beside training; a resumed run begins it again."""
         ...

@@ -15,8 +15,8 @@ from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
-from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, phase_metrics, step_metrics
-from megatron_p2o.metrics.values import Mean
+from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, library_metrics, phase_metrics, step_metrics
+from megatron_p2o.metrics.values import Mean, MetricValue
 from megatron_p2o.rl.hard_samples import HardSampleLedger, ledger_entry
 from megatron_p2o.run_state import LedgerFile, RunState, StopRequest, save_checkpoint
 from megatron_p2o.types import PLAIN, Group, Problem, Template
@@ -65,6 +65,7 @@ class RunObserver:
         self._published_accuracy: Mapping[str, float] = {}
         # An empty library, after everything was internalised, does not make the last template worth less.
         self._best_template = template_of(resumed.best_template) if resumed else PLAIN
+        self._library_version = resumed.library_version if resumed else 0
 
     @property
     def ledger(self) -> HardSampleLedger:
@@ -81,6 +82,7 @@ class RunObserver:
         self._files.metrics.write(state.step, state.epoch, step_metrics(result.groups, result.reports, seconds))
         self._files.ledger.append([ledger_entry(group, state.epoch, state.step) for group in result.groups])
         self._observe_groups(result.groups)
+        self._note_library(state, {})
         self._num_rollouts_train += sum(len(group.rollouts) for group in result.groups)
         if _is_due(state.step, self._config.logging.rollouts_every_steps):
             self._files.rollouts.write(state.step, result.groups, self._parts.renderer.decode)
@@ -91,18 +93,27 @@ class RunObserver:
         self._last_end = time.monotonic()
 
     def on_epoch(self, state: TrainState, hard: Sequence[Problem]) -> None:
+        self._note_library(state, {**epoch_metrics(hard), **phase_metrics(self._clock.take())})
+        self._last_end = time.monotonic()
+
+    def _note_library(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
+        """Write `metrics` and what is to be said of a library that is new, then measure its best template."""
         statistics = self._take_round_statistics()
+        if state.library.version == self._library_version and not statistics:
+            if metrics:
+                self._files.metrics.write(state.step, state.epoch, metrics)
+            return
+        self._library_version = state.library.version
         self._num_rollouts_evolution += int(statistics.get("num_rollouts", 0))
         self._first_round = self._first_round or statistics
-        metrics = epoch_metrics(hard, state.library.version, len(state.library.templates), statistics)
-        self._files.metrics.write(state.step, state.epoch, {**metrics, **phase_metrics(self._clock.take())})
+        library = library_metrics(state.library.version, len(state.library.templates), statistics)
+        self._files.metrics.write(state.step, state.epoch, {**metrics, **library})
         best = best_template(state.library)
         if best is not PLAIN:
             self._best_template = best
             if self._config.evaluation.with_best_template:
                 outcome = self._evaluate(state, best, "templated_")
                 self._published_accuracy = self._published_accuracy or _accuracies(outcome)
-        self._last_end = time.monotonic()
 
     def should_stop(self, state: TrainState) -> bool:
         limit = self._config.schedule.max_steps
@@ -158,6 +169,7 @@ class RunObserver:
         return outcome
 
     def _run_state(self, state: TrainState) -> RunState:
+        running = self._parts.evolution.running if self._parts.evolution else None
         return RunState(
             step=state.step,
             epoch=state.epoch,
@@ -169,6 +181,8 @@ class RunObserver:
             num_rollouts_evolution=self._num_rollouts_evolution,
             best_template=self._best_template.text,
             wall_s=self._wall_s_before + time.monotonic() - self._started,
+            round_epoch=running.epoch if running else -1,
+            round_problem_ids=running.problem_ids if running else (),
         )
 
 

@@ -42,6 +42,10 @@ class RunState:
     """Text of the best template of the last library that had any; "" before."""
     wall_s: float = 0.0
     """Time spent training so far, over all restarts."""
+    round_epoch: int = -1
+    """After which the round that ran beside training began; -1 when none ran."""
+    round_problem_ids: tuple[str, ...] = ()
+    """The hard problems it worked on."""
 
 
 class LedgerFile:
@@ -117,7 +121,8 @@ def read_state(checkpoint: Path) -> RunState:
     path = checkpoint / STATE_FILE
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return RunState(**{**fields, "hard_problem_ids": tuple(fields["hard_problem_ids"])})
+        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return RunState(**{**fields, **lists})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no readable run state: {error}") from error
 

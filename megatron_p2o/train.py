@@ -25,10 +25,11 @@ from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, fitting_problems
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.evaluate import evaluate, evaluation_record
+from megatron_p2o.evolve.beside import BesideTraining
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
 from megatron_p2o.files import write_whole
-from megatron_p2o.interfaces import TemplateLibrary
+from megatron_p2o.interfaces import PromptEvolution, TemplateLibrary
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
@@ -135,13 +136,16 @@ class Conductor:
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)
         self.evolution = self._start_evolution(stack) if config.evolution.enabled else None
+        evolution: PromptEvolution | None = self.evolution
+        if self.evolution and config.evolution.beside_training:
+            evolution = BesideTraining(self.evolution)
         self.clock = PhaseClock()
         self.parts = Parts(
             policy=TimedPolicy(policy, self.clock),
             engine=TimedEngine(self.engine, self.clock),
             grader=TimedGrader(self.grader, self.clock),
             renderer=self.inputs.renderer,
-            evolution=TimedEvolution(self.evolution, self.clock) if self.evolution else None,
+            evolution=TimedEvolution(evolution, self.clock) if evolution else None,
         )
         self.state = self._initial_state()
         if checkpoint:
@@ -156,6 +160,7 @@ class Conductor:
         stop = StopRequest(self.run_dir)
         observer = self._observer(stop)
         observer.on_start(state)
+        self._begin_unfinished_round()
         state = train(self.batches_of, state, observer.ledger, self.parts, observer, config)
         if stop.is_made():
             observer.save(state)
@@ -222,6 +227,14 @@ class Conductor:
             batch=resumed.batch,
             hard=tuple(by_id[problem_id] for problem_id in resumed.hard_problem_ids),
         )
+
+    def _begin_unfinished_round(self) -> None:
+        """Go on with the round that ran beside training when the checkpoint was written; its journal knows how far."""
+        resumed, evolution = self.resumed, self.parts.evolution
+        if resumed and evolution and resumed.round_problem_ids:
+            by_id = {problem.id: problem for problem in self.inputs.train}
+            hard = [by_id[problem_id] for problem_id in resumed.round_problem_ids]
+            evolution.evolve(hard, self.state.library, resumed.round_epoch)
 
     def _start_evolution(self, stack: ExitStack) -> EvolutionSession:
         def sample(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:

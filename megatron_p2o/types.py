@@ -68,6 +68,16 @@ PLAIN = Template(id=0, text="", parent=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunningRound:
+    """A round of prompt evolution that has begun and published nothing yet."""
+
+    epoch: int
+    """After which it began."""
+    problem_ids: tuple[str, ...]
+    """The hard problems it works on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """A problem as one rollout asks it: sampled with the template, trained without it."""
 

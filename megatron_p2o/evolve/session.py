@@ -26,7 +26,7 @@ from megatron_p2o.evolve.service_process import STOP_GRACE_S, LoopThread, Servic
 from megatron_p2o.evolve.split import Split
 from megatron_p2o.evolve.text import shorten
 from megatron_p2o.interfaces import TemplateLibrary
-from megatron_p2o.types import Problem
+from megatron_p2o.types import Problem, RunningRound
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,16 @@ class EvolutionSession:
             logger.warning("evolution.stuck: the session's thread is blocked, perhaps in `evaluate`; asking plainly")
             return PublishedLibrary(version=library.version + 1)
 
+    def newest(self, library: TemplateLibrary) -> TemplateLibrary:
+        """Return `library`: `evolve` has waited for every round."""
+        return library
+
+    @property
+    def running(self) -> RunningRound | None:
+        return None
+
     def start(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> "Future[PublishedLibrary]":
-        """Begin a round without waiting for it; one round at a time."""
+        """Begin a round without waiting for it; one at a time. Cancelling the future ends the round."""
         problems = {problem.id: problem for problem in hard}
         spec = RoundSpec(
             epoch=epoch,
@@ -153,6 +161,9 @@ class EvolutionSession:
                 if clock() >= deadline:
                     break
             return None
+        except asyncio.CancelledError:
+            await self._stop_service()
+            raise
         finally:
             answers.cancel()
             self.num_failed_evaluations += answers.num_failed

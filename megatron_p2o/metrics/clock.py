@@ -6,7 +6,17 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from megatron_p2o.interfaces import Grader, NamedWeights, Policy, PromptEvolution, RolloutEngine, TemplateLibrary
-from megatron_p2o.types import Completion, Grade, Logprobs, Problem, Prompt, SamplingParams, TrainSample, UpdateReport
+from megatron_p2o.types import (
+    Completion,
+    Grade,
+    Logprobs,
+    Problem,
+    Prompt,
+    RunningRound,
+    SamplingParams,
+    TrainSample,
+    UpdateReport,
+)
 
 
 class PhaseClock:
@@ -100,3 +110,10 @@ class TimedEvolution:
     def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> TemplateLibrary:
         with self._clock.measure("evolution"):
             return self._evolution.evolve(hard, library, epoch)
+
+    def newest(self, library: TemplateLibrary) -> TemplateLibrary:
+        return self._evolution.newest(library)
+
+    @property
+    def running(self) -> RunningRound | None:
+        return self._evolution.running

@@ -101,17 +101,19 @@ def phase_metrics(seconds: Mapping[str, float]) -> dict[str, MetricValue]:
     return {f"perf/{phase}_s": Sum(duration) for phase, duration in seconds.items()}
 
 
-def epoch_metrics(
-    hard: Sequence[Problem], library_version: int, num_templates: int, evolution: Mapping[str, float]
-) -> dict[str, MetricValue]:
-    """Return the state after an epoch: hard set, library in force, and the evolution round if there was one.
+def epoch_metrics(hard: Sequence[Problem]) -> dict[str, MetricValue]:
+    """Return the state after an epoch: the size of its hard set."""
+    return {"hard/set_size": Last(len(hard))}
+
+
+def library_metrics(library_version: int, num_templates: int, evolution: Mapping[str, float]) -> dict[str, MetricValue]:
+    """Return what is known of a library that comes into force, and of the evolution round that made it.
 
     Args:
         evolution: name to number, e.g. pool_size, best_score, coverage, pass_at_n_plain, num_rollouts; empty when no
             round ran. Each becomes `evolution/<name>`.
     """
     return {
-        "hard/set_size": Last(len(hard)),
         "library/version": Last(library_version),
         "library/num_templates": Last(num_templates),
         **{f"evolution/{name}": Last(number) for name, number in evolution.items()},

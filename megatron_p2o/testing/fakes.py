@@ -27,6 +27,7 @@ from megatron_p2o.types import (
     Problem,
     Prompt,
     Rollout,
+    RunningRound,
     SamplingParams,
     Template,
     TokenIds,
@@ -239,6 +240,13 @@ class FakeEvolution:
             return library.cleared()
         assignments = {problem.id: tuple(self.templates) for problem in hard}
         return FakeLibrary(version=library.version + 1, assignments=assignments)
+
+    def newest(self, library: TemplateLibrary) -> TemplateLibrary:
+        return library
+
+    @property
+    def running(self) -> RunningRound | None:
+        return None
 
 
 def fake_problem(number: int, answer: str = "yes") -> Problem:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, step_metrics
+from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, library_metrics, step_metrics
 from megatron_p2o.metrics.values import Mean, merge_metrics, numbers_of
 from megatron_p2o.types import (
     PLAIN,
@@ -179,7 +179,11 @@ def test_the_token_sums_are_named_as_the_objective_names_them() -> None:
 def test_epoch_and_evaluation_metrics_are_named_by_area() -> None:
     hard = [Problem(id="h", question="?", answer="2")]
     numbers = numbers_of(
-        {**epoch_metrics(hard, 2, 5, {"best_score": 0.75}), **evaluation_metrics({"heldout_hard": Mean(3, 4)})}
+        {
+            **epoch_metrics(hard),
+            **library_metrics(2, 5, {"best_score": 0.75}),
+            **evaluation_metrics({"heldout_hard": Mean(3, 4)}),
+        }
     )
     assert numbers == {
         "hard/set_size": 1,
