@@ -241,6 +241,9 @@ class EvolutionConfig:
     beside_training: bool = True
     """A round runs in the slots that training leaves idle, and its library is used from the next step after it ended.
     False waits for each round, as the authors do: slower, but a run can be repeated exactly."""
+    max_version_gap: int = 2
+    """Training steps that may lie between the rollouts by which a template is preferred to its parent; the older side
+    is sampled again where more do. Matters beside training only: else the policy stands still during a round."""
     rules: Literal["asynchronous", "reference"] = "asynchronous"
     """`reference`: the authors' lock-step rules exactly. `asynchronous`: lineages advance on their own."""
     budget: Literal["light", "medium", "heavy", "heavy_2", "heavy_3", "heavy_4", "heavy_16"] = "heavy_4"

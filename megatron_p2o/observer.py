@@ -98,12 +98,12 @@ class RunObserver:
 
     def _note_library(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
         """Write `metrics` and what is to be said of a library that is new, then measure its best template."""
-        statistics = self._take_round_statistics()
-        if state.library.version == self._library_version and not statistics:
+        if state.library.version == self._library_version:
             if metrics:
                 self._files.metrics.write(state.step, state.epoch, metrics)
             return
         self._library_version = state.library.version
+        statistics = self._take_round_statistics()
         self._num_rollouts_evolution += int(statistics.get("num_rollouts", 0))
         self._first_round = self._first_round or statistics
         library = library_metrics(state.library.version, len(state.library.templates), statistics)

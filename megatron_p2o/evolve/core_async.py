@@ -121,17 +121,17 @@ class AsynchronousCore:
         return "accepted"
 
     async def _compare(self, parent_text: str, text: str, minibatch: Sequence[str]) -> str:
-        """Return whether `text` is "better" than its parent on the minibatch, both measured on one policy version."""
-        newest = 0
+        """Return whether `text` is "better" than its parent on the minibatch, measured on (nearly) one policy."""
+        oldest, max_gap = 0, self._round.settings.evolution.max_version_gap
         for _ in range(MAX_PAIRINGS):
-            after = await self._round.book.measure(text, minibatch, min_version=newest)
-            before = await self._round.book.measure(parent_text, minibatch, min_version=newest)
+            after = await self._round.book.measure(text, minibatch, min_version=oldest)
+            before = await self._round.book.measure(parent_text, minibatch, min_version=oldest)
             if total_reward(after) <= total_reward(before):
                 return "not better"
             versions = {evaluation.weight_version for evaluation in (*before, *after)}
-            if len(versions) == 1:
+            if max(versions) - min(versions) <= max_gap:
                 return "better"
-            newest = max(versions)
+            oldest = max(versions) - max_gap
         return "policy moved"
 
     async def _race(self, candidate: Candidate) -> None:

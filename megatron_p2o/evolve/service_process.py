@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +87,13 @@ class ServiceProcess:
             logger.warning("evolution: process %d does not end after SIGKILL", self.process_id)
 
 
+async def _cancel_other_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class LoopThread:
     """A thread that runs an event loop until it is closed; does not keep the interpreter alive."""
 
@@ -98,7 +106,9 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self, timeout_s: float) -> None:
-        """Stop the loop; what is still running in it is abandoned."""
+        """Cancel what still runs in the loop, and stop it; what will not end in `timeout_s` is abandoned."""
+        with suppress(TimeoutError):
+            self.submit(_cancel_other_tasks()).result(timeout_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout_s)
         if not self._thread.is_alive():

@@ -70,6 +70,7 @@ class EvolutionSession:
         build_reflector(self._settings.evolution.reflection, config.run.seed, self._environment)
         self._thread = LoopThread("evolution-session")
         self._service: ServiceProcess | None = None
+        self._round: Future[PublishedLibrary] | None = None
         self._free_scores: dict[tuple[str, str], FreeScore] = {}
         self.last_round: RoundStats | None = None
         """Of the last round that is over."""
@@ -113,7 +114,8 @@ class EvolutionSession:
             free_scores=tuple(free for free in self._free_scores.values() if free.problem_id in problems),
         )
         self._free_scores.clear()
-        return self._thread.submit(self._run_round(spec, problems))
+        self._round = self._thread.submit(self._run_round(spec, problems))
+        return self._round
 
     def observe(self, free: FreeScore) -> None:
         """Remember, for the next round, what training rollouts showed; of several for one pair the last counts."""
@@ -122,7 +124,9 @@ class EvolutionSession:
         self._free_scores[free.template_text, free.problem_id] = kept
 
     def close(self) -> None:
-        """End the service and the thread. The session cannot be used afterwards."""
+        """End the round that runs, the service and the thread. The session cannot be used afterwards."""
+        if self._round is not None:
+            self._round.cancel()
         self._thread.submit(self._stop_service()).result(3 * STOP_GRACE_S)
         self._thread.close(STOP_GRACE_S)
 
