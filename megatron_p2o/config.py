@@ -354,7 +354,7 @@ NOT_NEGATIVE = (
     *("hard.max_solved", "hard.min_problems", "optimizer.weight_decay", "optimizer.warmup_steps"),
     *("schedule.save_every_steps", "evolution.evaluation_temperature", "evolution.reflection.temperature"),
     *("evolution.reflection.max_retries", "evaluation.every_steps", "evaluation.temperature"),
-    "logging.rollouts_every_steps",
+    *("logging.rollouts_every_steps", "evolution.max_version_gap"),
 )
 """Settings that must be at least 0."""
 

@@ -122,7 +122,7 @@ class AsynchronousCore:
 
     async def _compare(self, parent_text: str, text: str, minibatch: Sequence[str]) -> str:
         """Return whether `text` is "better" than its parent on the minibatch, measured on (nearly) one policy."""
-        oldest, max_gap = 0, self._round.settings.evolution.max_version_gap
+        oldest, max_gap = 0, self._round.settings.max_version_gap
         for _ in range(MAX_PAIRINGS):
             after = await self._round.book.measure(text, minibatch, min_version=oldest)
             before = await self._round.book.measure(parent_text, minibatch, min_version=oldest)

@@ -351,7 +351,7 @@ def test_parent_and_child_are_compared_on_the_same_policy_version(tmp_path: Path
             return super().answer(template_text, problem_id, temperature, sample)
 
     task = Moving(PROBLEMS)
-    spec = round_spec(PROBLEMS, max_rollouts=1200)
+    spec = round_spec(PROBLEMS, max_rollouts=1200, max_version_gap=0)
     _, stats, history = run_round(spec, tmp_path, task)
     assert stats.outcomes["accepted"] > 3
     records, _ = read_journal(journal_path(tmp_path, 0))
@@ -387,7 +387,7 @@ def test_stale_training_rollouts_are_measured_again_before_they_decide(tmp_path:
     stale = Evaluation(reward=0.0, response_text="old", finish_reason="stop", num_tokens=9, weight_version=1)
     free = tuple(FreeScore(template_text="", problem_id=problem.id, evaluation=stale) for problem in PROBLEMS)
     task = KeyPhraseTask(PROBLEMS, success_rates=(1.0, 1.0, 1.0))
-    spec = replace(round_spec(PROBLEMS, max_rollouts=300), free_scores=free)
+    spec = replace(round_spec(PROBLEMS, max_rollouts=300, max_version_gap=1), free_scores=free)
     _, stats, history = run_round(spec, tmp_path, task)
     assert stats.outcomes.get("accepted", 0) == 0, "the empty template is as good by now"
     assert stats.outcomes["not better"] > 0 and history.num_scored > 0
