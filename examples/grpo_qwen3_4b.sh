@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The baseline of p2o_qwen3_4b.sh: GRPO with as many rollouts per problem.
 #   sbatch examples/grpo_qwen3_4b.sh
-# On DeepMath-5K: ... examples/grpo_qwen3_4b.sh --set data.train=data/deepmath-5k/train.jsonl
+# On DeepMath-5K: sbatch examples/grpo_qwen3_4b.sh --set data.train=data/deepmath-5k/train.jsonl \
+#   --set data.evaluation.heldout=data/deepmath-5k/test.jsonl
 #SBATCH --job-name=grpo_qwen3_4b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,0 +1,167 @@
+"""Reads the rows of JSONL, JSON and parquet files as they are, one at a time, each with its place in the file."""
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+PARQUET_MAGIC = b"PAR1"
+"""First bytes of a parquet file."""
+
+MAX_ROW_BYTES = 16 << 20
+"""A longer row is bad: no more of a file than this is in memory at once."""
+
+CHUNK_CHARACTERS = 1 << 20
+"""How much of a JSON array is read at a time."""
+
+_SEPARATORS = re.compile(r"[\s,]*")
+
+
+class BadRowError(Exception):
+    """A row that is no problem; the message is the rule it breaks and the remedy."""
+
+    def __init__(self, message: str, rule: str = "") -> None:
+        """Args:
+        rule: short name of the broken rule, the same for every row that breaks it.
+        """
+        super().__init__(message)
+        self.rule = rule
+
+
+def raw_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tuple[int, object]]:
+    """Yield (line of a JSONL file, else row number, from 1; the row). Rows of JSON are bytes: see `parsed`.
+
+    Args:
+        columns: all that is needed of a parquet file; None is everything.
+
+    Raises:
+        ValueError: the file cannot be read, or is damaged as a whole.
+        RuntimeError: a parquet file without pyarrow installed.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    if head.startswith(PARQUET_MAGIC):
+        yield from _parquet_rows(path, columns)
+    elif head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _array_rows(path)
+    else:
+        yield from _json_lines(path)
+
+
+def parsed(row: object) -> dict[str, Any]:
+    """Return a row of `raw_rows` as an object.
+
+    Raises:
+        BadRowError: it is too long, not UTF-8, not JSON, or no object.
+    """
+    if isinstance(row, bytes):
+        row = _parsed_json(row)
+    if not isinstance(row, dict):
+        raise BadRowError('must be a JSON object such as {"question": ..., "answer": ...}', rule="no object")
+    return row
+
+
+def encodable(text: str, field: str) -> str:
+    """Return `text`.
+
+    Raises:
+        BadRowError: it holds half a surrogate pair, which JSON can escape but which is no character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"{field} holds half a surrogate pair, which is no character", rule="not UTF-8") from error
+    return text
+
+
+def _parsed_json(text: bytes) -> object:
+    if len(text) > MAX_ROW_BYTES:
+        raise BadRowError(f"is longer than {MAX_ROW_BYTES >> 20} MiB", rule="too long")
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRowError(
+            f"is not UTF-8 (byte {error.start + 1} of the line): convert the file", "not UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise BadRowError(f"is not JSON ({error.msg} at column {error.colno})", "not JSON") from error
+    except RecursionError as error:
+        raise BadRowError("is nested too deeply", "not JSON") from error
+    except ValueError as error:
+        raise BadRowError(f"holds a number that is too long ({error})", "not JSON") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield the bytes of every line that is not blank; of a line that is too long, the first bytes that are."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            rest = line
+            while len(rest) > MAX_ROW_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_ROW_BYTES + 1)
+            if line.strip():
+                yield number, line.rstrip(b"\r\n")
+
+
+def _array_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield the bytes of a JSON array's elements, holding a chunk and one element at a time."""
+    number = 0
+    # Bytes that are not UTF-8 are carried along, so that only the row that holds them is bad.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        text, position = file.read(CHUNK_CHARACTERS).lstrip().removeprefix("["), 0
+        while True:
+            position = _SEPARATORS.match(text, position).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if text.startswith("]", position):
+                return _check_end(path, text[position + 1 :] + file.read(CHUNK_CHARACTERS))
+            end = _element_end(text, position)
+            if end is None:
+                text, position = _with_more(file, text[position:], f"{path} after row {number}"), 0
+                continue
+            number += 1
+            yield number, text[position:end].encode("utf-8", "surrogateescape")
+            position = end
+
+
+def _check_end(path: Path, text: str) -> None:
+    if text.strip():
+        raise ValueError(f"{path} goes on after its JSON array: write one array, or one object per line")
+
+
+def _element_end(text: str, start: int) -> int | None:
+    """Return where the element ends, None when `text` does: more of it decides whether the element is damaged."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    return end if end < len(text) else None
+
+
+def _with_more(file: TextIO, text: str, place: str) -> str:
+    # Twice as much each time: the element is scanned anew from its start.
+    chunk = file.read(max(CHUNK_CHARACTERS, len(text)))
+    if not chunk or len(text) > MAX_ROW_BYTES:
+        raise ValueError(
+            f"{place}: the JSON array is damaged, or its next row is longer than 16 MiB: download it again"
+        )
+    return text + chunk
+
+
+def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[tuple[int, object]]:
+    try:
+        from pyarrow import ArrowInvalid  # optional dependency
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise RuntimeError(f"{path} is a parquet file and needs pyarrow: pip install pyarrow") from error
+    try:
+        with ParquetFile(path) as file:
+            wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
+            # Solutions of a few hundred kilobytes a row: small batches bound the memory.
+            rows = (row for batch in file.iter_batches(batch_size=1024, columns=wanted) for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is a damaged parquet file ({error}): write it again") from error

@@ -1,0 +1,223 @@
+"""Make the problem files of the paper's runs and benchmarks, from a local download or from the Hugging Face hub.
+
+    python tools/prepare_data.py deepscaler --hf --out data/deepscaler-5k
+    python tools/prepare_data.py deepmath --input downloads/DeepMath-103K --out data/deepmath-5k
+    python tools/prepare_data.py eval --out data/eval aime24=FILE aime25=FILE amc23=FILE math500=FILE ...
+
+Held-out and training problems are those of the paper: 500 held out, then 5,000 (`--num-train 10000`: larger runs)
+in the order of its shuffles; of DeepMath, difficulty 7 and more, balanced by kind of answer. With `--against data/eval`
+training problems that nearly repeat an evaluation problem are replaced by the next, and listed.
+
+A finished OUT is not made again, a killed preparation leaves none. The data sets belong to their authors: read their
+licences. docs/data.md says which rows are left out, and why.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_p2o.config import DataConfig
+from megatron_p2o.data.download import read_download
+from megatron_p2o.data.near_duplicates import MIN_SHARE
+from megatron_p2o.data.origin import origin_of, sha256_of
+from megatron_p2o.data.prepare import (
+    MANIFEST,
+    EvaluationSet,
+    TrainingRequest,
+    evaluation_inputs,
+    evaluation_manifest,
+    is_prepared,
+    prepare_evaluation,
+    prepare_training,
+    training_inputs,
+)
+from megatron_p2o.data.problems import load_problems
+from megatron_p2o.data.source_rows import row_files
+from megatron_p2o.data.sources import DEEPMATH, DEEPSCALER, EVALUATION_SETS, Source, any_source
+from megatron_p2o.data.splits import MIN_DIFFICULTY
+from megatron_p2o.rewards.extract import last_boxed
+
+PROGRESS_INTERVAL_S = 2.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 2 when an input cannot be used."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    made_by = {"command": shlex.join(["tools/prepare_data.py", *arguments]), "version": _version()}
+    try:
+        options.run(options, made_by)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="deepscaler|deepmath|eval")
+    for source in (DEEPSCALER, DEEPMATH):
+        command = commands.add_parser(source.name, help=f"training and held-out problems of {source.hub_repository}")
+        where = command.add_mutually_exclusive_group(required=True)
+        where.add_argument("--input", type=Path, metavar="PATH", help="the download: folder, JSON, JSONL or parquet")
+        where.add_argument("--hf", action="store_true", help="download it with huggingface_hub")
+        command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+        command.add_argument("--num-train", type=_positive, default=5000)
+        command.add_argument("--num-held-out", type=_positive, default=500)
+        command.add_argument("--against", type=Path, metavar="FOLDER", help="evaluation sets to compare with")
+        command.add_argument("--near-duplicates", choices=("replace", "report"), default="replace")
+        command.add_argument("--overlap", type=_share, default=MIN_SHARE, help="n-grams that make a near duplicate")
+        command.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
+        command.add_argument("--revision", help="commit of the repository; the hub's own records are found without it")
+        command.add_argument("--licence", help="when no README.md beside the files states it")
+        command.set_defaults(run=_training, source=source)
+    command = commands.add_parser("eval", help=f"evaluation sets: {', '.join(EVALUATION_SETS)}, or your own")
+    command.add_argument("sets", nargs="+", metavar="NAME=PATH")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--skip-bad-rows", action="store_true", help="use the good rows of a set")
+    command.set_defaults(run=_evaluation)
+    return parser
+
+
+def _training(options: argparse.Namespace, made_by: Mapping[str, str]) -> None:
+    source: Source = options.source
+    folder = _downloaded(source, options.revision) if options.hf else options.input
+    files = row_files(folder, source.hub_files)
+    request = TrainingRequest(
+        num_train=options.num_train,
+        num_held_out=options.num_held_out,
+        near_duplicates=options.near_duplicates,
+        min_overlap=options.overlap,
+        file_format=options.format,
+    )
+    known_sets = _evaluation_sets(options.against) if options.against else {}
+    inputs = training_inputs(origin_of(source, files, options.revision, options.licence), request, known_sets)
+    if is_prepared(options.out / MANIFEST, inputs):
+        print(f"{options.out} is up to date")
+        return
+    min_level = MIN_DIFFICULTY if source.has_numeric_level else None
+    download = read_download(files, source, last_boxed, min_level, _progress(source))
+    manifest = prepare_training(download, source, request, known_sets, {**inputs, **made_by}, options.out)
+    _report(source, manifest)
+    verb = "replaced" if options.near_duplicates == "replace" else "found and kept"
+    found = manifest["near_duplicates"]["found"]
+    print(f"near duplicates {verb}: {_counts(found)}" if known_sets else "near duplicates: not looked for (--against)")
+    print(f"{options.out}: {', '.join(manifest['files'])}, {MANIFEST}")
+
+
+def _evaluation(options: argparse.Namespace, made_by: Mapping[str, str]) -> None:
+    for pair in options.sets:
+        name, equals, path = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"{pair} must have the form NAME=PATH, e.g. aime24=downloads/aime24.jsonl")
+        source = EVALUATION_SETS.get(name) or any_source(name)
+        files = row_files(Path(path))
+        inputs = evaluation_inputs(origin_of(source, files), options.skip_bad_rows)
+        if is_prepared(evaluation_manifest(options.out, source), inputs):
+            print(f"{name} is up to date")
+            continue
+        download = read_download(files, source, last_boxed)
+        if download.num_bad and not options.skip_bad_rows:
+            raise ValueError(
+                f"{path} has {download.num_bad.total()} bad rows: {'; '.join(download.bad_rows)}\n"
+                "Correct them, or give --skip-bad-rows"
+            )
+        _report(source, prepare_evaluation(download, source, {**inputs, **made_by}, options.out))
+
+
+def _evaluation_sets(folder: Path) -> dict[str, EvaluationSet]:
+    """Return every evaluation set this tool has written to a folder, by name."""
+    files = [path for path in sorted(folder.glob("*.jsonl")) if path.with_name(f"{path.stem}.{MANIFEST}").exists()]
+    if not files:
+        raise ValueError(f"--against {folder} holds no evaluation sets: write them with the command `eval` first")
+    settings = DataConfig(train="unused")
+    return {
+        path.stem: EvaluationSet(
+            questions={problem.id: problem.question for problem in load_problems(path, settings)},
+            sha256=sha256_of(path),
+        )
+        for path in files
+    }
+
+
+def _progress(source: Source) -> Callable[[int], None]:
+    last_report_s = time.monotonic()
+
+    def report(num_read: int) -> None:
+        nonlocal last_report_s
+        if time.monotonic() - last_report_s > PROGRESS_INTERVAL_S:
+            last_report_s = time.monotonic()
+            print(f"{source.name}: {num_read} rows read", file=sys.stderr, flush=True)
+
+    return report
+
+
+def _report(source: Source, manifest: Mapping[str, Any]) -> None:
+    rows, origin = manifest["rows"], manifest["origin"]
+    print(f"{source.name}: {_counts({name: count for name, count in rows.items() if isinstance(count, int)})}")
+    print(f"  revision {origin['revision'] or 'unknown'}, licence {origin['licence']}")
+    if rows["bad"]:
+        print(f"  bad rows left out: {_counts(rows['bad'])}")
+    for line in rows["bad_rows"]:
+        print(f"    {line}", file=sys.stderr)
+    if source.num_rows not in (None, rows["read"]):
+        print(
+            f"{source.name}: published with {source.num_rows} rows, this download has {rows['read']}: "
+            "the problems are not those of the paper",
+            file=sys.stderr,
+        )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()) or "none"
+
+
+def _downloaded(source: Source, revision: str | None) -> Path:
+    """Return the folder of the source's snapshot; what an interrupted download has fetched is not fetched again."""
+    try:
+        from huggingface_hub import snapshot_download  # optional here: a local download needs no client
+    except ImportError as error:
+        raise RuntimeError("--hf needs huggingface_hub: pip install huggingface_hub, or give --input") from error
+    assert source.hub_repository
+    patterns = [source.hub_files, "README.md"]
+    try:
+        folder = snapshot_download(
+            source.hub_repository, repo_type="dataset", revision=revision, allow_patterns=patterns
+        )
+    except OSError as error:
+        raise RuntimeError(
+            f"{source.hub_repository} could not be downloaded ({error}): on a machine with a connection run "
+            f"`hf download --repo-type dataset {source.hub_repository} --local-dir FOLDER`, then give --input FOLDER"
+        ) from error
+    return Path(folder)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("megatron-p2o")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
+    return share
+
+
+if __name__ == "__main__":
+    sys.exit(main())
