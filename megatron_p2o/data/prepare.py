@@ -97,22 +97,23 @@ def prepare_training(
             f"--num-train={request.num_train}: only {len(train)} problems of {source.name} are left after holding "
             f"{request.num_held_out} out and leaving {len(replaced)} near duplicates out: ask for fewer"
         )
+    manifest = {
+        **inputs,
+        "rows": download.record(source) | counts | {"train": len(train), "held_out": len(held_out)},
+        "near_duplicates": {
+            "rule": RULE,
+            "replaced": bool(replaced),
+            "found": dict(Counter(each.against for each in near_duplicates)),
+        },
+        "answer_types": type_counts(row.answer for row in train),
+    }
     partial = _empty_folder_beside(out)
     files = [
         _write_problems(partial / f"train.{request.file_format}", train, source),
         _write_problems(partial / f"test.{request.file_format}", held_out, source),
-        partial / "near_duplicates.jsonl",
+        _write_near_duplicates(partial / "near_duplicates.jsonl", near_duplicates),
     ]
-    write_whole(files[-1], "".join(json.dumps(asdict(each)) + "\n" for each in near_duplicates))
-    counted = Counter(each.against for each in near_duplicates)
-    manifest = {
-        **inputs,
-        "rows": download.record(source) | counts | {"train": len(train), "held_out": len(held_out)},
-        "near_duplicates": {"rule": RULE, "replaced": bool(replaced), "found": dict(counted)},
-        "answer_types": type_counts(row.answer for row in train),
-        "files": {path.name: sha256_of(path) for path in files},
-    }
-    _write_manifest(partial / MANIFEST, manifest)
+    manifest = _write_manifest(partial / MANIFEST, manifest, files)
     partial.rename(out)
     return manifest
 
@@ -169,9 +170,7 @@ def paper_order(
 def prepare_evaluation(download: Download, source: Source, inputs: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Write OUT/<name>.jsonl with every problem of an evaluation set and, after it, OUT/<name>.manifest.json."""
     path = _write_problems(out / f"{source.name}.jsonl", download.problems, source)
-    manifest = {**inputs, "rows": download.record(source), "files": {path.name: sha256_of(path)}}
-    _write_manifest(evaluation_manifest(out, source), manifest)
-    return manifest
+    return _write_manifest(evaluation_manifest(out, source), {**inputs, "rows": download.record(source)}, [path])
 
 
 def evaluation_manifest(out: Path, source: Source) -> Path:
@@ -265,5 +264,13 @@ def _write_parquet(path: Path, problems: Sequence[Mapping[str, str]]) -> None:
     write_table(Table.from_pylist(list(problems)), path)
 
 
-def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+def _write_near_duplicates(path: Path, near_duplicates: Iterable[NearDuplicate]) -> Path:
+    write_whole(path, "".join(json.dumps(asdict(each)) + "\n" for each in near_duplicates))
+    return path
+
+
+def _write_manifest(path: Path, manifest: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+    """Write `manifest` with the checksums of the files it describes, and return it with them."""
+    complete = {**manifest, "files": {file.name: sha256_of(file) for file in files}}
+    write_whole(path, json.dumps(complete, indent=1, ensure_ascii=False) + "\n")
+    return complete

@@ -16,6 +16,8 @@ CHUNK_CHARACTERS = 1 << 20
 """How much of a JSON array is read at a time."""
 
 _SEPARATORS = re.compile(r"[\s,]*")
+_AFTER_ELEMENT = (",", "]", " ", "\t", "\n", "\r")
+"""A number that ends otherwise may go on in the next chunk."""
 
 
 class BadRowError(Exception):
@@ -138,7 +140,7 @@ def _element_end(text: str, start: int) -> int | None:
         _, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
         return None
-    return end if end < len(text) else None
+    return end if text[end : end + 1] in _AFTER_ELEMENT else None
 
 
 def _with_more(file: TextIO, text: str, place: str) -> str:

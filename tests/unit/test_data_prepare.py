@@ -16,6 +16,7 @@ import pytest
 
 from megatron_p2o.config import DataConfig
 from megatron_p2o.data.problems import load_problems
+from megatron_p2o.data.raw_rows import raw_rows
 from megatron_p2o.types import Problem
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -237,18 +238,23 @@ def test_array_with_bad_bytes_loses_that_row_only(tool: Callable[..., int], tmp_
     assert manifest(tmp_path / "out" / "manifest.json")["rows"]["bad"] == {"not UTF-8": 1}
 
 
-def test_array_is_read_alike_whatever_its_size_and_chunks(
-    tool: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = scaler_rows(100)
-    rows[30]["solution"] = "x" * 10_000
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    arguments = "--num-train", 60, "--num-held-out", 20
-    download = write_array(tmp_path / "rows.json", rows, indent=2)
-    assert tool("deepscaler", "--input", download, "--out", whole, *arguments) == 0
-    monkeypatch.setattr("megatron_p2o.data.raw_rows.CHUNK_CHARACTERS", 7)
-    assert tool("deepscaler", "--input", download, "--out", pieces, *arguments) == 0
-    assert (pieces / "train.jsonl").read_bytes() == (whole / "train.jsonl").read_bytes()
+def random_value(generator: random.Random, depth: int = 0) -> Any:
+    kind = generator.randrange(8 if depth < 3 else 5)
+    if kind >= 5:
+        inner = [random_value(generator, depth + 1) for _ in range(generator.randrange(4))]
+        return inner if kind == 5 else {f'{key}"': value for key, value in enumerate(inner)}
+    text = "".join(generator.choice('ab"\\é\n\t[]{},:\u2028😀') for _ in range(generator.randrange(12)))
+    return [generator.randrange(-(10**6), 10**6), 10 ** generator.uniform(-5, 20), text, None, True][kind]
+
+
+def test_array_is_split_where_a_whole_read_would_split_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, path = random.Random(5), tmp_path / "rows.json"
+    for _ in range(120):
+        rows = [random_value(generator) for _ in range(generator.randrange(8))]
+        text = json.dumps(rows, indent=generator.choice([None, 0, 2]), ensure_ascii=generator.random() < 0.5)
+        path.write_text(text, encoding=generator.choice(["utf-8", "utf-8-sig"]))
+        monkeypatch.setattr("megatron_p2o.data.raw_rows.CHUNK_CHARACTERS", generator.choice([1, 2, 3, 7, 50, 1000]))
+        assert [json.loads(row) for _, row in raw_rows(path) if isinstance(row, bytes)] == rows
 
 
 @pytest.mark.parametrize(
@@ -404,6 +410,23 @@ def test_revision_is_found_where_a_download_into_a_folder_records_it(tool: Calla
     assert tool("deepmath", "--input", folder, *arguments) == 0
     origin = manifest(tmp_path / "out" / "manifest.json")["origin"]
     assert (origin["revision"], origin["licence"]) == (revision, "mit")
+
+
+def test_snapshot_in_the_hubs_cache_is_used_with_its_revision(
+    tool: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository, revision = tmp_path / "cache" / "datasets--agentica-org--DeepScaleR-Preview-Dataset", "a1" * 20
+    write_array(repository / "snapshots" / revision / "deepscaler.json", scaler_rows(200))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    arguments = "--num-train", 60, "--num-held-out", 20
+    assert tool("deepscaler", "--hf", "--out", tmp_path / "out", *arguments) == 0
+    assert manifest(tmp_path / "out" / "manifest.json")["origin"]["revision"] == revision
+    assert numbers(tmp_path / "out" / "train.jsonl") == paper_numbers(200, 20)[1][:60]
 
 
 def test_hub_out_of_reach_says_what_to_do_instead(
