@@ -94,9 +94,16 @@ class RolloutConfig:
     startup_timeout_s: float = 600.0
     request_timeout_s: float = 3600.0
     """Longest wait for one completion; then it counts as aborted."""
-    refresh_timeout_s: float = 300.0
-    verify_weights: Literal["always", "first", "never"] = "always"
-    """When to compare checksums of the engine's weights with the trainer's."""
+    stall_timeout_s: float = 300.0
+    """An engine that has requests and samples no token for so long, or leaves a call of a refresh unanswered, is hung:
+    it is killed and replaced. Waiting in an engine's queue does not count."""
+    max_restarts: int = 3
+    """How often an engine that died or hung may be started again between two refreshes; beyond, it is given up."""
+    refresh_bucket_mib: int = 512
+    """Weights are handed to the engines in buckets of this size; while one is loaded the next is filled."""
+    verify_every: int = 1
+    """Compare checksums of the engines' weights with the trainer's at the first and every so many refreshes; 0 never.
+    An engine that is restarted is always compared, unless never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -341,7 +348,8 @@ REFERENCE_PRESET: Mapping[str, Any] = {
 POSITIVE = (
     *("parallel.timeout_s", "data.max_prompt_tokens", "rollout.max_new_tokens", "rollout.num_engines"),
     *("rollout.tensor_parallel", "rollout.max_running_requests", "rollout.startup_timeout_s", "rollout.top_p"),
-    *("rollout.request_timeout_s", "rollout.refresh_timeout_s", "grading.num_workers", "grading.deadline_s"),
+    *("rollout.request_timeout_s", "rollout.stall_timeout_s", "rollout.refresh_bucket_mib"),
+    *("grading.num_workers", "grading.deadline_s"),
     *("optimizer.lr", "optimizer.eps", "optimizer.clip_grad"),
     *("optimizer.micro_batch_tokens", "schedule.problems_per_step", "schedule.problems_per_update"),
     *("schedule.epochs", "evolution.dev_size", "evolution.num_lineages", "evolution.minibatch_size"),
@@ -351,6 +359,7 @@ POSITIVE = (
 """Settings that must be greater than 0."""
 
 NOT_NEGATIVE = (
+    *("rollout.max_restarts", "rollout.verify_every"),
     *("hard.max_solved", "hard.min_problems", "optimizer.weight_decay", "optimizer.warmup_steps"),
     *("schedule.save_every_steps", "evolution.evaluation_temperature", "evolution.reflection.temperature"),
     *("evolution.reflection.max_retries", "evaluation.every_steps", "evaluation.temperature"),

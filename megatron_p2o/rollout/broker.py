@@ -10,22 +10,22 @@ import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
+from concurrent.futures import Future
 from itertools import count
-from typing import Any, Literal, TypeVar
-
-import numpy as np
+from typing import Any, TypeVar
 
 from megatron_p2o.rollout.client import EngineClient, EngineUnreachable, Generation
+from megatron_p2o.rollout.heartbeat import EngineStalled, watch
+from megatron_p2o.rollout.requests import (
+    EVERYONE,
+    PRIORITIES,
+    Engine,
+    Priority,
+    Request,
+    nothing_generated,
+    settle,
+)
 from megatron_p2o.types import Completion, Prompt, SamplingParams
-
-Priority = Literal["training", "evolution"]
-"""Training goes first; evolution takes the slots that training leaves idle."""
-
-PRIORITIES: tuple[Priority, ...] = ("training", "evolution")
-EVERYONE: frozenset[Priority] = frozenset(PRIORITIES)
-NOBODY: frozenset[Priority] = frozenset()
 
 ABORT_GRACE_S = 10.0
 """How long an engine may take to hand over what an aborted request has so far."""
@@ -45,46 +45,36 @@ class BrokerClosed(RuntimeError):
     """The broker was closed while requests were waiting, or before they came."""
 
 
-@dataclass(slots=True, eq=False)
-class Engine:
-    """One server as the broker sees it."""
-
-    name: str
-    client: EngineClient
-    log_tail: Callable[[], str]
-    num_running: int = 0
-    is_lost: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One completion on its way."""
-
-    id: str
-    prompt: Prompt
-    sampling: SamplingParams
-    priority: Priority
-    future: "Future[Completion]"
-
-
 class Broker:
     """Owns the slots of all engines, the gate in front of them, and the policy version they serve."""
 
-    def __init__(self, *, slots_per_engine: int, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        slots_per_engine: int,
+        request_timeout_s: float,
+        stall_timeout_s: float,
+        on_loss: Callable[[str], None] | None = None,
+    ) -> None:
         """Args:
         slots_per_engine: requests an engine decodes at once; more wait here, where priority can still be changed.
         request_timeout_s: longest wait for one completion, counted from the moment an engine gets it.
+        stall_timeout_s: longest time an engine may have requests and sample nothing; then it is lost.
+        on_loss: told the name of an engine that is lost, once; must not block. Requests then wait for another engine
+            or for `suspend`. None: nobody replaces engines, and losing the last one gives up.
         """
         self._slots = slots_per_engine
         self._request_timeout_s = request_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._on_loss = on_loss
         self._engines: list[Engine] = []
         self._queues: dict[Priority, deque[Request]] = {priority: deque() for priority in PRIORITIES}
         self._admitted = EVERYONE
+        self._num_closings = 0
         self._refusal: Exception | None = None
         self._version = 0
         self._homes: dict[str, Engine] = {}
         self._num_open: Counter[str] = Counter()
-        self._tasks: dict[Request, asyncio.Task[None]] = {}
         self._chores: set[asyncio.Task[None]] = set()
         prefix = secrets.token_hex(4)
         self._ids = (f"{prefix}-{number:012d}" for number in count())
@@ -101,22 +91,49 @@ class Broker:
     @property
     def num_engines(self) -> int:
         """Engines that are not lost."""
-        return len(self._live())
+        return len(self._engines)
 
-    def add_engine(self, name: str, make_client: Callable[[], EngineClient], log_tail: Callable[[], str]) -> None:
-        """Start using a server. `make_client` is called on the loop."""
+    def add_engine(
+        self,
+        name: str,
+        make_client: Callable[[], EngineClient],
+        log_tail: Callable[[], str],
+        prepare: Callable[[str, EngineClient], Awaitable[None]] | None = None,
+    ) -> None:
+        """Start using a server. `make_client` and `prepare`, which comes before any request, are called on the loop.
+
+        Raises what `prepare` raises; the server is not used then.
+        """
 
         async def add() -> None:
-            self._engines.append(Engine(name, make_client(), log_tail))
+            engine = Engine(name, make_client(), log_tail)
+            if prepare is not None:
+                try:
+                    await prepare(name, engine.client)
+                except BaseException:
+                    await engine.client.close()
+                    raise
+            self._engines.append(engine)
+            engine.heartbeat = self._later(self._watch(engine))
             self._dispatch()
 
-        self._run(add()).result(LOOP_TIMEOUT_S)
+        self._run(add()).result()
+
+    def lose_engine(self, name: str, reason: str) -> None:
+        """Stop using an engine whose process is known to be gone; its requests are sent again."""
+
+        async def lose() -> None:
+            for engine in [engine for engine in self._engines if engine.name == name]:
+                self._lose(engine, reason)
+
+        self._run(lose()).result(LOOP_TIMEOUT_S)
 
     def submit(self, prompt: Prompt, sampling: SamplingParams, priority: Priority = "training") -> "Future[Completion]":
         """Return a future of the completion; cancelling it aborts the request.
 
-        A request that runs out of time completes with finish reason "abort" and the tokens it has so far. The future
-        holds `EnginesLost` when no engine is left, and the error given to `suspend` while the engines are suspended.
+        A request whose engine is lost is sent to another, or waits for the one that replaces it. A request that runs
+        out of time completes with finish reason "abort" and the tokens it has so far. The future holds `EnginesLost`
+        when no engine is left, and the error given to `suspend` while the engines are suspended.
         """
         future: Future[Completion] = Future()
         if self._loop.is_closed():
@@ -136,12 +153,16 @@ class Broker:
 
         async def set_gate() -> None:
             self._admitted = priorities
+            self._num_closings += 1
             self._dispatch()
 
         self._run(set_gate()).result(LOOP_TIMEOUT_S)
 
     def suspend(self, error: Exception) -> None:
-        """Answer waiting and future requests with `error` until `serve`: what the engines hold must not be sampled."""
+        """Answer waiting and future requests with `error`.
+
+        Until `serve`, when what the engines hold must not be sampled; for good when it is `EnginesLost`.
+        """
 
         async def refuse() -> None:
             self._refuse(error)
@@ -152,7 +173,8 @@ class Broker:
         """Open the gate to everyone, for weights of `version`."""
 
         async def open_gate() -> None:
-            self._refusal = None
+            if not isinstance(self._refusal, EnginesLost):
+                self._refusal = None
             self._version = version
             self._admitted = EVERYONE
             self._dispatch()
@@ -162,21 +184,21 @@ class Broker:
     def call_every_engine(self, call: Callable[[str, EngineClient], Awaitable[T]]) -> "Future[dict[str, T]]":
         """Run `call(name, client)` for all engines at once; the result is by name.
 
-        An engine that turns out to be gone is left out; the future holds `EnginesLost` when none is left, else the
-        first other error.
+        An engine that turns out to be gone, or that runs out of time, is lost and left out. The future holds
+        `EnginesLost` when there is none and none will come, else the first other error.
         """
 
         async def attempt(engine: Engine) -> tuple[str, T] | None:
             try:
                 return engine.name, await call(engine.name, engine.client)
-            except EngineUnreachable as error:
-                self._lose(engine, error)
+            except (EngineUnreachable, TimeoutError) as error:
+                self._lose(engine, str(error))
                 return None
 
         async def call_all() -> dict[str, T]:
-            answers = await asyncio.gather(*map(attempt, self._live()), return_exceptions=True)
-            if not self._live():
-                raise self._lost()
+            answers = await asyncio.gather(*map(attempt, list(self._engines)), return_exceptions=True)
+            if isinstance(self._refusal, EnginesLost):
+                raise self._refusal
             for answer in answers:
                 if isinstance(answer, BaseException):
                     raise answer
@@ -191,7 +213,8 @@ class Broker:
 
         async def shut_down() -> None:
             self._refuse(BrokerClosed("the broker was closed"))
-            for tasks in (list(self._tasks.values()), self._chores):
+            running = [task for engine in self._engines for task in engine.running.values()]
+            for tasks in (running, list(self._chores)):
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -211,9 +234,6 @@ class Broker:
             self._loop.call_soon_threadsafe(self._drop, request)
 
     # Everything below runs on the loop.
-
-    def _live(self) -> list[Engine]:
-        return [engine for engine in self._engines if not engine.is_lost]
 
     def _enqueue(self, request: Request) -> None:
         if self._refusal is not None:
@@ -235,7 +255,7 @@ class Broker:
 
     def _engine_for(self, problem_id: str) -> Engine | None:
         """Return the engine that has the problem's prompt in its cache, else the least loaded; None if all are full."""
-        free = [engine for engine in self._live() if engine.num_running < self._slots]
+        free = [engine for engine in self._engines if engine.num_running < self._slots]
         if not free:
             return None
         home = self._homes.get(problem_id)
@@ -245,9 +265,8 @@ class Broker:
         return home
 
     def _start(self, request: Request, engine: Engine) -> None:
-        engine.num_running += 1
         task = self._loop.create_task(self._serve(request, engine))
-        self._tasks[request] = task
+        engine.running[request] = task
         task.add_done_callback(lambda done: self._on_served(request, engine, done))
 
     async def _serve(self, request: Request, engine: Engine) -> None:
@@ -277,24 +296,24 @@ class Broker:
             logger.warning("%s did not end %s within rollout.request_timeout_s", engine.name, request.id)
             return nothing_generated(self._version)
         except asyncio.CancelledError:
-            self._later(engine.client.abort(request.id))
+            if not engine.is_lost:
+                self._later(engine.client.abort(request.id))
             raise
         finally:
             answer.cancel()
 
     def _on_served(self, request: Request, engine: Engine, task: "asyncio.Task[None]") -> None:
         """Free the slot; send the request elsewhere if the engine is gone."""
-        engine.num_running -= 1
-        del self._tasks[request]
-        error = self._refusal if task.cancelled() else task.exception()
+        del engine.running[request]
+        error = None if task.cancelled() else task.exception()
         if isinstance(error, EngineUnreachable):
-            self._lose(engine, error)
-            if self._refusal is None:
-                self._queues[request.priority].appendleft(request)
-            else:
-                self._close_request(request, self._refusal)
+            self._lose(engine, str(error))
+            error = None
+        is_unanswered = engine.is_lost and error is None and not request.future.done()
+        if is_unanswered and self._refusal is None:
+            self._queues[request.priority].appendleft(request)
         else:
-            self._close_request(request, error)
+            self._close_request(request, None if request.future.done() else error or self._refusal)
         self._dispatch()
 
     def _close_request(self, request: Request, error: BaseException | None) -> None:
@@ -308,24 +327,45 @@ class Broker:
 
     def _drop(self, request: Request) -> None:
         """Forget a request whose future was cancelled."""
-        if request in self._tasks:
-            self._tasks[request].cancel()
-        elif request in self._queues[request.priority]:
+        for engine in self._engines:
+            if request in engine.running:
+                engine.running[request].cancel()
+        if request in self._queues[request.priority]:
             self._queues[request.priority].remove(request)
             self._close_request(request, None)
 
-    def _lose(self, engine: Engine, error: EngineUnreachable) -> None:
-        """Send nothing more to an engine; refuse everything when it was the last."""
+    async def _watch(self, engine: Engine) -> None:
+        """Lose the engine when it hangs."""
+
+        def busy_since() -> int | None:
+            return self._num_closings if engine.running and self._admitted else None
+
+        try:
+            await watch(engine.client, self._stall_timeout_s, busy_since)
+        except (EngineStalled, EngineUnreachable) as error:
+            self._lose(engine, str(error))
+
+    def _lose(self, engine: Engine, reason: str) -> None:
+        """Send nothing more to an engine and take back what it has; give up when nobody replaces the last one."""
         if engine.is_lost:
             return
         engine.is_lost = True
-        logger.warning("%s is lost: %s; last lines of its log:\n%s", engine.name, error, engine.log_tail())
-        if not self._live():
-            self._refuse(self._lost())
+        self._engines.remove(engine)
+        logger.warning("%s is lost: %s; last lines of its log:\n%s", engine.name, reason, engine.log_tail())
+        for task in engine.running.values():
+            task.cancel()
+        self._later(self._retire(engine))
+        if self._on_loss is not None:
+            self._on_loss(engine.name)
+        elif not self._engines:
+            self._refuse(EnginesLost(f"all engines are lost; last lines of the last one's log:\n{engine.log_tail()}"))
 
-    def _lost(self) -> EnginesLost:
-        tails = "\n".join(f"{engine.name}:\n{engine.log_tail()}" for engine in self._engines)
-        return EnginesLost(f"all {len(self._engines)} engines are lost; last lines of their logs:\n{tails}")
+    async def _retire(self, engine: Engine) -> None:
+        """Drop the connections of a lost engine once its requests have let go of them."""
+        await asyncio.gather(*engine.running.values(), return_exceptions=True)
+        if engine.heartbeat is not None:
+            engine.heartbeat.cancel()
+        await engine.client.close()
 
     def _refuse(self, error: Exception) -> None:
         self._refusal = error
@@ -333,34 +373,14 @@ class Broker:
             while queue:
                 self._close_request(queue.popleft(), error)
 
-    def _later(self, chore: Coroutine[Any, Any, None]) -> None:
+    def _later(self, chore: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run something nobody waits for; its failure is logged only, because a lost engine is noticed anyway."""
         task = self._loop.create_task(chore)
         self._chores.add(task)
         task.add_done_callback(self._on_chore_done)
+        return task
 
     def _on_chore_done(self, task: "asyncio.Task[None]") -> None:
         self._chores.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.warning("could not abort a request: %s", task.exception())
-
-
-def settle(future: "Future[Completion]", outcome: Completion | BaseException) -> None:
-    """Set the outcome of a future unless its owner has cancelled it."""
-    try:
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-    except InvalidStateError:
-        assert future.cancelled()
-
-
-def nothing_generated(version: int) -> Generation:
-    """Return what a request is given up with when the engine does not even answer the abort."""
-    return Generation(
-        token_ids=np.empty(0, dtype=np.int32),
-        logprobs=np.empty(0, dtype=np.float32),
-        finish_reason="abort",
-        weight_versions=(version,),
-    )

@@ -9,9 +9,6 @@ import numpy as np
 
 from megatron_p2o.types import FinishReason, Logprobs, SamplingParams, TokenIds
 
-CONTROL_TIMEOUT_S = 60.0
-"""Limit on calls that should answer at once."""
-
 
 class EngineUnreachable(RuntimeError):
     """The connection was refused, reset or cut: the server is gone."""
@@ -37,14 +34,18 @@ class Generation:
 class EngineClient:
     """HTTP client of one server. Create and use it on one event loop."""
 
-    def __init__(self, base_url: str, api_key: str, admin_key: str, stop_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, base_url: str, api_key: str, admin_key: str, stop_token_ids: Sequence[int], answer_timeout_s: float
+    ) -> None:
         """Args:
         stop_token_ids: end-of-sequence ids of the model.
+        answer_timeout_s: longest wait for the answer to anything but a generation.
         """
         self._base_url = base_url
         self._user = {"Authorization": f"Bearer {api_key}"}
         self._admin = {"Authorization": f"Bearer {admin_key}"}
         self._stop_token_ids = list(stop_token_ids)
+        self._answer_timeout_s = answer_timeout_s
         # The broker bounds the requests in flight; the connector must not bound them a second time.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
@@ -77,59 +78,71 @@ class EngineClient:
 
     async def abort(self, request_id: str) -> None:
         """Ask the server to finish a request with what it has; `generate` then returns it as "abort"."""
-        await self._post("/abort_request", {"rid": request_id}, self._admin, CONTROL_TIMEOUT_S)
+        await self._post("/abort_request", {"rid": request_id}, self._admin, self._answer_timeout_s)
+
+    async def probe(self, timeout_s: float) -> None:
+        """Return once the engine has sampled something after this call; one that has nothing to do samples a token.
+
+        Raises:
+            TimeoutError, EngineRefused: it has not, within `timeout_s`.
+            EngineUnreachable
+        """
+        await self._ask("GET", "/health_generate", None, self._user, timeout_s)
 
     async def pause(self) -> None:
         """Stop decoding; running requests lose their KV cache and are computed anew after `resume`."""
-        await self._post("/pause_generation", {"mode": "retract"}, self._admin, CONTROL_TIMEOUT_S)
+        await self._post("/pause_generation", {"mode": "retract"}, self._admin, self._answer_timeout_s)
 
     async def resume(self) -> None:
         """Go on with the requests that `pause` stopped."""
-        await self._post("/continue_generation", {}, self._admin, CONTROL_TIMEOUT_S)
+        await self._post("/continue_generation", {}, self._admin, self._answer_timeout_s)
 
-    async def begin_weight_update(self, timeout_s: float) -> None:
-        await self._update("/begin_weight_update", {}, timeout_s)
+    async def begin_weight_update(self) -> None:
+        await self._update("/begin_weight_update", {})
 
-    async def update_weights(
-        self, payloads: Sequence[str], load_format: str | None, flush_cache: bool, timeout_s: float
-    ) -> None:
+    async def update_weights(self, payloads: Sequence[str], load_format: str | None, flush_cache: bool) -> None:
         """Hand one serialized payload to each tensor-parallel rank. Only inside begin/end."""
         request = {
             "serialized_named_tensors": list(payloads),
             "load_format": load_format,
             "flush_cache": flush_cache,
         }
-        await self._update("/update_weights_from_tensor", request, timeout_s)
+        await self._update("/update_weights_from_tensor", request)
 
-    async def end_weight_update(self, timeout_s: float) -> None:
-        await self._update("/end_weight_update", {}, timeout_s)
+    async def end_weight_update(self) -> None:
+        await self._update("/end_weight_update", {})
 
     async def set_weight_version(self, version: int) -> None:
         """From now on tokens are marked with `version`."""
         request = {"new_version": str(version), "abort_all_requests": False}
-        await self._update("/update_weight_version", request, CONTROL_TIMEOUT_S)
+        await self._update("/update_weight_version", request)
 
     async def close(self) -> None:
         await self._session.close()
 
-    async def _update(self, path: str, request: dict[str, Any], timeout_s: float) -> None:
-        answer = await self._post(path, request, self._admin, timeout_s)
+    async def _update(self, path: str, request: dict[str, Any]) -> None:
+        answer = await self._post(path, request, self._admin, self._answer_timeout_s)
         if not answer["success"]:
             raise EngineRefused(f"{self._base_url}{path}: {answer['message']}")
 
     async def _post(self, path: str, request: dict[str, Any], headers: dict[str, str], timeout_s: float) -> Any:
+        return await self._ask("POST", path, request, headers, timeout_s)
+
+    async def _ask(
+        self, method: str, path: str, request: dict[str, Any] | None, headers: dict[str, str], timeout_s: float
+    ) -> Any:
+        """Return the JSON of the answer, None when it has another type."""
+        url = self._base_url + path
         limit = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.post(
-                self._base_url + path, json=request, headers=headers, timeout=limit
-            ) as response:
+            async with self._session.request(method, url, json=request, headers=headers, timeout=limit) as response:
                 if response.status != 200:
-                    raise EngineRefused(f"{self._base_url}{path}: {response.status} {(await response.text())[:500]}")
+                    raise EngineRefused(f"{url}: {response.status} {(await response.text())[:500]}")
                 return await response.json(content_type=None) if response.content_type == "application/json" else None
         except TimeoutError:
-            raise TimeoutError(f"{self._base_url}{path}: no answer within {timeout_s:g} s") from None
+            raise TimeoutError(f"{url}: no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            raise EngineUnreachable(f"{self._base_url}{path}: {error!r}") from error
+            raise EngineUnreachable(f"{url}: {error!r}") from error
 
 
 def parse_generation(answer: dict[str, Any]) -> Generation:

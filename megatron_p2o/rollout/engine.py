@@ -1,23 +1,26 @@
 """The engines of a run: starts the servers, samples through the broker, refreshes the weights."""
 
 import json
-import logging
 import queue
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from megatron_p2o.config import Config
+from megatron_p2o.config import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
-from megatron_p2o.rollout.broker import NOBODY, Broker
+from megatron_p2o.rollout.broker import Broker
 from megatron_p2o.rollout.client import EngineClient
-from megatron_p2o.rollout.server import EngineServer
+from megatron_p2o.rollout.requests import NOBODY
+from megatron_p2o.rollout.server import EngineServer, Server
+from megatron_p2o.rollout.supervisor import Supervisor, stop_all
 from megatron_p2o.rollout.weight_message import LOAD_FORMAT
-from megatron_p2o.rollout.weight_sync import BUCKET_BYTES, WeightSync
+from megatron_p2o.rollout.weight_sync import WeightSync
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
 CPU_ARGUMENTS: Mapping[str, Any] = {
@@ -43,38 +46,53 @@ DECIDED_BY: Mapping[str, str] = {
 }
 """Server arguments that other settings decide."""
 
-logger = logging.getLogger(__name__)
 
-
-class EngineStalled(RuntimeError):
+class RolloutStalled(RuntimeError):
     """Requests are waiting but none has finished for longer than one may take."""
 
 
 class SglangEngine:
-    """The serving copies of the policy: a `RolloutEngine`. Made by `start_engines`; close it or use it in `with`."""
+    """The serving copies of the policy: a `RolloutEngine`. Made by `start_engines`; close it or use it in `with`.
 
-    def __init__(self, config: Config, run_dir: Path, servers: Sequence[EngineServer]) -> None:
+    An engine that dies or hangs is replaced by one that serves the same weights under the same version; its requests
+    are sent again, to the other engines at once.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, servers: Sequence[Server]) -> None:
         """Take ownership of `servers`, all of them ready."""
         rollout = config.rollout
         self._config = config
         self._run_dir = run_dir
-        self._servers = list(servers)
-        self._is_verified = False
-        self.broker = Broker(slots_per_engine=rollout.max_running_requests, request_timeout_s=rollout.request_timeout_s)
+        self._stop_token_ids = end_of_sequence_ids(Path(config.model.path))
+        self._num_refreshes = 0
+        self._stats: Mapping[str, float] = {}
+        self._weights_lock = threading.Lock()
+        """Held while the staged weights change or are read."""
+        self._reflection_servers: list[Server] = []
+        self.broker = Broker(
+            slots_per_engine=rollout.max_running_requests,
+            request_timeout_s=rollout.request_timeout_s,
+            stall_timeout_s=rollout.stall_timeout_s,
+            on_loss=lambda name: self._supervisor.replace(name),
+        )
         self._sync = WeightSync(
             self.broker,
             run_dir / "engines",
             tensor_parallel=rollout.tensor_parallel,
-            timeout_s=rollout.refresh_timeout_s,
-            bucket_bytes=BUCKET_BYTES,
+            answer_timeout_s=rollout.stall_timeout_s,
+            bucket_bytes=rollout.refresh_bucket_mib << 20,
         )
-        stop_token_ids = end_of_sequence_ids(Path(config.model.path))
+        self._supervisor = Supervisor(
+            servers,
+            start=lambda name, restart: start_server(config, run_dir, int(name.split()[-1]), restart),
+            join=self._join,
+            lose=self.broker.lose_engine,
+            give_up=self.broker.suspend,
+            max_restarts=rollout.max_restarts,
+            startup_timeout_s=rollout.startup_timeout_s,
+        )
         for server in servers:
-            self.broker.add_engine(
-                server.name,
-                lambda server=server: EngineClient(server.base_url, server.api_key, server.admin_key, stop_token_ids),
-                server.log_tail,
-            )
+            self._join(server)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
         """Yield (index into `prompts`, completion) as completions finish, each index once.
@@ -82,22 +100,21 @@ class SglangEngine:
         Closing the iterator early aborts what is still running.
 
         Raises:
-            EnginesLost: no engine is left; its message holds their logs' last lines.
+            EnginesLost: no engine is left and none can be started; its message holds their logs' last lines.
             RefreshFailed: the last refresh failed, so the engines' weights are not to be sampled.
-            EngineStalled: nothing finished for too long.
+            RolloutStalled: nothing finished for too long.
         """
         finished: queue.SimpleQueue[tuple[int, Future[Completion]]] = queue.SimpleQueue()
         futures = [self.broker.submit(prompt, sampling) for prompt in prompts]
         for index, future in enumerate(futures):
             future.add_done_callback(lambda done, index=index: finished.put((index, done)))
-        # A slot may first be taken by an evolution request, for as long as any request may take.
-        patience_s = 2 * self._config.rollout.request_timeout_s + 60
+        patience_s = longest_silence_s(self._config.rollout)
         try:
             for num_done in range(len(futures)):
                 try:
                     index, future = finished.get(timeout=patience_s)
                 except queue.Empty:
-                    raise EngineStalled(
+                    raise RolloutStalled(
                         f"{len(futures) - num_done} of {len(futures)} completions are missing and none came for "
                         f"{patience_s:g} s; see the logs in {self._run_dir / 'engines'}"
                     ) from None
@@ -115,28 +132,53 @@ class SglangEngine:
         Raises:
             RefreshFailed, EnginesLost: like any other error here, `generate` raises it too until a refresh succeeds.
         """
-        setting = self._config.rollout.verify_weights
-        verify = setting == "always" or (setting == "first" and not self._is_verified)
+        every = self._config.rollout.verify_every
+        verify = every > 0 and self._num_refreshes % every == 0
+        self._supervisor.renew()
         self.broker.admit(NOBODY)
-        try:
-            self._sync.refresh(weights, version, verify=verify)
-        except Exception as error:
-            self.broker.suspend(error)
-            raise
-        self._is_verified = self._is_verified or verify
-        self.broker.serve(version)
+        with self._weights_lock:
+            try:
+                self._stats = self._sync.refresh(weights, version, verify=verify).metrics()
+            except Exception as error:
+                self.broker.suspend(error)
+                raise
+            self.broker.serve(version)
+        self._num_refreshes += 1
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return the cost of the last refresh, and how often engines were restarted in this run, by metric key."""
+        return {**self._stats, "engine/restarts_count": self._supervisor.num_restarts}
 
     def start_reflection_server(self) -> tuple[str, str]:
         """Serve the frozen initial policy; see `start_reflection_server`. It ends with this engine."""
         server = start_reflection_server(self._config, self._run_dir)
-        self._servers.append(server)
+        self._reflection_servers.append(server)
         return f"{server.base_url}/v1", server.api_key
 
     def close(self) -> None:
         """End the servers and everything they started. Idempotent."""
+        self._supervisor.close()
         self.broker.close()
         self._sync.close()
-        stop_all(self._servers)
+        stop_all(self._reflection_servers)
+
+    def _join(self, server: Server) -> None:
+        """Let a server that is ready take requests, once it holds what the others serve."""
+        with self._weights_lock:
+            prepare = None
+            # Without a version the engines serve the model they were started with, or nothing before the next refresh.
+            if self._sync.version is not None:
+                prepare = partial(self._sync.restore, verify=self._config.rollout.verify_every > 0)
+            self.broker.add_engine(server.name, lambda: self._client_of(server), server.log_tail, prepare)
+
+    def _client_of(self, server: Server) -> EngineClient:
+        return EngineClient(
+            server.base_url,
+            server.api_key,
+            server.admin_key,
+            self._stop_token_ids,
+            self._config.rollout.stall_timeout_s,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -156,17 +198,34 @@ def start_engines(config: Config, run_dir: Path) -> SglangEngine:
         ValueError: `sglang` holds an unknown argument, or one that another setting decides.
         EngineStartFailed: a server died or took too long; the message ends with its log.
     """
-    servers: list[EngineServer] = []
+    servers: list[Server] = []
     try:
         for index in range(config.rollout.num_engines):
-            arguments = server_arguments(config, index, torch.cuda.device_count())
-            servers.append(EngineServer(f"engine {index}", arguments, run_dir / "engines" / f"engine-{index}.log"))
+            servers.append(start_server(config, run_dir, index, restart=0))
         for server in servers:
             server.wait_until_ready(config.rollout.startup_timeout_s)
         return SglangEngine(config, run_dir, servers)
     except BaseException:
         stop_all(servers)
         raise
+
+
+def start_server(config: Config, run_dir: Path, index: int, restart: int) -> EngineServer:
+    """Start engine `index` without waiting for it. A restarted one has a log of its own: the last one says what failed.
+
+    Raises:
+        ValueError: `sglang` holds an argument that another setting decides.
+    """
+    name = f"engine-{index}" + (f".restart-{restart}" if restart else "")
+    arguments = server_arguments(config, index, torch.cuda.device_count())
+    return EngineServer(f"engine {index}", arguments, run_dir / "engines" / f"{name}.log")
+
+
+def longest_silence_s(rollout: RolloutConfig) -> float:
+    """Return how long no completion may come while the engines are being looked after."""
+    # A slot may first be taken by an evolution request, for as long as any request may take.
+    restarts_s = rollout.max_restarts * (rollout.startup_timeout_s + rollout.stall_timeout_s)
+    return 2 * rollout.request_timeout_s + restarts_s + 60
 
 
 def start_reflection_server(config: Config, run_dir: Path) -> EngineServer:
@@ -220,10 +279,3 @@ def end_of_sequence_ids(model_directory: Path) -> tuple[int, ...]:
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
     raise ValueError(f"model.path={model_directory} names no eos_token_id in generation_config.json or config.json")
-
-
-def stop_all(servers: Sequence[EngineServer]) -> None:
-    """Stop servers side by side: each may take seconds."""
-    if servers:
-        with ThreadPoolExecutor(len(servers)) as pool:
-            list(pool.map(EngineServer.stop, servers))

@@ -12,11 +12,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from megatron_p2o.rollout.launcher import EXIT_BAD_ARGUMENT, shared_memory_of
 
@@ -51,6 +52,47 @@ class EngineStartFailed(RuntimeError):
     """A server died or did not answer before its deadline; the message ends with the last lines of its log."""
 
 
+class Server(Protocol):
+    """A server as the rest of the program sees it."""
+
+    @property
+    def name(self) -> str:
+        """How errors call it, e.g. "engine 0"."""
+        ...
+
+    @property
+    def log_path(self) -> Path: ...
+
+    @property
+    def base_url(self) -> str: ...
+
+    @property
+    def api_key(self) -> str:
+        """Opens /generate and the OpenAI routes."""
+        ...
+
+    @property
+    def admin_key(self) -> str:
+        """Opens the weight routes."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Return whether the server process runs."""
+        ...
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Return when the server answers; raise `EngineStartFailed` when it ended or `timeout_s` passed."""
+        ...
+
+    def log_tail(self) -> str:
+        """Return the last lines of the log."""
+        ...
+
+    def stop(self) -> None:
+        """Kill the server and all it started. Idempotent; from any thread."""
+        ...
+
+
 class EngineServer:
     """A running SGLang server. Whoever creates it owns it and must call `stop`; it dies with its parent anyway."""
 
@@ -78,6 +120,7 @@ class EngineServer:
         self.base_url = f"http://{HOST}:{self._port.getsockname()[1]}"
         self._scratch = Path(tempfile.mkdtemp(prefix="p2o-engine-"))
         self._leftovers: set[Path] = set()
+        self._lock = threading.RLock()
         self._process = self._start(arguments)
 
     @property
@@ -87,9 +130,10 @@ class EngineServer:
 
     def is_alive(self) -> bool:
         """Return whether the server process runs. Does not reap it, so that its group's id stays ours until `stop`."""
-        if self._process.returncode is not None:
-            return False
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        with self._lock:
+            if self._process.returncode is not None:
+                return False
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Return when the server answers requests that carry its key.
@@ -109,21 +153,25 @@ class EngineServer:
         self._port.close()
         self._leftovers |= shared_memory_of(self.pid)
 
-    def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
+    def log_tail(self) -> str:
         """Return the last lines of the log, without the noise of optional imports."""
         with self.log_path.open("rb") as log:
             log.seek(max(0, self.log_path.stat().st_size - LOG_TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join([line for line in lines if not LOG_NOISE.search(line)][-num_lines:])
+        return "\n".join([line for line in lines if not LOG_NOISE.search(line)][-LOG_TAIL_LINES:])
 
     def stop(self) -> None:
-        """Kill the server and all it started: it holds nothing worth the seconds of an orderly end. Idempotent."""
-        if self._process.returncode is not None:
-            return
-        if self.is_alive():
-            self._leftovers |= shared_memory_of(self.pid)
-        os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait(timeout=KILL_TIMEOUT_S)
+        """Kill the server and all it started: it holds nothing worth the seconds of an orderly end.
+
+        Idempotent; from any thread.
+        """
+        with self._lock:
+            if self._process.returncode is not None:
+                return
+            if self.is_alive():
+                self._leftovers |= shared_memory_of(self.pid)
+            os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait(timeout=KILL_TIMEOUT_S)
         self._port.close()
         for path in self._leftovers:
             path.unlink(missing_ok=True)
@@ -201,6 +249,8 @@ def engine_environment(arguments: Mapping[str, Any], scratch: Path) -> dict[str,
         "HF_HUB_OFFLINE": "1",
         # An idle connection that the server closes while the client sends on it would look like the server's death.
         "SGLANG_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
+        # The heartbeat sets its own limit; SGLang's would call an engine hung that is busy with a long prefill.
+        "SGLANG_HEALTH_CHECK_TIMEOUT": str(KEEP_ALIVE_S),
     }
     if arguments.get("device") == "cpu":
         search_path = [str(CPU_SITE), *filter(None, [environment.get("PYTHONPATH")])]

@@ -2,36 +2,26 @@
 
     pause, begin  ->  bucket, bucket, ...  ->  finish, check reports  ->  end, set version, resume
 
-Packing of one bucket overlaps loading of the other. Nothing is served and no version is set before every engine has
-confirmed; after a failure the engines stay paused until a later refresh succeeds.
+While the engines load a bucket the next one is gathered, converted and laid out. Nothing is served and no version is
+set before every engine has confirmed; after a failure the engines stay paused until a later refresh succeeds. An engine
+that is lost on the way drops out and the others go on.
+
+The buckets stay as they are until the next refresh: an engine that replaces a lost one is given the weights that the
+others serve, without the trainer. That takes as much memory as the weights do, once per machine.
 """
 
-import mmap
-import os
-import secrets
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import torch
-from torch import Tensor
-
 from megatron_p2o.interfaces import NamedWeights
-from megatron_p2o.rollout.checksum import checksum
 from megatron_p2o.rollout.client import EngineClient, EngineRefused
-from megatron_p2o.rollout.weight_message import (
-    ALIGNMENT_BYTES,
-    LOAD_FORMAT,
-    FinishMessage,
-    LoadMessage,
-    RefreshReport,
-    TensorEntry,
-    read_report,
-    serialize,
-)
+from megatron_p2o.rollout.staging import StagingBuffer
+from megatron_p2o.rollout.weight_message import LOAD_FORMAT, FinishMessage, RefreshReport, read_report, serialize
 
-BUCKET_BYTES = 512 << 20
 MAX_NAMES_SHOWN = 5
 
 T = TypeVar("T")
@@ -47,155 +37,151 @@ class Fleet(Protocol):
     def call_every_engine(self, call: Callable[[str, EngineClient], Awaitable[T]]) -> Future[dict[str, T]]:
         """Run `call(name, client)` for all engines at once; the result is by name.
 
-        Engines that turn out to be gone are left out; when none is left the future holds `EnginesLost`.
+        Engines that turn out to be gone are left out; when none is left and none will come the future holds
+        `EnginesLost`.
         """
         ...
 
 
-class StagingBuffer:
-    """Memory shared with the engines, filled with one bucket of weights at a time.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefreshStats:
+    """What a refresh cost."""
 
-    A memory file instead of one in /dev/shm: it is gone with the last process that maps it, however that ends, and
-    containers limit /dev/shm to 64 MiB by default.
-    """
+    num_bytes: int
+    """Of all weights, sent to each engine."""
+    num_buckets: int
+    total_s: float
+    """From the pause of the engines to their resumption."""
+    convert_s: float
+    """Waiting for the trainer to gather and convert the next weight."""
+    stall_s: float
+    """Waiting for the engines to load a bucket while the next is ready, and at the end."""
 
-    def __init__(self, slot: int, capacity_bytes: int) -> None:
-        self._slot = slot
-        self.capacity_bytes = 0
-        self._descriptor = -1
-        self._allocate(capacity_bytes)
-        self._entries: list[TensorEntry] = []
-        self._checksums: list[int] = []
-        self._used_bytes = 0
-
-    def fits(self, tensor: Tensor) -> bool:
-        return self._used_bytes + tensor.nbytes <= self.capacity_bytes
-
-    def clear(self, room_bytes: int) -> None:
-        """Forget the bucket; grow to hold a tensor of `room_bytes` if need be."""
-        self._entries.clear()
-        self._checksums.clear()
-        self._used_bytes = 0
-        if room_bytes > self.capacity_bytes:
-            self.close()
-            self._allocate(room_bytes)
-
-    def put(self, name: str, tensor: Tensor, verify: bool) -> None:
-        """Append a copy of `tensor`. Its checksum is taken from the original, so that the copy is covered as well."""
-        entry = TensorEntry(
-            name=name,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=tuple(tensor.shape),
-            offset_bytes=self._used_bytes,
-        )
-        entry.view(self._bytes).copy_(tensor.detach())
-        self._entries.append(entry)
-        if verify:
-            self._checksums.append(checksum(tensor))
-        self._used_bytes = round_up(self._used_bytes + tensor.nbytes)
-
-    def message(self, index: int, verify: bool) -> LoadMessage:
-        return LoadMessage(
-            index=index,
-            slot=self._slot,
-            buffer_id=self._buffer_id,
-            path=f"/proc/{os.getpid()}/fd/{self._descriptor}",
-            num_bytes=self.capacity_bytes,
-            entries=tuple(self._entries),
-            checksums=tuple(self._checksums) if verify else None,
-        )
-
-    def close(self) -> None:
-        """Give the memory up; engines keep what they have mapped until they map the next buffer of this slot."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _allocate(self, num_bytes: int) -> None:
-        self.capacity_bytes = round_up(num_bytes)
-        self._buffer_id = secrets.token_hex(8)
-        self._descriptor = os.memfd_create("p2o-weights", os.MFD_CLOEXEC)
-        os.ftruncate(self._descriptor, self.capacity_bytes)
-        self._bytes = torch.frombuffer(mmap.mmap(self._descriptor, self.capacity_bytes), dtype=torch.uint8)
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers by metric key."""
+        return {
+            "refresh/bytes": self.num_bytes,
+            "refresh/buckets_count": self.num_buckets,
+            "refresh/total_s": self.total_s,
+            "refresh/convert_s": self.convert_s,
+            "refresh/stall_s": self.stall_s,
+            "refresh/gbytes_per_s": self.num_bytes / self.total_s / 1e9,
+        }
 
 
 class WeightSync:
     """Refreshes the weights of all engines. Called from the algorithm thread, which owns the weights' iterator."""
 
     def __init__(
-        self, fleet: Fleet, report_directory: Path, *, tensor_parallel: int, timeout_s: float, bucket_bytes: int
+        self, fleet: Fleet, report_directory: Path, *, tensor_parallel: int, answer_timeout_s: float, bucket_bytes: int
     ) -> None:
         """Args:
         tensor_parallel: ranks per engine; each reads the same bucket and writes its own report.
-        timeout_s: longest wait for one engine's answer.
-        bucket_bytes: size of each of the two staging buffers; a larger tensor gets a bucket of its own.
+        answer_timeout_s: how long an engine may take to answer before its client gives up.
+        bucket_bytes: size of a staging buffer; a larger tensor gets a bucket of its own.
         """
         self._fleet = fleet
         self._reports = report_directory.resolve()
         self._num_ranks = tensor_parallel
-        self._timeout_s = timeout_s
-        self._buffers = [StagingBuffer(slot, bucket_bytes) for slot in range(2)]
+        self._answer_timeout_s = answer_timeout_s
+        self._bucket_bytes = bucket_bytes
+        self._buckets: list[StagingBuffer] = []
+        self._num_filled = 0
+        self._version: int | None = None
+        self._convert_s = self._stall_s = 0.0
 
-    def refresh(self, weights: NamedWeights, version: int, *, verify: bool) -> None:
+    @property
+    def version(self) -> int | None:
+        """Version of the weights that `restore` gives; None before the first refresh and after a failed one."""
+        return self._version
+
+    def refresh(self, weights: NamedWeights, version: int, *, verify: bool) -> RefreshStats:
         """Load `weights` everywhere and serve them as `version`. They are consumed to the end whatever happens.
 
         Raises:
-            RefreshFailed: an engine refused, ran out of time, or holds other weights than it was sent.
-            EnginesLost: no engine is left.
+            RefreshFailed: an engine refused or holds other weights than it was sent.
+            EnginesLost: no engine is left and none will come.
         """
         remaining = iter(weights)
+        self._version = None
+        self._convert_s = self._stall_s = 0.0
+        start = time.monotonic()
         try:
             self.begin()
             self.load(remaining, verify=verify)
             self.check(version, verify=verify)
             self.commit(version)
-        except (EngineRefused, TimeoutError) as error:
+        except EngineRefused as error:
             raise RefreshFailed(f"refresh to version {version}: {error}") from error
         finally:
             for _ in remaining:
                 pass  # the policy's ranks gather in lock step: leaving them in the middle would hang the others
+        self._version = version
+        return RefreshStats(
+            num_bytes=sum(bucket.used_bytes for bucket in self._filled),
+            num_buckets=self._num_filled,
+            total_s=time.monotonic() - start,
+            convert_s=self._convert_s,
+            stall_s=self._stall_s,
+        )
+
+    async def restore(self, name: str, client: EngineClient, *, verify: bool) -> None:
+        """Give an engine that joins late the weights of the last refresh, under their version.
+
+        Raises:
+            RefreshFailed: the engine holds other weights than it was sent.
+            EngineRefused, EngineUnreachable, TimeoutError
+        """
+        assert self._version is not None
+        await pause_and_begin(name, client)
+        for index, bucket in enumerate(self._filled):
+            if verify:
+                bucket.add_checksums()
+            await client.update_weights(self._payloads(bucket, index, verify), LOAD_FORMAT, False)
+        path = self._reports / f"{name.replace(' ', '-')}.restore-{self._version}"
+        await self._finish(client, path, verify)
+        complaint = complaint_of(self._take_reports(path))
+        if verify and complaint:
+            raise RefreshFailed(f"restoring version {self._version}: {name} {complaint}")
+        await client.end_weight_update()
+        await client.set_weight_version(self._version)
+        await client.resume()
 
     def begin(self) -> None:
         """Stop decoding and open an update; closes one that a failed refresh left open."""
-
-        async def pause_and_begin(name: str, client: EngineClient) -> None:
-            await client.pause()
-            try:
-                await client.begin_weight_update(self._timeout_s)
-            except EngineRefused:
-                await client.end_weight_update(self._timeout_s)
-                await client.begin_weight_update(self._timeout_s)
-
         self._wait(self._fleet.call_every_engine(pause_and_begin))
 
     def load(self, weights: NamedWeights, *, verify: bool) -> None:
         """Send all weights, bucket by bucket."""
-        loading: list[Future[dict[str, None]]] = []
-        for index, buffer in enumerate(self._filled_buffers(weights, loading, verify)):
-            loading.append(self._send(serialize(buffer.message(index, verify)), flush_cache=False))
-        for future in loading[-len(self._buffers) :]:
-            self._wait(future)
+        self._num_filled = 0
+        loading: Future[dict[str, None]] | None = None
+        for index, bucket in enumerate(self._filled_buckets(weights, verify)):
+            payloads = self._payloads(bucket, index, verify)
+            if loading is not None:
+                self._stall(loading)
+            loading = self._send(payloads)
+            self._num_filled += 1
+        if loading is not None:
+            self._stall(loading)
 
     def check(self, version: int, *, verify: bool) -> None:
         """Have the engines compare what they hold with what was sent; raise `RefreshFailed` if it differs."""
-        self._reports.mkdir(parents=True, exist_ok=True)
         paths: dict[str, Path] = {}
 
         async def finish(name: str, client: EngineClient) -> None:
             paths[name] = self._reports / f"{name.replace(' ', '-')}.refresh-{version}"
-            payload = serialize(FinishMessage(report_path=str(paths[name]), verify=verify))
-            await client.update_weights([payload] * self._num_ranks, LOAD_FORMAT, True, self._timeout_s)
+            await self._finish(client, paths[name], verify)
 
         for name in self._wait(self._fleet.call_every_engine(finish)):
-            reports = [take_report(Path(f"{paths[name]}.{rank}")) for rank in range(self._num_ranks)]
-            if verify and (complaint := complaint_of(reports)):
+            complaint = complaint_of(self._take_reports(paths[name]))
+            if verify and complaint:
                 raise RefreshFailed(f"refresh to version {version}: {name} {complaint}")
 
     def commit(self, version: int) -> None:
         """Close the update, name the new weights and decode again."""
 
         async def end_and_name(name: str, client: EngineClient) -> None:
-            await client.end_weight_update(self._timeout_s)
+            await client.end_weight_update()
             await client.set_weight_version(version)
 
         async def resume(name: str, client: EngineClient) -> None:
@@ -205,42 +191,83 @@ class WeightSync:
         self._wait(self._fleet.call_every_engine(resume))
 
     def close(self) -> None:
-        for buffer in self._buffers:
-            buffer.close()
+        for bucket in self._buckets:
+            bucket.close()
 
-    def _filled_buffers(
-        self, weights: NamedWeights, loading: list[Future[dict[str, None]]], verify: bool
-    ) -> Iterator[StagingBuffer]:
-        """Yield buffers in turn, each filled; a buffer is not touched before the engines have loaded it."""
-        turn = 0
-        buffer = self._buffers[0]
-        buffer.clear(0)
-        is_empty = True
-        for name, tensor in weights:
-            if not is_empty and not buffer.fits(tensor):
-                yield buffer
-                turn += 1
-                buffer = self._buffers[turn % len(self._buffers)]
-                if turn >= len(self._buffers):
-                    self._wait(loading[turn - len(self._buffers)])
-                is_empty = True
-            if is_empty:
-                buffer.clear(tensor.nbytes)
-            buffer.put(name, tensor, verify)
-            is_empty = False
-        if is_empty:
+    @property
+    def _filled(self) -> Sequence[StagingBuffer]:
+        return self._buckets[: self._num_filled]
+
+    def _filled_buckets(self, weights: NamedWeights, verify: bool) -> Iterator[StagingBuffer]:
+        """Yield buckets as they are full."""
+        bucket: StagingBuffer | None = None
+        index = 0
+        for name, tensor in self._timed(weights):
+            if bucket is not None and not bucket.fits(tensor):
+                yield bucket
+                index += 1
+                bucket = None
+            if bucket is None:
+                bucket = self._empty_bucket(index, tensor.nbytes)
+            bucket.put(name, tensor, verify)
+        if bucket is None:
             raise ValueError("the policy yielded no weights")
-        yield buffer
+        yield bucket
 
-    def _send(self, payload: str, *, flush_cache: bool) -> Future[dict[str, None]]:
+    def _empty_bucket(self, index: int, room_bytes: int) -> StagingBuffer:
+        if index == len(self._buckets):
+            self._buckets.append(StagingBuffer(index, max(self._bucket_bytes, room_bytes)))
+        self._buckets[index].clear(room_bytes)
+        return self._buckets[index]
+
+    def _timed(self, weights: NamedWeights) -> NamedWeights:
+        """Yield `weights` and measure how long each is waited for."""
+        iterator = iter(weights)
+        while True:
+            start = time.monotonic()
+            item = next(iterator, None)
+            self._convert_s += time.monotonic() - start
+            if item is None:
+                return
+            yield item
+
+    def _payloads(self, bucket: StagingBuffer, index: int, verify: bool) -> list[str]:
+        """Return what each rank of an engine is sent."""
+        return [serialize(bucket.message(index, verify))] * self._num_ranks
+
+    def _send(self, payloads: Sequence[str]) -> Future[dict[str, None]]:
         async def update(name: str, client: EngineClient) -> None:
-            await client.update_weights([payload] * self._num_ranks, LOAD_FORMAT, flush_cache, self._timeout_s)
+            await client.update_weights(payloads, LOAD_FORMAT, False)
 
         return self._fleet.call_every_engine(update)
 
+    async def _finish(self, client: EngineClient, path: Path, verify: bool) -> None:
+        """Have every rank of the engine write its report to `path`.rank, and forget what it cached of old weights."""
+        self._reports.mkdir(parents=True, exist_ok=True)
+        payload = serialize(FinishMessage(report_path=str(path), verify=verify))
+        await client.update_weights([payload] * self._num_ranks, LOAD_FORMAT, True)
+
+    def _take_reports(self, path: Path) -> list[RefreshReport]:
+        return [take_report(Path(f"{path}.{rank}")) for rank in range(self._num_ranks)]
+
+    def _stall(self, loading: Future[dict[str, None]]) -> None:
+        start = time.monotonic()
+        self._wait(loading)
+        self._stall_s += time.monotonic() - start
+
     def _wait(self, future: Future[T]) -> T:
         """Every call has its own limit; the margin only guards against a stuck event loop."""
-        return future.result(timeout=2 * self._timeout_s + 60)
+        return future.result(timeout=4 * self._answer_timeout_s + 60)
+
+
+async def pause_and_begin(name: str, client: EngineClient) -> None:
+    """Stop an engine's decoding and open an update; closes one that was left open."""
+    await client.pause()
+    try:
+        await client.begin_weight_update()
+    except EngineRefused:
+        await client.end_weight_update()
+        await client.begin_weight_update()
 
 
 def take_report(path: Path) -> RefreshReport:
@@ -261,7 +288,7 @@ def complaint_of(reports: Sequence[RefreshReport]) -> str:
             return (
                 f"(rank {rank}) has {len(report.unwritten)} parameters that no traceable copy filled: "
                 f"{shorten(report.unwritten)}; either the policy left weights out, or this model cannot be verified: "
-                "set rollout.verify_weights to never"
+                "set rollout.verify_every to 0"
             )
         if report.num_verified == 0:
             return f"(rank {rank}) compared nothing"
@@ -274,7 +301,3 @@ def complaint_of(reports: Sequence[RefreshReport]) -> str:
 def shorten(names: tuple[str, ...]) -> str:
     shown = ", ".join(names[:MAX_NAMES_SHOWN])
     return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown}, ..."
-
-
-def round_up(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import signal
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.slow
 
 EOS = 2
 WAIT_S = 120
+STALL_TIMEOUT_S = 20
 TOLERANCE = 1e-5
 """fp32 log-probs of about -10: measured 3e-6 at most."""
 
@@ -40,7 +42,8 @@ def config_of(model: Path, **rollout: Any) -> Config:
         "max_total_tokens": 16384,
         "startup_timeout_s": 300,
         "request_timeout_s": WAIT_S,
-        "refresh_timeout_s": WAIT_S,
+        "stall_timeout_s": STALL_TIMEOUT_S,
+        "max_restarts": 1,
     }
     return Config(
         run=RunConfig(name="test"),
@@ -164,12 +167,12 @@ def test_leaving_the_iterator_early_frees_the_engine(engine: SglangEngine) -> No
 
 
 def test_a_request_out_of_time_keeps_the_tokens_it_has(engine: SglangEngine, trainer: Any, model_path: Path) -> None:
-    server = engine._servers[0]
+    server = engine._supervisor.servers[0]
     stop_at = end_of_sequence_ids(model_path)
-    broker = Broker(slots_per_engine=32, request_timeout_s=2.0)
+    broker = Broker(slots_per_engine=32, request_timeout_s=2.0, stall_timeout_s=WAIT_S)
     try:
         broker.add_engine(
-            "engine 0", lambda: EngineClient(server.base_url, server.api_key, server.admin_key, stop_at), str
+            "engine 0", lambda: EngineClient(server.base_url, server.api_key, server.admin_key, stop_at, WAIT_S), str
         )
         sampling = SamplingParams(temperature=1.0, max_new_tokens=1900)
         futures = [broker.submit(asked, sampling) for asked in prompts(32)]
@@ -222,7 +225,7 @@ def test_weights_that_change_on_the_way_are_not_served_until_a_good_refresh(
 ) -> None:
     def damaged_in_transit() -> Iterator[tuple[str, torch.Tensor]]:
         yield from trainer.state_dict().items()
-        engine._sync._buffers[0]._bytes[5] ^= 1
+        engine._sync._buckets[0]._bytes[5] ^= 1
 
     with pytest.raises(RefreshFailed, match=r"1 weights that differ from the trainer's: model\.embed_tokens\.weight"):
         engine.refresh(damaged_in_transit(), versions.current + 1)
@@ -244,7 +247,7 @@ def test_weights_that_change_inside_the_engine_are_noticed(
     damaged.view(-1)[3] += 1e-3
 
     async def damage(_: str, client: EngineClient) -> None:
-        await client.update_weights([plain_payload(name, damaged)], None, False, WAIT_S)
+        await client.update_weights([plain_payload(name, damaged)], None, False)
 
     engine._sync.begin()
     engine._sync.load(trainer.state_dict().items(), verify=True)
@@ -272,7 +275,7 @@ class FloatTensor:
 
 
 def test_nobody_without_the_keys_samples_or_changes_weights(engine: SglangEngine, run_dir: Path) -> None:
-    server = engine._servers[0]
+    server = engine._supervisor.servers[0]
 
     def status(path: str, key: str | None) -> int:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -293,33 +296,77 @@ def test_nobody_without_the_keys_samples_or_changes_weights(engine: SglangEngine
     assert not [key for key in keys for text in exposed if key in text]
 
 
-def test_engines_that_are_killed_are_replaced_by_the_rest_and_the_last_loss_is_an_error(
+def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(
     engine: SglangEngine, trainer: Any, versions: Versions
 ) -> None:
-    """Ends the module's engines."""
-    first, second = engine._servers
-    family = [child for server in (first, second) for child in psutil.Process(server.pid).children(recursive=True)]
+    version = versions.push(engine, trainer)
+    first, second = engine._supervisor.servers
+    family = [psutil.Process(first.pid), psutil.Process(second.pid)]
+    family += [child for server in list(family) for child in server.children(recursive=True)]
     sampling = SamplingParams(temperature=1.0, max_new_tokens=100)
-
-    iterator = engine.generate(prompts(48), sampling)
+    iterator = engine.generate(prompts(48, group_size=2), sampling)
     answers = [next(iterator)]
     os.kill(first.pid, signal.SIGKILL)
+    (scheduler,) = [
+        process for process in family if process.name() == "sglang::scheduler" and process.ppid() == second.pid
+    ]
+    scheduler.suspend()
     answers += list(iterator)
-    assert sorted(index for index, _ in answers) == list(range(48))
-    assert_matches(trainer, [completion for _, completion in answers[-4:]])
-    assert engine.broker.num_engines == 1
-    versions.push(engine, trainer)
-    assert_matches(trainer, sample(engine, prompts(4)))
+    assert sorted(index for index, _ in answers) == list(range(96))
+    assert {completion.weight_versions for _, completion in answers} == {(version,)}
+    assert_matches(trainer, [completion for _, completion in answers])
+    assert not psutil.wait_procs(family, timeout=30)[1], "the hung engine was killed"
+    wait_for_engines(engine, 2)
+    assert engine.metrics()["engine/restarts_count"] == 2
 
-    iterator = engine.generate(prompts(48), sampling)
-    next(iterator)
-    os.kill(second.pid, signal.SIGKILL)
-    with pytest.raises(EnginesLost, match=r"(?s)all 2 engines are lost.*engine 0:.*engine 1:.*batch"):
-        list(iterator)
+
+def test_an_engine_that_dies_in_a_refresh_drops_out_and_joins_again_with_the_new_weights(
+    engine: SglangEngine, trainer: Any, versions: Versions
+) -> None:
+    victim = engine._supervisor.servers[0]
+
+    def interrupted() -> Iterator[tuple[str, torch.Tensor]]:
+        for index, item in enumerate(trainer.state_dict().items()):
+            if index == 5:
+                os.kill(victim.pid, signal.SIGKILL)
+            yield item
+
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.mul_(1.02)
+    versions.current += 1
+    engine.refresh(interrupted(), versions.current)
+    assert engine.broker.num_engines == 1
+    assert_matches(trainer, sample(engine, prompts(4)))
+    wait_for_engines(engine, 2)
+    completions = sample(engine, prompts(40, group_size=2))
+    assert_matches(trainer, completions)
+    assert {completion.weight_versions for completion in completions} == {(versions.current,)}
+
+
+def test_losing_every_engine_for_good_is_one_error_with_their_last_words(
+    engine: SglangEngine, trainer: Any, versions: Versions, model_path: Path
+) -> None:
+    """Ends the module's engines: their model is gone, so none can be started again."""
+    versions.push(engine, trainer)
+    family = [psutil.Process(server.pid) for server in engine._supervisor.servers]
+    family += [child for server in list(family) for child in server.children(recursive=True)]
+    (model_path / "config.json").rename(model_path / "config.gone")
+    for server in engine._supervisor.servers:
+        os.kill(server.pid, signal.SIGKILL)
+    lost = r"(?s)all 2 engines are lost, each after rollout\.max_restarts=1.*engine 0: .*engine 1: .*config"
+    with pytest.raises(EnginesLost, match=lost):
+        sample(engine, prompts(2))
     with pytest.raises(EnginesLost):
         engine.refresh(trainer.state_dict().items(), 99)
 
     engine.close()
     engine.close()
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive
+    assert not psutil.wait_procs(family, timeout=30)[1]
+
+
+def wait_for_engines(engine: SglangEngine, count: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while engine.broker.num_engines < count:
+        assert time.monotonic() < deadline, f"{engine.broker.num_engines} engines"
+        time.sleep(0.2)

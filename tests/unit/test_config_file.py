@@ -82,7 +82,7 @@ megatron:
         ("optimizer: 3", "optimizer=3 must be a mapping: write its settings below it, indented"),
         ("run: {directory: !!python/name:os.system x}", "run.directory=x cannot be read"),
         ("model: {dtype: bfloat}", "model.dtype=bfloat must be one of float32, bfloat16: did you mean bfloat16?"),
-        ("rollout: {verify_weights: off}", "must be one of always, first, never: choose one"),
+        ("hard: {counted: off}", "must be one of plain, all: choose one"),
         ("evolution: {reflection: {backend: [self]}}", "evolution.reflection.backend=(a list) must be one of openai,"),
     ],
 )

@@ -1,13 +1,16 @@
 import asyncio
+import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
-from megatron_p2o.rollout.broker import EVERYONE, NOBODY, Broker, BrokerClosed, EnginesLost
+from megatron_p2o.rollout.broker import Broker, BrokerClosed, EnginesLost
 from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable, Generation
+from megatron_p2o.rollout.requests import EVERYONE, NOBODY
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8)
@@ -23,7 +26,7 @@ class FakeClient:
         self.served: list[int] = []
         self.aborted: list[str] = []
         self.num_running = self.most_running = 0
-        self.is_gone = self.ignores_abort = False
+        self.is_gone = self.ignores_abort = self.is_hung = False
         self.stopping: dict[str, asyncio.Event] = {}
 
     async def generate(self, token_ids, sampling, request_id, timeout_s) -> Generation:
@@ -57,6 +60,11 @@ class FakeClient:
                 self.aborted.append(running_id)
                 stop.set()
 
+    async def probe(self, timeout_s: float) -> None:
+        if self.is_hung:
+            await asyncio.sleep(timeout_s)
+            raise TimeoutError("no answer")
+
     async def close(self) -> None:
         pass
 
@@ -76,21 +84,33 @@ class FakeClient:
 
 @contextmanager
 def broker_with(
-    num_engines: int = 1, slots: int = 4, request_timeout_s: float = WAIT_S
+    num_engines: int = 1,
+    slots: int = 4,
+    request_timeout_s: float = WAIT_S,
+    stall_timeout_s: float = WAIT_S,
+    on_loss: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Broker, list[FakeClient]]]:
-    broker = Broker(slots_per_engine=slots, request_timeout_s=request_timeout_s)
+    broker = Broker(
+        slots_per_engine=slots,
+        request_timeout_s=request_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+        on_loss=on_loss,
+    )
     clients: list[FakeClient] = []
+    try:
+        for index in range(num_engines):
+            add_engine(broker, index, clients)
+        yield broker, clients
+    finally:
+        broker.close()
 
+
+def add_engine(broker: Broker, index: int, clients: list[FakeClient]) -> None:
     def make_client() -> FakeClient:
         clients.append(FakeClient())
         return clients[-1]
 
-    try:
-        for index in range(num_engines):
-            broker.add_engine(f"engine {index}", make_client, lambda index=index: f"log of engine {index}")
-        yield broker, clients
-    finally:
-        broker.close()
+    broker.add_engine(f"engine {index}", make_client, lambda: f"log of engine {index}")
 
 
 def prompt(token: int, problem: str | None = None) -> Prompt:
@@ -198,17 +218,88 @@ def test_requests_of_an_engine_that_dies_are_sampled_by_another_once() -> None:
     assert sorted(clients[1].served) == list(range(8))
 
 
-def test_losing_the_last_engine_fails_every_request_with_the_logs() -> None:
+def test_losing_the_last_engine_that_nobody_replaces_fails_every_request_with_its_log() -> None:
     with broker_with(num_engines=2, slots=1) as (broker, clients):
         futures = [broker.submit(prompt(token), SAMPLING) for token in range(5)]
         settled(broker)
         for client in clients:
             client.die()
         for future in futures:
-            with pytest.raises(EnginesLost, match=r"log of engine 0\n.*\nlog of engine 1"):
+            with pytest.raises(EnginesLost, match=r"all engines are lost.*\nlog of engine 1"):
                 future.result(WAIT_S)
         with pytest.raises(EnginesLost):
             broker.submit(prompt(9), SAMPLING).result(WAIT_S)
+
+
+def test_requests_wait_for_the_engine_that_replaces_the_last_one() -> None:
+    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with broker_with(slots=2, on_loss=lost.put) as (broker, clients):
+        futures = [broker.submit(prompt(token), SAMPLING) for token in range(4)]
+        settled(broker)
+        clients[0].release(1)
+        futures[0].result(WAIT_S)
+        clients[0].die()
+        assert lost.get(timeout=WAIT_S) == "engine 0"
+        assert not any(future.done() for future in futures[1:])
+        add_engine(broker, 0, clients)
+        clients[1].release()
+        assert [future.result(WAIT_S).token_ids[0] for future in futures] == [1, 2, 3, 4]
+    assert sorted(clients[1].served) == [1, 2, 3], "what was finished is kept"
+
+
+def test_an_engine_that_hangs_is_lost_and_its_requests_are_sampled_by_another() -> None:
+    with broker_with(num_engines=2, slots=4, stall_timeout_s=0.2) as (broker, clients):
+        clients[0].is_hung = True
+        futures = [broker.submit(prompt(token), SAMPLING) for token in range(8)]
+        settled(broker)
+        clients[1].release()
+        assert [future.result(WAIT_S).token_ids[0] for future in futures] == list(range(1, 9))
+        assert broker.num_engines == 1
+    assert clients[0].aborted == [], "nothing is said to an engine that does not answer"
+
+
+def test_an_engine_that_samples_while_requests_wait_long_is_kept() -> None:
+    with broker_with(slots=1, stall_timeout_s=0.02) as (broker, (client,)):
+        futures = [broker.submit(prompt(token), SAMPLING) for token in range(2)]
+        assert not wait(futures, timeout=0.2).done, "ten times the limit"
+        assert broker.num_engines == 1
+        client.release()
+        futures[1].result(WAIT_S)
+
+
+@pytest.mark.parametrize("gate", [EVERYONE, NOBODY], ids=["idle", "paused"])
+def test_an_engine_that_should_not_sample_is_not_probed(gate: frozenset) -> None:
+    with broker_with(stall_timeout_s=0.02) as (broker, (client,)):
+        if gate == NOBODY:
+            broker.submit(prompt(1), SAMPLING)
+        broker.admit(gate)
+        client.is_hung = True
+        assert not wait([Future()], timeout=0.2).done
+        assert broker.num_engines == 1
+
+
+def test_an_engine_that_leaves_a_call_unanswered_is_lost() -> None:
+    async def call(name: str, client: FakeClient) -> int:
+        if client.is_hung:
+            raise TimeoutError("no answer within 1 s")
+        return 3
+
+    with broker_with(num_engines=2) as (broker, clients):
+        clients[0].is_hung = True
+        assert broker.call_every_engine(call).result(WAIT_S) == {"engine 1": 3}
+        assert broker.num_engines == 1
+
+
+def test_an_engine_that_cannot_be_prepared_is_not_used() -> None:
+    async def refuse(name: str, client: FakeClient) -> None:
+        raise EngineRefused(f"{name} is not ready")
+
+    with broker_with(num_engines=0, on_loss=lambda name: None) as (broker, _):
+        future = broker.submit(prompt(1), SAMPLING)
+        with pytest.raises(EngineRefused, match="engine 7 is not ready"):
+            broker.add_engine("engine 7", FakeClient, str, refuse)
+        assert broker.num_engines == 0
+        assert not future.done()
 
 
 def test_a_request_out_of_time_completes_as_aborted_with_its_tokens() -> None:

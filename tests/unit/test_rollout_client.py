@@ -28,7 +28,7 @@ def ask(handler: Handler, sampling: SamplingParams = SAMPLING, timeout_s: float 
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        client = EngineClient(f"http://127.0.0.1:{port}", "user", "admin", [2, 7])
+        client = EngineClient(f"http://127.0.0.1:{port}", "user", "admin", [2, 7], answer_timeout_s=10)
         try:
             return await client.generate(PROMPT, sampling, "id-1", timeout_s)
         finally:
@@ -118,7 +118,9 @@ def test_a_connection_that_is_cut_means_the_engine_is_gone() -> None:
 def test_a_refused_connection_means_the_engine_is_gone() -> None:
     async def run() -> None:
         with reserve_port() as nobody_listens:
-            client = EngineClient(f"http://127.0.0.1:{nobody_listens.getsockname()[1]}", "user", "admin", [])
+            client = EngineClient(
+                f"http://127.0.0.1:{nobody_listens.getsockname()[1]}", "user", "admin", [], answer_timeout_s=10
+            )
             try:
                 await client.generate(PROMPT, SAMPLING, "id-1", 10)
             finally:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from megatron_p2o.rollout import weight_loader
 from megatron_p2o.rollout.checksum import BLOCK_WORDS, checksum
 from megatron_p2o.rollout.client import EngineRefused
-from megatron_p2o.rollout.weight_sync import RefreshFailed, StagingBuffer, WeightSync
+from megatron_p2o.rollout.staging import StagingBuffer
+from megatron_p2o.rollout.weight_sync import RefreshFailed, WeightSync
 
 NAMES = ("embed.weight", "q.weight", "k.weight", "v.weight", "norm.weight")
 
@@ -56,12 +57,12 @@ class FakeClient:
     async def resume(self) -> None:
         self.calls.append("resume")
 
-    async def begin_weight_update(self, timeout_s: float) -> None:
+    async def begin_weight_update(self) -> None:
         if self.is_open:
             raise EngineRefused("a weight-update session is already open")
         self.is_open = True
 
-    async def update_weights(self, payloads, load_format, flush_cache, timeout_s) -> None:
+    async def update_weights(self, payloads, load_format, flush_cache) -> None:
         assert self.is_open
         for payload in payloads:
             self.load(pickle.loads(base64.b64decode(payload)))
@@ -69,7 +70,7 @@ class FakeClient:
     def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
         weight_loader.load(self.model, named_tensors)
 
-    async def end_weight_update(self, timeout_s: float) -> None:
+    async def end_weight_update(self) -> None:
         self.is_open = False
 
     async def set_weight_version(self, version: int) -> None:
@@ -119,7 +120,7 @@ def model() -> FusedModel:
 
 
 def sync_of(*clients: FakeClient, directory: Path, bucket_bytes: int = 1 << 16) -> WeightSync:
-    return WeightSync(Fleet(*clients), directory, tensor_parallel=1, timeout_s=5, bucket_bytes=bucket_bytes)
+    return WeightSync(Fleet(*clients), directory, tensor_parallel=1, answer_timeout_s=5, bucket_bytes=bucket_bytes)
 
 
 @pytest.mark.parametrize("bucket_bytes", [16, 48, 1 << 16], ids=["each weight alone", "some together", "one bucket"])
@@ -182,7 +183,7 @@ def test_one_flipped_bit_in_the_engine_fails_the_refresh_and_names_the_weight(na
 def test_damage_on_the_way_to_the_engine_is_detected(model: FusedModel, tmp_path: Path) -> None:
     class DamagingClient(FakeClient):
         def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
-            for buffer in sync._buffers:
+            for buffer in sync._buckets:
                 flip_lowest_bit(buffer._bytes)
             super().load(named_tensors)
 

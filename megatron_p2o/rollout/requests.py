@@ -1,0 +1,68 @@
+"""What the broker keeps about a completion on its way and about the engine it is on."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from megatron_p2o.rollout.client import EngineClient, Generation
+from megatron_p2o.types import Completion, Prompt, SamplingParams
+
+Priority = Literal["training", "evolution"]
+"""Training goes first; evolution takes the slots that training leaves idle."""
+
+PRIORITIES: tuple[Priority, ...] = ("training", "evolution")
+EVERYONE: frozenset[Priority] = frozenset(PRIORITIES)
+NOBODY: frozenset[Priority] = frozenset()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One completion on its way."""
+
+    id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    priority: Priority
+    future: "Future[Completion]"
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One server as the broker sees it; a server that replaces another is a new engine of the same name."""
+
+    name: str
+    client: EngineClient
+    log_tail: Callable[[], str]
+    running: dict[Request, "asyncio.Task[None]"] = field(default_factory=dict[Request, "asyncio.Task[None]"])
+    heartbeat: "asyncio.Task[None] | None" = None
+    """None until it is used."""
+    is_lost: bool = False
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+
+def settle(future: "Future[Completion]", outcome: Completion | BaseException) -> None:
+    """Set the outcome of a future unless its owner has cancelled it."""
+    try:
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except InvalidStateError:
+        assert future.cancelled()
+
+
+def nothing_generated(version: int) -> Generation:
+    """Return what a request is given up with when the engine does not even answer the abort."""
+    return Generation(
+        token_ids=np.empty(0, dtype=np.int32),
+        logprobs=np.empty(0, dtype=np.float32),
+        finish_reason="abort",
+        weight_versions=(version,),
+    )

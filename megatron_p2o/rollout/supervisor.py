@@ -1,0 +1,137 @@
+"""Replaces engines that die or hang."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from megatron_p2o.rollout.broker import EnginesLost
+from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable
+from megatron_p2o.rollout.server import EngineStartFailed, Server
+from megatron_p2o.rollout.weight_sync import RefreshFailed
+
+logger = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Owns the servers of a run and keeps them running."""
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        *,
+        start: Callable[[str, int], Server],
+        join: Callable[[Server], None],
+        lose: Callable[[str, str], None],
+        give_up: Callable[[EnginesLost], None],
+        max_restarts: int,
+        startup_timeout_s: float,
+        poll_s: float = 1.0,
+    ) -> None:
+        """Args:
+        servers: all ready; owned from now on.
+        start: makes the server that replaces one, given its name and how many restarts that makes in the whole run.
+        join: gives a server that is ready the current weights, then requests.
+        lose: told (name, reason) of a server whose process has ended; calls `replace` in turn if that is news.
+        give_up: called when all servers are lost and none may be started any more.
+        poll_s: how often to look whether the processes live.
+        """
+        self._servers = {server.name: server for server in servers}
+        self._start, self._join, self._lose, self._give_up = start, join, lose, give_up
+        self._max_restarts = max_restarts
+        self._startup_timeout_s = startup_timeout_s
+        self._poll_s = poll_s
+        self._attempts: Counter[str] = Counter()
+        self._num_restarts: Counter[str] = Counter()
+        self._down: set[str] = set()
+        self._given_up: dict[str, str] = {}
+        self._closing = threading.Event()
+        self._pool = ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="engine-restart")
+        self._watcher = threading.Thread(target=self._watch, name="engine-watch", daemon=True)
+        self._watcher.start()
+
+    @property
+    def servers(self) -> list[Server]:
+        """The latest server of each engine."""
+        return list(self._servers.values())
+
+    @property
+    def num_restarts(self) -> int:
+        """In the whole run, failed ones included."""
+        return self._num_restarts.total()
+
+    def replace(self, name: str) -> None:
+        """Kill an engine and start another in its place. Returns at once; may be called from any thread."""
+        self._down.add(name)
+        if not self._closing.is_set():
+            self._pool.submit(self._replace, name).add_done_callback(partial(self._on_replaced, name))
+
+    def renew(self) -> None:
+        """Forgive past restarts: the run has come to its next refresh."""
+        self._attempts.clear()
+
+    def close(self) -> None:
+        """End all servers and everything they started. Idempotent."""
+        self._closing.set()
+        stop_all(self.servers)
+        self._pool.shutdown(wait=True)
+        stop_all(self.servers)
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        """Notice engines that die without a request to show it."""
+        while not self._closing.wait(self._poll_s):
+            for name, server in list(self._servers.items()):
+                if name not in self._down and not server.is_alive():
+                    self._lose(name, "its process has ended")
+
+    def _replace(self, name: str) -> None:
+        last_words = f"last lines of {self._servers[name].log_path}:\n{self._servers[name].log_tail()}"
+        while not self._closing.is_set():
+            self._servers[name].stop()
+            if self._attempts[name] >= self._max_restarts:
+                self._abandon(name, last_words)
+                return
+            self._attempts[name] += 1
+            self._num_restarts[name] += 1
+            try:
+                self._start_and_join(name)
+                return
+            except (EngineStartFailed, RefreshFailed, EngineRefused, EngineUnreachable, TimeoutError) as error:
+                last_words = str(error)
+                logger.warning("restart %d of %s failed: %s", self._attempts[name], name, error)
+
+    def _start_and_join(self, name: str) -> None:
+        server = self._servers[name] = self._start(name, self._num_restarts[name])
+        if self._closing.is_set():
+            server.stop()
+        server.wait_until_ready(self._startup_timeout_s)
+        self._down.discard(name)
+        self._join(server)
+        logger.warning("%s was restarted and serves again", name)
+
+    def _on_replaced(self, name: str, outcome: Future[None]) -> None:
+        error = outcome.exception()
+        if error is not None and not self._closing.is_set():
+            self._abandon(name, f"{type(error).__name__}: {error}")
+
+    def _abandon(self, name: str, last_words: str) -> None:
+        self._given_up[name] = last_words
+        logger.warning("%s is given up after %d restarts: %s", name, self._attempts[name], last_words)
+        if len(self._given_up) == len(self._servers):
+            reasons = "\n".join(f"{lost}: {words}" for lost, words in sorted(self._given_up.items()))
+            self._give_up(
+                EnginesLost(
+                    f"all {len(self._servers)} engines are lost, each after rollout.max_restarts={self._max_restarts} "
+                    f"restarts:\n{reasons}"
+                )
+            )
+
+
+def stop_all(servers: Sequence[Server]) -> None:
+    """Stop servers side by side: each may take seconds."""
+    if servers:
+        with ThreadPoolExecutor(len(servers)) as pool:
+            list(pool.map(lambda server: server.stop(), servers))
