@@ -16,7 +16,7 @@ from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, library_metrics, phase_metrics, step_metrics
-from megatron_p2o.metrics.values import Mean, MetricValue
+from megatron_p2o.metrics.values import Last, Mean, MetricValue
 from megatron_p2o.rl.hard_samples import HardSampleLedger, ledger_entry
 from megatron_p2o.run_state import LedgerFile, RunState, StopRequest, save_checkpoint
 from megatron_p2o.types import PLAIN, Group, Problem, Template
@@ -50,6 +50,7 @@ class RunObserver:
         observe_groups: Callable[[Sequence[Group]], None],
         keep_library: Callable[[TemplateLibrary], None],
         take_round_statistics: Callable[[], RoundStatistics],
+        engine_metrics: Callable[[], Mapping[str, float]],
         resumed: RunState | None,
     ) -> None:
         self._config, self._parts, self._files, self._clock, self._stop = config, parts, files, clock, stop
@@ -57,6 +58,7 @@ class RunObserver:
         self._observe_groups = observe_groups
         self._keep_library = keep_library
         self._take_round_statistics = take_round_statistics
+        self._engine_metrics = engine_metrics
         self._num_rollouts_train = resumed.num_rollouts_train if resumed else 0
         self._num_rollouts_evolution = resumed.num_rollouts_evolution if resumed else 0
         self._wall_s_before = resumed.wall_s if resumed else 0.0
@@ -79,7 +81,9 @@ class RunObserver:
     def on_step(self, state: TrainState, result: StepResult) -> None:
         now = time.monotonic()
         seconds = {**self._clock.take(), "step": now - self._last_end}
-        self._files.metrics.write(state.step, state.epoch, step_metrics(result.groups, result.reports, seconds))
+        of_engines = {name: Last(value) for name, value in self._engine_metrics().items()}
+        metrics = {**step_metrics(result.groups, result.reports, seconds), **of_engines}
+        self._files.metrics.write(state.step, state.epoch, metrics)
         self._files.ledger.append([ledger_entry(group, state.epoch, state.step) for group in result.groups])
         self._observe_groups(result.groups)
         self._note_library(state, {})

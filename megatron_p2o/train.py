@@ -210,6 +210,7 @@ class Conductor:
             observe_groups=self._observe_groups,
             keep_library=self._keep_library,
             take_round_statistics=self._take_round_statistics,
+            engine_metrics=self.engine.metrics,
             resumed=self.resumed,
         )
 
