@@ -290,14 +290,27 @@ def test_too_few_rows_are_refused(tool: Callable[..., int], tmp_path: Path, caps
     assert "gone holds no *.jsonl, *.json, *.parquet" in capsys.readouterr().err
 
 
-def test_deepmath_is_read_from_all_its_files_and_chosen_by_difficulty(tool: Callable[..., int], tmp_path: Path) -> None:
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is optional: pip install pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is optional: pip install pyarrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("write", [write_lines, write_parquet])
+def test_deepmath_is_read_from_all_its_files_and_chosen_by_difficulty(
+    tool: Callable[..., int], tmp_path: Path, write: Callable[[Path, list[Any]], object]
+) -> None:
     rows: list[Any] = math_rows(900)
     rows[10] = rows[10] | {"difficulty": None}
-    rows[11] = rows[11] | {"difficulty": "hard"}
+    rows[11] = rows[11] | {"difficulty": float("nan")}
+    (tmp_path / "download").mkdir()
+    (tmp_path / "download" / "other.jsonl").write_text("{}\n")
     for part in range(3):
-        write_lines(tmp_path / "download" / "data" / f"part-{part}.jsonl", rows[300 * part : 300 * part + 300])
+        name = f"train-{part:05d}-of-00003.parquet"
+        write(tmp_path / "download" / "data" / name, rows[300 * part : 300 * part + 300])
     out = tmp_path / "out"
-    arguments = "--input", tmp_path / "download" / "data", "--num-train", 100, "--num-held-out", 50
+    arguments = "--input", tmp_path / "download", "--num-train", 100, "--num-held-out", 50
     assert tool("deepmath", *arguments, "--out", out) == 0
     levels = {number: row["difficulty"] for number, row in enumerate(rows)}
     hard = [number for number, level in levels.items() if isinstance(level, float) and level >= 7]
