@@ -70,6 +70,7 @@ class EvolutionSession:
         build_reflector(self._settings.evolution.reflection, config.run.seed, self._environment)
         self._thread = LoopThread("evolution-session")
         self._service: ServiceProcess | None = None
+        self._stopping = asyncio.Lock()
         self._round: Future[PublishedLibrary] | None = None
         self._free_scores: dict[tuple[str, str], FreeScore] = {}
         self.last_round: RoundStats | None = None
@@ -228,9 +229,10 @@ class EvolutionSession:
         return PublishedLibrary(version=spec.library_version), stats
 
     async def _stop_service(self) -> None:
-        service, self._service = self._service, None
-        if service is not None:
-            await service.stop()
+        async with self._stopping:  # whoever comes second returns when it has ended, too
+            service, self._service = self._service, None
+            if service is not None:
+                await service.stop()
 
 
 def _round_settings(config: Config, reflection_url: str | None, reflection_model: str | None) -> RoundSettings:

@@ -27,6 +27,7 @@ from megatron_p2o.config import (
     RolloutConfig,
     RunConfig,
 )
+from megatron_p2o.evolve.beside import BesideTraining
 from megatron_p2o.evolve.conduct import journal_path
 from megatron_p2o.evolve.evaluation import Evaluation, FreeScore, Rejection
 from megatron_p2o.evolve.history import digest
@@ -169,6 +170,48 @@ def test_round_publishes_templates_that_solve_hard_problems(
     session.close()
     sessions.clear()
     assert not is_running(process_id)
+
+
+def test_a_round_beside_training_that_is_cut_off_goes_on_where_it_was(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
+) -> None:
+    class Slow(KeyPhraseTask):
+        """Sets an event at its hundredth rollout."""
+
+        def __init__(self) -> None:
+            super().__init__(PROBLEMS)
+            self.is_under_way = threading.Event()
+
+        def submit(
+            self, template_text: str, problem: Problem, sampling: SamplingParams
+        ) -> "Future[Evaluation | Rejection]":
+            if self.requests.total() == 100:
+                self.is_under_way.set()
+            return super().submit(template_text, problem, sampling)
+
+    first_task = Slow()
+    first = EvolutionSession(config_of(phrases, max_rollouts=3500), tmp_path, first_task.submit)
+    sessions.append(first)
+    beside = BesideTraining(first)
+    assert beside.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0) is EMPTY_LIBRARY
+    assert first_task.is_under_way.wait(LIMIT_S)
+    running = beside.running
+    assert running is not None and running.epoch == 0
+    process_id = first.service_process_id
+    assert process_id is not None
+    first.close()
+    sessions.clear()
+    assert not is_running(process_id)
+    known = scores_in(journal_path(tmp_path, 0))
+    assert known
+
+    second_task = KeyPhraseTask(PROBLEMS)
+    second = EvolutionSession(config_of(phrases, max_rollouts=3500), tmp_path, second_task.submit)
+    sessions.append(second)
+    hard = [problem for problem in PROBLEMS if problem.id in running.problem_ids]
+    library = second.evolve(hard, EMPTY_LIBRARY, running.epoch)
+    assert library.templates
+    assert not known & {(digest(text), problem_id) for text, problem_id, *_ in second_task.requests}
 
 
 def test_rollouts_are_sampled_as_configured(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:
