@@ -20,6 +20,7 @@ from megatron_p2o.interfaces import (
 )
 from megatron_p2o.rl.grouping import make_group, train_samples
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
+from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import (
     PLAIN,
     Completion,
@@ -102,7 +103,7 @@ def p2o_step(
         for problem in problems
         for template in templates_of(problem, state.library, config.rollout.group_size)
     ]
-    rollouts = sample_and_grade(prompts, rollout_sampling(config), parts)
+    rollouts = sample_and_grade(prompts, rollout_sampling(config, state.step), parts)
 
     # Credit each rollout against its siblings; what they nearly all fail is work for the next evolution.
     groups = [
@@ -253,12 +254,13 @@ def asked(problem: Problem, template: Template, renderer: PromptRenderer) -> Pro
         return renderer.render(problem, PLAIN)
 
 
-def rollout_sampling(config: Config) -> SamplingParams:
-    """Return how training rollouts are sampled."""
+def rollout_sampling(config: Config, step: int) -> SamplingParams:
+    """Return how the training rollouts of the step after `step` are sampled."""
     return SamplingParams(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         max_new_tokens=config.rollout.max_new_tokens,
+        seed=seed_of(config.run.seed, "rollouts", step),
     )
 
 

@@ -104,6 +104,10 @@ class RolloutConfig:
     verify_every: int = 1
     """Compare checksums of the engines' weights with the trainer's at the first and every so many refreshes; 0 never.
     An engine that is restarted is always compared, unless never."""
+    deterministic: bool | None = None
+    """Sample each rollout from a seed of its own (run, step, problem, rollout), with arithmetic that does not depend on
+    what else an engine is doing: the same run gives the same numbers. None: on without CUDA, where it costs little. On
+    GPUs it is SGLang's deterministic inference, whose batch-invariant kernels are slower."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

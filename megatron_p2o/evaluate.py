@@ -7,6 +7,7 @@ from typing import Any
 from megatron_p2o.algorithm import Parts, sample_and_grade
 from megatron_p2o.config import Config
 from megatron_p2o.interfaces import TemplateLibrary
+from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import PLAIN, Problem, Rollout, SamplingParams, Template
 
 UNNUMBERED = -1
@@ -33,7 +34,12 @@ def evaluate(problems: Sequence[Problem], parts: Parts, config: Config, template
     prompts = [
         parts.renderer.render(problem, template) for problem in problems for _ in range(config.evaluation.num_samples)
     ]
-    sampling = SamplingParams(temperature=config.evaluation.temperature, max_new_tokens=config.rollout.max_new_tokens)
+    sampling = SamplingParams(
+        temperature=config.evaluation.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        # The same at every step: two evaluations differ by the policy, not by luck.
+        seed=seed_of(config.run.seed, "evaluation"),
+    )
     rollouts = sample_and_grade(prompts, sampling, parts)
     sources = sorted({problem.source for problem in problems} - {""})
     return Evaluation(

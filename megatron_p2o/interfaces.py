@@ -62,7 +62,11 @@ class RolloutEngine(Protocol):
     """The serving copies of the policy."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
-        """Yield (index into `prompts`, completion) as completions finish, each index once."""
+        """Yield (index into `prompts`, completion) as completions finish, each index once.
+
+        `sampling.seed` is that of the whole call: each prompt gets its own from it, its problem and its place among
+        that problem's prompts, so that neither order nor company changes what a prompt is answered with.
+        """
         ...
 
     def refresh(self, weights: NamedWeights, version: int) -> None:

@@ -102,7 +102,7 @@ class SamplingParams:
     max_new_tokens: int
     top_p: float = 1.0
     seed: int | None = None
-    """None: the engine's own random state."""
+    """In [0, 2**63). Honoured under `rollout.deterministic`; None: the engine's own random state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from megatron_p2o.evolve.json_records import from_json, to_json
 from megatron_p2o.evolve.messages import EvaluateReply, EvaluateRequest
 from megatron_p2o.evolve.service_process import ServiceProcess
 from megatron_p2o.evolve.text import MAX_RESPONSE_CHARS, shorten
+from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Problem, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -40,10 +41,12 @@ class Evaluate(Protocol):
 class Answers:
     """The requests of one round that are being answered."""
 
-    def __init__(self, evaluate: Evaluate, problems: Mapping[str, Problem], rollout: RolloutConfig) -> None:
+    def __init__(self, evaluate: Evaluate, problems: Mapping[str, Problem], rollout: RolloutConfig, seed: int) -> None:
+        """`seed` is of the round: what a request is answered with depends on it and the request alone."""
         self._evaluate = evaluate
         self._problems = problems
         self._rollout = rollout
+        self._seed = seed
         self._submitted: dict[RequestKey, Future[Evaluation | Rejection]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.num_failed = 0
@@ -89,11 +92,12 @@ class Answers:
         return answer
 
     def _submit(self, key: RequestKey) -> "Future[Evaluation | Rejection]":
-        text, problem_id, temperature, _ = key
+        text, problem_id, temperature, sample = key
         sampling = SamplingParams(
             temperature=temperature,
             max_new_tokens=self._rollout.max_new_tokens,
             top_p=self._rollout.top_p if temperature > 0 else 1.0,
+            seed=seed_of(self._seed, text, problem_id, sample),
         )
         future = self._evaluate(text, self._problems[problem_id], sampling)
         self._submitted[key] = future

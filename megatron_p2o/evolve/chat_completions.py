@@ -18,6 +18,7 @@ from megatron_p2o.evolve.reflection import (
     extract_template,
     reflection_prompt,
 )
+from megatron_p2o.seeds import seed_of
 
 PERMANENT_STATUSES = frozenset({401, 403, 404, 405})
 """Wrong key, no permission, wrong address: the next request would fare no better."""
@@ -71,6 +72,9 @@ class ChatCompletions:
         """Raises `ReflectionUnavailable` at once for a permanent refusal, else after `max_retries` retries."""
         rng = random.Random(f"retry/{self._seed}/{request.proposal}")
         body = self._body(reflection_prompt(request))
+        if self._config.backend == "self":
+            # A deterministic engine answers every request without a seed from one and the same.
+            body["seed"] = seed_of(self._seed, "reflection", request.proposal)
         num_tries = self._config.max_retries + 1
         for attempt in range(num_tries):
             try:

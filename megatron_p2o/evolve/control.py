@@ -37,7 +37,7 @@ async def plain_coverage(state: Round, evaluator: Evaluator) -> float:
 async def _is_solved(book: ScoreBook, problem_id: str, num_samples: int) -> bool:
     """Sample one at a time, so that the first success saves the rest."""
     for sample in range(num_samples):
-        evaluations = await book.measure("", [problem_id], occasion=f"{CONTROL_OCCASION}{sample}", sample=sample)
+        evaluations = await book.measure("", [problem_id], occasion=f"{CONTROL_OCCASION}{sample}")
         if evaluations[0].is_solved:
             return True
     return False

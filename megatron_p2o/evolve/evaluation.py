@@ -67,6 +67,7 @@ class Evaluator(Protocol):
     ) -> Evaluation | Rejection:
         """Ask `problem_id` through `template_text` once.
 
-        `sample` tells repeated rollouts of the same pair apart; 0 temperature is greedy. Raises `EvaluationFailed`.
+        `sample` (any number) tells repeated rollouts of the same pair apart; 0 temperature is greedy. Raises
+        `EvaluationFailed`.
         """
         ...

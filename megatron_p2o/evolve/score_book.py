@@ -15,6 +15,7 @@ from megatron_p2o.evolve.evaluation import (
 )
 from megatron_p2o.evolve.history import RoundHistory, Scored, ScoreKey, digest
 from megatron_p2o.evolve.text import MAX_RESPONSE_CHARS, shorten
+from megatron_p2o.seeds import seed_of
 
 LOST = Evaluation(reward=0.0, response_text="", finish_reason="abort", num_tokens=0, weight_version=0)
 """A rollout without a verdict, where such count as failures."""
@@ -64,13 +65,11 @@ class ScoreBook:
         *,
         occasion: str = "",
         min_version: int = 0,
-        sample: int = 0,
     ) -> list[Evaluation]:
         """Return one evaluation per problem, in order; only what is not known is sampled.
 
-        `sample` tells rollouts of one pair apart for the evaluator, `occasion` for the history. Waits for all of them,
-        then raises `TemplateRejected` or `EvaluationFailed` if one did. Raises `BudgetSpent` before anything is
-        sampled.
+        `occasion` tells rollouts of one pair apart. Waits for all of them, then raises `TemplateRejected` or
+        `EvaluationFailed` if one did. Raises `BudgetSpent` before anything is sampled.
         """
         known = [self.known(text, key, occasion=occasion, min_version=min_version) for key in problem_ids]
         keys = [(digest(text), problem_id, occasion) for problem_id in problem_ids]
@@ -79,7 +78,7 @@ class ScoreBook:
             raise BudgetSpent(f"{self._budget.spent} of {self._budget.limit} rollouts are used")
         outcomes = await asyncio.gather(
             *(
-                asyncio.shield(self._sampling(key, text, sample))
+                asyncio.shield(self._sampling(key, text))
                 for key, evaluation in zip(keys, known, strict=True)
                 if evaluation is None
             ),
@@ -98,17 +97,17 @@ class ScoreBook:
         for task in list(self._in_flight.values()):
             task.cancel()
 
-    def _sampling(self, key: ScoreKey, text: str, sample: int) -> asyncio.Task[Evaluation]:
+    def _sampling(self, key: ScoreKey, text: str) -> asyncio.Task[Evaluation]:
         """Return the rollout another lineage is already waiting for, or a new one."""
         if key not in self._in_flight:
-            task = asyncio.ensure_future(self._sample(key, text, sample))
+            task = asyncio.ensure_future(self._sample(key, text))
             self._in_flight[key] = task
             task.add_done_callback(lambda _: self._in_flight.pop(key))
         return self._in_flight[key]
 
-    async def _sample(self, key: ScoreKey, text: str, sample: int) -> Evaluation:
+    async def _sample(self, key: ScoreKey, text: str) -> Evaluation:
         template, problem_id, occasion = key
-        answer = await self._ask(text, problem_id, sample)
+        answer = await self._ask(text, problem_id, seed_of(occasion) if occasion else 0)
         kept = shorten(answer.response_text, MAX_RESPONSE_CHARS) if problem_id in self._feedback_ids else ""
         evaluation = replace(answer, response_text=kept)
         self._history.add(Scored(template=template, problem_id=problem_id, occasion=occasion, evaluation=evaluation))

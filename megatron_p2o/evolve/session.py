@@ -26,6 +26,7 @@ from megatron_p2o.evolve.service_process import STOP_GRACE_S, LoopThread, Servic
 from megatron_p2o.evolve.split import Split
 from megatron_p2o.evolve.text import shorten
 from megatron_p2o.interfaces import TemplateLibrary
+from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Problem, RunningRound
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,9 @@ class EvolutionSession:
 
     async def _published(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> RoundStats | None:
         """Return what the service says of the round it published; None when it was lost for good."""
-        answers = Answers(self._evaluate, problems, self._config.rollout)
+        answers = Answers(
+            self._evaluate, problems, self._config.rollout, seed_of(self._config.run.seed, "round", spec.epoch)
+        )
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._settings.evolution.round_timeout_s
         try:

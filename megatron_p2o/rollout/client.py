@@ -54,7 +54,7 @@ class EngineClient:
     ) -> Generation:
         """Sample one continuation.
 
-        SGLang 0.5.21 honours `sampling.seed` only under `sglang.enable_deterministic_inference`, which needs a GPU.
+        `sampling.seed` is honoured by servers with `enable_deterministic_inference`.
 
         Raises:
             TimeoutError: no answer within `timeout_s`; the server may still be at work on it, see `abort`.

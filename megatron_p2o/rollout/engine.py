@@ -3,8 +3,10 @@
 import json
 import queue
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,7 @@ from megatron_p2o.rollout.server import EngineServer, Server
 from megatron_p2o.rollout.supervisor import Supervisor, stop_all
 from megatron_p2o.rollout.weight_message import LOAD_FORMAT
 from megatron_p2o.rollout.weight_sync import WeightSync
+from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
 CPU_ARGUMENTS: Mapping[str, Any] = {
@@ -43,6 +46,7 @@ DECIDED_BY: Mapping[str, str] = {
     "max_running_requests": "rollout.max_running_requests",
     "max_total_tokens": "rollout.max_total_tokens",
     "random_seed": "run.seed",
+    "enable_deterministic_inference": "rollout.deterministic",
 }
 """Server arguments that other settings decide."""
 
@@ -105,7 +109,10 @@ class SglangEngine:
             RolloutStalled: nothing finished for too long.
         """
         finished: queue.SimpleQueue[tuple[int, Future[Completion]]] = queue.SimpleQueue()
-        futures = [self.broker.submit(prompt, sampling) for prompt in prompts]
+        futures = [
+            self.broker.submit(prompt, own)
+            for prompt, own in zip(prompts, own_sampling(prompts, sampling), strict=True)
+        ]
         for index, future in enumerate(futures):
             future.add_done_callback(lambda done, index=index: finished.put((index, done)))
         patience_s = longest_silence_s(self._config.rollout)
@@ -268,7 +275,24 @@ def server_arguments(config: Config, index: int, num_gpus: int) -> dict[str, Any
         "random_seed": config.run.seed + index,
         "custom_weight_loader": [LOAD_FORMAT],
         "weight_version": "0",
+        "enable_deterministic_inference": is_deterministic(config, num_gpus),
     }
+
+
+def is_deterministic(config: Config, num_gpus: int) -> bool:
+    """Return `rollout.deterministic`; unless it says so, engines are deterministic where they serve on the CPU."""
+    setting = config.rollout.deterministic
+    return num_gpus == 0 if setting is None else setting
+
+
+def own_sampling(prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[SamplingParams]:
+    """Yield how each prompt is sampled: seeded by its problem and its place among that problem's prompts."""
+    num_seen: Counter[str] = Counter()
+    for prompt in prompts:
+        problem_id = prompt.problem.id
+        seed = None if sampling.seed is None else seed_of(sampling.seed, problem_id, num_seen[problem_id])
+        num_seen[problem_id] += 1
+        yield replace(sampling, seed=seed)
 
 
 def end_of_sequence_ids(model_directory: Path) -> tuple[int, ...]:

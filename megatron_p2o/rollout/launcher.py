@@ -6,8 +6,8 @@ list nor in the environment of its children:
     {"parent_pid": 1234, "scratch": "/tmp/...", "arguments": {"model_path": ..., "api_key": ..., ...}}
 
 `scratch` is the private temporary directory of the server; `arguments` are fields of SGLang's ServerArgs. Of this
-package only this file, `rollout.weight_loader` and, on the CPU, `rollout.cpu_attention` run in that process, and sglang
-is imported nowhere else.
+package only this file, `rollout.weight_loader` and, on the CPU, `rollout.cpu_attention` and `rollout.cpu_determinism`
+run in that process, and sglang is imported nowhere else.
 """
 
 import difflib

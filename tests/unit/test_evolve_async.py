@@ -22,6 +22,7 @@ from megatron_p2o.evolve.reflection import ReflectionRefused, ReflectionRequest,
 from megatron_p2o.evolve.reflectors import Reflector
 from megatron_p2o.evolve.round import RoundSpec
 from megatron_p2o.evolve.split import Split
+from megatron_p2o.seeds import seed_of
 from megatron_p2o.testing.evolution import (
     FILLER_PHRASES,
     KEY_PHRASES,
@@ -421,7 +422,7 @@ def test_plain_control_solves_what_as_many_plain_samples_solve(tmp_path: Path) -
     lucky = 0
     for key in dev:
         num_evaluations = sum(task.requests[text, key, 0.0, 0] for text in texts)
-        draws = [task.answer("", key, 0.6, sample) for sample in range(num_evaluations)]
+        draws = [task.answer("", key, 0.6, seed_of(f"control/{draw}")) for draw in range(num_evaluations)]
         lucky += any(isinstance(answer, Evaluation) and answer.reward == 1.0 for answer in draws)
     assert 0 < lucky < len(dev)
     assert stats.plain_coverage == pytest.approx(lucky / len(dev))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = (ROOT, ROOT / "kernels")
 """Folders whose packages are importable by name."""
 
-CONTRACT = tuple(f"megatron_p2o.{name}" for name in ("types", "config", "interfaces", "files", "processes"))
+CONTRACT = tuple(f"megatron_p2o.{name}" for name in ("types", "config", "interfaces", "files", "processes", "seeds"))
 """What everybody may see."""
 
 ROOMS = ("policy", "rollout", "rewards", "evolve", "data", "metrics")
@@ -24,6 +24,7 @@ ALLOWED = {
     "megatron_p2o.interfaces": ("megatron_p2o.types",),
     "megatron_p2o.files": (),
     "megatron_p2o.processes": (),
+    "megatron_p2o.seeds": (),
     "megatron_p2o.config_source": ("megatron_p2o.config",),
     "megatron_p2o.config_file": ("megatron_p2o.config", "megatron_p2o.config_source"),
     "megatron_p2o.rl": (*CONTRACT, "p2o_kernels"),

@@ -1,0 +1,97 @@
+"""What an engine on the CPU answers depends on the prompt, its seed and the weights: not on time or company."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.rollout.engine import SglangEngine, own_sampling, start_engines
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
+
+pytestmark = pytest.mark.slow
+
+WAIT_S = 120
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=100, seed=7)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngine]:
+    config = Config(
+        run=RunConfig(name="test"),
+        model=ModelConfig(path=str(model_path), dtype="float32"),
+        data=DataConfig(train="unused"),
+        rollout=RolloutConfig(max_running_requests=64, max_total_tokens=32768, request_timeout_s=WAIT_S),
+        # Prompts are cut across chunks, at places that depend on what else is prefilled.
+        sglang={"chunked_prefill_size": 150},
+    )
+    with start_engines(config, tmp_path_factory.mktemp("run")) as started:
+        yield started
+
+
+def prompt(problem: str, length: int) -> Prompt:
+    """Return a prompt whose first half it shares with all others, as problems under one template do."""
+    shared = np.random.default_rng(0).integers(3, 99, length // 2)
+    own = np.random.default_rng([length, *problem.encode()]).integers(3, 99, length - length // 2)
+    ids = np.concatenate([shared, own]).astype(np.int32)
+    return Prompt(
+        problem=Problem(id=problem, question="", answer=""), template=PLAIN, sampling_ids=ids, training_ids=ids
+    )
+
+
+def sample(engine: SglangEngine, prompts: Sequence[Prompt], sampling: SamplingParams = SAMPLING) -> list[Completion]:
+    answers = dict(engine.generate(prompts, sampling))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def assert_equal_bits(ours: Completion, theirs: Completion) -> None:
+    np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+    assert ours.logprobs.tobytes() == theirs.logprobs.tobytes()
+
+
+def test_a_rollout_is_the_same_alone_in_company_and_after_a_pause(engine: SglangEngine, model_path: Path) -> None:
+    asked = [prompt("a", 20), prompt("b", 63), prompt("b", 63), prompt("c", 140), prompt("d", 331)]
+    alone = [
+        sample(engine, asked[:1])[0],
+        *sample(engine, asked[1:3]),
+        *(sample(engine, [one])[0] for one in asked[3:]),
+    ]
+    assert max(len(completion.token_ids) for completion in alone) > 64
+    assert not np.array_equal(alone[1].token_ids, alone[2].token_ids), "siblings have seeds of their own"
+
+    others = [prompt(f"other {number}", 16 + 3 * number) for number in range(64)]
+    mixed = [*others[:32], *asked, *others[32:]]
+    for ours, theirs in zip(sample(engine, mixed)[32 : 32 + len(asked)], alone, strict=True):
+        assert_equal_bits(ours, theirs)
+
+    # A refresh in mid-generation takes the keys away and empties the prefix cache; the weights are what they were.
+    futures = [
+        engine.broker.submit(one, own, priority="evolution")
+        for one, own in zip(mixed, own_sampling(mixed, SAMPLING), strict=True)
+    ]
+    engine.refresh(load_file(model_path / "model.safetensors").items(), version=1)
+    paused = [future.result(WAIT_S) for future in futures]
+    assert any(completion.weight_versions == (0, 1) for completion in paused)
+    for ours, theirs in zip(paused[32 : 32 + len(asked)], alone, strict=True):
+        assert_equal_bits(ours, theirs)
+
+
+def test_another_seed_gives_another_rollout_and_tokens_follow_their_probabilities(engine: SglangEngine) -> None:
+    asked = [prompt("a", 20)] * 512
+    first = sample(engine, asked, SamplingParams(temperature=1.0, max_new_tokens=1, seed=1))
+    second = sample(engine, asked, SamplingParams(temperature=1.0, max_new_tokens=1, seed=2))
+    tokens = np.array([[int(one.token_ids[0]) for one in batch] for batch in (first, second)])
+    assert (tokens[0] != tokens[1]).mean() > 0.5
+    probability = {int(one.token_ids[0]): float(np.exp(one.logprobs[0])) for one in (*first, *second)}
+    likeliest = max(probability, key=probability.__getitem__)
+    expected = probability[likeliest]
+    # Five standard deviations of 1024 draws; seeds are fixed, so this cannot fail by chance.
+    assert abs((tokens == likeliest).mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / tokens.size)
