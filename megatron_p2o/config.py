@@ -134,6 +134,8 @@ class HardConfig:
     that a problem loses its templates as soon as they work."""
     min_problems: int = 100
     """Fewer hard problems in an epoch: no evolution, the next epoch asks everything plainly."""
+    forgotten_alarm: float = 0.25
+    """Warn when more than this share of the mastered problems of a step, if they are at least ten, fails plainly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """What happens around the steps of a run: numbers, rollouts, ledger, evaluations and checkpoints."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,23 @@ from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
-from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, library_metrics, phase_metrics, step_metrics
+from megatron_p2o.metrics.step import (
+    epoch_metrics,
+    evaluation_metrics,
+    forgotten_metrics,
+    library_metrics,
+    phase_metrics,
+    step_metrics,
+)
 from megatron_p2o.metrics.values import Last, Mean, MetricValue
-from megatron_p2o.rl.hard_samples import HardSampleLedger, ledger_entry
+from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
 from megatron_p2o.run_state import LedgerFile, RunState, StopRequest, save_checkpoint
 from megatron_p2o.types import PLAIN, Group, Problem, Template
+
+logger = logging.getLogger(__name__)
+
+MIN_MASTERED = 10
+"""Mastered problems in a step below which their failures are no alarm."""
 
 RoundStatistics = Mapping[str, float]
 """Numbers of the last evolution round by name; empty when none ran since they were last asked for."""
@@ -82,9 +95,10 @@ class RunObserver:
         now = time.monotonic()
         seconds = {**self._clock.take(), "step": now - self._last_end}
         of_engines = {name: Last(value) for name, value in self._engine_metrics().items()}
-        metrics = {**step_metrics(result.groups, result.reports, seconds), **of_engines}
-        self._files.metrics.write(state.step, state.epoch, metrics)
-        self._files.ledger.append([ledger_entry(group, state.epoch, state.step) for group in result.groups])
+        entries = [ledger_entry(group, state.epoch, state.step) for group in result.groups]
+        metrics = {**step_metrics(result.groups, result.reports, seconds), **self._forgotten(state, entries)}
+        self._files.metrics.write(state.step, state.epoch, {**metrics, **of_engines})
+        self._files.ledger.append(entries)
         self._observe_groups(result.groups)
         self._note_library(state, {})
         self._num_rollouts_train += sum(len(group.rollouts) for group in result.groups)
@@ -95,6 +109,18 @@ class RunObserver:
         if _is_due(state.step, self._config.schedule.save_every_steps):
             self.save(state)
         self._last_end = time.monotonic()
+
+    def _forgotten(self, state: TrainState, entries: Sequence[LedgerEntry]) -> Mapping[str, MetricValue]:
+        """Measure, and warn of, problems whose plain success is gone (see `HardSampleLedger.forgotten`)."""
+        num_forgotten, num_mastered = self.ledger.forgotten(entries)
+        alarm = self._config.hard.forgotten_alarm
+        if num_mastered >= MIN_MASTERED and num_forgotten > alarm * num_mastered:
+            logger.warning(
+                "step %d: %d of %d mastered problems fail without a template, more than hard.forgotten_alarm=%g: raise "
+                "assignment.num_plain, lower optimizer.lr, or go back to an earlier checkpoint",
+                *(state.step, num_forgotten, num_mastered, alarm),
+            )
+        return forgotten_metrics(num_forgotten, num_mastered)
 
     def on_epoch(self, state: TrainState, hard: Sequence[Problem]) -> None:
         self._note_library(state, {**epoch_metrics(hard), **phase_metrics(self._clock.take())})

@@ -169,6 +169,7 @@ def health_section(runs: Sequence[Run], styles: Styles) -> Html:
         ("train/grad_norm", "Gradient norm", "Before clipping, mean over the optimizer steps.", "number"),
         ("train/entropy_mean", "Entropy", "Nats per trained token.", "number"),
         ("train/ratio_mask_kept_share", "Context-ratio mask", "Templated tokens that keep their gradient.", "share"),
+        ("hard/forgotten_share", "Forgotten problems", "Mastered before, failed by every plain try now.", "share"),
         ("train/clipped_share", "Clipped tokens", "Share of the trained tokens.", "share"),
         ("rollout/zero_advantage_groups_share", "Groups without gradient", "Every advantage is zero.", "share"),
         ("rollout/response_tokens_mean", "Response length", "Mean tokens per rollout.", "number"),

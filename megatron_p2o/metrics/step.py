@@ -9,6 +9,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     rollout/truncated_share             rollouts
     train/ratio_mask_kept_share         response tokens of templated rollouts in the pack
     train/clipped_share, *_mean         response tokens in the pack
+    hard/forgotten_share                problems of the step that were mastered: solved plainly at least half the time
     mismatch/*_mean                     response tokens of plain rollouts in the pack: engine and trainer, same prompt
 """
 
@@ -99,6 +100,11 @@ def speed_metrics(
 def phase_metrics(seconds: Mapping[str, float]) -> dict[str, MetricValue]:
     """Return `perf/<phase>_s` for each phase."""
     return {f"perf/{phase}_s": Sum(duration) for phase, duration in seconds.items()}
+
+
+def forgotten_metrics(num_forgotten: int, num_mastered: int) -> dict[str, MetricValue]:
+    """Return the share of a step's mastered problems that no plain rollout solved any more."""
+    return {"hard/forgotten_share": Mean(num_forgotten, num_mastered)}
 
 
 def epoch_metrics(hard: Sequence[Problem]) -> dict[str, MetricValue]:

@@ -6,6 +6,9 @@ from typing import Literal
 
 from megatron_p2o.types import Group, Problem
 
+MASTERED_RATE = 0.5
+"""Plain success rate from which a problem counts as mastered."""
+
 
 def hard_problems(groups: Iterable[Group], max_solved: int, counted: Literal["plain", "all"]) -> list[Problem]:
     """Return the problems of which at most `max_solved` rollouts in a full group were correct.
@@ -81,6 +84,19 @@ class HardSampleLedger:
             tries = tries / 2 + entry.plain_tries
             solved = solved / 2 + entry.plain_solved
         return solved / tries if tries else 0.0
+
+    def forgotten(self, entries: Iterable[LedgerEntry]) -> tuple[int, int]:
+        """Return (forgotten, asked): of the problems in `entries`, which are not recorded yet, how many were mastered.
+
+        Mastered is solved plainly at least half of the time so far; forgotten is mastered and failed by every plain
+        try of the entry. Many at once say that the plain behaviour collapses while templates may still succeed.
+        """
+        mastered = [
+            entry
+            for entry in entries
+            if entry.plain_tries and self.plain_success_rate(entry.problem_id) >= MASTERED_RATE
+        ]
+        return sum(entry.plain_solved == 0 for entry in mastered), len(mastered)
 
     def internalised(self) -> list[str]:
         """Return the problems first solved only through a template and solved plainly later, in order of id."""

@@ -1,5 +1,6 @@
 """Hard problems and the ledger against counts made by hand."""
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -137,6 +138,18 @@ def test_internalised_is_solved_by_a_template_first_and_plainly_later() -> None:
     assert not is_internalised(failed, crutch)
     assert not is_internalised(failed, entry(2, plain=(6, 1)), crutch)
     assert not is_internalised(entry(1, plain=(2, 1), templated=(4, 4)), entry(2, plain=(6, 6)))
+
+
+def test_forgotten_is_mastered_before_and_failed_by_every_plain_try_now() -> None:
+    def one(problem_id: str, plain: tuple[int, int], templated: tuple[int, int] = (0, 0)) -> LedgerEntry:
+        return replace(entry(2, plain=plain, templated=templated), problem_id=problem_id)
+
+    before = [one("mastered", (4, 4)), one("half", (4, 2)), one("poor", (4, 1)), one("templated", (0, 0), (4, 4))]
+    ledger = HardSampleLedger(before)
+    assert ledger.forgotten([one("mastered", (4, 0)), one("half", (4, 0))]) == (2, 2)
+    assert ledger.forgotten([one("mastered", (4, 1)), one("half", (4, 0))]) == (1, 2)
+    assert ledger.forgotten([one("poor", (4, 0)), one("templated", (4, 0)), one("new", (4, 0))]) == (0, 0)
+    assert ledger.forgotten([one("mastered", (0, 0), (4, 0))]) == (0, 0), "not asked plainly this time"
 
 
 def test_a_ledger_rebuilt_from_its_entries_is_the_same() -> None:
