@@ -84,7 +84,7 @@ class RolloutConfig:
     top_p: float = 1.0
     max_new_tokens: int = 12288
     num_engines: int = 1
-    """SGLang servers."""
+    """SGLang servers of the run, spread evenly over its nodes."""
     tensor_parallel: int = 1
     """Ranks per server."""
     max_running_requests: int = 256

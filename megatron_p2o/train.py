@@ -38,6 +38,7 @@ from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
 from megatron_p2o.processes import end_with_parent
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import start_engines
+from megatron_p2o.rollout.remote import AgentAddress, meet_agents
 from megatron_p2o.run_state import (
     POLICY_FOLDER,
     LedgerFile,
@@ -73,13 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, run_dir = load_config(options.config), options.config.parent
     sys.excepthook = partial(report_error, run_dir)
     policy = build_policy(config, run_dir)
+    agents = meet_agents(config, options.config)
     if not policy.is_conductor:
         policy.serve()
         return 0
     checkpoint = options.checkpoint or (None if options.evaluate else latest_checkpoint(run_dir))
     with ExitStack() as stack:
         stack.callback(policy.close)
-        conductor = Conductor(config, run_dir, policy, checkpoint, stack)
+        conductor = Conductor(config, run_dir, policy, checkpoint, agents, stack)
         if options.evaluate:
             conductor.evaluate()
         else:
@@ -127,12 +129,18 @@ class Conductor:
     """Rank 0 of a run: owns the engines, the grader and evolution through the exit stack it is given."""
 
     def __init__(
-        self, config: Config, run_dir: Path, policy: MegatronPolicy, checkpoint: Path | None, stack: ExitStack
+        self,
+        config: Config,
+        run_dir: Path,
+        policy: MegatronPolicy,
+        checkpoint: Path | None,
+        agents: Sequence[AgentAddress],
+        stack: ExitStack,
     ) -> None:
         self.config, self.run_dir, self.policy = config, run_dir, policy
         self.inputs = load_inputs(config)
         self.resumed = read_state(checkpoint) if checkpoint else None
-        self.engine = stack.enter_context(start_engines(config, run_dir))
+        self.engine = stack.enter_context(start_engines(config, run_dir, agents))
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)
         self.evolution = self._start_evolution(stack) if config.evolution.enabled else None

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import numpy as np
 
+from megatron_p2o.rollout.staging import MemoryAddress, StagingBuffer
 from megatron_p2o.types import FinishReason, Logprobs, SamplingParams, TokenIds
+
+GONE = 502
+"""Status with which a node's agent says that the engine behind it is gone; SGLang has no use for it."""
 
 
 class EngineUnreachable(RuntimeError):
@@ -31,21 +35,41 @@ class Generation:
     """Oldest first."""
 
 
+class Mirror(Protocol):
+    """Copies of the trainer's buckets on another machine."""
+
+    async def place(self, bucket: StagingBuffer) -> MemoryAddress:
+        """Return where the bucket lies there, after bringing it there.
+
+        Raises:
+            EngineUnreachable, TimeoutError
+        """
+        ...
+
+
 class EngineClient:
     """HTTP client of one server. Create and use it on one event loop."""
 
     def __init__(
-        self, base_url: str, api_key: str, admin_key: str, stop_token_ids: Sequence[int], answer_timeout_s: float
+        self,
+        base_url: str,
+        api_key: str,
+        admin_key: str,
+        stop_token_ids: Sequence[int],
+        answer_timeout_s: float,
+        mirror: Mirror | None = None,
     ) -> None:
         """Args:
         stop_token_ids: end-of-sequence ids of the model.
         answer_timeout_s: longest wait for the answer to anything but a generation.
+        mirror: of an engine on another machine, where it finds the weights.
         """
         self._base_url = base_url
         self._user = {"Authorization": f"Bearer {api_key}"}
         self._admin = {"Authorization": f"Bearer {admin_key}"}
         self._stop_token_ids = list(stop_token_ids)
         self._answer_timeout_s = answer_timeout_s
+        self._mirror = mirror
         # The broker bounds the requests in flight; the connector must not bound them a second time.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
@@ -97,6 +121,10 @@ class EngineClient:
         """Go on with the requests that `pause` stopped."""
         await self._post("/continue_generation", {}, self._admin, self._answer_timeout_s)
 
+    async def place(self, bucket: StagingBuffer) -> MemoryAddress:
+        """Return where the engine finds a bucket of weights, after bringing it there."""
+        return bucket.address if self._mirror is None else await self._mirror.place(bucket)
+
     async def begin_weight_update(self) -> None:
         await self._update("/begin_weight_update", {})
 
@@ -136,6 +164,8 @@ class EngineClient:
         limit = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(method, url, json=request, headers=headers, timeout=limit) as response:
+                if response.status == GONE:
+                    raise EngineUnreachable(f"{url}: {await response.text()}")
                 if response.status != 200:
                     raise EngineRefused(f"{url}: {response.status} {(await response.text())[:500]}")
                 return await response.json(content_type=None) if response.content_type == "application/json" else None

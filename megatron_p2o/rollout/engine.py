@@ -4,13 +4,13 @@ import json
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 
@@ -18,37 +18,14 @@ from megatron_p2o.config import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.rollout.broker import Broker
 from megatron_p2o.rollout.client import EngineClient
+from megatron_p2o.rollout.remote import AgentAddress, NodeMirror, RemoteServer
 from megatron_p2o.rollout.requests import NOBODY
 from megatron_p2o.rollout.server import EngineServer, Server
+from megatron_p2o.rollout.server_arguments import EnginePlace, engine_log, engine_places, server_arguments, start_server
 from megatron_p2o.rollout.supervisor import Supervisor, stop_all
-from megatron_p2o.rollout.weight_message import LOAD_FORMAT
 from megatron_p2o.rollout.weight_sync import WeightSync
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Completion, Prompt, SamplingParams
-
-CPU_ARGUMENTS: Mapping[str, Any] = {
-    "device": "cpu",
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "mem_fraction_static": 0.3,
-    "disable_overlap_schedule": True,  # there is no device whose work could hide the scheduler's
-    "sleep_on_idle": True,  # an idle scheduler would otherwise spin on a core that the trainer needs
-}
-"""Of a server on a machine without CUDA; `sglang` in the configuration wins."""
-
-CPU_KV_TOKENS = 65536
-"""KV cache on a machine without CUDA when `rollout.max_total_tokens` is not set: SGLang would take 30 % of memory."""
-
-DECIDED_BY: Mapping[str, str] = {
-    "model_path": "model.path",
-    "dtype": "model.dtype",
-    "tp_size": "rollout.tensor_parallel",
-    "max_running_requests": "rollout.max_running_requests",
-    "max_total_tokens": "rollout.max_total_tokens",
-    "random_seed": "run.seed",
-    "enable_deterministic_inference": "rollout.deterministic",
-}
-"""Server arguments that other settings decide."""
 
 
 class RolloutStalled(RuntimeError):
@@ -62,8 +39,14 @@ class SglangEngine:
     are sent again, to the other engines at once.
     """
 
-    def __init__(self, config: Config, run_dir: Path, servers: Sequence[Server]) -> None:
-        """Take ownership of `servers`, all of them ready."""
+    def __init__(
+        self, config: Config, run_dir: Path, servers: Sequence[Server], restart: Callable[[str, int], Server]
+    ) -> None:
+        """Take ownership of `servers`, all of them ready.
+
+        Args:
+            restart: starts a server in the place of one, given its name and how many restarts that makes in the run.
+        """
         rollout = config.rollout
         self._config = config
         self._run_dir = run_dir
@@ -88,7 +71,7 @@ class SglangEngine:
         )
         self._supervisor = Supervisor(
             servers,
-            start=lambda name, restart: start_server(config, run_dir, int(name.split()[-1]), restart),
+            start=restart,
             join=self._join,
             lose=self.broker.lose_engine,
             give_up=self.broker.suspend,
@@ -158,7 +141,8 @@ class SglangEngine:
 
     def start_reflection_server(self) -> tuple[str, str]:
         """Serve the frozen initial policy; see `start_reflection_server`. It ends with this engine."""
-        server = start_reflection_server(self._config, self._run_dir)
+        num_engines_here = sum(server.mirror is None for server in self._supervisor.servers)
+        server = start_reflection_server(self._config, self._run_dir, num_engines_here)
         self._reflection_servers.append(server)
         return f"{server.base_url}/v1", server.api_key
 
@@ -185,6 +169,7 @@ class SglangEngine:
             server.admin_key,
             self._stop_token_ids,
             self._config.rollout.stall_timeout_s,
+            server.mirror,
         )
 
     def __enter__(self) -> Self:
@@ -196,36 +181,38 @@ class SglangEngine:
         self.close()
 
 
-def start_engines(config: Config, run_dir: Path) -> SglangEngine:
+def start_engines(config: Config, run_dir: Path, agents: Sequence[AgentAddress] = ()) -> SglangEngine:
     """Start `rollout.num_engines` servers of `model.path` at version 0 and wait for all of them.
 
     Logs go to `run_dir`/engines.
+
+    Args:
+        agents: of the other nodes that get engines, in order.
 
     Raises:
         ValueError: `sglang` holds an unknown argument, or one that another setting decides.
         EngineStartFailed: a server died or took too long; the message ends with its log.
     """
+    places = {f"engine {place.index}": place for place in engine_places(config.rollout.num_engines, 1 + len(agents))}
+    mirrors = [NodeMirror(address, config.rollout.stall_timeout_s) for address in agents]
+
+    def start(name: str, restart: int) -> Server:
+        place = places[name]
+        if place.node == 0:
+            return start_server(config, run_dir, place, restart)
+        log_path = engine_log(run_dir, place, restart)
+        return RemoteServer(agents[place.node - 1], place, restart, log_path, mirrors[place.node - 1])
+
     servers: list[Server] = []
     try:
-        for index in range(config.rollout.num_engines):
-            servers.append(start_server(config, run_dir, index, restart=0))
+        for name in places:
+            servers.append(start(name, 0))
         for server in servers:
             server.wait_until_ready(config.rollout.startup_timeout_s)
-        return SglangEngine(config, run_dir, servers)
+        return SglangEngine(config, run_dir, servers, start)
     except BaseException:
         stop_all(servers)
         raise
-
-
-def start_server(config: Config, run_dir: Path, index: int, restart: int) -> EngineServer:
-    """Start engine `index` without waiting for it. A restarted one has a log of its own: the last one says what failed.
-
-    Raises:
-        ValueError: `sglang` holds an argument that another setting decides.
-    """
-    name = f"engine-{index}" + (f".restart-{restart}" if restart else "")
-    arguments = server_arguments(config, index, torch.cuda.device_count())
-    return EngineServer(f"engine {index}", arguments, run_dir / "engines" / f"{name}.log")
 
 
 def longest_silence_s(rollout: RolloutConfig) -> float:
@@ -235,54 +222,18 @@ def longest_silence_s(rollout: RolloutConfig) -> float:
     return 2 * rollout.request_timeout_s + restarts_s + 60
 
 
-def start_reflection_server(config: Config, run_dir: Path) -> EngineServer:
+def start_reflection_server(config: Config, run_dir: Path, num_engines_here: int) -> EngineServer:
     """Start a server of the initial policy with its tokenizer and wait for it; the caller must `stop` it.
 
     It speaks OpenAI's chat completions at `base_url`/v1 for the bearer of `api_key`, and its weights never change.
+    `num_engines_here`: engines on this machine, whose GPUs it leaves alone while there are others.
     """
-    arguments = server_arguments(config, config.rollout.num_engines, torch.cuda.device_count())
+    place = EnginePlace(index=config.rollout.num_engines, node=0, slot=num_engines_here)
+    arguments = server_arguments(config, place, torch.cuda.device_count())
     arguments["skip_tokenizer_init"] = False
     server = EngineServer("reflection server", arguments, run_dir / "engines" / "reflection.log")
     server.wait_until_ready(config.rollout.startup_timeout_s)
     return server
-
-
-def server_arguments(config: Config, index: int, num_gpus: int) -> dict[str, Any]:
-    """Return the ServerArgs of engine `index` on a machine with `num_gpus`; 0 means that it serves on the CPU.
-
-    Engines take the GPUs in turn, and share them when there are more ranks than GPUs.
-
-    Raises:
-        ValueError: `sglang` holds an argument that another setting decides.
-    """
-    given = {name.replace("-", "_"): value for name, value in config.sglang.items()}
-    for name, setting in DECIDED_BY.items():
-        if name in given:
-            raise ValueError(f"sglang.{name} is decided by {setting}: set that instead")
-    rollout = config.rollout
-    machine = {"base_gpu_id": index * rollout.tensor_parallel % num_gpus} if num_gpus else CPU_ARGUMENTS
-    return {
-        **machine,
-        "skip_tokenizer_init": True,
-        "grammar_backend": "none",
-        "log_level_http": "warning",
-        **given,
-        "model_path": config.model.path,
-        "dtype": config.model.dtype,
-        "tp_size": rollout.tensor_parallel,
-        "max_running_requests": rollout.max_running_requests,
-        "max_total_tokens": rollout.max_total_tokens or (None if num_gpus else CPU_KV_TOKENS),
-        "random_seed": config.run.seed + index,
-        "custom_weight_loader": [LOAD_FORMAT],
-        "weight_version": "0",
-        "enable_deterministic_inference": is_deterministic(config, num_gpus),
-    }
-
-
-def is_deterministic(config: Config, num_gpus: int) -> bool:
-    """Return `rollout.deterministic`; unless it says so, engines are deterministic where they serve on the CPU."""
-    setting = config.rollout.deterministic
-    return num_gpus == 0 if setting is None else setting
 
 
 def own_sampling(prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[SamplingParams]:

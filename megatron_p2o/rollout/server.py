@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from megatron_p2o.rollout.client import Mirror
 from megatron_p2o.rollout.launcher import EXIT_BAD_ARGUMENT, shared_memory_of
 
 HOST = "127.0.0.1"
@@ -76,6 +77,11 @@ class Server(Protocol):
         """Opens the weight routes."""
         ...
 
+    @property
+    def mirror(self) -> Mirror | None:
+        """Brings weights to the machine of the server; None when that is the trainer's."""
+        ...
+
     def is_alive(self) -> bool:
         """Return whether the server process runs."""
         ...
@@ -116,6 +122,7 @@ class EngineServer:
         """Opens /generate and the OpenAI routes."""
         self.admin_key = secrets.token_urlsafe(32)
         """Opens the weight routes."""
+        self.mirror: Mirror | None = None
         self._port = reserve_port()
         self.base_url = f"http://{HOST}:{self._port.getsockname()[1]}"
         self._scratch = Path(tempfile.mkdtemp(prefix="p2o-engine-"))

@@ -137,7 +137,7 @@ class WeightSync:
         for index, bucket in enumerate(self._filled):
             if verify:
                 bucket.add_checksums()
-            await client.update_weights(self._payloads(bucket, index, verify), LOAD_FORMAT, False)
+            await self._update(client, bucket, index, verify)
         path = self._reports / f"{name.replace(' ', '-')}.restore-{self._version}"
         await self._finish(client, path, verify)
         complaint = complaint_of(self._take_reports(path))
@@ -156,10 +156,9 @@ class WeightSync:
         self._num_filled = 0
         loading: Future[dict[str, None]] | None = None
         for index, bucket in enumerate(self._filled_buckets(weights, verify)):
-            payloads = self._payloads(bucket, index, verify)
             if loading is not None:
                 self._stall(loading)
-            loading = self._send(payloads)
+            loading = self._send(bucket, index, verify)
             self._num_filled += 1
         if loading is not None:
             self._stall(loading)
@@ -231,15 +230,17 @@ class WeightSync:
                 return
             yield item
 
-    def _payloads(self, bucket: StagingBuffer, index: int, verify: bool) -> list[str]:
-        """Return what each rank of an engine is sent."""
-        return [serialize(bucket.message(index, verify))] * self._num_ranks
-
-    def _send(self, payloads: Sequence[str]) -> Future[dict[str, None]]:
+    def _send(self, bucket: StagingBuffer, index: int, verify: bool) -> Future[dict[str, None]]:
         async def update(name: str, client: EngineClient) -> None:
-            await client.update_weights(payloads, LOAD_FORMAT, False)
+            await self._update(client, bucket, index, verify)
 
         return self._fleet.call_every_engine(update)
+
+    async def _update(self, client: EngineClient, bucket: StagingBuffer, index: int, verify: bool) -> None:
+        """Have an engine load a bucket; every rank of it gets the same message."""
+        address = await client.place(bucket)
+        payload = serialize(bucket.message(index, address, verify))
+        await client.update_weights([payload] * self._num_ranks, LOAD_FORMAT, False)
 
     async def _finish(self, client: EngineClient, path: Path, verify: bool) -> None:
         """Have every rank of the engine write its report to `path`.rank, and forget what it cached of old weights."""

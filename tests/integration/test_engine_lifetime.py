@@ -72,7 +72,7 @@ config = Config(
     data=DataConfig(train="unused"),
     rollout=RolloutConfig(max_running_requests=8, max_total_tokens=4096, startup_timeout_s=300),
 )
-server = start_reflection_server(config, Path(sys.argv[2]))
+server = start_reflection_server(config, Path(sys.argv[2]), num_engines_here=0)
 print(json.dumps({"url": server.base_url + "/v1", "key": server.api_key, "pid": server.pid}), flush=True)
 time.sleep(600)
 """

@@ -1,10 +1,14 @@
-"""The rollout engine on real SGLang servers. One pair of servers serves all tests; the last test ends them."""
+"""The rollout engine on real SGLang servers. One pair of servers serves all tests; the last test ends them.
+
+The second of the pair is on another node, as far as the run can tell: behind that node's agent.
+"""
 
 import base64
 import json
 import os
 import pickle
 import signal
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -19,9 +23,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config_file import dump_config
 from megatron_p2o.rollout.broker import Broker, EnginesLost
 from megatron_p2o.rollout.client import EngineClient
 from megatron_p2o.rollout.engine import SglangEngine, end_of_sequence_ids, start_engines
+from megatron_p2o.rollout.remote import ADDRESS_VARIABLE, AgentAddress, start_agent
 from megatron_p2o.rollout.weight_sync import RefreshFailed
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
@@ -64,8 +70,19 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(model_path: Path, run_dir: Path) -> Iterator[SglangEngine]:
-    with start_engines(config_of(model_path), run_dir) as started:
+def agent(model_path: Path, run_dir: Path) -> Iterator[tuple["subprocess.Popen[bytes]", AgentAddress]]:
+    (run_dir / "config.yaml").write_text(dump_config(config_of(model_path)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ADDRESS_VARIABLE, "127.0.0.2")
+        process, address = start_agent(run_dir / "config.yaml", node_rank=1, head_address="127.0.0.1")
+    with process:
+        yield process, address
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def engine(model_path: Path, run_dir: Path, agent: tuple[Any, AgentAddress]) -> Iterator[SglangEngine]:
+    with start_engines(config_of(model_path), run_dir, [agent[1]]) as started:
         yield started
 
 
@@ -225,7 +242,7 @@ def test_weights_that_change_on_the_way_are_not_served_until_a_good_refresh(
 ) -> None:
     def damaged_in_transit() -> Iterator[tuple[str, torch.Tensor]]:
         yield from trainer.state_dict().items()
-        engine._sync._buckets[0]._bytes[5] ^= 1
+        engine._sync._buckets[0].content[5] ^= 1
 
     with pytest.raises(RefreshFailed, match=r"1 weights that differ from the trainer's: model\.embed_tokens\.weight"):
         engine.refresh(damaged_in_transit(), versions.current + 1)
@@ -274,12 +291,14 @@ class FloatTensor:
         return torch.FloatTensor, (self._values,)
 
 
-def test_nobody_without_the_keys_samples_or_changes_weights(engine: SglangEngine, run_dir: Path) -> None:
-    server = engine._supervisor.servers[0]
+def test_nobody_without_the_keys_samples_or_changes_weights(
+    engine: SglangEngine, run_dir: Path, agent: tuple["subprocess.Popen[bytes]", AgentAddress]
+) -> None:
+    server, remote = engine._supervisor.servers
 
-    def status(path: str, key: str | None) -> int:
+    def status(path: str, key: str | None, url: str = server.base_url) -> int:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        request = urllib.request.Request(server.base_url + path, json.dumps({"input_ids": [5]}).encode(), headers)
+        request = urllib.request.Request(url + path, json.dumps({"input_ids": [5]}).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=WAIT_S) as response:
                 return response.status
@@ -289,11 +308,19 @@ def test_nobody_without_the_keys_samples_or_changes_weights(engine: SglangEngine
     assert status("/generate", None) == status("/generate", "wrong") == 401
     assert status("/begin_weight_update", server.api_key) == 401
     assert status("/generate", server.api_key) == 200
-    keys = (server.api_key, server.admin_key)
-    log = (run_dir / "engines" / "engine-0.log").read_text()
-    family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    exposed = [log, *(" ".join(member.cmdline()) for member in family), *(str(member.environ()) for member in family)]
+    assert status("/generate", None, remote.base_url) == status("/generate", server.admin_key, remote.base_url) == 401
+    assert status("/generate", remote.api_key, remote.base_url) == 200
+    process, address = agent
+    keys = (server.api_key, server.admin_key, address.key)
+    family = [psutil.Process(pid) for pid in (server.pid, remote.pid, process.pid)]
+    family += [child for member in list(family) for child in member.children(recursive=True)]
+    logs = [path.read_text() for path in (run_dir / "engines").glob("*.log")]
+    assert len(logs) == 3
+    exposed = [*logs, *(" ".join(member.cmdline()) for member in family), *(str(member.environ()) for member in family)]
     assert not [key for key in keys for text in exposed if key in text]
+    listening = [c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert set(listening) <= {"127.0.0.1", "127.0.0.2", "::"}, "torch's store, inside SGLang, listens everywhere"
+    assert listening.count("127.0.0.2") == 1, "only the agent is there for other nodes"
 
 
 def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(

@@ -10,9 +10,12 @@ import pytest
 
 from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.rollout.client import parse_generation
-from megatron_p2o.rollout.engine import end_of_sequence_ids, server_arguments
+from megatron_p2o.rollout.engine import end_of_sequence_ids
 from megatron_p2o.rollout.launcher import check_names
 from megatron_p2o.rollout.server import CPU_SITE, EngineServer, engine_environment, reserve_port
+from megatron_p2o.rollout.server_arguments import EnginePlace, engine_places, server_arguments
+
+PLACE = EnginePlace(index=1, node=0, slot=1)
 
 
 def config_with(sglang: dict | None = None, **rollout) -> Config:
@@ -27,7 +30,7 @@ def config_with(sglang: dict | None = None, **rollout) -> Config:
 
 def test_server_arguments_follow_the_settings() -> None:
     arguments = server_arguments(
-        config_with({"chunked-prefill-size": 64}, max_running_requests=32, max_total_tokens=999), 1, num_gpus=0
+        config_with({"chunked-prefill-size": 64}, max_running_requests=32, max_total_tokens=999), PLACE, num_gpus=0
     )
     assert arguments["model_path"] == "/models/policy"
     assert arguments["dtype"] == "float32"
@@ -39,21 +42,39 @@ def test_server_arguments_follow_the_settings() -> None:
 
 
 def test_engines_on_gpus_follow_each_other() -> None:
-    arguments = server_arguments(config_with(tensor_parallel=2), 3, num_gpus=8)
+    arguments = server_arguments(config_with(tensor_parallel=2), EnginePlace(index=11, node=1, slot=3), num_gpus=8)
     assert arguments["base_gpu_id"] == 6
     assert arguments["tp_size"] == 2
     assert "device" not in arguments
     assert arguments["max_total_tokens"] is None
-    assert server_arguments(config_with(tensor_parallel=2), 4, num_gpus=8)["base_gpu_id"] == 0
+    fifth = EnginePlace(index=12, node=1, slot=4)
+    assert server_arguments(config_with(tensor_parallel=2), fifth, num_gpus=8)["base_gpu_id"] == 0
+
+
+@pytest.mark.parametrize(
+    ("num_engines", "num_nodes", "nodes", "slots"),
+    [
+        (1, 1, [0], [0]),
+        (1, 4, [0], [0]),
+        (2, 4, [0, 1], [0, 0]),
+        (4, 2, [0, 0, 1, 1], [0, 1, 0, 1]),
+        (5, 2, [0, 0, 0, 1, 1], [0, 1, 2, 0, 1]),
+    ],
+)
+def test_engines_are_spread_over_the_nodes(num_engines: int, num_nodes: int, nodes: list, slots: list) -> None:
+    places = engine_places(num_engines, num_nodes)
+    assert [place.index for place in places] == list(range(num_engines))
+    assert [place.node for place in places] == nodes
+    assert [place.slot for place in places] == slots
 
 
 def test_the_sglang_section_wins_over_our_choices_for_the_cpu() -> None:
-    assert server_arguments(config_with({"sleep_on_idle": False}), 0, num_gpus=0)["sleep_on_idle"] is False
+    assert server_arguments(config_with({"sleep_on_idle": False}), PLACE, num_gpus=0)["sleep_on_idle"] is False
 
 
 def test_arguments_that_other_settings_decide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sglang\.tp_size is decided by rollout\.tensor_parallel"):
-        server_arguments(config_with({"tp-size": 2}), 0, num_gpus=0)
+        server_arguments(config_with({"tp-size": 2}), PLACE, num_gpus=0)
 
 
 def test_a_server_s_address_and_keys_cannot_be_set(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_p2o.rollout import weight_loader
 from megatron_p2o.rollout.checksum import BLOCK_WORDS, checksum
 from megatron_p2o.rollout.client import EngineRefused
-from megatron_p2o.rollout.staging import StagingBuffer
+from megatron_p2o.rollout.staging import MemoryAddress, StagingBuffer
 from megatron_p2o.rollout.weight_sync import RefreshFailed, WeightSync
 
 NAMES = ("embed.weight", "q.weight", "k.weight", "v.weight", "norm.weight")
@@ -61,6 +61,9 @@ class FakeClient:
         if self.is_open:
             raise EngineRefused("a weight-update session is already open")
         self.is_open = True
+
+    async def place(self, bucket: StagingBuffer) -> MemoryAddress:
+        return bucket.address
 
     async def update_weights(self, payloads, load_format, flush_cache) -> None:
         assert self.is_open
@@ -184,7 +187,7 @@ def test_damage_on_the_way_to_the_engine_is_detected(model: FusedModel, tmp_path
     class DamagingClient(FakeClient):
         def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
             for buffer in sync._buckets:
-                flip_lowest_bit(buffer._bytes)
+                flip_lowest_bit(buffer._memory.content)
             super().load(named_tensors)
 
     client = DamagingClient(model)
@@ -274,10 +277,10 @@ def test_non_contiguous_weights_arrive_in_order(model: FusedModel, tmp_path: Pat
 
 def test_a_staging_buffer_grows_for_a_large_tensor() -> None:
     buffer = StagingBuffer(0, 32)
-    before = buffer.message(0, verify=False)
+    before = buffer.message(0, buffer.address, verify=False)
     buffer.clear(1000)
     buffer.put("large", torch.arange(250, dtype=torch.float32), verify=False)
-    after = buffer.message(0, verify=False)
+    after = buffer.message(0, buffer.address, verify=False)
     assert after.num_bytes >= 1000 and after.buffer_id != before.buffer_id
     mapped = torch.from_file(after.path, shared=True, size=after.num_bytes, dtype=torch.uint8)
     assert torch.equal(after.entries[0].view(mapped), torch.arange(250, dtype=torch.float32))

@@ -1,0 +1,29 @@
+"""The process behind `rollout.agent`: `python -m megatron_p2o.agent CONFIG ADDRESS`, the key on standard input.
+
+Prints the URL it listens at as its only line.
+"""
+
+import argparse
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from megatron_p2o.config_file import load_config
+from megatron_p2o.processes import end_with_parent
+from megatron_p2o.rollout.agent import serve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="megatron_p2o.agent")
+    parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
+    parser.add_argument("address", help="this node's own, to listen at")
+    options = parser.parse_args()
+    end_with_parent()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    key = sys.stdin.readline().strip()
+    asyncio.run(serve(load_config(options.config), options.config.parent, key, options.address))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What an engine is started with: where it stands, and SGLang's arguments."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_p2o.config import Config
+from megatron_p2o.rollout.server import EngineServer
+from megatron_p2o.rollout.weight_message import LOAD_FORMAT
+
+CPU_ARGUMENTS: Mapping[str, Any] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "mem_fraction_static": 0.3,
+    "disable_overlap_schedule": True,  # there is no device whose work could hide the scheduler's
+    "sleep_on_idle": True,  # an idle scheduler would otherwise spin on a core that the trainer needs
+}
+"""Of a server on a machine without CUDA; `sglang` in the configuration wins."""
+
+CPU_KV_TOKENS = 65536
+"""KV cache on a machine without CUDA when `rollout.max_total_tokens` is not set: SGLang would take 30 % of memory."""
+
+DECIDED_BY: Mapping[str, str] = {
+    "model_path": "model.path",
+    "dtype": "model.dtype",
+    "tp_size": "rollout.tensor_parallel",
+    "max_running_requests": "rollout.max_running_requests",
+    "max_total_tokens": "rollout.max_total_tokens",
+    "random_seed": "run.seed",
+    "enable_deterministic_inference": "rollout.deterministic",
+}
+"""Server arguments that other settings decide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnginePlace:
+    """Where an engine of the run stands."""
+
+    index: int
+    """Of the engine in the run."""
+    node: int
+    """0 is rank 0's own."""
+    slot: int
+    """Of the engine on its node."""
+
+
+def engine_places(num_engines: int, num_nodes: int) -> list[EnginePlace]:
+    """Spread engines over nodes as evenly as possible, neighbours together; the last nodes may get none."""
+    num_nodes = min(num_nodes, num_engines)
+    nodes = [index * num_nodes // num_engines for index in range(num_engines)]
+    return [EnginePlace(index=index, node=node, slot=index - nodes.index(node)) for index, node in enumerate(nodes)]
+
+
+def start_server(config: Config, run_dir: Path, place: EnginePlace, restart: int) -> EngineServer:
+    """Start an engine on this machine without waiting for it. A restarted one has a log of its own.
+
+    Raises:
+        ValueError: `sglang` holds an argument that another setting decides.
+    """
+    arguments = server_arguments(config, place, torch.cuda.device_count())
+    return EngineServer(f"engine {place.index}", arguments, engine_log(run_dir, place, restart))
+
+
+def engine_log(run_dir: Path, place: EnginePlace, restart: int) -> Path:
+    """Return where an engine's output goes."""
+    suffix = f".restart-{restart}" if restart else ""
+    return run_dir / "engines" / f"engine-{place.index}{suffix}.log"
+
+
+def server_arguments(config: Config, place: EnginePlace, num_gpus: int) -> dict[str, Any]:
+    """Return the ServerArgs of an engine on a machine with `num_gpus`; 0 means that it serves on the CPU.
+
+    The engines of a node take its GPUs in turn, and share them when there are more ranks than GPUs.
+
+    Raises:
+        ValueError: `sglang` holds an argument that another setting decides.
+    """
+    given = {name.replace("-", "_"): value for name, value in config.sglang.items()}
+    for name, setting in DECIDED_BY.items():
+        if name in given:
+            raise ValueError(f"sglang.{name} is decided by {setting}: set that instead")
+    rollout = config.rollout
+    machine = {"base_gpu_id": place.slot * rollout.tensor_parallel % num_gpus} if num_gpus else CPU_ARGUMENTS
+    return {
+        **machine,
+        "skip_tokenizer_init": True,
+        "grammar_backend": "none",
+        "log_level_http": "warning",
+        **given,
+        "model_path": config.model.path,
+        "dtype": config.model.dtype,
+        "tp_size": rollout.tensor_parallel,
+        "max_running_requests": rollout.max_running_requests,
+        "max_total_tokens": rollout.max_total_tokens or (None if num_gpus else CPU_KV_TOKENS),
+        "random_seed": config.run.seed + place.index,
+        "custom_weight_loader": [LOAD_FORMAT],
+        "weight_version": "0",
+        "enable_deterministic_inference": is_deterministic(config, num_gpus),
+    }
+
+
+def is_deterministic(config: Config, num_gpus: int) -> bool:
+    """Return `rollout.deterministic`; unless it says so, engines are deterministic where they serve on the CPU."""
+    setting = config.rollout.deterministic
+    return num_gpus == 0 if setting is None else setting
