@@ -95,6 +95,7 @@ def submit(cluster: Any, tiny: Path, problems: Path, checkout: Path) -> Job:
     options = (f"--time={MINUTES}", f"--signal=B:USR1@{SIGNAL_BEFORE_S}", "--parsable")
     # So slowly that problems stay hard, however far a fast machine gets before the signal.
     settings = {"data.train": problems, "schedule.epochs": 1000, "rollout.group_size": 4, "optimizer.lr": 1e-5}
+    settings["rollout.num_engines"] = 2  # one on each node
     arguments = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     job_id = cluster.call(
         *("sbatch", *options, "examples/tiny_slurm.sh", *arguments),
