@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def prompts(num_problems: int, group_size: int = 1, length: int = 20) -> list[Pr
 
 
 def sample(engine: SglangEngine, asked: Sequence[Prompt], **sampling: Any) -> list[Completion]:
-    parameters = SamplingParams(**{"temperature": 1.0, "max_new_tokens": 24} | sampling)
+    parameters = SamplingParams(**{"temperature": 1.0, "max_new_tokens": 24, "seed": 5} | sampling)
     answers = dict(engine.generate(asked, parameters))
     assert sorted(answers) == list(range(len(asked)))
     return [answers[index] for index in range(len(asked))]
@@ -192,7 +193,7 @@ def test_a_request_out_of_time_keeps_the_tokens_it_has(engine: SglangEngine, tra
             "engine 0", lambda: EngineClient(server.base_url, server.api_key, server.admin_key, stop_at, WAIT_S), str
         )
         sampling = SamplingParams(temperature=1.0, max_new_tokens=1900)
-        futures = [broker.submit(asked, sampling) for asked in prompts(32)]
+        futures = [broker.submit(asked, replace(sampling, seed=seed)) for seed, asked in enumerate(prompts(32))]
         completions = [future.result(WAIT_S) for future in futures]
     finally:
         broker.close()
@@ -223,7 +224,8 @@ def test_requests_that_run_during_a_refresh_go_on_under_the_new_weights(
     old = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     old.load_state_dict(trainer.state_dict())
     sampling = SamplingParams(temperature=1.0, max_new_tokens=600)
-    futures = [engine.broker.submit(asked, sampling, "evolution") for asked in prompts(24)]
+    asked = enumerate(prompts(24))
+    futures = [engine.broker.submit(each, replace(sampling, seed=seed), "evolution") for seed, each in asked]
     next(engine.generate(prompts(1), SamplingParams(temperature=1.0, max_new_tokens=1)))
     version = versions.push(engine, trainer)
     completions = [future.result(WAIT_S) for future in futures]
@@ -330,7 +332,7 @@ def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(
     first, second = engine._supervisor.servers
     family = [psutil.Process(first.pid), psutil.Process(second.pid)]
     family += [child for server in list(family) for child in server.children(recursive=True)]
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=100)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=100, seed=5)
     iterator = engine.generate(prompts(48, group_size=2), sampling)
     answers = [next(iterator)]
     os.kill(first.pid, signal.SIGKILL)
