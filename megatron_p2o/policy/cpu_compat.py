@@ -1,10 +1,11 @@
 """Run megatron-core without CUDA: the only place that stands in for what it takes from `torch.cuda`.
 
 megatron-core writes `device="cuda"`, compares tensor type names with "torch.cuda.FloatTensor" and asks `torch.cuda` for
-the current device and the random state. On a machine without CUDA these are answered with the CPU; with CUDA nothing
-here has any effect.
+the current device, streams and the random state. On a machine without CUDA these are answered with the CPU; with CUDA
+nothing here has any effect.
 """
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,19 @@ class _CpuForCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _OnlyStream:
+    """The order in which the CPU computes, as the stream and as its events: there is nothing to wait for."""
+
+    def record_event(self, event: object = None) -> "_OnlyStream":
+        return self
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 def _is_cuda(device: object) -> bool:
     return device.startswith("cuda") if isinstance(device, str) else getattr(device, "type", None) == "cuda"
 
@@ -59,7 +73,7 @@ def _replace_functions() -> None:
         return
     from megatron.core.tensor_parallel import random as tensor_parallel_random
 
-    cpu = torch.device("cpu")
+    cpu, stream = torch.device("cpu"), _OnlyStream()
 
     def current_device() -> torch.device:
         return cpu
@@ -68,6 +82,9 @@ def _replace_functions() -> None:
     replacements: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", current_device),
         (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "Stream", lambda *_, **__: stream),
+        (torch.cuda, "current_stream", lambda device=None: stream),
+        (torch.cuda, "stream", contextlib.nullcontext),
         (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
         (torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state)),
         (torch.cuda, "manual_seed", torch.manual_seed),

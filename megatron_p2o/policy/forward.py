@@ -164,12 +164,14 @@ def score(module: DistributedDataParallel, batches: Sequence[MicroBatch]) -> dic
     def forward_step(micro_batches_left: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
         micro_batch = next(micro_batches_left)
 
-        def collect(output: tuple[Tensor, Tensor], non_loss_data: bool = True) -> dict[int, Logprobs]:
+        def collect(output: Tensor, non_loss_data: bool = True) -> dict[int, Logprobs]:
             logprobs_N = output[0].float().cpu().numpy()
             index_N = micro_batch.batch.sample_index_T[micro_batch.batch.loss_mask_T].cpu().numpy()
             return {sample: logprobs_N[index_N == place] for place, sample in enumerate(micro_batch.samples)}
 
-        return _run_model(model, micro_batch.batch), collect
+        output = _run_model(model, micro_batch.batch)
+        # One tensor: with experts the schedule asks the output for its device.
+        return torch.stack(output) if isinstance(output, tuple) else output, collect
 
     results = _schedule(forward_step, iter(batches), module, len(batches), forward_only=True)
     return {sample: logprobs for result in results for sample, logprobs in result.items()}

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,13 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 MAX_FILE_BYTES = 5 * 2**30
-"""Size at which a written file is closed and the next begun, as transformers does."""
+"""Size at which a written file is closed and the next begun, as transformers does; what the writer holds at most."""
+
+REDUNDANT_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
+"""Of tensors that a directory may hold although the model computes them from others."""
+
+MAX_NAMES = 8
+"""Tensors an error names of each kind."""
 
 
 class WeightFiles:
@@ -25,6 +32,8 @@ class WeightFiles:
     def __init__(self, directory: Path) -> None:
         """Raise `ValueError` when the directory holds no safetensors."""
         self.directory = directory
+        self.num_bytes_read = 0
+        """Of the tensors and cuts returned so far."""
         self._files = ExitStack()
         self._open: dict[str, Any] = {}
         self._file_of = self._read_index()
@@ -37,15 +46,39 @@ class WeightFiles:
     ) -> None:
         self._files.close()
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare the headers of all files with `shapes` by name; reads no weights.
+
+        Tensors that a model can do without are passed over: a stored copy of a tied head, old rotary buffers.
+
+        Raises:
+            ValueError: tensors are missing, unknown or of another shape; it names them.
+        """
+        found = [name for name in self._file_of if name in shapes]
+        unknown = [name for name in self._file_of if name not in shapes and not name.endswith(REDUNDANT_SUFFIXES)]
+        misshaped = [
+            f"{name} {self.shape(name)} instead of {shapes[name]}" for name in found if self.shape(name) != shapes[name]
+        ]
+        missing = sorted(shapes.keys() - self._file_of.keys())
+        kinds = (("missing", missing), ("unknown", sorted(unknown)), ("of another shape", sorted(misshaped)))
+        complaints = [f"{len(names)} {kind}: {_first(names)}" for kind, names in kinds if names]
+        if complaints:
+            raise ValueError(
+                f"model.path={self.directory}: the tensors are not those of its config.json. {'. '.join(complaints)}"
+            )
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, dimension: int | None = None, start: int = 0, end: int | None = None) -> Tensor:
-        """Return a tensor, or the part of it from `start` to `end` along `dimension` (0 or 1); reads only that."""
-        tensor = self._slice(name)
-        if dimension is None:
-            return tensor[:]
-        return tensor[start:end] if dimension == 0 else tensor[:, start:end]
+        """Return a tensor, or the part of it from `start` to `end` along `dimension`; a view of the mapped file.
+
+        Reads only that when it is used; but along dimension 1, parts of rows, the machine reads whole pages.
+        """
+        cut = (slice(None),) * (dimension or 0) + (slice(start, end),)
+        tensor = self._slice(name)[cut]
+        self.num_bytes_read += tensor.nbytes
+        return tensor
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
@@ -71,27 +104,42 @@ def write_hf_directory(
 ) -> None:
     """Write `weights` as safetensors into `directory`, with the configuration and tokenizer files of `source`.
 
-    Consumes `weights` to the end; holds one file's worth of tensors at a time.
+    Consumes `weights` to the end and holds at most `max_file_bytes` of it (or one larger tensor). Written under a
+    temporary name beside `directory`, which appears whole or not at all.
+
+    Raises:
+        ValueError: `directory` exists and is not empty.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (INDEX_FILE, "config.json"):
-            shutil.copyfile(path, directory / path.name)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists: name a directory that does not, or remove it")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.partial-", dir=directory.parent) as temporary:
+        partial = Path(temporary) / directory.name
+        partial.mkdir()
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (INDEX_FILE, "config.json"):
+                shutil.copyfile(path, partial / path.name)
+        dtype = _write_weights(weights, partial, max_file_bytes)
+        _write_config(source, partial, dtype)
+        partial.rename(directory)
+
+
+def _write_weights(weights: Iterable[tuple[str, Tensor]], directory: Path, max_file_bytes: int) -> str:
+    """Write the files and their index; returns the name of the tensors' dtype."""
     names_of_files: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     dtype, total_bytes, pending_bytes = "float32", 0, 0
     for name, tensor in weights:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + num_bytes > max_file_bytes:
+        if pending and pending_bytes + tensor.nbytes > max_file_bytes:
             names_of_files.append(_write_file(pending, directory, len(names_of_files)))
             pending, pending_bytes = {}, 0
         pending[name] = tensor.cpu().contiguous()
         dtype = str(tensor.dtype).removeprefix("torch.")
-        pending_bytes += num_bytes
-        total_bytes += num_bytes
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
     names_of_files.append(_write_file(pending, directory, len(names_of_files)))
     _name_files(directory, names_of_files, total_bytes)
-    _write_config(source, directory, dtype)
+    return dtype
 
 
 def _write_file(tensors: Mapping[str, Tensor], directory: Path, number: int) -> list[str]:
@@ -119,3 +167,7 @@ def _write_config(source: Path, directory: Path, dtype: str) -> None:
     settings.pop("torch_dtype", None)
     settings["dtype"] = dtype
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")

@@ -6,8 +6,7 @@ dimension, or whole on every rank, and the cut parts are joined on the rank.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_p2o.policy.architecture import Architecture
 from megatron_p2o.policy.hf_directory import WeightFiles
 from megatron_p2o.policy.model import PolicyModel
 from megatron_p2o.policy.parallel import pipeline_group, tensor_group
@@ -33,36 +33,65 @@ class Origin:
     """`stacked`: one after the other. `grouped`: for each key/value group its query heads, key head and value head."""
 
 
-LAYER_ORIGINS = {
-    "input_layernorm.weight": Origin(names=("input_layernorm",), cut_dimension=None),
-    "self_attention.linear_qkv.weight": Origin(
-        names=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), cut_dimension=0, joined="grouped"
-    ),
-    "self_attention.q_layernorm.weight": Origin(names=("self_attn.q_norm",), cut_dimension=None),
-    "self_attention.k_layernorm.weight": Origin(names=("self_attn.k_norm",), cut_dimension=None),
-    "self_attention.linear_proj.weight": Origin(names=("self_attn.o_proj",), cut_dimension=1),
-    "pre_mlp_layernorm.weight": Origin(names=("post_attention_layernorm",), cut_dimension=None),
-    "mlp.linear_fc1.weight": Origin(names=("mlp.gate_proj", "mlp.up_proj"), cut_dimension=0, joined="stacked"),
-    "mlp.linear_fc2.weight": Origin(names=("mlp.down_proj",), cut_dimension=1),
+def _whole(name: str) -> Origin:
+    return Origin(names=(name,), cut_dimension=None)
+
+
+def _grouped(suffix: str) -> Origin:
+    names = tuple(f"self_attn.{part}_proj.{suffix}" for part in "qkv")
+    return Origin(names=names, cut_dimension=0, joined="grouped")
+
+
+def _gate_and_up(prefix: str) -> Origin:
+    names = (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
+    return Origin(names=names, cut_dimension=0, joined="stacked")
+
+
+MODEL_ORIGINS = {
+    "embedding.word_embeddings.weight": Origin(names=("model.embed_tokens.weight",), cut_dimension=0),
+    "output_layer.weight": Origin(names=("lm_head.weight",), cut_dimension=0),
+    "decoder.final_layernorm.weight": _whole("model.norm.weight"),
 }
-"""Parameters of a Megatron layer, with the names inside a Hugging Face layer."""
+"""Parameters outside the layers."""
+
+LAYER_ORIGINS = {
+    "input_layernorm.weight": _whole("input_layernorm.weight"),
+    "self_attention.linear_qkv.layer_norm_weight": _whole("input_layernorm.weight"),
+    "self_attention.linear_qkv.weight": _grouped("weight"),
+    "self_attention.linear_qkv.bias": _grouped("bias"),
+    "self_attention.q_layernorm.weight": _whole("self_attn.q_norm.weight"),
+    "self_attention.k_layernorm.weight": _whole("self_attn.k_norm.weight"),
+    "self_attention.linear_proj.weight": Origin(names=("self_attn.o_proj.weight",), cut_dimension=1),
+    "pre_mlp_layernorm.weight": _whole("post_attention_layernorm.weight"),
+    "mlp.linear_fc1.layer_norm_weight": _whole("post_attention_layernorm.weight"),
+    "mlp.linear_fc1.weight": _gate_and_up("mlp"),
+    "mlp.linear_fc2.weight": Origin(names=("mlp.down_proj.weight",), cut_dimension=1),
+    "mlp.router.weight": _whole("mlp.gate.weight"),
+    "mlp.experts.local_experts.{expert}.linear_fc1.weight": _gate_and_up("mlp.experts.{expert}"),
+    "mlp.experts.linear_fc1.weight{expert}": _gate_and_up("mlp.experts.{expert}"),
+    "mlp.experts.local_experts.{expert}.linear_fc2.weight": Origin(
+        names=("mlp.experts.{expert}.down_proj.weight",), cut_dimension=1
+    ),
+    "mlp.experts.linear_fc2.weight{expert}": Origin(names=("mlp.experts.{expert}.down_proj.weight",), cut_dimension=1),
+}
+"""Parameters of a Megatron layer, with the names inside a Hugging Face layer: every family, and both the layers of
+megatron-core alone and those of Transformer Engine (norms inside the linear layers, experts in one module)."""
 
 
 def origin_of(parameter_name: str, layer_offset: int, ties_embeddings: bool) -> Origin:
     """Return where a parameter of this pipeline stage comes from; `layer_offset` is the stage's first layer."""
-    if parameter_name == "embedding.word_embeddings.weight":
-        return Origin(names=("model.embed_tokens.weight",), cut_dimension=0)
-    if parameter_name == "output_layer.weight":
-        name = "model.embed_tokens.weight" if ties_embeddings else "lm_head.weight"
-        return Origin(names=(name,), cut_dimension=0)
-    if parameter_name == "decoder.final_layernorm.weight":
-        return Origin(names=("model.norm.weight",), cut_dimension=None)
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter_name)
-    assert match is not None, parameter_name
-    origin = LAYER_ORIGINS[match[2]]
-    prefix = f"model.layers.{int(match[1]) + layer_offset}"
-    names = tuple(f"{prefix}.{part}.weight" for part in origin.names)
-    return Origin(names=names, cut_dimension=origin.cut_dimension, joined=origin.joined)
+    if parameter_name == "output_layer.weight" and ties_embeddings:
+        return MODEL_ORIGINS["embedding.word_embeddings.weight"]
+    if parameter_name in MODEL_ORIGINS:
+        return MODEL_ORIGINS[parameter_name]
+    layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter_name)
+    assert layer is not None, parameter_name
+    expert = re.search(r"(?<=local_experts\.)\d+|(?<=\.weight)\d+$", layer[2])
+    place = layer[2] if expert is None else f"{layer[2][: expert.start()]}{{expert}}{layer[2][expert.end() :]}"
+    origin = LAYER_ORIGINS[place]
+    prefix = f"model.layers.{int(layer[1]) + layer_offset}"
+    number = "" if expert is None else expert[0]
+    return replace(origin, names=tuple(f"{prefix}.{name.replace('{expert}', number)}" for name in origin.names))
 
 
 def join_parts(parts: Sequence[Tensor], origin: Origin, num_groups: int) -> Tensor:
@@ -82,23 +111,22 @@ def split_parts(parameter: Tensor, origin: Origin, num_groups: int, head_dim: in
 
 
 @torch.no_grad()
-def load_hf_weights(model: PolicyModel, directory: Path) -> None:
+def load_hf_weights(model: PolicyModel, files: WeightFiles, architecture: Architecture) -> None:
     """Copy the weights of a Hugging Face directory into this rank's stage. Local to the rank.
 
+    Reads the headers of all files, so that what is wrong anywhere is the same error on every rank, but of the weights
+    only this rank's cuts.
+
     Raises:
-        ValueError: the directory has no safetensors, lacks a tensor, or a shape does not fit config.json.
+        ValueError: the tensors are not those of config.json.
     """
     num_groups = _groups_per_rank(model)
-    with WeightFiles(directory) as files:
-        for parameter_name, parameter, origin in _parameters(model):
-            parts = [_read_cut(files, name, origin.cut_dimension) for name in origin.names]
-            joined = join_parts(parts, origin, num_groups)
-            if joined.shape != parameter.shape:
-                raise ValueError(
-                    f"model.path={directory}: {' and '.join(origin.names)} give {tuple(joined.shape)} for "
-                    f"{parameter_name}, but config.json asks for {tuple(parameter.shape)}"
-                )
-            parameter.copy_(joined)
+    files.check(architecture.weight_shapes())
+    for parameter_name, parameter, origin in _parameters(model):
+        parts = [_read_cut(files, name, origin.cut_dimension) for name in origin.names]
+        joined = join_parts(parts, origin, num_groups)
+        assert joined.shape == parameter.shape, parameter_name
+        parameter.copy_(joined)
 
 
 def export_hf_weights(model: PolicyModel, control: ProcessGroup) -> Iterator[tuple[str, Tensor]]:

@@ -5,10 +5,7 @@ T packed tokens, N response tokens among them, D hidden size.
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,56 +14,14 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_p2o.config import ParallelConfig
+from megatron_p2o.policy.architecture import Architecture, Experts
 from megatron_p2o.policy.attention import PackedCoreAttention, PackLayout
 from megatron_p2o.policy.head import LogprobHead
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Architecture:
-    """What a Hugging Face config.json of a dense Qwen3 says."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    norm_epsilon: float
-    rope_theta: float
-    max_positions: int
-    ties_embeddings: bool
-    """The LM head is the embedding."""
-
-
-def read_architecture(directory: Path) -> Architecture:
-    """Return the architecture of a Hugging Face model directory.
-
-    Raises:
-        ValueError: not a dense Qwen3, or it uses a feature the trainer does not compute.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ValueError(f"model.path={directory} has no config.json: name a Hugging Face model directory")
-    settings = json.loads(path.read_text())
-    _check_supported(settings, path)
-    return Architecture(
-        num_layers=settings["num_hidden_layers"],
-        hidden_size=settings["hidden_size"],
-        num_heads=settings["num_attention_heads"],
-        num_kv_heads=settings["num_key_value_heads"],
-        head_dim=settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"],
-        intermediate_size=settings["intermediate_size"],
-        vocab_size=settings["vocab_size"],
-        norm_epsilon=settings["rms_norm_eps"],
-        rope_theta=float(_rope(settings)["rope_theta"]),
-        max_positions=settings["max_position_embeddings"],
-        ties_embeddings=bool(settings.get("tie_word_embeddings", False)),
-    )
 
 
 def transformer_config(
@@ -106,6 +61,8 @@ def build_model(architecture: Architecture, config: TransformerConfig, temperatu
         share_embeddings_and_output_weights=architecture.ties_embeddings,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,  # pyright: ignore[reportArgumentType]
+        rope_scaling=architecture.rope_scaling_factor is not None,
+        rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
         parallel_output=True,
         real_vocab_size=architecture.vocab_size,
         temperature=temperature,
@@ -169,12 +126,18 @@ class RMSNorm(torch.nn.Module):
 
 
 def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    # Without Transformer Engine the router of megatron-core 0.16.1 tests this name, which it never defined.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        setattr(moe_utils, "te_general_gemm", None)  # noqa: B010
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     submodules: Any = layer.submodules
     norm: Any = RMSNorm
     submodules.input_layernorm = submodules.pre_mlp_layernorm = norm
     attention = submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = norm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
     attention.core_attention = PackedCoreAttention
     # An explicit block spec, so that the final norm is ours too.
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
@@ -194,11 +157,11 @@ def _decided_settings(
         "ffn_hidden_size": architecture.intermediate_size,
         "layernorm_epsilon": architecture.norm_epsilon,
         "normalization": "RMSNorm",
-        "qk_layernorm": True,
+        "qk_layernorm": architecture.family.has_qk_norm,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_qkv_bias": architecture.family.has_qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor,
@@ -209,9 +172,9 @@ def _decided_settings(
         "bf16": dtype == "bfloat16",
         # The loss is a sum over tokens, divided once by the global count.
         "calculate_per_token_loss": True,
-        # Packs differ in length; Megatron asks for this dispatcher with it, even without experts.
+        # Packs differ in length; Megatron asks for the dispatcher below with it, even without experts.
         "variable_seq_lengths": parallel.pipeline > 1,
-        "moe_token_dispatcher_type": "alltoall",
+        **_expert_settings(architecture.experts),
         "use_cpu_initialization": not torch.cuda.is_available(),
         # Although every weight is read from model.path: initialisation is also what marks the cut parameters, and
         # without the marks the gradient norm counts them on one tensor rank only.
@@ -219,7 +182,29 @@ def _decided_settings(
     }
 
 
+def _expert_settings(experts: Experts | None) -> dict[str, Any]:
+    """Return the fields about experts; every rank holds its cut of all of them."""
+    settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
+    if experts is None:
+        return settings
+    return settings | {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.num_experts_per_token,
+        "moe_ffn_hidden_size": experts.intermediate_size,
+        # Softmax over the chosen experts only is the same as dividing their weights by the sum.
+        "moe_router_pre_softmax": not experts.normalizes_weights,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": False,
+    }
+
+
 def _check_overrides(overrides: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
+    for key in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        if key in overrides:
+            raise ValueError(
+                f"megatron.{key}: experts are not divided over ranks, each holds its tensor-parallel cut of all of "
+                "them: remove it"
+            )
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     for key in overrides:
         if key not in known:
@@ -233,10 +218,16 @@ def _check_overrides(overrides: Mapping[str, Any], decided: Mapping[str, Any]) -
 
 
 def _check_divides(architecture: Architecture, parallel: ParallelConfig) -> None:
+    experts = architecture.experts
+    inner = ("intermediate_size", architecture.intermediate_size)
+    if experts is not None:
+        inner = ("moe_intermediate_size", experts.intermediate_size)
+        if parallel.tensor > 1 and not parallel.sequence:
+            raise ValueError("parallel.tensor > 1 with experts needs sequence parallelism: set parallel.sequence=true")
     for name, size in (
         ("num_key_value_heads", architecture.num_kv_heads),
         ("num_attention_heads", architecture.num_heads),
-        ("intermediate_size", architecture.intermediate_size),
+        inner,
     ):
         if size % parallel.tensor:
             raise ValueError(f"parallel.tensor={parallel.tensor} must divide the model's {name}={size}")
@@ -244,28 +235,3 @@ def _check_divides(architecture: Architecture, parallel: ParallelConfig) -> None
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} must divide the model's num_hidden_layers={architecture.num_layers}"
         )
-
-
-def _check_supported(settings: Mapping[str, Any], path: Path) -> None:
-    rope_type = _rope(settings).get("rope_type", "default")
-    rules = [
-        (settings.get("model_type") == "qwen3", f"model_type is {settings.get('model_type')!r}, must be 'qwen3'"),
-        (settings.get("hidden_act") == "silu", f"hidden_act is {settings.get('hidden_act')!r}, must be 'silu'"),
-        (not settings.get("attention_bias"), "attention_bias is set"),
-        (not settings.get("use_sliding_window"), "use_sliding_window is set"),
-        (rope_type == "default", f"the rotary embedding is scaled ({rope_type!r})"),
-    ]
-    broken = [text for holds, text in rules if not holds]
-    if broken:
-        raise ValueError(f"{path}: {'; '.join(broken)}. The trainer supports dense Qwen3 models without these")
-
-
-def _rope(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the rotary settings of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
-    if settings.get("rope_parameters"):
-        return settings["rope_parameters"]
-    scaling = settings.get("rope_scaling") or {}
-    return {
-        "rope_theta": settings.get("rope_theta", 10000.0),
-        "rope_type": scaling.get("rope_type", scaling.get("type", "default")),
-    }

@@ -7,10 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_p2o.config import Config
+from megatron_p2o.policy.architecture import read_architecture
 from megatron_p2o.policy.checkpoint import load_checkpoint, save_checkpoint
 from megatron_p2o.policy.forward import Denominator, PassResult, forward_backward, make_micro_batches, score
+from megatron_p2o.policy.hf_directory import WeightFiles
 from megatron_p2o.policy.hf_weights import export_hf_weights, load_hf_weights
-from megatron_p2o.policy.model import build_model, read_architecture, transformer_config
+from megatron_p2o.policy.model import build_model, transformer_config
 from megatron_p2o.policy.optimizer import Optimization, StepOutcome
 from megatron_p2o.policy.parallel import Ranks
 from megatron_p2o.policy.shares import Share
@@ -37,7 +39,8 @@ class PolicyShard:
         self.architecture = read_architecture(directory)
         settings = transformer_config(self.architecture, config.parallel, config.model.dtype, config.megatron)
         self.model = build_model(self.architecture, settings, config.rollout.temperature)
-        load_hf_weights(self.model, directory)
+        with WeightFiles(directory) as files:
+            load_hf_weights(self.model, files, self.architecture)
         self.optimization = Optimization(
             self.model, settings, config.optimizer, is_sharded=config.parallel.distributed_optimizer
         )

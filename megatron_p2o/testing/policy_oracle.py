@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_p2o.config import (
     Config,
@@ -71,7 +71,7 @@ class PolicyOracle:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.model = Qwen3ForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
         settings = config.optimizer
         norms = [parameter for parameter in self.model.parameters() if parameter.dim() == 1]
         matrices = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer import TransformerConfig
 
 from megatron_p2o.config import ParallelConfig
-from megatron_p2o.policy.model import Architecture, padded_vocab_size, read_architecture, transformer_config
+from megatron_p2o.policy.architecture import Architecture, read_architecture
+from megatron_p2o.policy.model import padded_vocab_size, transformer_config
 from megatron_p2o.policy.parallel import check_world_size, data_rank_of
+from megatron_p2o.testing.tiny_families import LLAMA3_ROPE
 
 QWEN3_4B = {
     "model_type": "qwen3",
@@ -28,6 +31,14 @@ QWEN3_4B = {
 }
 """As published, in the form of transformers 4."""
 
+QWEN3_30B_EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+
 
 def architecture_of(settings: dict[str, Any], directory: Path) -> Architecture:
     (directory / "config.json").write_text(json.dumps(settings))
@@ -45,6 +56,28 @@ def test_a_published_configuration_gives_megatrons_sizes(tmp_path: Path):
     assert config.variable_seq_lengths and config.qk_layernorm and config.normalization == "RMSNorm"
 
 
+def test_each_family_gets_its_biases_norms_and_experts(tmp_path: Path):
+    def config_of(**change: Any) -> TransformerConfig:
+        architecture = architecture_of({**QWEN3_4B, **change}, tmp_path)
+        return transformer_config(architecture, ParallelConfig(tensor=2, sequence=True), "bfloat16", {})
+
+    qwen2, llama = config_of(model_type="qwen2"), config_of(model_type="llama")
+    assert (qwen2.add_qkv_bias, qwen2.qk_layernorm, qwen2.add_bias_linear) == (True, False, False)
+    assert (llama.add_qkv_bias, llama.qk_layernorm, llama.num_moe_experts) == (False, False, None)
+    moe = config_of(**QWEN3_30B_EXPERTS)
+    assert (moe.num_moe_experts, moe.moe_router_topk, moe.moe_ffn_hidden_size) == (128, 8, 768)
+    assert moe.qk_layernorm and not moe.moe_router_pre_softmax
+    assert config_of(**QWEN3_30B_EXPERTS | {"norm_topk_prob": False}).moe_router_pre_softmax
+
+
+def test_experts_are_cut_over_the_tensor_ranks_only(tmp_path: Path):
+    architecture = architecture_of({**QWEN3_4B, **QWEN3_30B_EXPERTS}, tmp_path)
+    with pytest.raises(ValueError, match=r"set parallel\.sequence=true"):
+        transformer_config(architecture, ParallelConfig(tensor=2), "float32", {})
+    with pytest.raises(ValueError, match=r"megatron\.expert_model_parallel_size: experts are not divided over ranks"):
+        transformer_config(architecture, ParallelConfig(), "float32", {"expert_model_parallel_size": 2})
+
+
 def test_rope_theta_is_found_in_the_form_of_transformers_5(tmp_path: Path):
     settings = {**QWEN3_4B, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}
     del settings["rope_theta"]
@@ -54,10 +87,13 @@ def test_rope_theta_is_found_in_the_form_of_transformers_5(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
+        ({"model_type": "gemma3"}, "model_type is 'gemma3', must be one of llama, qwen2, qwen3, qwen3_moe"),
         ({"attention_bias": True}, "attention_bias is set"),
         ({"use_sliding_window": True}, "use_sliding_window is set"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rotary embedding is scaled \('yarn'\)"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, r"low_freq_factor is 2\.0, must be 1"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is set"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers is set"),
     ],
 )
 def test_what_the_trainer_does_not_compute_is_refused(tmp_path: Path, change: dict[str, Any], message: str):

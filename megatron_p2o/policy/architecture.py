@@ -1,0 +1,180 @@
+"""What a Hugging Face config.json says of a model the trainer computes: sizes, and what its family has."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What distinguishes the layers of one `model_type`. All have RMS norms, rotary embeddings and gated SiLU MLPs."""
+
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+    """RMS norm of each query and key head."""
+    has_experts: bool = False
+
+
+FAMILIES = {
+    "qwen3": Family(has_qk_norm=True),
+    "qwen3_moe": Family(has_qk_norm=True, has_experts=True),
+    "qwen2": Family(has_qkv_bias=True),
+    "llama": Family(),
+}
+"""By `model_type`; Qwen2.5 calls itself qwen2."""
+
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Constants of Llama 3's scaled rotary embedding that Megatron has fixed; the factor is free."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """The MLP of a mixture-of-experts layer; every layer has one."""
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    """Of one expert."""
+    normalizes_weights: bool
+    """The weights of a token's experts add up to 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """What the trainer must know of a model."""
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    """Of a dense MLP; unused when there are experts."""
+    experts: Experts | None
+    """None: the MLPs are dense."""
+    vocab_size: int
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling_factor: float | None
+    """Of Llama 3's scaled rotary embedding; None: not scaled."""
+    max_positions: int
+    ties_embeddings: bool
+    """The LM head is the embedding."""
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of the Hugging Face directory by name; a tied head has none."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
+            "model.norm.weight": (self.hidden_size,),
+        }
+        if not self.ties_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        layer = self._attention_shapes() | self._mlp_shapes()
+        for number in range(self.num_layers):
+            shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+        return shapes
+
+    def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        query_size, key_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (self.hidden_size,),
+            "post_attention_layernorm.weight": (self.hidden_size,),
+            "self_attn.o_proj.weight": (self.hidden_size, query_size),
+        }
+        for part, size in (("q", query_size), ("k", key_size), ("v", key_size)):
+            shapes[f"self_attn.{part}_proj.weight"] = (size, self.hidden_size)
+            if self.family.has_qkv_bias:
+                shapes[f"self_attn.{part}_proj.bias"] = (size,)
+        if self.family.has_qk_norm:
+            shapes |= {f"self_attn.{part}_norm.weight": (self.head_dim,) for part in "qk"}
+        return shapes
+
+    def _mlp_shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.experts is None:
+            return self._gated_shapes("mlp", self.intermediate_size)
+        shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (self.experts.num_experts, self.hidden_size)}
+        for expert in range(self.experts.num_experts):
+            shapes |= self._gated_shapes(f"mlp.experts.{expert}", self.experts.intermediate_size)
+        return shapes
+
+    def _gated_shapes(self, prefix: str, size: int) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{prefix}.gate_proj.weight": (size, self.hidden_size),
+            f"{prefix}.up_proj.weight": (size, self.hidden_size),
+            f"{prefix}.down_proj.weight": (self.hidden_size, size),
+        }
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """Return the architecture of a Hugging Face model directory.
+
+    Raises:
+        ValueError: not of one of the `FAMILIES`, or it uses a feature the trainer does not compute.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model.path={directory} has no config.json: name a Hugging Face model directory")
+    settings = json.loads(path.read_text())
+    _check_supported(settings, path)
+    family, rope = FAMILIES[settings["model_type"]], _rope(settings)
+    num_heads = settings["num_attention_heads"]
+    return Architecture(
+        family=family,
+        num_layers=settings["num_hidden_layers"],
+        hidden_size=settings["hidden_size"],
+        num_heads=num_heads,
+        num_kv_heads=settings.get("num_key_value_heads") or num_heads,
+        head_dim=settings.get("head_dim") or settings["hidden_size"] // num_heads,
+        intermediate_size=settings["intermediate_size"],
+        experts=_experts(settings) if family.has_experts else None,
+        vocab_size=settings["vocab_size"],
+        norm_epsilon=settings["rms_norm_eps"],
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling_factor=float(rope["factor"]) if rope["rope_type"] == "llama3" else None,
+        max_positions=settings["max_position_embeddings"],
+        ties_embeddings=bool(settings.get("tie_word_embeddings", False)),
+    )
+
+
+def _experts(settings: Mapping[str, Any]) -> Experts:
+    return Experts(
+        # transformers 5 writes the second name.
+        num_experts=settings.get("num_experts") or settings["num_local_experts"],
+        num_experts_per_token=settings["num_experts_per_tok"],
+        intermediate_size=settings["moe_intermediate_size"],
+        normalizes_weights=bool(settings.get("norm_topk_prob", False)),
+    )
+
+
+def _check_supported(settings: Mapping[str, Any], path: Path) -> None:
+    model_type, rope = settings.get("model_type"), _rope(settings)
+    wrong_rope = [
+        f"{name} is {rope.get(name)}, must be {value:g}"
+        for name, value in LLAMA3_ROPE.items()
+        if rope["rope_type"] == "llama3" and rope.get(name) != value
+    ]
+    rules = [
+        (model_type in FAMILIES, f"model_type is {model_type!r}, must be one of {', '.join(sorted(FAMILIES))}"),
+        (settings.get("hidden_act") == "silu", f"hidden_act is {settings.get('hidden_act')!r}, must be 'silu'"),
+        (not settings.get("attention_bias"), "attention_bias is set"),
+        (not settings.get("mlp_bias"), "mlp_bias is set"),
+        (not settings.get("use_sliding_window"), "use_sliding_window is set"),
+        (rope["rope_type"] in ("default", "llama3"), f"the rotary embedding is scaled ({rope['rope_type']!r})"),
+        (not wrong_rope, f"the rotary embedding's {'; its '.join(wrong_rope)}"),
+        (settings.get("decoder_sparse_step", 1) == 1, "decoder_sparse_step is not 1"),
+        (not settings.get("mlp_only_layers"), "mlp_only_layers is set"),
+    ]
+    broken = [text for holds, text in rules if not holds]
+    if broken:
+        raise ValueError(f"{path}: {'; '.join(broken)}. The trainer computes models of these types without that")
+
+
+def _rope(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the rotary settings of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
+    found = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    found.setdefault("rope_theta", settings.get("rope_theta", 10000.0))
+    found["rope_type"] = found.get("rope_type", found.get("type", "default"))
+    return found
