@@ -222,6 +222,8 @@ class ScheduleConfig:
     """Stop after this many rollout steps even inside an epoch."""
     save_every_steps: int = 30
     """0 saves only at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept on disk, the newest included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -358,7 +360,8 @@ POSITIVE = (
     *("grading.num_workers", "grading.deadline_s"),
     *("optimizer.lr", "optimizer.eps", "optimizer.clip_grad"),
     *("optimizer.micro_batch_tokens", "schedule.problems_per_step", "schedule.problems_per_update"),
-    *("schedule.epochs", "evolution.dev_size", "evolution.num_lineages", "evolution.minibatch_size"),
+    *("schedule.keep_checkpoints", "schedule.epochs"),
+    *("evolution.dev_size", "evolution.num_lineages", "evolution.minibatch_size"),
     *("evolution.max_template_tokens", "evolution.round_timeout_s", "evolution.reflection.max_tokens"),
     *("evolution.reflection.timeout_s", "evaluation.num_samples"),
 )

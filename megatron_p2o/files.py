@@ -1,7 +1,25 @@
-"""Files that readers see whole or not at all."""
+"""Files that readers see whole or not at all, and how to tell that one still is what was written."""
 
+import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileDigest:
+    """What a file must still be when it is read back."""
+
+    size_bytes: int
+    sha256: str
+    """In hexadecimal."""
+
+
+def digest_of(path: Path) -> FileDigest:
+    """Return size and hash of a file; raises `OSError`."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileDigest(size_bytes=file.tell(), sha256=sha256)
 
 
 def write_whole(path: Path, text: str) -> None:

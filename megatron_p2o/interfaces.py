@@ -1,12 +1,13 @@
 """What the algorithm needs from outside; `policy`, `rollout`, `rewards`, `evolve` and `testing.fakes` provide it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from megatron_p2o.files import FileDigest
 from megatron_p2o.types import (
     Completion,
     Grade,
@@ -49,8 +50,12 @@ class Policy(Protocol):
         """Yield the current weights under Hugging Face names. Must be consumed to the end."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write weights and optimizer state into `directory`."""
+    def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
+        """Begin to write weights and optimizer state into `directory`: those of now, whatever is updated meanwhile.
+
+        The future gives every file by name with its digest once all are written, or the reason why they are not. One
+        save at a time: the next one waits.
+        """
         ...
 
     def load(self, directory: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_p2o.algorithm import Parts, StepResult, TrainState
+from megatron_p2o.checkpoints import CheckpointSaver
 from megatron_p2o.config import Config
 from megatron_p2o.evaluate import Evaluation, best_template, evaluate, evaluation_record, template_of
 from megatron_p2o.files import write_whole
@@ -26,7 +27,7 @@ from megatron_p2o.metrics.step import (
 )
 from megatron_p2o.metrics.values import Last, Mean, MetricValue
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
-from megatron_p2o.run_state import LedgerFile, RunState, StopRequest, save_checkpoint
+from megatron_p2o.run_state import LedgerFile, RunState, StopRequest
 from megatron_p2o.types import PLAIN, Group, Problem, Template
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class RunFiles:
     run_dir: Path
     ledger: LedgerFile
     metrics: MetricsLog
+    checkpoints: CheckpointSaver
     rollouts: RolloutWriter
 
 
@@ -76,8 +78,9 @@ class RunObserver:
         self._num_rollouts_evolution = resumed.num_rollouts_evolution if resumed else 0
         self._wall_s_before = resumed.wall_s if resumed else 0.0
         self._started = self._last_end = time.monotonic()
-        self._first_round: RoundStatistics = {}
-        self._published_accuracy: Mapping[str, float] = {}
+        self._first_round: RoundStatistics = resumed.first_round if resumed else {}
+        self._published_accuracy: Mapping[str, float] = resumed.published_accuracy if resumed else {}
+        self._is_resumed = resumed is not None
         # An empty library, after everything was internalised, does not make the last template worth less.
         self._best_template = template_of(resumed.best_template) if resumed else PLAIN
         self._library_version = resumed.library_version if resumed else 0
@@ -88,10 +91,11 @@ class RunObserver:
 
     def on_start(self, state: TrainState) -> None:
         """Evaluate the initial policy of a fresh run."""
-        if self._config.evaluation.at_start and state.step == 0:
+        if self._config.evaluation.at_start and not self._is_resumed:
             self._evaluate(state, PLAIN, "")
 
     def on_step(self, state: TrainState, result: StepResult) -> None:
+        self._files.checkpoints.check()
         now = time.monotonic()
         seconds = {**self._clock.take(), "step": now - self._last_end}
         of_engines = {name: Last(value) for name, value in self._engine_metrics().items()}
@@ -150,18 +154,25 @@ class RunObserver:
         return self._stop.is_made() or (limit is not None and state.step >= limit)
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of `state`."""
+        """Begin a checkpoint of `state`; training goes on once it is copied. Raises `CheckpointError`."""
         self._files.metrics.announce("checkpoint")
-        self._keep_library(state.library)
-        save_checkpoint(self._files.run_dir, self._run_state(state), self._parts.policy, keep_last=2)
+        with self._clock.measure("save"):
+            self._keep_library(state.library)
+            self._files.checkpoints.begin(self._run_state(state))
+
+    def save_last(self, state: TrainState) -> None:
+        """Write a checkpoint of `state` and wait until it is whole. Raises `CheckpointError`."""
+        self.save(state)
+        self._files.checkpoints.finish()
 
     def on_end(self, state: TrainState) -> None:
-        """Evaluate, save and write results.json."""
+        """Save, evaluate and write results.json."""
+        if state.step > 0:
+            self.save(state)
         plain = self._evaluate(state, PLAIN, "")
         best = self._best_template
         templated = self._evaluate(state, best, "templated_") if best is not PLAIN else {}
-        if state.step > 0:
-            self.save(state)
+        self._files.checkpoints.finish()
         write_whole(self._files.run_dir / "results.json", json.dumps(self._results(state, plain, templated), indent=1))
 
     def _results(
@@ -207,6 +218,9 @@ class RunObserver:
             hard_problem_ids=tuple(problem.id for problem in state.hard),
             library_version=state.library.version,
             num_ledger_entries=self.ledger.num_entries,
+            num_metrics_lines=self._files.metrics.num_lines,
+            first_round=self._first_round,
+            published_accuracy=self._published_accuracy,
             num_rollouts_train=self._num_rollouts_train,
             num_rollouts_evolution=self._num_rollouts_evolution,
             best_template=self._best_template.text,

@@ -1,23 +1,18 @@
-"""What a run keeps on disk besides its weights, and how a checkpoint is made whole or not at all.
+"""What a run keeps on disk besides its weights; `checkpoints` holds the two together.
 
 runs/<name>/config.yaml          resolved settings
 runs/<name>/hard_samples.jsonl   ledger, one line per group
-runs/<name>/checkpoints/step-000030/{policy/, run_state.json}
-runs/<name>/checkpoints/latest   name of the newest whole checkpoint, written last
 runs/<name>/stop                 touch it: the run saves and ends after the current step
 """
 
 import json
-import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_p2o.files import write_whole
-from megatron_p2o.interfaces import Policy
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 
-POLICY_FOLDER = "policy"
 STATE_FILE = "run_state.json"
 
 
@@ -40,6 +35,12 @@ class RunState:
     num_rollouts_evolution: int = 0
     best_template: str = ""
     """Text of the best template of the last library that had any; "" before."""
+    num_metrics_lines: int = 0
+    """Lines of metrics.jsonl that belong to this state."""
+    first_round: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Numbers of the first round of prompt evolution; empty before."""
+    published_accuracy: Mapping[str, float] = field(default_factory=dict[str, float])
+    """By evaluation set, under the first published template; empty before."""
     wall_s: float = 0.0
     """Time spent training so far, over all restarts."""
     round_epoch: int = -1
@@ -76,49 +77,13 @@ class LedgerFile:
         self._file.close()
 
 
-def save_checkpoint(run_dir: Path, state: RunState, policy: Policy, keep_last: int) -> Path:
-    """Write a checkpoint under a temporary name, rename it, then point `latest` at it. Call on rank 0.
-
-    Raises:
-        CheckpointError: it could not be written (disk full); the previous checkpoint stays the latest.
-    """
-    folder = run_dir / "checkpoints"
-    final = folder / f"step-{state.step:06d}"
-    partial = folder / f".partial-step-{state.step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        (partial / POLICY_FOLDER).mkdir(parents=True)
-        policy.save(partial / POLICY_FOLDER)
-        write_whole(partial / STATE_FILE, json.dumps(asdict(state), indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        write_whole(folder / "latest", final.name)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{final} could not be written: {error}") from error
-    for old in sorted(folder.glob("step-*"))[:-keep_last]:
-        shutil.rmtree(old)
-    return final
+def write_state(path: Path, state: RunState) -> None:
+    """Write what `read_state` reads. Raises `OSError`."""
+    write_whole(path, json.dumps(asdict(state), indent=1))
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None when it has none."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.exists():
-        return None
-    checkpoint = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not (checkpoint / STATE_FILE).exists():
-        raise CheckpointError(f"{pointer} names {checkpoint.name}, which is missing or incomplete: point it elsewhere")
-    return checkpoint
-
-
-def read_state(checkpoint: Path) -> RunState:
-    """Return the state a checkpoint holds.
-
-    Raises:
-        CheckpointError: not a checkpoint, or its state cannot be read.
-    """
-    path = checkpoint / STATE_FILE
+def read_state(path: Path) -> RunState:
+    """Return what `write_state` wrote. Raises `CheckpointError` when it cannot be read."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}

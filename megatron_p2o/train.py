@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from megatron_p2o.algorithm import Parts, TrainState, train
+from megatron_p2o.checkpoints import POLICY_FOLDER, CheckpointSaver, checked, latest_checkpoint
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import load_config
 from megatron_p2o.data.batches import epoch_batches
@@ -39,13 +40,7 @@ from megatron_p2o.processes import end_with_parent
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import start_engines
 from megatron_p2o.rollout.remote import AgentAddress, meet_agents
-from megatron_p2o.run_state import (
-    POLICY_FOLDER,
-    LedgerFile,
-    StopRequest,
-    latest_checkpoint,
-    read_state,
-)
+from megatron_p2o.run_state import STATE_FILE, LedgerFile, StopRequest, read_state
 from megatron_p2o.template_evaluation import TemplateEvaluator, free_scores, round_statistics
 from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, SamplingParams
 
@@ -66,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="megatron_p2o.train")
     parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
     parser.add_argument("--evaluate", action="store_true", help="measure the policy instead of training it")
-    parser.add_argument("--checkpoint", type=Path, help="start from this checkpoint instead of the latest")
+    parser.add_argument("--checkpoint", type=Path, help="measure this checkpoint instead of the initial policy")
     options = parser.parse_args(arguments)
     end_with_parent()
     signal.signal(signal.SIGTERM, _exit_on_signal)
@@ -78,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not policy.is_conductor:
         policy.serve()
         return 0
-    checkpoint = options.checkpoint or (None if options.evaluate else latest_checkpoint(run_dir))
+    checkpoint = checked(options.checkpoint) if options.evaluate else latest_checkpoint(run_dir)
     with ExitStack() as stack:
         stack.callback(policy.close)
         conductor = Conductor(config, run_dir, policy, checkpoint, agents, stack)
@@ -139,7 +134,7 @@ class Conductor:
     ) -> None:
         self.config, self.run_dir, self.policy = config, run_dir, policy
         self.inputs = load_inputs(config)
-        self.resumed = read_state(checkpoint) if checkpoint else None
+        self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
         self.engine = stack.enter_context(start_engines(config, run_dir, agents))
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)
@@ -171,7 +166,7 @@ class Conductor:
         self._begin_unfinished_round()
         state = train(self.batches_of, state, observer.ledger, self.parts, observer, config)
         if stop.is_made():
-            observer.save(state)
+            observer.save_last(state)
             stop.clear()
             return
         observer.on_end(state)
@@ -191,14 +186,13 @@ class Conductor:
         return epoch_batches(self.inputs.train, self.config.schedule.problems_per_step, self.config.run.seed, epoch)
 
     def _observer(self, stop: StopRequest) -> RunObserver:
-        keep_through_step = self.resumed.step if self.resumed else -1
         num_steps = len(self.batches_of(0)) * self.config.schedule.epochs
         metrics = open_metrics_log(
             self.run_dir,
             self.config.run.name,
             self.config.logging,
             num_steps=min(num_steps, self.config.schedule.max_steps or num_steps),
-            keep_through_step=keep_through_step,
+            num_kept=self.resumed.num_metrics_lines if self.resumed else 0,
         )
         ledger = LedgerFile(self.run_dir / "hard_samples.jsonl", self.resumed.num_ledger_entries if self.resumed else 0)
         self._stack.callback(ledger.close)
@@ -206,7 +200,8 @@ class Conductor:
             run_dir=self.run_dir,
             ledger=ledger,
             metrics=self._stack.enter_context(metrics),
-            rollouts=RolloutWriter(self.run_dir / "rollouts", keep_through_step),
+            checkpoints=CheckpointSaver(self.run_dir, self.policy, self.config.schedule.keep_checkpoints),
+            rollouts=RolloutWriter(self.run_dir / "rollouts", self.resumed.step if self.resumed else -1),
         )
         return RunObserver(
             config=self.config,

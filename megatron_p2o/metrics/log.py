@@ -14,9 +14,14 @@ from megatron_p2o.metrics.values import MetricValue, numbers_of
 class MetricsLog:
     """Sends a step's metrics to every sink. Closes them when left as a context manager."""
 
-    def __init__(self, sinks: Sequence[MetricSink], announce: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, sinks: Sequence[MetricSink], announce: Callable[[str], None] | None = None, num_lines: int = 0
+    ) -> None:
+        """`num_lines`: records that a resumed run has written before."""
         self._sinks = list(sinks)
         self._announce = announce
+        self.num_lines = num_lines
+        """Records so far, over all restarts: lines of metrics.jsonl."""
 
     def write(self, step: int, epoch: int, metrics: Mapping[str, MetricValue]) -> StepRecord:
         """Reduce `metrics`, write them everywhere, and return what was written."""
@@ -24,6 +29,7 @@ class MetricsLog:
         record = StepRecord(step=step, epoch=epoch, time=now, metrics=numbers_of(metrics))
         for sink in self._sinks:
             sink.write(record)
+        self.num_lines += 1
         return record
 
     def announce(self, activity: str) -> None:
@@ -45,13 +51,13 @@ class MetricsLog:
 
 
 def open_metrics_log(
-    run_directory: Path, run_name: str, logging: LoggingConfig, num_steps: int, keep_through_step: int = -1
+    run_directory: Path, run_name: str, logging: LoggingConfig, num_steps: int, num_kept: int = 0
 ) -> MetricsLog:
     """Open the sinks that `logging` asks for.
 
     Args:
         num_steps: steps the run will have, for the progress bar.
-        keep_through_step: last step the resumed checkpoint holds; -1 starts afresh.
+        num_kept: lines of metrics.jsonl that the resumed checkpoint counts; 0 starts afresh.
 
     Raises:
         ValueError: a sink was asked for whose package is missing. Nothing is left open or moved then.
@@ -61,8 +67,8 @@ def open_metrics_log(
         optional.append(TensorBoardSink(run_directory / "tensorboard"))
     if logging.wandb_project is not None:
         optional.append(WandbSink(logging.wandb_project, run_name, run_directory))
-    sinks: list[MetricSink] = [JsonlSink(run_directory / "metrics.jsonl", keep_through_step), *optional]
+    sinks: list[MetricSink] = [JsonlSink(run_directory / "metrics.jsonl", num_kept), *optional]
     if not logging.console:
-        return MetricsLog(sinks)
+        return MetricsLog(sinks, num_lines=num_kept)
     console = ConsoleSink(num_steps)
-    return MetricsLog([*sinks, console], console.announce)
+    return MetricsLog([*sinks, console], console.announce, num_kept)

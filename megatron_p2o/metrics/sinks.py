@@ -5,6 +5,7 @@
 speak of one step (an evaluation, the end of an epoch). A number that is not finite is written as null.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -38,14 +39,15 @@ class MetricSink(Protocol):
 class JsonlSink:
     """Appends to `metrics.jsonl`, one flushed line per record."""
 
-    def __init__(self, path: Path, keep_through_step: int = -1) -> None:
-        """Open `path` for a run that resumes after `keep_through_step`.
+    def __init__(self, path: Path, num_kept: int = 0) -> None:
+        """Open `path` for a run whose checkpoint counts `num_kept` lines.
 
-        Lines of later steps, which will be run again, and a line torn by a kill move to `<name>.discarded` beside it.
-        The default, -1, starts afresh.
+        Later lines, of what will be done again, and a line torn by a kill move to `<name>.discarded` beside it. The
+        default, 0, starts afresh.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        keep_lines(path, lambda line: line.get("step", math.inf) <= keep_through_step)
+        numbers = itertools.count()
+        keep_lines(path, lambda _: next(numbers) < num_kept)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: StepRecord) -> None:

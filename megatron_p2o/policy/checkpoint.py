@@ -1,11 +1,17 @@
 """Weights, optimizer state and schedule on disk, by megatron-core's distributed checkpointing."""
 
+import threading
+from collections.abc import Mapping
+from concurrent import futures
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -14,64 +20,170 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.optimizer import distrib_optimizer
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_p2o.files import FileDigest, digest_of
+from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.model import PolicyModel
 from megatron_p2o.policy.optimizer import Optimization
+from megatron_p2o.policy.random_state import load_random_state, random_state_path, save_random_state
+from megatron_p2o.policy.safe_pickle import check_pickle, weights_only_loading
+
+METADATA_FILE = ".metadata"
+COMMON_FILES = ("common.pt", "metadata.json", METADATA_FILE)
+"""Written by rank 0 for all."""
+
+DigestsByName = Mapping[str, FileDigest]
+"""File name within the checkpoint's folder to what the file must be."""
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """Writes megatron-core's "torch_dist" format with torch's own writer.
+class Staged(TorchDistSaveShardedStrategy):
+    """Takes a copy in host memory of what megatron-core would write in its "torch_dist" format; `write_staged` does.
 
-    megatron-core's writer starts a process that imports the main module again and others that inherit our sockets; when
-    one of them fails, the caller waits forever.
+    megatron-core's own asynchronous writer starts a process that imports the main module again and others that inherit
+    our sockets; when one of them fails, the caller waits forever.
     """
 
-    def __init__(self, control: ProcessGroup) -> None:
+    def __init__(self) -> None:
         super().__init__("torch_dist", 1)
-        self._control = control
+        self.state: dict[str, Any] = {}
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        save(
-            mcore_to_pyt_state_dict(renamed, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            process_group=self._control,
-        )
+        for shards in renamed.values():
+            for shard in shards:
+                if isinstance(shard, ShardedTensor):
+                    assert shard.data is not None, "a saved tensor has data"
+                    shard.data = shard.data.detach().to("cpu", copy=True)
+        self.state = mcore_to_pyt_state_dict(renamed, False)
 
 
-def save_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path, control: ProcessGroup) -> None:
-    """Write the state into `directory`, which is created. Collective; `control` is a gloo group of all ranks."""
+class CheckpointWriter:
+    """Writes this rank's share of the policy's state beside training, one checkpoint at a time."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """Collective. `timeout_s` bounds what ranks wait for one another while they write."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        assert isinstance(group, ProcessGroup)
+        self._group = group
+        self._writing: Future[DigestsByName] | None = None
+
+    def begin(self, model: PolicyModel, optimization: Optimization, directory: Path, control: ProcessGroup) -> None:
+        """Copy the state to host memory and return; a thread then writes it into `directory`, which is created.
+
+        Collective; waits for the checkpoint before. `control` is a gloo group of all ranks.
+        """
+        self.wait()
+        staged = stage(model, optimization, directory, control)
+        self._writing = writing = Future()
+        threading.Thread(target=self._write, args=(staged, directory, writing), daemon=True).start()
+
+    @property
+    def written(self) -> "Future[DigestsByName]":
+        """What the last `begin` has come to: on rank 0 every file with its digest, or why there is no checkpoint."""
+        assert self._writing is not None, "nothing was written"
+        return self._writing
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more, whatever became of it."""
+        if self._writing is not None:
+            futures.wait([self._writing])
+
+    def _write(self, staged: dict[str, Any], directory: Path, writing: "Future[DigestsByName]") -> None:
+        try:
+            replies: list[Any] = [None] * dist.get_world_size()
+            is_first = dist.get_rank() == 0
+            dist.gather_object(self._reply(staged, directory), replies if is_first else None, dst=0, group=self._group)
+            failures = [f"rank {rank}: {reply}" for rank, reply in enumerate(replies) if isinstance(reply, str)]
+            if failures:
+                raise OSError(f"{directory} could not be written: {failures[0]}")
+            writing.set_result({name: digest for reply in replies if reply for name, digest in reply.items()})
+        except Exception as error:  # carried to whoever asks for `written`
+            writing.set_exception(error)
+
+    def _reply(self, staged: dict[str, Any], directory: Path) -> "DigestsByName | str":
+        """Write this rank's files; return their digests, or what went wrong, which rank 0 must be told too."""
+        try:
+            write_staged(staged, directory, self._group)
+            return {path.name: digest_of(path) for path in own_files(directory)}
+        except CheckpointException as error:
+            return causes_of(error)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def stage(model: PolicyModel, optimization: Optimization, directory: Path, control: ProcessGroup) -> dict[str, Any]:
+    """Return this rank's share of the state in host memory; write what is small into `directory`. Collective."""
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier(group=control)
+    save_random_state(random_state_path(directory, dist.get_rank()))
     _fill_adam_state(optimization)
     state = _state(model, optimization, is_loading=False)
     _name_step_zero(state["optimizer"])
-    dist_checkpointing.save(state, str(directory), sharded_strategy=InProcessSave(control))
+    staged = Staged()
+    dist_checkpointing.save(state, str(directory), sharded_strategy=staged)
+    return staged.state
+
+
+def write_staged(staged: dict[str, Any], directory: Path, group: ProcessGroup) -> None:
+    """Write what `stage` returned. Collective over `group`, on any thread."""
+    with cuda_stand_ins():
+        save(
+            staged,
+            storage_writer=FileSystemWriter(directory),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=group,
+        )
+
+
+def causes_of(error: CheckpointException) -> str:
+    """Return what went wrong on each rank that failed. The exception itself is not an `Exception` for Python."""
+    return "; ".join(f"{type(failure).__name__}: {failure}" for failure, _ in error.failures.values())
+
+
+def own_files(directory: Path) -> list[Path]:
+    """Return the files of `directory` whose digests are this rank's to take: its own, on rank 0 also what is common."""
+    rank = dist.get_rank()
+    own = [*directory.glob(f"__{rank}_*.distcp"), random_state_path(directory, rank)]
+    return own if rank else own + [directory / name for name in COMMON_FILES]
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Raise `ValueError` when `directory` holds no checkpoint. Local."""
+    """Raise `ValueError` when `directory` holds no checkpoint, or one that would run code when loaded. Local."""
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise ValueError(f"{directory} holds no checkpoint of the policy: name a directory that its `save` has written")
+    check_pickle(directory / METADATA_FILE)
 
 
 def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path) -> None:
-    """Restore what `save_checkpoint` wrote, under any parallel sizes. Collective."""
+    """Restore what a `CheckpointWriter` wrote, under any parallel sizes. Collective.
+
+    Raises:
+        ValueError: the checkpoint's metadata names something that has no place in it.
+        RuntimeError: it cannot be read, or an object in it is more than weights and numbers.
+    """
     _fill_adam_state(optimization)
     for sharded in _sharded_optimizers(optimization):
         # The loader asks the checkpoint for a step per parameter, which it never saved.
         sharded._set_main_param_and_optimizer_states = _with_step(sharded)
-    state = dist_checkpointing.load(_state(model, optimization, is_loading=True), str(directory))
+    check_pickle(directory / METADATA_FILE)
+    try:
+        with weights_only_loading():
+            state = dist_checkpointing.load(_state(model, optimization, is_loading=True), str(directory))
+    except CheckpointException as error:
+        raise RuntimeError(f"{directory} could not be loaded: {causes_of(error)}") from error
     assert isinstance(state, dict)
     model.load_state_dict(state["model"])
     with torch.no_grad():
         optimization.optimizer.load_state_dict(state["optimizer"])
     _unshare_adam_steps(optimization)
     optimization.scheduler.load_state_dict(state["scheduler"])
+    path = random_state_path(directory, dist.get_rank())
+    if path.exists():  # under another layout there may be more ranks now
+        load_random_state(path)
 
 
 def _state(model: PolicyModel, optimization: Optimization, *, is_loading: bool) -> dict[str, Any]:

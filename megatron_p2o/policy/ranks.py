@@ -7,7 +7,8 @@ replica get the same share. The answers come back in one gather, so a command ha
 import functools
 import itertools
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config import Config
+from megatron_p2o.files import FileDigest
 from megatron_p2o.policy.checkpoint import check_checkpoint
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.forward import PassResult
@@ -144,9 +146,13 @@ class MegatronPolicy:
         """Write the weights as a Hugging Face model directory, with `model.path`'s configuration and tokenizer."""
         write_hf_directory(self.weights(), Path(self._config.model.path), directory)
 
-    def save(self, directory: Path) -> None:
-        """Write weights, optimizer state and schedule into `directory`, which all ranks must see."""
+    def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
+        """Begin to write weights, optimizer and random states into `directory`, which all ranks must see.
+
+        Returns when the state has been copied to host memory; see `interfaces.Policy`.
+        """
         self._everywhere("save", directory)
+        return self._shard.writer.written
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; the parallel sizes may differ.
@@ -166,6 +172,7 @@ class MegatronPolicy:
             return
         self._finish_export()
         self._send([Command(method="close")] * self._ranks.world_size)
+        self._shard.writer.wait()
         end_parallel(self._ranks)
 
     def serve(self) -> None:
@@ -178,6 +185,7 @@ class MegatronPolicy:
         while True:
             command = self._receive()
             if command.method == "close":
+                self._shard.writer.wait()
                 end_parallel(self._ranks)
                 return
             with self._named_errors(command.method):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_p2o.config import Config
 from megatron_p2o.policy.architecture import read_architecture
-from megatron_p2o.policy.checkpoint import load_checkpoint, save_checkpoint
+from megatron_p2o.policy.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_p2o.policy.forward import Denominator, PassResult, forward_backward, make_micro_batches, score
 from megatron_p2o.policy.hf_directory import WeightFiles
 from megatron_p2o.policy.hf_weights import export_hf_weights, load_hf_weights
@@ -44,6 +44,7 @@ class PolicyShard:
         self.optimization = Optimization(
             self.model, settings, config.optimizer, is_sharded=config.parallel.distributed_optimizer
         )
+        self.writer = CheckpointWriter(config.parallel.timeout_s)
         # One rank of each replica holds its results: the last stage, whose tensor ranks all know the same.
         self.speaks = ranks.tensor_rank == 0 and ranks.pipeline_rank == config.parallel.pipeline - 1
 
@@ -84,7 +85,9 @@ class PolicyShard:
         return export_hf_weights(self.model, self.ranks.control)
 
     def save(self, directory: Path) -> None:
-        save_checkpoint(self.model, self.optimization, directory, self.ranks.control)
+        """Begin to write; see `CheckpointWriter`."""
+        self.writer.begin(self.model, self.optimization, directory, self.ranks.control)
 
     def load(self, directory: Path) -> None:
+        self.writer.wait()
         load_checkpoint(self.model, self.optimization, directory)

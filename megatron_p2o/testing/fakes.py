@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config import Config, DataConfig, HardConfig, ModelConfig, RolloutConfig, RunConfig, ScheduleConfig
+from megatron_p2o.files import FileDigest, digest_of
 from megatron_p2o.interfaces import NamedWeights, PromptTooLongError, TemplateLibrary
 from megatron_p2o.types import (
     PLAIN,
@@ -169,8 +170,12 @@ class FakePolicy:
         yield "num_updates", torch.tensor(self.num_updates)
         self.journal.append("weights")
 
-    def save(self, directory: Path) -> None:
-        (directory / "policy.json").write_text(json.dumps(self.num_updates), encoding="utf-8")
+    def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
+        path = directory / "policy.json"
+        path.write_text(json.dumps(self.num_updates), encoding="utf-8")
+        written: Future[Mapping[str, FileDigest]] = Future()
+        written.set_result({path.name: digest_of(path)})
+        return written
 
     def load(self, directory: Path) -> None:
         self.num_updates = int(json.loads((directory / "policy.json").read_text(encoding="utf-8")))

@@ -21,7 +21,7 @@ ALLOWED = {
     "p2o_kernels": (),
     "megatron_p2o.types": (),
     "megatron_p2o.config": (),
-    "megatron_p2o.interfaces": ("megatron_p2o.types",),
+    "megatron_p2o.interfaces": ("megatron_p2o.types", "megatron_p2o.files"),
     "megatron_p2o.files": (),
     "megatron_p2o.processes": (),
     "megatron_p2o.seeds": (),
@@ -48,6 +48,7 @@ BELOW = {
     "megatron_p2o.launch": ("megatron_p2o.cli",),
     "megatron_p2o.evaluate": ("megatron_p2o.cli", "megatron_p2o.launch", "megatron_p2o.train"),
     "megatron_p2o.run_state": ("megatron_p2o.cli", "megatron_p2o.launch", "megatron_p2o.train"),
+    "megatron_p2o.checkpoints": ("megatron_p2o.cli", "megatron_p2o.launch", "megatron_p2o.train"),
 }
 """Module at the top to those above it."""
 

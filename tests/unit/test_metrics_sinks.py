@@ -61,7 +61,7 @@ def test_a_resumed_run_writes_each_step_once_and_keeps_what_it_took_back(tmp_pat
     with path.open("a") as file:
         file.write('{"step": 4, "epo')  # the kill came in the middle of a line
 
-    resumed = JsonlSink(path, keep_through_step=2)
+    resumed = JsonlSink(path, num_kept=3)
     resumed.write(record(3))
     resumed.close()
 

@@ -1,6 +1,9 @@
 """The whole policy in one process against transformers and torch's AdamW."""
 
+import io
 import json
+import pickle
+import random
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -10,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import Qwen3ForCausalLM
 
 from megatron_p2o.config import Config, ObjectiveConfig, OptimizerConfig
+from megatron_p2o.files import digest_of
 from megatron_p2o.policy.attention import pack_layout, sample_positions
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
-from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.policy.ranks import MegatronPolicy, PolicyError, build_policy
+from megatron_p2o.policy.safe_pickle import RefusedPickle
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples, token_losses
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
@@ -210,13 +216,69 @@ def test_training_continues_identically_after_save_and_load(model: Path, tmp_pat
     with policy_of(policy_config(model)) as policy:
         for _ in range(num_updates):
             policy.update(SAMPLES, None, 120)
-        policy.save(tmp_path / "checkpoint")
+        seed_every_generator(7)
+        saving = policy.save(tmp_path / "checkpoint")
+        # Training goes on while the files are written; what they hold is the state of now.
         expected = [policy.update(SAMPLES, None, 120) for _ in range(2)]
         weights = weights_of(policy)
+        drawn = draw_from_every_generator()
     with policy_of(policy_config(model)) as policy:
         policy.load(tmp_path / "checkpoint")
         assert [policy.update(SAMPLES, None, 120) for _ in range(2)] == expected
         assert_same_weights(weights_of(policy), weights, atol=0)
+        assert draw_from_every_generator() == drawn
+    digests = saving.result(0)
+    assert set(digests) == {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert all(digest_of(tmp_path / "checkpoint" / name) == digest for name, digest in digests.items())
+
+
+def seed_every_generator(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def draw_from_every_generator() -> list[float]:
+    return [random.random(), random.gauss(0, 1), np.random.standard_normal(), torch.rand(()).item()]
+
+
+class Malicious:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "sharded object"])
+def test_a_checkpoint_that_would_run_code_is_refused(model: Path, tmp_path: Path, file: str):
+    directory, trace = tmp_path / "checkpoint", tmp_path / "code was run"
+    with policy_of(policy_config(model)) as policy:
+        policy.save(directory).result(60)
+        if file == ".metadata":
+            (directory / file).write_bytes(pickle.dumps(Malicious(trace)))
+        elif file == "common.pt":
+            torch.save({"optimizer": Malicious(trace)}, directory / file)
+        else:
+            replace_first_object(directory, Malicious(trace))
+        with pytest.raises((RefusedPickle, PolicyError), match=r"touch|eights.only"):
+            policy.load(directory)
+    assert not trace.exists()
+
+
+def replace_first_object(directory: Path, value: Any) -> None:
+    """Put `value` in the place of an object that lies among the tensors."""
+    index = pickle.loads((directory / ".metadata").read_bytes())
+    name = next(key for key, entry in index.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata))
+    stored = next(info for key, info in index.storage_data.items() if key.fqn == name)
+    content = io.BytesIO()
+    torch.save([value], content)
+    path = directory / stored.relative_path
+    stored.offset, stored.length = path.stat().st_size, len(content.getvalue())
+    path.write_bytes(path.read_bytes() + content.getvalue())
+    (directory / ".metadata").write_bytes(pickle.dumps(index))
 
 
 def test_a_missing_checkpoint_is_named(model: Path, tmp_path: Path):

@@ -1,0 +1,203 @@
+"""The checkpoints of a run: written beside training, whole or not at all, and checked before one is used.
+
+runs/<name>/checkpoints/step-000030/policy/          weights, optimizer and random states
+                                    run_state.json   where training stands, see `run_state.RunState`
+                                    manifest.json    size and sha256 of every other file, written last
+runs/<name>/checkpoints/latest                       name of the newest checkpoint, written once it is there
+
+A folder that begins with a dot is not a checkpoint (yet, or any more).
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from megatron_p2o.files import FileDigest, digest_of, write_whole
+from megatron_p2o.interfaces import Policy
+from megatron_p2o.run_state import STATE_FILE, CheckpointError, RunState, write_state
+
+POLICY_FOLDER = "policy"
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+
+PARTIAL = ".partial-"
+REPLACED = ".replaced-"
+"""Begin the names of a checkpoint that is being written, and of one that another of its step takes the place of."""
+
+WRITE_TIMEOUT_S = 3600.0
+"""Longest wait for the files of one checkpoint."""
+
+HASHED_BYTES = 16 << 30
+"""Before a checkpoint is used its files are hashed, the small ones first, up to this total: 10 to 30 s. Sizes are
+always compared; of larger checkpoints the hashes are there for whoever doubts a disk."""
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run, one at a time, from rank 0."""
+
+    def __init__(self, run_dir: Path, policy: Policy, keep_last: int) -> None:
+        """`keep_last`: checkpoints to keep, the one just written included."""
+        self._folder = run_dir / "checkpoints"
+        self._policy = policy
+        self._keep_last = keep_last
+        self._saving: Future[Path] | None = None
+        restore_replaced(self._folder)
+
+    def begin(self, state: RunState) -> None:
+        """Return once the state is copied; the files are written beside training. Waits for the checkpoint before.
+
+        Raises:
+            CheckpointError: the checkpoint before, or the beginning of this one, could not be written (disk full).
+        """
+        self.finish()
+        name = f"step-{state.step:06d}"
+        partial = self._folder / f"{PARTIAL}{name}"
+        try:
+            for left in self._folder.glob(f"{PARTIAL}*"):
+                shutil.rmtree(left)
+            (partial / POLICY_FOLDER).mkdir(parents=True)
+            write_state(partial / STATE_FILE, state)
+        except OSError as error:
+            raise CheckpointError(f"{self._folder / name} could not be written: {error}") from error
+        written = self._policy.save(partial / POLICY_FOLDER)
+        self._saving = saving = Future()
+        threading.Thread(target=self._complete, args=(name, written, saving), daemon=True, name="checkpoint").start()
+
+    def check(self) -> None:
+        """Raise `CheckpointError` when the last checkpoint has failed meanwhile. Does not wait."""
+        if self._saving is not None and self._saving.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is whole. Raises `CheckpointError` when it never will be."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result(WRITE_TIMEOUT_S)
+
+    def _complete(self, name: str, written: Future[Mapping[str, FileDigest]], saving: Future[Path]) -> None:
+        partial, final = self._folder / f"{PARTIAL}{name}", self._folder / name
+        try:
+            digests = {f"{POLICY_FOLDER}/{file}": digest for file, digest in written.result(WRITE_TIMEOUT_S).items()}
+            write_manifest(partial, {STATE_FILE: digest_of(partial / STATE_FILE), **digests})
+            put_in_place(partial, final)
+            write_whole(self._folder / "latest", name)
+            self._prune(name)
+            saving.set_result(final)
+        except Exception as error:  # carried to the thread that trains
+            shutil.rmtree(partial, ignore_errors=True)
+            failure = CheckpointError(f"{final} could not be written, the checkpoint before is intact: {error}")
+            failure.__cause__ = error
+            saving.set_exception(failure)
+
+    def _prune(self, newest: str) -> None:
+        """Remove what is older than the `keep_last` newest. Later steps, of a history given up, are left alone."""
+        names = sorted(path.name for path in self._folder.glob("step-*"))
+        for name in names[: names.index(newest) + 1][: -self._keep_last]:
+            shutil.rmtree(self._folder / name)
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Rename `partial` to `final`, which may exist: one of both is there at any moment, see `restore_replaced`."""
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Give checkpoints back that a kill caught between two renames."""
+    for replaced in folder.glob(f"{REPLACED}*"):
+        final = folder / replaced.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(final)
+
+
+def write_manifest(checkpoint: Path, digests: Mapping[str, FileDigest]) -> None:
+    """Write down what every file of the checkpoint must be, and which versions wrote it. Raises `OSError`."""
+    missing = sorted(set(files_below(checkpoint)) - set(digests))
+    assert not missing, f"nobody vouches for {missing}"
+    manifest = {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("megatron-p2o", "megatron-core", "torch")},
+        "files": {name: asdict(digest) for name, digest in sorted(digests.items())},
+    }
+    write_whole(checkpoint / MANIFEST_FILE, json.dumps(manifest, indent=1))
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the files in a folder and below by relative name."""
+    return [
+        str((Path(where) / name).relative_to(folder)) for where, _, names in os.walk(folder) for name in sorted(names)
+    ]
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, naming the file; None when it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        digests = {name: FileDigest(**digest) for name, digest in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_FILE}: it was never completed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST_FILE} cannot be read ({error})"
+    hashed_bytes = 0
+    for name, digest in sorted(digests.items(), key=lambda item: item[1].size_bytes):
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != digest.size_bytes:
+            return f"{name} has {path.stat().st_size} bytes where {digest.size_bytes} were written"
+        hashed_bytes += digest.size_bytes
+        if hashed_bytes <= HASHED_BYTES and digest_of(path) != digest:
+            return f"{name} does not match its sha256"
+    return None
+
+
+def checked(checkpoint: Path | None) -> Path | None:
+    """Return a checkpoint that a user names, if any. Raises `CheckpointError` when it is damaged."""
+    damage = damage_of(checkpoint) if checkpoint else None
+    if damage is not None:
+        raise CheckpointError(f"{checkpoint} is damaged: {damage}")
+    return checkpoint
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the checkpoint that `latest` names, or the one before it when that is damaged; None before the first.
+
+    Logs a warning that names a damaged one.
+
+    Raises:
+        CheckpointError: there are checkpoints and all are damaged.
+    """
+    folder = run_dir / "checkpoints"
+    restore_replaced(folder)
+    names = sorted((path.name for path in folder.glob("step-*")), reverse=True)
+    pointer = folder / "latest"
+    newest = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""
+    damaged: list[str] = []
+    for name in names:
+        if newest and name > newest:  # of a history that was given up, or that no kill let become the latest
+            continue
+        damage = damage_of(folder / name)
+        if damage is None:
+            return folder / name
+        damaged.append(f"{folder / name} is damaged: {damage}")
+        logger.warning("%s; the checkpoint before it is used", damaged[-1])
+    if names or newest:
+        raise CheckpointError(
+            "; ".join(damaged or [f"{pointer} names {newest!r}, which is not there"])
+            + f": no checkpoint is left to resume from; remove {folder} to begin the run afresh"
+        )
+    return None

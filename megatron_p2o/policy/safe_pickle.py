@@ -1,0 +1,71 @@
+"""Loading a checkpoint without running what is in it: megatron-core and torch keep part of it as pickles."""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHECKPOINT_METADATA = "torch.distributed.checkpoint.metadata"
+
+ALLOWED = frozenset(
+    {
+        ("pathlib", "Path"),
+        ("pathlib", "PosixPath"),
+        ("torch", "Size"),
+        ("torch", "device"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+        *((CHECKPOINT_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+        *((CHECKPOINT_METADATA, f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
+        (CHECKPOINT_METADATA, "_MEM_FORMAT_ENCODING"),
+    }
+)
+"""What the index of a checkpoint consists of, besides torch's data types: records and enumerations without effects."""
+
+DATA_TYPES = frozenset(
+    {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+)
+
+
+class RefusedPickle(ValueError):
+    """A pickle names something that has no place in a checkpoint."""
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        is_data_type = module_name == "torch" and global_name in DATA_TYPES
+        if not is_data_type and (module_name, global_name) not in ALLOWED:
+            raise RefusedPickle(f"{module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def check_pickle(path: Path) -> None:
+    """Read the index of a checkpoint, making nothing but what `ALLOWED` names.
+
+    Raises:
+        RefusedPickle: it names anything else: it was not written by this program, or was tampered with.
+        OSError, pickle.UnpicklingError, EOFError: it is missing or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            _RestrictedUnpickler(file).load()
+    except RefusedPickle as refused:
+        raise RefusedPickle(f"{path} names {refused}, which has no place in a checkpoint: it is not loaded") from None
+
+
+@contextmanager
+def weights_only_loading() -> Iterator[None]:
+    """Have every `torch.load` of this process refuse arbitrary objects inside the block, whatever its caller asks."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

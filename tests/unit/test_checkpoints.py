@@ -1,0 +1,148 @@
+"""Checkpoints are whole or not used; the last good one is never lost."""
+
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_p2o.checkpoints import CheckpointSaver, checked, damage_of, latest_checkpoint
+from megatron_p2o.files import FileDigest
+from megatron_p2o.run_state import STATE_FILE, CheckpointError, RunState, read_state
+from megatron_p2o.testing.fakes import FakePolicy
+
+NO_SPACE = OSError(28, "No space left on device")
+
+
+def state(step: int, **fields: Any) -> RunState:
+    return RunState(
+        **{
+            **{"step": step, "epoch": 1, "batch": 2, "hard_problem_ids": ("a", "b")},
+            **{"library_version": 3, "num_ledger_entries": 4},
+            **fields,
+        }
+    )
+
+
+def saved(run_dir: Path, *steps: int, keep_last: int = 9) -> CheckpointSaver:
+    saver = CheckpointSaver(run_dir, FakePolicy(), keep_last)
+    for step in steps:
+        saver.begin(state(step))
+    saver.finish()
+    return saver
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_are_kept_and_the_last_is_found(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 10, 30, keep_last=2)
+    assert names(tmp_path) == ["latest", "step-000010", "step-000030"]
+    found = tmp_path / "checkpoints" / "step-000030"
+    assert latest_checkpoint(tmp_path) == found
+    assert read_state(found / STATE_FILE) == state(30)
+    manifest = json.loads((found / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"run_state.json", "policy/policy.json"}
+    assert manifest["versions"]["megatron-core"]
+    assert latest_checkpoint(tmp_path / "fresh") is None
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "hurt", "named"),
+    [
+        ("policy/policy.json", truncate, r"policy/policy\.json has 0 bytes where 1 were written"),
+        ("policy/policy.json", flip_a_bit, r"policy/policy\.json does not match its sha256"),
+        ("policy/policy.json", Path.unlink, r"policy/policy\.json is missing"),
+        ("run_state.json", truncate, r"run_state\.json has \d+ bytes"),
+        ("manifest.json", truncate, r"manifest\.json cannot be read"),
+        ("manifest.json", Path.unlink, r"no manifest\.json: it was never completed"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, hurt: Callable[[Path], None], named: str
+) -> None:
+    saved(tmp_path, 1, 2)
+    folder = tmp_path / "checkpoints"
+    hurt(folder / "step-000002" / file)
+    assert latest_checkpoint(tmp_path) == folder / "step-000001"
+    assert "step-000002 is damaged" in caplog.text
+    with pytest.raises(CheckpointError, match=rf"step-000002 is damaged: (its |it has )?{named}"):
+        checked(folder / "step-000002")
+    hurt(folder / "step-000001" / file)
+    with pytest.raises(CheckpointError, match=rf"step-000001 is damaged.*{named}.*no checkpoint is left"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_user_can_go_back_to_an_earlier_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3)
+    (tmp_path / "checkpoints" / "latest").write_text("step-000002\n")
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000002"
+    saved(tmp_path, 2, keep_last=1)
+    assert names(tmp_path) == ["latest", "step-000002", "step-000003"], "a later one is not ours to remove"
+    (tmp_path / "checkpoints" / "latest").write_text("step-000001")
+    with pytest.raises(CheckpointError, match="names 'step-000001', which is not there"):
+        latest_checkpoint(tmp_path)
+
+
+class SlowPolicy(FakePolicy):
+    """Writes when it is told to."""
+
+    def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
+        self.directory = directory
+        self.written: Future[Mapping[str, FileDigest]] = Future()
+        return self.written
+
+    def write(self) -> None:
+        self.written.set_result(FakePolicy.save(self, self.directory).result())
+
+
+def test_nothing_is_a_checkpoint_before_everything_is_written(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    policy = SlowPolicy()
+    saver = CheckpointSaver(tmp_path, policy, keep_last=1)
+    saver.begin(state(2))
+    saver.check()
+    # Here a kill would leave the first one, and its remains are cleared away.
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000001"
+    assert names(tmp_path) == [".partial-step-000002", "latest", "step-000001"]
+    policy.write()
+    saver.finish()
+    assert names(tmp_path) == ["latest", "step-000002"]
+
+
+def test_a_failure_is_told_at_the_next_step_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    policy = SlowPolicy()
+    saver = CheckpointSaver(tmp_path, policy, keep_last=1)
+    saver.begin(state(2))
+    policy.written.set_exception(NO_SPACE)
+    with pytest.raises(CheckpointError, match=r"step-000002 could not be written.*No space left on device"):
+        saver.begin(state(3))
+    saver.check()
+    assert names(tmp_path) == ["latest", "step-000001"]
+    assert damage_of(tmp_path / "checkpoints" / "step-000001") is None
+
+
+def test_a_checkpoint_of_the_same_step_takes_the_others_place(tmp_path: Path) -> None:
+    saver = saved(tmp_path, 1)
+    saver.begin(state(1, epoch=2))
+    saver.finish()
+    found = tmp_path / "checkpoints" / "step-000001"
+    assert read_state(found / STATE_FILE).epoch == 2
+    assert names(tmp_path) == ["latest", "step-000001"]
+    # A kill between the two renames.
+    found.rename(found.with_name(".replaced-step-000001"))
+    assert latest_checkpoint(tmp_path) == found and damage_of(found) is None
