@@ -39,6 +39,8 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
+    """Ranks that share the tokens of every sequence, for sequences too long for one."""
     data: int = 1
     sequence: bool = False
     """Sequence parallelism of norms and dropout; needs `tensor` > 1."""
@@ -49,7 +51,7 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -451,8 +453,8 @@ def _process_rules(config: Config) -> list[Rule]:
             "parallel.sequence needs parallel.tensor > 1: set parallel.sequence to false",
         ),
         (
-            min(config.parallel.tensor, config.parallel.pipeline, config.parallel.data) >= 1,
-            "parallel.tensor, parallel.pipeline and parallel.data must be at least 1",
+            min(config.parallel.tensor, config.parallel.pipeline, config.parallel.context, config.parallel.data) >= 1,
+            "parallel.tensor, parallel.pipeline, parallel.context and parallel.data must be at least 1",
         ),
         (
             not config.evolution.enabled

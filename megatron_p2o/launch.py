@@ -93,7 +93,8 @@ def ranks_per_node(config: Config, nodes: Nodes) -> int:
     """
     parallel = config.parallel
     product = (
-        f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data}"
+        f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
+        f"parallel.context={parallel.context} x parallel.data={parallel.data}"
     )
     num_ranks, rest = divmod(parallel.world_size, nodes.count)
     if rest:

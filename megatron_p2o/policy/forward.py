@@ -4,21 +4,24 @@ T packed tokens of one micro-batch, N response tokens among them.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_p2o.config import ObjectiveConfig
-from megatron_p2o.policy.attention import PackLayout, pack_layout, sample_positions
+from megatron_p2o.policy.attention import pack_layout, sample_positions
+from megatron_p2o.policy.parallel import context_group
 from megatron_p2o.rl.objective import SUM_NAMES, TokenStats, policy_loss
-from megatron_p2o.rl.packing import micro_batches, pack
+from megatron_p2o.rl.packing import context_part, context_positions, micro_batches, pack
 from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
 
 FILLER = TrainSample(
@@ -35,7 +38,10 @@ FILLER = TrainSample(
 class MicroBatch:
     """One forward pass of one data-parallel rank."""
 
-    batch: PackedBatch
+    whole: PackedBatch
+    """What the context-parallel ranks compute together."""
+    part: PackedBatch
+    """What this rank computes of it: all, without context parallelism."""
     samples: tuple[int, ...]
     """Index of each packed sample in the rank's share; empty for a filler."""
 
@@ -62,8 +68,8 @@ class Denominator:
         if self.objective.normalization == "micro_batch":
             # The authors': token mean of the micro-batch, weighted by its share of the rows.
             share = len(micro_batch.samples) / self.num_samples
-            num_tokens = stats.sums[SUM_NAMES.index("loss_tokens")].clamp(min=1)
-            return loss * (share / num_tokens).float(), self._once(1, number, loss)
+            num_tokens = micro_batch.whole.loss_mask_T.sum().clamp(min=1)
+            return loss * (share / num_tokens), self._once(1, number, loss)
         if self.objective.denominator == "kept":
             return loss, stats.sums[SUM_NAMES.index("kept_tokens")].int()
         return loss, self._once(self.num_loss_tokens, number, loss)
@@ -116,18 +122,31 @@ def make_micro_batches(
     """Return the rank's share packed into micro-batches; a filler when it is empty."""
     if not samples:
         filler_old = None if old_logprobs is None else [FILLER.sampling_logprobs]
-        return [MicroBatch(batch=pack([FILLER], filler_old, device), samples=())]
+        return [_micro_batch([FILLER], filler_old, device, ())]
     return [
-        MicroBatch(
-            batch=pack(
-                [samples[index] for index in members],
-                None if old_logprobs is None else [old_logprobs[index] for index in members],
-                device,
-            ),
-            samples=tuple(members),
+        _micro_batch(
+            [samples[index] for index in members],
+            None if old_logprobs is None else [old_logprobs[index] for index in members],
+            device,
+            tuple(members),
         )
         for members in micro_batches([sample.num_tokens for sample in samples], budget_tokens)
     ]
+
+
+def _micro_batch(
+    samples: Sequence[TrainSample],
+    old_logprobs: Sequence[Logprobs] | None,
+    device: torch.device,
+    places: tuple[int, ...],
+) -> MicroBatch:
+    context = context_group()
+    if context.size() == 1:
+        whole = part = pack(samples, old_logprobs, device)
+    else:
+        whole = pack(samples, old_logprobs, device, multiple=2 * context.size())
+        part = context_part(whole, context.rank(), context.size())
+    return MicroBatch(whole=whole, part=part, samples=places)
 
 
 def forward_backward(
@@ -143,18 +162,18 @@ def forward_backward(
         number, micro_batch = next(micro_batches_left)
 
         def loss_of(output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, PassResult]:
-            logprobs_T, entropy_T = _on_positions(output, micro_batch.batch)
-            loss, stats = policy_loss(logprobs_T, micro_batch.batch, objective, entropy_T)
+            logprobs_T, entropy_T = _on_positions(output, micro_batch.part)
+            loss, stats = policy_loss(logprobs_T, micro_batch.part, objective, entropy_T)
             if not micro_batch.samples:
                 loss, stats = loss * 0.0, TokenStats.zero(loss.device)
             loss, divisor = denominator.contribution(loss, stats, micro_batch, number)
             # Megatron adds the divisors into a tensor of its own and scales the gradient by their sum.
             return loss, divisor, PassResult(loss=loss.detach(), divisor=divisor.clone(), stats=stats)
 
-        return _run_model(model, micro_batch.batch), loss_of
+        return _run_model(model, micro_batch), loss_of
 
     results = _schedule(forward_step, numbered, module, len(batches))
-    return functools.reduce(PassResult.merge, results, PassResult.zero(batches[0].batch.token_ids_T.device))
+    return functools.reduce(PassResult.merge, results, PassResult.zero(batches[0].whole.token_ids_T.device))
 
 
 @torch.no_grad()
@@ -165,11 +184,13 @@ def score(module: DistributedDataParallel, batches: Sequence[MicroBatch]) -> dic
         micro_batch = next(micro_batches_left)
 
         def collect(output: Tensor, non_loss_data: bool = True) -> dict[int, Logprobs]:
-            logprobs_N = output[0].float().cpu().numpy()
-            index_N = micro_batch.batch.sample_index_T[micro_batch.batch.loss_mask_T].cpu().numpy()
+            whole = micro_batch.whole
+            logprobs_T = _joined_over_context(_on_positions((output[0], output[1]), micro_batch.part)[0].float(), whole)
+            logprobs_N = logprobs_T[whole.loss_mask_T].cpu().numpy()
+            index_N = whole.sample_index_T[whole.loss_mask_T].cpu().numpy()
             return {sample: logprobs_N[index_N == place] for place, sample in enumerate(micro_batch.samples)}
 
-        output = _run_model(model, micro_batch.batch)
+        output = _run_model(model, micro_batch)
         # One tensor: with experts the schedule asks the output for its device.
         return torch.stack(output) if isinstance(output, tuple) else output, collect
 
@@ -198,17 +219,22 @@ def _schedule(
     )
 
 
-def _run_model(model: Any, batch: PackedBatch) -> Any:
+def _run_model(model: Any, micro_batch: MicroBatch) -> Any:
     """Return (logprobs_N, entropy_N) on the last stage, else hidden states."""
-    cu_seqlens, padding = _padded(batch.cu_seqlens, _length_multiple(model))
-    layout: PackLayout = pack_layout(cu_seqlens)
+    context = context_group()
+    cu_seqlens, num_padding = _padded(micro_batch.whole.cu_seqlens, _length_multiple(model))
+    layout = pack_layout(cu_seqlens, context.rank(), context.size())
+    positions_T = sample_positions(cu_seqlens)
+    if context.size() > 1:
+        positions_T = positions_T[context_positions(cu_seqlens, context.rank(), context.size())]
+    part, padding = micro_batch.part, (0, num_padding // context.size())
     return model(
-        F.pad(batch.token_ids_T, (0, padding))[None],
-        sample_positions(cu_seqlens)[None],
+        F.pad(part.token_ids_T, padding)[None],
+        positions_T[None],
         None,
         packed_seq_params=layout,
-        labels=F.pad(batch.target_ids_T, (0, padding))[None],
-        loss_mask=F.pad(batch.loss_mask_T, (0, padding))[None],
+        labels=F.pad(part.target_ids_T, padding)[None],
+        loss_mask=F.pad(part.loss_mask_T, padding)[None],
     )
 
 
@@ -219,8 +245,22 @@ def _padded(cu_seqlens: Tensor, multiple: int) -> tuple[Tensor, int]:
 
 
 def _length_multiple(model: Any) -> int:
-    """Sequence parallelism cuts a pack evenly over the tensor ranks."""
-    return model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    """Context parallelism cuts a pack twice per rank, sequence parallelism cuts a rank's part over its tensor ranks."""
+    config = model.config
+    context, tensor = config.context_parallel_size, config.tensor_model_parallel_size
+    per_rank = tensor if config.sequence_parallel else 1
+    return per_rank if context == 1 else context * math.lcm(2, per_rank)
+
+
+def _joined_over_context(values_T: Tensor, whole: PackedBatch) -> Tensor:
+    """Return the values of the whole pack from the parts of its context-parallel ranks. Collective over them."""
+    context = context_group()
+    if context.size() == 1:
+        return values_T
+    positions = context_positions(whole.cu_seqlens, context.rank(), context.size())
+    joined_T = values_T.new_zeros(len(whole.loss_mask_T)).index_copy(0, positions, values_T)
+    dist.all_reduce(joined_T, group=context)
+    return joined_T
 
 
 def _on_positions(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ def export_hf_weights(model: PolicyModel, control: ProcessGroup) -> Iterator[tup
     Collective: every rank must exhaust its iterator. One tensor at a time is gathered over the tensor ranks of the
     first data-parallel replica; later pipeline stages send theirs to rank 0. The receiver may keep the tensors.
     """
-    if parallel_state.get_data_parallel_rank() != 0:
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
     is_head = parallel_state.get_tensor_model_parallel_rank() == 0
     stages = pipeline_group()

@@ -80,6 +80,8 @@ class PolicyModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.temperature = temperature
+        # Each token's position is looked up below; Megatron would take a context rank's part of the table.
+        self.rotary_pos_emb.cp_group = None
         if self.post_process:
             self.output_layer.__class__ = LogprobHead
 
@@ -166,6 +168,7 @@ def _decided_settings(
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         "params_dtype": torch_dtype,
         "pipeline_dtype": torch_dtype,

@@ -22,6 +22,7 @@ class Ranks:
     rank: int
     world_size: int
     tensor_rank: int
+    context_rank: int
     pipeline_rank: int
     data_rank: int
     device: torch.device
@@ -51,6 +52,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         distributed_timeout_minutes=parallel.timeout_s / 60,  # pyright: ignore[reportArgumentType]
     )
     with cuda_stand_ins():
@@ -61,6 +63,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         device=_device(),
@@ -73,15 +76,16 @@ def check_world_size(parallel: ParallelConfig, num_processes: int) -> None:
     """Raise `ValueError` unless `num_processes` is the product of the parallel sizes."""
     if num_processes != parallel.world_size:
         raise ValueError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x parallel.data="
-            f"{parallel.data} = {parallel.world_size} must equal the number of trainer processes, {num_processes}: "
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x parallel.context="
+            f"{parallel.context} x parallel.data={parallel.data} = {parallel.world_size} must equal the number of "
+            f"trainer processes, {num_processes}: "
             f"set parallel.data to {_fitting_data(parallel, num_processes)} or start {parallel.world_size} processes"
         )
 
 
 def data_rank_of(rank: int, parallel: ParallelConfig) -> int:
     """Return the data-parallel rank of a world rank."""
-    return rank // parallel.tensor % parallel.data
+    return rank // (parallel.tensor * parallel.context) % parallel.data
 
 
 def tensor_group() -> ProcessGroup:
@@ -94,6 +98,13 @@ def tensor_group() -> ProcessGroup:
 def pipeline_group() -> ProcessGroup:
     """Return the stages that share this rank's samples, first stage first."""
     group = parallel_state.get_pipeline_model_parallel_group()
+    assert isinstance(group, ProcessGroup)
+    return group
+
+
+def context_group() -> ProcessGroup:
+    """Return the ranks that share the tokens of this rank's samples."""
+    group = parallel_state.get_context_parallel_group()
     assert isinstance(group, ProcessGroup)
     return group
 
@@ -112,7 +123,7 @@ def end_parallel(ranks: Ranks) -> None:
 
 
 def _fitting_data(parallel: ParallelConfig, num_processes: int) -> str:
-    model_ranks = parallel.tensor * parallel.pipeline
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     return str(num_processes // model_ranks) if num_processes % model_ranks == 0 else "a fitting value"
 
 

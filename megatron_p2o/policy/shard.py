@@ -45,7 +45,7 @@ class PolicyShard:
             self.model, settings, config.optimizer, is_sharded=config.parallel.distributed_optimizer
         )
         self.writer = CheckpointWriter(config.parallel.timeout_s)
-        # One rank of each replica holds its results: the last stage, whose tensor ranks all know the same.
+        # The last stage holds the results; its tensor ranks all know the same, its context ranks each their part.
         self.speaks = ranks.tensor_rank == 0 and ranks.pipeline_rank == config.parallel.pipeline - 1
 
     def update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
@@ -58,7 +58,7 @@ class PolicyShard:
             objective=self.config.objective,
             num_loss_tokens=num_loss_tokens,
             num_samples=num_samples,
-            counts_here=self.ranks.data_rank == 0,
+            counts_here=self.ranks.data_rank == 0 and self.ranks.context_rank == 0,
         )
         learning_rate = optimization.learning_rate
         optimization.clear_gradients()

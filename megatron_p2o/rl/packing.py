@@ -3,6 +3,7 @@
 # torch.from_numpy is untyped in torch's own stubs.
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,29 +12,37 @@ from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
 
 
 def pack(
-    samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, device: torch.device | str = "cpu"
+    samples: Sequence[TrainSample],
+    old_logprobs: Sequence[Logprobs] | None,
+    device: torch.device | str = "cpu",
+    multiple: int = 1,
 ) -> PackedBatch:
-    """Return `samples` as one batch; [T] is the sum of their `num_tokens`.
+    """Return `samples` as one batch; [T] is the sum of their `num_tokens`, each rounded up to `multiple`.
 
     Args:
         samples: at least one.
         old_logprobs: [R] each under `context_ids`, or None when the coming forward pass provides them.
         device: where the tensors are made.
+        multiple: a sample that falls short is followed by positions that count for nothing (`loss_mask_T` is False).
     """
-    lengths = [sample.num_tokens for sample in samples]
+    paddings = [-sample.num_tokens % multiple for sample in samples]
+    lengths = [sample.num_tokens + padding for sample, padding in zip(samples, paddings, strict=True)]
     sequences = [np.concatenate([sample.context_ids, sample.response_ids]) for sample in samples]
     starts = [len(sample.context_ids) - 1 for sample in samples]
 
+    def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.pad(row, (0, padding)) for row, padding in zip(rows, paddings, strict=True)])
+
     def on_responses(values: Sequence[Logprobs]) -> torch.Tensor:
-        rows = [np.concatenate([np.zeros(start, np.float32), row]) for start, row in zip(starts, values, strict=True)]
-        return torch.from_numpy(np.concatenate(rows).astype(np.float32)).to(device)
+        rows = [np.pad(row, (start, 0)) for start, row in zip(starts, values, strict=True)]
+        return torch.from_numpy(padded(rows).astype(np.float32)).to(device)
 
     ones = [np.ones(len(sample.response_ids), np.float32) for sample in samples]
     mask_T = on_responses(ones)
     sample_index_T = np.repeat(np.arange(len(samples)), lengths)
     return PackedBatch(
-        token_ids_T=_int64(np.concatenate([sequence[:-1] for sequence in sequences]), device),
-        target_ids_T=_int64(np.concatenate([sequence[1:] for sequence in sequences]), device),
+        token_ids_T=_int64(padded([sequence[:-1] for sequence in sequences]), device),
+        target_ids_T=_int64(padded([sequence[1:] for sequence in sequences]), device),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
         loss_mask_T=mask_T.bool(),
         loss_weights_T=mask_T.clone(),
@@ -42,6 +51,43 @@ def pack(
         is_templated_T=torch.from_numpy(np.array([s.is_templated for s in samples])[sample_index_T]).to(device),
         old_logprobs_T=None if old_logprobs is None else on_responses(old_logprobs),
         sample_index_T=_int64(sample_index_T, device),
+    )
+
+
+def context_positions(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """Return [T / size] int64: the positions of a pack that one of `size` context-parallel ranks computes, in order.
+
+    Each sample is cut into 2 * size chunks; rank r has chunk r and chunk 2 * size - 1 - r, so that under causal
+    attention every rank has the same work for every sample. `cu_seqlens` must be multiples of 2 * size.
+    """
+    chunks = cu_seqlens.diff().long() // (2 * size)
+    starts = cu_seqlens[:-1].long()
+    chunk_starts = torch.stack([starts + rank * chunks, starts + (2 * size - 1 - rank) * chunks], dim=1).flatten()
+    return ranges(chunk_starts, chunks.repeat_interleave(2))
+
+
+def ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return start, start + 1, ... of each range, one range after the other, int64."""
+    offsets = torch.nn.functional.pad(lengths.long().cumsum(0), (1, 0))[:-1]
+    return (starts - offsets).repeat_interleave(lengths) + torch.arange(int(lengths.sum()), device=starts.device)
+
+
+def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
+    """Return the part of a batch, packed in multiples of 2 * `size`, that a context-parallel rank computes."""
+    positions = context_positions(batch.cu_seqlens, rank, size)
+    old_T = batch.old_logprobs_T
+    return replace(
+        batch,
+        token_ids_T=batch.token_ids_T[positions],
+        target_ids_T=batch.target_ids_T[positions],
+        cu_seqlens=batch.cu_seqlens // size,
+        loss_mask_T=batch.loss_mask_T[positions],
+        loss_weights_T=batch.loss_weights_T[positions],
+        advantages_T=batch.advantages_T[positions],
+        sampling_logprobs_T=batch.sampling_logprobs_T[positions],
+        is_templated_T=batch.is_templated_T[positions],
+        old_logprobs_T=None if old_T is None else old_T[positions],
+        sample_index_T=batch.sample_index_T[positions],
     )
 
 

@@ -25,6 +25,7 @@ LAYOUTS = [
     pytest.param(ParallelConfig(pipeline=2), id="pipeline-2"),
     pytest.param(ParallelConfig(data=2), id="data-2"),
     pytest.param(ParallelConfig(data=2, distributed_optimizer=True), id="data-2-sharded-optimizer"),
+    pytest.param(ParallelConfig(context=2), id="context-2"),
     pytest.param(ParallelConfig(tensor=2, pipeline=2, sequence=True), id="tensor-2-pipeline-2-sequence"),
 ]
 

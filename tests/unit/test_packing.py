@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_p2o.rl.packing import micro_batches, pack
+from megatron_p2o.rl.packing import context_part, micro_batches, pack
 from megatron_p2o.types import Logprobs, TrainSample
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=20)
@@ -99,6 +99,29 @@ def test_log_probs_that_do_not_fit_the_samples_are_refused() -> None:
     samples = samples_of(SHAPES)
     with pytest.raises(ValueError, match="zip"):
         pack(samples, old_logprobs_of(samples)[:-1])
+
+
+def test_context_ranks_hold_every_token_once_with_all_that_belongs_to_it(nan_empty: None) -> None:
+    samples = samples_of(SHAPES)
+    plain = pack(samples, old_logprobs_of(samples))
+    whole = pack(samples, old_logprobs_of(samples), multiple=4)
+    assert (whole.cu_seqlens.diff() % 4 == 0).all() and len(whole.token_ids_T) - len(plain.token_ids_T) < 4 * len(
+        samples
+    )
+    parts = [context_part(whole, rank, 2) for rank in range(2)]
+    # Chunks 0 and 3 of the first sample of four tokens, then 1 and 2.
+    assert [part.token_ids_T[:2].tolist() for part in parts] == [[100, 103], [101, 102]]
+    for name in (
+        "token_ids_T",
+        "target_ids_T",
+        "advantages_T",
+        "sampling_logprobs_T",
+        "old_logprobs_T",
+        "is_templated_T",
+    ):
+        rows = [getattr(part, name)[part.loss_mask_T].tolist() for part in parts]
+        assert sorted(rows[0] + rows[1]) == sorted(getattr(plain, name)[plain.loss_mask_T].tolist()), name
+    assert all(part.cu_seqlens[-1] == len(part.token_ids_T) == len(whole.token_ids_T) / 2 for part in parts)
 
 
 def test_micro_batches_of_a_known_case() -> None:

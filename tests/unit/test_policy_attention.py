@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from megatron_p2o.policy.attention import _attend_on_cpu, pack_layout, sample_positions
 from megatron_p2o.policy.forward import _padded
+from megatron_p2o.rl.packing import context_positions
 
 LENGTHS = (5, 1, 7, 5, 2, 7, 5)
 
@@ -42,12 +43,28 @@ def test_samples_attend_to_themselves_alone_and_gradients_agree(num_heads: int, 
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_every_context_rank_computes_its_queries_against_the_gathered_keys():
+    lengths, size = (12, 6, 24, 6), 3
+    cu_seqlens = boundaries(lengths)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(48, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    expected = _attend_on_cpu(query, key, value, pack_layout(cu_seqlens), 0.3)
+    positions = [context_positions(cu_seqlens, rank, size) for rank in range(size)]
+    assert torch.cat(positions).sort().values.tolist() == list(range(48))
+    gathered = torch.cat(positions)
+    for rank, own in enumerate(positions):
+        layout = pack_layout(cu_seqlens, rank, size)
+        assert layout.cu_seqlens_kv[-1] == sum(length * (2 * size + 1) for length in lengths) / (2 * size)
+        output = _attend_on_cpu(query[own], key[gathered], value[gathered], layout, 0.3)
+        torch.testing.assert_close(output, expected[own])
+
+
 def test_positions_restart_at_each_sample():
     assert sample_positions(boundaries((3, 1, 4))).tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
 
 
 def test_equal_lengths_are_computed_together():
-    assert pack_layout(boundaries(LENGTHS)).blocks == ((1, 1), (1, 2), (3, 5), (2, 7))
+    assert pack_layout(boundaries(LENGTHS)).blocks == ((1, 1, 1), (1, 2, 2), (3, 5, 5), (2, 7, 7))
 
 
 def test_padding_is_a_sample_of_its_own():

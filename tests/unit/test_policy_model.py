@@ -156,3 +156,5 @@ def test_a_wrong_number_of_processes_is_explained():
 def test_tensor_ranks_are_neighbours_and_stages_are_farthest_apart():
     parallel = ParallelConfig(tensor=2, data=3, pipeline=2)
     assert [data_rank_of(rank, parallel) for rank in range(12)] == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]
+    parallel = ParallelConfig(tensor=1, context=2, data=2, pipeline=2)
+    assert [data_rank_of(rank, parallel) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
