@@ -16,6 +16,7 @@ from megatron_p2o.interfaces import (
     PromptRenderer,
     PromptTooLongError,
     RolloutEngine,
+    RoundInterrupted,
     TemplateLibrary,
 )
 from megatron_p2o.rl.grouping import make_group, train_samples
@@ -143,7 +144,10 @@ def train(
         if observer.should_stop(state):
             return state
         hard = state.hard
-        library = evolved_library(state, parts.evolution, config)
+        try:
+            library = evolved_library(state, parts.evolution, config)
+        except RoundInterrupted:
+            return state
         state = replace(state, library=library, epoch=state.epoch + 1, batch=0, hard=())
         observer.on_epoch(state, hard)
     return state

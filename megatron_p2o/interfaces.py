@@ -123,11 +123,18 @@ class PromptRenderer(Protocol):
         ...
 
 
+class RoundInterrupted(Exception):
+    """The run is to stop: the round goes on from its journal when the run is resumed."""
+
+
 class PromptEvolution(Protocol):
     """A round of prompt evolution after each epoch. Never raises for lost evolution."""
 
     def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> TemplateLibrary:
-        """Return the library to go on with; a cleared one when nothing helped, `library` while the round still runs."""
+        """Return the library to go on with; a cleared one when nothing helped, `library` while the round still runs.
+
+        Raises `RoundInterrupted` when the run is to stop and this call would have to wait.
+        """
         ...
 
     def newest(self, library: TemplateLibrary) -> TemplateLibrary:

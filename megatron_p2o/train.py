@@ -134,6 +134,7 @@ class Conductor:
     ) -> None:
         self.config, self.run_dir, self.policy = config, run_dir, policy
         self.inputs = load_inputs(config)
+        self.stop = StopRequest(run_dir)
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
         self.engine = stack.enter_context(start_engines(config, run_dir, agents))
         self.grader = make_grader(config.grading)
@@ -160,7 +161,7 @@ class Conductor:
     def train(self) -> None:
         """Train to the end of the schedule or to a stop request, and save."""
         config, state = self.config, self.state
-        stop = StopRequest(self.run_dir)
+        stop = self.stop
         observer = self._observer(stop)
         observer.on_start(state)
         self._begin_unfinished_round()
@@ -256,6 +257,7 @@ class Conductor:
             reflection_url=url,
             reflection_model=model,
             reflection_api_key=key,
+            is_stopping=self.stop.is_made,
         )
         stack.callback(session.close)
         return session

@@ -7,8 +7,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from megatron_p2o.evolve.round import RoundSettings, RoundSpec
 from megatron_p2o.evolve.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
 from megatron_p2o.evolve.split import Split
 from megatron_p2o.evolve.text import shorten
-from megatron_p2o.interfaces import TemplateLibrary
+from megatron_p2o.interfaces import RoundInterrupted, TemplateLibrary
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Problem, RunningRound
 
@@ -36,6 +36,9 @@ NUM_ATTEMPTS = 2
 
 MAX_OBSERVED_CHARS = 4_000
 """Of a training rollout's response: an epoch has tens of thousands."""
+
+STOP_POLL_S = 0.5
+"""How often a waiting `evolve` looks whether the run is to stop."""
 
 FINISH_GRACE_S = 60.0
 """For publishing, after `evolution.round_timeout_s`."""
@@ -53,9 +56,12 @@ class EvolutionSession:
         reflection_url: str | None = None,
         reflection_model: str | None = None,
         reflection_api_key: str | None = None,
+        is_stopping: Callable[[], bool] = lambda: False,
         finish_grace_s: float = FINISH_GRACE_S,
     ) -> None:
         """Check the settings; the process starts with the first round.
+
+        `is_stopping` tells whether the run is to stop: `evolve` then leaves its round to the next start.
 
         `reflection_url`, `reflection_model` and `reflection_api_key` are of the server that serves the initial policy
         under `evolution.reflection.backend: self`. Raises `ValueError` or `OSError` for unusable reflection settings.
@@ -64,6 +70,7 @@ class EvolutionSession:
         self._settings = _round_settings(config, reflection_url, reflection_model)
         self._run_dir = run_dir
         self._evaluate = evaluate
+        self._is_stopping = is_stopping
         self._finish_grace_s = finish_grace_s
         self._environment = dict(os.environ)
         if reflection_api_key is not None:
@@ -90,11 +97,18 @@ class EvolutionSession:
         """Run the round after `epoch` and return its library (see `PromptEvolution.evolve`); then see `last_round`."""
         stop_margin_s = 3 * NUM_ATTEMPTS * STOP_GRACE_S
         limit_s = self._settings.evolution.round_timeout_s + self._finish_grace_s + stop_margin_s
-        try:
-            return self.start(hard, library, epoch).result(limit_s)
-        except TimeoutError:
-            logger.warning("evolution.stuck: the session's thread is blocked, perhaps in `evaluate`; asking plainly")
-            return PublishedLibrary(version=library.version + 1)
+        deadline = time.monotonic() + limit_s
+        running = self.start(hard, library, epoch)
+        while not wait([running], STOP_POLL_S).done:
+            if self._is_stopping():
+                running.cancel()
+                raise RoundInterrupted(f"round {epoch} goes on when the run is resumed")
+            if time.monotonic() > deadline:
+                logger.warning(
+                    "evolution.stuck: the session's thread is blocked, perhaps in `evaluate`; asking plainly"
+                )
+                return PublishedLibrary(version=library.version + 1)
+        return running.result()
 
     def newest(self, library: TemplateLibrary) -> TemplateLibrary:
         """Return `library`: `evolve` has waited for every round."""

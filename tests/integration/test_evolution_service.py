@@ -34,6 +34,7 @@ from megatron_p2o.evolve.history import digest
 from megatron_p2o.evolve.journal import read_journal
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
+from megatron_p2o.interfaces import RoundInterrupted
 from megatron_p2o.testing.evolution import KEY_PHRASES, PHRASES, KeyPhraseTask, families_served, make_problems
 from megatron_p2o.types import Problem, SamplingParams, Template
 
@@ -212,6 +213,40 @@ def test_a_round_beside_training_that_is_cut_off_goes_on_where_it_was(
     library = second.evolve(hard, EMPTY_LIBRARY, running.epoch)
     assert library.templates
     assert not known & {(digest(text), problem_id) for text, problem_id, *_ in second_task.requests}
+
+
+def test_a_round_that_is_waited_for_ends_when_the_run_is_to_stop_and_goes_on_later(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
+) -> None:
+    asked: list[tuple[str, str]] = []
+    is_stopping = threading.Event()
+
+    class StoppingTask(KeyPhraseTask):
+        def submit(
+            self, template_text: str, problem: Problem, sampling: SamplingParams
+        ) -> "Future[Evaluation | Rejection]":
+            asked.append((digest(template_text), problem.id))
+            if len(asked) == 100:
+                is_stopping.set()
+            return super().submit(template_text, problem, sampling) if len(asked) < 100 else Future()
+
+    config = config_of(phrases)
+    stopped = EvolutionSession(config, tmp_path, StoppingTask(PROBLEMS).submit, is_stopping=is_stopping.is_set)
+    with pytest.raises(RoundInterrupted):
+        stopped.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    process_id = stopped.service_process_id
+    stopped.close()
+    assert process_id is None or not is_running(process_id)
+    known = scores_in(journal_path(tmp_path, 0))
+    assert 50 < len(known) < 100
+
+    task = KeyPhraseTask(PROBLEMS)
+    resumed = EvolutionSession(config, tmp_path, task.submit)
+    sessions.append(resumed)
+    library = resumed.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    assert library.templates
+    repeated = {(digest(text), problem_id) for text, problem_id, _, _ in task.requests} & known
+    assert not repeated
 
 
 def test_rollouts_are_sampled_as_configured(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_p2o.algorithm import Parts, StepResult, TrainState, train
-from megatron_p2o.interfaces import PromptEvolution
+from megatron_p2o.interfaces import PromptEvolution, RoundInterrupted, TemplateLibrary
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
 from megatron_p2o.testing.fakes import (
     FakeEngine,
@@ -217,6 +217,19 @@ def test_a_resumed_run_takes_exactly_the_remaining_steps(step: int, baseline: st
     assert [plain_values(call) for call in together] == [plain_values(call) for call in whole.policy.updates]
     assert part.recorder.entries + rest.recorder.entries == whole.recorder.entries
     assert rest.end == whole.end
+
+
+def test_a_stop_in_the_middle_of_a_round_leaves_the_epoch_open(tmp_path: Path) -> None:
+    @dataclass(kw_only=True, slots=True)
+    class Interrupted(FakeEvolution):
+        def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> TemplateLibrary:
+            raise RoundInterrupted
+
+    part = run(evolution=lambda journal: Interrupted(templates=TEMPLATES, journal=journal))
+    assert (part.end.step, part.end.epoch, part.end.batch) == (3, 0, 3)
+    rest = run(evolution=evolving, start=part.end, entries=part.recorder.entries, policy=part.policy)
+    assert rest.journal[0] == "evolve"
+    assert rest.end == run(evolution=evolving).end
 
 
 def test_a_finished_run_has_nothing_left_to_do() -> None:

@@ -1,0 +1,165 @@
+"""A run that is killed and resumed ends with the numbers of one that was not, to the last bit.
+
+Four kills in the ordinary suite; P2O_NUM_KILLS=20 gives each phase several.
+"""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUN_TIMEOUT_S = 500
+POLL_S = 0.005
+
+NUM_KILLS = int(os.environ.get("P2O_NUM_KILLS", "4"))
+
+PHASES = ("evolution", "checkpoint", "rollout", "train", "refresh", "grade")
+"""In the order in which kills go through them: the first four are those of the ordinary suite."""
+
+STEP_ORDER = ("rollout", "grade", "score", "train", "refresh")
+"""How the phases follow one another in a step; the fused LM head's forward pass belongs to `train`."""
+
+TIMES = ("perf/", "evolution/round_s", "engine/", "refresh/")
+"""Begin the names of metrics that measure time, or restarts of the program itself."""
+
+pytestmark = pytest.mark.slow
+
+
+def command(tiny: Path, runs: Path, name: str) -> list[str]:
+    """Return a run of two epochs of three steps, saved at every step, with a round of evolution between them."""
+    train = runs / "train.jsonl"
+    train.write_text("".join((tiny / "problems" / "train.jsonl").read_text().splitlines(keepends=True)[:96]))
+    overrides = [
+        *(f"run.directory={runs}", f"run.name={name}", f"model.path={tiny}/model"),
+        f"data.train={train}",
+        f"data.evaluation.heldout_easy={tiny}/problems/heldout_easy.jsonl",
+        f"data.evaluation.heldout_hard={tiny}/problems/heldout_hard.jsonl",
+        *("schedule.problems_per_step=32", "schedule.problems_per_update=16", "schedule.epochs=2"),
+        *("hard.min_problems=12", "evolution.dev_size=16"),
+        *("schedule.save_every_steps=1", "evaluation.every_steps=0", "evaluation.at_start=false"),
+        # Rounds that depend on the order of answers cannot be repeated; those of the lock-step rules can.
+        *("evolution.rules=reference", "evolution.beside_training=false", "evolution.max_rollouts=300"),
+        *("evolution.num_lineages=2", "evolution.plain_control=false", "evolution.round_timeout_s=300"),
+    ]
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    p2o = [sys.executable, "-m", "megatron_p2o.cli"]
+    return [*p2o, "train", str(ROOT / "examples" / "tiny_cpu" / "p2o.yaml"), *sets]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a file that may just be written, or not be there yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def steps_done(run_dir: Path) -> list[dict[str, Any]]:
+    metrics = [line["metrics"] for line in lines(run_dir / "metrics.jsonl")]
+    return [values for values in metrics if "rollout/reward_mean" in values]
+
+
+def numbers(run_dir: Path) -> list[Any]:
+    """Return all metrics in order that do not measure time."""
+    return [
+        (line["step"], line["epoch"], {key: value for key, value in line["metrics"].items() if not is_time(key)})
+        for line in lines(run_dir / "metrics.jsonl")
+    ]
+
+
+def is_time(key: str) -> bool:
+    return key.startswith(TIMES) or key.endswith(("_s", "_per_s"))
+
+
+def seconds_into_step(phase: str, seconds: dict[str, float], fraction: float) -> float:
+    """Return when a phase is `fraction` over, counted from the end of the step before."""
+    before = itertools.takewhile(lambda name: name != phase, STEP_ORDER)
+    start = sum(seconds.get(f"perf/{name}_s", 0.0) for name in before)
+    return start + fraction * seconds.get(f"perf/{phase}_s", 0.0)
+
+
+def reached(phase: str, run_dir: Path, seconds: dict[str, float], rng: random.Random) -> Callable[[], bool]:
+    """Return a function that says whether a run that is watched from outside is in the middle of `phase`."""
+    if phase == "evolution":
+        journal = run_dir / "evolution" / "journal-0000.jsonl"
+        size = journal.stat().st_size if journal.exists() else 0
+        wanted = size + rng.randrange(1_000, 40_000)
+        return lambda: journal.exists() and journal.stat().st_size > wanted
+    if phase == "checkpoint":
+        depth = rng.choice(("run_state.json", "policy/common.pt", "policy/__0_0.distcp", "policy/.metadata"))
+        present = {path.name for path in (run_dir / "checkpoints").glob(".partial-*")}
+        return lambda: any(
+            path.name not in present and (path / depth).exists()
+            for path in (run_dir / "checkpoints").glob(".partial-*")
+        )
+    num_steps = len(steps_done(run_dir))
+    delay_s = seconds_into_step(phase, seconds, rng.uniform(0.1, 0.9))
+    ended_at: list[float] = []
+
+    def is_reached() -> bool:
+        # Lines of steps that a kill had undone are counted until the resumed run has taken them back.
+        if not ended_at and len(steps_done(run_dir)) > num_steps:
+            ended_at.append(time.monotonic())
+        return bool(ended_at) and time.monotonic() > ended_at[0] + delay_s
+
+    return is_reached
+
+
+def run_until(command: list[str], is_reached: Callable[[], bool], log: Path) -> bool:
+    """Start a run and kill it once `is_reached`; return False when it ended before."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    deadline = time.monotonic() + RUN_TIMEOUT_S
+    while not is_reached():
+        if process.poll() is not None:
+            assert process.returncode == 0, log.read_text()[-4000:]
+            return False
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"the moment of the kill did not come in {RUN_TIMEOUT_S} s:\n{log.read_text()[-4000:]}")
+        time.sleep(POLL_S)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # the kernel then kills the rank, and what the rank started ends by itself
+    process.wait(60)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    return True
+
+
+def test_killed_runs_lose_and_repeat_nothing(tiny: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert not run_until(command(tiny, tmp_path, "whole"), lambda: False, tmp_path / "whole.log")
+    rng = random.Random(5)
+    kills: Counter[str] = Counter()
+    phases = itertools.cycle(PHASES)
+    while kills.total() < NUM_KILLS:
+        phase = next(phases)
+        # From the middle of the run: a step with templates takes longer than one without.
+        seconds = steps_done(whole)[min(3, len(steps_done(killed)))]
+        moment = reached(phase, killed, seconds, rng)
+        if not run_until(command(tiny, tmp_path, "killed"), moment, tmp_path / "killed.log"):
+            break
+        kills[phase] += 1
+        print(f"killed in {phase} after step {len(steps_done(killed))}", flush=True)
+    assert not run_until(command(tiny, tmp_path, "killed"), lambda: False, tmp_path / "killed.log")
+    print(dict(kills))
+    assert kills.total() >= min(4, NUM_KILLS)
+
+    assert numbers(killed) == numbers(whole)
+    for name in ("hard_samples.jsonl", "templates/library-1.json"):
+        assert (killed / name).read_text() == (whole / name).read_text(), name
+    for path in sorted((whole / "rollouts").glob("step-*.jsonl")):
+        assert (killed / "rollouts" / path.name).read_text() == path.read_text(), path.name
+    asked = Counter((entry["epoch"], entry["problem_id"]) for entry in lines(killed / "hard_samples.jsonl"))
+    assert set(asked.values()) == {1}
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir() if path.name[0] == ".") == []
