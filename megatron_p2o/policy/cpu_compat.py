@@ -53,6 +53,8 @@ class _CpuForCuda(TorchFunctionMode):
 class _OnlyStream:
     """The order in which the CPU computes, as the stream and as its events: there is nothing to wait for."""
 
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
     def record_event(self, event: object = None) -> "_OnlyStream":
         return self
 
@@ -82,7 +84,7 @@ def _replace_functions() -> None:
     replacements: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", current_device),
         (torch.cuda, "synchronize", lambda device=None: None),
-        (torch.cuda, "Stream", lambda *_, **__: stream),
+        (torch.cuda, "Stream", _OnlyStream),  # a class: annotations elsewhere say `torch.cuda.Stream | None`
         (torch.cuda, "current_stream", lambda device=None: stream),
         (torch.cuda, "stream", contextlib.nullcontext),
         (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
