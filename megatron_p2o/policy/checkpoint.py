@@ -169,13 +169,7 @@ def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: P
     for sharded in _sharded_optimizers(optimization):
         # The loader asks the checkpoint for a step per parameter, which it never saved.
         sharded._set_main_param_and_optimizer_states = _with_step(sharded)
-    check_pickle(directory / METADATA_FILE)
-    try:
-        with weights_only_loading():
-            state = dist_checkpointing.load(_state(model, optimization, is_loading=True), str(directory))
-    except CheckpointException as error:
-        raise RuntimeError(f"{directory} could not be loaded: {causes_of(error)}") from error
-    assert isinstance(state, dict)
+    state = _read(_state(model, optimization, is_loading=True), directory)
     model.load_state_dict(state["model"])
     with torch.no_grad():
         optimization.optimizer.load_state_dict(state["optimizer"])
@@ -186,16 +180,41 @@ def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: P
         load_random_state(path)
 
 
+def load_weights(model: PolicyModel, directory: Path) -> None:
+    """Restore the weights alone, under any parallel sizes; the optimizer state is not read. Collective.
+
+    Raises what `load_checkpoint` raises.
+    """
+    state = _read({"model": model.sharded_state_dict(metadata=_metadata())}, directory)
+    model.load_state_dict(state["model"])
+
+
+def _read(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Return `sharded` with the values of the checkpoint; what it does not ask for is not read."""
+    check_pickle(directory / METADATA_FILE)
+    try:
+        with weights_only_loading():
+            state = dist_checkpointing.load(sharded, str(directory))
+    except CheckpointException as error:
+        raise RuntimeError(f"{directory} could not be loaded: {causes_of(error)}") from error
+    assert isinstance(state, dict)
+    return state
+
+
 def _state(model: PolicyModel, optimization: Optimization, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {
+    metadata = _metadata()
+    weights = model.sharded_state_dict(metadata=metadata)
+    optimizer = optimization.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return {"model": weights, "optimizer": optimizer, "scheduler": optimization.scheduler.state_dict()}
+
+
+def _metadata() -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    weights = model.sharded_state_dict(metadata=metadata)
-    optimizer = optimization.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
-    return {"model": weights, "optimizer": optimizer, "scheduler": optimization.scheduler.state_dict()}
 
 
 def _torch_adam_optimizers(optimization: Optimization) -> list[Any]:

@@ -21,10 +21,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.config_file import dump_config
+from megatron_p2o.policy.hf_directory import write_hf_directory
 from megatron_p2o.rollout.broker import Broker, EnginesLost
 from megatron_p2o.rollout.client import EngineClient
 from megatron_p2o.rollout.engine import SglangEngine, end_of_sequence_ids, start_engines
@@ -62,7 +64,11 @@ def config_of(model: Path, **rollout: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=3)
+    """Return a directory of several files, written as the policy exports its weights."""
+    source = write_tiny_qwen3(tmp_path_factory.mktemp("source"), seed=3)
+    directory = tmp_path_factory.mktemp("model")
+    write_hf_directory(load_file(source / "model.safetensors").items(), source, directory, max_file_bytes=20_000)
+    return directory
 
 
 @pytest.fixture(scope="module")
