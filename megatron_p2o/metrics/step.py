@@ -7,10 +7,11 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     rollout/zero_advantage_groups_share groups
     rollout/dropped_rollouts_share      rollouts
     rollout/truncated_share             rollouts
-    train/ratio_mask_kept_share         response tokens of templated rollouts in the pack
-    train/clipped_share, *_mean         response tokens in the pack
+    train/ratio_mask_kept_share         response tokens of templated rollouts with an advantage
+    train/clipped_share                 tokens that keep a weight after the context ratio
+    train/*_mean                        tokens that went through the LM head
     hard/forgotten_share                problems of the step that were mastered: solved plainly at least half the time
-    mismatch/*_mean                     response tokens of plain rollouts in the pack: engine and trainer, same prompt
+    mismatch/*_mean                     tokens of plain rollouts with an advantage: engine and trainer, same prompt
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,8 +68,8 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
         "train/grad_norm": Mean.of(report.grad_norm for report in applied),
         "train/skipped_updates_count": Sum(len(reports) - len(applied)),
         "train/ratio_mask_kept_share": _token_mean(reports, "templated_kept_tokens", "templated_tokens"),
-        "train/clipped_share": _token_mean(reports, "clipped_tokens", "loss_tokens"),
-        "train/ratio_mean": _token_mean(reports, "ratio_sum", "loss_tokens"),
+        "train/clipped_share": _token_mean(reports, "clipped_tokens", "kept_tokens"),
+        "train/ratio_mean": _token_mean(reports, "ratio_sum", "live_tokens"),
         "mismatch/logprob_abs_mean": _token_mean(reports, "mismatch_abs_sum", "mismatch_tokens"),
         "mismatch/ratio_mean": _token_mean(reports, "mismatch_ratio_sum", "mismatch_tokens"),
     }
@@ -76,7 +77,7 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
         metrics["train/learning_rate"] = Last(reports[-1].learning_rate)
     # No policy is that certain: a sum of exactly zero says that the entropy was not computed.
     if any(report.sums.get("entropy_sum") for report in reports):
-        metrics["train/entropy_mean"] = _token_mean(reports, "entropy_sum", "loss_tokens")
+        metrics["train/entropy_mean"] = _token_mean(reports, "entropy_sum", "live_tokens")
     compared = [report.sums["mismatch_abs_max"] for report in reports if report.sums.get("mismatch_tokens")]
     if compared:
         metrics["mismatch/logprob_abs_max"] = Max(max(compared))

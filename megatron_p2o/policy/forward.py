@@ -19,10 +19,12 @@ from torch import Tensor
 
 from megatron_p2o.config import ObjectiveConfig
 from megatron_p2o.policy.attention import pack_layout, sample_positions
+from megatron_p2o.policy.head import HeadTask
 from megatron_p2o.policy.parallel import context_group
-from megatron_p2o.rl.objective import SUM_NAMES, TokenStats, policy_loss
+from megatron_p2o.rl.objective import SUM_NAMES, TokenStats, loss_rule, token_stats
 from megatron_p2o.rl.packing import context_part, context_positions, micro_batches, pack
 from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
+from p2o_kernels import PolicyLoss
 
 FILLER = TrainSample(
     context_ids=np.zeros(1, np.int32),
@@ -152,25 +154,42 @@ def _micro_batch(
 def forward_backward(
     module: DistributedDataParallel,
     batches: Sequence[MicroBatch],
-    objective: ObjectiveConfig,
     denominator: Denominator,
+    expected_dead_share: float = 0.0,
 ) -> PassResult:
-    """Accumulate the gradient of the step's loss over `batches`, reduced over the data-parallel ranks. Collective."""
+    """Accumulate the gradient of the step's loss over `batches`, reduced over the data-parallel ranks. Collective.
+
+    `expected_dead_share`: see `HeadTask`.
+    """
     numbered = enumerate(batches)
+    objective = denominator.objective
+    rule = loss_rule(objective)
+    # With a divisor per micro-batch the gradient that reaches the head's loss is not 1.
+    adds_to_main_grad = objective.normalization == "global" and not module.ddp_config.overlap_grad_reduce
 
     def forward_step(micro_batches_left: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Any, Any]:
         number, micro_batch = next(micro_batches_left)
 
-        def loss_of(output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, PassResult]:
-            logprobs_T, entropy_T = _on_positions(output, micro_batch.part)
-            loss, stats = policy_loss(logprobs_T, micro_batch.part, objective, entropy_T)
+        task = HeadTask(
+            batch=micro_batch.part,
+            rule=rule,
+            adds_to_main_grad=adds_to_main_grad,
+            expected_dead_share=expected_dead_share,
+        )
+        output = _run_model(model, micro_batch, task)
+        if isinstance(output, Tensor):
+            return output, None  # hidden states of an inner stage
+        outcome = PolicyLoss(*output)
+
+        def loss_of(loss: Tensor) -> tuple[Tensor, Tensor, PassResult]:
+            stats = token_stats(micro_batch.part, outcome)
             if not micro_batch.samples:
-                loss, stats = loss * 0.0, TokenStats.zero(loss.device)
+                stats = TokenStats.zero(loss.device)
             loss, divisor = denominator.contribution(loss, stats, micro_batch, number)
             # Megatron adds the divisors into a tensor of its own and scales the gradient by their sum.
             return loss, divisor, PassResult(loss=loss.detach(), divisor=divisor.clone(), stats=stats)
 
-        return _run_model(model, micro_batch), loss_of
+        return outcome.loss, loss_of
 
     results = _schedule(forward_step, numbered, module, len(batches))
     return functools.reduce(PassResult.merge, results, PassResult.zero(batches[0].whole.token_ids_T.device))
@@ -185,12 +204,12 @@ def score(module: DistributedDataParallel, batches: Sequence[MicroBatch]) -> dic
 
         def collect(output: Tensor, non_loss_data: bool = True) -> dict[int, Logprobs]:
             whole = micro_batch.whole
-            logprobs_T = _joined_over_context(_on_positions((output[0], output[1]), micro_batch.part)[0].float(), whole)
+            logprobs_T = _joined_over_context(_on_positions(output[0].float(), micro_batch.part), whole)
             logprobs_N = logprobs_T[whole.loss_mask_T].cpu().numpy()
             index_N = whole.sample_index_T[whole.loss_mask_T].cpu().numpy()
             return {sample: logprobs_N[index_N == place] for place, sample in enumerate(micro_batch.samples)}
 
-        output = _run_model(model, micro_batch)
+        output = _run_model(model, micro_batch, HeadTask(batch=micro_batch.part))
         # One tensor: with experts the schedule asks the output for its device.
         return torch.stack(output) if isinstance(output, tuple) else output, collect
 
@@ -219,8 +238,8 @@ def _schedule(
     )
 
 
-def _run_model(model: Any, micro_batch: MicroBatch) -> Any:
-    """Return (logprobs_N, entropy_N) on the last stage, else hidden states."""
+def _run_model(model: Any, micro_batch: MicroBatch, task: HeadTask) -> Any:
+    """Return what the head makes of the task on the last stage, else hidden states."""
     context = context_group()
     cu_seqlens, num_padding = _padded(micro_batch.whole.cu_seqlens, _length_multiple(model))
     layout = pack_layout(cu_seqlens, context.rank(), context.size())
@@ -233,8 +252,7 @@ def _run_model(model: Any, micro_batch: MicroBatch) -> Any:
         positions_T[None],
         None,
         packed_seq_params=layout,
-        labels=F.pad(part.target_ids_T, padding)[None],
-        loss_mask=F.pad(part.loss_mask_T, padding)[None],
+        labels=task,
     )
 
 
@@ -263,7 +281,7 @@ def _joined_over_context(values_T: Tensor, whole: PackedBatch) -> Tensor:
     return joined_T
 
 
-def _on_positions(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def _on_positions(logprobs_N: Tensor, batch: PackedBatch) -> Tensor:
     """Return the head's [N] values as [T], zero elsewhere."""
     rows_N = batch.loss_mask_T.nonzero().squeeze(1)
-    return tuple(values_N.new_zeros(len(batch.loss_mask_T)).index_copy(0, rows_N, values_N) for values_N in output)  # pyright: ignore[reportReturnType]
+    return logprobs_N.new_zeros(len(batch.loss_mask_T)).index_copy(0, rows_N, logprobs_N)

@@ -1,7 +1,9 @@
-"""The LM head of the policy: log-probs of the target tokens, never the logits.
+"""The LM head of the policy: log-probs of the target tokens or the loss itself, never the logits.
 
-N rows that reach the head, V vocabulary (Vp: this rank's share), D hidden size.
+T packed tokens, N response tokens among them, V vocabulary (Vp: this rank's share), D hidden size.
 """
+
+from dataclasses import dataclass
 
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -11,14 +13,29 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from p2o_kernels import linear_logprob
+from megatron_p2o.types import PackedBatch
+from p2o_kernels import LossRule, PolicyLoss, linear_logprob, linear_policy_loss
 
 
-class LogprobHead(ColumnParallelLinear):
-    """Megatron's output layer with a second form of call: `head(hidden, weight, targets_N=..., rows_N=...)`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadTask:
+    """What the head is to compute of a pack. Travels through Megatron's model in the place of the labels."""
+
+    batch: PackedBatch
+    rule: LossRule | None = None
+    """None: log-probs alone."""
+    adds_to_main_grad: bool = False
+    """Whether the weight's gradient may be added to Megatron's float32 buffer, past autograd. The gradient of the loss
+    must be 1 then, and nothing may wait for the weight's autograd hook."""
+    expected_dead_share: float = 0.0
+    """Share of the tokens with an advantage that the context ratio dropped in the last update."""
+
+
+class PolicyHead(ColumnParallelLinear):
+    """Megatron's output layer with a second form of call: `head(hidden, weight, task=...)`.
 
     A subclass that is called as a module, so that parameter names, checkpoints, tensor-parallel attributes and the
-    forward hooks of `overlap_param_gather` stay Megatron's. Without `targets_N` it is the plain linear layer.
+    forward hooks of `overlap_param_gather` stay Megatron's. Without `task` it is the plain linear layer.
     """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -27,39 +44,56 @@ class LogprobHead(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
         *,
-        targets_N: Tensor | None = None,
-        rows_N: Tensor | None = None,
+        task: HeadTask | None = None,
         temperature: float = 1.0,
         vocab_size: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return (logprobs_N, entropy_N), float32, the same on all tensor ranks.
+    ) -> tuple[Tensor, Tensor | None] | PolicyLoss:
+        """Return (logprobs_N, entropy_N) of the response tokens, or the loss under `task.rule`; on all tensor ranks.
 
         Args:
-            input_: [T, 1, D] hidden states, or this rank's [T / tensor ranks, 1, D] under sequence parallelism.
+            input_: [T, 1, D] hidden states, or this rank's [T / tensor ranks, 1, D] under sequence parallelism. There
+                may be more than the pack has tokens: the rest is padding.
             weight: [Vp, D] when the head shares the embedding's weight; None for its own.
-            targets_N: int64 token ids.
-            rows_N: int64 positions of the pack to compute; prompt positions left out cost nothing.
             temperature: the logits are divided by it.
             vocab_size: real tokens; rows of the weight beyond it are padding.
         """
-        if targets_N is None or rows_N is None:
+        if task is None:
             return super().forward(input_, weight, runtime_gather_output)
-        if weight is None:
-            weight = self.weight
+        weight = self.weight if weight is None else weight
         assert weight is not None and isinstance(self.tp_group, ProcessGroup)
         if self.sequence_parallel:
             # Its backward adds the hidden gradients of the vocabulary shards and scatters them.
             hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
-            hidden_ND = hidden.squeeze(1).index_select(0, rows_N)
         else:
-            hidden_ND = input_.squeeze(1).index_select(0, rows_N)
-            hidden_ND = copy_to_tensor_model_parallel_region(hidden_ND, group=self.tp_group)
-        return linear_logprob(
-            hidden_ND,
+            hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        batch = task.batch
+        hidden_TD = hidden.squeeze(1)[: len(batch.token_ids_T)]
+        vocab_start = self.tp_group.rank() * self.output_size_per_partition
+        if task.rule is None:
+            rows_N = batch.loss_mask_T.nonzero().squeeze(1)
+            return linear_logprob(
+                hidden_TD.index_select(0, rows_N),
+                weight,
+                batch.target_ids_T.index_select(0, rows_N),
+                temperature=temperature,
+                tp_group=self.tp_group,
+                vocab_start=vocab_start,
+                vocab_size=vocab_size,
+            )
+        return linear_policy_loss(
+            hidden_TD,
             weight,
-            targets_N,
+            batch.target_ids_T,
+            advantages_T=batch.advantages_T,
+            weights_T=batch.loss_weights_T * batch.loss_mask_T,
+            rule=task.rule,
+            old_logprobs_T=batch.old_logprobs_T,
+            sampling_logprobs_T=batch.sampling_logprobs_T,
+            is_templated_T=batch.is_templated_T,
             temperature=temperature,
             tp_group=self.tp_group,
-            vocab_start=self.tp_group.rank() * self.output_size_per_partition,
+            vocab_start=vocab_start,
             vocab_size=vocab_size,
+            weight_main_grad_VpD=getattr(weight, "main_grad", None) if task.adds_to_main_grad else None,
+            expected_dead_share=task.expected_dead_share,
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_p2o.config import ParallelConfig
 from megatron_p2o.policy.architecture import Architecture, Experts
 from megatron_p2o.policy.attention import PackedCoreAttention, PackLayout
-from megatron_p2o.policy.head import LogprobHead
+from megatron_p2o.policy.head import HeadTask, PolicyHead
 
 
 def transformer_config(
@@ -70,10 +70,10 @@ def build_model(architecture: Architecture, config: TransformerConfig, temperatu
 
 
 class PolicyModel(GPTModel):
-    """GPT whose last stage returns (logprobs_N, entropy_N) of the labels where `loss_mask` is set.
+    """GPT whose last stage returns what its head makes of a `HeadTask`: log-probs or the loss.
 
-    Call: `model(input_ids, position_ids, None, packed_seq_params=PackLayout, labels=..., loss_mask=...)`, all [1, T];
-    positions restart at each sample. Other stages return hidden states. Without labels the logits are returned.
+    Call: `model(input_ids, position_ids, None, packed_seq_params=PackLayout, labels=HeadTask)`, ids [1, T];
+    positions restart at each sample. Other stages return hidden states. Without a task the logits are returned.
     """
 
     def __init__(self, *args: Any, real_vocab_size: int, temperature: float, **kwargs: Any) -> None:
@@ -83,7 +83,7 @@ class PolicyModel(GPTModel):
         # Each token's position is looked up below; Megatron would take a context rank's part of the table.
         self.rotary_pos_emb.cp_group = None
         if self.post_process:
-            self.output_layer.__class__ = LogprobHead
+            self.output_layer.__class__ = PolicyHead
 
     def _preprocess(self, *, position_ids: Tensor, packed_seq_params: PackLayout, **kwargs: Any) -> tuple[Any, ...]:
         """Return Megatron's inputs of the decoder with the rotary embedding taken at each token's own position."""
@@ -93,20 +93,14 @@ class PolicyModel(GPTModel):
         assert isinstance(rotary_L, Tensor)
         return (decoder_input, rotary_L.index_select(0, position_ids.flatten()), *rest)
 
-    def _postprocess(
-        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
+    def _postprocess(self, hidden_states: Tensor, *, labels: HeadTask | None, **kwargs: Any) -> Any:
         if not self.post_process or labels is None:
-            return super()._postprocess(hidden_states, labels=None, loss_mask=loss_mask, **kwargs)
-        assert loss_mask is not None
-        # The only place that decides which positions reach the head.
-        rows_N = loss_mask.flatten().nonzero().squeeze(1)
+            return super()._postprocess(hidden_states, labels=None, **kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(
             hidden_states,
             weight=weight,
-            targets_N=labels.flatten().index_select(0, rows_N),
-            rows_N=rows_N,
+            task=labels,
             temperature=self.temperature,
             vocab_size=self.real_vocab_size,
         )

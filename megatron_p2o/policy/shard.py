@@ -44,6 +44,7 @@ class PolicyShard:
         self.optimization = Optimization(
             self.model, settings, config.optimizer, is_sharded=config.parallel.distributed_optimizer
         )
+        self._dead_share = 0.0
         self.writer = CheckpointWriter(config.parallel.timeout_s)
         # The last stage holds the results; its tensor ranks all know the same, its context ranks each their part.
         self.speaks = ranks.tensor_rank == 0 and ranks.pipeline_rank == config.parallel.pipeline - 1
@@ -62,7 +63,8 @@ class PolicyShard:
         )
         learning_rate = optimization.learning_rate
         optimization.clear_gradients()
-        result = forward_backward(optimization.module, batches, self.config.objective, denominator)
+        result = forward_backward(optimization.module, batches, denominator, self._dead_share)
+        self._dead_share = result.stats.dead_share(otherwise=self._dead_share)
         outcome = optimization.step()
         return UpdateReply(
             outcome=outcome, learning_rate=learning_rate, result=result.on_cpu() if self.speaks else None

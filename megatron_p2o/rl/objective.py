@@ -8,6 +8,9 @@ with (x, or x with template z), and the gradient's prompt is `TrainSample.contex
     replace      x        x            1              no correction for sampling from c
     importance   c        x            1              true importance ratio under the clip
     ratio_mask   x        x            context ratio  production
+
+The loss and its gradient are computed by `p2o_kernels.linear_policy_loss` together with the LM head; its specification
+is `p2o_kernels/policy_loss/reference.py`. Here is what it is told, and what is reported.
 """
 
 from dataclasses import dataclass
@@ -16,14 +19,16 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config import ObjectiveConfig
-from megatron_p2o.rl.context_ratio import context_ratio_weights
 from megatron_p2o.types import PackedBatch
+from p2o_kernels import LossRule, PolicyLoss
 
 MAX_LOG_RATIO = 20.0
-"""The policy ratio is exp of the log-prob difference clamped to +-20."""
+"""The ratio of trainer to engine is exp of the log-prob difference clamped to +-20."""
 
 SUM_NAMES = (
     "loss_tokens",
+    "carrying_tokens",
+    "live_tokens",
     "kept_tokens",
     "templated_tokens",
     "templated_kept_tokens",
@@ -42,7 +47,9 @@ class TokenStats:
     """Sums and maxima over tokens; add across micro-batches and ranks, never average averages."""
 
     sums: Tensor
-    """[len(SUM_NAMES)] float64, in that order. `mismatch_*` compare engine and trainer on plain tokens."""
+    """[len(SUM_NAMES)] float64, in that order: response tokens; of those the ones with an advantage and a weight; of
+    those the ones that went through the LM head, and the ones the context ratio kept. `mismatch_*` compare engine and
+    trainer on plain tokens."""
     maxima: Tensor
     """[len(MAX_NAMES)] float64."""
 
@@ -54,6 +61,11 @@ class TokenStats:
         values = [float(value) for value in torch.cat([self.sums, self.maxima])]
         return dict(zip(SUM_NAMES + MAX_NAMES, values, strict=True))
 
+    def dead_share(self, otherwise: float) -> float:
+        """Return the share of the tokens with an advantage that the context ratio dropped; `otherwise` without any."""
+        values = self.as_dict()
+        return 1 - values["kept_tokens"] / values["carrying_tokens"] if values["carrying_tokens"] else otherwise
+
     @staticmethod
     def zero(device: torch.device | str = "cpu") -> "TokenStats":
         """Return the neutral element of `merge`."""
@@ -63,78 +75,48 @@ class TokenStats:
         )
 
 
-def policy_loss(
-    logprobs_T: Tensor, batch: PackedBatch, objective: ObjectiveConfig, entropy_T: Tensor | None = None
-) -> tuple[Tensor, TokenStats]:
-    """Return the SUM of weighted token losses and what happened to the tokens.
+def loss_rule(objective: ObjectiveConfig) -> LossRule:
+    """Return the settings of the token loss as the fused kernels take them."""
+    return LossRule(
+        context=objective.context,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        dual_clip=objective.dual_clip,
+        ratio_low=objective.ratio_low,
+        ratio_high=objective.ratio_high,
+        ratio_form=objective.ratio_form,
+    )
 
-    The caller divides by the global denominator: `loss_tokens` of the whole mini-batch for `denominator: all`, the
-    summed `kept_tokens` for `kept`. Accumulates in float32.
 
-    Args:
-        logprobs_T: [T] float32 current log-probs of `target_ids_T`; values outside `loss_mask_T` are ignored.
-        batch: the packed samples.
-        objective: clip range, context mode, ratio band.
-        entropy_T: [T] float32, only for the statistics.
+def token_stats(batch: PackedBatch, outcome: PolicyLoss) -> TokenStats:
+    """Return what happened to the tokens of `batch`; only those that may carry gradient are looked at.
+
+    A token without advantage or weight is in the denominator `all` and nowhere else, so that it does not matter whether
+    it was dropped before packing.
     """
-    mask_T = batch.loss_mask_T
-    logprobs_T = torch.where(mask_T, logprobs_T, torch.zeros_like(logprobs_T))
-    first_pass = logprobs_T.detach() if batch.old_logprobs_T is None else batch.old_logprobs_T
-    old_T = batch.sampling_logprobs_T if objective.context == "importance" else first_pass
-    weights_T = batch.loss_weights_T * mask_T
-    if objective.context == "ratio_mask":
-        weights_T = weights_T * context_ratio_weights(
-            old_T,
-            batch.sampling_logprobs_T,
-            batch.is_templated_T,
-            low=objective.ratio_low,
-            high=objective.ratio_high,
-            form=objective.ratio_form,
-        )
-    ratio_T = (logprobs_T - old_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    losses_T, is_clipped_T = clipped_losses(ratio_T, batch.advantages_T, objective)
-    stats = _token_stats(batch, weights_T, ratio_T, is_clipped_T, first_pass, entropy_T)
-    return (weights_T * losses_T).sum(), stats
-
-
-def clipped_losses(ratio_T: Tensor, advantages_T: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """Return the dual-clipped policy-gradient loss per token, and where clipping took the gradient away."""
-    plain_T = -advantages_T * ratio_T
-    clipped_T = -advantages_T * ratio_T.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    losses_T = torch.maximum(plain_T, clipped_T)
-    ceiling_T = -objective.dual_clip * advantages_T
-    is_capped_T = (advantages_T < 0) & (losses_T > ceiling_T)
-    losses_T = torch.where(is_capped_T, ceiling_T, losses_T)
-    return losses_T, (clipped_T > plain_T) | is_capped_T
-
-
-def _token_stats(
-    batch: PackedBatch,
-    weights_T: Tensor,
-    ratio_T: Tensor,
-    is_clipped_T: Tensor,
-    first_pass_T: Tensor,
-    entropy_T: Tensor | None,
-) -> TokenStats:
-    mask_T = batch.loss_mask_T
-    is_kept_T = (weights_T != 0) & mask_T
-    is_templated_T = batch.is_templated_T & mask_T
-    is_plain_T = mask_T & ~batch.is_templated_T
+    carries_T = batch.loss_mask_T & (batch.loss_weights_T != 0) & (batch.advantages_T != 0)
+    live_T = outcome.is_live_T
+    is_kept_T = outcome.weights_T != 0
+    is_templated_T = batch.is_templated_T & carries_T
+    is_plain_T = carries_T & ~batch.is_templated_T
+    first_pass_T = outcome.logprobs_T if batch.old_logprobs_T is None else batch.old_logprobs_T
     difference_T = torch.where(is_plain_T, first_pass_T - batch.sampling_logprobs_T, torch.zeros_like(first_pass_T))
-    zero = torch.zeros_like(ratio_T)
+    zero_T = torch.zeros_like(outcome.ratio_T)
     sums = [
-        mask_T,
+        batch.loss_mask_T,
+        carries_T,
+        live_T,
         is_kept_T,
         is_templated_T,
         is_templated_T & is_kept_T,
-        is_clipped_T & is_kept_T,
-        torch.where(mask_T, ratio_T, zero),
-        zero if entropy_T is None else torch.where(mask_T, entropy_T, zero),
+        outcome.is_clipped_T & is_kept_T,
+        torch.where(live_T, outcome.ratio_T, zero_T),
+        outcome.entropy_T,
         is_plain_T,
         difference_T.abs(),
-        torch.where(is_plain_T, difference_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), zero),
+        torch.where(is_plain_T, difference_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), zero_T),
     ]
-    maxima = [difference_T.abs().max() if len(difference_T) else zero.sum()]
+    maxima = [difference_T.abs().max()]
     return TokenStats(
         sums=torch.stack([values.detach().double().sum() for values in sums]),
         maxima=torch.stack([value.detach().double() for value in maxima]),

@@ -6,11 +6,20 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from megatron_p2o.rl.context_ratio import context_ratio_weights
+from p2o_kernels import LossRule
+from p2o_kernels.policy_loss.token_loss import context_weights
 
 Form = Literal["hard", "soft"]
 LOW, HIGH = 0.01, 10.0
+
+
+def context_ratio_weights(
+    old_T: Tensor, sampling_T: Tensor, is_templated_T: Tensor, *, low: float, high: float, form: Form
+) -> Tensor:
+    rule = LossRule(ratio_low=low, ratio_high=high, ratio_form=form)
+    return context_weights(rule, old_T, sampling_T, is_templated_T)
 
 
 def weights(
@@ -62,13 +71,3 @@ def test_extreme_differences_stay_finite(form: Form, difference: float) -> None:
     assert torch.isfinite(weight).all()
     if form == "hard":
         assert weight.tolist() == [0.0]
-
-
-@pytest.mark.parametrize("form", ["hard", "soft"])
-def test_weights_have_no_gradient_and_keep_their_type(form: Form) -> None:
-    old = torch.tensor([-1.0, -9.0], requires_grad=True)
-    weight = context_ratio_weights(
-        old, torch.full((2,), -1.0), torch.tensor([True, True]), low=LOW, high=HIGH, form=form
-    )
-    assert not weight.requires_grad
-    assert weight.dtype == torch.float32

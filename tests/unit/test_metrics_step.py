@@ -69,7 +69,7 @@ def report(loss: float, *, applied: bool = True, tokens: float = 10.0, **sums: f
         grad_norm=2 * loss,
         learning_rate=loss / 100,
         is_applied=applied,
-        sums={"loss_tokens": tokens, **sums},
+        sums={"loss_tokens": tokens, "live_tokens": tokens, "kept_tokens": tokens, **sums},
     )
 
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config import ObjectiveConfig
-from megatron_p2o.rl.objective import MAX_NAMES, SUM_NAMES, TokenStats, policy_loss
+from megatron_p2o.rl.objective import MAX_NAMES, SUM_NAMES, TokenStats, loss_rule, token_stats
 from megatron_p2o.rl.packing import pack
 from megatron_p2o.testing.fakes import fake_logprobs
 from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
+from p2o_kernels import PolicyLoss
+from p2o_kernels.policy_loss.token_loss import token_inputs, token_losses_torch
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
 CONTEXTS: tuple[Context, ...] = ("sampling", "replace", "importance", "ratio_mask")
@@ -55,6 +57,46 @@ def scalar_loss(token: Token, objective: ObjectiveConfig) -> float:
     if token.advantage < 0:
         loss = min(loss, -objective.dual_clip * token.advantage)
     return scalar_weight(token, objective) * loss
+
+
+def policy_loss(
+    logprobs_T: Tensor, batch: PackedBatch, objective: ObjectiveConfig, entropy_T: Tensor | None = None
+) -> tuple[Tensor, TokenStats]:
+    """Return what training computes behind the LM head, of log-probs that no head has to be able to make.
+
+    The gradient in the log-probs is the one that the head multiplies into its own.
+    """
+    is_live_T = batch.loss_mask_T & (batch.loss_weights_T != 0) & (batch.advantages_T != 0)
+    rows = is_live_T.nonzero().squeeze(1)
+
+    def picked(values_T: Tensor | None) -> Tensor | None:
+        return None if values_T is None else values_T[rows]
+
+    def spread(values_N: Tensor, outside: float = 0.0) -> Tensor:
+        return torch.full(is_live_T.shape, outside, dtype=values_N.dtype).index_copy(0, rows, values_N.detach())
+
+    rule = loss_rule(objective)
+    tokens = token_inputs(
+        rule,
+        batch.advantages_T[rows],
+        batch.loss_weights_T[rows],
+        picked(batch.old_logprobs_T),
+        batch.sampling_logprobs_T[rows],
+        batch.is_templated_T[rows],
+    )
+    logprobs_N = logprobs_T[rows]
+    losses = token_losses_torch(rule, logprobs_N.detach(), tokens)
+    loss = losses.losses_N.sum() + ((logprobs_N - logprobs_N.detach()) * losses.logprob_grad_N.detach()).sum()
+    outcome = PolicyLoss(
+        loss=loss,
+        logprobs_T=spread(logprobs_N),
+        entropy_T=spread(logprobs_N * 0 if entropy_T is None else entropy_T[rows]),
+        weights_T=spread(losses.weights_N),
+        ratio_T=spread(losses.ratio_N, 1.0),
+        is_clipped_T=spread(losses.is_clipped_N.double()).bool(),
+        is_live_T=is_live_T,
+    )
+    return loss, token_stats(batch, outcome)
 
 
 def grid_of_tokens(advantage: float, is_templated: bool) -> list[Token]:
@@ -277,6 +319,8 @@ def test_token_sums_are_those_counted_by_hand() -> None:
     assert stats.as_dict() == pytest.approx(
         {
             "loss_tokens": 5,
+            "carrying_tokens": 5,
+            "live_tokens": 5,
             "kept_tokens": 4,
             "templated_tokens": 3,
             "templated_kept_tokens": 2,

@@ -145,17 +145,12 @@ def test_dropped_rollouts_count_in_the_denominator_all_and_need_no_forward_pass(
         assert with_dead.sums["loss_tokens"] == without.sums["loss_tokens"] + 15
 
 
-def test_only_response_positions_reach_the_head(model: Path):
-    num_rows: list[int] = []
-
-    def count_rows(_: Any, inputs: Any, keywords: dict[str, Any]) -> None:
-        num_rows.append(len(keywords["rows_N"]))
-
-    with policy_of(policy_config(model)) as policy:
-        policy._shard.model.output_layer.register_forward_pre_hook(count_rows, with_kwargs=True)
-        policy.update(SAMPLES, None, 120)
-        policy.score(SAMPLES)
-    assert sum(num_rows) == 2 * sum(LENGTHS) < 2 * sum(sample.num_tokens for sample in SAMPLES)
+def test_only_response_tokens_that_carry_gradient_go_through_the_head(model: Path):
+    dead = [replace(sample, advantage=0.0) for sample in random_samples((7, 8), vocab_size=VOCAB_SIZE, seed=3)]
+    with policy_of(policy_config(model, objective=ObjectiveConfig(context="replace"))) as policy:
+        report = policy.update([*SAMPLES, *dead], None, 120)
+    assert report.sums["live_tokens"] == sum(LENGTHS)
+    assert report.sums["loss_tokens"] == sum(LENGTHS) + 15
 
 
 def test_micro_batch_normalization_is_the_row_weighted_mean_of_micro_batch_means(model: Path):
