@@ -66,9 +66,9 @@ class CheckpointSaver:
                 shutil.rmtree(left)
             (partial / POLICY_FOLDER).mkdir(parents=True)
             write_state(partial / STATE_FILE, state)
-        except OSError as error:
-            raise CheckpointError(f"{self._folder / name} could not be written: {error}") from error
-        written = self._policy.save(partial / POLICY_FOLDER)
+            written = self._policy.save(partial / POLICY_FOLDER)
+        except (OSError, RuntimeError) as error:  # a rank that fails is a RuntimeError here
+            raise self._failure(name, error) from error
         self._saving = saving = Future()
         threading.Thread(target=self._complete, args=(name, written, saving), daemon=True, name="checkpoint").start()
 
@@ -93,10 +93,18 @@ class CheckpointSaver:
             self._prune(name)
             saving.set_result(final)
         except Exception as error:  # carried to the thread that trains
-            shutil.rmtree(partial, ignore_errors=True)
-            failure = CheckpointError(f"{final} could not be written, the checkpoint before is intact: {error}")
+            failure = self._failure(name, error)
             failure.__cause__ = error
             saving.set_exception(failure)
+
+    def _failure(self, name: str, error: Exception) -> CheckpointError:
+        """Clear away what there is of a checkpoint, and return what to say of it."""
+        free_mib = shutil.disk_usage(self._folder if self._folder.exists() else "/").free >> 20
+        shutil.rmtree(self._folder / f"{PARTIAL}{name}", ignore_errors=True)
+        return CheckpointError(
+            f"{self._folder / name} could not be written with {free_mib} MiB free on its disk: {error}; the checkpoint "
+            "before is intact: free some space and start the run again"
+        )
 
     def _prune(self, newest: str) -> None:
         """Remove what is older than the `keep_last` newest. Later steps, of a history given up, are left alone."""
