@@ -19,7 +19,7 @@ from megatron_p2o.interfaces import (
     RoundInterrupted,
     TemplateLibrary,
 )
-from megatron_p2o.rl.grouping import make_group, train_samples
+from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import (
@@ -107,10 +107,11 @@ def p2o_step(
     rollouts = sample_and_grade(prompts, rollout_sampling(config, state.step), parts)
 
     # Credit each rollout against its siblings; what they nearly all fail is work for the next evolution.
-    groups = [
-        make_group(siblings, config.advantage, ledger.plain_success_rate(problem.id))
-        for problem, siblings in zip(problems, chunks(rollouts, config.rollout.group_size), strict=True)
-    ]
+    groups = make_groups(
+        chunks(rollouts, config.rollout.group_size),
+        config.advantage,
+        [ledger.plain_success_rate(problem.id) for problem in problems],
+    )
     hard = hard_problems(groups, config.hard.max_solved, config.hard.counted)
 
     # Distil: the gradient is taken on (x, y), whatever template y was sampled with.

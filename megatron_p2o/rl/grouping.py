@@ -1,29 +1,52 @@
 """From graded rollouts to training samples: groups, their credit, and what of them carries gradient."""
 
 from collections.abc import Sequence
+from math import nan
+
+import torch
 
 from megatron_p2o.config import AdvantageConfig, ObjectiveConfig
-from megatron_p2o.rl.advantage import group_advantages
 from megatron_p2o.types import Group, Rollout, TrainSample
+from p2o_kernels import grouped_advantage
 
 
-def make_group(rollouts: Sequence[Rollout], advantage: AdvantageConfig, plain_success_rate: float) -> Group:
-    """Return the siblings with their advantages; a rollout that was given up on has none and shapes no baseline.
+def make_groups(
+    siblings: Sequence[Sequence[Rollout]], advantage: AdvantageConfig, plain_success_rates: Sequence[float]
+) -> list[Group]:
+    """Return each problem's rollouts with their advantages; one that was given up on has none and shapes no baseline.
 
-    `plain_success_rate` anchors templated groups when `advantage.baseline` is "plain_anchored".
+    The formulas are `p2o_kernels.grouped_advantage`'s (GRPO, Dr.GRPO, RLOO): on a GPU where there is one.
+
+    Args:
+        siblings: the rollouts of each problem, at least one.
+        plain_success_rates: of each problem; anchors templated groups when `advantage.baseline` is "plain_anchored".
     """
-    tried = [rollout for rollout in rollouts if rollout.completion.finish_reason != "abort"]
-    is_templated = any(rollout.completion.prompt.is_templated for rollout in rollouts)
-    anchored = advantage.baseline == "plain_anchored" and is_templated
-    credits = iter(
-        group_advantages(
-            [rollout.reward for rollout in tried],
-            advantage.estimator,
-            anchor_success_rate=plain_success_rate if anchored else None,
-        )
+    rollouts = [rollout for group in siblings for rollout in group]
+    anchors = [
+        rate if advantage.baseline == "plain_anchored" and any(r.completion.prompt.is_templated for r in group) else nan
+        for group, rate in zip(siblings, plain_success_rates, strict=True)
+        for _ in group
+    ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    credit = grouped_advantage(
+        torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float32, device=device),
+        torch.tensor([number for number, group in enumerate(siblings) for _ in group], device=device),
+        torch.tensor([rollout.completion.finish_reason != "abort" for rollout in rollouts], device=device),
+        # One place for each rollout: which tokens get its advantage is decided when they are packed.
+        torch.arange(len(rollouts) + 1, dtype=torch.int32, device=device),
+        torch.ones(len(rollouts), dtype=torch.bool, device=device),
+        estimator=advantage.estimator,
+        anchor_rates_R=torch.tensor(anchors, dtype=torch.float32, device=device),
     )
-    advantages = tuple(0.0 if r.completion.finish_reason == "abort" else next(credits) for r in rollouts)
-    return Group(problem=rollouts[0].completion.prompt.problem, rollouts=tuple(rollouts), advantages=advantages)
+    credits = map(float, credit.advantages_R.cpu())
+    return [
+        Group(
+            problem=group[0].completion.prompt.problem,
+            rollouts=tuple(group),
+            advantages=tuple(next(credits) for _ in group),
+        )
+        for group in siblings
+    ]
 
 
 def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[TrainSample]:

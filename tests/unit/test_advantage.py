@@ -1,4 +1,4 @@
-"""Group advantages against published vectors, direct group statistics and invariances."""
+"""The specification of group advantages against published vectors, direct group statistics and invariances."""
 
 import math
 import statistics
@@ -9,11 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_p2o.rl.advantage import STD_EPSILON, Estimator, group_advantages
+from p2o_kernels.advantage.op import Estimator
+from p2o_kernels.advantage.reference import STD_EPSILON, group_advantages_reference
 
 ESTIMATORS: tuple[Estimator, ...] = ("grpo", "dr_grpo", "rloo")
 REWARDS = st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=12)
 REAL_REWARDS = st.lists(st.floats(-5, 5).map(lambda value: round(value, 3)), min_size=2, max_size=12)
+
+
+def group_advantages(
+    rewards: list[float], estimator: Estimator, *, anchor_success_rate: float | None = None
+) -> tuple[float, ...]:
+    return tuple(group_advantages_reference(rewards, [True] * len(rewards), estimator, anchor_success_rate)[0])
 
 
 def directly(rewards: list[float], siblings: list[float], estimator: Estimator) -> list[float]:

@@ -10,7 +10,6 @@ import pytest
 
 from megatron_p2o.algorithm import Parts, StepResult, TrainState, asked, p2o_step
 from megatron_p2o.interfaces import PromptTooLongError
-from megatron_p2o.rl.advantage import group_advantages
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 from megatron_p2o.testing.fakes import (
     FakeEngine,
@@ -26,12 +25,17 @@ from megatron_p2o.testing.fakes import (
     fake_problem,
 )
 from megatron_p2o.types import PLAIN, Problem, Prompt, Template
+from p2o_kernels.advantage.reference import group_advantages_reference
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
 HINT = Template(id=1, text="§ go on", parent=0)
 """Its first character occurs in no question."""
 OTHER = Template(id=2, text="§ look again", parent=1)
 PROBLEMS = [fake_problem(number) for number in range(4)]
+
+
+def credits(rewards: list[float], anchor: float | None = None) -> tuple[float, ...]:
+    return tuple(group_advantages_reference(rewards, [True] * len(rewards), "grpo", anchor)[0])
 
 
 def mixed_reply(prompt: Prompt, index: int) -> Reply:
@@ -132,7 +136,7 @@ def test_rewards_are_the_grades_of_the_decoded_text() -> None:
     for group in step.result.groups:
         assert [rollout.grade for rollout in group.rollouts] == ["correct", "incorrect", "error", "incorrect"]
         assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0, 0.0, 0.0]
-        assert group.advantages == group_advantages([1, 0, 0, 0], "grpo")
+        assert group.advantages == pytest.approx(credits([1, 0, 0, 0]))
     assert sorted(step.grader.submitted) == sorted((p.id, text) for p in PROBLEMS[:2] for text in texts.values())
 
 
@@ -225,11 +229,11 @@ def test_a_rollout_that_was_given_up_on_is_not_trained_on_and_its_siblings_are_c
 
     step = run_step(one_lost, {"schedule.problems_per_update": 1}, problems=PROBLEMS[:1])
     (group,) = step.result.groups
-    won, lost_a, lost_b = group_advantages([1, 0, 0], "grpo")
-    assert group.advantages == (won, 0.0, lost_a, lost_b)
+    won, lost_a, lost_b = credits([1, 0, 0])
+    assert group.advantages == pytest.approx((won, 0.0, lost_a, lost_b))
     assert group.rollouts[1].grade == "error" and group.rollouts[1].reward == 0.0
     (call,) = step.policy.updates
-    assert [sample.advantage for sample in call.samples] == [won, lost_a, lost_b]
+    assert [sample.advantage for sample in call.samples] == pytest.approx([won, lost_a, lost_b])
     assert call.num_loss_tokens == len("yes") + 1 + 2 * (len("no") + 1)
     assert "lost" not in [text for _, text in step.grader.submitted]
 
@@ -261,7 +265,7 @@ def test_the_anchor_is_the_ledgers_plain_rate_of_each_problem() -> None:
     settings = {"advantage.baseline": "plain_anchored"}
     step = run_step(reply, settings, templates, ledger=HardSampleLedger(entries))
     for number, group in enumerate(step.result.groups):
-        assert group.advantages == group_advantages([1.0] * 4, "grpo", anchor_success_rate=number / 4)
+        assert group.advantages == pytest.approx(credits([1.0] * 4, anchor=number / 4))
     assert run_step(reply, None, templates).policy.updates[0].samples == ()
 
 

@@ -6,13 +6,22 @@ import numpy as np
 import pytest
 
 from megatron_p2o.config import AdvantageConfig, ObjectiveConfig
-from megatron_p2o.rl.advantage import group_advantages
-from megatron_p2o.rl.grouping import make_group, train_samples
+from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.testing.fakes import encode, fake_problem, fake_rollout
-from megatron_p2o.types import PLAIN, Rollout, Template
+from megatron_p2o.types import PLAIN, Group, Rollout, Template
+from p2o_kernels.advantage.reference import group_advantages_reference
 
 HINT = Template(id=1, text="Go on.", parent=0)
 PROBLEM = fake_problem(1)
+
+
+def credits(rewards: list[float], estimator: str) -> tuple[float, ...]:
+    return tuple(group_advantages_reference(rewards, [True] * len(rewards), estimator)[0])
+
+
+def make_group(siblings: list[Rollout], advantage: AdvantageConfig, plain_success_rate: float) -> Group:
+    (group,) = make_groups([siblings], advantage, [plain_success_rate])
+    return group
 
 
 def rollouts(*, plain: list[float], templated: list[float] | None = None) -> list[Rollout]:
@@ -25,7 +34,7 @@ def rollouts(*, plain: list[float], templated: list[float] | None = None) -> lis
 def test_templated_and_plain_rollouts_share_one_baseline() -> None:
     group = make_group(rollouts(templated=[1, 1, 0, 1], plain=[0, 0]), AdvantageConfig(), plain_success_rate=0.7)
     assert group.problem == PROBLEM
-    assert group.advantages == group_advantages([1, 1, 0, 1, 0, 0], "grpo")
+    assert group.advantages == pytest.approx(credits([1, 1, 0, 1, 0, 0], "grpo"))
 
 
 def test_only_templated_groups_are_anchored() -> None:
@@ -33,15 +42,15 @@ def test_only_templated_groups_are_anchored() -> None:
     templated = make_group(rollouts(templated=[1, 1], plain=[0, 1]), anchored, plain_success_rate=0.25)
     assert templated.advantages == pytest.approx([0.5, 0.5, -0.5, 0.5])  # mean of (3 + 4 * 0.25) / 8
     plain = make_group(rollouts(plain=[1, 1, 0, 1]), anchored, plain_success_rate=0.25)
-    assert plain.advantages == group_advantages([1, 1, 0, 1], "dr_grpo")
+    assert plain.advantages == pytest.approx(credits([1, 1, 0, 1], "dr_grpo"))
 
 
 def test_a_rollout_that_was_given_up_on_shapes_no_baseline() -> None:
     siblings = rollouts(plain=[1, 0, 0])
     aborted = fake_rollout(PROBLEM, reward=0, finish_reason="abort")
     group = make_group([siblings[0], aborted, *siblings[1:]], AdvantageConfig(), plain_success_rate=0.0)
-    first, second, third = group_advantages([1, 0, 0], "grpo")
-    assert group.advantages == (first, 0.0, second, third)
+    first, second, third = credits([1, 0, 0], "grpo")
+    assert group.advantages == pytest.approx((first, 0.0, second, third))
     assert len(group.rollouts) == 4
 
 
@@ -85,14 +94,14 @@ def test_failed_templated_rollouts_can_be_dropped_and_still_shape_the_baseline()
 def test_an_empty_response_is_credited_but_cannot_be_trained_on() -> None:
     empty = fake_rollout(PROBLEM, reward=0, num_tokens=0)
     group = make_group([empty, *rollouts(plain=[1, 1])], AdvantageConfig(), plain_success_rate=0.0)
-    assert group.advantages == group_advantages([0, 1, 1], "grpo")
+    assert group.advantages == pytest.approx(credits([0, 1, 1], "grpo"))
     assert len(train_samples([group], ObjectiveConfig())) == 2
 
 
 def test_an_undecided_grade_counts_as_no_reward() -> None:
     undecided = replace(fake_rollout(PROBLEM, reward=0), grade="error")
     group = make_group([undecided, *rollouts(plain=[1])], AdvantageConfig(), plain_success_rate=0.0)
-    assert group.advantages == group_advantages([0, 1], "grpo")
+    assert group.advantages == pytest.approx(credits([0, 1], "grpo"))
 
 
 def test_zero_advantage_samples_are_still_samples() -> None:

@@ -99,7 +99,10 @@ def test_contradictory_options_are_named(num_nodes: int, node_rank: int, head: s
 def test_ranks_divide_over_the_nodes(tmp_path: Path) -> None:
     four = config(tmp_path, ParallelConfig(tensor=2, data=2))
     assert [ranks_per_node(four, replace(HEAD, count=count)) for count in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(ValueError, match=r"parallel.tensor=2 x parallel.pipeline=1 x parallel.context=1 x parallel.data=2 = 4 .* 3 nodes"):
+    with pytest.raises(
+        ValueError,
+        match=r"parallel.tensor=2 x parallel.pipeline=1 x parallel.context=1 x parallel.data=2 = 4 .* 3 nodes",
+    ):
         ranks_per_node(four, replace(HEAD, count=3))
 
 
