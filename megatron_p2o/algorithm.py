@@ -3,7 +3,8 @@
 A problem the policy fails is asked through evolved templates; what it then gets right is learnt without them.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -44,13 +45,19 @@ GRADING_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """The implementations a run is made of."""
+class SamplingParts:
+    """The implementations that answer problems and grade the answers."""
 
-    policy: Policy
     engine: RolloutEngine
     grader: Grader
     renderer: PromptRenderer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts(SamplingParts):
+    """The implementations a run is made of."""
+
+    policy: Policy
     evolution: PromptEvolution | None
     """None is plain GRPO."""
 
@@ -204,19 +211,36 @@ def scored(samples: list[TrainSample], groups: Sequence[Group], policy: Policy, 
     return [replace(sample, sampling_logprobs=row) for sample, row in zip(samples, logprobs, strict=True)]
 
 
-def sample_and_grade(prompts: Sequence[Prompt], sampling: SamplingParams, parts: Parts) -> list[Rollout]:
+def sample_and_grade(prompts: Sequence[Prompt], sampling: SamplingParams, parts: SamplingParts) -> list[Rollout]:
     """Return one graded rollout per prompt, in order; each is graded while the others are still being sampled."""
-    completions: dict[int, Completion] = {}
-    grades: dict[int, Future[Grade]] = {}
-    for index, completion in parts.engine.generate(prompts, sampling):
-        completions[index] = completion
-        if completion.finish_reason != "abort":
-            text = parts.renderer.decode(completion)
-            grades[index] = parts.grader.submit(completion.prompt.problem, text)
-    return [
-        rollout_of(completions[index], verdict(grades[index], prompts[index].problem) if index in grades else "error")
-        for index in range(len(prompts))
-    ]
+    rollouts = dict(graded_rollouts(prompts, sampling, parts))
+    return [rollouts[index] for index in range(len(prompts))]
+
+
+def graded_rollouts(
+    prompts: Sequence[Prompt], sampling: SamplingParams, parts: SamplingParts, places: Sequence[int] | None = None
+) -> Iterator[tuple[int, Rollout]]:
+    """Yield (index into `prompts`, rollout) in the order the rollouts were sampled, once their verdicts are there."""
+    waiting: deque[tuple[int, Completion, Future[Grade]]] = deque()
+    for index, completion in parts.engine.generate(prompts, sampling, places):
+        waiting.append((index, completion, submitted(completion, parts)))
+        while waiting and waiting[0][2].done():
+            yield judged(*waiting.popleft())
+    while waiting:
+        yield judged(*waiting.popleft())
+
+
+def submitted(completion: Completion, parts: SamplingParts) -> Future[Grade]:
+    """Hand a completion to the grader; one that was given up has no answer to grade."""
+    if completion.finish_reason != "abort":
+        return parts.grader.submit(completion.prompt.problem, parts.renderer.decode(completion))
+    ungraded: Future[Grade] = Future()
+    ungraded.set_result("error")
+    return ungraded
+
+
+def judged(index: int, completion: Completion, grade: Future[Grade]) -> tuple[int, Rollout]:
+    return index, rollout_of(completion, verdict(grade, completion.prompt.problem))
 
 
 def verdict(grade: Future[Grade], problem: Problem) -> Grade:

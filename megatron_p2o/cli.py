@@ -1,12 +1,14 @@
 """The `p2o` command."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import ConfigError, dump_config, load_config, missing_paths
+from megatron_p2o.files import write_whole
 
 BAD_INPUT = 2
 """Exit status when the settings or the files they name are wrong: nothing was started."""
@@ -36,10 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--head", default="", metavar="HOST:PORT", help="where node 0 can be reached by the others")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="measure a policy on the evaluation sets, without templates")
-    evaluate.add_argument("target", type=Path, help="settings file, or a checkpoint folder of a run")
-    evaluate.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides")
-    evaluate.set_defaults(run=_evaluate)
+    _add_evaluation(commands.add_parser("eval", help="measure a policy on sets of problems, without templates"))
 
     report = commands.add_parser("report", help="compare runs: print a table, write report.html and summary.json")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
@@ -54,6 +53,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        type=Path,
+        nargs="?",
+        help="settings file (its initial policy), checkpoint of a run, checkpoints/best, or Hugging Face directory",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings for a target that is a folder")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change one setting; repeatable"
+    )
+    parser.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="NAME[=FILE]",
+        dest="benchmarks",
+        help="a set of problems, or one of data.evaluation; repeatable; default: all of data.evaluation",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: evaluations/ of the run")
+    parser.add_argument("--restart", action="store_true", help="throw away the answers in the output folder")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"), help="compare two output folders instead"
+    )
+    parser.set_defaults(run=_evaluate)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,13 +118,26 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from megatron_p2o.launch import launch
+    if (options.target is None) == (options.compare is None):
+        raise ValueError("p2o eval needs either what to evaluate or --compare FIRST SECOND")
+    if options.compare is not None:
+        first, second = options.compare
+        return _compare(first, second, options.output)
+    from megatron_p2o.eval_command import request_of, run_evaluation
 
-    if options.target.is_dir():
-        run_dir = options.target.resolve().parent.parent
-        config = _checked_config(run_dir / "config.yaml", options.overrides)
-        return launch(config, ["--evaluate", "--checkpoint", str(options.target.resolve())])
-    return launch(_checked_config(options.target, options.overrides), ["--evaluate"])
+    request = request_of(options.target, options.config, options.overrides, options.benchmarks, options.output)
+    return run_evaluation(request, options.restart)
+
+
+def _compare(first: Path, second: Path, output: Path | None) -> int:
+    from megatron_p2o.metrics.comparison import compare
+    from megatron_p2o.metrics.evaluation_tables import print_comparison
+
+    comparison = compare(first, second)
+    print_comparison(comparison)
+    if output is not None:
+        write_whole(output / "comparison.json", json.dumps(comparison, indent=1, allow_nan=False) + "\n")
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

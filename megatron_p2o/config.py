@@ -291,11 +291,22 @@ class EvaluationConfig:
 
     every_steps: int = 30
     """0 evaluates only at the end."""
-    num_samples: int = 1
-    temperature: float = 0.0
+    num_samples: int | None = None
+    """Answers to each problem. None: 16 in sets of fewer than 100 problems, 1 in larger ones (the paper's protocol)."""
+    num_samples_of: Mapping[str, int] = field(default_factory=dict)
+    """Set to answers per problem, before `num_samples`."""
+    temperature: float | None = None
+    """None: greedy where a problem is answered once, 0.6 where more often (the paper's protocol)."""
+    temperature_of: Mapping[str, float] = field(default_factory=dict)
+    """Set to temperature, before `temperature`."""
     at_start: bool = True
     with_best_template: bool = False
     """Also evaluate under the best template whenever a round has published one."""
+    best_set: str | None = None
+    """Keep the checkpoint that was best on this set as `checkpoints/best`; it is saved when the evaluation that shows
+    it ends, and not pruned. None keeps none."""
+    best_metric: Literal["avg", "pass_at_k"] = "avg"
+    """What is compared; `k` is the answers to each problem."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -367,7 +378,7 @@ POSITIVE = (
     *("evolution.max_template_tokens", "evolution.round_timeout_s", "evolution.reflection.max_tokens"),
     *("evolution.reflection.timeout_s", "evaluation.num_samples"),
 )
-"""Settings that must be greater than 0."""
+"""Settings that must be greater than 0, unless they are None."""
 
 NOT_NEGATIVE = (
     *("rollout.max_restarts", "rollout.verify_every"),
@@ -376,13 +387,16 @@ NOT_NEGATIVE = (
     *("evolution.reflection.max_retries", "evaluation.every_steps", "evaluation.temperature"),
     *("logging.rollouts_every_steps", "evolution.max_version_gap"),
 )
-"""Settings that must be at least 0."""
+"""Settings that must be at least 0, unless they are None."""
 
 
 def _out_of_range(config: Config) -> list[str]:
     values = {name: attrgetter(name)(config) for name in (*POSITIVE, *NOT_NEGATIVE)}
-    return [f"{name}={values[name]} must be greater than 0" for name in POSITIVE if not values[name] > 0] + [
-        f"{name}={values[name]} must not be negative" for name in NOT_NEGATIVE if not values[name] >= 0
+    given = {name: value for name, value in values.items() if value is not None}
+    return [
+        f"{name}={given[name]} must be greater than 0" for name in POSITIVE if name in given and not given[name] > 0
+    ] + [
+        f"{name}={given[name]} must not be negative" for name in NOT_NEGATIVE if name in given and not given[name] >= 0
     ]
 
 
@@ -392,7 +406,12 @@ Rule = tuple[bool, str]
 
 def problems_of(config: Config) -> list[str]:
     """Return every rule the settings break, one sentence each with the remedy; empty when the run can start."""
-    rules = [*_sampling_rules(config), *_objective_rules(config), *_process_rules(config)]
+    rules = [
+        *_sampling_rules(config),
+        *_objective_rules(config),
+        *_process_rules(config),
+        *_evaluation_rules(config),
+    ]
     return _out_of_range(config) + [text for holds, text in rules if not holds]
 
 
@@ -442,6 +461,30 @@ def _objective_rules(config: Config) -> list[Rule]:
         (
             config.objective.normalization == "global" or config.objective.denominator == "all",
             "objective.normalization=micro_batch is defined for objective.denominator=all only",
+        ),
+    ]
+
+
+def _evaluation_rules(config: Config) -> list[Rule]:
+    evaluation, sets = config.evaluation, config.data.evaluation
+    known = ", ".join(sets) or "none"
+    named = [
+        *((f"evaluation.num_samples_of.{name}", name) for name in evaluation.num_samples_of),
+        *((f"evaluation.temperature_of.{name}", name) for name in evaluation.temperature_of),
+    ]
+    return [
+        *((name in sets, f"{setting} must name a set of data.evaluation ({known})") for setting, name in named),
+        *(
+            (count > 0, f"evaluation.num_samples_of.{name}={count} must be greater than 0")
+            for name, count in evaluation.num_samples_of.items()
+        ),
+        *(
+            (temperature >= 0, f"evaluation.temperature_of.{name}={temperature} must not be negative")
+            for name, temperature in evaluation.temperature_of.items()
+        ),
+        (
+            evaluation.best_set is None or evaluation.best_set in sets,
+            f"evaluation.best_set={evaluation.best_set} must name a set of data.evaluation ({known})",
         ),
     ]
 

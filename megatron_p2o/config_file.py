@@ -45,23 +45,26 @@ class _RefusedError(Exception):
     """A value breaks the rule of its field; the message is the rule and the remedy."""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the settings of the file at `path` with `overrides` ("optimizer.lr=1e-6") on top.
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Return the settings of the file at `path`, if any, with `overrides` ("optimizer.lr=1e-6") on top.
 
     Raises:
         ConfigError: with all problems; only an unreadable file hides the ones behind it.
     """
     problems: list[ConfigProblem] = []
-    settings = read_with_bases(path, problems) | read_overrides(overrides, problems)
+    source = "--set" if path is None else str(path)
+    settings = read_overrides(overrides, problems)
+    if path is not None:
+        settings = read_with_bases(path, problems) | settings
     preset = settings.get(("preset",))
     if preset is not None and preset.value == "reference":
         settings = _reference_settings() | settings
     problems += _unknown_names(settings)
-    config = _build(Config, (), settings, problems, source=str(path))
+    config = _build(Config, (), settings, problems, source=source)
     refused = {problem.name for problem in problems if annotation_at(tuple(problem.name.split("."))) is not None}
     for sentence in [*_secrets_in(config), *problems_of(config)]:
         if not any(_names(sentence, name) for name in refused):
-            problems.append(_located(sentence, settings, source=str(path)))
+            problems.append(_located(sentence, settings, source=source))
     if problems:
         raise ConfigError(problems)
     return config
@@ -79,14 +82,14 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def missing_paths(config: Config) -> list[str]:
+def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
     """Return one sentence for each file or directory the settings name that is not there.
 
-    Relative paths count from the current directory.
+    Relative paths count from the current directory. What only training reads does not count without `for_training`.
     """
-    files = {"data.train": config.data.train}
+    files = {"data.train": config.data.train} if for_training else {}
     files |= {f"data.evaluation.{name}": file for name, file in config.data.evaluation.items()}
-    if config.evolution.reflection.phrases is not None:
+    if for_training and config.evolution.reflection.phrases is not None:
         files["evolution.reflection.phrases"] = config.evolution.reflection.phrases
     missing = [
         f"{name}={file} must be an existing file: correct the path (relative to {Path.cwd()})"

@@ -1,57 +1,83 @@
 """Measuring a policy on problems: what it answers plainly, and what a template adds."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from megatron_p2o.algorithm import Parts, sample_and_grade
-from megatron_p2o.config import Config
+from megatron_p2o.algorithm import SamplingParts, graded_rollouts
+from megatron_p2o.config import Config, EvaluationConfig
 from megatron_p2o.interfaces import TemplateLibrary
+from megatron_p2o.metrics.evaluation import Evaluation, answer_of, evaluation_of
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import PLAIN, Problem, Rollout, SamplingParams, Template
 
 UNNUMBERED = -1
 """Id of a template outside any library; published templates are numbered from 0."""
 
+SMALL_SET = 100
+"""Problems below which the paper averages over `SMALL_SET_SAMPLES` answers."""
+
+SMALL_SET_SAMPLES = 16
+SAMPLING_TEMPERATURE = 0.6
+"""The paper's, where a problem is answered more than once."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Outcome on one problem set."""
+class Protocol:
+    """How the problems of one set are answered."""
 
-    num_correct: int
     num_samples: int
-    by_source: Mapping[str, float]
-    """Accuracy by `Problem.source`; empty when the problems name none."""
-
-    @property
-    def accuracy(self) -> float:
-        """Correct samples over samples: avg@k when each problem was sampled k times."""
-        return self.num_correct / self.num_samples
+    """Answers to each problem."""
+    temperature: float
+    """0 is greedy."""
 
 
-def evaluate(problems: Sequence[Problem], parts: Parts, config: Config, template: Template = PLAIN) -> Evaluation:
-    """Sample `evaluation.num_samples` answers to each problem under `template` and grade them as in training."""
-    prompts = [
-        parts.renderer.render(problem, template) for problem in problems for _ in range(config.evaluation.num_samples)
-    ]
-    sampling = SamplingParams(
-        temperature=config.evaluation.temperature,
+def protocol_of(name: str, num_problems: int, settings: EvaluationConfig) -> Protocol:
+    """Return how the set `name` is answered: as set for it, as set for all, else as in the paper, by its size."""
+    by_size = SMALL_SET_SAMPLES if num_problems < SMALL_SET else 1
+    num_samples = settings.num_samples_of.get(name, settings.num_samples) or by_size
+    temperature = settings.temperature_of.get(name, settings.temperature)
+    if temperature is None:
+        temperature = SAMPLING_TEMPERATURE if num_samples > 1 else 0.0
+    return Protocol(num_samples=num_samples, temperature=temperature)
+
+
+def evaluate(
+    name: str, problems: Sequence[Problem], parts: SamplingParts, config: Config, template: Template = PLAIN
+) -> Evaluation:
+    """Sample answers to each problem of the set `name` under `template` and grade them as in training."""
+    protocol = protocol_of(name, len(problems), config.evaluation)
+    asked = all_asked(problems, protocol)
+    sampling = evaluation_sampling(config, protocol)
+    answers = [answer_of(rollout, sample) for sample, rollout in answered(asked, sampling, parts, template)]
+    return evaluation_of(answers, problems, protocol.num_samples, protocol.temperature)
+
+
+def all_asked(problems: Sequence[Problem], protocol: Protocol) -> list[tuple[Problem, int]]:
+    """Return (problem, index among its answers) for every answer the protocol wants."""
+    return [(problem, sample) for problem in problems for sample in range(protocol.num_samples)]
+
+
+def answered(
+    asked: Sequence[tuple[Problem, int]], sampling: SamplingParams, parts: SamplingParts, template: Template = PLAIN
+) -> Iterator[tuple[int, Rollout]]:
+    """Yield (index among the problem's answers, rollout) for everything `asked`, as it is sampled and graded.
+
+    On deterministic engines an answer depends on its problem and index, not on what else is asked.
+    """
+    prompts = [parts.renderer.render(problem, template) for problem, _ in asked]
+    places = [sample for _, sample in asked]
+    for index, rollout in graded_rollouts(prompts, sampling, parts, places):
+        yield places[index], rollout
+
+
+def evaluation_sampling(config: Config, protocol: Protocol) -> SamplingParams:
+    """Return how answers are sampled; not by `rollout.top_p`, which is for training."""
+    return SamplingParams(
+        temperature=protocol.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
         # The same at every step: two evaluations differ by the policy, not by luck.
         seed=seed_of(config.run.seed, "evaluation"),
     )
-    rollouts = sample_and_grade(prompts, sampling, parts)
-    sources = sorted({problem.source for problem in problems} - {""})
-    return Evaluation(
-        num_correct=sum(rollout.reward > 0 for rollout in rollouts),
-        num_samples=len(rollouts),
-        by_source={source: _accuracy_of(source, rollouts) for source in sources},
-    )
-
-
-def evaluation_record(outcome: Evaluation) -> dict[str, Any]:
-    """Return the outcome as it is written to files."""
-    return {"accuracy": outcome.accuracy, **asdict(outcome)}
 
 
 def best_template(library: TemplateLibrary) -> Template:
@@ -63,8 +89,3 @@ def best_template(library: TemplateLibrary) -> Template:
 def template_of(text: str) -> Template:
     """Return a template that is in no library, to ask problems through; PLAIN for ""."""
     return Template(id=UNNUMBERED, text=text, parent=None) if text else PLAIN
-
-
-def _accuracy_of(source: str, rollouts: Sequence[Rollout]) -> float:
-    of_source = [rollout for rollout in rollouts if rollout.completion.prompt.problem.source == source]
-    return sum(rollout.reward > 0 for rollout in of_source) / len(of_source)

@@ -66,11 +66,14 @@ class Policy(Protocol):
 class RolloutEngine(Protocol):
     """The serving copies of the policy."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Completion]]:
         """Yield (index into `prompts`, completion) as completions finish, each index once.
 
         `sampling.seed` is that of the whole call: each prompt gets its own from it, its problem and its place among
-        that problem's prompts, so that neither order nor company changes what a prompt is answered with.
+        that problem's prompts, so that neither order nor company changes what a prompt is answered with. `places`
+        names these, for a call that samples only some of a problem's prompts; None counts them in the call.
         """
         ...
 

@@ -11,10 +11,11 @@ from typing import Any
 from megatron_p2o.algorithm import Parts, StepResult, TrainState
 from megatron_p2o.checkpoints import CheckpointSaver
 from megatron_p2o.config import Config
-from megatron_p2o.evaluate import Evaluation, best_template, evaluate, evaluation_record, template_of
+from megatron_p2o.evaluate import best_template, evaluate, template_of
 from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.clock import PhaseClock
+from megatron_p2o.metrics.evaluation import Evaluation, evaluation_record
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.step import (
@@ -25,7 +26,7 @@ from megatron_p2o.metrics.step import (
     phase_metrics,
     step_metrics,
 )
-from megatron_p2o.metrics.values import Last, Mean, MetricValue
+from megatron_p2o.metrics.values import Last, MetricValue
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
 from megatron_p2o.run_state import LedgerFile, RunState, StopRequest
 from megatron_p2o.types import PLAIN, Group, Problem, Template
@@ -199,13 +200,13 @@ class RunObserver:
     def _evaluate(self, state: TrainState, template: Template, prefix: str) -> dict[str, Evaluation]:
         self._files.metrics.announce("evaluation")
         outcome = {
-            name: evaluate(problems, self._parts, self._config, template)
+            name: evaluate(name, problems, self._parts, self._config, template)
             for name, problems in self._evaluation_sets.items()
         }
         self._clock.take()
-        accuracies = {prefix + name: Mean(each.num_correct, each.num_samples) for name, each in outcome.items()}
-        if accuracies:
-            self._files.metrics.write(state.step, state.epoch, evaluation_metrics(accuracies))
+        if outcome:
+            named = {prefix + name: each for name, each in outcome.items()}
+            self._files.metrics.write(state.step, state.epoch, evaluation_metrics(named))
         self._last_end = time.monotonic()
         return outcome
 

@@ -4,7 +4,6 @@ The only place where implementations meet. Rank 0 conducts; the others serve its
 """
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -18,14 +17,14 @@ from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from megatron_p2o.algorithm import Parts, TrainState, train
+from megatron_p2o.algorithm import Parts, SamplingParts, TrainState, train
+from megatron_p2o.benchmark import answer, checkpoint_subject, discard_answers, open_benchmarks, write_results
 from megatron_p2o.checkpoints import POLICY_FOLDER, CheckpointSaver, checked, latest_checkpoint
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import load_config
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, fitting_problems
 from megatron_p2o.data.problems import load_problems
-from megatron_p2o.evaluate import evaluate, evaluation_record
 from megatron_p2o.evolve.beside import BesideTraining
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
@@ -60,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank and return its exit status."""
     parser = argparse.ArgumentParser(prog="megatron_p2o.train")
     parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
-    parser.add_argument("--evaluate", action="store_true", help="measure the policy instead of training it")
-    parser.add_argument("--checkpoint", type=Path, help="measure this checkpoint instead of the initial policy")
+    parser.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="measure this checkpoint, train nothing")
+    parser.add_argument("--restart", action="store_true", help="throw earlier answers of the evaluation away")
     options = parser.parse_args(arguments)
     end_with_parent()
     signal.signal(signal.SIGTERM, _exit_on_signal)
@@ -73,15 +72,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not policy.is_conductor:
         policy.serve()
         return 0
-    checkpoint = checked(options.checkpoint) if options.evaluate else latest_checkpoint(run_dir)
     with ExitStack() as stack:
         stack.callback(policy.close)
-        conductor = Conductor(config, run_dir, policy, checkpoint, agents, stack)
         if options.evaluate:
-            conductor.evaluate()
+            if options.restart:
+                discard_answers(run_dir)
+            evaluate_checkpoint(config, run_dir, policy, options.evaluate, agents, stack)
         else:
-            conductor.train()
+            Conductor(config, run_dir, policy, latest_checkpoint(run_dir), agents, stack).train()
     return 0
+
+
+def evaluate_checkpoint(
+    config: Config,
+    output: Path,
+    policy: MegatronPolicy,
+    checkpoint: Path,
+    agents: Sequence[AgentAddress],
+    stack: ExitStack,
+) -> None:
+    """Evaluate a checkpoint of a run plainly on every set of `data.evaluation`; see `benchmark`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ValueError: a problem file or earlier answers in `output` are not usable.
+    """
+    checked(checkpoint)
+    step = read_state(checkpoint / STATE_FILE).step
+    subject = checkpoint_subject(checkpoint, step)
+    renderer = ChatRenderer(config.model, config.data)
+    benchmarks = open_benchmarks(subject, renderer, config, output, stack)
+    if any(benchmark.missing for benchmark in benchmarks):
+        engine = stack.enter_context(start_engines(config, output, agents))
+        grader = make_grader(config.grading)
+        stack.callback(grader.close)
+        policy.load(checkpoint / POLICY_FOLDER)
+        engine.refresh(policy.weights(), version=step)
+        answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)
+    write_results(benchmarks, subject, config, output)
 
 
 def report_error(run_dir: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -171,16 +199,6 @@ class Conductor:
             stop.clear()
             return
         observer.on_end(state)
-
-    def evaluate(self) -> None:
-        """Measure the policy plainly on every evaluation set; write evaluation.json and print it."""
-        outcome = {
-            name: evaluation_record(evaluate(problems, self.parts, self.config))
-            for name, problems in self.inputs.evaluation.items()
-        }
-        record = {"step": self.state.step, "evaluation": outcome}
-        write_whole(self.run_dir / "evaluation.json", json.dumps(record, indent=1))
-        print(json.dumps(record, indent=1))
 
     def batches_of(self, epoch: int) -> Sequence[Sequence[Problem]]:
         """Return the problems of each step of an epoch; the same whenever asked."""

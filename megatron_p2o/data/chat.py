@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_p2o.config import DataConfig, ModelConfig
-from megatron_p2o.interfaces import PromptTooLongError
+from megatron_p2o.interfaces import PromptRenderer, PromptTooLongError
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, Template, TokenIds
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class ChatRenderer:
         return array
 
 
-def fitting_problems(problems: Sequence[Problem], renderer: ChatRenderer, skip_bad_rows: bool) -> list[Problem]:
+def fitting_problems(problems: Sequence[Problem], renderer: PromptRenderer, skip_bad_rows: bool) -> list[Problem]:
     """Return the problems whose plain prompt is short enough; also warms the renderer's store of plain prompts.
 
     With `skip_bad_rows` those that are too long are counted in a warning instead of an error.

@@ -64,9 +64,11 @@ class TimedEngine:
     def __init__(self, engine: RolloutEngine, clock: PhaseClock) -> None:
         self._engine, self._clock = engine, clock
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Completion]]:
         with self._clock.measure("rollout"):
-            yield from self._engine.generate(prompts, sampling)
+            yield from self._engine.generate(prompts, sampling, places)
 
     def refresh(self, weights: NamedWeights, version: int) -> None:
         with self._clock.measure("refresh"):

@@ -61,9 +61,9 @@ class ConsoleSink:
 def row_of(record: StepRecord) -> str:
     """Return the record's numbers on one line; keys it does not hold take no room. Evaluations come first."""
     cells = [
-        f"{key.removesuffix('_accuracy')} {number:.3f}"
+        f"{key.removesuffix('/avg')} {number:.3f}"
         for key, number in sorted(record.metrics.items())
-        if key.startswith("eval/")
+        if key.startswith("eval/") and key.endswith("/avg")
     ]
     for label, key, layout in COLUMNS:
         if key in record.metrics and not (key in SILENT_AT_ZERO and record.metrics[key] == 0):

@@ -1,6 +1,6 @@
 """The report's charts: Figures 3 and 4 of arXiv:2603.21877, the ledger, and what shows that a run is healthy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_p2o.metrics.charts import Line, LineChart, Unit, line_chart, number_text
 from megatron_p2o.metrics.effectiveness import (
@@ -63,13 +63,13 @@ def training_section(runs: Sequence[Run], styles: Styles) -> Html:
 
 def evaluation_keys(runs: Sequence[Run]) -> list[str]:
     """Return the evaluations any run made, plain ones first."""
-    keys = {key for run in runs for key in run.keys("eval/")}
+    keys = {key for run in runs for key in run.keys("eval/") if key.endswith("/avg")}
     return sorted(keys, key=lambda key: (key.startswith(TEMPLATED), key))
 
 
 def evaluation_name(key: str) -> str:
     """Return how the report calls an evaluation key."""
-    name = key.removeprefix("eval/").removesuffix("_accuracy").replace("_", " ")
+    name = key.removeprefix("eval/").removesuffix("/avg").replace("_", " ")
     return f"with template: {name.removeprefix('templated ')}" if key.startswith(TEMPLATED) else name
 
 
@@ -81,12 +81,18 @@ def by_source(runs: Sequence[Run]) -> Html | None:
             for name, outcome in sorted(((run.results or {}).get(part) or {}).items()):
                 sources = sorted(outcome.get("by_source", {}).items())
                 found = ", ".join(f"{source} {number_text(share, 'share')}" for source, share in sources)
-                rows.append([run.name, name.replace("_", " "), asked, number_text(outcome["accuracy"], "share"), found])
+                accuracy, interval = number_text(outcome["accuracy"], "share"), _interval_text(outcome.get("interval"))
+                rows.append([run.name, name.replace("_", " "), asked, accuracy, interval, found])
     if not rows:
         return None
-    header = ["Run", "Problems", "Asked", "Accuracy", "By source"]
+    header = ["Run", "Problems", "Asked", "Accuracy", "95 % interval", "By source"]
     content = table(header, rows, "Final accuracy by source of the problems")
     return element("details", element("summary", "Final accuracy by source of the problems"), content)
+
+
+def _interval_text(interval: Mapping[str, float] | None) -> str:
+    """Return the ends of a confidence interval; "" where the run gave none."""
+    return "" if interval is None else " to ".join(number_text(interval[end], "share") for end in ("low", "high"))
 
 
 def over_rollouts(run: Run, key: str) -> Points:

@@ -16,6 +16,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from megatron_p2o.metrics.evaluation import Evaluation
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
 from megatron_p2o.types import Group, Problem, Rollout, UpdateReport
 
@@ -127,9 +128,13 @@ def library_metrics(library_version: int, num_templates: int, evolution: Mapping
     }
 
 
-def evaluation_metrics(accuracies: Mapping[str, Mean]) -> dict[str, MetricValue]:
-    """Return `eval/<set>_accuracy` for each evaluation set: correct samples over samples."""
-    return {f"eval/{name}_accuracy": accuracy for name, accuracy in accuracies.items()}
+def evaluation_metrics(outcomes: Mapping[str, Evaluation]) -> dict[str, MetricValue]:
+    """Return `eval/<set>/avg`, correct answers over answers, and `eval/<set>/pass_at_<k>` for k beyond 1."""
+    metrics: dict[str, MetricValue] = {}
+    for name, outcome in outcomes.items():
+        metrics[f"eval/{name}/avg"] = Mean(outcome.num_correct, outcome.num_samples)
+        metrics |= {f"eval/{name}/pass_at_{k}": Last(share) for k, share in outcome.pass_at.items() if k != "1"}
+    return metrics
 
 
 def _mean_reward(rollouts: Iterable[Rollout]) -> Mean:

@@ -81,8 +81,10 @@ class SglangEngine:
         for server in servers:
             self._join(server)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
-        """Yield (index into `prompts`, completion) as completions finish, each index once.
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (index into `prompts`, completion) as completions finish, each index once; see `RolloutEngine`.
 
         Closing the iterator early aborts what is still running.
 
@@ -94,7 +96,7 @@ class SglangEngine:
         finished: queue.SimpleQueue[tuple[int, Future[Completion]]] = queue.SimpleQueue()
         futures = [
             self.broker.submit(prompt, own)
-            for prompt, own in zip(prompts, own_sampling(prompts, sampling), strict=True)
+            for prompt, own in zip(prompts, own_sampling(prompts, sampling, places), strict=True)
         ]
         for index, future in enumerate(futures):
             future.add_done_callback(lambda done, index=index: finished.put((index, done)))
@@ -236,14 +238,21 @@ def start_reflection_server(config: Config, run_dir: Path, num_engines_here: int
     return server
 
 
-def own_sampling(prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[SamplingParams]:
+def own_sampling(
+    prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None
+) -> Iterator[SamplingParams]:
     """Yield how each prompt is sampled: seeded by its problem and its place among that problem's prompts."""
+    for prompt, place in zip(prompts, counted_places(prompts) if places is None else places, strict=True):
+        seed = None if sampling.seed is None else seed_of(sampling.seed, prompt.problem.id, place)
+        yield replace(sampling, seed=seed)
+
+
+def counted_places(prompts: Sequence[Prompt]) -> Iterator[int]:
+    """Yield how many prompts of the same problem come before each."""
     num_seen: Counter[str] = Counter()
     for prompt in prompts:
-        problem_id = prompt.problem.id
-        seed = None if sampling.seed is None else seed_of(sampling.seed, problem_id, num_seen[problem_id])
-        num_seen[problem_id] += 1
-        yield replace(sampling, seed=seed)
+        yield num_seen[prompt.problem.id]
+        num_seen[prompt.problem.id] += 1
 
 
 def end_of_sequence_ids(model_directory: Path) -> tuple[int, ...]:

@@ -106,13 +106,18 @@ class FakeEngine:
     """All that were sampled, in the order they were asked."""
     samplings: list[SamplingParams] = field(default_factory=list[SamplingParams])
     """One per `generate`."""
+    places: list[tuple[int, ...] | None] = field(default_factory=list[tuple[int, ...] | None])
+    """One per `generate`."""
     refreshes: list[int] = field(default_factory=list[int])
     """Versions, in order."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Completion]]:
         self.journal.append("generate")
         self.prompts.extend(prompts)
         self.samplings.append(sampling)
+        self.places.append(None if places is None else tuple(places))
         for index in reversed(range(len(prompts))):
             yield index, self._completion(prompts[index], self.reply(prompts[index], index))
 

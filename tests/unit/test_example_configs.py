@@ -53,8 +53,9 @@ PAPER: dict[str, Any] = {
     "evolution.reflection.temperature": 0.6,
     "evolution.reflection.max_tokens": 2048,
     "evaluation.every_steps": 30,
-    "evaluation.num_samples": 1,
-    "evaluation.temperature": 0.0,
+    "evaluation.num_samples": None,
+    "evaluation.temperature": None,
+    "evaluation.best_set": "heldout",
     "evaluation.at_start": True,
 }
 """arXiv:2603.21877 and the authors' scripts, by setting."""

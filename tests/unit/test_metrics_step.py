@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from megatron_p2o.metrics.evaluation import Answer, evaluation_of
 from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, library_metrics, step_metrics
-from megatron_p2o.metrics.values import Mean, merge_metrics, numbers_of
+from megatron_p2o.metrics.values import merge_metrics, numbers_of
 from megatron_p2o.types import (
     PLAIN,
     Completion,
@@ -178,11 +179,16 @@ def test_the_token_sums_are_named_as_the_objective_names_them() -> None:
 
 def test_epoch_and_evaluation_metrics_are_named_by_area() -> None:
     hard = [Problem(id="h", question="?", answer="2")]
+    grades: tuple[Grade, ...] = ("correct", "incorrect", "error", "correct")
+    answers = [
+        Answer(problem_id="h", sample=sample, grade=grade, finish_reason="stop", num_tokens=1)
+        for sample, grade in enumerate(grades)
+    ]
     numbers = numbers_of(
         {
             **epoch_metrics(hard),
             **library_metrics(2, 5, {"best_score": 0.75}),
-            **evaluation_metrics({"heldout_hard": Mean(3, 4)}),
+            **evaluation_metrics({"heldout_hard": evaluation_of(answers, hard, 4, 0.6)}),
         }
     )
     assert numbers == {
@@ -190,5 +196,8 @@ def test_epoch_and_evaluation_metrics_are_named_by_area() -> None:
         "library/version": 2,
         "library/num_templates": 5,
         "evolution/best_score": 0.75,
-        "eval/heldout_hard_accuracy": 0.75,
+        "eval/heldout_hard/avg": 0.5,
+        # Two draws of four miss both correct answers once in six.
+        "eval/heldout_hard/pass_at_2": pytest.approx(5 / 6),
+        "eval/heldout_hard/pass_at_4": 1.0,
     }

@@ -83,11 +83,11 @@ def grpo_run(root: Path) -> Path:
     write_lines(
         directory / "metrics.jsonl",
         [
-            metric_line(0, 0, eval__heldout_hard_accuracy=0.0),
+            metric_line(0, 0, eval__heldout_hard__avg=0.0),
             metric_line(1, 0, rollout__reward_mean=0.25, rollout__rollouts_count=12, perf__step_s=2.0),
             metric_line(2, 0, rollout__reward_mean=0.5, rollout__rollouts_count=12, perf__step_s=3.0),
             metric_line(2, 1, hard__set_size=7),
-            metric_line(2, 1, eval__heldout_hard_accuracy=0.125),
+            metric_line(2, 1, eval__heldout_hard__avg=0.125),
         ],
     )
     return directory
@@ -102,7 +102,7 @@ def p2o_run(root: Path, text: str = "Work step by step.") -> Path:
             metric_line(1, 0, rollout__reward_mean=0.25, rollout__rollouts_count=12, train__loss=None),
             {**metric_line(1, 1), "metrics": {"hard/set_size": 2, **evolution}},
             metric_line(2, 1, rollout__reward_mean=0.5, rollout__rollouts_count=12, perf__train_s=61.0),
-            metric_line(3, 2, rollout__reward_mean=0.9, rollout__rollouts_count=12, eval__heldout_hard_accuracy=0.875),
+            metric_line(3, 2, rollout__reward_mean=0.9, rollout__rollouts_count=12, eval__heldout_hard__avg=0.875),
         ],
     )
     write_lines(
@@ -204,7 +204,8 @@ def test_text_of_a_run_never_becomes_markup(tmp_path: Path) -> None:
     hostile = [rollout_line("h1", correct=True, template=HOSTILE, response=HOSTILE), rollout_line("h1", correct=False)]
     write_lines(path, [{**line, "question": HOSTILE, "answer": HOSTILE, "level": HOSTILE} for line in hostile])
     write_lines(
-        run / "metrics.jsonl", [{**metric_line(1, 0), "metrics": {f"eval/{HOSTILE}": 0.5, "rollout/reward_mean": 1.0}}]
+        run / "metrics.jsonl",
+        [{**metric_line(1, 0), "metrics": {f"eval/{HOSTILE}/avg": 0.5, "rollout/reward_mean": 1.0}}],
     )
     page = report_of(tmp_path, run.rename(tmp_path / "p2o<i>-seed1"))
     assert not {"img", "i"} & {tag for tag, _ in page.elements}
@@ -364,7 +365,7 @@ def test_results_name_the_arm_and_mark_the_run_finished(tmp_path: Path) -> None:
 def test_lines_of_one_step_are_merged_and_belong_to_the_epoch_of_the_step(tmp_path: Path) -> None:
     run = read_run(grpo_run(tmp_path))
     assert [line.step for line in run.lines] == [0, 1, 2]
-    assert run.points("eval/heldout_hard_accuracy") == [(0, 0.0), (2, 0.125)]
+    assert run.points("eval/heldout_hard/avg") == [(0, 0.0), (2, 0.125)]
     assert by_epoch(run, "hard/set_size") == [(0, 7)]
 
 
@@ -374,7 +375,7 @@ def test_numbers_written_as_null_are_gaps(tmp_path: Path) -> None:
 
 def test_rollouts_spent_count_training_and_evolution(tmp_path: Path) -> None:
     run = read_run(p2o_run(tmp_path))
-    assert over_rollouts(run, "eval/heldout_hard_accuracy") == [(12 + 100 + 12 + 12, 0.875)]
+    assert over_rollouts(run, "eval/heldout_hard/avg") == [(12 + 100 + 12 + 12, 0.875)]
 
 
 def test_arm_and_seed_are_read_from_a_folder_name() -> None:

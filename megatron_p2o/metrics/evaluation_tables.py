@@ -1,0 +1,113 @@
+"""Evaluations for reading: progress while they run, a table of the results, a table of a comparison."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_TEXT_WIDTH = 140
+"""Columns of a table where there is no terminal whose width would count."""
+
+
+class EvaluationProgress:
+    """Says what of a set is being answered: a bar on a terminal, a line elsewhere. Used in `with`."""
+
+    def __init__(self, name: str, *, num_samples: int, temperature: float, num_wanted: int, num_missing: int) -> None:
+        console = Console(file=sys.stderr, highlight=False, markup=False)
+        kept = f", {num_wanted - num_missing} of them there already" if num_missing < num_wanted else ""
+        console.print(f"{name}: {num_wanted} answers ({num_samples} per problem, T={temperature:g}){kept}")
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task(name, total=num_wanted, completed=num_wanted - num_missing)
+
+    def advance(self) -> None:
+        """Count one more answer."""
+        self._progress.advance(self._task)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+def print_results(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Print results.json: a row per set, then accuracy by level where the problems name levels."""
+    headings = ["set", "problems", "k", "T", "avg@k", "95 % interval", "pass@k", "tokens", "truncated", "errors"]
+    rows = [
+        [
+            name,
+            str(outcome["num_problems"]),
+            str(outcome["samples_per_problem"]),
+            f"{outcome['temperature']:g}",
+            _percent(outcome["accuracy"]),
+            interval_text(outcome["interval"]),
+            _percent(outcome["pass_at"][str(outcome["samples_per_problem"])]),
+            f"{outcome['mean_tokens']:.0f}",
+            _percent(outcome["truncated_share"]),
+            str(outcome["num_grading_errors"] + outcome["num_aborted"]),
+        ]
+        for name, outcome in results["sets"].items()
+    ]
+    _print_table(headings, rows, stream, footer=f"average of the sets: {_percent(results['average_accuracy'])}")
+    for name, outcome in results["sets"].items():
+        if outcome["by_level"]:
+            levels = "  ".join(f"{level} {_percent(share)}" for level, share in outcome["by_level"].items())
+            _console(stream).print(f"{name} by level: {levels}", soft_wrap=True)
+
+
+def print_comparison(comparison: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Print what `comparison.compare` returned: a row per set."""
+    headings = ["set", "problems", "first", "second", "difference", "95 % interval", "better", "worse", "p", "test"]
+    rows = [
+        [
+            name,
+            str(pair["num_problems"]),
+            _percent(pair["first_accuracy"]),
+            _percent(pair["second_accuracy"]),
+            f"{100 * pair['difference']:+.1f}",
+            interval_text(pair["interval"], sign="+"),
+            str(pair["num_better"]),
+            str(pair["num_worse"]),
+            f"{pair['p_value']:.4f}",
+            pair["test"],
+        ]
+        for name, pair in comparison["sets"].items()
+    ]
+    _print_table(headings, rows, stream, footer=f"first: {comparison['first']}\nsecond: {comparison['second']}")
+    for side, key in (("first", "only_first"), ("second", "only_second")):
+        if comparison[key]:
+            _console(stream).print(f"only the {side} has {', '.join(comparison[key])}: not compared", soft_wrap=True)
+
+
+def interval_text(interval: Mapping[str, float], sign: str = "") -> str:
+    """Return an interval in percent, "12.5 to 20.0"."""
+    return f"{100 * interval['low']:{sign}.1f} to {100 * interval['high']:{sign}.1f}"
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO | None, footer: str) -> None:
+    console = _console(stream)
+    table = Table(box=SIMPLE if console.is_terminal else None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("set", "test") else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(footer, soft_wrap=True)
+
+
+def _console(stream: TextIO | None) -> Console:
+    target = stream or sys.stdout
+    return Console(file=target, width=None if target.isatty() else PLAIN_TEXT_WIDTH, highlight=False, markup=False)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
