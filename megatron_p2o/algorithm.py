@@ -22,6 +22,7 @@ from megatron_p2o.interfaces import (
 )
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
+from megatron_p2o.rl.objective import with_trainer_logprobs
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import (
     PLAIN,
@@ -208,7 +209,8 @@ def scored(samples: list[TrainSample], groups: Sequence[Group], policy: Policy, 
     sampling = replace(config.objective, context="sampling")
     on_sampling_context = carrying_gradient(train_samples(groups, sampling), config)
     logprobs = policy.score(on_sampling_context)
-    return [replace(sample, sampling_logprobs=row) for sample, row in zip(samples, logprobs, strict=True)]
+    cap = config.scoring.importance_cap
+    return [with_trainer_logprobs(sample, row, cap) for sample, row in zip(samples, logprobs, strict=True)]
 
 
 def sample_and_grade(prompts: Sequence[Prompt], sampling: SamplingParams, parts: SamplingParts) -> list[Rollout]:

@@ -193,6 +193,10 @@ class ScoringConfig:
 
     recompute: bool = False
     """Score the sampling context with the trainer instead of trusting the engine's log-probs."""
+    importance_cap: float | None = None
+    """Weigh each token by min(pi_trainer / pi_engine, cap) under the prompt it was sampled with; needs `recompute`."""
+    mismatch_alarm: float = 0.1
+    """Warn when engine and trainer differ by more than this many nats a token, mean over a step's compared tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -376,7 +380,7 @@ POSITIVE = (
     *("schedule.keep_checkpoints", "schedule.epochs"),
     *("evolution.dev_size", "evolution.num_lineages", "evolution.minibatch_size"),
     *("evolution.max_template_tokens", "evolution.round_timeout_s", "evolution.reflection.max_tokens"),
-    *("evolution.reflection.timeout_s", "evaluation.num_samples"),
+    *("evolution.reflection.timeout_s", "evaluation.num_samples", "scoring.mismatch_alarm"),
 )
 """Settings that must be greater than 0, unless they are None."""
 
@@ -461,6 +465,11 @@ def _objective_rules(config: Config) -> list[Rule]:
         (
             config.objective.normalization == "global" or config.objective.denominator == "all",
             "objective.normalization=micro_batch is defined for objective.denominator=all only",
+        ),
+        (
+            config.scoring.importance_cap is None or (config.scoring.recompute and config.scoring.importance_cap >= 1),
+            f"scoring.importance_cap={config.scoring.importance_cap} must be at least 1 and needs "
+            "scoring.recompute=true: the trainer has no log-probs under templates otherwise",
         ),
     ]
 

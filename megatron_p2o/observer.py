@@ -102,6 +102,7 @@ class RunObserver:
         of_engines = {name: Last(value) for name, value in self._engine_metrics().items()}
         entries = [ledger_entry(group, state.epoch, state.step) for group in result.groups]
         metrics = {**step_metrics(result.groups, result.reports, seconds), **self._forgotten(state, entries)}
+        self._warn_of_mismatch(state, metrics)
         self._files.metrics.write(state.step, state.epoch, {**metrics, **of_engines})
         self._files.ledger.append(entries)
         self._observe_groups(result.groups)
@@ -114,6 +115,15 @@ class RunObserver:
         if _is_due(state.step, self._config.schedule.save_every_steps):
             self.save(state)
         self._last_end = time.monotonic()
+
+    def _warn_of_mismatch(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
+        mean, alarm = metrics["mismatch/logprob_abs_mean"].value(), self._config.scoring.mismatch_alarm
+        if mean > alarm:  # false for the nan of a step that compared nothing
+            logger.warning(
+                "step %d: engine and trainer differ by %.3g nats a token, more than scoring.mismatch_alarm=%g: set "
+                "scoring.recompute and scoring.importance_cap, or look for a difference in precision or weights",
+                *(state.step, mean, alarm),
+            )
 
     def _forgotten(self, state: TrainState, entries: Sequence[LedgerEntry]) -> Mapping[str, MetricValue]:
         """Measure, and warn of, problems whose plain success is gone (see `HardSampleLedger.forgotten`)."""

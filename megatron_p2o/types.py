@@ -153,6 +153,10 @@ class TrainSample:
     """[R] log-probs of the response under the prompt it was sampled with: the c side of the context ratio."""
     is_templated: bool
     """Whether the sampling prompt differs from `context_ids`: only then the context ratio can differ from 1."""
+    engine_logprobs: Logprobs | None = None
+    """[R] what the engine said, where `sampling_logprobs` are the trainer's own (`scoring.recompute`)."""
+    loss_weights: Logprobs | None = None
+    """[R] factors on the tokens' losses; None: 1 each."""
 
     @property
     def num_tokens(self) -> int:
@@ -184,6 +188,8 @@ class PackedBatch:
     """float32 log-probs under the same context before the first update; None says that this forward pass is it."""
     sample_index_T: "Tensor"
     """int64 index of the sample (in the list that was packed) each position belongs to."""
+    engine_logprobs_T: "Tensor | None"
+    """float32 where `sampling_logprobs_T` are the trainer's own, else None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

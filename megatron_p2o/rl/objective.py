@@ -13,13 +13,14 @@ The loss and its gradient are computed by `p2o_kernels.linear_policy_loss` toget
 is `p2o_kernels/policy_loss/reference.py`. Here is what it is told, and what is reported.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_p2o.config import ObjectiveConfig
-from megatron_p2o.types import PackedBatch
+from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
 from p2o_kernels import LossRule, PolicyLoss
 
 MAX_LOG_RATIO = 20.0
@@ -49,7 +50,7 @@ class TokenStats:
     sums: Tensor
     """[len(SUM_NAMES)] float64, in that order: response tokens; of those the ones with an advantage and a weight; of
     those the ones that went through the LM head, and the ones the context ratio kept. `mismatch_*` compare engine and
-    trainer on plain tokens."""
+    trainer under one prompt: plain tokens, or all of them under `scoring.recompute`."""
     maxima: Tensor
     """[len(MAX_NAMES)] float64."""
 
@@ -98,9 +99,8 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss) -> TokenStats:
     live_T = outcome.is_live_T
     is_kept_T = outcome.weights_T != 0
     is_templated_T = batch.is_templated_T & carries_T
-    is_plain_T = carries_T & ~batch.is_templated_T
-    first_pass_T = outcome.logprobs_T if batch.old_logprobs_T is None else batch.old_logprobs_T
-    difference_T = torch.where(is_plain_T, first_pass_T - batch.sampling_logprobs_T, torch.zeros_like(first_pass_T))
+    trainer_T, engine_T, is_compared_T = _on_one_prompt(batch, outcome, carries_T)
+    difference_T = torch.where(is_compared_T, trainer_T - engine_T, torch.zeros_like(trainer_T))
     zero_T = torch.zeros_like(outcome.ratio_T)
     sums = [
         batch.loss_mask_T,
@@ -112,12 +112,35 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss) -> TokenStats:
         outcome.is_clipped_T & is_kept_T,
         torch.where(live_T, outcome.ratio_T, zero_T),
         outcome.entropy_T,
-        is_plain_T,
+        is_compared_T,
         difference_T.abs(),
-        torch.where(is_plain_T, difference_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), zero_T),
+        torch.where(is_compared_T, difference_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), zero_T),
     ]
     maxima = [difference_T.abs().max()]
     return TokenStats(
         sums=torch.stack([values.detach().double().sum() for values in sums]),
         maxima=torch.stack([value.detach().double() for value in maxima]),
     )
+
+
+def _on_one_prompt(batch: PackedBatch, outcome: PolicyLoss, carries_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return trainer's and engine's log-probs, and which tokens have both under the prompt of sampling."""
+    if batch.engine_logprobs_T is not None:
+        return batch.sampling_logprobs_T, batch.engine_logprobs_T, carries_T
+    first_pass_T = outcome.logprobs_T if batch.old_logprobs_T is None else batch.old_logprobs_T
+    return first_pass_T, batch.sampling_logprobs_T, carries_T & ~batch.is_templated_T
+
+
+def with_trainer_logprobs(sample: TrainSample, trainer_R: Logprobs, importance_cap: float | None) -> TrainSample:
+    """Return `sample` with the trainer's log-probs of its sampling prompt in the place of the engine's.
+
+    Args:
+        trainer_R: float32.
+        importance_cap: when given, each token weighs min(pi_trainer / pi_engine, cap): truncated importance sampling,
+            because the engine samples from a policy that differs from the trainer's by rounding at least.
+    """
+    engine_R = sample.sampling_logprobs
+    weights_R = None
+    if importance_cap is not None:
+        weights_R = np.exp(np.minimum(trainer_R - engine_R, np.log(importance_cap))).astype(np.float32)
+    return replace(sample, sampling_logprobs=trainer_R, engine_logprobs=engine_R, loss_weights=weights_R)

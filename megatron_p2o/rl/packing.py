@@ -37,6 +37,7 @@ def pack(
         rows = [np.pad(row, (start, 0)) for start, row in zip(starts, values, strict=True)]
         return torch.from_numpy(padded(rows).astype(np.float32)).to(device)
 
+    engine = [sample.engine_logprobs for sample in samples if sample.engine_logprobs is not None]
     ones = [np.ones(len(sample.response_ids), np.float32) for sample in samples]
     mask_T = on_responses(ones)
     sample_index_T = np.repeat(np.arange(len(samples)), lengths)
@@ -45,12 +46,18 @@ def pack(
         target_ids_T=_int64(padded([sequence[1:] for sequence in sequences]), device),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
         loss_mask_T=mask_T.bool(),
-        loss_weights_T=mask_T.clone(),
+        loss_weights_T=on_responses(
+            [
+                row if sample.loss_weights is None else sample.loss_weights
+                for row, sample in zip(ones, samples, strict=True)
+            ]
+        ),
         advantages_T=on_responses([row * sample.advantage for row, sample in zip(ones, samples, strict=True)]),
         sampling_logprobs_T=on_responses([sample.sampling_logprobs for sample in samples]),
         is_templated_T=torch.from_numpy(np.array([s.is_templated for s in samples])[sample_index_T]).to(device),
         old_logprobs_T=None if old_logprobs is None else on_responses(old_logprobs),
         sample_index_T=_int64(sample_index_T, device),
+        engine_logprobs_T=on_responses(engine) if len(engine) == len(samples) else None,
     )
 
 
@@ -75,7 +82,7 @@ def ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     """Return the part of a batch, packed in multiples of 2 * `size`, that a context-parallel rank computes."""
     positions = context_positions(batch.cu_seqlens, rank, size)
-    old_T = batch.old_logprobs_T
+    old_T, engine_T = batch.old_logprobs_T, batch.engine_logprobs_T
     return replace(
         batch,
         token_ids_T=batch.token_ids_T[positions],
@@ -88,6 +95,7 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
         is_templated_T=batch.is_templated_T[positions],
         old_logprobs_T=None if old_T is None else old_T[positions],
         sample_index_T=batch.sample_index_T[positions],
+        engine_logprobs_T=None if engine_T is None else engine_T[positions],
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config import ObjectiveConfig
-from megatron_p2o.rl.objective import MAX_NAMES, SUM_NAMES, TokenStats, loss_rule, token_stats
+from megatron_p2o.rl.objective import MAX_NAMES, SUM_NAMES, TokenStats, loss_rule, token_stats, with_trainer_logprobs
 from megatron_p2o.rl.packing import pack
 from megatron_p2o.testing.fakes import fake_logprobs
 from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
@@ -340,6 +340,26 @@ def test_an_engine_that_serves_other_weights_shows_as_a_finite_mismatch() -> Non
     _, stats = policy_loss(torch.full(batch.loss_mask_T.shape, -1.0), batch, ObjectiveConfig())
     assert stats.as_dict()["mismatch_abs_max"] == 199.0
     assert math.isfinite(stats.as_dict()["mismatch_ratio_sum"])
+
+
+def test_recomputed_log_probs_are_compared_with_the_engines_on_every_token() -> None:
+    tokens = [Token(-1.0, -1.0, -2.0, 1.0, True), Token(-1.0, -1.0, -2.5, 1.0, True)]
+    trainer_R = np.array([-1.9, -2.9], np.float32)
+    sample = with_trainer_logprobs(sample_of(tokens), trainer_R, importance_cap=None)
+    batch = pack([sample], None)
+    _, stats = policy_loss(torch.full(batch.loss_mask_T.shape, -1.0), batch, ObjectiveConfig())
+    assert stats.as_dict()["mismatch_tokens"] == 2
+    assert stats.as_dict()["mismatch_abs_sum"] == pytest.approx(0.5)
+    # The context ratio is the trainer's on both sides: exp(-1 + 1.9) = 2.5 and exp(-1 + 2.9) = 6.7, both in the band.
+    assert stats.as_dict()["templated_kept_tokens"] == 2
+
+
+def test_truncated_importance_weights_multiply_the_loss() -> None:
+    tokens = [Token(-1.0, -1.0, engine, 1.0, False) for engine in (-1.0, -1.5, -3.0)]
+    trainer_R = np.array([-1.5, -1.0, -1.0], np.float32)
+    batch = pack([with_trainer_logprobs(sample_of(tokens), trainer_R, importance_cap=2.0)], None)
+    loss, _ = policy_loss(torch.full(batch.loss_mask_T.shape, -1.0), batch, ObjectiveConfig(context="replace"))
+    assert loss.item() == pytest.approx(-(math.exp(-0.5) + math.exp(0.5) + 2.0), rel=1e-6)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
