@@ -170,10 +170,15 @@ def _attention(num_visible: int) -> str:
     return "torch varlen attention" if num_visible else "torch scaled_dot_product_attention per packed segment"
 
 
+FUSED_OPERATIONS = "linear_policy_loss, linear_logprob, grouped_advantage"
+
+
 def _kernels(num_visible: int) -> str:
     if not num_visible:
-        return "torch, chunked (no GPU)"
-    return "triton" if importlib.util.find_spec("triton") else "torch, chunked (triton is not installed)"
+        return f"{FUSED_OPERATIONS}: torch (no GPU)"
+    if importlib.util.find_spec("triton") is None:
+        return f"{FUSED_OPERATIONS}: none, triton is not installed and CUDA tensors are refused without it"
+    return f"{FUSED_OPERATIONS}: triton, for bfloat16 models"
 
 
 def _apex() -> str:
