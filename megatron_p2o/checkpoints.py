@@ -4,6 +4,7 @@ runs/<name>/checkpoints/step-000030/policy/          weights, optimizer and rand
                                     run_state.json   where training stands, see `run_state.RunState`
                                     manifest.json    size and sha256 of every other file, written last
 runs/<name>/checkpoints/latest                       name of the newest checkpoint, written once it is there
+runs/<name>/checkpoints/best                         name and score of the best one, see `evaluation.best_set`
 
 A folder that begins with a dot is not a checkpoint (yet, or any more).
 """
@@ -15,7 +16,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from megatron_p2o.run_state import STATE_FILE, CheckpointError, RunState, write_
 
 POLICY_FOLDER = "policy"
 MANIFEST_FILE = "manifest.json"
+BEST_FILE = "best"
 FORMAT = 1
 
 PARTIAL = ".partial-"
@@ -41,6 +43,20 @@ always compared; of larger checkpoints the hashes are there for whoever doubts a
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Best:
+    """The checkpoint that did best on an evaluation set."""
+
+    checkpoint: str
+    """Name of its folder."""
+    step: int
+    set: str
+    """Name under `data.evaluation`."""
+    metric: str
+    """avg or pass_at_k."""
+    score: float
+
+
 class CheckpointSaver:
     """Saves the checkpoints of a run, one at a time, from rank 0."""
 
@@ -52,14 +68,16 @@ class CheckpointSaver:
         self._saving: Future[Path] | None = None
         restore_replaced(self._folder)
 
-    def begin(self, state: RunState) -> None:
+    def begin(self, state: RunState, best: Best | None = None) -> None:
         """Return once the state is copied; the files are written beside training. Waits for the checkpoint before.
+
+        `best`: what makes this the best checkpoint so far; None where it is not.
 
         Raises:
             CheckpointError: the checkpoint before, or the beginning of this one, could not be written (disk full).
         """
         self.finish()
-        name = f"step-{state.step:06d}"
+        name = checkpoint_name(state.step)
         partial = self._folder / f"{PARTIAL}{name}"
         try:
             for left in self._folder.glob(f"{PARTIAL}*"):
@@ -70,7 +88,8 @@ class CheckpointSaver:
         except (OSError, RuntimeError) as error:  # a rank that fails is a RuntimeError here
             raise self._failure(name, error) from error
         self._saving = saving = Future()
-        threading.Thread(target=self._complete, args=(name, written, saving), daemon=True, name="checkpoint").start()
+        work = (name, written, saving, best)
+        threading.Thread(target=self._complete, args=work, daemon=True, name="checkpoint").start()
 
     def check(self) -> None:
         """Raise `CheckpointError` when the last checkpoint has failed meanwhile. Does not wait."""
@@ -83,13 +102,21 @@ class CheckpointSaver:
         if saving is not None:
             saving.result(WRITE_TIMEOUT_S)
 
-    def _complete(self, name: str, written: Future[Mapping[str, FileDigest]], saving: Future[Path]) -> None:
+    def point_best(self, best: Best) -> None:
+        """Make a checkpoint that is there the best. Raises `OSError`."""
+        write_whole(self._folder / BEST_FILE, json.dumps(asdict(best), indent=1) + "\n")
+
+    def _complete(
+        self, name: str, written: Future[Mapping[str, FileDigest]], saving: Future[Path], best: Best | None
+    ) -> None:
         partial, final = self._folder / f"{PARTIAL}{name}", self._folder / name
         try:
             digests = {f"{POLICY_FOLDER}/{file}": digest for file, digest in written.result(WRITE_TIMEOUT_S).items()}
             write_manifest(partial, {STATE_FILE: digest_of(partial / STATE_FILE), **digests})
             put_in_place(partial, final)
             write_whole(self._folder / "latest", name)
+            if best is not None:
+                self.point_best(best)
             self._prune(name)
             saving.set_result(final)
         except Exception as error:  # carried to the thread that trains
@@ -107,10 +134,32 @@ class CheckpointSaver:
         )
 
     def _prune(self, newest: str) -> None:
-        """Remove what is older than the `keep_last` newest. Later steps, of a history given up, are left alone."""
+        """Remove what is older than the `keep_last` newest, but the best. Later steps, of a history given up, stay."""
+        best = read_best(self._folder.parent)
         names = sorted(path.name for path in self._folder.glob("step-*"))
         for name in names[: names.index(newest) + 1][: -self._keep_last]:
-            shutil.rmtree(self._folder / name)
+            if best is None or name != best.checkpoint:
+                shutil.rmtree(self._folder / name)
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"step-{step:06d}"
+
+
+def read_best(run_dir: Path) -> Best | None:
+    """Return the best checkpoint so far; None before the first evaluation, or where none is kept.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    path = run_dir / "checkpoints" / BEST_FILE
+    if not path.exists():
+        return None
+    try:
+        return Best(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} names no best checkpoint ({error}): remove it") from error
 
 
 def put_in_place(partial: Path, final: Path) -> None:

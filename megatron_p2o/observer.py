@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_p2o.algorithm import Parts, StepResult, TrainState
-from megatron_p2o.checkpoints import CheckpointSaver
-from megatron_p2o.config import Config
+from megatron_p2o.checkpoints import Best, CheckpointSaver, checkpoint_name, read_best
+from megatron_p2o.config import Config, EvaluationConfig
 from megatron_p2o.evaluate import best_template, evaluate, template_of
 from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import TemplateLibrary
@@ -82,6 +82,7 @@ class RunObserver:
         self._first_round: RoundStatistics = resumed.first_round if resumed else {}
         self._published_accuracy: Mapping[str, float] = resumed.published_accuracy if resumed else {}
         self._is_resumed = resumed is not None
+        self._best = _best_of_history(files.run_dir, config.evaluation, resumed)
         # An empty library, after everything was internalised, does not make the last template worth less.
         self._best_template = template_of(resumed.best_template) if resumed else PLAIN
         self._library_version = resumed.library_version if resumed else 0
@@ -110,10 +111,11 @@ class RunObserver:
         self._num_rollouts_train += sum(len(group.rollouts) for group in result.groups)
         if _is_due(state.step, self._config.logging.rollouts_every_steps):
             self._files.rollouts.write(state.step, result.groups, self._parts.renderer.decode)
+        best = None
         if _is_due(state.step, self._config.evaluation.every_steps):
-            self._evaluate(state, PLAIN, "")
-        if _is_due(state.step, self._config.schedule.save_every_steps):
-            self.save(state)
+            best = self._new_best(state, self._evaluate(state, PLAIN, ""))
+        if best is not None or _is_due(state.step, self._config.schedule.save_every_steps):
+            self.save(state, best)
         self._last_end = time.monotonic()
 
     def _warn_of_mismatch(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
@@ -164,12 +166,15 @@ class RunObserver:
         limit = self._config.schedule.max_steps
         return self._stop.is_made() or (limit is not None and state.step >= limit)
 
-    def save(self, state: TrainState) -> None:
-        """Begin a checkpoint of `state`; training goes on once it is copied. Raises `CheckpointError`."""
+    def save(self, state: TrainState, best: Best | None = None) -> None:
+        """Begin a checkpoint of `state`; training goes on once it is copied. Raises `CheckpointError`.
+
+        `best`: what makes it the best so far, if it is.
+        """
         self._files.metrics.announce("checkpoint")
         with self._clock.measure("save"):
             self._keep_library(state.library)
-            self._files.checkpoints.begin(self._run_state(state))
+            self._files.checkpoints.begin(self._run_state(state), best)
 
     def save_last(self, state: TrainState) -> None:
         """Write a checkpoint of `state` and wait until it is whole. Raises `CheckpointError`."""
@@ -184,7 +189,28 @@ class RunObserver:
         best = self._best_template
         templated = self._evaluate(state, best, "templated_") if best is not PLAIN else {}
         self._files.checkpoints.finish()
+        last_best = self._new_best(state, plain)
+        if last_best is not None:
+            self._files.checkpoints.point_best(last_best)
         write_whole(self._files.run_dir / "results.json", json.dumps(self._results(state, plain, templated), indent=1))
+
+    def _new_best(self, state: TrainState, outcome: Mapping[str, Evaluation]) -> Best | None:
+        """Return and note what makes the checkpoint of this step the best so far; None when it is not."""
+        settings = self._config.evaluation
+        if settings.best_set is None or state.step == 0:
+            return None
+        of_set = outcome[settings.best_set]
+        score = of_set.accuracy if settings.best_metric == "avg" else of_set.pass_at[str(of_set.samples_per_problem)]
+        if self._best is not None and score <= self._best.score:
+            return None
+        self._best = Best(
+            checkpoint=checkpoint_name(state.step),
+            step=state.step,
+            set=settings.best_set,
+            metric=settings.best_metric,
+            score=score,
+        )
+        return self._best
 
     def _results(
         self, state: TrainState, plain: Mapping[str, Evaluation], templated: Mapping[str, Evaluation]
@@ -239,6 +265,18 @@ class RunObserver:
             round_epoch=running.epoch if running else -1,
             round_problem_ids=running.problem_ids if running else (),
         )
+
+
+def _best_of_history(run_dir: Path, settings: EvaluationConfig, resumed: RunState | None) -> Best | None:
+    """Return the best checkpoint before the one a run resumes from; None when another measure found it."""
+    best = read_best(run_dir) if resumed is not None else None
+    is_ours = (
+        best is not None
+        and resumed is not None
+        and best.step <= resumed.step
+        and (best.set, best.metric) == (settings.best_set, settings.best_metric)
+    )
+    return best if is_ours else None
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -57,7 +57,8 @@ def p2o_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Every key phrase and two fillers: a short search in all the phrases now and then finds nothing.
     phrases.write_text("\n".join(["# max_phrases: 4", *PHRASES[:8]]))
     search = [f"evolution.reflection.phrases={phrases}", "evolution.max_rollouts=1200"]
-    command = p2o("train", "p2o.yaml", [*settings(tiny, runs, "p2o"), "schedule.epochs=2", *search])
+    best = ["evaluation.best_set=heldout_hard", "schedule.keep_checkpoints=1"]
+    command = p2o("train", "p2o.yaml", [*settings(tiny, runs, "p2o"), "schedule.epochs=2", *search, *best])
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(runs / "p2o" / "rollouts" / "step-000002.jsonl", process)
     process.send_signal(signal.SIGUSR1)
@@ -118,6 +119,17 @@ def test_results_and_report_are_written(p2o_run: Path) -> None:
     report = run([*P2O, "report", str(p2o_run)])
     assert report.returncode == 0, report.stderr
     assert "<svg" in (p2o_run / "report.html").read_text()
+
+
+def test_the_best_checkpoint_is_kept(p2o_run: Path) -> None:
+    best = json.loads((p2o_run / "checkpoints" / "best").read_text())
+    scores = {
+        line["step"]: line["metrics"]["eval/heldout_hard/avg"]
+        for line in lines(p2o_run / "metrics.jsonl")
+        if "eval/heldout_hard/avg" in line["metrics"] and line["step"] > 0
+    }
+    assert best["score"] == max(scores.values()) == scores[best["step"]]
+    assert (p2o_run / "checkpoints" / best["checkpoint"] / "manifest.json").exists()
 
 
 def test_a_checkpoint_evaluates_to_what_training_measured(p2o_run: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.checkpoints import CheckpointSaver, checked, damage_of, latest_checkpoint
+from megatron_p2o.checkpoints import Best, CheckpointSaver, checked, damage_of, latest_checkpoint, read_best
 from megatron_p2o.files import FileDigest
 from megatron_p2o.run_state import STATE_FILE, CheckpointError, RunState, read_state
 from megatron_p2o.testing.fakes import FakePolicy
@@ -48,6 +48,27 @@ def test_the_newest_checkpoints_are_kept_and_the_last_is_found(tmp_path: Path) -
     assert set(manifest["files"]) == {"run_state.json", "policy/policy.json"}
     assert manifest["versions"]["megatron-core"]
     assert latest_checkpoint(tmp_path / "fresh") is None
+
+
+def test_the_best_checkpoint_outlives_newer_ones_until_another_is_better(tmp_path: Path) -> None:
+    def best(step: int) -> Best:
+        return Best(checkpoint=f"step-{step:06d}", step=step, set="heldout", metric="avg", score=step / 10)
+
+    saver = CheckpointSaver(tmp_path, FakePolicy(), keep_last=1)
+    assert read_best(tmp_path) is None
+    for step in (1, 2, 3, 4):
+        saver.begin(state(step), best(step) if step == 2 else None)
+    saver.finish()
+    assert names(tmp_path) == ["best", "latest", "step-000002", "step-000004"]
+    assert read_best(tmp_path) == best(2)
+    saver.point_best(best(4))
+    saver.begin(state(5))
+    saver.finish()
+    assert names(tmp_path) == ["best", "latest", "step-000004", "step-000005"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000005"
+    (tmp_path / "checkpoints" / "best").write_text("{}")
+    with pytest.raises(CheckpointError, match="names no best checkpoint"):
+        read_best(tmp_path)
 
 
 def truncate(path: Path) -> None:

@@ -1,0 +1,225 @@
+"""Evaluations on a fake engine: what they count, and that an interrupted one goes on without repeating anything."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_p2o.algorithm import SamplingParts
+from megatron_p2o.benchmark import Subject, answer, open_benchmarks, results_of
+from megatron_p2o.config import Config, EvaluationConfig
+from megatron_p2o.evaluate import Protocol, evaluate, protocol_of
+from megatron_p2o.metrics.comparison import compare
+from megatron_p2o.testing.fakes import FakeEngine, FakeGrader, FakeRenderer, Reply, fake_config, fake_problem
+from megatron_p2o.types import Prompt
+
+MODEL = Subject(path="model", weights_sha256="a" * 64, step=None)
+
+
+class Killed(Exception):
+    """Ends an evaluation in the middle."""
+
+
+def parts_of(answers: Callable[[Prompt, int], Reply]) -> SamplingParts:
+    """Return parts whose engine answers by (prompt, place among the problem's prompts)."""
+
+    def reply(prompt: Prompt, index: int) -> Reply:
+        places = engine.places[-1]
+        assert places is not None
+        return answers(prompt, places[index])
+
+    engine = FakeEngine(reply=reply)
+    return SamplingParts(engine=engine, grader=FakeGrader(), renderer=FakeRenderer())
+
+
+def mixed(prompt: Prompt, place: int) -> Reply:
+    """Solve problem n in the first n samples; the others fail in every way there is."""
+    number = int(prompt.problem.id[-3:])
+    if place < number:
+        return Reply(text="yes")
+    return [Reply(text="no"), Reply(text="no", finish_reason="length"), Reply(text="?")][place % 3]
+
+
+def sets_config(folder: Path, num_problems: int = 5, **settings: Any) -> Config:
+    path = folder / "problems.jsonl"
+    rows = [
+        {"id": f"problem-{number:03d}", "question": f"question {number}", "answer": "yes", "level": f"L{number % 2}"}
+        for number in range(num_problems)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dotted = {f"evaluation.{name}": value for name, value in settings.items()}
+    return fake_config({"data.evaluation": {"aime": str(path)}, "evaluation.num_samples": 4, **dotted})
+
+
+def evaluated(config: Config, parts: SamplingParts, output: Path, subject: Subject = MODEL) -> dict[str, Any]:
+    with ExitStack() as stack:
+        benchmarks = open_benchmarks(subject, parts.renderer, config, output, stack)
+        answer(benchmarks, parts, config)
+        return results_of(benchmarks, subject, config)
+
+
+def asked_of(parts: SamplingParts) -> Counter[tuple[str, int]]:
+    engine = parts.engine
+    assert isinstance(engine, FakeEngine)
+    places = [place for call in engine.places for place in call or ()]
+    return Counter(zip((prompt.problem.id for prompt in engine.prompts), places, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_problems", "settings", "expected"),
+    [
+        ("aime", 99, EvaluationConfig(), (16, 0.6)),
+        ("math", 100, EvaluationConfig(), (1, 0.0)),
+        ("math", 100, EvaluationConfig(num_samples=8), (8, 0.6)),
+        ("aime", 30, EvaluationConfig(num_samples=1), (1, 0.0)),
+        ("aime", 30, EvaluationConfig(num_samples=8, num_samples_of={"aime": 32}), (32, 0.6)),
+        ("aime", 30, EvaluationConfig(temperature=1.0, temperature_of={"aime": 0.0, "math": 0.3}), (16, 0.0)),
+        ("math", 500, EvaluationConfig(temperature=1.0, num_samples_of={"aime": 2}), (1, 1.0)),
+    ],
+)
+def test_small_sets_are_sampled_and_large_ones_greedy_unless_set_otherwise(
+    name: str, num_problems: int, settings: EvaluationConfig, expected: tuple[int, float]
+) -> None:
+    assert protocol_of(name, num_problems, settings) == Protocol(num_samples=expected[0], temperature=expected[1])
+
+
+def test_an_evaluation_counts_what_was_answered_and_how() -> None:
+    problems = [replace(fake_problem(number), level=f"L{number % 2}", source="s") for number in range(5)]
+    outcome = evaluate("aime", problems, parts_of(mixed), fake_config({"evaluation.num_samples": 4}))
+    assert dict(outcome.correct_by_problem) == {f"problem-{number:03d}": number for number in range(5)}
+    assert outcome.accuracy == 10 / 20 and (outcome.num_correct, outcome.num_samples) == (10, 20)
+    assert outcome.pass_at == {"1": 0.5, "2": pytest.approx((0 + 3 / 6 + 5 / 6 + 1 + 1) / 5), "4": 0.8}
+    assert outcome.by_level == {"L0": 6 / 12, "L1": 4 / 8} and outcome.by_source == {"s": 0.5}
+    # Wrong places: 0..3, 1..3, 2..3 and 3; truncated are 1, undecided 2.
+    assert (outcome.truncated_share, outcome.num_grading_errors, outcome.num_aborted) == (2 / 20, 3, 0)
+    assert outcome.interval.low < 0.5 < outcome.interval.high
+    # "yes" and "no" and their end; "no" that was cut off and "?" are shorter.
+    assert outcome.mean_tokens == (10 * 4 + 5 * 3 + 2 * 2 + 3 * 2) / 20
+
+
+@pytest.mark.parametrize("num_before", [0, 7, 19])
+def test_an_interrupted_evaluation_goes_on_and_repeats_nothing(tmp_path: Path, num_before: int) -> None:
+    config = sets_config(tmp_path)
+    whole = evaluated(config, parts_of(mixed), tmp_path / "whole")
+    num_answered = 0
+
+    def killed_later(prompt: Prompt, place: int) -> Reply:
+        nonlocal num_answered
+        if num_answered == num_before:
+            raise Killed
+        num_answered += 1
+        return mixed(prompt, place)
+
+    with pytest.raises(Killed):
+        evaluated(config, parts_of(killed_later), tmp_path / "killed")
+    path = tmp_path / "killed" / "answers" / "aime.jsonl"
+    kept = path.read_text()
+    assert kept.count("\n") == 1 + num_before
+    path.write_text(kept + '{"problem_id": "problem-0')
+    second = parts_of(mixed)
+    assert evaluated(config, second, tmp_path / "killed") == whole
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert Counter((line["problem_id"], line["sample"]) for line in lines) == asked_of(second) + Counter(
+        (line["problem_id"], line["sample"]) for line in lines[:num_before]
+    )
+    assert len(lines) == 20 and sum(asked_of(second).values()) == 20 - num_before
+    third = parts_of(mixed)
+    assert evaluated(config, third, tmp_path / "killed") == whole
+    assert not asked_of(third)
+
+
+def test_answers_that_engines_gave_up_are_sampled_again(tmp_path: Path) -> None:
+    config = sets_config(tmp_path)
+
+    def lost(prompt: Prompt, place: int) -> Reply:
+        return Reply(text="", finish_reason="abort") if place == 0 else mixed(prompt, place)
+
+    first = evaluated(config, parts_of(lost), tmp_path)["sets"]["aime"]
+    assert (first["num_aborted"], first["num_grading_errors"]) == (5, 3)
+    second = parts_of(mixed)
+    assert evaluated(config, second, tmp_path)["sets"]["aime"]["num_aborted"] == 0
+    assert asked_of(second) == Counter((f"problem-{number:03d}", 0) for number in range(5))
+
+
+def test_more_samples_are_added_to_those_there_are(tmp_path: Path) -> None:
+    evaluated(sets_config(tmp_path, num_samples=2, temperature=0.6), parts_of(mixed), tmp_path)
+    parts = parts_of(mixed)
+    outcome = evaluated(sets_config(tmp_path, temperature=0.6), parts, tmp_path)["sets"]["aime"]
+    assert {place for _, place in asked_of(parts)} == {2, 3}
+    assert outcome["num_correct"] == 10
+
+
+@pytest.mark.parametrize(
+    ("config_of", "subject", "named"),
+    [
+        (sets_config, replace(MODEL, weights_sha256="b" * 64), "weights was aaaaaaaaaaaa... and is bbbbbbbbbbbb..."),
+        (lambda folder: sets_config(folder, temperature=0.3), MODEL, "temperature was 0.6 and is 0.3"),
+        (lambda folder: sets_config(folder, num_problems=4), MODEL, "problems was"),
+        (lambda folder: replace(sets_config(folder), run=replace(fake_config().run, seed=7)), MODEL, "run.seed was 1"),
+    ],
+)
+def test_answers_of_another_evaluation_are_refused(
+    tmp_path: Path, config_of: Callable[[Path], Config], subject: Subject, named: str
+) -> None:
+    evaluated(sets_config(tmp_path), parts_of(mixed), tmp_path)
+    parts = parts_of(mixed)
+    with pytest.raises(ValueError, match="give another --output, or --restart") as refusal:
+        evaluated(config_of(tmp_path), parts, tmp_path, subject)
+    assert named in str(refusal.value)
+    assert not asked_of(parts)
+
+
+def written(folder: Path, counts: Sequence[int], num_samples: int = 4, **changes: Any) -> Path:
+    """Write results of a policy that answered problem n correctly `counts[n]` times."""
+
+    def solves(prompt: Prompt, place: int) -> Reply:
+        return Reply(text="yes" if place < counts[int(prompt.problem.id[-3:])] else "no")
+
+    folder.mkdir()
+    config = sets_config(folder, num_problems=len(counts), num_samples=num_samples)
+    results = evaluated(config, parts_of(solves), folder)
+    results["sets"] |= dict.fromkeys(changes.get("also", ()), results["sets"]["aime"])
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_comparison_pairs_problems(tmp_path: Path) -> None:
+    first = written(tmp_path / "a", [0, 1, 2, 4], also=["math"])
+    second = written(tmp_path / "b", [2, 3, 4, 4])
+    comparison = compare(first, second)
+    pair = comparison["sets"]["aime"]
+    assert comparison["only_first"] == ["math"] and comparison["only_second"] == []
+    assert pair["difference"] == pytest.approx(1.5 / 4) == pair["second_accuracy"] - pair["first_accuracy"]
+    assert (pair["num_better"], pair["num_worse"], pair["test"]) == (3, 0, "sign permutation")
+    assert pair["p_value"] == pytest.approx(2 / 8)
+    assert 0 <= pair["interval"]["low"] < pair["difference"] < pair["interval"]["high"] <= 0.5
+    opposite = compare(second, first)["sets"]["aime"]
+    assert (opposite["difference"], opposite["p_value"]) == (-pair["difference"], pair["p_value"])
+
+
+def test_comparison_of_single_answers_is_mcnemars(tmp_path: Path) -> None:
+    first = written(tmp_path / "a", [1, 0, 0, 0, 0, 0, 0, 1], num_samples=1)
+    second = written(tmp_path / "b", [0, 1, 1, 1, 1, 1, 1, 1], num_samples=1)
+    pair = compare(first, second)["sets"]["aime"]
+    # Six only the second solved, one only the first: 2 (1 + 7) / 2**7.
+    assert (pair["test"], pair["p_value"]) == ("McNemar", 16 / 128)
+
+
+def test_comparison_of_different_problems_is_refused(tmp_path: Path) -> None:
+    first, second = written(tmp_path / "a", [1, 1, 1]), written(tmp_path / "b", [1, 1])
+    with pytest.raises(ValueError, match="only the first has problem-002, only the second none"):
+        compare(first, second)
+    changed = json.loads((first / "results.json").read_text())
+    changed["sets"]["aime"]["problems_sha256"] = "0"
+    third = tmp_path / "c"
+    third.mkdir()
+    (third / "results.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="questions or gold answers differ"):
+        compare(first, third)
+    with pytest.raises(ValueError, match=r"holds no results\.json"):
+        compare(first, tmp_path)
