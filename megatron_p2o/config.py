@@ -39,6 +39,9 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Parts of the model on each pipeline stage (the interleaved schedule); more than 1 make the pipeline idle less and
+    need `pipeline` > 1."""
     context: int = 1
     """Ranks that share the tokens of every sequence, for sequences too long for one."""
     data: int = 1
@@ -349,7 +352,8 @@ class Config:
     sglang: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the SGLang server as `--key value`, checked against the installed version."""
     megatron: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of Megatron's TransformerConfig, checked against the installed version."""
+    """Fields of megatron-core's TransformerConfig, OptimizerConfig and DistributedDataParallelConfig, checked against
+    the installed version."""
 
 
 REFERENCE_PRESET: Mapping[str, Any] = {
@@ -507,6 +511,12 @@ def _process_rules(config: Config) -> list[Rule]:
         (
             min(config.parallel.tensor, config.parallel.pipeline, config.parallel.context, config.parallel.data) >= 1,
             "parallel.tensor, parallel.pipeline, parallel.context and parallel.data must be at least 1",
+        ),
+        (
+            config.parallel.virtual_pipeline == 1
+            or (config.parallel.virtual_pipeline > 1 and config.parallel.pipeline > 1),
+            f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} must be 1, or larger with "
+            "parallel.pipeline > 1",
         ),
         (
             not config.evolution.enabled

@@ -1,7 +1,7 @@
 """Weights, optimizer state and schedule on disk, by megatron-core's distributed checkpointing."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from datetime import timedelta
@@ -70,13 +70,15 @@ class CheckpointWriter:
         self._group = group
         self._writing: Future[DigestsByName] | None = None
 
-    def begin(self, model: PolicyModel, optimization: Optimization, directory: Path, control: ProcessGroup) -> None:
+    def begin(
+        self, models: Sequence[PolicyModel], optimization: Optimization, directory: Path, control: ProcessGroup
+    ) -> None:
         """Copy the state to host memory and return; a thread then writes it into `directory`, which is created.
 
         Collective; waits for the checkpoint before. `control` is a gloo group of all ranks.
         """
         self.wait()
-        staged = stage(model, optimization, directory, control)
+        staged = stage(models, optimization, directory, control)
         self._writing = writing = Future()
         threading.Thread(target=self._write, args=(staged, directory, writing), daemon=True).start()
 
@@ -114,14 +116,16 @@ class CheckpointWriter:
             return f"{type(error).__name__}: {error}"
 
 
-def stage(model: PolicyModel, optimization: Optimization, directory: Path, control: ProcessGroup) -> dict[str, Any]:
+def stage(
+    models: Sequence[PolicyModel], optimization: Optimization, directory: Path, control: ProcessGroup
+) -> dict[str, Any]:
     """Return this rank's share of the state in host memory; write what is small into `directory`. Collective."""
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier(group=control)
     save_random_state(random_state_path(directory, dist.get_rank()))
     _fill_adam_state(optimization)
-    state = _state(model, optimization, is_loading=False)
+    state = _state(models, optimization, is_loading=False)
     _name_step_zero(state["optimizer"])
     staged = Staged()
     dist_checkpointing.save(state, str(directory), sharded_strategy=staged)
@@ -158,7 +162,7 @@ def check_checkpoint(directory: Path) -> None:
     check_pickle(directory / METADATA_FILE)
 
 
-def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: Path) -> None:
+def load_checkpoint(models: Sequence[PolicyModel], optimization: Optimization, directory: Path) -> None:
     """Restore what a `CheckpointWriter` wrote, under any parallel sizes. Collective.
 
     Raises:
@@ -169,8 +173,8 @@ def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: P
     for sharded in _sharded_optimizers(optimization):
         # The loader asks the checkpoint for a step per parameter, which it never saved.
         sharded._set_main_param_and_optimizer_states = _with_step(sharded)
-    state = _read(_state(model, optimization, is_loading=True), directory)
-    model.load_state_dict(state["model"])
+    state = _read(_state(models, optimization, is_loading=True), directory)
+    _load_models(models, state)
     with torch.no_grad():
         optimization.optimizer.load_state_dict(state["optimizer"])
     _unshare_adam_steps(optimization)
@@ -180,13 +184,17 @@ def load_checkpoint(model: PolicyModel, optimization: Optimization, directory: P
         load_random_state(path)
 
 
-def load_weights(model: PolicyModel, directory: Path) -> None:
+def load_weights(models: Sequence[PolicyModel], directory: Path) -> None:
     """Restore the weights alone, under any parallel sizes; the optimizer state is not read. Collective.
 
     Raises what `load_checkpoint` raises.
     """
-    state = _read({"model": model.sharded_state_dict(metadata=_metadata())}, directory)
-    model.load_state_dict(state["model"])
+    _load_models(models, _read({"model": _weights(models)}, directory))
+
+
+def _load_models(models: Sequence[PolicyModel], state: Mapping[str, Any]) -> None:
+    for chunk, model in enumerate(models):
+        model.load_state_dict(state["model"][str(chunk)])
 
 
 def _read(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -201,11 +209,14 @@ def _read(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
     return state
 
 
-def _state(model: PolicyModel, optimization: Optimization, *, is_loading: bool) -> dict[str, Any]:
-    metadata = _metadata()
-    weights = model.sharded_state_dict(metadata=metadata)
-    optimizer = optimization.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+def _state(models: Sequence[PolicyModel], optimization: Optimization, *, is_loading: bool) -> dict[str, Any]:
+    weights = _weights(models)
+    optimizer = optimization.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_metadata())
     return {"model": weights, "optimizer": optimizer, "scheduler": optimization.scheduler.state_dict()}
+
+
+def _weights(models: Sequence[PolicyModel]) -> dict[str, Any]:
+    return {str(chunk): model.sharded_state_dict(metadata=_metadata()) for chunk, model in enumerate(models)}
 
 
 def _metadata() -> dict[str, Any]:

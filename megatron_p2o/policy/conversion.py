@@ -9,7 +9,7 @@ from megatron_p2o.policy.checkpoint import check_checkpoint, load_weights
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.hf_directory import write_hf_directory
 from megatron_p2o.policy.hf_weights import export_hf_weights
-from megatron_p2o.policy.model import build_model, transformer_config
+from megatron_p2o.policy.model import build_models, transformer_config
 from megatron_p2o.policy.parallel import end_parallel, initialize_parallel
 from megatron_p2o.policy.ranks import build_policy
 
@@ -30,9 +30,9 @@ def checkpoint_to_hf(config: Config, checkpoint: Path, directory: Path) -> None:
     ranks = initialize_parallel(ParallelConfig(), config.run.seed)
     try:
         with cuda_stand_ins():
-            model = build_model(architecture, settings, config.rollout.temperature)
-            load_weights(model, checkpoint)
-            write_hf_directory(export_hf_weights(model, ranks.control), source, directory)
+            models = build_models(architecture, settings, config.rollout.temperature)
+            load_weights(models, checkpoint)
+            write_hf_directory(export_hf_weights(models, ranks.control), source, directory)
     finally:
         end_parallel(ranks)
 

@@ -21,8 +21,9 @@ from megatron_p2o.config import ObjectiveConfig
 from megatron_p2o.policy.attention import pack_layout, sample_positions
 from megatron_p2o.policy.head import HeadTask
 from megatron_p2o.policy.parallel import context_group
+from megatron_p2o.policy.shares import Share
 from megatron_p2o.rl.objective import SUM_NAMES, TokenStats, loss_rule, token_stats
-from megatron_p2o.rl.packing import context_part, context_positions, micro_batches, pack
+from megatron_p2o.rl.packing import context_part, context_positions, pack
 from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
 from p2o_kernels import PolicyLoss
 
@@ -33,7 +34,7 @@ FILLER = TrainSample(
     sampling_logprobs=np.zeros(1, np.float32),
     is_templated=False,
 )
-"""Stands in where a data-parallel rank has no samples but must take part in the collectives; counts for nothing."""
+"""Stands in where a data-parallel rank has too few samples but takes part in the collectives; counts for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,24 +116,20 @@ class PassResult:
         )
 
 
-def make_micro_batches(
-    samples: Sequence[TrainSample],
-    old_logprobs: Sequence[Logprobs] | None,
-    budget_tokens: int,
-    device: torch.device,
-) -> list[MicroBatch]:
-    """Return the rank's share packed into micro-batches; a filler when it is empty."""
-    if not samples:
-        filler_old = None if old_logprobs is None else [FILLER.sampling_logprobs]
-        return [_micro_batch([FILLER], filler_old, device, ())]
+def make_micro_batches(share: Share, device: torch.device) -> list[MicroBatch]:
+    """Return the share packed into its micro-batches, a filler for each that is empty."""
+    samples, old_logprobs = share.samples, share.old_logprobs
+    filler_old = None if old_logprobs is None else [FILLER.sampling_logprobs]
     return [
         _micro_batch(
             [samples[index] for index in members],
             None if old_logprobs is None else [old_logprobs[index] for index in members],
             device,
-            tuple(members),
+            members,
         )
-        for members in micro_batches([sample.num_tokens for sample in samples], budget_tokens)
+        if members
+        else _micro_batch([FILLER], filler_old, device, ())
+        for members in share.micro_batches
     ]
 
 
@@ -152,7 +149,7 @@ def _micro_batch(
 
 
 def forward_backward(
-    module: DistributedDataParallel,
+    modules: Sequence[DistributedDataParallel],
     batches: Sequence[MicroBatch],
     denominator: Denominator,
     expected_dead_share: float = 0.0,
@@ -161,11 +158,10 @@ def forward_backward(
 
     `expected_dead_share`: see `HeadTask`.
     """
-    numbered = enumerate(batches)
     objective = denominator.objective
     rule = loss_rule(objective)
     # With a divisor per micro-batch the gradient that reaches the head's loss is not 1.
-    adds_to_main_grad = objective.normalization == "global" and not module.ddp_config.overlap_grad_reduce
+    adds_to_main_grad = objective.normalization == "global" and not modules[0].ddp_config.overlap_grad_reduce
 
     def forward_step(micro_batches_left: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Any, Any]:
         number, micro_batch = next(micro_batches_left)
@@ -191,12 +187,12 @@ def forward_backward(
 
         return outcome.loss, loss_of
 
-    results = _schedule(forward_step, numbered, module, len(batches))
+    results = _schedule(forward_step, list(enumerate(batches)), modules)
     return functools.reduce(PassResult.merge, results, PassResult.zero(batches[0].whole.token_ids_T.device))
 
 
 @torch.no_grad()
-def score(module: DistributedDataParallel, batches: Sequence[MicroBatch]) -> dict[int, Logprobs]:
+def score(modules: Sequence[DistributedDataParallel], batches: Sequence[MicroBatch]) -> dict[int, Logprobs]:
     """Return the log-probs [R] of each sample's response by index; empty but on the last pipeline stage. Collective."""
 
     def forward_step(micro_batches_left: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
@@ -213,24 +209,23 @@ def score(module: DistributedDataParallel, batches: Sequence[MicroBatch]) -> dic
         # One tensor: with experts the schedule asks the output for its device.
         return torch.stack(output) if isinstance(output, tuple) else output, collect
 
-    results = _schedule(forward_step, iter(batches), module, len(batches), forward_only=True)
+    results = _schedule(forward_step, batches, modules, forward_only=True)
     return {sample: logprobs for result in results for sample, logprobs in result.items()}
 
 
 def _schedule(
     forward_step: Any,
-    iterator: Iterator[Any],
-    module: DistributedDataParallel,
-    num_micro_batches: int,
+    micro_batches: Sequence[Any],
+    modules: Sequence[DistributedDataParallel],
     *,
     forward_only: bool = False,
 ) -> list[Any]:
     """Run Megatron's pipeline schedule; returns what the last stage's loss function reported, else nothing."""
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iterator,
-        model=[module],
-        num_microbatches=num_micro_batches,
+        data_iterator=[iter(micro_batches) for _ in modules],  # each chunk of the model passes over all of them
+        model=list(modules),
+        num_microbatches=len(micro_batches),
         seq_length=1,  # with variable_seq_lengths the stages tell each other the true length
         micro_batch_size=1,
         forward_only=forward_only,

@@ -111,8 +111,8 @@ def split_parts(parameter: Tensor, origin: Origin, num_groups: int, head_dim: in
 
 
 @torch.no_grad()
-def load_hf_weights(model: PolicyModel, files: WeightFiles, architecture: Architecture) -> None:
-    """Copy the weights of a Hugging Face directory into this rank's stage. Local to the rank.
+def load_hf_weights(models: Sequence[PolicyModel], files: WeightFiles, architecture: Architecture) -> None:
+    """Copy the weights of a Hugging Face directory into this rank's stages. Local to the rank.
 
     Reads the headers of all files, so that what is wrong anywhere is the same error on every rank, but of the weights
     only this rank's cuts.
@@ -120,16 +120,16 @@ def load_hf_weights(model: PolicyModel, files: WeightFiles, architecture: Archit
     Raises:
         ValueError: the tensors are not those of config.json.
     """
-    num_groups = _groups_per_rank(model)
+    num_groups = _groups_per_rank(models[0])
     files.check(architecture.weight_shapes())
-    for parameter_name, parameter, origin in _parameters(model):
+    for parameter_name, parameter, origin in _parameters(models):
         parts = [_read_cut(files, name, origin.cut_dimension) for name in origin.names]
         joined = join_parts(parts, origin, num_groups)
         assert joined.shape == parameter.shape, parameter_name
         parameter.copy_(joined)
 
 
-def export_hf_weights(model: PolicyModel, control: ProcessGroup) -> Iterator[tuple[str, Tensor]]:
+def export_hf_weights(models: Sequence[PolicyModel], control: ProcessGroup) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) of the whole model on rank 0; nothing on other ranks.
 
     Collective: every rank must exhaust its iterator. One tensor at a time is gathered over the tensor ranks of the
@@ -140,19 +140,19 @@ def export_hf_weights(model: PolicyModel, control: ProcessGroup) -> Iterator[tup
     is_head = parallel_state.get_tensor_model_parallel_rank() == 0
     stages = pipeline_group()
     if stages.rank() == 0:
-        for name, tensor in _gathered(model):
+        for name, tensor in _gathered(models):
             if is_head:
                 yield name, tensor
         if is_head:
             for stage in range(1, stages.size()):
-                yield from _receive_stage(stage, model, stages, control)
+                yield from _receive_stage(stage, models[0], stages, control)
     else:
-        _send_stage(model, stages, control, is_head=is_head)
+        _send_stage(models, stages, control, is_head=is_head)
 
 
-def _send_stage(model: PolicyModel, stages: ProcessGroup, control: ProcessGroup, *, is_head: bool) -> None:
+def _send_stage(models: Sequence[PolicyModel], stages: ProcessGroup, control: ProcessGroup, *, is_head: bool) -> None:
     conductor = dist.get_global_rank(stages, 0)
-    for name, tensor in _gathered(model):
+    for name, tensor in _gathered(models):
         if is_head:
             dist.send_object_list([(name, tensor.shape)], conductor, group=control)
             dist.send(tensor, conductor, group=stages)
@@ -176,17 +176,17 @@ def _receive_stage(
         yield name, tensor
 
 
-def _gathered(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+def _gathered(models: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
     """Yield the full tensors of this stage on every tensor rank."""
-    num_groups, head_dim = _groups_per_rank(model), model.config.kv_channels
+    num_groups, head_dim = _groups_per_rank(models[0]), models[0].config.kv_channels
     assert head_dim is not None
-    for parameter_name, parameter, origin in _parameters(model):
-        if parameter_name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+    for parameter_name, parameter, origin in _parameters(models):
+        if parameter_name == "output_layer.weight" and models[0].share_embeddings_and_output_weights:
             continue
         for name, part in zip(origin.names, split_parts(parameter.data, origin, num_groups, head_dim), strict=True):
             full = _gather(part.contiguous(), origin.cut_dimension)
             is_vocabulary = name in ("model.embed_tokens.weight", "lm_head.weight")
-            yield name, full[: model.real_vocab_size].contiguous() if is_vocabulary else full
+            yield name, full[: models[0].real_vocab_size].contiguous() if is_vocabulary else full
 
 
 def _gather(part: Tensor, cut_dimension: int | None) -> Tensor:
@@ -199,10 +199,11 @@ def _gather(part: Tensor, cut_dimension: int | None) -> Tensor:
     return torch.cat(parts, dim=cut_dimension)
 
 
-def _parameters(model: PolicyModel) -> Iterator[tuple[str, Tensor, Origin]]:
-    offset = get_transformer_layer_offset(model.config)
-    for name, parameter in model.named_parameters():
-        yield name, parameter, origin_of(name, offset, model.share_embeddings_and_output_weights)
+def _parameters(models: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor, Origin]]:
+    for model in models:
+        offset = get_transformer_layer_offset(model.config, model.vp_stage)
+        for name, parameter in model.named_parameters():
+            yield name, parameter, origin_of(name, offset, model.share_embeddings_and_output_weights)
 
 
 def _read_cut(files: WeightFiles, name: str, cut_dimension: int | None) -> Tensor:

@@ -3,8 +3,6 @@
 T packed tokens, N response tokens among them, D hidden size.
 """
 
-import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -33,14 +31,13 @@ def transformer_config(
     """Return Megatron's configuration of the model.
 
     Args:
-        overrides: `megatron:` of the run's configuration; fields of TransformerConfig that nothing else decides.
+        overrides: fields of TransformerConfig that nothing else decides; see `MegatronOverrides`.
 
     Raises:
-        ValueError: a size does not divide, or an override is unknown or already decided elsewhere.
+        ValueError: a size does not divide.
     """
     _check_divides(architecture, parallel)
     settings = _decided_settings(architecture, parallel, dtype)
-    _check_overrides(overrides, settings)
     return TransformerConfig(**{**settings, **overrides})
 
 
@@ -49,15 +46,29 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     return -(-vocab_size // tensor) * tensor
 
 
-def build_model(architecture: Architecture, config: TransformerConfig, temperature: float) -> "PolicyModel":
-    """Return this rank's pipeline stage, weights uninitialised. Megatron's groups must exist."""
+def build_models(architecture: Architecture, config: TransformerConfig, temperature: float) -> "list[PolicyModel]":
+    """Return this rank's pipeline stages, weights uninitialised. Megatron's groups must exist.
+
+    One, or `parallel.virtual_pipeline` of the interleaved schedule: chunk c of stage s comes after chunk c of stage
+    s - 1 and before all chunks c + 1.
+    """
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    if num_chunks is None:
+        return [_build_stage(architecture, config, temperature, None)]
+    return [_build_stage(architecture, config, temperature, chunk) for chunk in range(num_chunks)]
+
+
+def _build_stage(
+    architecture: Architecture, config: TransformerConfig, temperature: float, chunk: int | None
+) -> "PolicyModel":
     return PolicyModel(
         config,
-        _block_spec(config),
+        _block_spec(config, chunk),
         vocab_size=padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=architecture.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        vp_stage=chunk,
         share_embeddings_and_output_weights=architecture.ties_embeddings,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,  # pyright: ignore[reportArgumentType]
@@ -121,7 +132,7 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
-def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
     # Without Transformer Engine the router of megatron-core 0.16.1 tests this name, which it never defined.
     if not hasattr(moe_utils, "te_general_gemm"):
         setattr(moe_utils, "te_general_gemm", None)  # noqa: B010
@@ -136,7 +147,8 @@ def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         attention.q_layernorm = attention.k_layernorm = norm
     attention.core_attention = PackedCoreAttention
     # An explicit block spec, so that the final norm is ours too.
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    num_layers = get_num_layers_to_build(config, vp_stage=chunk)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def _decided_settings(
@@ -162,6 +174,10 @@ def _decided_settings(
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        # Two stages that exchange activations in both directions in one batch swap them: silently wrong results.
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         "params_dtype": torch_dtype,
@@ -195,25 +211,6 @@ def _expert_settings(experts: Experts | None) -> dict[str, Any]:
     }
 
 
-def _check_overrides(overrides: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
-    for key in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
-        if key in overrides:
-            raise ValueError(
-                f"megatron.{key}: experts are not divided over ranks, each holds its tensor-parallel cut of all of "
-                "them: remove it"
-            )
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    for key in overrides:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f": did you mean megatron.{nearest[0]}?" if nearest else ""
-            raise ValueError(f"megatron.{key} is not a field of the installed megatron-core's TransformerConfig{hint}")
-        if key in decided:
-            raise ValueError(
-                f"megatron.{key} is decided by model.path, model.dtype or parallel: remove it from megatron"
-            )
-
-
 def _check_divides(architecture: Architecture, parallel: ParallelConfig) -> None:
     experts = architecture.experts
     inner = ("intermediate_size", architecture.intermediate_size)
@@ -228,7 +225,9 @@ def _check_divides(architecture: Architecture, parallel: ParallelConfig) -> None
     ):
         if size % parallel.tensor:
             raise ValueError(f"parallel.tensor={parallel.tensor} must divide the model's {name}={size}")
-    if architecture.num_layers % parallel.pipeline:
+    if architecture.num_layers % (parallel.pipeline * parallel.virtual_pipeline):
+        virtual = f" x parallel.virtual_pipeline={parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
         raise ValueError(
-            f"parallel.pipeline={parallel.pipeline} must divide the model's num_hidden_layers={architecture.num_layers}"
+            f"parallel.pipeline={parallel.pipeline}{virtual} must divide the model's num_hidden_layers="
+            f"{architecture.num_layers}"
         )

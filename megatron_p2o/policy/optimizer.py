@@ -1,7 +1,9 @@
 """Megatron's optimizer and schedule as this trainer uses them: AdamW, linear warm-up then constant, guarded steps."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -12,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_p2o.config import OptimizerConfig
+from megatron_p2o.policy.megatron_settings import NO_OVERRIDES, MegatronOverrides
 from megatron_p2o.policy.model import PolicyModel
 
 CONSTANT_FOREVER = 2**31 - 1
@@ -32,19 +35,23 @@ class Optimization:
     """The model under data parallelism with its optimizer and schedule; owns gradients and optimizer state."""
 
     def __init__(
-        self, model: PolicyModel, config: TransformerConfig, settings: OptimizerConfig, *, is_sharded: bool
+        self,
+        models: Sequence[PolicyModel],
+        config: TransformerConfig,
+        settings: OptimizerConfig,
+        *,
+        is_sharded: bool,
+        overrides: MegatronOverrides = NO_OVERRIDES,
     ) -> None:
-        """Wrap `model`, whose weights must be loaded already: their float32 copies are made here. Collective.
+        """Wrap this rank's stages. Collective.
+
+        Their weights must be loaded already, because the optimizer's float32 copies are made here.
 
         Args:
             is_sharded: `parallel.distributed_optimizer`.
+            overrides: what `megatron` says about data parallelism and the optimizer.
         """
-        module = Float16Module(config, model) if config.bf16 else model
-        self.module = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=is_sharded),
-            module,
-        )
+        self.modules = _data_parallel(models, config, is_sharded=is_sharded, overrides=overrides)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -57,8 +64,9 @@ class Optimization:
                 params_dtype=config.params_dtype,
                 bf16=config.bf16,
                 use_distributed_optimizer=is_sharded,
+                **overrides.optimizer,
             ),
-            [self.module],
+            list(self.modules),
         )
         # The schedule is also what exempts the norms from weight decay.
         self.scheduler = OptimizerParamScheduler(
@@ -83,7 +91,8 @@ class Optimization:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def clear_gradients(self) -> None:
-        self.module.zero_grad_buffer()
+        for module in self.modules:
+            module.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self) -> StepOutcome:
@@ -100,3 +109,29 @@ class Optimization:
     def skip(self) -> None:
         """Advance the schedule without a step."""
         self.scheduler.step(increment=1)
+
+
+def _data_parallel(
+    models: Sequence[PolicyModel], config: TransformerConfig, *, is_sharded: bool, overrides: MegatronOverrides
+) -> Sequence[DistributedDataParallel]:
+    """Return the stages with gradient buffers, and tell the pipeline schedule how it may overlap their reduction."""
+    reduction = DistributedDataParallelConfig(
+        **{"grad_reduce_in_fp32": True, "use_distributed_optimizer": is_sharded, **overrides.data_parallel}
+    )
+    modules = [
+        DistributedDataParallel(
+            config,
+            reduction,
+            Float16Module(config, model) if config.bf16 else model,
+            # The later chunks' gradients are ready at another time on each stage: one bucket each.
+            disable_bucketing=chunk > 0,
+        )
+        for chunk, model in enumerate(models)
+    ]
+
+    def each(functions: list[Any]) -> Any:
+        return functions if len(functions) > 1 else functions[0]
+
+    if reduction.overlap_grad_reduce:
+        config.no_sync_func = each([module.no_sync for module in modules])
+    return modules

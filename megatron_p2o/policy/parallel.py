@@ -52,6 +52,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=parallel.timeout_s / 60,  # pyright: ignore[reportArgumentType]
     )

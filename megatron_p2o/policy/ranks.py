@@ -27,7 +27,7 @@ from megatron_p2o.policy.forward import PassResult
 from megatron_p2o.policy.hf_directory import write_hf_directory
 from megatron_p2o.policy.parallel import Ranks, data_rank_of, end_parallel, initialize_parallel
 from megatron_p2o.policy.shard import PolicyShard, UpdateReply
-from megatron_p2o.policy.shares import check_samples, shares_of
+from megatron_p2o.policy.shares import Share, check_samples, shares_of
 from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 
 ERROR_KEY = "megatron_p2o/policy_error"
@@ -111,7 +111,7 @@ class MegatronPolicy:
         if not samples:
             learning_rate = self._everywhere("skip")[0]
             return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=learning_rate, is_applied=False)
-        shares = shares_of(samples, old_logprobs, self._config.parallel.data)
+        shares = self._shares(samples, old_logprobs)
         replies = cast(
             list[UpdateReply],
             self._conduct("update", [(share, num_loss_tokens, len(samples)) for share in shares]),
@@ -123,7 +123,7 @@ class MegatronPolicy:
         check_samples(samples, None, self.vocab_size)
         if not samples:
             return []
-        shares = shares_of(samples, None, self._config.parallel.data)
+        shares = self._shares(samples, None)
         replies = cast(list[dict[int, Logprobs]], self._conduct("score", [(share,) for share in shares]))
         by_index = {index: row for reply in replies for index, row in reply.items()}
         return [by_index[index] for index in range(len(samples))]
@@ -200,6 +200,9 @@ class MegatronPolicy:
             for _ in stream:
                 pass
             self._gather(None)
+
+    def _shares(self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None) -> list[Share]:
+        return shares_of(samples, old_logprobs, self._config.parallel, self._config.optimizer.micro_batch_tokens)
 
     def _everywhere(self, method: Method, *arguments: Any) -> list[Any]:
         """Run a method with the same arguments on all ranks; returns their answers by rank."""

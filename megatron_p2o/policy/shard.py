@@ -12,7 +12,8 @@ from megatron_p2o.policy.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_p2o.policy.forward import Denominator, PassResult, forward_backward, make_micro_batches, score
 from megatron_p2o.policy.hf_directory import WeightFiles
 from megatron_p2o.policy.hf_weights import export_hf_weights, load_hf_weights
-from megatron_p2o.policy.model import build_model, transformer_config
+from megatron_p2o.policy.megatron_settings import megatron_overrides
+from megatron_p2o.policy.model import build_models, transformer_config
 from megatron_p2o.policy.optimizer import Optimization, StepOutcome
 from megatron_p2o.policy.parallel import Ranks
 from megatron_p2o.policy.shares import Share
@@ -37,12 +38,17 @@ class PolicyShard:
         self.config = config
         self.ranks = ranks
         self.architecture = read_architecture(directory)
-        settings = transformer_config(self.architecture, config.parallel, config.model.dtype, config.megatron)
-        self.model = build_model(self.architecture, settings, config.rollout.temperature)
+        overrides = megatron_overrides(config.megatron)
+        settings = transformer_config(self.architecture, config.parallel, config.model.dtype, overrides.transformer)
+        self.models = build_models(self.architecture, settings, config.rollout.temperature)
         with WeightFiles(directory) as files:
-            load_hf_weights(self.model, files, self.architecture)
+            load_hf_weights(self.models, files, self.architecture)
         self.optimization = Optimization(
-            self.model, settings, config.optimizer, is_sharded=config.parallel.distributed_optimizer
+            self.models,
+            settings,
+            config.optimizer,
+            is_sharded=config.parallel.distributed_optimizer,
+            overrides=overrides,
         )
         self._dead_share = 0.0
         self.writer = CheckpointWriter(config.parallel.timeout_s)
@@ -52,9 +58,7 @@ class PolicyShard:
     def update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
         """Take one optimizer step on the shares of all data-parallel ranks."""
         optimization = self.optimization
-        batches = make_micro_batches(
-            share.samples, share.old_logprobs, self.config.optimizer.micro_batch_tokens, self.ranks.device
-        )
+        batches = make_micro_batches(share, self.ranks.device)
         denominator = Denominator(
             objective=self.config.objective,
             num_loss_tokens=num_loss_tokens,
@@ -63,7 +67,7 @@ class PolicyShard:
         )
         learning_rate = optimization.learning_rate
         optimization.clear_gradients()
-        result = forward_backward(optimization.module, batches, denominator, self._dead_share)
+        result = forward_backward(optimization.modules, batches, denominator, self._dead_share)
         self._dead_share = result.stats.dead_share(otherwise=self._dead_share)
         outcome = optimization.step()
         return UpdateReply(
@@ -78,18 +82,18 @@ class PolicyShard:
 
     def score(self, share: Share) -> dict[int, Logprobs]:
         """Return the responses' log-probs by place in the caller's list, for the ranks that speak."""
-        batches = make_micro_batches(share.samples, None, self.config.optimizer.micro_batch_tokens, self.ranks.device)
-        logprobs = score(self.optimization.module, batches)
+        batches = make_micro_batches(share, self.ranks.device)
+        logprobs = score(self.optimization.modules, batches)
         return {share.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on rank 0; see `export_hf_weights`."""
-        return export_hf_weights(self.model, self.ranks.control)
+        return export_hf_weights(self.models, self.ranks.control)
 
     def save(self, directory: Path) -> None:
         """Begin to write; see `CheckpointWriter`."""
-        self.writer.begin(self.model, self.optimization, directory, self.ranks.control)
+        self.writer.begin(self.models, self.optimization, directory, self.ranks.control)
 
     def load(self, directory: Path) -> None:
         self.writer.wait()
-        load_checkpoint(self.model, self.optimization, directory)
+        load_checkpoint(self.models, self.optimization, directory)

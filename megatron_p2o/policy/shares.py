@@ -1,8 +1,11 @@
 """How the samples of an update are divided over the data-parallel ranks."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_p2o.config import ParallelConfig
+from megatron_p2o.rl.packing import plan_micro_batches
 from megatron_p2o.types import Logprobs, TrainSample
 
 
@@ -15,32 +18,40 @@ class Share:
     """Place of each sample in the list the policy was called with."""
     old_logprobs: tuple[Logprobs, ...] | None
     """As in `Policy.update`."""
+    micro_batches: tuple[tuple[int, ...], ...]
+    """Places in `samples` of each forward pass, the same number on every rank; empty where there are too few."""
 
 
-def balanced(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Return indices into `lengths` per rank with nearly equal token sums: longest first, to the lightest rank.
+def shares_of(
+    samples: Sequence[TrainSample],
+    old_logprobs: Sequence[Logprobs] | None,
+    parallel: ParallelConfig,
+    micro_batch_tokens: int,
+) -> list[Share]:
+    """Return one share per data-parallel rank; see `plan_micro_batches` for how they are balanced."""
+    # Context parallelism rounds every sample up, and gives each of its ranks an equal part of the pack.
+    rounded_to = 2 * parallel.context if parallel.context > 1 else 1
+    plan = plan_micro_batches(
+        [-(-sample.num_tokens // rounded_to) * rounded_to for sample in samples],
+        parallel.data,
+        micro_batch_tokens * parallel.context,
+        # The interleaved schedule passes micro-batches on in groups of as many as there are stages.
+        multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+    )
+    return [_share(samples, old_logprobs, batches) for batches in plan]
 
-    Deterministic; ties go to the lower index and the lower rank. A rank may get nothing.
-    """
-    members: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        rank = loads.index(min(loads))
-        members[rank].append(index)
-        loads[rank] += lengths[index]
-    return [sorted(indices) for indices in members]
 
-
-def shares_of(samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_ranks: int) -> list[Share]:
-    """Return one share per data-parallel rank."""
-    return [
-        Share(
-            samples=tuple(samples[index] for index in indices),
-            indices=tuple(indices),
-            old_logprobs=None if old_logprobs is None else tuple(old_logprobs[index] for index in indices),
-        )
-        for indices in balanced([sample.num_tokens for sample in samples], num_ranks)
-    ]
+def _share(
+    samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, batches: Sequence[Sequence[int]]
+) -> Share:
+    indices = [index for members in batches for index in members]
+    places = iter(range(len(indices)))
+    return Share(
+        samples=tuple(samples[index] for index in indices),
+        indices=tuple(indices),
+        old_logprobs=None if old_logprobs is None else tuple(old_logprobs[index] for index in indices),
+        micro_batches=tuple(tuple(itertools.islice(places, len(members))) for members in batches),
+    )
 
 
 def check_samples(samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, vocab_size: int) -> None:

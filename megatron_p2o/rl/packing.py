@@ -2,6 +2,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch.from_numpy is untyped in torch's own stubs.
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -99,6 +100,48 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     )
 
 
+def plan_micro_batches(
+    lengths: Sequence[int], num_ranks: int, budget_tokens: int, multiple: int = 1
+) -> list[list[list[int]]]:
+    """Return for each rank its micro-batches, in order, as indices into `lengths`.
+
+    Longest first, each sample goes to the micro-batch with fewest tokens; longest first again, the k-th micro-batches
+    of all ranks are `num_ranks` neighbours in size, the longest to the rank with fewest tokens. Hence
+
+    - every rank has the same number of micro-batches, a multiple of `multiple`; with few samples some are empty;
+    - a micro-batch exceeds the budget only when it is a single sample that does;
+    - the tokens of two micro-batches, and those of two ranks, differ by at most the longest sample.
+
+    Deterministic: ties go to the lower index.
+    """
+    step = num_ranks * multiple
+    num_batches = -(-max(1, len(micro_batches(lengths, budget_tokens))) // step) * step
+    batches = _longest_first(lengths, num_batches)
+    while any(len(members) > 1 and _total(lengths, members) > budget_tokens for members in batches):
+        num_batches += step
+        batches = _longest_first(lengths, num_batches)
+    batches.sort(key=lambda members: -_total(lengths, members))
+    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for first in range(0, num_batches, num_ranks):
+        lightest_first = sorted(range(num_ranks), key=lambda rank: loads[rank])
+        for rank, members in zip(lightest_first, batches[first : first + num_ranks], strict=True):
+            ranks[rank].append(sorted(members))
+            loads[rank] += _total(lengths, members)
+    return ranks
+
+
+def _longest_first(lengths: Sequence[int], num_batches: int) -> list[list[int]]:
+    """Return indices into `lengths` in `num_batches` parts with nearly equal sums (Graham's LPT rule)."""
+    batches: list[list[int]] = [[] for _ in range(num_batches)]
+    lightest = [(0, number) for number in range(num_batches)]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, number = lightest[0]
+        batches[number].append(index)
+        heapq.heapreplace(lightest, (load + lengths[index], number))
+    return batches
+
+
 def micro_batches(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
     """Return indices into `lengths` in as few micro-batches as first-fit decreasing finds, each within the budget.
 
@@ -115,6 +158,10 @@ def micro_batches(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]
             bins[place].append(index)
             room[place] -= lengths[index]
     return [sorted(members) for members in bins]
+
+
+def _total(lengths: Sequence[int], members: Sequence[int]) -> int:
+    return sum(lengths[index] for index in members)
 
 
 def _int64(values: np.ndarray, device: torch.device | str) -> torch.Tensor:

@@ -26,6 +26,7 @@ LAYOUTS = [
     pytest.param(ParallelConfig(data=2), id="data-2"),
     pytest.param(ParallelConfig(data=2, distributed_optimizer=True), id="data-2-sharded-optimizer"),
     pytest.param(ParallelConfig(context=2), id="context-2"),
+    pytest.param(ParallelConfig(pipeline=2, virtual_pipeline=2), id="interleaved-2"),
     pytest.param(ParallelConfig(tensor=2, pipeline=2, sequence=True), id="tensor-2-pipeline-2-sequence"),
 ]
 
@@ -33,7 +34,7 @@ LAYOUTS = [
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
-    return write_tiny_qwen3(directory, vocab_size=VOCAB_SIZE, tie_embeddings=request.param)
+    return write_tiny_qwen3(directory, vocab_size=VOCAB_SIZE, num_layers=4, tie_embeddings=request.param)
 
 
 def train(config: Any) -> dict[str, Any] | None:

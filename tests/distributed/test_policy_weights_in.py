@@ -40,11 +40,11 @@ def load_train_export(config: Any) -> dict[str, Any]:
     policy = build_policy(config)
     shard = policy._shard
     with RecordingFiles(Path(config.model.path)) as files:
-        load_hf_weights(shard.model, files, shard.architecture)
+        load_hf_weights(shard.models, files, shard.architecture)
     result: dict[str, Any] = {
         "reads": files.reads,
         "num_bytes_read": files.num_bytes_read,
-        "num_bytes_held": sum(parameter.nbytes for parameter in shard.model.parameters()),
+        "num_bytes_held": sum(parameter.nbytes for parameter in shard.models[0].parameters()),
     }
     if not policy.is_conductor:
         policy.serve()

@@ -1,5 +1,6 @@
 """Packed batches against the samples token by token, and micro-batches against their rules."""
 
+import heapq
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_p2o.rl.packing import context_part, micro_batches, pack
+from megatron_p2o.rl.packing import context_part, micro_batches, pack, plan_micro_batches
 from megatron_p2o.types import Logprobs, TrainSample
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=20)
@@ -122,6 +123,52 @@ def test_context_ranks_hold_every_token_once_with_all_that_belongs_to_it(nan_emp
         rows = [getattr(part, name)[part.loss_mask_T].tolist() for part in parts]
         assert sorted(rows[0] + rows[1]) == sorted(getattr(plain, name)[plain.loss_mask_T].tolist()), name
     assert all(part.cu_seqlens[-1] == len(part.token_ids_T) == len(whole.token_ids_T) / 2 for part in parts)
+
+
+@given(LENGTHS, st.integers(1, 4), st.integers(1, 60), st.integers(1, 3))
+def test_a_plan_is_balanced_over_ranks_and_slots_within_its_bound(
+    lengths: list[int], num_ranks: int, budget_tokens: int, multiple: int
+) -> None:
+    plan = plan_micro_batches(lengths, num_ranks, budget_tokens, multiple)
+    (num_batches,) = {len(rank) for rank in plan}
+    assert len(plan) == num_ranks and num_batches % multiple == 0 and num_batches > 0
+    assert sorted(index for rank in plan for members in rank for index in members) == list(range(len(lengths)))
+    totals = [[sum(lengths[index] for index in members) for members in rank] for rank in plan]
+    for rank, rank_totals in zip(plan, totals, strict=True):
+        for members, total in zip(rank, rank_totals, strict=True):
+            assert len(members) <= 1 or total <= budget_tokens
+    longest = max(lengths, default=0)
+    everything = [total for rank in totals for total in rank]
+    assert max(everything) - min(everything) <= longest
+    assert max(map(sum, totals)) - min(map(sum, totals)) <= longest
+    # The ranks' k-th micro-batches are neighbours in size: no rank's slot is longer than any rank's slot before.
+    assert all(max(later) <= min(earlier) for earlier, later in pairwise(zip(*totals, strict=True)))
+
+
+def largest_differencing(lengths: list[int], num_parts: int) -> list[int]:
+    """Return the part sums of Karmarkar and Karp's rule: merge the two most uneven partitions, large with small."""
+    heap = [(-length, number, [length] + [0] * (num_parts - 1)) for number, length in enumerate(lengths)]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (_, number, first), (_, _, second) = heapq.heappop(heap), heapq.heappop(heap)
+        merged = sorted((a + b for a, b in zip(first, reversed(second), strict=True)), reverse=True)
+        heapq.heappush(heap, (merged[-1] - merged[0], number, merged))
+    return heap[0][2]
+
+
+def test_longest_first_is_close_to_the_differencing_rule_of_peers() -> None:
+    """verl and slime balance with Karmarkar and Karp's rule, whose parts may exceed a token budget.
+
+    384 log-normal lengths over 8 ranks: both leave the longest rank less than 0.1 % above the mean.
+    """
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        lengths = np.clip(generator.lognormal(7.5, 0.8, 384), 64, 12288).astype(int).tolist()
+        plan = plan_micro_batches(lengths, 8, 16384)
+        ours = max(sum(lengths[index] for members in rank for index in members) for rank in plan)
+        mean = sum(lengths) / 8
+        assert max(largest_differencing(lengths, 8)) <= ours * 1.001
+        assert ours <= 1.001 * mean
 
 
 def test_micro_batches_of_a_known_case() -> None:

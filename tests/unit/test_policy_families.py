@@ -37,7 +37,7 @@ def test_logits_equal_transformers_and_the_weights_come_back_bit_for_bit(
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad(), cuda_stand_ins():
-        logits = policy._shard.model(
+        logits = policy._shard.models[0](
             ids[None], sample_positions(cu_seqlens)[None], None, packed_seq_params=pack_layout(cu_seqlens)
         )
         expected = torch.cat([model(part[None]).logits[0] for part in ids.split(lengths.tolist())])

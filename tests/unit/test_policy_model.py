@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_p2o.config import ParallelConfig
 from megatron_p2o.policy.architecture import Architecture, read_architecture
+from megatron_p2o.policy.megatron_settings import megatron_overrides
 from megatron_p2o.policy.model import padded_vocab_size, transformer_config
 from megatron_p2o.policy.parallel import check_world_size, data_rank_of
 from megatron_p2o.testing.tiny_families import LLAMA3_ROPE
@@ -74,8 +75,8 @@ def test_experts_are_cut_over_the_tensor_ranks_only(tmp_path: Path):
     architecture = architecture_of({**QWEN3_4B, **QWEN3_30B_EXPERTS}, tmp_path)
     with pytest.raises(ValueError, match=r"set parallel\.sequence=true"):
         transformer_config(architecture, ParallelConfig(tensor=2), "float32", {})
-    with pytest.raises(ValueError, match=r"megatron\.expert_model_parallel_size: experts are not divided over ranks"):
-        transformer_config(architecture, ParallelConfig(), "float32", {"expert_model_parallel_size": 2})
+    with pytest.raises(ValueError, match=r"megatron\.expert_model_parallel_size is decided by the trainer"):
+        megatron_overrides({"expert_model_parallel_size": 2})
 
 
 def test_rope_theta_is_found_in_the_form_of_transformers_5(tmp_path: Path):
@@ -109,22 +110,28 @@ def test_a_directory_without_configuration_is_named(tmp_path: Path):
 def test_megatron_overrides_reach_the_configuration(tmp_path: Path):
     architecture = architecture_of(QWEN3_4B, tmp_path)
     overrides = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    config = transformer_config(architecture, ParallelConfig(), "float32", overrides)
+    divided = megatron_overrides(overrides | {"overlap_param_gather": True, "main_grads_dtype": "bfloat16"})
+    assert divided.data_parallel == {"overlap_param_gather": True}
+    assert divided.optimizer == {"overlap_param_gather": True, "main_grads_dtype": torch.bfloat16}
+    config = transformer_config(architecture, ParallelConfig(), "float32", divided.transformer)
     assert config.recompute_granularity == "full"
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"overlap_grad_reduc": True}, r"did you mean megatron\.overlap_grad_reduce\?"),
+        ({"lr": 1e-3}, r"megatron\.lr is decided by optimizer\.lr: set that instead"),
+        ({"hidden_dropout": 0.1}, r"megatron\.hidden_dropout is decided by the trainer: remove it"),
+        ({"main_grads_dtype": "bf16"}, r"megatron\.main_grads_dtype='bf16' must be the name of a torch dtype"),
         ({"recompute_granularty": "full"}, r"did you mean megatron\.recompute_granularity\?"),
         ({"hidden_size": 128}, r"megatron\.hidden_size is decided by model\.path"),
-        ({"sequence_parallel": True}, r"megatron\.sequence_parallel is decided by .* parallel"),
+        ({"sequence_parallel": True}, r"megatron\.sequence_parallel is decided by parallel\.sequence"),
     ],
 )
-def test_unknown_and_decided_overrides_are_refused(tmp_path: Path, overrides: dict[str, Any], message: str):
-    architecture = architecture_of(QWEN3_4B, tmp_path)
+def test_unknown_and_decided_overrides_are_refused(overrides: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        transformer_config(architecture, ParallelConfig(), "float32", overrides)
+        megatron_overrides(overrides)
 
 
 @pytest.mark.parametrize(

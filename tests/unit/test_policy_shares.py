@@ -4,33 +4,37 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megatron_p2o.policy.shares import balanced, check_samples, shares_of
+from megatron_p2o.config import ParallelConfig
+from megatron_p2o.policy.shares import check_samples, shares_of
 from megatron_p2o.testing.policy_oracle import random_samples
 
 SAMPLES = random_samples((4, 1, 9, 3), vocab_size=50)
 
 
-@settings(max_examples=25)
-@given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 8))
-def test_every_sample_goes_to_one_rank_and_loads_differ_by_less_than_one_sample(lengths: list[int], num_ranks: int):
-    members = balanced(lengths, num_ranks)
-    assert sorted(index for indices in members for index in indices) == list(range(len(lengths)))
-    loads = [sum(lengths[index] for index in indices) for indices in members]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
-
-
-def test_a_share_keeps_samples_log_probs_and_places_together():
+@pytest.mark.parametrize(
+    ("parallel", "num_batches"),
+    [(ParallelConfig(data=2), 1), (ParallelConfig(data=2, pipeline=4, virtual_pipeline=2), 4)],
+)
+def test_a_share_keeps_samples_log_probs_and_places_together(parallel: ParallelConfig, num_batches: int):
     old_logprobs = [np.full(len(sample.response_ids), index, np.float32) for index, sample in enumerate(SAMPLES)]
-    shares = shares_of(SAMPLES, old_logprobs, 2)
+    shares = shares_of(SAMPLES, old_logprobs, parallel, 1000)
+    assert sorted(index for share in shares for index in share.indices) == [0, 1, 2, 3]
     for share in shares:
         assert share.old_logprobs is not None
         for sample, index, row in zip(share.samples, share.indices, share.old_logprobs, strict=True):
             assert sample is SAMPLES[index]
             assert row[0] == index
-    assert [len(share.samples) for share in shares_of(SAMPLES[:1], None, 2)] == [1, 0]
+        assert len(share.micro_batches) == num_batches
+        assert [place for members in share.micro_batches for place in members] == list(range(len(share.samples)))
+    assert [len(share.samples) for share in shares_of(SAMPLES[:1], None, parallel, 1000)] == [1, 0]
+
+
+def test_context_ranks_share_the_budget_of_rounded_samples():
+    samples = random_samples((5, 5), vocab_size=50)  # 9 and 10 tokens, 12 and 12 in multiples of 4
+    for budget, expected in ((12, ((0, 1),)), (11, ((0,), (1,)))):
+        (share,) = shares_of(samples, None, ParallelConfig(context=2), budget)
+        assert share.micro_batches == expected
 
 
 def test_samples_that_cannot_be_packed_are_refused():

@@ -81,7 +81,7 @@ def test_packed_logits_and_log_probs_equal_transformers_sample_by_sample(any_mod
         ids = torch.randint(1, VOCAB_SIZE, (20,), generator=torch.Generator().manual_seed(0))
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         with torch.no_grad(), cuda_stand_ins():
-            logits = policy._shard.model(
+            logits = policy._shard.models[0](
                 ids[None], sample_positions(cu_seqlens)[None], None, packed_seq_params=pack_layout(cu_seqlens)
             )
             expected = torch.cat([oracle.model(part[None]).logits[0] for part in ids.split(lengths.tolist())])
