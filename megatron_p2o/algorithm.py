@@ -22,7 +22,7 @@ from megatron_p2o.interfaces import (
 )
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
-from megatron_p2o.rl.objective import with_trainer_logprobs
+from megatron_p2o.rl.objective import mismatch_sums, with_trainer_logprobs
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import (
     PLAIN,
@@ -40,6 +40,9 @@ from megatron_p2o.types import (
 )
 
 Item = TypeVar("Item")
+
+NUM_PROBED = 4
+"""Samples that stand for a step whose groups all agree: it has no training pass that would show a mismatch."""
 
 GRADING_TIMEOUT_S = 600.0
 """Longest wait for a verdict after the last completion; the grader's own deadline per answer is far shorter."""
@@ -186,10 +189,18 @@ def update(groups: Sequence[Group], policy: Policy, config: Config) -> list[Upda
     ]
     # The first update's own forward pass gives its old log-probs; later ones need theirs before the policy moves.
     old_logprobs = [None, *(old_logprobs_of(samples, policy, config) for samples in live[1:])]
-    return [
+    reports = [
         policy.update(samples, old, sum(len(sample.response_ids) for sample in minibatch))
         for samples, old, minibatch in zip(live, old_logprobs, minibatches, strict=True)
     ]
+    return reports if any(live) else [with_probe(reports[0], minibatches[0], policy), *reports[1:]]
+
+
+def with_probe(report: UpdateReport, samples: Sequence[TrainSample], policy: Policy) -> UpdateReport:
+    """Return `report`, of a step that trained on nothing, with engine and trainer compared on a few plain samples."""
+    probe = [sample for sample in samples if not sample.is_templated][:NUM_PROBED]
+    sums = mismatch_sums(policy.score(probe), [sample.sampling_logprobs for sample in probe]) if probe else {}
+    return replace(report, sums={**report.sums, **sums})
 
 
 def carrying_gradient(samples: Sequence[TrainSample], config: Config) -> list[TrainSample]:

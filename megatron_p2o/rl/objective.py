@@ -13,6 +13,7 @@ The loss and its gradient are computed by `p2o_kernels.linear_policy_loss` toget
 is `p2o_kernels/policy_loss/reference.py`. Here is what it is told, and what is reported.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -144,3 +145,14 @@ def with_trainer_logprobs(sample: TrainSample, trainer_R: Logprobs, importance_c
     if importance_cap is not None:
         weights_R = np.exp(np.minimum(trainer_R - engine_R, np.log(importance_cap))).astype(np.float32)
     return replace(sample, sampling_logprobs=trainer_R, engine_logprobs=engine_R, loss_weights=weights_R)
+
+
+def mismatch_sums(trainer: Sequence[Logprobs], engine: Sequence[Logprobs]) -> dict[str, float]:
+    """Return the `mismatch_*` entries of `TokenStats.as_dict` for log-probs under one prompt, [R] each."""
+    difference = np.concatenate(trainer).astype(np.float64) - np.concatenate(engine)
+    return {
+        "mismatch_tokens": float(len(difference)),
+        "mismatch_abs_sum": float(np.abs(difference).sum()),
+        "mismatch_ratio_sum": float(np.exp(np.clip(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)).sum()),
+        "mismatch_abs_max": float(np.abs(difference).max()),
+    }

@@ -238,6 +238,19 @@ def test_a_rollout_that_was_given_up_on_is_not_trained_on_and_its_siblings_are_c
     assert "lost" not in [text for _, text in step.grader.submitted]
 
 
+def test_a_step_that_trains_on_nothing_still_compares_engine_and_trainer() -> None:
+    def off_by_a_quarter(prompt: Prompt, index: int) -> Reply:
+        reply = Reply(text="no")
+        truth = fake_logprobs(prompt.sampling_ids, reply.token_ids, num_updates=5)
+        return replace(reply, logprobs=truth + np.float32(0.25))
+
+    step = run_step(off_by_a_quarter, step=5)
+    assert [call.samples for call in step.policy.updates] == [(), ()]
+    sums = step.result.reports[0].sums
+    assert sums["mismatch_abs_sum"] == pytest.approx(0.25 * sums["mismatch_tokens"], rel=1e-5)
+    assert sums["mismatch_abs_max"] == pytest.approx(0.25, rel=1e-5)
+
+
 def test_a_step_whose_rollouts_are_all_lost_moves_nothing_and_counts() -> None:
     step = run_step(lambda prompt, index: Reply(text="", finish_reason="abort"), templates=TEMPLATED)
     assert step.result.hard == []
