@@ -123,12 +123,13 @@ def stage(
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier(group=control)
-    save_random_state(random_state_path(directory, dist.get_rank()))
     _fill_adam_state(optimization)
     state = _state(models, optimization, is_loading=False)
     _name_step_zero(state["optimizer"])
     staged = Staged()
     dist_checkpointing.save(state, str(directory), sharded_strategy=staged)
+    # After megatron-core, which warns of a folder that is not empty.
+    save_random_state(random_state_path(directory, dist.get_rank()))
     return staged.state
 
 
