@@ -56,13 +56,18 @@ def extra_peak_bytes(provider: Provider, case: Case, device: torch.device) -> in
         nonlocal outcome
         outcome = provider.run(case)
 
-    peak = _peak_bytes_on_cuda(run, device) if device.type == "cuda" else _peak_bytes_on_cpu(run)
+    peak = peak_bytes(run, device)
     assert outcome is not None
     gradients = (outcome.hidden_grad_TD, outcome.weight_grad_VD)
     return peak - sum(tensor.nbytes for tensor in gradients if tensor is not None and tensor is not case.main_grad_VD)
 
 
-def _peak_bytes_on_cuda(call: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Return the most memory a call holds at a time beyond what is held before it."""
+    return _peak_bytes_on_cuda(call, device) if device.type == "cuda" else _peak_bytes_on_cpu(call)
+
+
+def _peak_bytes_on_cuda(call: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -71,7 +76,7 @@ def _peak_bytes_on_cuda(call: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _peak_bytes_on_cpu(call: Callable[[], None]) -> int:
+def _peak_bytes_on_cpu(call: Callable[[], object]) -> int:
     """Sum of torch's own allocations, exact whatever else the machine does."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()

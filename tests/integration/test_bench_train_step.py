@@ -1,0 +1,29 @@
+"""The benchmark of a training step runs where there is no GPU, and counts what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TOOL = Path(__file__).parents[2] / "tools" / "bench_train_step.py"
+
+
+def test_both_heads_agree_and_one_forward_pass_serves_an_update(tmp_path: Path):
+    command = [sys.executable, str(TOOL), "--shape", "tiny", "--tokens", "256", "--repeats", "1"]
+    command += ["--json", str(tmp_path / "result.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    for ours, theirs in result["agreement_fused_plain"].values():
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert result["agreement_fused_plain"]["grad_norm"][0] > 0.1
+    assert result["forward_passes_per_rollout_token"] == {"fused": 1.0, "score": 1.0}
+    assert result["peak_bytes_beyond_state"]["fused"] < result["peak_bytes_beyond_state"]["plain"]
+    # By hand: two samples of 128 positions, 97 of which predict; 4 layers, hidden 128, heads of 16: 8 query, 2 key.
+    attention_weights = 128 * 128 + 2 * 128 * 32 + 128 * 128
+    per_layer = 2 * 256 * (attention_weights + 3 * 128 * 384) + 2 * 4 * (128 * 129 // 2) * 128
+    assert result["model_flops_per_step"] == 3 * (4 * per_layer + 2 * 194 * 8192 * 128)

@@ -1,0 +1,303 @@
+"""Time an optimizer step of a random-weight policy on packed samples: our LM head beside the plain one.
+
+    python tools/bench_train_step.py --shape qwen3-4b --tokens 16384 --recompute --json tools/results/h200_4b.json
+    python tools/bench_train_step.py --shape tiny --tokens 512 --repeats 5
+
+One process, tensor-parallel size 1. The arms take turns in one run: `fused` is the trainer's own update, `plain` the
+same update with the logits of all positions and torch's log-softmax, `score` the trainer's pass without gradient. Both
+updates must give the same loss and gradient norm, or nothing is timed. Model FLOPs count every matrix product of
+forward and backward once (no recomputation), the head on response positions only and causal attention by half.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from bench.cases import Shape  # noqa: E402
+from bench.measure import environment, matmul_ceiling, peak_bytes, time_interleaved  # noqa: E402
+
+from megatron_p2o.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig  # noqa: E402
+from megatron_p2o.policy.architecture import Architecture, read_architecture  # noqa: E402
+from megatron_p2o.policy.attention import pack_layout, sample_positions  # noqa: E402
+from megatron_p2o.policy.cpu_compat import cuda_stand_ins  # noqa: E402
+from megatron_p2o.policy.hf_directory import write_hf_directory  # noqa: E402
+from megatron_p2o.policy.ranks import MegatronPolicy, build_policy  # noqa: E402
+from megatron_p2o.rl.packing import pack  # noqa: E402
+from megatron_p2o.types import TrainSample  # noqa: E402
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "qwen3-4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 8192,
+    },
+}
+"""Settings of config.json beside those of `QWEN3`."""
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+"""Dense bfloat16, by a part of the device's name, from the vendor's data sheets; the SXM forms."""
+
+RELATIVE_GATE = {"cpu": 1e-4, "cuda": 2e-2}
+"""Largest difference in loss and gradient norm of the arms: float32, and eight bits of mantissa."""
+
+OBJECTIVE = ObjectiveConfig(context="replace")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(arguments.threads)
+    result: dict[str, Any] = {"shape": arguments.shape, "tokens": arguments.tokens, "repeats": arguments.repeats}
+    result |= {"sample_tokens": arguments.sample_tokens, "prompt_tokens": arguments.prompt_tokens}
+    result |= {"recompute": arguments.recompute, "environment": measured_on(device)}
+    with tempfile.TemporaryDirectory(prefix="bench_train_step_") as folder:
+        model_path = write_random_model(Path(folder), arguments.shape, device)
+        architecture = read_architecture(model_path)
+        samples = make_samples(arguments.tokens, arguments.sample_tokens, arguments.prompt_tokens, architecture)
+        config = bench_config(model_path, arguments.tokens, device, recompute=arguments.recompute)
+        with closing(build_policy(config)) as policy:
+            result |= measure(policy, samples, arguments.repeats, device)
+    result |= rates(result, architecture, samples, arguments.peak_tflops, device)
+    print(json.dumps(result, indent=1))
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b" if on_gpu else "tiny")
+    parser.add_argument("--tokens", type=int, default=16384 if on_gpu else 512, help="of the pack")
+    parser.add_argument("--sample-tokens", type=int, default=2048 if on_gpu else 128, help="of one rollout")
+    parser.add_argument("--prompt-tokens", type=int, default=256 if on_gpu else 32, help="of them, its prompt")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--recompute", action="store_true", help="activations of every layer, to save memory")
+    parser.add_argument("--peak-tflops", type=float, help="of the device; default: the data sheet's, if it is known")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on CPU")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    return parser.parse_args()
+
+
+def measured_on(device: torch.device) -> dict[str, str]:
+    """Return device, versions and commit."""
+    return environment(device) | {"megatron-core": version("megatron-core")}
+
+
+def write_random_model(folder: Path, shape: str, device: torch.device) -> Path:
+    """Write a Hugging Face directory with normal weights of deviation 0.02 and norms of 1; return it."""
+    source = folder / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(QWEN3 | SHAPES[shape]))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, size in read_architecture(source).weight_shapes().items():
+            if len(size) == 1:
+                yield name, torch.ones(size, dtype=dtype)
+            else:
+                yield name, (0.02 * torch.randn(size, generator=generator, device=device)).to(dtype).cpu()
+
+    write_hf_directory(weights(), source, folder / "model")
+    return folder / "model"
+
+
+def make_samples(
+    num_tokens: int, sample_tokens: int, prompt_tokens: int, architecture: Architecture
+) -> list[TrainSample]:
+    """Return rollouts of equal length with random tokens and advantages of both signs."""
+    if num_tokens % sample_tokens or not 0 < prompt_tokens < sample_tokens:
+        raise SystemExit("--tokens must be a multiple of --sample-tokens, and --prompt-tokens below the latter")
+    generator = np.random.default_rng(0)
+    num_responses = sample_tokens - prompt_tokens + 1  # the last is a target only, not an input
+    return [
+        TrainSample(
+            context_ids=generator.integers(1, architecture.vocab_size, prompt_tokens).astype(np.int32),
+            response_ids=generator.integers(1, architecture.vocab_size, num_responses).astype(np.int32),
+            advantage=float(generator.normal()),
+            sampling_logprobs=np.full(num_responses, -10.0, np.float32),
+            is_templated=False,
+        )
+        for _ in range(num_tokens // sample_tokens)
+    ]
+
+
+def bench_config(model_path: Path, num_tokens: int, device: torch.device, *, recompute: bool) -> Config:
+    overrides = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return Config(
+        run=RunConfig(name="bench"),
+        model=ModelConfig(path=str(model_path), dtype="bfloat16" if device.type == "cuda" else "float32"),
+        data=DataConfig(train=""),
+        objective=OBJECTIVE,
+        # A step so small that both arms stay at the same weights.
+        optimizer=OptimizerConfig(lr=1e-12, weight_decay=0.0, micro_batch_tokens=num_tokens),
+        megatron=overrides if recompute else {},
+    )
+
+
+def measure(
+    policy: MegatronPolicy, samples: Sequence[TrainSample], repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """Check that the arms agree, then time them and take their peak memory."""
+    num_loss_tokens = sum(len(sample.response_ids) for sample in samples)
+    arms: dict[str, Callable[[], object]] = {
+        "fused": lambda: policy.update(samples, None, num_loss_tokens),
+        "plain": lambda: plain_update(policy, samples, num_loss_tokens, device),
+        "score": lambda: policy.score(samples),
+    }
+    fused = policy.update(samples, None, num_loss_tokens)
+    try:
+        loss, grad_norm = plain_update(policy, samples, num_loss_tokens, device)
+    except torch.OutOfMemoryError:
+        del arms["plain"]
+        torch.cuda.empty_cache()
+        gate: dict[str, Any] = {"plain": "out of memory"}
+    else:
+        gate = {"loss": [fused.loss, loss], "grad_norm": [fused.grad_norm, grad_norm]}
+        for name, (ours, theirs) in gate.items():
+            if abs(ours - theirs) > RELATIVE_GATE[device.type] * max(abs(theirs), 1e-3):
+                raise SystemExit(f"the arms disagree: {name} is {ours} fused and {theirs} plain; nothing was timed")
+    passes = {name: token_passes(policy, arms[name]) for name in ("fused", "score")}
+    times = dict(zip(arms, time_interleaved(list(arms.values()), repeats, device), strict=True))
+    num_tokens = sum(sample.num_tokens for sample in samples)
+    return {
+        "agreement_fused_plain": gate,
+        "times_ms": times,
+        "median_ms": {name: median(values) for name, values in times.items()},
+        "peak_bytes_beyond_state": {name: peak_bytes(call, device) for name, call in arms.items()},
+        "state_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+        # One update per rollout needs no other pass; each further one has its log-probs scored first.
+        "forward_passes_per_rollout_token": {name: count / num_tokens for name, count in passes.items()},
+    }
+
+
+def plain_update(
+    policy: MegatronPolicy, samples: Sequence[TrainSample], num_loss_tokens: int, device: torch.device
+) -> tuple[float, float]:
+    """Take one optimizer step through the logits of all positions; return its loss and gradient norm."""
+    optimization = policy._shard.optimization
+    module = data_parallel_module(policy)
+    batch = pack(samples, None, device)
+    optimization.clear_gradients()
+    with cuda_stand_ins():
+        logits_TV = module(
+            batch.token_ids_T[None],
+            sample_positions(batch.cu_seqlens)[None],
+            None,
+            packed_seq_params=pack_layout(batch.cu_seqlens),
+        )[0]
+        temperature = policy._config.rollout.temperature
+        log_softmax_TV = (logits_TV.float() / temperature).log_softmax(-1)
+        logprobs_T = log_softmax_TV.gather(1, batch.target_ids_T[:, None]).squeeze(1)
+        # Of a first update every ratio is 1, inside the clip range; its gradient is that of the log-prob.
+        ratio_T = (logprobs_T - logprobs_T.detach()).exp()
+        loss = -(batch.advantages_T * ratio_T)[batch.loss_mask_T].sum() / num_loss_tokens
+        loss.backward()
+        module.finish_grad_sync()
+        outcome = optimization.step()
+    return float(loss.detach()), outcome.grad_norm
+
+
+def data_parallel_module(policy: MegatronPolicy) -> Any:
+    return policy._shard.optimization.modules[0]
+
+
+def token_passes(policy: MegatronPolicy, call: Callable[[], object]) -> int:
+    """Return how many token positions `call` runs through the model, forward; a recomputed layer does not count."""
+    with counted_tokens(data_parallel_module(policy)) as counts:
+        call()
+    return sum(counts)
+
+
+@contextmanager
+def counted_tokens(module: torch.nn.Module) -> Iterator[list[int]]:
+    counts: list[int] = []
+
+    def count(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        counts.append(inputs[0].numel())
+
+    hook = module.register_forward_pre_hook(count)
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+def rates(
+    result: dict[str, Any],
+    architecture: Architecture,
+    samples: Sequence[TrainSample],
+    peak_tflops: float | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return what follows from the times."""
+    name = result["environment"]["device"]
+    peak = peak_tflops or next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+    shape = Shape(hidden_size=architecture.hidden_size, vocab_size=architecture.vocab_size)
+    ceiling = matmul_ceiling(shape, 5, device)
+    flops = model_flops(architecture, samples)
+    seconds = {arm: milliseconds / 1e3 for arm, milliseconds in result["median_ms"].items()}
+    tflops = {arm: flops / seconds[arm] / 1e12 for arm in seconds if arm != "score"}
+    return {
+        "tokens_per_s": {arm: result["tokens"] / value for arm, value in seconds.items()},
+        "model_flops_per_step": flops,
+        "model_tflops": tflops,
+        "peak_tflops": peak,
+        "mfu": {arm: value / peak for arm, value in tflops.items()} if peak else None,
+        "matmul_ceiling_tflops": ceiling,
+        "share_of_matmul_ceiling": {arm: value / ceiling for arm, value in tflops.items()},
+        "plain_over_fused": seconds["plain"] / seconds["fused"] if "plain" in seconds else None,
+        "score_over_fused": seconds["score"] / seconds["fused"],
+    }
+
+
+def model_flops(architecture: Architecture, samples: Sequence[TrainSample]) -> float:
+    """Return the floating-point operations of one forward and backward pass of a dense model."""
+    layers = sum(
+        float(np.prod(size))
+        for name, size in architecture.weight_shapes().items()
+        if ".layers." in name and len(size) == 2
+    )
+    num_tokens = sum(sample.num_tokens for sample in samples)
+    num_rows = sum(len(sample.response_ids) for sample in samples)
+    pairs = sum(sample.num_tokens * (sample.num_tokens + 1) / 2 for sample in samples)
+    attention = 4 * pairs * architecture.num_heads * architecture.head_dim * architecture.num_layers
+    head = 2 * num_rows * architecture.vocab_size * architecture.hidden_size
+    return 3 * (2 * num_tokens * layers + head + attention)
+
+
+if __name__ == "__main__":
+    main()
