@@ -106,6 +106,16 @@ class Optimization:
         self.skip()
         return StepOutcome(grad_norm=grad_norm, is_applied=is_finite)
 
+    def gather_weights(self) -> None:
+        """Make the weights whole, for whoever reads them outside a forward pass. Collective.
+
+        With `megatron.overlap_param_gather` a step leaves each data-parallel rank with its own part updated, and the
+        next forward pass gathers the rest.
+        """
+        for module in self.modules:
+            if module.ddp_config.overlap_param_gather:
+                module.start_param_sync(force_sync=True)
+
     def skip(self) -> None:
         """Advance the schedule without a step."""
         self.scheduler.step(increment=1)

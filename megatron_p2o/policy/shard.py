@@ -88,10 +88,12 @@ class PolicyShard:
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on rank 0; see `export_hf_weights`."""
+        self.optimization.gather_weights()
         return export_hf_weights(self.models, self.ranks.control)
 
     def save(self, directory: Path) -> None:
         """Begin to write; see `CheckpointWriter`."""
+        self.optimization.gather_weights()
         self.writer.begin(self.models, self.optimization, directory, self.ranks.control)
 
     def load(self, directory: Path) -> None:

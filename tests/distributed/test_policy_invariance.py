@@ -1,0 +1,118 @@
+"""The same mini-batch gives the same loss, gradient norm and weights, however it is divided, packed and ordered.
+
+Against the policy on one process, which other tests compare with transformers. Each number of processes starts once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_p2o.config import Config, OptimizerConfig, ParallelConfig
+from megatron_p2o.policy.ranks import build_policy
+from megatron_p2o.testing.distributed import run_gloo_ranks
+from megatron_p2o.testing.policy_oracle import policy_config, random_samples
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+
+VOCAB_SIZE = 131
+SAMPLES = random_samples((3, 17, 1, 20, 30, 9, 9, 2), vocab_size=VOCAB_SIZE)
+OVERLAP = {"overlap_grad_reduce": True}
+OVERLAP_ALL = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+Case = tuple[ParallelConfig, int, dict[str, Any]]
+"""Layout, tokens of a micro-batch, `megatron`."""
+
+CASES: dict[int, dict[str, Case]] = {
+    1: {
+        "one micro-batch": (ParallelConfig(), 10_000, {}),
+        "a micro-batch per sample": (ParallelConfig(), 1, {}),
+        "recomputed": (ParallelConfig(), 48, RECOMPUTE),
+    },
+    2: {
+        "tensor": (ParallelConfig(tensor=2), 48, {}),
+        "sequence": (ParallelConfig(tensor=2, sequence=True), 40, RECOMPUTE),
+        "pipeline": (ParallelConfig(pipeline=2), 48, {}),
+        "interleaved": (ParallelConfig(pipeline=2, virtual_pipeline=2), 48, {}),
+        "interleaved, overlapped": (ParallelConfig(pipeline=2, virtual_pipeline=2), 10_000, OVERLAP),
+        "context": (ParallelConfig(context=2), 30, {}),
+        "context, sharded": (ParallelConfig(context=2, distributed_optimizer=True), 48, RECOMPUTE),
+        "data": (ParallelConfig(data=2), 35, OVERLAP),
+        "data, sharded": (ParallelConfig(data=2, distributed_optimizer=True), 48, {}),
+        "data, sharded, overlapped": (ParallelConfig(data=2, distributed_optimizer=True), 1, OVERLAP_ALL),
+    },
+    4: {
+        "tensor": (ParallelConfig(tensor=4, sequence=True), 48, {}),
+        "data": (ParallelConfig(data=4, distributed_optimizer=True), 48, {}),
+        "tensor, context": (ParallelConfig(tensor=2, context=2, sequence=True), 48, {}),
+        "pipeline, context": (ParallelConfig(pipeline=2, virtual_pipeline=2, context=2), 48, {}),
+        "context, data": (ParallelConfig(context=2, data=2, distributed_optimizer=True), 48, {}),
+    },
+    8: {
+        "tensor, pipeline, data": (
+            ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True, distributed_optimizer=True),
+            48,
+            {},
+        ),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    return write_tiny_qwen3(directory, vocab_size=VOCAB_SIZE, num_layers=4, num_kv_heads=4, tie_embeddings=True)
+
+
+def config_of(model: Path, case: Case) -> Config:
+    parallel, micro_batch_tokens, megatron = case
+    optimizer = OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, micro_batch_tokens=micro_batch_tokens)
+    return replace(policy_config(model, parallel=parallel, optimizer=optimizer), megatron=megatron)
+
+
+def train_each(configs: Sequence[Config]) -> list[dict[str, Any]]:
+    """Return, for each configuration in turn, what two updates give; the second against old log-probs."""
+    results: list[dict[str, Any]] = []
+    for number, config in enumerate(configs):
+        policy = build_policy(config)
+        if not policy.is_conductor:
+            policy.serve()
+            continue
+        order = np.random.default_rng(number).permutation(len(SAMPLES))
+        samples = [SAMPLES[index] for index in order]
+        before = policy.score(samples)
+        reports = [policy.update(samples, None, 120), policy.update(samples, before, 120)]
+        results.append(
+            {
+                "losses": [report.loss for report in reports],
+                "grad_norms": [report.grad_norm for report in reports],
+                "sums": reports[1].sums,
+                "weights": {name: tensor.numpy() for name, tensor in policy.weights()},
+            }
+        )
+        policy.close()
+    return results
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> dict[str, Any]:
+    return train_each([config_of(model, (ParallelConfig(), 48, {}))])[0]
+
+
+@pytest.mark.parametrize("num_processes", list(CASES))
+def test_loss_gradient_and_weights_do_not_depend_on_the_layout(
+    model: Path, expected: dict[str, Any], num_processes: int
+):
+    """float32: relative 1e-5 in loss and gradient norm, absolute 1e-5 in weights after two steps of 1e-3."""
+    cases = CASES[num_processes]
+    configs = [config_of(model, case) for case in cases.values()]
+    results = run_gloo_ranks(train_each, num_processes, configs, timeout_s=120)[0]
+    for name, result in zip(cases, results, strict=True):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=1e-6), name
+        assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-5), name
+        assert result["sums"] == pytest.approx(expected["sums"], rel=1e-5, abs=1e-5), name
+        for weight, tensor in expected["weights"].items():
+            np.testing.assert_allclose(result["weights"][weight], tensor, atol=1e-5, err_msg=f"{name}: {weight}")
