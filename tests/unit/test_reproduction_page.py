@@ -98,5 +98,5 @@ def test_every_file_the_page_needs_is_made_by_a_command_of_the_data_page(jobs: d
     data_page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     folders = {str(Path(config.data.train).parent) for config in jobs.values()}
     assert folders == {*re.findall(r"prepare_data\.py deep\w+ .*--out (\S+)", data_page)}
-    sets = {*re.findall(r"data\.evaluation\.\w+=(data/eval/\w+)\.jsonl", PAGE)}
+    sets = {*re.findall(r"--benchmark \w+=(data/eval/\w+)\.jsonl", PAGE)}
     assert sets == {f"data/eval/{name}" for name in re.findall(r"(\w+)=downloads/", data_page)}
