@@ -13,6 +13,8 @@ import torch
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
+from megatron_p2o.policy.attention_choice import attention_choice
+
 REQUIRED = {
     "torch": ">=2.11",
     "megatron-core": ">=0.16.1,<0.20",
@@ -72,7 +74,7 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
     if num_gpus or num_visible:
         findings += _gpus(num_visible, num_gpus)
     findings.append(_shared_memory(is_expected=num_gpus > 0))
-    findings.append(Finding(subject="attention", finding=_attention(num_visible)))
+    findings.append(Finding(subject="attention", finding=attention_choice().reason))
     findings.append(Finding(subject="fused kernels", finding=_kernels(num_visible)))
     findings.append(Finding(subject="apex", finding=_apex()))
     return findings
@@ -164,10 +166,6 @@ def _shared_memory(*, is_expected: bool) -> Finding:
     is_short = free < MIN_SHARED_MEMORY_BYTES
     remedy = f", a job with GPUs needs {MIN_SHARED_MEMORY_BYTES >> 20}: raise --shm-size" if is_short else ""
     return Finding(subject="/dev/shm", finding=f"{free >> 20} MiB free{remedy}", is_missing=is_short and is_expected)
-
-
-def _attention(num_visible: int) -> str:
-    return "torch varlen attention" if num_visible else "torch scaled_dot_product_attention per packed segment"
 
 
 FUSED_OPERATIONS = "linear_policy_loss, linear_logprob, grouped_advantage"

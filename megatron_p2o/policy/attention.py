@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 from torch import Tensor
 
+from megatron_p2o.policy.attention_choice import attention_choice
 from megatron_p2o.rl.packing import context_positions, ranges
 
 
@@ -98,9 +99,9 @@ def sample_positions(cu_seqlens: Tensor) -> Tensor:
 class PackedCoreAttention(MegatronModule):
     """Causal attention within each sample of a `PackLayout`; Megatron's `core_attention` for the local layer spec.
 
-    CPU: one scaled-dot-product call per distinct segment shape, exact and without padding. CUDA: torch's
-    variable-length flash attention, which needs bfloat16 or float16. Under context parallelism the keys and values of
-    all ranks are gathered first; the queries stay where they are.
+    CPU: one scaled-dot-product call per distinct segment shape, exact and without padding. CUDA: the variable-length
+    kernel of `attention_choice`, which needs bfloat16 or float16. Under context parallelism the keys and values of all
+    ranks are gathered first; the queries stay where they are.
     """
 
     def __init__(
@@ -171,21 +172,20 @@ def _attend_on_cpu(query_THK: Tensor, key_TGK: Tensor, value_TGK: Tensor, layout
 
 
 def _attend_on_cuda(query_THK: Tensor, key_TGK: Tensor, value_TGK: Tensor, layout: PackLayout, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     if layout.key_rows is not None:
         key_TGK, value_TGK = key_TGK.index_select(0, layout.key_rows), value_TGK.index_select(0, layout.key_rows)
-    output = varlen_attn(
-        query_THK,
-        key_TGK,
-        value_TGK,
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_kv,
-        layout.max_seqlen_q,
-        layout.max_seqlen_kv,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query_THK.shape[1] != key_TGK.shape[1],
-    )
+    lengths = (layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv)
+    if attention_choice().kernel == "flash_attn":
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+        output = flash_attn_varlen_func(query_THK, key_TGK, value_TGK, *lengths, softmax_scale=scale, causal=True)
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        is_grouped = query_THK.shape[1] != key_TGK.shape[1]
+        # A window without end to the left and none to the right: causal, the last query sees the last key.
+        output = varlen_attn(
+            query_THK, key_TGK, value_TGK, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=is_grouped
+        )
     assert isinstance(output, Tensor)
     return output

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_p2o.policy.attention import _attend_on_cpu, pack_layout, sample_positions
+from megatron_p2o.policy.attention_choice import choose_attention
 from megatron_p2o.policy.forward import _padded
 from megatron_p2o.rl.packing import context_positions
 
@@ -57,6 +58,27 @@ def test_every_context_rank_computes_its_queries_against_the_gathered_keys():
         assert layout.cu_seqlens_kv[-1] == sum(length * (2 * size + 1) for length in lengths) / (2 * size)
         output = _attend_on_cpu(query[own], key[gathered], value[gathered], layout, 0.3)
         torch.testing.assert_close(output, expected[own])
+
+
+@pytest.mark.parametrize("has_transformer_engine", [False, True])
+@pytest.mark.parametrize(
+    ("has_cuda", "has_flash_attn", "kernel"),
+    [
+        (False, False, "sdpa"),
+        (False, True, "sdpa"),
+        (True, False, "torch_varlen"),
+        (True, True, "flash_attn"),
+    ],
+)
+def test_the_attention_kernel_follows_what_is_there_and_says_what_is_not_used(
+    has_cuda: bool, has_flash_attn: bool, has_transformer_engine: bool, kernel: str
+):
+    choice = choose_attention(
+        has_cuda=has_cuda, has_flash_attn=has_flash_attn, has_transformer_engine=has_transformer_engine
+    )
+    assert choice.kernel == kernel
+    assert ("its layers are not used" in choice.reason) == has_transformer_engine
+    assert ("flash-attn is not installed" in choice.reason) == (kernel == "torch_varlen")
 
 
 def test_positions_restart_at_each_sample():
