@@ -64,11 +64,14 @@ def megatron_overrides(settings: Mapping[str, Any]) -> MegatronOverrides:
     """Return `megatron:` divided over megatron-core's configurations.
 
     Raises:
-        ValueError: the installed version has no such field, another setting decides it, or a dtype is unknown.
+        ValueError: the installed version has no such field, another setting decides it, a dtype is unknown, or
+            offloading has no GPU.
     """
     known = {name for target in TARGETS for name in _fields(target)}
     for name in settings:
         _check_name(name, known)
+    if settings.get("optimizer_cpu_offload") and not torch.cuda.is_available():
+        raise ValueError("megatron.optimizer_cpu_offload moves state from a GPU to the host: without CUDA remove it")
     transformer, optimizer, data_parallel = (
         {
             name: _converted(name, value, _fields(target)[name])

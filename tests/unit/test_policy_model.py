@@ -121,6 +121,7 @@ def test_megatron_overrides_reach_the_configuration(tmp_path: Path):
     ("overrides", "message"),
     [
         ({"overlap_grad_reduc": True}, r"did you mean megatron\.overlap_grad_reduce\?"),
+        ({"optimizer_cpu_offload": True}, r"megatron\.optimizer_cpu_offload .* without CUDA remove it"),
         ({"lr": 1e-3}, r"megatron\.lr is decided by optimizer\.lr: set that instead"),
         ({"hidden_dropout": 0.1}, r"megatron\.hidden_dropout is decided by the trainer: remove it"),
         ({"main_grads_dtype": "bf16"}, r"megatron\.main_grads_dtype='bf16' must be the name of a torch dtype"),
