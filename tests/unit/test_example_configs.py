@@ -120,8 +120,8 @@ def test_self_reflection_leaves_a_gpu_to_its_server() -> None:
     assert (config.rollout.num_engines + 1) * config.rollout.tensor_parallel == config.parallel.world_size == 8
 
 
-def test_the_large_run_fills_four_nodes_and_its_engines_one() -> None:
+def test_the_large_run_and_its_engines_fill_four_nodes() -> None:
     config = settings("p2o_qwen3_32b")
     assert config.parallel.world_size == 4 * 8
     assert config.parallel.tensor <= 8, "tensor parallelism stays within a node"
-    assert config.rollout.num_engines * config.rollout.tensor_parallel == 8
+    assert config.rollout.num_engines * config.rollout.tensor_parallel == 4 * 8
