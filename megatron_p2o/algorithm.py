@@ -71,9 +71,12 @@ class StepResult:
     """What one step did."""
 
     groups: list[Group]
+    """All that were sampled, trained on or not."""
     hard: list[Problem]
     reports: list[UpdateReport]
     """One per optimizer step."""
+    num_batches: int
+    """Batches of problems that were asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +88,7 @@ class TrainState:
     """Steps done; the weight version the engines serve."""
     epoch: int = 0
     batch: int = 0
-    """Steps done in this epoch."""
+    """Batches of this epoch that were asked; one per step, more with dynamic sampling."""
     hard: tuple[Problem, ...] = ()
     """Hard problems of this epoch so far."""
 
@@ -103,12 +106,41 @@ class TrainObserver(Protocol):
 
 
 def p2o_step(
-    problems: Sequence[Problem], state: TrainState, ledger: HardSampleLedger, parts: Parts, config: Config
+    problems: Sequence[Problem],
+    state: TrainState,
+    ledger: HardSampleLedger,
+    parts: Parts,
+    config: Config,
+    following: Iterator[Sequence[Problem]],
 ) -> StepResult:
     """Sample, grade, credit, distil, and hand the new weights to the engines.
 
-    `problems` is the batch x_1..x_P. Raises what the parts raise; a step that raised has not been recorded anywhere.
+    `problems` is the batch x_1..x_P; dynamic sampling takes more of them from the `following` batches. Raises what the
+    parts raise; a step that raised has not been recorded anywhere.
     """
+    groups = sampled_groups(problems, state, ledger, parts, config)
+    num_batches = 1
+    while num_batches < config.schedule.max_batches_per_step and num_informative(groups) < len(problems):
+        more = next(following, None)
+        if more is None:
+            break
+        groups += sampled_groups(more, state, ledger, parts, config)
+        num_batches += 1
+
+    # What a group nearly always fails is work for the next evolution.
+    hard = hard_problems(groups, config.hard.max_solved, config.hard.counted)
+
+    # Distil: the gradient is taken on (x, y), whatever template y was sampled with.
+    reports = update(most_informative(groups, len(problems)), parts.policy, config)
+
+    parts.engine.refresh(parts.policy.weights(), version=state.step + 1)
+    return StepResult(groups=groups, hard=hard, reports=reports, num_batches=num_batches)
+
+
+def sampled_groups(
+    problems: Sequence[Problem], state: TrainState, ledger: HardSampleLedger, parts: Parts, config: Config
+) -> list[Group]:
+    """Return the graded and credited rollouts of each problem."""
     # Sample y ~ pi(. | x, z): a hard problem is asked through its templates, every other one plainly.
     prompts = [
         asked(problem, template, parts.renderer)
@@ -117,19 +149,12 @@ def p2o_step(
     ]
     rollouts = sample_and_grade(prompts, rollout_sampling(config, state.step), parts)
 
-    # Credit each rollout against its siblings; what they nearly all fail is work for the next evolution.
-    groups = make_groups(
+    # Credit each rollout against its siblings.
+    return make_groups(
         chunks(rollouts, config.rollout.group_size),
         config.advantage,
         [ledger.plain_success_rate(problem.id) for problem in problems],
     )
-    hard = hard_problems(groups, config.hard.max_solved, config.hard.counted)
-
-    # Distil: the gradient is taken on (x, y), whatever template y was sampled with.
-    reports = update(groups, parts.policy, config)
-
-    parts.engine.refresh(parts.policy.weights(), version=state.step + 1)
-    return StepResult(groups=groups, hard=hard, reports=reports)
 
 
 def train(
@@ -146,12 +171,14 @@ def train(
     `observer.should_stop` ended the run.
     """
     while state.epoch < config.schedule.epochs:
-        for problems in batches_of(state.epoch)[state.batch :]:
+        batches = iter(batches_of(state.epoch)[state.batch :])
+        for problems in batches:
             if observer.should_stop(state):
                 return state
             state = replace(state, library=newest_library(state, parts.evolution))
-            result = p2o_step(problems, state, ledger, parts, config)
-            state = replace(state, step=state.step + 1, batch=state.batch + 1, hard=(*state.hard, *result.hard))
+            result = p2o_step(problems, state, ledger, parts, config, batches)
+            batch, hard = state.batch + result.num_batches, (*state.hard, *result.hard)
+            state = replace(state, step=state.step + 1, batch=batch, hard=hard)
             observer.on_step(state, result)
         if observer.should_stop(state):
             return state
@@ -177,6 +204,17 @@ def evolved_library(state: TrainState, evolution: PromptEvolution | None, config
 def newest_library(state: TrainState, evolution: PromptEvolution | None) -> TemplateLibrary:
     """Return what a round beside training has published meanwhile, else what there is: training never waits for it."""
     return state.library if evolution is None else evolution.newest(state.library)
+
+
+def num_informative(groups: Sequence[Group]) -> int:
+    """Return how many groups carry a gradient: their rollouts do not all agree."""
+    return sum(any(group.advantages) for group in groups)
+
+
+def most_informative(groups: Sequence[Group], size: int) -> list[Group]:
+    """Return `size` groups in the order they were asked: those that carry a gradient first, then any."""
+    by_use = sorted(range(len(groups)), key=lambda index: not any(groups[index].advantages))
+    return [groups[index] for index in sorted(by_use[:size])]
 
 
 def update(groups: Sequence[Group], policy: Policy, config: Config) -> list[UpdateReport]:

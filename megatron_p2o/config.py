@@ -226,6 +226,9 @@ class ScheduleConfig:
     problems_per_step: int = 128
     problems_per_update: int = 64
     """Mini-batch of one optimizer step; must divide `problems_per_step`."""
+    max_batches_per_step: int = 1
+    """Dynamic sampling (DAPO): a step asks up to so many batches of `problems_per_step`, until that many groups carry a
+    gradient, and trains on those. What all agree on costs rollouts then, and the epoch has fewer steps."""
     epochs: int = 10
     max_steps: int | None = None
     """Stop after this many rollout steps even inside an epoch."""
@@ -381,7 +384,7 @@ POSITIVE = (
     *("grading.num_workers", "grading.deadline_s"),
     *("optimizer.lr", "optimizer.eps", "optimizer.clip_grad"),
     *("optimizer.micro_batch_tokens", "schedule.problems_per_step", "schedule.problems_per_update"),
-    *("schedule.keep_checkpoints", "schedule.epochs"),
+    *("schedule.keep_checkpoints", "schedule.epochs", "schedule.max_batches_per_step"),
     *("evolution.dev_size", "evolution.num_lineages", "evolution.minibatch_size"),
     *("evolution.max_template_tokens", "evolution.round_timeout_s", "evolution.reflection.max_tokens"),
     *("evolution.reflection.timeout_s", "evaluation.num_samples", "scoring.mismatch_alarm"),

@@ -20,5 +20,6 @@ else
     echo "SKIPPED pyright: it fetches itself with npm, which this machine does not reach"
 fi
 bash -n examples/*.sh examples/*/*.sh tools/*.sh
-# Two workers, a file each: the long tests wait for processes they started, not for the processor.
-python -m pytest -n 2 --dist loadfile
+# Two workers, a file each, those with the longest tests first: they wait for processes they started, not for the processor.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm tests/integration tests/distributed \
+    tests/kernel_ops tests/unit

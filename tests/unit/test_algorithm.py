@@ -69,6 +69,7 @@ def run_step(
     *,
     step: int = 0,
     problems: Sequence[Problem] = PROBLEMS,
+    following: Sequence[Sequence[Problem]] = (),
     ledger: HardSampleLedger | None = None,
 ) -> Step:
     """Run one step from a policy that has already moved `step` times."""
@@ -77,7 +78,7 @@ def run_step(
     engine = FakeEngine(reply=reply, journal=journal, version=step, num_updates=step)
     parts = Parts(policy=policy, engine=engine, grader=grader, renderer=FakeRenderer(), evolution=None)
     state = TrainState(library=FakeLibrary(assignments=templates or {}), step=step)
-    result = p2o_step(problems, state, ledger or HardSampleLedger(), parts, fake_config(settings))
+    result = p2o_step(problems, state, ledger or HardSampleLedger(), parts, fake_config(settings), iter(following))
     return Step(result=result, policy=policy, engine=engine, grader=grader, journal=journal)
 
 
@@ -299,7 +300,7 @@ def test_a_step_that_fails_has_moved_nothing() -> None:
     engine = FakeEngine(reply=lost, journal=journal)
     parts = Parts(policy=policy, engine=engine, grader=FakeGrader(), renderer=FakeRenderer(), evolution=None)
     with pytest.raises(ConnectionError):
-        p2o_step(PROBLEMS, TrainState(library=FakeLibrary()), HardSampleLedger(), parts, fake_config())
+        p2o_step(PROBLEMS, TrainState(library=FakeLibrary()), HardSampleLedger(), parts, fake_config(), iter(()))
     assert journal == ["generate"]
 
 
@@ -311,3 +312,41 @@ def test_a_template_too_long_for_a_problem_leaves_it_plain() -> None:
     assert (prompt.template, prompt.is_templated) == (PLAIN, False)
     with pytest.raises(PromptTooLongError):
         asked(problem, PLAIN, FakeRenderer(max_prompt_tokens=1))
+
+
+MORE = [[fake_problem(number) for number in range(start, start + 4)] for start in (4, 8, 12)]
+"""The batches that follow `PROBLEMS`."""
+
+
+def trained_problems(step: Step) -> list[set[str]]:
+    """Return the questions each update was trained on."""
+    return [
+        {"".join(map(chr, sample.context_ids)) for sample in call.samples if sample.advantage != 0}
+        for call in step.policy.updates
+    ]
+
+
+def questions(*numbers: int) -> set[str]:
+    return {fake_problem(number).question for number in numbers}
+
+
+def test_dynamic_sampling_asks_further_batches_until_enough_groups_disagree() -> None:
+    disagreeing = {fake_problem(number).id: [0, 2] for number in (1, 6, 7, 8, 11, 13)}
+    settings = {"schedule.max_batches_per_step": 4}
+    step = run_step(solved_by(disagreeing), settings, following=MORE)
+    assert step.result.num_batches == 3
+    assert [group.problem for group in step.result.groups] == [*PROBLEMS, *MORE[0], *MORE[1]]
+    assert trained_problems(step) == [questions(1, 6), questions(7, 8)]  # 11 is one too many, 13 was not asked
+    assert {problem.id for problem in step.result.hard} == {fake_problem(n).id for n in (0, 2, 3, 4, 5, 9, 10)}
+    assert step.engine.refreshes == [1]
+
+
+@pytest.mark.parametrize(("max_batches", "num_following", "asked"), [(1, 3, 1), (2, 3, 2), (4, 1, 2), (4, 0, 1)])
+def test_dynamic_sampling_ends_at_its_limit_and_with_the_epoch(
+    max_batches: int, num_following: int, asked: int
+) -> None:
+    settings = {"schedule.max_batches_per_step": max_batches}
+    step = run_step(solved_by({PROBLEMS[3].id: [1]}), settings, following=MORE[:num_following])
+    assert step.result.num_batches == asked
+    assert trained_problems(step) == [set(), questions(3)]  # of the agreeing groups, the first asked fill the step
+    assert len(step.result.groups) == 4 * asked

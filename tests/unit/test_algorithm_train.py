@@ -219,6 +219,22 @@ def test_a_resumed_run_takes_exactly_the_remaining_steps(step: int, baseline: st
     assert rest.end == whole.end
 
 
+def test_a_resumed_run_asks_no_batch_again_that_dynamic_sampling_took(tmp_path: Path) -> None:
+    settings = {"schedule.max_batches_per_step": 2, "hard.max_solved": 0}
+    whole = run(settings)
+    asked = [prompt.problem for prompt in whole.engine.prompts]
+    assert asked[::4] == [problem for epoch in (0, 1) for batch in batches_of(epoch) for problem in batch]
+    assert whole.end.step < 6  # batches were joined
+    part = run(settings, stop_at_step=1)
+    assert part.recorder.states[-1].batch == 2
+    part.policy.save(tmp_path)
+    policy = FakePolicy()
+    policy.load(tmp_path)
+    rest = run(settings, start=part.recorder.states[-1], entries=part.recorder.entries, policy=policy)
+    assert [prompt.problem for prompt in part.engine.prompts + rest.engine.prompts] == asked
+    assert rest.end == whole.end
+
+
 def test_a_stop_in_the_middle_of_a_round_leaves_the_epoch_open(tmp_path: Path) -> None:
     @dataclass(kw_only=True, slots=True)
     class Interrupted(FakeEvolution):

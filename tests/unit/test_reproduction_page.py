@@ -28,6 +28,7 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo-math-10k": (MATH_10K, GRPO),
     "grpo12-scaler-5k": (SCALER_5K, GRPO_12),
     "grpo12-math-5k": (MATH_5K, GRPO_12),
+    "dapo-math-5k": (MATH_5K, GRPO | {"schedule.max_batches_per_step": 8, "objective.clip_high": 0.28}),
     "selfref-scaler-5k": (SCALER_5K, SELF),
     "selfref-math-5k": (MATH_5K, SELF),
     "selfref-scaler-10k": (SCALER_10K, SELF),
