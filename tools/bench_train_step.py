@@ -11,11 +11,9 @@ forward and backward once (no recomputation), the head on response positions onl
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,55 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+from random_policy import SHAPES, bench_config, measured_on, write_random_model  # isort: skip; makes ours importable
 
-from bench.cases import Shape  # noqa: E402
-from bench.measure import environment, matmul_ceiling, peak_bytes, time_interleaved  # noqa: E402
+from bench.cases import Shape
+from bench.measure import matmul_ceiling, peak_bytes, time_interleaved
 
-from megatron_p2o.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig  # noqa: E402
-from megatron_p2o.policy.architecture import Architecture, read_architecture  # noqa: E402
-from megatron_p2o.policy.attention import pack_layout, sample_positions  # noqa: E402
-from megatron_p2o.policy.cpu_compat import cuda_stand_ins  # noqa: E402
-from megatron_p2o.policy.hf_directory import write_hf_directory  # noqa: E402
-from megatron_p2o.policy.ranks import MegatronPolicy, build_policy  # noqa: E402
-from megatron_p2o.rl.packing import pack  # noqa: E402
-from megatron_p2o.types import TrainSample  # noqa: E402
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "qwen3-4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 8192,
-    },
-}
-"""Settings of config.json beside those of `QWEN3`."""
-
-QWEN3 = {
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-}
+from megatron_p2o.policy.architecture import Architecture, read_architecture
+from megatron_p2o.policy.attention import pack_layout, sample_positions
+from megatron_p2o.policy.cpu_compat import cuda_stand_ins
+from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.rl.packing import pack
+from megatron_p2o.types import TrainSample
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense bfloat16, by a part of the device's name, from the vendor's data sheets; the SXM forms."""
 
 RELATIVE_GATE = {"cpu": 1e-4, "cuda": 2e-2}
 """Largest difference in loss and gradient norm of the arms: float32, and eight bits of mantissa."""
-
-OBJECTIVE = ObjectiveConfig(context="replace")
 
 
 def main() -> None:
@@ -111,30 +77,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured_on(device: torch.device) -> dict[str, str]:
-    """Return device, versions and commit."""
-    return environment(device) | {"megatron-core": version("megatron-core")}
-
-
-def write_random_model(folder: Path, shape: str, device: torch.device) -> Path:
-    """Write a Hugging Face directory with normal weights of deviation 0.02 and norms of 1; return it."""
-    source = folder / "source"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(QWEN3 | SHAPES[shape]))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        for name, size in read_architecture(source).weight_shapes().items():
-            if len(size) == 1:
-                yield name, torch.ones(size, dtype=dtype)
-            else:
-                yield name, (0.02 * torch.randn(size, generator=generator, device=device)).to(dtype).cpu()
-
-    write_hf_directory(weights(), source, folder / "model")
-    return folder / "model"
-
-
 def make_samples(
     num_tokens: int, sample_tokens: int, prompt_tokens: int, architecture: Architecture
 ) -> list[TrainSample]:
@@ -153,19 +95,6 @@ def make_samples(
         )
         for _ in range(num_tokens // sample_tokens)
     ]
-
-
-def bench_config(model_path: Path, num_tokens: int, device: torch.device, *, recompute: bool) -> Config:
-    overrides = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return Config(
-        run=RunConfig(name="bench"),
-        model=ModelConfig(path=str(model_path), dtype="bfloat16" if device.type == "cuda" else "float32"),
-        data=DataConfig(train=""),
-        objective=OBJECTIVE,
-        # A step so small that both arms stay at the same weights.
-        optimizer=OptimizerConfig(lr=1e-12, weight_decay=0.0, micro_batch_tokens=num_tokens),
-        megatron=overrides if recompute else {},
-    )
 
 
 def measure(

@@ -54,6 +54,8 @@ class RefreshStats:
     """From the pause of the engines to their resumption."""
     convert_s: float
     """Waiting for the trainer to gather and convert the next weight."""
+    fill_s: float
+    """Copying weights into buckets, with their checksums."""
     stall_s: float
     """Waiting for the engines to load a bucket while the next is ready, and at the end."""
 
@@ -64,6 +66,7 @@ class RefreshStats:
             "refresh/buckets_count": self.num_buckets,
             "refresh/total_s": self.total_s,
             "refresh/convert_s": self.convert_s,
+            "refresh/fill_s": self.fill_s,
             "refresh/stall_s": self.stall_s,
             "refresh/gbytes_per_s": self.num_bytes / self.total_s / 1e9,
         }
@@ -88,7 +91,7 @@ class WeightSync:
         self._buckets: list[StagingBuffer] = []
         self._num_filled = 0
         self._version: int | None = None
-        self._convert_s = self._stall_s = 0.0
+        self._convert_s = self._fill_s = self._stall_s = 0.0
 
     @property
     def version(self) -> int | None:
@@ -104,7 +107,7 @@ class WeightSync:
         """
         remaining = iter(weights)
         self._version = None
-        self._convert_s = self._stall_s = 0.0
+        self._convert_s = self._fill_s = self._stall_s = 0.0
         start = time.monotonic()
         try:
             self.begin()
@@ -122,6 +125,7 @@ class WeightSync:
             num_buckets=self._num_filled,
             total_s=time.monotonic() - start,
             convert_s=self._convert_s,
+            fill_s=self._fill_s,
             stall_s=self._stall_s,
         )
 
@@ -206,9 +210,11 @@ class WeightSync:
                 yield bucket
                 index += 1
                 bucket = None
+            start = time.monotonic()
             if bucket is None:
                 bucket = self._empty_bucket(index, tensor.nbytes)
             bucket.put(name, tensor, verify)
+            self._fill_s += time.monotonic() - start
         if bucket is None:
             raise ValueError("the policy yielded no weights")
         yield bucket
