@@ -101,8 +101,10 @@ def interpreted_triton() -> Iterator[None]:
 
     kernel = p2o_kernels.lm_head.triton_kernels.exponentials_kernel
     assert isinstance(kernel, InterpretedFunction), "the kernels were imported before this fixture, for the compiler"
-    originals = {name: getattr(InterpreterBuilder, name) for name in ("create_dot", "create_fp_trunc")}
+    changed = ("create_dot", "create_fp_trunc", "create_minnumf", "create_maxnumf")
+    originals = {name: getattr(InterpreterBuilder, name) for name in changed}
     _fix_bfloat16(InterpreterBuilder)
+    _drop_nan_like_the_hardware(InterpreterBuilder)
     # Triton's own library (tl.sum, tl.zeros) was bound to the compiler if triton was imported before.
     call_compiled = JITFunction.__call__
     JITFunction.__call__ = lambda self, *args, **kwargs: InterpretedFunction(self.fn)(*args, **kwargs)
@@ -110,6 +112,12 @@ def interpreted_triton() -> Iterator[None]:
     JITFunction.__call__ = call_compiled
     for name, original in originals.items():
         setattr(InterpreterBuilder, name, original)
+
+
+def _drop_nan_like_the_hardware(builder: type) -> None:
+    """Hopper's plain minimum and maximum return the operand that is not nan; the interpreter's return nan."""
+    builder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
+    builder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
 
 
 def _fix_bfloat16(builder: type) -> None:

@@ -77,6 +77,25 @@ def test_a_common_offset_of_the_rewards_changes_nothing(estimator, implementatio
     assert torch.equal(second.is_flat_R, first.is_flat_R)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_an_invalid_rollout_was_given_changes_nothing(estimator, implementation):
+    batch = make_batch()
+    garbage = torch.where(batch["is_valid_R"], batch["rewards_R"], torch.tensor([NAN, torch.inf, 1e30] * 10))
+    first = grouped_advantage(**batch, estimator=estimator, implementation=implementation)
+    second = grouped_advantage(**batch | {"rewards_R": garbage}, estimator=estimator, implementation=implementation)
+    assert torch.equal(second.advantages_R, first.advantages_R)
+    assert torch.equal(second.is_flat_R, first.is_flat_R)
+
+
+def test_a_nan_reward_makes_its_group_nan_and_not_flat(implementation):
+    batch = make_batch()
+    row = int((batch["group_ids_R"] == 8 * 1_000_003 - 7).nonzero()[0])
+    batch["rewards_R"][row] = NAN
+    result = grouped_advantage(**batch, estimator="dr_grpo", implementation=implementation)
+    assert torch.equal(result.advantages_R.isnan(), batch["group_ids_R"] == batch["group_ids_R"][row])
+    assert not result.is_flat_R[row]
+
+
 def test_a_difference_far_below_the_epsilon_is_not_flat(implementation):
     rewards = torch.tensor([1.0, 1.0 + 2**-23, 1.0, 1.0])
     result = grouped_advantage(

@@ -211,6 +211,7 @@ def test_the_chunk_size_changes_only_the_rounding(head_case, relative_error):
         ({"advantages_T": torch.zeros(3)}, r"advantages_T \(3,\) on cpu: must be \(37,\)"),
         ({"weights_T": torch.ones(37, dtype=torch.bool)}, "weights_T is torch.bool"),
         ({"weight_main_grad_VpD": torch.zeros(2, 2)}, r"weight_main_grad_VpD \(2, 2\)"),
+        ({"weight_main_grad_VpD": torch.zeros(24, 224).T}, r"weight_main_grad_VpD has strides \(1, 224\)"),
     ],
 )
 def test_misfits_are_named(change, message, head_case):

@@ -46,3 +46,7 @@ def test_the_product_runs_on_tensor_cores_fed_by_bulk_copies(compiled):
         assert instructions["HGMMA"] > 0 and instructions["UTMALDG"] > 0, name
         assert (instructions["UTMASTG"] > 0) == ("gradient" in name), name
         assert (instructions["USETMAXREG"] > 0) == ("plain" not in name), name
+
+
+def test_no_half_of_a_warp_specialized_row_block_is_moved_twice(compiled):
+    assert {name: kernel["num_rows_moved_twice"] for name, kernel in compiled.items()} == dict.fromkeys(compiled, 0)

@@ -3,6 +3,7 @@
 What the interpreter cannot show (races, tensor-core rounding, warp specialization) is left to the `gpu` tests.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -165,6 +166,58 @@ def test_the_token_loss_kernel_equals_the_torch_form(has_old, nan_empty):
             torch.testing.assert_close(getattr(computed, name), getattr(expected, name), rtol=2e-6, atol=1e-7)
 
 
+def test_nan_hidden_states_show_in_the_log_probs_and_the_loss(head_case):
+    case = make_case(head_case)
+    arguments = policy_arguments(case)
+    row = int((arguments["advantages_T"] * arguments["weights_T"]).nonzero()[3])
+    with torch.no_grad():
+        case.hidden_TD[row, 5] = torch.nan
+    output, _, main_grad = run_policy(case, LossRule(context="replace"), arguments, small_path())
+    assert output.logprobs_T.isnan().nonzero().tolist() == [[row]]
+    assert output.loss.isnan() and main_grad.isnan().any()
+
+
+def test_rows_whose_target_is_beyond_the_range_stay_finite_and_have_an_entropy(head_case):
+    # Two equal rivals 150 nats above the target: saturated, yet log 2 nats of entropy as in truth.
+    hidden = torch.zeros(2, 32)
+    hidden[:, 0] = 150.0
+    weight = torch.zeros(70, 32)
+    weight[3, 0] = weight[66, 0] = 1.0
+    targets = torch.tensor([0, 3])
+    with torch.no_grad():
+        logprobs, entropy = linear_logprob(hidden.bfloat16(), weight.bfloat16(), targets, path=small_path())
+    assert -112 < logprobs[0] < -110 and logprobs[1] == pytest.approx(-math.log(2), rel=1e-5)
+    torch.testing.assert_close(entropy, torch.full((2,), math.log(2)), rtol=1e-4, atol=0)
+
+
+def test_the_gradient_of_a_sum_is_read_as_one_number_per_token(head_case, relative_error):
+    case = make_case(head_case)
+    hidden, weight = case.leaves()
+    whole = {"temperature": case.temperature, "vocab_size": case.vocab_size}
+    linear_logprob(hidden, weight, case.targets_T, **whole, path=small_path(save_bytes=2**20))[0].sum().backward()
+    true_hidden, true_weight = case.leaves(torch.float64)
+    linear_logprob_reference(true_hidden, true_weight, case.targets_T, **whole)[0].sum().backward()
+    assert relative_error(hidden.grad, true_hidden.grad) < 2.5e-3
+    assert relative_error(weight.grad, true_weight.grad) < 3.5e-3  # rounded to bfloat16 at the end
+
+
+def test_strided_rows_int32_targets_and_odd_depths_are_read_right(head_case):
+    # 40 = 32 + 8: the last step of the product reaches beyond the row, where the next row's numbers lie.
+    case = make_case(head_case, hidden_size=40, num_tokens=33)
+    wide = torch.full((33, 80), 1000.0, dtype=torch.bfloat16)
+    wide[:, :40] = case.hidden_TD
+    with torch.no_grad():
+        logprobs, _ = linear_logprob(
+            wide[:, :40],
+            case.weight_VpD,
+            case.targets_T.int(),
+            temperature=case.temperature,
+            vocab_size=case.vocab_size,
+            path=small_path(),
+        )
+    assert (logprobs - case.logprobs_T).abs().max() < 5e-6
+
+
 def test_two_phases_give_what_one_pass_gives_from_fewer_rows(head_case, relative_error):
     case = make_case(head_case)
     arguments = policy_arguments(case) | {"old_logprobs_T": None}
@@ -180,7 +233,7 @@ def test_two_phases_give_what_one_pass_gives_from_fewer_rows(head_case, relative
 def shards_of_policy_loss(case, arguments):
     rank = dist.get_rank()
     hidden, weight = case.leaves()
-    rows = len(weight) // 2
+    rows = len(weight) // dist.get_world_size()
     part = weight.detach()[rank * rows : (rank + 1) * rows].requires_grad_()
     main_grad = torch.zeros_like(part, dtype=torch.float32)
     output = linear_policy_loss(
@@ -200,11 +253,14 @@ def shards_of_policy_loss(case, arguments):
     return output.loss.item(), hidden_grad.numpy(), main_grad.numpy()
 
 
-def test_two_ranks_give_the_unsharded_result(head_case, relative_error):
-    case = make_case(head_case)
+@pytest.mark.parametrize(
+    ("num_ranks", "num_padding"), [(2, 20), (4, 140)], ids=["partly padded shard", "and one of padding alone"]
+)
+def test_ranks_give_the_unsharded_result(num_ranks, num_padding, head_case, relative_error):
+    case = make_case(head_case, num_padding=num_padding)
     arguments = policy_arguments(case)
     output, hidden_grad, main_grad = run_policy(case, LossRule(), arguments, small_path())
-    by_rank = run_gloo_ranks(shards_of_policy_loss, 2, case, arguments, timeout_s=240)
+    by_rank = run_gloo_ranks(shards_of_policy_loss, num_ranks, case, arguments, timeout_s=240)
     for loss, sharded_hidden, _ in by_rank:
         assert loss == pytest.approx(output.loss.item(), rel=1e-5)
         assert relative_error(torch.from_numpy(sharded_hidden), hidden_grad) < 3e-3  # each part is rounded to bfloat16
@@ -218,6 +274,17 @@ def test_the_chunk_size_fills_the_device(num_tokens, vocab_rows, rows):
 
     weight = torch.empty(vocab_rows, 2560, dtype=torch.bfloat16, device="meta")
     assert TritonHead().num_chunk_rows(HeadShard(weight, vocab_rows, 0, 1.0, None), num_tokens) == rows
+
+
+@pytest.mark.parametrize(
+    ("row_blocks", "column_tiles", "splits"),
+    [(26, 594, 5), (1, 594, 119), (256, 75, 1), (133, 75, 5), (1, 1, 1), (3, 2, 2)],
+    ids=["one chunk of Qwen3", "128 rows", "a TP=8 shard at 32k", "a row block too many", "one tile", "two tiles"],
+)
+def test_the_vocabulary_is_cut_for_the_fewest_waves(row_blocks, column_tiles, splits):
+    from p2o_kernels.lm_head.triton_path import TritonHead
+
+    assert TritonHead().num_splits(row_blocks, column_tiles) == splits
 
 
 def test_unsupported_inputs_are_named(head_case):

@@ -17,7 +17,8 @@ def grouped_advantage_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (advantages_R, is_flat_R, num_active_R, advantages_T); see `grouped_advantage`."""
     _, group_R = torch.unique(group_ids_R, return_inverse=True)
-    rewards = rewards_R.double()
+    # What an invalid rollout was given, nan included, must not enter a sum.
+    rewards = rewards_R.double().where(is_valid_R, 0.0)
     weight_R = is_valid_R.double()
     has_anchor_R, rate_R = torch.zeros_like(is_valid_R), torch.zeros_like(rewards)
     if anchor_rates_R is not None:

@@ -21,7 +21,8 @@ def grouped_advantage_kernel(
     """
     rollout = tl.program_id(0)
     own_group = tl.load(group_ids_ptr + rollout)
-    own_reward = tl.load(rewards_ptr + rollout)
+    is_valid = tl.load(is_valid_ptr + rollout) != 0
+    own_reward = tl.where(is_valid, tl.load(rewards_ptr + rollout), 0.0)
     size = 0.0
     total = 0.0
     highest = float("-inf")
@@ -66,8 +67,8 @@ def grouped_advantage_kernel(
         advantage = advantage / (tl.sqrt(squares / degrees) + _STD_EPSILON)
     if ESTIMATOR == "rloo":
         advantage = advantage * (size / degrees)
-    is_flat = (highest <= lowest) | (size < 2.0)
-    is_valid = tl.load(is_valid_ptr + rollout) != 0
+    # A nan reward makes its group nan, not flat: the hardware's maximum and minimum drop it, the sum does not.
+    is_flat = ((highest <= lowest) & (total == total)) | (size < 2.0)
     advantage = tl.where(is_valid & (is_flat == 0), advantage, 0.0)
     tl.store(advantages_ptr + rollout, advantage)
     tl.store(is_flat_ptr + rollout, is_flat.to(tl.int8))

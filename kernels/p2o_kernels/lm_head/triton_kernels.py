@@ -14,7 +14,7 @@ MARGIN = tl.constexpr(60.0)
 """Powers of two by which exponentials are shifted down, so that logits from 111 nats above the target's to 46 below fit
 the exponents of bfloat16 and the sums those of float32; higher ones saturate, lower ones count as 0."""
 _LARGEST_EXPONENT = tl.constexpr(100.0)
-"""Exponentials saturate here, so that sums over the vocabulary stay finite in float32."""
+"""Exponentials saturate here, so that sums over the vocabulary stay finite in float32. Not so nan: it stays nan."""
 _LOG_2 = tl.constexpr(0.6931471805599453)
 _SERIES_LIMIT = tl.constexpr(2.0**-5)
 """Below it four terms of log(1 + x) are exact to float32."""
@@ -55,12 +55,16 @@ def exponentials_kernel(
     num_row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     row_start = tl.program_id(0) % num_row_blocks * BLOCK_ROWS
     split = tl.program_id(0) // num_row_blocks
-    rows = row_start + tl.arange(0, BLOCK_ROWS)
-    is_row = rows < num_rows
-    target = (tl.load(targets_ptr + rows, mask=is_row, other=-1).to(tl.int64) - vocab_start).to(tl.int32)
-    target_logit = tl.load(target_logits_ptr + rows, mask=is_row, other=0.0)
+    # The row block's start is added to pointers, never to `rows`: warp specialization halves the row block, moves the
+    # second half's range and, in every use, the row coordinate of the descriptors. Their sum would move twice.
+    rows = tl.arange(0, BLOCK_ROWS)
+    is_row = rows < num_rows - row_start
+    target = tl.load(targets_ptr + row_start + rows, mask=is_row, other=-1)
+    target = (target.to(tl.int64) - vocab_start).to(tl.int32)
+    target_logit = tl.load(target_logits_ptr + row_start + rows, mask=is_row, other=0.0)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    largest_difference = (_LARGEST_EXPONENT + MARGIN) / scale
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(num_columns, BLOCK_COLUMNS))
     # Descriptors are made here and not by the host: warp specialization splits the row block between two warpgroups and
@@ -85,16 +89,18 @@ def exponentials_kernel(
         columns = column_start + tl.arange(0, BLOCK_COLUMNS)
         counts = (columns[None, :] < num_columns) & (columns[None, :] != target[:, None])
         difference = logits - target_logit[:, None]
-        exponential = tl.exp2(tl.minimum(difference * scale - MARGIN, _LARGEST_EXPONENT))
+        difference = tl.minimum(difference, largest_difference, propagate_nan=tl.PropagateNan.ALL)
+        exponential = tl.exp2(difference * scale - MARGIN)
         exponential = tl.where(counts, exponential, 0.0)
         total += tl.sum(exponential, 1)
         if ENTROPY:
             weighted += tl.sum(exponential * difference, 1)
         if STORE:
             exponentials_desc.store([row_start, column_start], exponential.to(tl.bfloat16))
-    tl.store(sums_ptr + split.to(tl.int64) * num_rows + rows, total, mask=is_row)
+    first_sum = split.to(tl.int64) * num_rows + row_start
+    tl.store(sums_ptr + first_sum + rows, total, mask=is_row)
     if ENTROPY:
-        tl.store(weighted_ptr + split.to(tl.int64) * num_rows + rows, weighted, mask=is_row)
+        tl.store(weighted_ptr + first_sum + rows, weighted, mask=is_row)
 
 
 @triton.jit

@@ -113,7 +113,7 @@ class TritonHead:
         """Return the row sums [2, splits, C] over all ranks: of the exponentials, and weighted by their logits."""
         num_rows, num_columns = len(hidden_CD), len(shard.weight_VD)
         row_blocks, column_tiles = triton.cdiv(num_rows, self.tile.rows), triton.cdiv(shard.num_rows, self.tile.columns)
-        num_splits = max(1, min(self.num_multiprocessors // row_blocks, column_tiles))
+        num_splits = self.num_splits(row_blocks, column_tiles)
         sums_2SC = torch.zeros(2, num_splits, num_rows, dtype=torch.float32, device=hidden_CD.device)
         if num_columns > 0:
             # Without a buffer nothing is stored: any valid pointer will do.
@@ -128,6 +128,18 @@ class TritonHead:
                 num_warps=self.tile.num_warps, num_stages=self.tile.num_stages,
             )  # fmt: skip
         return _sum_over_ranks(sums_2SC, shard.tp_group)
+
+    def num_splits(self, row_blocks: int, column_tiles: int) -> int:
+        """Return into how many ranges the vocabulary is cut: for the least time of waves of programs, then the fewest.
+
+        A program takes its range's tiles one after the other, and about one tile's time to start and to write its sums.
+        """
+
+        def total_time(splits: int) -> int:
+            waves = math.ceil(row_blocks * splits / self.num_multiprocessors)
+            return waves * (math.ceil(column_tiles / splits) + 1)
+
+        return min(range(1, max(1, min(self.num_multiprocessors, column_tiles)) + 1), key=total_time)
 
     def hidden_grad(self, shard: HeadShard, chunk: SoftmaxChunk, targets_C: Tensor, logprob_grad_C: Tensor) -> Tensor:
         """Return bfloat16 [C, D], rounded once."""
@@ -204,6 +216,11 @@ def _check_supported(hidden_CD: Tensor, weight_VD: Tensor) -> None:
         raise ValueError(
             f"hidden_TD is {hidden_CD.dtype} with D={hidden_CD.shape[1]}: the Triton path takes bfloat16 and D a "
             f"multiple of {_DESCRIPTOR_ALIGNMENT}; cast or pad, or pass path=TorchHead()"
+        )
+    if hidden_CD.is_cuda and hidden_CD.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"hidden_TD is on {hidden_CD.device}: Triton launches on the current device, "
+            f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first"
         )
     for name, tensor in (("hidden_TD", hidden_CD), ("weight_VpD", weight_VD)):
         if tensor.stride(1) != 1 or tensor.stride(0) % _DESCRIPTOR_ALIGNMENT or tensor.data_ptr() % 16:

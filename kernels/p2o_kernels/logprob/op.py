@@ -96,6 +96,7 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, logprob_grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VpD, targets_T = ctx.saved_tensors
         shard, path = ctx.shard, ctx.path
+        logprob_grad_T = logprob_grad_T.contiguous()  # that of a sum is one number, expanded
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_grad_TD = torch.zeros_like(hidden_TD) if wants_hidden else None
         weight_grad_VpD = torch.zeros_like(weight_VpD, dtype=shard.compute_dtype) if wants_weight else None

@@ -287,3 +287,5 @@ def _check_main_grad(main_grad_VpD: Tensor | None, weight_VpD: Tensor, shard: He
             f"weight_main_grad_VpD {tuple(main_grad_VpD.shape)} {main_grad_VpD.dtype}: must be "
             f"{tuple(weight_VpD.shape)} {shard.compute_dtype}"
         )
+    if not main_grad_VpD.is_contiguous():
+        raise ValueError(f"weight_main_grad_VpD has strides {main_grad_VpD.stride()}: must be contiguous")

@@ -5,6 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
+def _clamp(values, low, high):
+    """Like torch.clamp: nan stays nan, which the hardware's minimum and maximum would drop."""
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(tl.maximum(values, low, propagate_nan=nan), high, propagate_nan=nan)
+
+
+@triton.jit
 def token_losses_kernel(
     logprobs_ptr, advantages_ptr, weights_ptr, old_ptr, sampling_ptr, is_templated_ptr,
     losses_ptr, logprob_grad_ptr, token_weights_ptr, ratio_ptr, is_clipped_ptr,
@@ -24,20 +31,21 @@ def token_losses_kernel(
         is_templated = tl.load(is_templated_ptr + tokens, mask=inside, other=0) != 0
         sampling = tl.load(sampling_ptr + tokens, mask=inside, other=0.0)
         context_log_ratio = tl.where(is_templated, old - sampling, 0.0)
-        context_ratio = tl.exp(tl.minimum(tl.maximum(context_log_ratio, -max_context_log_ratio), max_context_log_ratio))
+        context_ratio = tl.exp(_clamp(context_log_ratio, -max_context_log_ratio, max_context_log_ratio))
         if SOFT:
-            weight *= tl.minimum(tl.maximum(context_ratio, ratio_low), ratio_high) / context_ratio
+            weight *= _clamp(context_ratio, ratio_low, ratio_high) / context_ratio
         else:
             weight = tl.where((context_ratio >= ratio_low) & (context_ratio <= ratio_high), weight, 0.0)
     log_ratio = logprob - old
-    ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -max_log_ratio), max_log_ratio))
+    ratio = tl.exp(_clamp(log_ratio, -max_log_ratio, max_log_ratio))
     plain = -advantage * ratio
-    clipped = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+    clipped = -advantage * _clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    worst = tl.maximum(plain, clipped, propagate_nan=tl.PropagateNan.ALL)
     ceiling = -dual_clip * advantage
-    is_capped = (advantage < 0.0) & (tl.maximum(plain, clipped) > ceiling)
+    is_capped = (advantage < 0.0) & (worst > ceiling)
     is_clipped = (clipped > plain) | is_capped
     has_gradient = (is_clipped == 0) & (tl.abs(log_ratio) <= max_log_ratio)
-    loss = tl.where(is_capped, ceiling, tl.maximum(plain, clipped))
+    loss = tl.where(is_capped, ceiling, worst)
     tl.store(losses_ptr + tokens, weight * loss, mask=inside)
     tl.store(logprob_grad_ptr + tokens, tl.where(has_gradient, weight * plain, 0.0), mask=inside)
     tl.store(token_weights_ptr + tokens, weight, mask=inside)
