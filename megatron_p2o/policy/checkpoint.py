@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -35,7 +36,7 @@ WRITE_TIMEOUT_S = 3600.0
 """Longest wait for this rank's files of one checkpoint."""
 
 METADATA_FILE = ".metadata"
-COMMON_FILES = ("common.pt", "metadata.json", METADATA_FILE)
+COMMON_FILES = (COMMON_STATE_FNAME, "metadata.json", METADATA_FILE)
 """Written by rank 0 for all."""
 
 DigestsByName = Mapping[str, FileDigest]
@@ -54,6 +55,10 @@ class Staged(TorchDistSaveShardedStrategy):
         self.state: dict[str, Any] = {}
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Later versions than 0.16.1 pass what is common to all ranks too. A file of its own is what all versions read.
+        common = sharded_state_dict.pop("common_state", None)
+        if common is not None and dist.get_rank() == 0:
+            torch.save(common.data, Path(checkpoint_dir, COMMON_STATE_FNAME))
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         for shards in renamed.values():
             for shard in shards:

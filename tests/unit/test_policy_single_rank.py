@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import Qwen3ForCausalLM
 
 from megatron_p2o.config import Config, ObjectiveConfig, OptimizerConfig
 from megatron_p2o.files import digest_of
 from megatron_p2o.policy.attention import pack_layout, sample_positions
+from megatron_p2o.policy.checkpoint import Staged
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.ranks import MegatronPolicy, PolicyError, build_policy
 from megatron_p2o.policy.safe_pickle import RefusedPickle
@@ -291,6 +293,17 @@ def replace_first_object(directory: Path, value: Any) -> None:
     stored.offset, stored.length = path.stat().st_size, len(content.getvalue())
     path.write_bytes(path.read_bytes() + content.getvalue())
     (directory / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def test_the_state_common_to_all_ranks_is_one_file_also_where_megatron_passes_it_with_the_shards(
+    model: Path, tmp_path: Path
+):
+    common = {"scheduler": {"num_steps": 3}}
+    with policy_of(policy_config(model)):
+        staged = Staged()
+        staged.save({"common_state": ShardedObject("common_state", common, (1,), (0,))}, tmp_path)
+    assert torch.load(tmp_path / "common.pt", weights_only=True) == common
+    assert staged.state == {}
 
 
 def test_a_missing_checkpoint_is_named(model: Path, tmp_path: Path):
