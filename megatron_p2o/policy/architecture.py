@@ -77,6 +77,25 @@ class Architecture:
             shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
         return shapes
 
+    def forward_flops(self, num_tokens: int, num_head_tokens: int) -> float:
+        """Return the floating-point operations of the matrix products of a forward pass over one sequence.
+
+        Attention is causal; of a layer's experts those count that a token visits.
+
+        Args:
+            num_tokens: length of the sequence.
+            num_head_tokens: positions whose states go through the LM head.
+        """
+        query_size, key_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        mlp_weights = 3 * self.hidden_size * self.intermediate_size
+        if self.experts is not None:
+            visited = 3 * self.experts.num_experts_per_token * self.experts.intermediate_size
+            mlp_weights = self.hidden_size * (self.experts.num_experts + visited)
+        weights = 2 * self.hidden_size * (query_size + key_size) + mlp_weights
+        pairs = num_tokens * (num_tokens + 1) / 2
+        layer = 2.0 * num_tokens * weights + 4.0 * pairs * query_size
+        return self.num_layers * layer + 2.0 * num_head_tokens * self.hidden_size * self.vocab_size
+
     def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
         query_size, key_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {

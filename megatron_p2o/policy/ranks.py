@@ -202,7 +202,8 @@ class MegatronPolicy:
             self._gather(None)
 
     def _shares(self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None) -> list[Share]:
-        return shares_of(samples, old_logprobs, self._config.parallel, self._config.optimizer.micro_batch_tokens)
+        micro_batch_tokens = self._config.optimizer.micro_batch_tokens
+        return shares_of(samples, old_logprobs, self._config.parallel, micro_batch_tokens, self._shard.architecture)
 
     def _everywhere(self, method: Method, *arguments: Any) -> list[Any]:
         """Run a method with the same arguments on all ranks; returns their answers by rank."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_p2o.config import ParallelConfig
+from megatron_p2o.policy.architecture import Architecture
 from megatron_p2o.rl.packing import plan_micro_batches
 from megatron_p2o.types import Logprobs, TrainSample
 
@@ -27,12 +28,17 @@ def shares_of(
     old_logprobs: Sequence[Logprobs] | None,
     parallel: ParallelConfig,
     micro_batch_tokens: int,
+    architecture: Architecture,
 ) -> list[Share]:
-    """Return one share per data-parallel rank; see `plan_micro_batches` for how they are balanced."""
+    """Return one share per data-parallel rank, balanced by arithmetic within the budget of tokens.
+
+    A long sample costs more per token, for its attention; see `plan_micro_batches`.
+    """
     # Context parallelism rounds every sample up, and gives each of its ranks an equal part of the pack.
     rounded_to = 2 * parallel.context if parallel.context > 1 else 1
     plan = plan_micro_batches(
         [-(-sample.num_tokens // rounded_to) * rounded_to for sample in samples],
+        [architecture.forward_flops(sample.num_tokens, len(sample.response_ids)) for sample in samples],
         parallel.data,
         micro_batch_tokens * parallel.context,
         # The interleaved schedule passes micro-batches on in groups of as many as there are stages.

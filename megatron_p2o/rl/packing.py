@@ -2,7 +2,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch.from_numpy is untyped in torch's own stubs.
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -101,67 +100,60 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], num_ranks: int, budget_tokens: int, multiple: int = 1
+    lengths: Sequence[int], costs: Sequence[float], num_ranks: int, budget_tokens: int, multiple: int = 1
 ) -> list[list[list[int]]]:
     """Return for each rank its micro-batches, in order, as indices into `lengths`.
 
-    Longest first, each sample goes to the micro-batch with fewest tokens; longest first again, the k-th micro-batches
-    of all ranks are `num_ranks` neighbours in size, the longest to the rank with fewest tokens. Hence
+    Costliest first, each sample goes to the micro-batch with the least cost of those that have room for its tokens;
+    costliest first again, the k-th micro-batches of all ranks are `num_ranks` neighbours in cost, the costliest to the
+    rank with the least. Hence
 
     - every rank has the same number of micro-batches, a multiple of `multiple`; with few samples some are empty;
     - a micro-batch exceeds the budget only when it is a single sample that does;
-    - the tokens of two micro-batches, and those of two ranks, differ by at most the longest sample.
+    - a micro-batch costs more than another, by more than its cheapest sample, only where that one had no room for it;
+    - two ranks differ in cost by no more than two micro-batches do.
 
     Deterministic: ties go to the lower index.
+
+    Args:
+        lengths: tokens of each sample.
+        costs: of each sample, in any unit: what is balanced.
     """
     step = num_ranks * multiple
-    num_batches = -(-max(1, len(micro_batches(lengths, budget_tokens))) // step) * step
-    batches = _longest_first(lengths, num_batches)
-    while any(len(members) > 1 and _total(lengths, members) > budget_tokens for members in batches):
+    at_least = -(-sum(min(length, budget_tokens) for length in lengths) // budget_tokens)
+    num_batches = -(-max(1, at_least) // step) * step
+    while (batches := _costliest_first(lengths, costs, num_batches, budget_tokens)) is None:
         num_batches += step
-        batches = _longest_first(lengths, num_batches)
-    batches.sort(key=lambda members: -_total(lengths, members))
+    batches.sort(key=lambda members: -_total(costs, members))
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
+    loads = [0.0] * num_ranks
     for first in range(0, num_batches, num_ranks):
         lightest_first = sorted(range(num_ranks), key=lambda rank: loads[rank])
         for rank, members in zip(lightest_first, batches[first : first + num_ranks], strict=True):
             ranks[rank].append(sorted(members))
-            loads[rank] += _total(lengths, members)
+            loads[rank] += _total(costs, members)
     return ranks
 
 
-def _longest_first(lengths: Sequence[int], num_batches: int) -> list[list[int]]:
-    """Return indices into `lengths` in `num_batches` parts with nearly equal sums (Graham's LPT rule)."""
+def _costliest_first(
+    lengths: Sequence[int], costs: Sequence[float], num_batches: int, budget_tokens: int
+) -> list[list[int]] | None:
+    """Return indices in `num_batches` parts of nearly equal cost (Graham's LPT rule), or None if they do not fit."""
     batches: list[list[int]] = [[] for _ in range(num_batches)]
-    lightest = [(0, number) for number in range(num_batches)]
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        load, number = lightest[0]
+    tokens, loads = np.zeros(num_batches, np.int64), np.zeros(num_batches)
+    for index in sorted(range(len(lengths)), key=lambda i: -costs[i]):
+        has_room = (tokens == 0) | (tokens + lengths[index] <= budget_tokens)
+        if not has_room.any():
+            return None
+        number = int(np.where(has_room, loads, np.inf).argmin())
         batches[number].append(index)
-        heapq.heapreplace(lightest, (load + lengths[index], number))
+        tokens[number] += lengths[index]
+        loads[number] += costs[index]
     return batches
 
 
-def micro_batches(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
-    """Return indices into `lengths` in as few micro-batches as first-fit decreasing finds, each within the budget.
-
-    A sample longer than the budget gets a micro-batch of its own. Deterministic: ties keep their order.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((number for number, left in enumerate(room) if lengths[index] <= left), None)
-        if place is None:
-            bins.append([index])
-            room.append(budget_tokens - lengths[index])
-        else:
-            bins[place].append(index)
-            room[place] -= lengths[index]
-    return [sorted(members) for members in bins]
-
-
-def _total(lengths: Sequence[int], members: Sequence[int]) -> int:
-    return sum(lengths[index] for index in members)
+def _total(costs: Sequence[float], members: Sequence[int]) -> float:
+    return sum(costs[index] for index in members)
 
 
 def _int64(values: np.ndarray, device: torch.device | str) -> torch.Tensor:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from megatron_p2o.policy.architecture import read_architecture
 from megatron_p2o.policy.attention import pack_layout, sample_positions
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
@@ -49,6 +51,21 @@ def test_logits_equal_transformers_and_the_weights_come_back_bit_for_bit(
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in original.items())
+
+
+def test_counted_arithmetic_is_that_of_transformers_without_what_the_causal_mask_hides(directory: Path):
+    architecture = read_architecture(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    if architecture.experts is not None:
+        model.set_experts_implementation("eager")  # the counter does not know the grouped product
+    num_tokens = 24
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(num_tokens)[None] % VOCAB_SIZE)
+    hidden_pairs = num_tokens**2 - num_tokens * (num_tokens + 1) // 2
+    hidden = 4 * hidden_pairs * architecture.num_heads * architecture.head_dim * architecture.num_layers
+    rotary = counter.get_total_flops() - hidden - architecture.forward_flops(num_tokens, num_tokens)
+    # Each angle of the rotary embedding is a product of an outer product: 2 x tokens x half a head.
+    assert rotary == 2 * num_tokens * architecture.head_dim // 2
 
 
 def test_an_update_equals_transformers_with_torch_adamw(policy: MegatronPolicy, directory: Path):

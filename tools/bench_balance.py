@@ -1,0 +1,166 @@
+"""Compare how evenly micro-batches divide the work of an update over data-parallel ranks.
+
+    python tools/bench_balance.py --json tools/results/balance.json [--verl verl/utils/seqlen_balancing.py]
+
+Log-normal response lengths up to a limit, the arithmetic of Qwen3-4B, a budget of tokens per micro-batch. Ours, ours
+with tokens as the cost, and verl's rule where its file is given (a file of its wheel: only its partition functions are
+called, in the order of its trainer: ranks by Karmarkar-Karp with equally many samples, then micro-batches).
+
+`busiest rank`: work of the rank with most over the mean; what an update takes, in units of perfect balance, when ranks
+meet once at its end. `slots`: the same when they meet after every micro-batch, as the stages of a pipeline do.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from megatron_p2o.policy.architecture import Architecture, Family
+from megatron_p2o.rl.packing import plan_micro_batches
+
+QWEN3_4B = Architecture(
+    family=Family(has_qk_norm=True),
+    num_layers=36,
+    hidden_size=2560,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=9728,
+    experts=None,
+    vocab_size=151936,
+    norm_epsilon=1e-6,
+    rope_theta=1e6,
+    rope_scaling_factor=None,
+    max_positions=40960,
+    ties_embeddings=True,
+)
+
+Plan = list[list[list[int]]]
+"""Indices of samples by rank and micro-batch."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--median-tokens", type=int, nargs="+", default=[800, 3000, 8000])
+    parser.add_argument("--samples", type=int, default=384, help="of an update")
+    parser.add_argument("--longest", type=int, default=12588, help="tokens of the longest sample")
+    parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--verl", type=Path, help="seqlen_balancing.py of a verl wheel")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for num_ranks in arguments.ranks
+        for median_tokens in arguments.median_tokens
+        for row in measured(num_ranks, median_tokens, providers(arguments, num_ranks), arguments)
+    ]
+    print("ranks  median  rule             busiest rank  slots  micro-batches  ms")
+    for row in rows:
+        print(
+            f"{row['ranks']:>5}  {row['median_tokens']:>6}  {row['rule']:15}  {row['busiest_rank']:>12.4f}  "
+            f"{row['slots']:.3f}  {row['micro_batches']:>13.1f}  {row['ms']:.1f}"
+        )
+    if arguments.json:
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "verl")}
+        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+def work(length: int) -> float:
+    return QWEN3_4B.forward_flops(length, length)
+
+
+def providers(arguments: argparse.Namespace, num_ranks: int) -> dict[str, Callable[[list[int]], Plan]]:
+    def ours(lengths: list[int]) -> Plan:
+        return plan_micro_batches(lengths, [work(length) for length in lengths], num_ranks, arguments.budget)
+
+    def by_tokens(lengths: list[int]) -> Plan:
+        return plan_micro_batches(lengths, lengths, num_ranks, arguments.budget)
+
+    rules = {"ours": ours, "ours, by tokens": by_tokens}
+    if arguments.verl:
+        partition = load_verl(arguments.verl).get_seqlen_balanced_partitions
+        rules["verl"] = lambda lengths: verl_plan(partition, lengths, num_ranks, arguments.budget)
+    return rules
+
+
+def load_verl(path: Path) -> ModuleType:
+    """Return verl's module; what it imports from the rest of verl is not needed for its partitions."""
+    for name, attribute in (
+        ("verl", None),
+        ("verl.protocol", "DataProto"),
+        ("verl.utils", "tensordict_utils"),
+        ("verl.utils.device", "get_device_name"),
+    ):
+        sys.modules[name] = ModuleType(name)
+        if attribute:
+            setattr(sys.modules[name], attribute, None)
+    spec = importlib.util.spec_from_file_location("seqlen_balancing", path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"--verl {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def verl_plan(
+    partition: Callable[[list[float], int, bool], list[list[int]]], lengths: list[int], num_ranks: int, budget: int
+) -> Plan:
+    """Return verl's plan: as many micro-batches on every rank as keep all of them within the budget."""
+    costs = [work(length) for length in lengths]
+    shares = partition(costs, num_ranks, True)
+    count = max(-(-sum(lengths[index] for index in share) // budget) for share in shares)
+    while True:
+        plan = [
+            [[share[place] for place in part] for part in partition([costs[index] for index in share], count, False)]
+            for share in shares
+        ]
+        if all(sum(lengths[index] for index in part) <= budget for rank in plan for part in rank):
+            return [sorted(rank, key=lambda part: -sum(costs[index] for index in part)) for rank in plan]
+        count += 1
+
+
+def measured(
+    num_ranks: int, median_tokens: int, rules: dict[str, Callable[[list[int]], Plan]], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return a row per rule: means over the same draws."""
+    generator = np.random.default_rng(0)
+    results: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in rules}
+    for _ in range(arguments.repeats):
+        drawn = generator.lognormal(np.log(median_tokens), 0.9, arguments.samples)
+        lengths = np.clip(drawn, 50, arguments.longest).astype(int).tolist()
+        for name, rule in rules.items():
+            start = time.perf_counter()
+            plan = rule(lengths)
+            results[name].append((*imbalance(plan, lengths), 1e3 * (time.perf_counter() - start)))
+    return [
+        {
+            "ranks": num_ranks,
+            "median_tokens": median_tokens,
+            "rule": name,
+            **dict(
+                zip(("busiest_rank", "slots", "micro_batches", "ms"), map(mean, zip(*rows, strict=True)), strict=True)
+            ),
+        }
+        for name, rows in results.items()
+    ]
+
+
+def imbalance(plan: Plan, lengths: Sequence[int]) -> tuple[float, float, int]:
+    """Return (busiest rank, slots, micro-batches per rank): see the module's docstring."""
+    totals = np.array([[sum(work(lengths[index]) for index in part) for part in rank] for rank in plan])
+    per_rank = totals.sum(axis=1)
+    return per_rank.max() / per_rank.mean(), totals.max(axis=0).sum() / per_rank.mean(), totals.shape[1]
+
+
+if __name__ == "__main__":
+    main()
