@@ -130,6 +130,9 @@ def p2o_step(
     # What a group nearly always fails is work for the next evolution.
     hard = hard_problems(groups, config.hard.max_solved, config.hard.counted)
 
+    # From here to the refresh a GPU that trainer and engine share is the trainer's.
+    parts.engine.release_memory()
+
     # Distil: the gradient is taken on (x, y), whatever template y was sampled with.
     reports = update(most_informative(groups, len(problems)), parts.policy, config)
 

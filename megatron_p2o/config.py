@@ -109,6 +109,10 @@ class RolloutConfig:
     verify_every: int = 1
     """Compare checksums of the engines' weights with the trainer's at the first and every so many refreshes; 0 never.
     An engine that is restarted is always compared, unless never."""
+    release_memory: bool | None = None
+    """Lend the memory of the engines' weights and KV cache to the trainer from the end of sampling to the refresh;
+    evolution waits meanwhile. None: on GPUs, where torch_memory_saver is installed; without CUDA there is nothing to
+    lend."""
     deterministic: bool | None = None
     """Sample each rollout from a seed of its own (run, step, problem, rollout), with arithmetic that does not depend on
     what else an engine is doing: the same run gives the same numbers. None: on without CUDA, where it costs little. On

@@ -77,6 +77,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def release_memory(self) -> None:
+        """Lend the engines' memory to the trainer until the next `refresh`, if they share it. Nothing is sampled then.
+
+        Requests that are running are kept and begin anew after the refresh.
+        """
+        ...
+
     def refresh(self, weights: NamedWeights, version: int) -> None:
         """Load `weights` into every engine, verify, and only then serve under `version`."""
         ...

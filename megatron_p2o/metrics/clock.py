@@ -59,7 +59,7 @@ class TimedPolicy:
 
 
 class TimedEngine:
-    """An engine whose generation counts as `rollout` and whose weight refresh counts as `refresh`."""
+    """An engine whose generation counts as `rollout`, and whose change to new weights as `refresh`."""
 
     def __init__(self, engine: RolloutEngine, clock: PhaseClock) -> None:
         self._engine, self._clock = engine, clock
@@ -69,6 +69,10 @@ class TimedEngine:
     ) -> Iterator[tuple[int, Completion]]:
         with self._clock.measure("rollout"):
             yield from self._engine.generate(prompts, sampling, places)
+
+    def release_memory(self) -> None:
+        with self._clock.measure("refresh"):
+            self._engine.release_memory()
 
     def refresh(self, weights: NamedWeights, version: int) -> None:
         with self._clock.measure("refresh"):

@@ -10,6 +10,9 @@ import numpy as np
 from megatron_p2o.rollout.staging import MemoryAddress, StagingBuffer
 from megatron_p2o.types import FinishReason, Logprobs, SamplingParams, TokenIds
 
+WEIGHTS, KV_CACHE = "weights", "kv_cache"
+"""What a server can give the memory of away; SGLang's names."""
+
 GONE = 502
 """Status with which a node's agent says that the engine behind it is gone; SGLang has no use for it."""
 
@@ -70,6 +73,7 @@ class EngineClient:
         self._stop_token_ids = list(stop_token_ids)
         self._answer_timeout_s = answer_timeout_s
         self._mirror = mirror
+        self._released: set[str] = set()
         # The broker bounds the requests in flight; the connector must not bound them a second time.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
@@ -120,6 +124,25 @@ class EngineClient:
     async def resume(self) -> None:
         """Go on with the requests that `pause` stopped."""
         await self._post("/continue_generation", {}, self._admin, self._answer_timeout_s)
+
+    async def release_memory(self) -> None:
+        """Give the memory of weights and KV cache away, their content with it. Only while paused.
+
+        SGLang ends itself when it is asked to with requests at work, and without its memory saver keeps the memory.
+        """
+        parts = (KV_CACHE, WEIGHTS)
+        # Noted first: what became of a request that got no answer is not known.
+        self._released.update(parts)
+        await self._post("/release_memory_occupation", {"tags": parts}, self._admin, self._answer_timeout_s)
+
+    async def resume_memory(self, part: str) -> None:
+        """Take the memory of one part back, with nothing in it. Does nothing unless this client has released it.
+
+        SGLang ends itself when it is asked for memory that it has.
+        """
+        if part in self._released:
+            await self._post("/resume_memory_occupation", {"tags": [part]}, self._admin, self._answer_timeout_s)
+            self._released.discard(part)
 
     async def place(self, bucket: StagingBuffer) -> MemoryAddress:
         """Return where the engine finds a bucket of weights, after bringing it there."""

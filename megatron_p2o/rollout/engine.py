@@ -21,7 +21,14 @@ from megatron_p2o.rollout.client import EngineClient
 from megatron_p2o.rollout.remote import AgentAddress, NodeMirror, RemoteServer
 from megatron_p2o.rollout.requests import NOBODY
 from megatron_p2o.rollout.server import EngineServer, Server
-from megatron_p2o.rollout.server_arguments import EnginePlace, engine_log, engine_places, server_arguments, start_server
+from megatron_p2o.rollout.server_arguments import (
+    EnginePlace,
+    does_release_memory,
+    engine_log,
+    engine_places,
+    server_arguments,
+    start_server,
+)
 from megatron_p2o.rollout.supervisor import Supervisor, stop_all
 from megatron_p2o.rollout.weight_sync import WeightSync
 from megatron_p2o.seeds import seed_of
@@ -40,16 +47,24 @@ class SglangEngine:
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, servers: Sequence[Server], restart: Callable[[str, int], Server]
+        self,
+        config: Config,
+        run_dir: Path,
+        servers: Sequence[Server],
+        restart: Callable[[str, int], Server],
+        *,
+        releases_memory: bool,
     ) -> None:
         """Take ownership of `servers`, all of them ready.
 
         Args:
             restart: starts a server in the place of one, given its name and how many restarts that makes in the run.
+            releases_memory: whether `release_memory` does anything; see `does_release_memory`.
         """
         rollout = config.rollout
         self._config = config
         self._run_dir = run_dir
+        self._releases_memory = releases_memory
         self._stop_token_ids = end_of_sequence_ids(Path(config.model.path))
         self._num_refreshes = 0
         self._stats: Mapping[str, float] = {}
@@ -115,11 +130,31 @@ class SglangEngine:
             for future in futures:
                 future.cancel()
 
+    def release_memory(self) -> None:
+        """Lend the memory of weights and KV cache to the trainer, if `rollout.release_memory` says so.
+
+        Until the next refresh nothing is sampled and no server is started: an engine that is lost meanwhile is replaced
+        when the memory is back. One that is being started now is waited for.
+
+        Raises:
+            RefreshFailed, EnginesLost, TimeoutError: `generate` raises it too until a refresh succeeds.
+        """
+        if not self._releases_memory:
+            return
+        try:
+            self._supervisor.hold(longest_restarts_s(self._config.rollout))
+            self.broker.admit(NOBODY)
+            with self._weights_lock:
+                self._sync.lend()
+        except Exception as error:
+            self.broker.suspend(error)
+            raise
+
     def refresh(self, weights: NamedWeights, version: int) -> None:
         """Load `weights` into every engine, verify, and only then serve under `version`.
 
-        Requests that are running (evolution's) are kept: they go on under the new weights, their completions list both
-        versions.
+        Engines get their memory back if it was lent. Requests that are running (evolution's) are kept: they go on under
+        the new weights, their completions list both versions.
 
         Raises:
             RefreshFailed, EnginesLost: like any other error here, `generate` raises it too until a refresh succeeds.
@@ -134,6 +169,8 @@ class SglangEngine:
             except Exception as error:
                 self.broker.suspend(error)
                 raise
+            finally:
+                self._supervisor.let_go()
             self.broker.serve(version)
         self._num_refreshes += 1
 
@@ -183,13 +220,16 @@ class SglangEngine:
         self.close()
 
 
-def start_engines(config: Config, run_dir: Path, agents: Sequence[AgentAddress] = ()) -> SglangEngine:
+def start_engines(
+    config: Config, run_dir: Path, agents: Sequence[AgentAddress] = (), *, releases_memory: bool | None = None
+) -> SglangEngine:
     """Start `rollout.num_engines` servers of `model.path` at version 0 and wait for all of them.
 
     Logs go to `run_dir`/engines.
 
     Args:
         agents: of the other nodes that get engines, in order.
+        releases_memory: whether to lend the engines' memory; None as `rollout.release_memory` says.
 
     Raises:
         ValueError: `sglang` holds an unknown argument, or one that another setting decides.
@@ -211,7 +251,8 @@ def start_engines(config: Config, run_dir: Path, agents: Sequence[AgentAddress] 
             servers.append(start(name, 0))
         for server in servers:
             server.wait_until_ready(config.rollout.startup_timeout_s)
-        return SglangEngine(config, run_dir, servers, start)
+        lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
+        return SglangEngine(config, run_dir, servers, start, releases_memory=lends)
     except BaseException:
         stop_all(servers)
         raise
@@ -220,8 +261,12 @@ def start_engines(config: Config, run_dir: Path, agents: Sequence[AgentAddress] 
 def longest_silence_s(rollout: RolloutConfig) -> float:
     """Return how long no completion may come while the engines are being looked after."""
     # A slot may first be taken by an evolution request, for as long as any request may take.
-    restarts_s = rollout.max_restarts * (rollout.startup_timeout_s + rollout.stall_timeout_s)
-    return 2 * rollout.request_timeout_s + restarts_s + 60
+    return 2 * rollout.request_timeout_s + longest_restarts_s(rollout) + 60
+
+
+def longest_restarts_s(rollout: RolloutConfig) -> float:
+    """Return how long the restarts of an engine between two refreshes may take."""
+    return rollout.max_restarts * (rollout.startup_timeout_s + rollout.stall_timeout_s)
 
 
 def start_reflection_server(config: Config, run_dir: Path, num_engines_here: int) -> EngineServer:
@@ -233,6 +278,7 @@ def start_reflection_server(config: Config, run_dir: Path, num_engines_here: int
     place = EnginePlace(index=config.rollout.num_engines, node=0, slot=num_engines_here)
     arguments = server_arguments(config, place, torch.cuda.device_count())
     arguments["skip_tokenizer_init"] = False
+    arguments["enable_memory_saver"] = False  # evolution goes on while the policy is trained
     server = EngineServer("reflection server", arguments, run_dir / "engines" / "reflection.log")
     server.wait_until_ready(config.rollout.startup_timeout_s)
     return server

@@ -1,5 +1,6 @@
 """What an engine is started with: where it stands, and SGLang's arguments."""
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ CPU_ARGUMENTS: Mapping[str, Any] = {
 }
 """Of a server on a machine without CUDA; `sglang` in the configuration wins."""
 
+MEMORY_SAVER = "torch_memory_saver"
+"""Package by which an SGLang server gives memory away and gets it back under the same addresses."""
+
 CPU_KV_TOKENS = 65536
 """KV cache on a machine without CUDA when `rollout.max_total_tokens` is not set: SGLang would take 30 % of memory."""
 
@@ -32,6 +36,7 @@ DECIDED_BY: Mapping[str, str] = {
     "max_total_tokens": "rollout.max_total_tokens",
     "random_seed": "run.seed",
     "enable_deterministic_inference": "rollout.deterministic",
+    "enable_memory_saver": "rollout.release_memory",
 }
 """Server arguments that other settings decide."""
 
@@ -100,7 +105,32 @@ def server_arguments(config: Config, place: EnginePlace, num_gpus: int) -> dict[
         "custom_weight_loader": [LOAD_FORMAT],
         "weight_version": "0",
         "enable_deterministic_inference": is_deterministic(config, num_gpus),
+        "enable_memory_saver": does_release_memory(config, num_gpus),
     }
+
+
+def does_release_memory(config: Config, num_gpus: int) -> bool:
+    """Return `rollout.release_memory`; unless it says so, engines lend their memory where they can.
+
+    Raises:
+        ValueError: it is set to true, and SGLang cannot do that here.
+    """
+    setting = config.rollout.release_memory
+    is_installed = importlib.util.find_spec(MEMORY_SAVER) is not None
+    if setting and not num_gpus:
+        raise ValueError("rollout.release_memory=true needs a GPU, and none is visible: leave it out")
+    if setting and not is_installed:
+        raise ValueError(
+            f"rollout.release_memory=true needs the package {MEMORY_SAVER}, which is not installed: "
+            "pip install torch-memory-saver, or leave the setting out and give the engines less memory"
+        )
+    if setting and "quantization" in config.sglang:
+        raise ValueError(
+            "rollout.release_memory=true does not go with sglang.quantization, whose weights are repacked before they "
+            "have their memory back: set rollout.release_memory to false"
+        )
+    can = num_gpus > 0 and is_installed and "quantization" not in config.sglang
+    return can if setting is None else setting
 
 
 def is_deterministic(config: Config, num_gpus: int) -> bool:

@@ -3,8 +3,9 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 from megatron_p2o.rollout.broker import EnginesLost
@@ -48,6 +49,10 @@ class Supervisor:
         self._down: set[str] = set()
         self._given_up: dict[str, str] = {}
         self._closing = threading.Event()
+        self._turn = threading.Condition()
+        """Guards the two below, and is told of every change to them and of the end."""
+        self._is_held = False
+        self._num_starting = 0
         self._pool = ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="engine-restart")
         self._watcher = threading.Thread(target=self._watch, name="engine-watch", daemon=True)
         self._watcher.start()
@@ -72,9 +77,28 @@ class Supervisor:
         """Forgive past restarts: the run has come to its next refresh."""
         self._attempts.clear()
 
+    def hold(self, timeout_s: float) -> None:
+        """Start no server until `let_go`: its memory is lent. Returns when none is being started any more.
+
+        Raises:
+            TimeoutError: one still is after `timeout_s`.
+        """
+        with self._turn:
+            self._is_held = True
+            if not self._turn.wait_for(lambda: self._num_starting == 0, timeout_s):
+                raise TimeoutError(f"{', '.join(sorted(self._down))}: not restarted after {timeout_s:g} s")
+
+    def let_go(self) -> None:
+        """Start the servers that are missing, if `hold` has kept any from it. Idempotent."""
+        with self._turn:
+            self._is_held = False
+            self._turn.notify_all()
+
     def close(self) -> None:
         """End all servers and everything they started. Idempotent."""
         self._closing.set()
+        with self._turn:
+            self._turn.notify_all()
         stop_all(self.servers)
         self._pool.shutdown(wait=True)
         stop_all(self.servers)
@@ -90,20 +114,36 @@ class Supervisor:
     def _replace(self, name: str) -> None:
         last_words = f"last lines of {self._servers[name].log_path}:\n{self._servers[name].log_tail()}"
         while not self._closing.is_set():
-            self._servers[name].stop()
+            self._servers[name].stop()  # also while memory is lent: a server that hangs may hold some of it
             if self._attempts[name] >= self._max_restarts:
                 self._abandon(name, last_words)
                 return
             self._attempts[name] += 1
             self._num_restarts[name] += 1
             try:
-                self._start_and_join(name)
+                with self._started_in_turn():
+                    self._start_and_join(name)
                 return
             except (EngineStartFailed, RefreshFailed, EngineRefused, EngineUnreachable, TimeoutError) as error:
                 last_words = str(error)
                 logger.warning("restart %d of %s failed: %s", self._attempts[name], name, error)
 
+    @contextmanager
+    def _started_in_turn(self) -> Iterator[None]:
+        """Wait until no one holds servers back, and let `hold` wait for the end of this."""
+        with self._turn:  # without a limit: whoever holds servers back lets them go or closes
+            self._turn.wait_for(lambda: not self._is_held or self._closing.is_set())
+            self._num_starting += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._num_starting -= 1
+                self._turn.notify_all()
+
     def _start_and_join(self, name: str) -> None:
+        if self._closing.is_set():
+            return
         server = self._servers[name] = self._start(name, self._num_restarts[name])
         if self._closing.is_set():
             server.stop()

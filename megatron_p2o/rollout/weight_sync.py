@@ -6,19 +6,25 @@ While the engines load a bucket the next one is gathered, converted and laid out
 set before every engine has confirmed; after a failure the engines stay paused until a later refresh succeeds. An engine
 that is lost on the way drops out and the others go on.
 
+Engines whose memory was lent to the trainer (`lend`) get it back on the way, as late as can be: the trainer gathers and
+converts everything first, and the KV cache comes last.
+
+    pause, release  ->  ... training ...  ->  all buckets  ->  weights' memory, begin  ->  bucket, bucket, ...
+        ->  finish, check reports  ->  end, set version, KV cache's memory, resume
+
 The buckets stay as they are until the next refresh: an engine that replaces a lost one is given the weights that the
 others serve, without the trainer. That takes as much memory as the weights do, once per machine.
 """
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from megatron_p2o.interfaces import NamedWeights
-from megatron_p2o.rollout.client import EngineClient, EngineRefused
+from megatron_p2o.rollout.client import KV_CACHE, WEIGHTS, EngineClient, EngineRefused
 from megatron_p2o.rollout.staging import StagingBuffer
 from megatron_p2o.rollout.weight_message import LOAD_FORMAT, FinishMessage, RefreshReport, read_report, serialize
 
@@ -58,6 +64,8 @@ class RefreshStats:
     """Copying weights into buckets, with their checksums."""
     stall_s: float
     """Waiting for the engines to load a bucket while the next is ready, and at the end."""
+    wake_s: float
+    """Waiting for lent memory to come back to the engines."""
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers by metric key."""
@@ -68,6 +76,7 @@ class RefreshStats:
             "refresh/convert_s": self.convert_s,
             "refresh/fill_s": self.fill_s,
             "refresh/stall_s": self.stall_s,
+            "refresh/wake_s": self.wake_s,
             "refresh/gbytes_per_s": self.num_bytes / self.total_s / 1e9,
         }
 
@@ -91,12 +100,30 @@ class WeightSync:
         self._buckets: list[StagingBuffer] = []
         self._num_filled = 0
         self._version: int | None = None
-        self._convert_s = self._fill_s = self._stall_s = 0.0
+        self._is_lent = False
+        self._convert_s = self._fill_s = self._stall_s = self._wake_s = 0.0
 
     @property
     def version(self) -> int | None:
-        """Version of the weights that `restore` gives; None before the first refresh and after a failed one."""
+        """Version of the weights that `restore` gives; None before the first refresh, after a failed one, and while
+        the engines' memory is lent."""
         return self._version
+
+    def lend(self) -> None:
+        """Stop decoding and take the memory of weights and KV cache from the engines, until the next refresh.
+
+        On return it is free on every GPU. Requests that are running begin anew when the refresh has ended.
+
+        Raises:
+            RefreshFailed: an engine refused.
+            EnginesLost: no engine is left and none will come.
+        """
+        self._version = None
+        self._is_lent = True
+        try:
+            self._wait(self._fleet.call_every_engine(pause_and_release))
+        except EngineRefused as error:
+            raise RefreshFailed(f"lending the engines' memory: {error}") from error
 
     def refresh(self, weights: NamedWeights, version: int, *, verify: bool) -> RefreshStats:
         """Load `weights` everywhere and serve them as `version`. They are consumed to the end whatever happens.
@@ -107,11 +134,12 @@ class WeightSync:
         """
         remaining = iter(weights)
         self._version = None
-        self._convert_s = self._fill_s = self._stall_s = 0.0
+        self._convert_s = self._fill_s = self._stall_s = self._wake_s = 0.0
         start = time.monotonic()
         try:
+            buckets = self.stage(remaining, verify=verify)
             self.begin()
-            self.load(remaining, verify=verify)
+            self.load(buckets, verify=verify)
             self.check(version, verify=verify)
             self.commit(version)
         except EngineRefused as error:
@@ -120,6 +148,7 @@ class WeightSync:
             for _ in remaining:
                 pass  # the policy's ranks gather in lock step: leaving them in the middle would hang the others
         self._version = version
+        self._is_lent = False
         return RefreshStats(
             num_bytes=sum(bucket.used_bytes for bucket in self._filled),
             num_buckets=self._num_filled,
@@ -127,6 +156,7 @@ class WeightSync:
             convert_s=self._convert_s,
             fill_s=self._fill_s,
             stall_s=self._stall_s,
+            wake_s=self._wake_s,
         )
 
     async def restore(self, name: str, client: EngineClient, *, verify: bool) -> None:
@@ -151,15 +181,24 @@ class WeightSync:
         await client.set_weight_version(self._version)
         await client.resume()
 
+    def stage(self, weights: NamedWeights, *, verify: bool) -> Iterable[StagingBuffer]:
+        """Return the weights in buckets: each is filled when it is asked for, or all now if memory is lent."""
+        buckets = self._filled_buckets(weights, verify)
+        return list(buckets) if self._is_lent else buckets
+
     def begin(self) -> None:
-        """Stop decoding and open an update; closes one that a failed refresh left open."""
+        """Stop decoding and open an update, for which lent weights get their memory back.
+
+        Closes an update that a failed refresh left open.
+        """
+        self._wake(WEIGHTS)
         self._wait(self._fleet.call_every_engine(pause_and_begin))
 
-    def load(self, weights: NamedWeights, *, verify: bool) -> None:
-        """Send all weights, bucket by bucket."""
+    def load(self, buckets: Iterable[StagingBuffer], *, verify: bool) -> None:
+        """Send all buckets; while the engines load one the next is filled."""
         self._num_filled = 0
         loading: Future[dict[str, None]] | None = None
-        for index, bucket in enumerate(self._filled_buckets(weights, verify)):
+        for index, bucket in enumerate(buckets):
             if loading is not None:
                 self._stall(loading)
             loading = self._send(bucket, index, verify)
@@ -181,7 +220,7 @@ class WeightSync:
                 raise RefreshFailed(f"refresh to version {version}: {name} {complaint}")
 
     def commit(self, version: int) -> None:
-        """Close the update, name the new weights and decode again."""
+        """Close the update, name the new weights, bring the KV cache's memory back if it is lent, and decode again."""
 
         async def end_and_name(name: str, client: EngineClient) -> None:
             await client.end_weight_update()
@@ -191,6 +230,7 @@ class WeightSync:
             await client.resume()
 
         self._wait(self._fleet.call_every_engine(end_and_name))
+        self._wake(KV_CACHE)
         self._wait(self._fleet.call_every_engine(resume))
 
     def close(self) -> None:
@@ -257,6 +297,17 @@ class WeightSync:
     def _take_reports(self, path: Path) -> list[RefreshReport]:
         return [take_report(Path(f"{path}.{rank}")) for rank in range(self._num_ranks)]
 
+    def _wake(self, part: str) -> None:
+        """Give lent memory back; engines that joined since have theirs."""
+
+        async def resume_memory(name: str, client: EngineClient) -> None:
+            await client.resume_memory(part)
+
+        if self._is_lent:
+            start = time.monotonic()
+            self._wait(self._fleet.call_every_engine(resume_memory))
+            self._wake_s += time.monotonic() - start
+
     def _stall(self, loading: Future[dict[str, None]]) -> None:
         start = time.monotonic()
         self._wait(loading)
@@ -275,6 +326,14 @@ async def pause_and_begin(name: str, client: EngineClient) -> None:
     except EngineRefused:
         await client.end_weight_update()
         await client.begin_weight_update()
+
+
+async def pause_and_release(name: str, client: EngineClient) -> None:
+    """Stop an engine's decoding and give its memory away, on all of its ranks when this returns."""
+    await client.pause()
+    await client.release_memory()
+    # Only rank 0 answers a release; an update is opened by all ranks together, and touches no weight.
+    await client.begin_weight_update()
 
 
 def take_report(path: Path) -> RefreshReport:

@@ -40,7 +40,7 @@ END_OF_SEQUENCE = 0
 """Token that ends a fake completion; every other token is the code point of a character."""
 
 Journal = list[str]
-"""Names of the calls in the order they were made: generate, update, score, weights, refresh, evolve."""
+"""Names of the calls in the order they were made: generate, release, update, score, weights, refresh, evolve."""
 
 
 def encode(text: str) -> TokenIds:
@@ -120,6 +120,9 @@ class FakeEngine:
         self.places.append(None if places is None else tuple(places))
         for index in reversed(range(len(prompts))):
             yield index, self._completion(prompts[index], self.reply(prompts[index], index))
+
+    def release_memory(self) -> None:
+        self.journal.append("release")
 
     def refresh(self, weights: NamedWeights, version: int) -> None:
         self.num_updates = int(dict(weights)["num_updates"])

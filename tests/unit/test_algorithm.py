@@ -157,7 +157,7 @@ def test_zero_advantages_are_dropped_and_their_tokens_counted() -> None:
 
 def test_old_log_probs_are_scored_before_any_update_and_the_engines_refreshed_last() -> None:
     step = run_step(settings={"schedule.problems_per_update": 1}, templates=TEMPLATED, step=3)
-    assert step.journal == ["generate", *["score"] * 3, *["update"] * 4, "weights", "refresh"]
+    assert step.journal == ["generate", "release", *["score"] * 3, *["update"] * 4, "weights", "refresh"]
     assert step.policy.updates[0].old_logprobs is None
     for call, scored in zip(step.policy.updates[1:], step.policy.scored, strict=True):
         assert call.samples == scored and call.old_logprobs is not None
@@ -168,13 +168,13 @@ def test_old_log_probs_are_scored_before_any_update_and_the_engines_refreshed_la
 @pytest.mark.parametrize("context", ["sampling", "replace", "importance", "ratio_mask"])
 def test_one_update_per_step_needs_no_scoring(context: Context) -> None:
     step = run_step(settings={"schedule.problems_per_update": 4, "objective.context": context}, templates=TEMPLATED)
-    assert step.journal == ["generate", "update", "weights", "refresh"]
+    assert step.journal == ["generate", "release", "update", "weights", "refresh"]
     assert step.policy.updates[0].old_logprobs is None
 
 
 def test_true_importance_ratios_never_need_scoring() -> None:
     step = run_step(settings={"objective.context": "importance"}, templates=TEMPLATED)
-    assert step.journal == ["generate", "update", "update", "weights", "refresh"]
+    assert step.journal == ["generate", "release", "update", "update", "weights", "refresh"]
     assert [call.old_logprobs for call in step.policy.updates] == [None, None]
 
 
@@ -193,7 +193,7 @@ def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_fa
         "schedule.problems_per_update": 4 // num_updates,
     }
     step = run_step(mismatched, settings, TEMPLATED, step=5)
-    assert step.journal[: 2 * num_updates] == ["generate", *["score"] * (2 * num_updates - 1)]
+    assert step.journal[: 2 * num_updates + 1] == ["generate", "release", *["score"] * (2 * num_updates - 1)]
     trained = [sample for call in step.policy.updates for sample in call.samples]
     sampled = [
         rollout.completion

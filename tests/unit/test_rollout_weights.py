@@ -1,6 +1,6 @@
 import base64
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -15,31 +15,10 @@ from megatron_p2o.rollout.checksum import BLOCK_WORDS, checksum
 from megatron_p2o.rollout.client import EngineRefused
 from megatron_p2o.rollout.staging import MemoryAddress, StagingBuffer
 from megatron_p2o.rollout.weight_sync import RefreshFailed, WeightSync
+from megatron_p2o.testing.sglang_server import FusedModel
+from megatron_p2o.testing.sglang_server import fused_model_weights as weights
 
 NAMES = ("embed.weight", "q.weight", "k.weight", "v.weight", "norm.weight")
-
-
-class FusedModel(nn.Module):
-    """An engine's model as SGLang builds it: q, k, v in one parameter, the embedding padded with zero rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Parameter(torch.full((8, 3), 9.0))
-        self.qkv = nn.Parameter(torch.zeros(7, 3, dtype=torch.bfloat16))
-        self.norm = nn.Parameter(torch.zeros(3))
-        self.num_loads = 0
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.num_loads += 1
-        rows = {"q.weight": (0, 3), "k.weight": (3, 2), "v.weight": (5, 2)}
-        for name, weight in weights:
-            if name in rows:
-                self.qkv.data.narrow(0, *rows[name]).copy_(weight)
-            elif name == "embed.weight":
-                self.embed.data[:5].copy_(weight)
-                self.embed.data[5:].fill_(0)
-            elif name == "norm.weight":
-                self.norm.data.copy_(weight)
 
 
 class FakeClient:
@@ -99,15 +78,6 @@ class Fleet:
         except EngineRefused as error:
             future.set_exception(error)
         return future
-
-
-def weights(seed: int = 0) -> list[tuple[str, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"embed.weight": (5, 3), "q.weight": (3, 3), "k.weight": (2, 3), "v.weight": (2, 3), "norm.weight": (3,)}
-    return [
-        (name, torch.randn(shapes[name], generator=generator).to(torch.bfloat16 if name[0] in "qkv" else torch.float32))
-        for name in NAMES
-    ]
 
 
 def assert_holds(model: FusedModel, sent: list[tuple[str, Tensor]]) -> None:
@@ -174,7 +144,7 @@ def test_one_flipped_bit_in_the_engine_fails_the_refresh_and_names_the_weight(na
     sync = sync_of(client, directory=tmp_path)
     sync.refresh(weights(1), 1, verify=True)
     sync.begin()
-    sync.load(weights(2), verify=True)
+    sync.load(sync.stage(weights(2), verify=True), verify=True)
     place = {"embed": model.embed[4], "q": model.qkv[2], "k": model.qkv[4], "v": model.qkv[5], "norm": model.norm}
     flip_lowest_bit(place[name.split(".")[0]].data)
     with pytest.raises(RefreshFailed, match=f"engine 0 .*1 weights that differ from the trainer's: {name}$"):
@@ -201,7 +171,7 @@ def test_a_refresh_after_a_failed_one_repairs_the_engine(model: FusedModel, tmp_
     client = FakeClient(model)
     sync = sync_of(client, directory=tmp_path)
     sync.begin()
-    sync.load(weights(1), verify=True)
+    sync.load(sync.stage(weights(1), verify=True), verify=True)
     flip_lowest_bit(model.norm.data)
     with pytest.raises(RefreshFailed):
         sync.check(1, verify=True)
@@ -231,7 +201,7 @@ def test_without_verification_nothing_is_compared(model: FusedModel, tmp_path: P
     client = FakeClient(model)
     sync = sync_of(client, directory=tmp_path)
     sync.begin()
-    sync.load(weights(), verify=False)
+    sync.load(sync.stage(weights(), verify=False), verify=False)
     flip_lowest_bit(model.norm.data)
     sync.check(1, verify=False)
     sync.commit(1)
