@@ -30,7 +30,7 @@ REQUIRED = {
 REQUIRED_ON_GPU = ("triton", "sglang-kernel", "flashinfer-python")
 """Distributions without which SGLang does not serve, or the fused kernels do not run, on a GPU."""
 
-OPTIONAL_ON_GPU = ("transformer-engine", "flash-attn")
+OPTIONAL_ON_GPU = ("transformer-engine", "flash-attn", "torch-memory-saver")
 """Distributions that a run on a GPU does without."""
 
 IMPORTED_ON_GPU = {"transformer-engine": "transformer_engine.pytorch", "flash-attn": "flash_attn"}

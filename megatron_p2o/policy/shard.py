@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_p2o.config import Config
@@ -88,6 +89,8 @@ class PolicyShard:
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on rank 0; see `export_hf_weights`."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()  # what training has left there is memory that an engine on this GPU asks back
         self.optimization.gather_weights()
         return export_hf_weights(self.models, self.ranks.control)
 

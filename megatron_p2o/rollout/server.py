@@ -36,6 +36,8 @@ TORCHRUN_VARIABLES = re.compile(
 )
 """Of the trainer's process group: an engine must not join it."""
 
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
 KEEP_ALIVE_S = 3600
 """How long a server keeps idle connections; the client closes them long before."""
 
@@ -259,6 +261,11 @@ def engine_environment(arguments: Mapping[str, Any], scratch: Path) -> dict[str,
         # The heartbeat sets its own limit; SGLang's would call an engine hung that is busy with a long prefill.
         "SGLANG_HEALTH_CHECK_TIMEOUT": str(KEEP_ALIVE_S),
     }
+    if arguments.get("enable_memory_saver"):
+        # The trainer may want segments that grow; the memory saver refuses to work in a process with them.
+        for name in ALLOCATOR_VARIABLES:
+            if "expandable_segments:True" in environment.get(name, ""):
+                del environment[name]
     if arguments.get("device") == "cpu":
         search_path = [str(CPU_SITE), *filter(None, [environment.get("PYTHONPATH")])]
         environment |= {

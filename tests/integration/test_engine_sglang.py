@@ -89,7 +89,8 @@ def agent(model_path: Path, run_dir: Path) -> Iterator[tuple["subprocess.Popen[b
 
 @pytest.fixture(scope="module")
 def engine(model_path: Path, run_dir: Path, agent: tuple[Any, AgentAddress]) -> Iterator[SglangEngine]:
-    with start_engines(config_of(model_path), run_dir, [agent[1]]) as started:
+    # A server on the CPU goes through the motions of giving its memory away, and keeps it.
+    with start_engines(config_of(model_path), run_dir, [agent[1]], releases_memory=True) as started:
         yield started
 
 
@@ -224,8 +225,9 @@ def test_refreshed_weights_are_served_under_their_version(
     assert [list(completion.token_ids) for completion in after] != [list(completion.token_ids) for completion in before]
 
 
+@pytest.mark.parametrize("is_lent", [False, True], ids=["memory kept", "memory lent before"])
 def test_requests_that_run_during_a_refresh_go_on_under_the_new_weights(
-    engine: SglangEngine, trainer: Any, versions: Versions, model_path: Path
+    engine: SglangEngine, trainer: Any, versions: Versions, model_path: Path, is_lent: bool
 ) -> None:
     old = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     old.load_state_dict(trainer.state_dict())
@@ -233,8 +235,13 @@ def test_requests_that_run_during_a_refresh_go_on_under_the_new_weights(
     asked = enumerate(prompts(24))
     futures = [engine.broker.submit(each, replace(sampling, seed=seed), "evolution") for seed, each in asked]
     next(engine.generate(prompts(1), SamplingParams(temperature=1.0, max_new_tokens=1)))
+    if is_lent:
+        engine.release_memory()
+        futures.append(engine.broker.submit(prompts(1)[0], replace(sampling, max_new_tokens=8), "evolution"))
     version = versions.push(engine, trainer)
     completions = [future.result(WAIT_S) for future in futures]
+    if is_lent:
+        assert completions[-1].weight_versions == (version,)
     across = [c for c in completions if c.weight_versions == (version - 1, version)]
     assert across, [c.weight_versions for c in completions]
     for completion in across[:4]:
@@ -275,7 +282,7 @@ def test_weights_that_change_inside_the_engine_are_noticed(
         await client.update_weights([plain_payload(name, damaged)], None, False)
 
     engine._sync.begin()
-    engine._sync.load(trainer.state_dict().items(), verify=True)
+    engine._sync.load(engine._sync.stage(trainer.state_dict().items(), verify=True), verify=True)
     engine.broker.call_every_engine(damage).result(WAIT_S)
     with pytest.raises(RefreshFailed, match=f"1 weights that differ from the trainer's: {name}"):
         engine._sync.check(versions.current + 1, verify=True)

@@ -119,6 +119,17 @@ def test_an_engine_does_not_inherit_the_trainer_s_process_group(
     assert "SGLANG_USE_CPU_ENGINE" not in engine_environment({}, tmp_path)
 
 
+def test_an_engine_that_gives_memory_away_has_no_growing_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    environment = engine_environment({"enable_memory_saver": True}, tmp_path)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment
+    assert environment["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    assert "PYTORCH_CUDA_ALLOC_CONF" in engine_environment({"enable_memory_saver": False}, tmp_path)
+
+
 def test_each_rank_of_a_cpu_engine_is_bound_to_a_core(tmp_path: Path) -> None:
     bound = engine_environment({"device": "cpu", "tp_size": 3}, tmp_path)["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
     assert len(bound) == 3
