@@ -197,7 +197,8 @@ def rates(
     peak = peak_tflops or next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
     shape = Shape(hidden_size=architecture.hidden_size, vocab_size=architecture.vocab_size)
     ceiling = matmul_ceiling(shape, 5, device)
-    flops = model_flops(architecture, samples)
+    # Forward, and twice as much backward.
+    flops = 3 * sum(architecture.forward_flops(sample.num_tokens, len(sample.response_ids)) for sample in samples)
     seconds = {arm: milliseconds / 1e3 for arm, milliseconds in result["median_ms"].items()}
     tflops = {arm: flops / seconds[arm] / 1e12 for arm in seconds if arm != "score"}
     return {
@@ -211,21 +212,6 @@ def rates(
         "plain_over_fused": seconds["plain"] / seconds["fused"] if "plain" in seconds else None,
         "score_over_fused": seconds["score"] / seconds["fused"],
     }
-
-
-def model_flops(architecture: Architecture, samples: Sequence[TrainSample]) -> float:
-    """Return the floating-point operations of one forward and backward pass of a dense model."""
-    layers = sum(
-        float(np.prod(size))
-        for name, size in architecture.weight_shapes().items()
-        if ".layers." in name and len(size) == 2
-    )
-    num_tokens = sum(sample.num_tokens for sample in samples)
-    num_rows = sum(len(sample.response_ids) for sample in samples)
-    pairs = sum(sample.num_tokens * (sample.num_tokens + 1) / 2 for sample in samples)
-    attention = 4 * pairs * architecture.num_heads * architecture.head_dim * architecture.num_layers
-    head = 2 * num_rows * architecture.vocab_size * architecture.hidden_size
-    return 3 * (2 * num_tokens * layers + head + attention)
 
 
 if __name__ == "__main__":
