@@ -203,3 +203,5 @@ class UpdateReport:
     """False when the gradient was not finite and the step was skipped."""
     sums: dict[str, float] = field(default_factory=dict[str, float])
     """Token sums named by `megatron_p2o.rl.objective.TokenStats`; divide by `loss_tokens` for means."""
+    flops_per_rank: float = 0.0
+    """Matrix-product operations of forward and backward pass on the samples, recomputation left out, over the ranks."""

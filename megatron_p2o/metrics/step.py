@@ -88,7 +88,8 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
 def speed_metrics(
     groups: Sequence[Group], reports: Sequence[UpdateReport], seconds: Mapping[str, float]
 ) -> dict[str, MetricValue]:
-    """Return seconds per phase, and tokens per second: sampled ones over `rollout`, trained ones over `train`."""
+    """Return seconds per phase; tokens per second, sampled ones over `rollout`, trained ones over `train`; and the
+    arithmetic of training in TFLOP/s per rank, to be held against the device's."""
     metrics = phase_metrics(seconds)
     sampled = sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts)
     trained = sum(report.sums.get("loss_tokens", 0.0) for report in reports)
@@ -96,6 +97,8 @@ def speed_metrics(
         metrics["perf/rollout_tokens_per_s"] = Mean(sampled, seconds["rollout"])
     if seconds.get("train"):
         metrics["perf/train_tokens_per_s"] = Mean(trained, seconds["train"])
+        flops = sum(report.flops_per_rank for report in reports)
+        metrics["perf/train_tflops_per_rank"] = Mean(flops / 1e12, seconds["train"])
     return metrics
 
 

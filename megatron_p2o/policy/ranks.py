@@ -116,7 +116,9 @@ class MegatronPolicy:
             list[UpdateReply],
             self._conduct("update", [(share, num_loss_tokens, len(samples)) for share in shares]),
         )
-        return _update_report(replies)
+        # Forward, and twice as much backward.
+        flops = 3 * sum(self._shard.architecture.forward_flops(s.num_tokens, len(s.response_ids)) for s in samples)
+        return _update_report(replies, flops / self._ranks.world_size)
 
     def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         """Return log pi(response | context_ids) at the sampling temperature, [R] float32 each, without gradient."""
@@ -278,7 +280,7 @@ class MegatronPolicy:
         return first if first == own else f"{first} (seen on rank {self._ranks.rank} as {type(error).__name__})"
 
 
-def _update_report(replies: Sequence[UpdateReply]) -> UpdateReport:
+def _update_report(replies: Sequence[UpdateReply], flops_per_rank: float) -> UpdateReport:
     results = [reply.result for reply in replies if reply.result is not None]
     total = functools.reduce(PassResult.merge, results, PassResult.zero())
     return UpdateReport(
@@ -287,4 +289,5 @@ def _update_report(replies: Sequence[UpdateReply]) -> UpdateReport:
         learning_rate=replies[0].learning_rate,
         is_applied=replies[0].outcome.is_applied,
         sums=total.stats.as_dict(),
+        flops_per_rank=flops_per_rank,
     )

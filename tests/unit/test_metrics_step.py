@@ -1,5 +1,7 @@
 """Step metrics against numbers counted by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -138,13 +140,11 @@ def test_mismatch_is_averaged_over_compared_tokens_and_its_maximum_is_the_worst_
 
 
 def test_speed_divides_sampled_tokens_by_rollout_and_trained_tokens_by_training_time() -> None:
-    numbers = numbers_of(
-        step_metrics(
-            two_groups(), [report(1, tokens=20), report(1, tokens=40)], {"rollout": 4.0, "train": 3.0, "step": 8}
-        )
-    )
+    reports = [replace(report(1, tokens=20), flops_per_rank=5e12), replace(report(1, tokens=40), flops_per_rank=7e12)]
+    numbers = numbers_of(step_metrics(two_groups(), reports, {"rollout": 4.0, "train": 3.0, "step": 8}))
     assert numbers["perf/rollout_tokens_per_s"] == 36 / 4
     assert numbers["perf/train_tokens_per_s"] == 60 / 3
+    assert numbers["perf/train_tflops_per_rank"] == 4
     assert numbers["perf/step_s"] == 8
 
 

@@ -75,5 +75,8 @@ def test_an_update_equals_transformers_with_torch_adamw(policy: MegatronPolicy, 
     loss, grad_norm = oracle.update(samples, None, 30)
     assert report.loss == pytest.approx(loss, abs=1e-6)
     assert report.grad_norm == pytest.approx(grad_norm, rel=1e-4)
+    architecture = read_architecture(directory)
+    forward = [architecture.forward_flops(sample.num_tokens, len(sample.response_ids)) for sample in samples]
+    assert report.flops_per_rank == 3 * sum(forward)
     for ours, theirs in zip(policy.score(samples), oracle.score(samples), strict=True):
         torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(theirs), rtol=0, atol=1e-4)
