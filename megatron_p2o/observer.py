@@ -99,10 +99,14 @@ class RunObserver:
     def on_step(self, state: TrainState, result: StepResult) -> None:
         self._files.checkpoints.check()
         now = time.monotonic()
-        seconds = {**self._clock.take(), "step": now - self._last_end}
+        phases = self._clock.take()
+        seconds = {**phases.seconds, "step": now - self._last_end}
         of_engines = {name: Last(value) for name, value in self._engine_metrics().items()}
         entries = [ledger_entry(group, state.epoch, state.step) for group in result.groups]
-        metrics = {**step_metrics(result.groups, result.reports, seconds), **self._forgotten(state, entries)}
+        metrics = {
+            **step_metrics(result.groups, result.reports, seconds, phases.peak_bytes),
+            **self._forgotten(state, entries),
+        }
         self._warn_of_mismatch(state, metrics)
         self._files.metrics.write(state.step, state.epoch, {**metrics, **of_engines})
         self._files.ledger.append(entries)
@@ -140,7 +144,7 @@ class RunObserver:
         return forgotten_metrics(num_forgotten, num_mastered)
 
     def on_epoch(self, state: TrainState, hard: Sequence[Problem]) -> None:
-        self._note_library(state, {**epoch_metrics(hard), **phase_metrics(self._clock.take())})
+        self._note_library(state, {**epoch_metrics(hard), **phase_metrics(self._clock.take().seconds)})
         self._last_end = time.monotonic()
 
     def _note_library(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:

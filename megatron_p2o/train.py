@@ -32,6 +32,7 @@ from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import PromptEvolution, TemplateLibrary
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
+from megatron_p2o.metrics.memory import peak_meter
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.observer import RunFiles, RunObserver
 from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
@@ -172,7 +173,7 @@ class Conductor:
         evolution: PromptEvolution | None = self.evolution
         if self.evolution and config.evolution.beside_training:
             evolution = BesideTraining(self.evolution)
-        self.clock = PhaseClock()
+        self.clock = PhaseClock(peak_meter())
         self.parts = Parts(
             policy=TimedPolicy(policy, self.clock),
             engine=TimedEngine(self.engine, self.clock),

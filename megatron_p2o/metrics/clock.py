@@ -1,11 +1,13 @@
-"""How long the phases of a step take, measured around the parts rather than inside the algorithm."""
+"""What the phases of a step take, in time and memory, measured around the parts rather than inside the algorithm."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from megatron_p2o.interfaces import Grader, NamedWeights, Policy, PromptEvolution, RolloutEngine, TemplateLibrary
+from megatron_p2o.metrics.memory import PeakMeter
 from megatron_p2o.types import (
     Completion,
     Grade,
@@ -19,25 +21,45 @@ from megatron_p2o.types import (
 )
 
 
-class PhaseClock:
-    """Adds up seconds by phase until they are taken."""
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """What phases took, by name."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    peak_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    """The most memory held at a time; not of phases inside others, nor where that cannot be measured."""
+
+
+class PhaseClock:
+    """Adds up seconds and finds the peak of memory by phase until they are taken. For one thread."""
+
+    def __init__(self, meter: PeakMeter | None = None) -> None:
+        """`meter`: None measures no memory."""
+        self._meter = meter
+        self._depth = 0
+        self._phases = Phases()
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to `phase`."""
+        meter = self._meter if self._depth == 0 else None
+        self._depth += 1
+        if meter is not None:
+            meter.reset()
         start = time.monotonic()
         try:
             yield
         finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
+            seconds, peaks = self._phases.seconds, self._phases.peak_bytes
+            seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - start
+            self._depth -= 1
+            if meter is not None:
+                peaks[phase] = max(peaks.get(phase, 0), meter.read())
 
-    def take(self) -> Mapping[str, float]:
-        """Return the seconds of each phase since the last call and start again from nothing."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
+    def take(self) -> Phases:
+        """Return what phases took since the last call and start again from nothing."""
+        phases, self._phases = self._phases, Phases()
+        return phases
 
 
 class TimedPolicy:

@@ -10,6 +10,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     train/ratio_mask_kept_share         response tokens of templated rollouts with an advantage
     train/clipped_share                 tokens that keep a weight after the context ratio
     train/*_mean                        tokens that went through the LM head
+    memory/<phase>_peak_bytes           of the conducting rank: tensors on its GPU; without one, resident memory
     hard/forgotten_share                problems of the step that were mastered: solved plainly at least half the time
     mismatch/*_mean                     tokens of plain rollouts with an advantage: engine and trainer, same prompt
 """
@@ -22,7 +23,10 @@ from megatron_p2o.types import Group, Problem, Rollout, UpdateReport
 
 
 def step_metrics(
-    groups: Sequence[Group], reports: Sequence[UpdateReport], seconds: Mapping[str, float]
+    groups: Sequence[Group],
+    reports: Sequence[UpdateReport],
+    seconds: Mapping[str, float],
+    peak_bytes: Mapping[str, int] | None = None,
 ) -> dict[str, MetricValue]:
     """Return everything one step shows.
 
@@ -30,8 +34,14 @@ def step_metrics(
         groups: all rollouts of the step, the dropped ones included.
         reports: one per optimizer step, in order.
         seconds: phase name (rollout, grade, train, refresh, evolution, evaluation, step) to duration.
+        peak_bytes: phase name to the most memory held in it; None where it is not measured.
     """
-    return {**rollout_metrics(groups), **update_metrics(reports), **speed_metrics(groups, reports, seconds)}
+    return {
+        **rollout_metrics(groups),
+        **update_metrics(reports),
+        **speed_metrics(groups, reports, seconds),
+        **memory_metrics(peak_bytes or {}),
+    }
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, MetricValue]:
@@ -105,6 +115,11 @@ def speed_metrics(
 def phase_metrics(seconds: Mapping[str, float]) -> dict[str, MetricValue]:
     """Return `perf/<phase>_s` for each phase."""
     return {f"perf/{phase}_s": Sum(duration) for phase, duration in seconds.items()}
+
+
+def memory_metrics(peak_bytes: Mapping[str, int]) -> dict[str, MetricValue]:
+    """Return `memory/<phase>_peak_bytes` for each phase."""
+    return {f"memory/{phase}_peak_bytes": Max(peak) for phase, peak in peak_bytes.items()}
 
 
 def forgotten_metrics(num_forgotten: int, num_mastered: int) -> dict[str, MetricValue]:

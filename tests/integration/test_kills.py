@@ -36,7 +36,7 @@ PHASES = ("checkpoint", "rollout", "evolution", "train", "refresh", "grade")
 STEP_ORDER = ("rollout", "grade", "score", "train", "refresh")
 """How the phases follow one another in a step; the fused LM head's forward pass belongs to `train`."""
 
-TIMES = ("perf/", "evolution/round_s", "engine/", "refresh/")
+TIMES = ("perf/", "memory/", "evolution/round_s", "engine/", "refresh/")
 """Begin the names of metrics that measure time, or restarts of the program itself."""
 
 pytestmark = pytest.mark.slow
