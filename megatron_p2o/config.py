@@ -195,6 +195,18 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """How a GPU computes the LM head and the loss (`kernels/README.md`); a CPU has one way."""
+
+    kernel: Literal["warp_specialized", "plain", "torch"] = "warp_specialized"
+    """`plain`: the same Triton kernel without warp specialization, to be tried where the default fails, hangs or gives
+    other log-probs than the engine. `torch`: no Triton; slower, takes float32 models too."""
+    weight_grad: Literal["fast", "precise"] = "fast"
+    """`precise` spends one more product of four so that the weight gradient is within 1e-3 at any state of the policy;
+    `fast` is where the sampled tokens have some probability, and within 1.3e-3 where a rival has all of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringConfig:
     """Where log-probs come from."""
 
@@ -350,6 +362,7 @@ class Config:
     assignment: AssignmentConfig = field(default_factory=AssignmentConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

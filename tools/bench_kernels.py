@@ -43,6 +43,7 @@ def main() -> None:
             is_scoring=arguments.op == "linear_logprob",
             token_counts=arguments.tokens,
             dead_shares=arguments.dead,
+            kernels=arguments.kernels,
             chosen_peers=arguments.peers,
             verl=arguments.verl,
             repeats=arguments.repeats,
@@ -60,6 +61,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--dead", type=float, nargs="+", default=[0.0], help="shares of rollouts without advantage")
     parser.add_argument("--rollouts", type=int, nargs="+", default=[512, 4096], help="of grouped_advantage")
+    parser.add_argument(
+        "--kernels",
+        choices=("warp_specialized", "plain"),
+        nargs="+",
+        default=["warp_specialized", "plain"],
+        help="of our LM head on CUDA",
+    )
     parser.add_argument("--peers", nargs="+", default=["all"], help="all, none, or their names")
     parser.add_argument("--verl", type=Path, help="root of a verl checkout, for its Triton kernel")
     parser.add_argument("--repeats", type=int, default=20)

@@ -30,13 +30,13 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "STL", "LDL")
 
 FLOAT_POINTERS = {
-    "logits_ptr", "target_logits_ptr", "sums_ptr", "weighted_ptr", "logprobs_ptr", "entropy_ptr", "scale_ptr",
-    "complement_ptr", "probability_scale_ptr", "logprob_grad_ptr", "product_ptr", "weight_grad_ptr", "advantages_ptr",
-    "weights_ptr", "old_ptr", "sampling_ptr", "losses_ptr", "token_weights_ptr", "ratio_ptr", "rewards_ptr",
-    "anchor_rates_ptr", "token_advantages_ptr",
+    "logits_ptr", "target_logits_ptr", "sums_ptr", "weighted_ptr", "rounded_ptr", "logprobs_ptr", "entropy_ptr",
+    "scale_ptr", "complement_ptr", "probability_scale_ptr", "logprob_grad_ptr", "product_ptr", "weight_grad_ptr",
+    "advantages_ptr", "weights_ptr", "old_ptr", "sampling_ptr", "losses_ptr", "token_weights_ptr", "ratio_ptr",
+    "rewards_ptr", "anchor_rates_ptr", "token_advantages_ptr",
 }  # fmt: skip
 OTHER_POINTERS = {
-    "*bf16": {"hidden_ptr", "weight_ptr", "exponentials_ptr", "result_ptr"},
+    "*bf16": {"hidden_ptr", "weight_ptr", "exponentials_ptr", "result_ptr", "rest_ptr"},
     "*i64": {"targets_ptr", "order_ptr", "group_ids_ptr", "index_ptr"},
     "*i32": {"cu_seqlens_ptr", "num_active_ptr", "ends_ptr"},
     "*i8": {"is_templated_ptr", "is_clipped_ptr", "is_flat_ptr"},
@@ -76,9 +76,9 @@ def variants() -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
         exponentials_variant("scoring with entropy", Tile(), store=False, entropy=True),
         exponentials_variant("gradient with entropy, plain", PLAIN_TILE, store=True, entropy=True),
         ("target_logits", head_kernels.target_logits_kernel, block, {}),
-        ("softmax_rows", head_kernels.softmax_rows_kernel, {"ENTROPY": True, "BLOCK": 256}, {}),
+        ("softmax_rows", head_kernels.softmax_rows_kernel, {"STORED": True, "ENTROPY": True, "BLOCK": 256}, {}),
         ("hidden_grad", head_kernels.hidden_grad_kernel, block, {}),
-        ("scale_rows", head_kernels.scale_rows_kernel, block, {}),
+        ("scale_rows", head_kernels.scale_rows_kernel, {"REST": True} | block, {}),
         ("add_target_rows", head_kernels.add_target_rows_kernel, block, {}),
         ("token_losses", loss_kernels.token_losses_kernel, loss, {}),
         ("grouped_advantage", advantage_kernels.grouped_advantage_kernel, {"ESTIMATOR": "grpo"} | advantage, {}),

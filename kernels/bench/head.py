@@ -17,7 +17,7 @@ from bench.measure import (
     passes_gate,
     time_interleaved,
 )
-from bench.providers import Provider, own_policy_providers, own_scoring_providers, peers
+from bench.providers import Kernel, Provider, own_policy_providers, own_scoring_providers, peers
 
 GATE_TOKENS = 128
 """Rows of the correctness gate, at the full shape."""
@@ -54,13 +54,14 @@ def bench_head(
     is_scoring: bool,
     token_counts: Sequence[int],
     dead_shares: Sequence[float],
+    kernels: Sequence[Kernel],
     chosen_peers: Sequence[str],
     verl: Path | None,
     repeats: int,
 ) -> dict[str, Any]:
     """Return the matmul ceiling, the rows, and why peers are missing."""
     with_main_grad = device.type == "cuda" and not is_scoring
-    providers = own_scoring_providers() if is_scoring else own_policy_providers(device)
+    providers = (own_scoring_providers if is_scoring else own_policy_providers)(device, kernels)
     missing: dict[str, str] = {}
     for name, make in peers(device, verl, is_scoring=is_scoring).items():
         if chosen_peers == ["all"] or name in chosen_peers:

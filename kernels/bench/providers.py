@@ -6,8 +6,9 @@ advantage at 1: ratios, clips and a weight per token, which ours computes as wel
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,12 @@ import torch
 from bench.cases import Case
 from torch import Tensor
 
-from p2o_kernels import LossRule, linear_logprob, linear_policy_loss
+from p2o_kernels import HeadOptions, LossRule, linear_logprob, linear_policy_loss
+from p2o_kernels.lm_head import path_for
 
 IGNORE = -100
+
+Kernel = Literal["warp_specialized", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,18 +46,32 @@ class Provider:
     """Correctness gate, relative against float64."""
 
 
-def own_policy_providers(device: torch.device) -> list[Provider]:
-    """Return our `linear_policy_loss` (on CUDA also without warp specialization) and plain torch."""
-    own = [Provider(name="ours", run=_ours, max_logprob_error=2e-5, max_gradient_error=3e-3)]
+OWN_NAMES: dict[Kernel, str] = {"warp_specialized": "ours", "plain": "ours, no warp specialization"}
+
+
+def own_policy_providers(device: torch.device, kernels: Sequence[Kernel] = ("plain",)) -> list[Provider]:
+    """Return our `linear_policy_loss` (on CUDA by each of `kernels`) and plain torch."""
+    chosen = {"ours": HeadOptions()}
     if device.type == "cuda":
-        own.append(replace(own[0], name="ours, no warp specialization", run=_ours_plain_tile))
-    return [*own, Provider(name="plain", run=_plain)]
+        chosen = {OWN_NAMES[kernel]: HeadOptions(kernel=kernel) for kernel in kernels}
+        chosen["ours, precise weight gradient"] = HeadOptions(kernel=kernels[0], weight_grad="precise")
+    own = Provider(name="ours", run=_ours, max_logprob_error=2e-5, max_gradient_error=3e-3)
+    return [
+        *(replace(own, name=name, run=partial(_ours, options=options)) for name, options in chosen.items()),
+        Provider(name="plain", run=_plain),
+    ]
 
 
-def own_scoring_providers() -> list[Provider]:
-    """Return our `linear_logprob` and plain torch, both without gradient."""
-    own = Provider(name="ours", run=_ours_scoring, max_logprob_error=2e-5)
-    return [own, Provider(name="plain", run=_plain_scoring)]
+def own_scoring_providers(device: torch.device, kernels: Sequence[Kernel] = ("plain",)) -> list[Provider]:
+    """Return our `linear_logprob` (on CUDA by each of `kernels`) and plain torch, all without gradient."""
+    chosen = {"ours": HeadOptions()}
+    if device.type == "cuda":
+        chosen = {OWN_NAMES[kernel]: HeadOptions(kernel=kernel) for kernel in kernels}
+    own = [
+        Provider(name=name, run=partial(_ours_scoring, options=options), max_logprob_error=2e-5)
+        for name, options in chosen.items()
+    ]
+    return [*own, Provider(name="plain", run=_plain_scoring)]
 
 
 def peers(device: torch.device, verl: Path | None, *, is_scoring: bool) -> Mapping[str, Callable[[], Provider]]:
@@ -90,7 +108,7 @@ def _backward(case: Case, loss: Tensor, logprobs_T: Tensor | None) -> Outcome:
     )
 
 
-def _ours(case: Case) -> Outcome:
+def _ours(case: Case, options: HeadOptions | None = None) -> Outcome:
     output = linear_policy_loss(
         case.hidden_TD,
         case.weight_VD,
@@ -100,20 +118,15 @@ def _ours(case: Case) -> Outcome:
         rule=LossRule(context="replace"),
         loss_scale=1 / len(case.targets_T),
         weight_main_grad_VpD=case.main_grad_VD,
-        path=case.path,
+        path=path_for(case.hidden_TD, options) if case.path is None else case.path,
     )
     return _backward(case, output.loss, output.logprobs_T)
 
 
-def _ours_plain_tile(case: Case) -> Outcome:
-    from p2o_kernels.lm_head.triton_path import PLAIN_TILE, TritonHead
-
-    return _ours(replace(case, path=TritonHead(tile=PLAIN_TILE)))
-
-
-def _ours_scoring(case: Case) -> Outcome:
+def _ours_scoring(case: Case, options: HeadOptions | None = None) -> Outcome:
+    path = path_for(case.hidden_TD, options)
     with torch.no_grad():
-        return Outcome(logprobs_T=linear_logprob(case.hidden_TD, case.weight_VD, case.targets_T)[0])
+        return Outcome(logprobs_T=linear_logprob(case.hidden_TD, case.weight_VD, case.targets_T, path=path)[0])
 
 
 def _plain_logprobs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:

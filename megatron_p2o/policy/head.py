@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_p2o.types import PackedBatch
-from p2o_kernels import LossRule, PolicyLoss, linear_logprob, linear_policy_loss
+from p2o_kernels import HeadOptions, LossRule, PolicyLoss, linear_logprob, linear_policy_loss
+from p2o_kernels.lm_head import path_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,7 @@ class PolicyHead(ColumnParallelLinear):
         task: HeadTask | None = None,
         temperature: float = 1.0,
         vocab_size: int | None = None,
+        options: HeadOptions | None = None,
     ) -> tuple[Tensor, Tensor | None] | PolicyLoss:
         """Return (logprobs_N, entropy_N) of the response tokens, or the loss under `task.rule`; on all tensor ranks.
 
@@ -56,6 +58,7 @@ class PolicyHead(ColumnParallelLinear):
             weight: [Vp, D] when the head shares the embedding's weight; None for its own.
             temperature: the logits are divided by it.
             vocab_size: real tokens; rows of the weight beyond it are padding.
+            options: how a GPU computes it.
         """
         if task is None:
             return super().forward(input_, weight, runtime_gather_output)
@@ -68,6 +71,7 @@ class PolicyHead(ColumnParallelLinear):
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         batch = task.batch
         hidden_TD = hidden.squeeze(1)[: len(batch.token_ids_T)]
+        path = path_for(hidden_TD, options)
         vocab_start = self.tp_group.rank() * self.output_size_per_partition
         if task.rule is None:
             rows_N = batch.loss_mask_T.nonzero().squeeze(1)
@@ -79,6 +83,7 @@ class PolicyHead(ColumnParallelLinear):
                 tp_group=self.tp_group,
                 vocab_start=vocab_start,
                 vocab_size=vocab_size,
+                path=path,
             )
         return linear_policy_loss(
             hidden_TD,
@@ -96,4 +101,5 @@ class PolicyHead(ColumnParallelLinear):
             vocab_size=vocab_size,
             weight_main_grad_VpD=getattr(weight, "main_grad", None) if task.adds_to_main_grad else None,
             expected_dead_share=task.expected_dead_share,
+            path=path,
         )

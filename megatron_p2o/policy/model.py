@@ -20,6 +20,7 @@ from megatron_p2o.config import ParallelConfig
 from megatron_p2o.policy.architecture import Architecture, Experts
 from megatron_p2o.policy.attention import PackedCoreAttention, PackLayout
 from megatron_p2o.policy.head import HeadTask, PolicyHead
+from p2o_kernels import HeadOptions
 
 
 def transformer_config(
@@ -46,7 +47,9 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     return -(-vocab_size // tensor) * tensor
 
 
-def build_models(architecture: Architecture, config: TransformerConfig, temperature: float) -> "list[PolicyModel]":
+def build_models(
+    architecture: Architecture, config: TransformerConfig, temperature: float, head: HeadOptions | None = None
+) -> "list[PolicyModel]":
     """Return this rank's pipeline stages, weights uninitialised. Megatron's groups must exist.
 
     One, or `parallel.virtual_pipeline` of the interleaved schedule: chunk c of stage s comes after chunk c of stage
@@ -54,12 +57,16 @@ def build_models(architecture: Architecture, config: TransformerConfig, temperat
     """
     num_chunks = config.virtual_pipeline_model_parallel_size
     if num_chunks is None:
-        return [_build_stage(architecture, config, temperature, None)]
-    return [_build_stage(architecture, config, temperature, chunk) for chunk in range(num_chunks)]
+        return [_build_stage(architecture, config, temperature, head, None)]
+    return [_build_stage(architecture, config, temperature, head, chunk) for chunk in range(num_chunks)]
 
 
 def _build_stage(
-    architecture: Architecture, config: TransformerConfig, temperature: float, chunk: int | None
+    architecture: Architecture,
+    config: TransformerConfig,
+    temperature: float,
+    head: HeadOptions | None,
+    chunk: int | None,
 ) -> "PolicyModel":
     return PolicyModel(
         config,
@@ -77,6 +84,7 @@ def _build_stage(
         parallel_output=True,
         real_vocab_size=architecture.vocab_size,
         temperature=temperature,
+        head_options=head,
     )
 
 
@@ -87,10 +95,18 @@ class PolicyModel(GPTModel):
     positions restart at each sample. Other stages return hidden states. Without a task the logits are returned.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, temperature: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        real_vocab_size: int,
+        temperature: float,
+        head_options: HeadOptions | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.temperature = temperature
+        self.head_options = head_options
         # Each token's position is looked up below; Megatron would take a context rank's part of the table.
         self.rotary_pos_emb.cp_group = None
         if self.post_process:
@@ -114,6 +130,7 @@ class PolicyModel(GPTModel):
             task=labels,
             temperature=self.temperature,
             vocab_size=self.real_vocab_size,
+            options=self.head_options,
         )
 
 

@@ -19,6 +19,7 @@ from megatron_p2o.policy.optimizer import Optimization, StepOutcome
 from megatron_p2o.policy.parallel import Ranks
 from megatron_p2o.policy.shares import Share
 from megatron_p2o.types import Logprobs
+from p2o_kernels import HeadOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +42,8 @@ class PolicyShard:
         self.architecture = read_architecture(directory)
         overrides = megatron_overrides(config.megatron)
         settings = transformer_config(self.architecture, config.parallel, config.model.dtype, overrides.transformer)
-        self.models = build_models(self.architecture, settings, config.rollout.temperature)
+        head = HeadOptions(kernel=config.head.kernel, weight_grad=config.head.weight_grad)
+        self.models = build_models(self.architecture, settings, config.rollout.temperature, head)
         with WeightFiles(directory) as files:
             load_hf_weights(self.models, files, self.architecture)
         self.optimization = Optimization(

@@ -1,9 +1,12 @@
 """The compiled Triton path on a GPU, at a real hidden size: what the interpreter cannot show."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from p2o_kernels import LossRule, active_token_index, grouped_advantage, linear_logprob, linear_policy_loss
+from p2o_kernels import HeadOptions, LossRule, active_token_index, grouped_advantage, linear_logprob, linear_policy_loss
+from p2o_kernels.lm_head import path_for
 from p2o_kernels.policy_loss import linear_policy_loss_reference
 
 pytestmark = [
@@ -12,10 +15,8 @@ pytestmark = [
 ]
 
 
-def tiles():
-    from p2o_kernels.lm_head.triton_path import PLAIN_TILE, Tile
-
-    return {"warp specialized": Tile(), "plain": PLAIN_TILE}
+def head_path(hidden, kernel, weight_grad="fast"):
+    return path_for(hidden, HeadOptions(kernel=kernel, weight_grad=weight_grad))
 
 
 def cuda_case(vocab_size, num_padding, num_tokens=384):
@@ -41,11 +42,16 @@ def cuda_case(vocab_size, num_padding, num_tokens=384):
     return hidden, weight, targets, arguments
 
 
-@pytest.mark.parametrize("tile", ["warp specialized", "plain"])
-@pytest.mark.parametrize(("vocab_size", "num_padding"), [(4099, 61), (18992, 0)])
-def test_policy_loss_and_gradients_equal_float64_autograd(vocab_size, num_padding, tile, relative_error, nan_empty):
-    from p2o_kernels.lm_head.triton_path import TritonHead
+KERNELS = ("warp_specialized", "plain")
+"""Of the LM head; `run_gpu.sh` runs the tests of each, by name, in a process of its own."""
 
+
+@pytest.mark.parametrize("weight_grad", ["fast", "precise"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("vocab_size", "num_padding"), [(4099, 61), (18992, 0)])
+def test_policy_loss_and_gradients_equal_float64_autograd(
+    vocab_size, num_padding, kernel, weight_grad, relative_error, nan_empty
+):
     hidden, weight, targets, arguments = cuda_case(vocab_size, num_padding)
     hidden_64, weight_64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
     loss, logprobs, entropy = linear_policy_loss_reference(hidden_64, weight_64, targets, rule=LossRule(), **arguments)
@@ -53,7 +59,7 @@ def test_policy_loss_and_gradients_equal_float64_autograd(vocab_size, num_paddin
     hidden.requires_grad_()
     weight.requires_grad_()
     main_grad = torch.zeros_like(weight, dtype=torch.float32)
-    path = TritonHead(tile=tiles()[tile], chunk_bytes=256 * 2 * len(weight))
+    path = replace(head_path(hidden, kernel, weight_grad), chunk_bytes=256 * 2 * len(weight))
     output = linear_policy_loss(
         hidden, weight, targets, rule=LossRule(), **arguments, weight_main_grad_VpD=main_grad, path=path
     )
@@ -67,24 +73,49 @@ def test_policy_loss_and_gradients_equal_float64_autograd(vocab_size, num_paddin
     assert (main_grad[vocab_size:] == 0).all()
 
 
-def test_the_same_call_gives_the_same_bits():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_same_call_gives_the_same_bits(kernel):
     hidden, weight, targets, arguments = cuda_case(18992, 0)
     results = []
     for _ in range(2):
         leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        output = linear_policy_loss(*leaves, targets, rule=LossRule(), **arguments)
+        path = head_path(hidden, kernel)
+        output = linear_policy_loss(*leaves, targets, rule=LossRule(), **arguments, path=path)
         output.loss.backward()
         results.append((output.loss.detach(), leaves[0].grad.clone(), leaves[1].grad.clone()))
         leaves[0].grad = leaves[1].grad = None
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-def test_scoring_equals_float64():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scoring_equals_float64(kernel):
     hidden, weight, targets, _ = cuda_case(4099, 61)
     with torch.no_grad():
-        logprobs, _ = linear_logprob(hidden, weight, targets, vocab_size=4099, temperature=0.6)
+        path = head_path(hidden, kernel)
+        logprobs, _ = linear_logprob(hidden, weight, targets, vocab_size=4099, temperature=0.6, path=path)
     truth = torch.log_softmax(hidden.double() @ weight[:4099].double().T / 0.6, -1)
     assert (logprobs - truth.gather(1, targets[:, None]).squeeze(1)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nan_hidden_states_show_in_their_log_probs_alone(kernel):
+    hidden, weight, targets, _ = cuda_case(4099, 61)
+    hidden[200, 7] = torch.nan
+    with torch.no_grad():
+        logprobs, _ = linear_logprob(hidden, weight, targets, vocab_size=4099, path=head_path(hidden, kernel))
+    assert logprobs.isnan().nonzero().tolist() == [[200]]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_shard_of_padding_alone_adds_nothing(kernel):
+    hidden, weight, targets, _ = cuda_case(4099, 61)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    # The second of two shards, seen alone: no column counts and no target is here, so every log-prob is 0.
+    path = replace(head_path(hidden, kernel), save_bytes=2**30)
+    logprobs, _ = linear_logprob(hidden, weight, targets, vocab_start=4160, vocab_size=4160, path=path)
+    logprobs.sum().backward()
+    assert (logprobs == 0).all() and (hidden.grad == 0).all() and (weight.grad == 0).all()
 
 
 def test_grouped_advantage_equals_the_cpu():

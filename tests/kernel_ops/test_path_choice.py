@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from p2o_kernels.lm_head import path_for
+from p2o_kernels.lm_head import HeadOptions, path_for
 from p2o_kernels.lm_head.torch_path import TorchHead
 
 WITHOUT_TRITON = """
@@ -34,8 +34,20 @@ def test_cpu_tensors_take_the_torch_path():
 
 
 def test_an_unsupported_cuda_dtype_is_refused_and_not_run_elsewhere():
-    with pytest.raises(ValueError, match=r"hidden_TD is torch.float32: .* pass path=TorchHead\(\)"):
+    with pytest.raises(ValueError, match=r"hidden_TD is torch.float32: .* path=TorchHead\(\) \(setting head.kernel"):
         path_for(torch.zeros(1).as_subclass(CudaLike))
+
+
+def test_one_option_selects_the_kernel_of_a_cuda_tensor():
+    pytest.importorskip("triton", reason="triton is not installed: only torch can be selected")
+    from p2o_kernels.lm_head.triton_path import PLAIN_TILE, Tile, TritonHead
+
+    hidden = torch.zeros(1, dtype=torch.bfloat16).as_subclass(CudaLike)
+    assert path_for(hidden) == TritonHead(tile=Tile(), weight_grad="fast")
+    assert Tile().warp_specialize and not PLAIN_TILE.warp_specialize
+    plain = path_for(hidden, HeadOptions(kernel="plain", weight_grad="precise"))
+    assert plain == TritonHead(tile=PLAIN_TILE, weight_grad="precise")
+    assert path_for(hidden.float(), HeadOptions(kernel="torch")) == TorchHead()
 
 
 def test_every_operation_runs_on_cpu_without_triton():

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import Qwen3ForCausalLM
 
-from megatron_p2o.config import Config, ObjectiveConfig, OptimizerConfig
+from megatron_p2o.config import Config, HeadConfig, ObjectiveConfig, OptimizerConfig
 from megatron_p2o.files import digest_of
 from megatron_p2o.policy.attention import pack_layout, sample_positions
 from megatron_p2o.policy.checkpoint import Staged
@@ -26,6 +26,7 @@ from megatron_p2o.policy.ranks import MegatronPolicy, PolicyError, build_policy
 from megatron_p2o.policy.safe_pickle import RefusedPickle
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples, token_losses
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from p2o_kernels import HeadOptions
 
 VOCAB_SIZE = 131
 LENGTHS = (3, 17, 1, 20, 30, 9, 9)
@@ -88,6 +89,12 @@ def test_packed_logits_and_log_probs_equal_transformers_sample_by_sample(any_mod
             )
             expected = torch.cat([oracle.model(part[None]).logits[0] for part in ids.split(lengths.tolist())])
         torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
+
+
+def test_the_settings_of_the_head_reach_it(model: Path):
+    config = replace(policy_config(model), head=HeadConfig(kernel="plain", weight_grad="precise"))
+    with policy_of(config) as policy:
+        assert policy._shard.models[0].head_options == HeadOptions(kernel="plain", weight_grad="precise")
 
 
 def test_three_updates_equal_transformers_with_torch_adamw(any_model: Path):

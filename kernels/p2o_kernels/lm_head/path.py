@@ -1,13 +1,29 @@
 """The two ways to compute the LM head, and which one a device takes."""
 
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from p2o_kernels.lm_head.shard import HeadShard, SoftmaxChunk
 from p2o_kernels.lm_head.torch_path import TorchHead
+
+_TORCH_ON_CUDA = "run torch on CUDA by path=TorchHead() (setting head.kernel: torch)"
+
+WeightGrad = Literal["fast", "precise"]
+"""Of the Triton path: the weight gradient by one product, or by two that halve its error at most states of a policy and
+keep it below 1e-3 at all (README.md, "Rounding")."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadOptions:
+    """How CUDA tensors are computed; a CPU has one way."""
+
+    kernel: Literal["warp_specialized", "plain", "torch"] = "warp_specialized"
+    """`plain` is the same Triton product without warp specialization; `torch` takes any dtype and needs no triton."""
+    weight_grad: WeightGrad = "fast"
 
 
 class LmHeadPath(Protocol):
@@ -57,18 +73,20 @@ class LmHeadPath(Protocol):
         ...
 
 
-def path_for(hidden: Tensor) -> LmHeadPath:
+def path_for(hidden: Tensor, options: HeadOptions | None = None) -> LmHeadPath:
     """Return the path for a tensor's device and dtype: torch on CPU, Triton on CUDA. Never falls back silently.
 
     Raises:
         ValueError: there is no Triton path for this CUDA tensor.
     """
-    if not hidden.is_cuda:
+    options = HeadOptions() if options is None else options
+    if not hidden.is_cuda or options.kernel == "torch":
         return TorchHead()
     if find_spec("triton") is None:
-        raise ValueError("path: triton is not installed; install it, or pass path=TorchHead() to run torch on CUDA")
+        raise ValueError(f"path: triton is not installed; install it, or {_TORCH_ON_CUDA}")
     if hidden.dtype != torch.bfloat16:
-        raise ValueError(f"hidden_TD is {hidden.dtype}: the Triton path takes bfloat16; cast, or pass path=TorchHead()")
-    from p2o_kernels.lm_head.triton_path import TritonHead
+        raise ValueError(f"hidden_TD is {hidden.dtype}: the Triton path takes bfloat16; cast, or {_TORCH_ON_CUDA}")
+    from p2o_kernels.lm_head.triton_path import PLAIN_TILE, Tile, TritonHead
 
-    return TritonHead()
+    tile = Tile() if options.kernel == "warp_specialized" else PLAIN_TILE
+    return TritonHead(tile=tile, weight_grad=options.weight_grad)

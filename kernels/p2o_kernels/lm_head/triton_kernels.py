@@ -41,7 +41,7 @@ def target_logits_kernel(
 
 @triton.jit
 def exponentials_kernel(
-    hidden_ptr, weight_ptr, exponentials_ptr, targets_ptr, target_logits_ptr, sums_ptr, weighted_ptr,
+    hidden_ptr, weight_ptr, exponentials_ptr, targets_ptr, target_logits_ptr, sums_ptr, weighted_ptr, rounded_ptr,
     num_rows, num_columns, hidden_size, vocab_start, scale, tiles_per_split,
     hidden_stride, weight_stride, exponentials_stride,
     STORE: tl.constexpr, ENTROPY: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
@@ -49,8 +49,8 @@ def exponentials_kernel(
 ):  # fmt: skip
     """Grid (row blocks * splits,): one block of rows against one contiguous range of vocabulary tiles.
 
-    Writes the exponentials (bfloat16, [C, V], 0 at the target) when STORE, and per split the sums of the unrounded
-    exponentials [splits, C] and, when ENTROPY, of exponential * (logit - target's logit) [splits, C].
+    Writes per split [splits, C] the sums of the exponentials, when ENTROPY those of exponential * (logit - target's
+    logit), and when STORE the exponentials (bfloat16, [C, V], 0 at the target) and the sums of these rounded ones.
     """
     num_row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     row_start = tl.program_id(0) % num_row_blocks * BLOCK_ROWS
@@ -64,6 +64,7 @@ def exponentials_kernel(
     target_logit = tl.load(target_logits_ptr + row_start + rows, mask=is_row, other=0.0)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    rounded = tl.zeros((BLOCK_ROWS,), tl.float32)
     largest_difference = (_LARGEST_EXPONENT + MARGIN) / scale
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(num_columns, BLOCK_COLUMNS))
@@ -96,31 +97,39 @@ def exponentials_kernel(
         if ENTROPY:
             weighted += tl.sum(exponential * difference, 1)
         if STORE:
-            exponentials_desc.store([row_start, column_start], exponential.to(tl.bfloat16))
+            stored = exponential.to(tl.bfloat16)
+            rounded += tl.sum(stored.to(tl.float32), 1)
+            exponentials_desc.store([row_start, column_start], stored)
     first_sum = split.to(tl.int64) * num_rows + row_start
     tl.store(sums_ptr + first_sum + rows, total, mask=is_row)
     if ENTROPY:
         tl.store(weighted_ptr + first_sum + rows, weighted, mask=is_row)
+    if STORE:
+        tl.store(rounded_ptr + first_sum + rows, rounded, mask=is_row)
 
 
 @triton.jit
 def softmax_rows_kernel(
-    sums_ptr, weighted_ptr, logprobs_ptr, entropy_ptr, scale_ptr, complement_ptr, num_rows, num_splits,
-    inverse_temperature, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    sums_ptr, weighted_ptr, rounded_ptr, logprobs_ptr, entropy_ptr, scale_ptr, complement_ptr, num_rows, num_splits,
+    inverse_temperature, STORED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks,). Log-prob, entropy, probability scale and 1 - probability from the sums [splits, C].
+    """Grid (row blocks,). Log-prob, entropy, 1 - probability and, when STORED, probability scale from the sums.
 
     With s the sum over the other columns and e = 2^-MARGIN the target's exponential: p = e / (s + e),
-    1 - p = s / (s + e), log p = -log(1 + s / e), each without cancellation.
+    1 - p = s / (s + e), log p = -log(1 + s / e), each without cancellation. The scale makes the stored exponentials,
+    rounded as they are, sum to 1 - p.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = rows < num_rows
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
+    rounded = tl.zeros((BLOCK,), tl.float32)
     for split in range(0, num_splits):
         total += tl.load(sums_ptr + split * num_rows + rows, mask=is_row, other=0.0)
         if ENTROPY:
             weighted += tl.load(weighted_ptr + split * num_rows + rows, mask=is_row, other=0.0)
+        if STORED:
+            rounded += tl.load(rounded_ptr + split * num_rows + rows, mask=is_row, other=0.0)
     target = tl.exp2(-MARGIN)
     inverse = 1.0 / (total + target)
     odds = tl.minimum(total, 1.0) * tl.exp2(MARGIN)
@@ -130,8 +139,9 @@ def softmax_rows_kernel(
     large = (tl.log2(total + target) + MARGIN) * _LOG_2
     negative_logprob = tl.where(odds < _SERIES_LIMIT, series, tl.where(total < 1.0, tl.log(1.0 + odds), large))
     tl.store(logprobs_ptr + rows, -negative_logprob, mask=is_row)
-    tl.store(scale_ptr + rows, inverse, mask=is_row)
     tl.store(complement_ptr + rows, total * inverse, mask=is_row)
+    if STORED:
+        tl.store(scale_ptr + rows, total * inverse / tl.where(rounded == 0.0, 1.0, rounded), mask=is_row)
     if ENTROPY:
         # The mean logit of the distribution, from the target's, whose own share is 0.
         mean_difference = weighted * inverse * inverse_temperature
@@ -164,18 +174,22 @@ def hidden_grad_kernel(
 
 @triton.jit
 def scale_rows_kernel(
-    hidden_ptr, logprob_grad_ptr, probability_scale_ptr, result_ptr, hidden_size, inverse_temperature, hidden_stride,
-    BLOCK: tl.constexpr,
+    hidden_ptr, logprob_grad_ptr, probability_scale_ptr, result_ptr, rest_ptr, hidden_size, inverse_temperature,
+    hidden_stride, REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (C,). result = grad / temperature * probability_scale * hidden, in the dtype of `result`."""
+    """Grid (C,). result = grad / temperature * probability_scale * hidden; when REST, rest is what rounding took."""
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(logprob_grad_ptr + row) * inverse_temperature * tl.load(probability_scale_ptr + row)
     for start in range(0, hidden_size, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < hidden_size
         hidden = tl.load(hidden_ptr + row * hidden_stride + offsets, mask=inside, other=0.0).to(tl.float32)
-        result = (hidden * factor).to(result_ptr.dtype.element_ty)
+        scaled = hidden * factor
+        result = scaled.to(result_ptr.dtype.element_ty)
         tl.store(result_ptr + row * hidden_size + offsets, result, mask=inside)
+        if REST:
+            rest = (scaled - result.to(tl.float32)).to(rest_ptr.dtype.element_ty)
+            tl.store(rest_ptr + row * hidden_size + offsets, rest, mask=inside)
 
 
 @triton.jit

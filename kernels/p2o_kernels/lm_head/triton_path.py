@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
 from p2o_kernels.lm_head import triton_kernels as kernels
+from p2o_kernels.lm_head.path import WeightGrad
 from p2o_kernels.lm_head.shard import HeadShard, SoftmaxChunk
 
 _DESCRIPTOR_ALIGNMENT = 8
@@ -47,6 +48,7 @@ class TritonHead:
     tile: Tile = Tile()
     num_multiprocessors: int = 132
     """Of an H100 SXM or H200: decides the chunk size and the splits, never the result."""
+    weight_grad: WeightGrad = "fast"
     save_bytes: int = 64 * 2**20
     is_triton: bool = True
     compacts_rows: bool = False
@@ -76,18 +78,18 @@ class TritonHead:
     def softmax_chunk(
         self, shard: HeadShard, hidden_CD: Tensor, targets_C: Tensor, buffer: Tensor | None, *, with_entropy: bool
     ) -> SoftmaxChunk:
-        """Two sum all-reduces, [C] and [2, splits, C], over the ranks."""
+        """Two sum all-reduces, [C] and [3, splits, C], over the ranks."""
         _check_supported(hidden_CD, shard.weight_VD)
         targets_C = targets_C.contiguous()
         target_logits_C = self._target_logits(shard, hidden_CD, targets_C)
         exponentials_CV = None if buffer is None else buffer[: len(hidden_CD)]
-        sums_2SC = self._exponentials(
+        sums_3SC = self._exponentials(
             shard, hidden_CD, targets_C, target_logits_C, exponentials_CV, with_entropy=with_entropy
         )
         logprobs, entropy, scale, complement = torch.empty_like(target_logits_C).new_empty(4, len(hidden_CD)).unbind()
         kernels.softmax_rows_kernel[(triton.cdiv(len(hidden_CD), 256),)](
-            sums_2SC[0], sums_2SC[1], logprobs, entropy, scale, complement, len(hidden_CD), sums_2SC.shape[1],
-            1.0 / shard.temperature, ENTROPY=with_entropy, BLOCK=256,
+            *sums_3SC, logprobs, entropy, scale, complement, len(hidden_CD), sums_3SC.shape[1],
+            1.0 / shard.temperature, STORED=exponentials_CV is not None, ENTROPY=with_entropy, BLOCK=256,
         )  # fmt: skip
         return SoftmaxChunk(logprobs, entropy if with_entropy else None, exponentials_CV, scale, complement)
 
@@ -110,24 +112,24 @@ class TritonHead:
         *,
         with_entropy: bool,
     ) -> Tensor:
-        """Return the row sums [2, splits, C] over all ranks: of the exponentials, and weighted by their logits."""
+        """Return the row sums [3, splits, C] over all ranks: of the exponentials, weighted by their logits, rounded."""
         num_rows, num_columns = len(hidden_CD), len(shard.weight_VD)
         row_blocks, column_tiles = triton.cdiv(num_rows, self.tile.rows), triton.cdiv(shard.num_rows, self.tile.columns)
         num_splits = self.num_splits(row_blocks, column_tiles)
-        sums_2SC = torch.zeros(2, num_splits, num_rows, dtype=torch.float32, device=hidden_CD.device)
+        sums_3SC = torch.zeros(3, num_splits, num_rows, dtype=torch.float32, device=hidden_CD.device)
         if num_columns > 0:
             # Without a buffer nothing is stored: any valid pointer will do.
             stored = hidden_CD if exponentials_CV is None else exponentials_CV
             _provide_descriptor_memory(hidden_CD.device)
             kernels.exponentials_kernel[(row_blocks * num_splits,)](
-                hidden_CD, shard.weight_VD, stored, targets_C, target_logits_C, sums_2SC[0], sums_2SC[1],
+                hidden_CD, shard.weight_VD, stored, targets_C, target_logits_C, *sums_3SC,
                 num_rows, num_columns, hidden_CD.shape[1], shard.vocab_start, math.log2(math.e) / shard.temperature,
                 triton.cdiv(column_tiles, num_splits), hidden_CD.stride(0), shard.weight_VD.stride(0), stored.stride(0),
                 STORE=exponentials_CV is not None, ENTROPY=with_entropy, WARP_SPECIALIZE=self.tile.warp_specialize,
                 BLOCK_ROWS=self.tile.rows, BLOCK_COLUMNS=self.tile.columns, BLOCK_DEPTH=self.tile.depth,
                 num_warps=self.tile.num_warps, num_stages=self.tile.num_stages,
             )  # fmt: skip
-        return _sum_over_ranks(sums_2SC, shard.tp_group)
+        return _sum_over_ranks(sums_3SC, shard.tp_group)
 
     def num_splits(self, row_blocks: int, column_tiles: int) -> int:
         """Return into how many ranges the vocabulary is cut: for the least time of waves of programs, then the fewest.
@@ -167,12 +169,14 @@ class TritonHead:
         targets_C = targets_C.contiguous()
         num_rows, hidden_size = hidden_CD.shape
         inverse_temperature = 1.0 / shard.temperature
-        scaled_CD = torch.empty(num_rows, hidden_size, dtype=hidden_CD.dtype, device=hidden_CD.device)
+        num_parts = 1 if self.weight_grad == "fast" else 2
+        parts = torch.empty(num_parts, num_rows, hidden_size, dtype=hidden_CD.dtype, device=hidden_CD.device)
         kernels.scale_rows_kernel[(num_rows,)](
-            hidden_CD, logprob_grad_C, chunk.probability_scale_C, scaled_CD, hidden_size, inverse_temperature,
-            hidden_CD.stride(0), BLOCK=_ROW_BLOCK,
+            hidden_CD, logprob_grad_C, chunk.probability_scale_C, parts[0], parts[-1], hidden_size,
+            inverse_temperature, hidden_CD.stride(0), REST=num_parts == 2, BLOCK=_ROW_BLOCK,
         )  # fmt: skip
-        _subtract_product_(weight_grad_VpD[: len(shard.weight_VD)], chunk.exponentials_CV.T, scaled_CD)
+        for scaled_CD in parts:
+            _subtract_product_(weight_grad_VpD[: len(shard.weight_VD)], chunk.exponentials_CV.T, scaled_CD)
         order_C = torch.argsort(targets_C, stable=True)
         kernels.add_target_rows_kernel[(num_rows, triton.cdiv(hidden_size, _ROW_BLOCK))](
             weight_grad_VpD, hidden_CD, targets_C, order_C, logprob_grad_C, chunk.complement_C, num_rows,
