@@ -7,6 +7,7 @@ Defaults are the paper's (arXiv:2603.21877, Qwen3-4B) except where `preset: refe
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -19,6 +20,11 @@ class RunConfig:
     directory: str = "runs"
     seed: int = 1
     """Seeds problem order, template draws, engine sampling and evolution."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run's files; it need not exist yet."""
+        return Path(self.directory) / self.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -344,6 +350,9 @@ class LoggingConfig:
     tensorboard: bool = False
     rollouts_every_steps: int = 1
     """Write all rollouts of a step as JSONL; 0 writes none."""
+    profile_update: int | None = None
+    """Write what this optimizer step of the process takes, counted from 1, as a Chrome trace of every rank:
+    `profile/update-<n>-rank-<r>.json.gz` in the run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -405,6 +414,7 @@ POSITIVE = (
     *("evolution.dev_size", "evolution.num_lineages", "evolution.minibatch_size"),
     *("evolution.max_template_tokens", "evolution.round_timeout_s", "evolution.reflection.max_tokens"),
     *("evolution.reflection.timeout_s", "evaluation.num_samples", "scoring.mismatch_alarm"),
+    *("logging.profile_update",),
 )
 """Settings that must be greater than 0, unless they are None."""
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import ConfigError, load_config, missing_paths
-from megatron_p2o.launch import launch, prepare_environment, run_directory
+from megatron_p2o.launch import launch, prepare_environment
 from megatron_p2o.run_state import STATE_FILE
 
 Value = TypeVar("Value")
@@ -51,7 +51,7 @@ def request_of(
     checkpoint = None
     if target.is_file():
         config = load_config(target, [*files, *overrides])
-        default = run_directory(config) / EVALUATIONS_FOLDER / "initial"
+        default = config.run.folder / EVALUATIONS_FOLDER / "initial"
     elif (target / STATE_FILE).is_file():
         checkpoint = target.resolve()
         run_dir = checkpoint.parent.parent

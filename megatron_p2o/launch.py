@@ -33,11 +33,6 @@ STOP_TIMEOUT_S = 60
 SHARED_FILE_POLL_S = 0.5
 
 
-def run_directory(config: Config) -> Path:
-    """Return the folder of the run; it need not exist yet."""
-    return Path(config.run.directory) / config.run.name
-
-
 def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = None) -> int:
     """Save the resolved settings, run `megatron_p2o.train` on every rank of this node, and return the exit status.
 
@@ -49,7 +44,7 @@ def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = 
     """
     nodes = nodes or nodes_of_slurm(os.environ) or this_machine()
     num_ranks = ranks_per_node(config, nodes)
-    run_dir = run_directory(config)
+    run_dir = config.run.folder
     resolved = share_settings(config, run_dir, nodes)
     prepare_environment()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

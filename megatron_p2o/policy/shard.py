@@ -17,6 +17,7 @@ from megatron_p2o.policy.megatron_settings import megatron_overrides
 from megatron_p2o.policy.model import build_models, transformer_config
 from megatron_p2o.policy.optimizer import Optimization, StepOutcome
 from megatron_p2o.policy.parallel import Ranks
+from megatron_p2o.policy.profile import traced
 from megatron_p2o.policy.shares import Share
 from megatron_p2o.types import Logprobs
 from p2o_kernels import HeadOptions
@@ -54,12 +55,24 @@ class PolicyShard:
             overrides=overrides,
         )
         self._dead_share = 0.0
+        self._num_updates = 0
         self.writer = CheckpointWriter(config.parallel.timeout_s)
         # The last stage holds the results; its tensor ranks all know the same, its context ranks each their part.
         self.speaks = ranks.tensor_rank == 0 and ranks.pipeline_rank == config.parallel.pipeline - 1
 
     def update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
         """Take one optimizer step on the shares of all data-parallel ranks."""
+        self._num_updates += 1
+        with traced(self._trace_path()):
+            return self._update(share, num_loss_tokens, num_samples)
+
+    def _trace_path(self) -> Path | None:
+        number = self._num_updates
+        if number != self.config.logging.profile_update:
+            return None
+        return self.config.run.folder / "profile" / f"update-{number}-rank-{self.ranks.rank}.json.gz"
+
+    def _update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
         optimization = self.optimization
         batches = make_micro_batches(share, self.ranks.device)
         denominator = Denominator(

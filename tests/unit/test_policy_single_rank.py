@@ -1,5 +1,6 @@
 """The whole policy in one process against transformers and torch's AdamW."""
 
+import gzip
 import io
 import json
 import pickle
@@ -17,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import Qwen3ForCausalLM
 
-from megatron_p2o.config import Config, HeadConfig, ObjectiveConfig, OptimizerConfig
+from megatron_p2o.config import Config, HeadConfig, LoggingConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from megatron_p2o.files import digest_of
 from megatron_p2o.policy.attention import pack_layout, sample_positions
 from megatron_p2o.policy.checkpoint import Staged
@@ -26,6 +27,7 @@ from megatron_p2o.policy.ranks import MegatronPolicy, PolicyError, build_policy
 from megatron_p2o.policy.safe_pickle import RefusedPickle
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples, token_losses
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.types import UpdateReport
 from p2o_kernels import HeadOptions
 
 VOCAB_SIZE = 131
@@ -347,3 +349,17 @@ def test_bfloat16_accumulates_updates_that_are_too_small_for_it(model: Path):
     _, grad_norm = PolicyOracle(policy_config(model)).update(SAMPLES, None, 120)
     # Eight bits of mantissa in activations and log-probs.
     assert reports[0].grad_norm == pytest.approx(grad_norm, rel=0.05)
+
+
+def test_one_update_is_traced_and_gives_the_same_numbers(model: Path, tmp_path: Path):
+    plain = policy_config(model)
+    run = RunConfig(name="traced", directory=str(tmp_path))
+    reports: list[list[UpdateReport]] = []
+    for config in (plain, replace(plain, run=run, logging=LoggingConfig(profile_update=2))):
+        with policy_of(config) as policy:
+            reports.append([policy.update(SAMPLES, None, 120) for _ in range(3)])
+    assert reports[0] == reports[1]
+    (path,) = (tmp_path / "traced" / "profile").iterdir()
+    assert path.name == "update-2-rank-0.json.gz"
+    names = {event["name"] for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+    assert {"aten::mm", "aten::scaled_dot_product_attention"} <= names
