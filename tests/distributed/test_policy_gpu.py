@@ -1,0 +1,107 @@
+"""The policy on one GPU: what the CPU cannot show. Without a GPU these are skipped and counted."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_p2o.config import OptimizerConfig
+from megatron_p2o.policy.attention import _attend_on_cpu, _attend_on_cuda, pack_layout
+from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.rl.packing import context_positions
+from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.types import UpdateReport
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the policy's GPU path is not run"),
+]
+
+VOCAB_SIZE = 1000
+SAMPLES = random_samples((30, 170, 1, 200, 90), vocab_size=VOCAB_SIZE)
+OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, micro_batch_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sizes that the kernels for a GPU take; weights that keep the distributions within what bfloat16 resolves."""
+    return write_tiny_qwen3(
+        tmp_path_factory.mktemp("tiny"),
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_heads=4,
+        head_dim=64,
+        weight_scale=2.0,
+    )
+
+
+@pytest.fixture
+def policy(model: Path) -> Iterator[MegatronPolicy]:
+    with closing(build_policy(policy_config(model, dtype="bfloat16", optimizer=OPTIMIZER))) as policy:
+        yield policy
+
+
+@pytest.mark.parametrize("context_size", [1, 2])
+def test_attention_and_its_gradients_equal_those_of_the_cpu(context_size: int):
+    cu_seqlens = torch.tensor([0, 64, 68, 328, 512], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(512, heads, 64) for heads in (4, 2, 2)]
+    query, key, value = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    direction = torch.randn(shapes[0], generator=generator)
+    gathered = torch.cat([context_positions(cu_seqlens, rank, context_size) for rank in range(context_size)])
+    for rank in range(context_size):
+        own = context_positions(cu_seqlens, rank, context_size)
+        here = [part.float().requires_grad_() for part in (query[own], key[gathered], value[gathered])]
+        there = [part.detach().bfloat16().cuda().requires_grad_() for part in here]
+        expected = _attend_on_cpu(*here, pack_layout(cu_seqlens, rank, context_size), 0.125)
+        output = _attend_on_cuda(*there, pack_layout(cu_seqlens.cuda(), rank, context_size), 0.125)
+        (expected * direction[own]).sum().backward()
+        (output.float() * direction[own].cuda()).sum().backward()
+        torch.testing.assert_close(output.float().cpu(), expected, rtol=0.02, atol=0.02)
+        for ours, theirs in zip(there, here, strict=True):
+            torch.testing.assert_close(ours.grad.float().cpu(), theirs.grad, rtol=0.05, atol=0.05)
+
+
+def test_an_update_in_bfloat16_is_close_to_transformers_in_float32(policy: MegatronPolicy, model: Path):
+    oracle = PolicyOracle(policy_config(model, optimizer=OPTIMIZER))
+    for ours, theirs in zip(policy.score(SAMPLES), oracle.score(SAMPLES), strict=True):
+        difference = torch.from_numpy(ours) - torch.from_numpy(theirs)
+        assert difference.abs().mean() < 0.03
+    report = policy.update(SAMPLES, None, 600)
+    loss, grad_norm = oracle.update(SAMPLES, None, 600)
+    assert report.is_applied
+    assert report.loss == pytest.approx(loss, abs=0.02)
+    assert report.grad_norm == pytest.approx(grad_norm, rel=0.05)
+    expected = oracle.weights()
+    for name, weight in policy.weights():
+        # Adam's first step is at most lr for every weight; bfloat16 rounds what is handed out.
+        allowed = 2.5e-3 + 2**-8 * expected[name].abs()
+        assert ((weight.float().cpu() - expected[name]).abs() <= allowed).all(), name
+
+
+def test_recomputed_activations_give_the_same_update(model: Path):
+    plain = policy_config(model, dtype="bfloat16", optimizer=OPTIMIZER)
+    settings = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    reports: list[UpdateReport] = []
+    for config in (plain, replace(plain, megatron=settings)):
+        with closing(build_policy(config)) as policy:
+            reports.append(policy.update(SAMPLES, None, 600))
+    assert reports[1].loss == pytest.approx(reports[0].loss, rel=1e-3)
+    assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-2)
+
+
+def test_a_checkpoint_restores_weights_and_optimizer(policy: MegatronPolicy, tmp_path: Path):
+    policy.update(SAMPLES, None, 600)
+    policy.save(tmp_path / "policy").result(timeout=60)
+    first = policy.update(SAMPLES[::-1], None, 600)
+    after_first = dict(policy.weights())
+    policy.load(tmp_path / "policy")
+    again = policy.update(SAMPLES[::-1], None, 600)
+    assert again.loss == pytest.approx(first.loss, rel=1e-3)
+    for name, weight in policy.weights():
+        torch.testing.assert_close(weight.float(), after_first[name].float(), rtol=2**-7, atol=1e-4)
