@@ -37,8 +37,8 @@ FLOAT_POINTERS = {
 }  # fmt: skip
 OTHER_POINTERS = {
     "*bf16": {"hidden_ptr", "weight_ptr", "exponentials_ptr", "result_ptr", "rest_ptr"},
-    "*i64": {"targets_ptr", "order_ptr", "group_ids_ptr", "index_ptr"},
-    "*i32": {"cu_seqlens_ptr", "num_active_ptr", "ends_ptr"},
+    "*i64": {"targets_ptr", "order_ptr", "group_ids_ptr", "index_ptr", "ends_ptr"},
+    "*i32": {"cu_seqlens_ptr", "num_active_ptr"},
     "*i8": {"is_templated_ptr", "is_clipped_ptr", "is_flat_ptr"},
     "*u8": {"is_valid_ptr", "loss_mask_ptr"},
 }
@@ -82,6 +82,7 @@ def variants() -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
         ("add_target_rows", head_kernels.add_target_rows_kernel, block, {}),
         ("token_losses", loss_kernels.token_losses_kernel, loss, {}),
         ("grouped_advantage", advantage_kernels.grouped_advantage_kernel, {"ESTIMATOR": "grpo"} | advantage, {}),
+        ("count_active", advantage_kernels.count_active_kernel, {"BLOCK_TOKENS": 1024}, {}),
         ("active_token_index", advantage_kernels.active_token_index_kernel, {"BLOCK_TOKENS": 1024}, {}),
     ]
 

@@ -133,5 +133,6 @@ def test_grouped_advantage_equals_the_cpu():
     result = grouped_advantage(**{name: value.cuda() for name, value in batch.items()}, estimator="grpo")
     torch.testing.assert_close(result.advantages_T.cpu(), expected.advantages_T, rtol=1e-5, atol=1e-7)
     assert torch.equal(result.is_flat_R.cpu(), expected.is_flat_R)
-    index = active_token_index(result, cu_seqlens.cuda()).cpu()
-    assert torch.equal(index, active_token_index(expected, cu_seqlens))
+    weights = batch["loss_mask_T"].float()
+    index = active_token_index(result.advantages_T, weights.cuda()).cpu()
+    assert torch.equal(index, active_token_index(expected.advantages_T, weights))

@@ -120,8 +120,17 @@ def test_tokens_carry_their_rollouts_advantage_inside_the_mask(implementation, n
                 expected[token] = result.advantages_R[rollout]
         assert result.num_active_R[rollout] == (expected[start:end] != 0).sum()
     assert torch.equal(result.advantages_T, expected)
-    index = active_token_index(result, batch["cu_seqlens"], implementation=implementation)
-    assert index.dtype == torch.int64 and torch.equal(index, expected.nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 1024, 2500])
+def test_the_active_tokens_are_those_with_advantage_and_weight_in_their_order(num_tokens, implementation, nan_empty):
+    generator = torch.Generator().manual_seed(4)
+    advantages, weights = torch.randn(2, num_tokens, generator=generator).relu()  # half of them zero
+    if num_tokens > 2048:
+        advantages[1024:2048] = 0  # a block without any
+    index = active_token_index(advantages, weights, implementation=implementation)
+    expected = [place for place in range(num_tokens) if advantages[place] != 0 and weights[place] != 0]
+    assert index.dtype == torch.int64 and index.tolist() == expected
 
 
 def test_all_templated_successes_still_teach_against_a_plain_anchor(implementation):
@@ -151,7 +160,6 @@ def test_no_rollouts_give_empty_results(implementation):
         implementation=implementation,
     )
     assert len(result.advantages_R) == len(result.advantages_T) == 0
-    assert len(active_token_index(result, torch.zeros(1, dtype=torch.int32), implementation=implementation)) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -149,6 +149,17 @@ def mixed_batch(seed: int = 0, *, with_old: bool = True) -> tuple[Tensor, Packed
         for length, advantage, is_templated in ((5, 1.3, True), (1, -0.7, True), (8, -1.1, False), (3, 0.4, False))
     ]
     return batch_of(groups, with_old=with_old)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(("denominator", "form"), [("all", "hard"), ("kept", "soft")])
+def test_the_rule_of_the_kernels_has_every_setting_of_the_objective(
+    context: Context, denominator: Literal["all", "kept"], form: Literal["hard", "soft"]
+) -> None:
+    settings = {"context": context, "ratio_form": form, "ratio_low": 0.02, "ratio_high": 7.0}
+    settings |= {"clip_low": 0.15, "clip_high": 0.28, "dual_clip": 4.0}
+    # The denominator divides what the rule sums: it is no part of it.
+    assert asdict(loss_rule(ObjectiveConfig(**settings, denominator=denominator))) == settings
 
 
 @pytest.mark.parametrize("context", CONTEXTS)

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import pickle
 import random
@@ -18,21 +19,36 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import Qwen3ForCausalLM
 
-from megatron_p2o.config import Config, HeadConfig, LoggingConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from megatron_p2o.config import (
+    Config,
+    HeadConfig,
+    LoggingConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+)
 from megatron_p2o.files import digest_of
 from megatron_p2o.policy.attention import pack_layout, sample_positions
 from megatron_p2o.policy.checkpoint import Staged
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
+from megatron_p2o.policy.forward import Denominator, MicroBatch
+from megatron_p2o.policy.head import HeadTask
 from megatron_p2o.policy.ranks import MegatronPolicy, PolicyError, build_policy
 from megatron_p2o.policy.safe_pickle import RefusedPickle
+from megatron_p2o.rl.objective import loss_rule, token_stats
+from megatron_p2o.rl.packing import pack
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples, token_losses
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
-from megatron_p2o.types import UpdateReport
-from p2o_kernels import HeadOptions
+from megatron_p2o.types import PackedBatch, UpdateReport
+from p2o_kernels import HeadOptions, LossRule, PolicyLoss
+from p2o_kernels.policy_loss import linear_policy_loss_reference
+from p2o_kernels.policy_loss.token_loss import Context
 
 VOCAB_SIZE = 131
 LENGTHS = (3, 17, 1, 20, 30, 9, 9)
 SAMPLES = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
+CONTEXTS: tuple[Context, ...] = ("sampling", "replace", "importance", "ratio_mask")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -91,6 +107,65 @@ def test_packed_logits_and_log_probs_equal_transformers_sample_by_sample(any_mod
             )
             expected = torch.cat([oracle.model(part[None]).logits[0] for part in ids.split(lengths.tolist())])
         torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
+
+
+def readable_loss(logits_TV: torch.Tensor, batch: PackedBatch, objective: ObjectiveConfig) -> torch.Tensor:
+    """Return the summed token loss of full logits by its specification, differentiable in the logits."""
+    rule = LossRule(
+        context=objective.context,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        dual_clip=objective.dual_clip,
+        ratio_low=objective.ratio_low,
+        ratio_high=objective.ratio_high,
+        ratio_form=objective.ratio_form,
+    )
+    rows = batch.loss_mask_T.nonzero().squeeze(1)
+    old_T = batch.old_logprobs_T
+    loss, *_ = linear_policy_loss_reference(
+        logits_TV[rows],
+        torch.eye(logits_TV.shape[1], dtype=torch.float64),
+        batch.target_ids_T[rows],
+        advantages_T=batch.advantages_T[rows],
+        weights_T=batch.loss_weights_T[rows],
+        rule=rule,
+        old_logprobs_T=None if old_T is None else old_T[rows],
+        sampling_logprobs_T=batch.sampling_logprobs_T[rows],
+        is_templated_T=batch.is_templated_T[rows],
+        temperature=0.7,
+    )
+    return loss
+
+
+def test_every_parameter_has_the_gradient_of_full_logits_and_the_readable_loss(any_model: Path):
+    """In float64, so that only formulas can differ; both denominators, by the divisor that training takes."""
+    config = replace(policy_config(any_model), rollout=RolloutConfig(temperature=0.7))
+    with policy_of(config) as policy, cuda_stand_ins():
+        near = [row + np.float32(0.2) * np.sin(np.arange(len(row)), dtype=np.float32) for row in policy.score(SAMPLES)]
+        samples = [replace(sample, sampling_logprobs=row[::-1] - 1) for sample, row in zip(SAMPLES, near, strict=True)]
+        model = policy._shard.models[0].double()
+        parameters = dict(model.named_parameters())
+        for old in (None, near):
+            batch = pack(samples, old)
+            layout = {"packed_seq_params": pack_layout(batch.cu_seqlens)}
+            inputs = (batch.token_ids_T[None], sample_positions(batch.cu_seqlens)[None], None)
+            logits = model(*inputs, **layout)[0]
+            for context, denominator in itertools.product(CONTEXTS, ("all", "kept")):
+                objective = ObjectiveConfig(context=context, denominator=denominator, clip_high=0.28, ratio_high=3.0)
+                outcome = PolicyLoss(*model(*inputs, **layout, labels=HeadTask(batch=batch, rule=loss_rule(objective))))
+                whole = MicroBatch(whole=batch, part=batch, samples=tuple(range(len(samples))))
+                divided = Denominator(objective=objective, num_loss_tokens=120, num_samples=7, counts_here=True)
+                loss, divisor = divided.contribution(outcome.loss, token_stats(batch, outcome), whole, 0)
+                expected = readable_loss(logits, batch, objective)
+                num_kept = int((outcome.weights_T != 0).sum())
+                assert divisor == (num_kept if denominator == "kept" else 120)
+                assert (num_kept < sum(LENGTHS)) == (context == "ratio_mask")
+                torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+                ours = torch.autograd.grad(loss / divisor, list(parameters.values()))
+                truth = torch.autograd.grad(expected / divisor, list(parameters.values()), retain_graph=True)
+                for name, one, other in zip(parameters, ours, truth, strict=True):
+                    assert (one - other).norm() <= 1e-6 * other.norm(), (context, name)
+                    assert other.norm() > 0, name
 
 
 def test_the_settings_of_the_head_reach_it(model: Path):

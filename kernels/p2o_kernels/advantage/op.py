@@ -74,14 +74,31 @@ def grouped_advantage(
 
 
 def active_token_index(
-    grouped: GroupedAdvantages, cu_seqlens: Tensor, *, implementation: Literal["torch", "triton"] | None = None
+    advantages_T: Tensor, weights_T: Tensor, *, implementation: Literal["torch", "triton"] | None = None
 ) -> Tensor:
-    """Return the packed positions, int64 ascending, of the tokens whose advantage is not zero. One wait for the GPU."""
-    if _choose(implementation, cu_seqlens.device) == "torch":
-        return active_token_index_torch(grouped.advantages_T)
+    """Return the positions, int64 ascending, of the tokens whose advantage and weight are not zero.
+
+    The rows that `linear_policy_loss` takes through the LM head. Deterministic; one wait for the GPU, which must tell
+    how many there are.
+
+    Args:
+        advantages_T: floating point.
+        weights_T: floating point, the factor on a token's loss; 0 outside the loss mask.
+        implementation: default by device: torch on CPU, triton on CUDA.
+
+    Raises:
+        ValueError: shapes, devices or the implementation do not fit.
+    """
+    if advantages_T.shape != weights_T.shape or advantages_T.dim() != 1 or advantages_T.device != weights_T.device:
+        raise ValueError(
+            f"advantages_T {tuple(advantages_T.shape)} on {advantages_T.device}, weights_T {tuple(weights_T.shape)} on "
+            f"{weights_T.device}: must be [T] both, on one device"
+        )
+    if _choose(implementation, advantages_T.device) == "torch":
+        return active_token_index_torch(advantages_T, weights_T)
     from p2o_kernels.advantage.triton_path import active_token_index_triton
 
-    return active_token_index_triton(grouped.advantages_T, grouped.num_active_R, cu_seqlens)
+    return active_token_index_triton(advantages_T, weights_T)
 
 
 def _choose(implementation: Literal["torch", "triton"] | None, device: torch.device) -> Literal["torch", "triton"]:

@@ -45,9 +45,9 @@ def grouped_advantage_torch(
     return advantages_R, is_flat_R, num_active_R, advantages_T
 
 
-def active_token_index_torch(advantages_T: Tensor) -> Tensor:
-    """Return the positions with non-zero advantage, ascending."""
-    return advantages_T.nonzero().squeeze(1)
+def active_token_index_torch(advantages_T: Tensor, weights_T: Tensor) -> Tensor:
+    """Return the positions where both are not zero, ascending."""
+    return ((advantages_T != 0) & (weights_T != 0)).nonzero().squeeze(1)
 
 
 def _group_sum(values_R: Tensor, group_R: Tensor) -> Tensor:

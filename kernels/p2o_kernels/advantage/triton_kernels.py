@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""Triton kernels of `grouped_advantage`."""
+"""Triton kernels of `grouped_advantage` and `active_token_index`."""
 
 import triton
 import triton.language as tl
@@ -86,18 +86,27 @@ def grouped_advantage_kernel(
 
 
 @triton.jit
+def _is_active(advantages_ptr, weights_ptr, tokens, num_tokens):
+    """Return int32, 1 for the tokens whose advantage and weight are not zero."""
+    advantage = tl.load(advantages_ptr + tokens, mask=tokens < num_tokens, other=0.0)
+    weight = tl.load(weights_ptr + tokens, mask=tokens < num_tokens, other=0.0)
+    return ((advantage != 0.0) & (weight != 0.0)).to(tl.int32)
+
+
+@triton.jit
+def count_active_kernel(advantages_ptr, weights_ptr, num_active_ptr, num_tokens, BLOCK_TOKENS: tl.constexpr):
+    """Grid (token blocks,). Counts the active tokens of a block."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    is_active = _is_active(advantages_ptr, weights_ptr, tokens, num_tokens)
+    tl.store(num_active_ptr + tl.program_id(0), tl.sum(is_active, 0))
+
+
+@triton.jit
 def active_token_index_kernel(
-    token_advantages_ptr, cu_seqlens_ptr, ends_ptr, num_active_ptr, index_ptr, BLOCK_TOKENS: tl.constexpr,
+    advantages_ptr, weights_ptr, num_active_ptr, ends_ptr, index_ptr, num_tokens, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R,). Writes the rollout's active positions in order; `ends` is the running sum of the active counts."""
-    rollout = tl.program_id(0)
-    first = tl.load(cu_seqlens_ptr + rollout)
-    last = tl.load(cu_seqlens_ptr + rollout + 1)
-    written = tl.load(ends_ptr + rollout) - tl.load(num_active_ptr + rollout)
-    for start in range(first, last, BLOCK_TOKENS):
-        tokens = start + tl.arange(0, BLOCK_TOKENS)
-        advantage = tl.load(token_advantages_ptr + tokens, mask=tokens < last, other=0.0)
-        is_active = (advantage != 0.0).to(tl.int32)
-        position = written + tl.cumsum(is_active, 0) - 1
-        tl.store(index_ptr + position, tokens.to(tl.int64), mask=is_active != 0)
-        written += tl.sum(is_active, 0)
+    """Grid (token blocks,). Writes the block's active positions in order; `ends` is the running sum of the counts."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    is_active = _is_active(advantages_ptr, weights_ptr, tokens, num_tokens)
+    first = tl.load(ends_ptr + tl.program_id(0)) - tl.load(num_active_ptr + tl.program_id(0))
+    tl.store(index_ptr + first + tl.cumsum(is_active, 0) - 1, tokens, mask=is_active != 0)

@@ -1,10 +1,18 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
-"""Launches the kernels of `grouped_advantage`."""
+"""Launches the kernels of `grouped_advantage` and `active_token_index`.
+
+Legend: R rollouts, T packed tokens, B blocks of tokens.
+"""
 
 import torch
+import triton
 from torch import Tensor
 
-from p2o_kernels.advantage.triton_kernels import active_token_index_kernel, grouped_advantage_kernel
+from p2o_kernels.advantage.triton_kernels import (
+    active_token_index_kernel,
+    count_active_kernel,
+    grouped_advantage_kernel,
+)
 
 _BLOCK = 1024
 """Rollouts, and tokens, that a program takes at a time."""
@@ -36,13 +44,18 @@ def grouped_advantage_triton(
     return advantages_R, is_flat_R, num_active_R, advantages_T
 
 
-def active_token_index_triton(advantages_T: Tensor, num_active_R: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return the positions with non-zero advantage, ascending: a running sum and one launch."""
-    if len(num_active_R) == 0:
+def active_token_index_triton(advantages_T: Tensor, weights_T: Tensor) -> Tensor:
+    """Return the positions where both are not zero, ascending: counts of blocks, their running sum, positions."""
+    num_tokens = len(advantages_T)
+    if num_tokens == 0:
         return torch.empty(0, dtype=torch.int64, device=advantages_T.device)
-    ends_R = num_active_R.cumsum(0, dtype=torch.int32)
-    index = torch.empty(int(ends_R[-1]), dtype=torch.int64, device=advantages_T.device)
-    active_token_index_kernel[(len(num_active_R),)](
-        advantages_T, cu_seqlens, ends_R, num_active_R, index, BLOCK_TOKENS=_BLOCK
+    advantages_T, weights_T = advantages_T.contiguous(), weights_T.contiguous()
+    num_active_B = torch.empty(triton.cdiv(num_tokens, _BLOCK), dtype=torch.int32, device=advantages_T.device)
+    grid = (len(num_active_B),)
+    count_active_kernel[grid](advantages_T, weights_T, num_active_B, num_tokens, BLOCK_TOKENS=_BLOCK)
+    ends_B = num_active_B.cumsum(0)
+    index = torch.empty(int(ends_B[-1]), dtype=torch.int64, device=advantages_T.device)
+    active_token_index_kernel[grid](
+        advantages_T, weights_T, num_active_B, ends_B, index, num_tokens, BLOCK_TOKENS=_BLOCK
     )
     return index

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from p2o_kernels.advantage import active_token_index
 from p2o_kernels.lm_head import HeadShard, LmHeadPath, SoftmaxChunk, make_shard, path_for
 from p2o_kernels.logprob.op import linear_logprob_of_shard
 from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, TokenLosses, token_inputs, token_losses_torch
@@ -88,12 +89,12 @@ def linear_policy_loss(
     _check_tokens(targets_T, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
     _check_main_grad(weight_main_grad_VpD, weight_VpD, shard)
     tokens = token_inputs(rule, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
-    tokens, live = _live_rows(tokens)
+    tokens, live = _live_rows(path, tokens)
     may_lose_rows = tokens.mask_logprobs_N is not None and not path.compacts_rows
     if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
         with torch.no_grad():
             logprobs, _ = linear_logprob_of_shard(hidden_TD[live], weight_VpD, targets_T[live], shard, path)
-        tokens, live = _masked_rows(rule, tokens, live, logprobs)
+        tokens, live = _masked_rows(path, rule, tokens, live, logprobs)
     wants_grad = _wants_grad(hidden_TD), _wants_grad(weight_VpD)
     call = _Call(shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy, *wants_grad)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_TD, weight_VpD, targets_T, call))  # pyright: ignore[reportGeneralTypeIssues]
@@ -121,17 +122,20 @@ def _wants_grad(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and tensor.requires_grad
 
 
-def _live_rows(tokens: TokenInputs, live: Tensor | None = None) -> tuple[TokenInputs, Tensor]:
+def _live_rows(path: LmHeadPath, tokens: TokenInputs, live: Tensor | None = None) -> tuple[TokenInputs, Tensor]:
     """Keep the tokens whose weight and advantage are not zero; return them and their row numbers."""
-    rows = ((tokens.weights_N != 0) & (tokens.advantages_N != 0)).nonzero().squeeze(1)
+    implementation = "triton" if path.is_triton else "torch"
+    rows = active_token_index(tokens.advantages_N, tokens.weights_N, implementation=implementation)
     return tokens.select(rows), rows if live is None else live[rows]
 
 
-def _masked_rows(rule: LossRule, tokens: TokenInputs, live: Tensor, logprobs_N: Tensor) -> tuple[TokenInputs, Tensor]:
+def _masked_rows(
+    path: LmHeadPath, rule: LossRule, tokens: TokenInputs, live: Tensor, logprobs_N: Tensor
+) -> tuple[TokenInputs, Tensor]:
     """Apply the context mask that the log-probs of a first phase decide, and drop the rows it kills."""
     advantages_N, sampling_N, is_templated_N = tokens.advantages_N, tokens.mask_logprobs_N, tokens.is_templated_N
     masked = token_inputs(rule, advantages_N, tokens.weights_N, logprobs_N, sampling_N, is_templated_N)
-    return _live_rows(masked, live)
+    return _live_rows(path, masked, live)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
