@@ -35,6 +35,9 @@ class ModelConfig:
     """Hugging Face directory: config.json, safetensors, tokenizer with a chat template."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type of trainer and engine. Gradients and optimizer state are float32."""
+    layer_backend: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Whose layers the trainer is built of: Transformer Engine's, or megatron-core's own with flash-attn or torch
+    attention. `auto` takes the first on a GPU where they can be imported; `p2o doctor` and the run say which."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3's switch)."""
 

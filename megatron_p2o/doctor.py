@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
-from megatron_p2o.policy.attention_choice import attention_choice
+from megatron_p2o.policy.layer_choice import choose_layers, machine_capabilities
 
 REQUIRED = {
     "torch": ">=2.11",
@@ -74,7 +74,9 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
     if num_gpus or num_visible:
         findings += _gpus(num_visible, num_gpus)
     findings.append(_shared_memory(is_expected=num_gpus > 0))
-    findings.append(Finding(subject="attention", finding=attention_choice().reason))
+    choice = choose_layers("auto", machine_capabilities())
+    findings.append(Finding(subject="layers", finding=choice.layers_reason))
+    findings.append(Finding(subject="attention", finding=choice.attention_reason))
     findings.append(Finding(subject="fused kernels", finding=_kernels(num_visible)))
     findings.append(Finding(subject="apex", finding=_apex()))
     return findings

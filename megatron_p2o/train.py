@@ -165,6 +165,7 @@ class Conductor:
         self.inputs = load_inputs(config)
         self.stop = StopRequest(run_dir)
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
+        print(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}", flush=True)
         print(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines", flush=True)
         self.engine = stack.enter_context(start_engines(config, run_dir, agents))
         self.grader = make_grader(config.grading)

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 from torch import Tensor
 
-from megatron_p2o.policy.attention_choice import attention_choice
+from megatron_p2o.policy.layer_choice import choose_layers, machine_capabilities
 from megatron_p2o.rl.packing import context_positions, ranges
 
 
@@ -42,6 +42,8 @@ class PackLayout(PackedSeqParams):
     """Its inverse."""
     blocks: tuple[tuple[int, int, int], ...] = ()
     """(number of segments, their queries, their keys) in the permuted order."""
+    whole: PackedSeqParams | None = None
+    """The samples of the whole pack in Transformer Engine's terms, which cuts them over the context ranks itself."""
 
 
 def pack_layout(cu_seqlens: Tensor, context_rank: int = 0, context_size: int = 1) -> PackLayout:
@@ -60,11 +62,29 @@ def pack_layout(cu_seqlens: Tensor, context_rank: int = 0, context_size: int = 1
         cu_seqlens_kv=F.pad(num_keys.cumsum(0), (1, 0)).int(),
         max_seqlen_q=int(num_queries.max()),
         max_seqlen_kv=int(num_keys.max()),
+        whole=_whole_pack(cu_seqlens, context_size),
     )
     if context_size > 1:
         gathered = torch.cat([context_positions(cu_seqlens, rank, context_size) for rank in range(context_size)])
         layout.key_rows = gathered.argsort()[ranges(key_starts, num_keys)]
     return layout if cu_seqlens.is_cuda else _grouped_by_shape(layout, num_queries, num_keys)
+
+
+def _whole_pack(cu_seqlens: Tensor, context_size: int) -> PackedSeqParams:
+    """Return the boundaries for Transformer Engine; under context parallelism it asks for the padded ones as well."""
+    boundaries = cu_seqlens.int()
+    longest = int(boundaries.diff().max())
+    whole = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    if context_size > 1:
+        # A sample's padding follows its tokens and is attended to by itself alone: to the kernel it is like any token.
+        whole.cu_seqlens_q_padded = whole.cu_seqlens_kv_padded = boundaries
+    return whole
 
 
 def _segments(cu_seqlens: Tensor, context_rank: int, context_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +120,7 @@ class PackedCoreAttention(MegatronModule):
     """Causal attention within each sample of a `PackLayout`; Megatron's `core_attention` for the local layer spec.
 
     CPU: one scaled-dot-product call per distinct segment shape, exact and without padding. CUDA: the variable-length
-    kernel of `attention_choice`, which needs bfloat16 or float16. Under context parallelism the keys and values of all
+    kernel of `layer_choice`, which needs bfloat16 or float16. Under context parallelism the keys and values of all
     ranks are gathered first; the queries stay where they are.
     """
 
@@ -175,7 +195,7 @@ def _attend_on_cuda(query_THK: Tensor, key_TGK: Tensor, value_TGK: Tensor, layou
     if layout.key_rows is not None:
         key_TGK, value_TGK = key_TGK.index_select(0, layout.key_rows), value_TGK.index_select(0, layout.key_rows)
     lengths = (layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv)
-    if attention_choice().kernel == "flash_attn":
+    if choose_layers("local", machine_capabilities()).attention == "flash_attn":
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
         output = flash_attn_varlen_func(query_THK, key_TGK, value_TGK, *lengths, softmax_scale=scale, causal=True)

@@ -203,7 +203,9 @@ def load_weights(models: Sequence[PolicyModel], directory: Path) -> None:
 
 def _load_models(models: Sequence[PolicyModel], state: Mapping[str, Any]) -> None:
     for chunk, model in enumerate(models):
-        model.load_state_dict(state["model"][str(chunk)])
+        weights = state["model"][str(chunk)]
+        # Transformer Engine would unpickle the bytes of its FP8 state, which nothing here has.
+        model.load_state_dict({name: None if name.endswith("_extra_state") else weights[name] for name in weights})
 
 
 def _read(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def checkpoint_to_hf(config: Config, checkpoint: Path, directory: Path) -> None:
     ranks = initialize_parallel(ParallelConfig(), config.run.seed)
     try:
         with cuda_stand_ins():
-            models = build_models(architecture, settings, config.rollout.temperature)
+            models = build_models(architecture, settings, config.rollout.temperature, "local")
             load_weights(models, checkpoint)
             write_hf_directory(export_hf_weights(models, ranks.control), source, directory)
     finally:

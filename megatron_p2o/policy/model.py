@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_p2o.config import ParallelConfig
 from megatron_p2o.policy.architecture import Architecture, Experts
-from megatron_p2o.policy.attention import PackedCoreAttention, PackLayout
+from megatron_p2o.policy.attention import PackLayout
 from megatron_p2o.policy.head import HeadTask, PolicyHead
+from megatron_p2o.policy.layer_choice import LayerBackend
+from megatron_p2o.policy.layer_specs import block_spec
 from p2o_kernels import HeadOptions
 
 
@@ -48,7 +47,11 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
 
 
 def build_models(
-    architecture: Architecture, config: TransformerConfig, temperature: float, head: HeadOptions | None = None
+    architecture: Architecture,
+    config: TransformerConfig,
+    temperature: float,
+    layers: LayerBackend,
+    head: HeadOptions | None = None,
 ) -> "list[PolicyModel]":
     """Return this rank's pipeline stages, weights uninitialised. Megatron's groups must exist.
 
@@ -57,20 +60,21 @@ def build_models(
     """
     num_chunks = config.virtual_pipeline_model_parallel_size
     if num_chunks is None:
-        return [_build_stage(architecture, config, temperature, head, None)]
-    return [_build_stage(architecture, config, temperature, head, chunk) for chunk in range(num_chunks)]
+        return [_build_stage(architecture, config, temperature, layers, head, None)]
+    return [_build_stage(architecture, config, temperature, layers, head, chunk) for chunk in range(num_chunks)]
 
 
 def _build_stage(
     architecture: Architecture,
     config: TransformerConfig,
     temperature: float,
+    layers: LayerBackend,
     head: HeadOptions | None,
     chunk: int | None,
 ) -> "PolicyModel":
     return PolicyModel(
         config,
-        _block_spec(config, chunk),
+        block_spec(config, chunk, layers),
         vocab_size=padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
@@ -132,40 +136,6 @@ class PolicyModel(GPTModel):
             vocab_size=self.real_vocab_size,
             options=self.head_options,
         )
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm that, unlike Megatron's torch wrapper, may be used under sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        # Tells Megatron to add this gradient over the tensor ranks, each of which sees its own positions.
-        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-
-
-def _block_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
-    # Without Transformer Engine the router of megatron-core 0.16.1 tests this name, which it never defined.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        setattr(moe_utils, "te_general_gemm", None)  # noqa: B010
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
-    submodules: Any = layer.submodules
-    norm: Any = RMSNorm
-    submodules.input_layernorm = submodules.pre_mlp_layernorm = norm
-    attention = submodules.self_attention.submodules
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = norm
-    attention.core_attention = PackedCoreAttention
-    # An explicit block spec, so that the final norm is ours too.
-    num_layers = get_num_layers_to_build(config, vp_stage=chunk)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def _decided_settings(

@@ -25,6 +25,7 @@ from megatron_p2o.policy.checkpoint import check_checkpoint
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.forward import PassResult
 from megatron_p2o.policy.hf_directory import write_hf_directory
+from megatron_p2o.policy.layer_choice import Capabilities, LayerChoice, machine_capabilities
 from megatron_p2o.policy.parallel import Ranks, data_rank_of, end_parallel, initialize_parallel
 from megatron_p2o.policy.shard import PolicyShard, UpdateReply
 from megatron_p2o.policy.shares import Share, check_samples, shares_of
@@ -51,7 +52,9 @@ class Command:
     arguments: tuple[Any, ...] = ()
 
 
-def build_policy(config: Config, output_dir: Path | None = None) -> "MegatronPolicy":
+def build_policy(
+    config: Config, output_dir: Path | None = None, capabilities: Capabilities | None = None
+) -> "MegatronPolicy":
     """Return this rank's handle on the policy loaded from `model.path`. All ranks must call.
 
     Starts torch.distributed when it is not running. Afterwards rank 0 (`is_conductor`) uses the handle as the Policy,
@@ -59,15 +62,16 @@ def build_policy(config: Config, output_dir: Path | None = None) -> "MegatronPol
 
     Args:
         output_dir: where a rank that fails writes its traceback; None writes none.
+        capabilities: what the choice of layers goes by; None asks the machine.
 
     Raises:
-        ValueError: the configuration does not fit the model or the number of processes.
+        ValueError: the configuration does not fit the model, the number of processes or what is installed.
     """
     if config.model.dtype == "float32" and torch.cuda.is_available():
         raise ValueError("model.dtype=float32 is for machines without CUDA, whose attention needs bfloat16: set that")
     ranks = initialize_parallel(config.parallel, config.run.seed)
     with cuda_stand_ins():
-        shard = PolicyShard(config, ranks)
+        shard = PolicyShard(config, ranks, capabilities or machine_capabilities())
     return MegatronPolicy(config, ranks, shard, output_dir)
 
 
@@ -89,6 +93,11 @@ class MegatronPolicy:
     @property
     def is_conductor(self) -> bool:
         return self._ranks.is_conductor
+
+    @property
+    def layers(self) -> LayerChoice:
+        """Whose layers were built, and why."""
+        return self._shard.layers
 
     @property
     def vocab_size(self) -> int:

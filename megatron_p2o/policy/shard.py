@@ -13,6 +13,7 @@ from megatron_p2o.policy.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_p2o.policy.forward import Denominator, PassResult, forward_backward, make_micro_batches, score
 from megatron_p2o.policy.hf_directory import WeightFiles
 from megatron_p2o.policy.hf_weights import export_hf_weights, load_hf_weights
+from megatron_p2o.policy.layer_choice import Capabilities, choose_layers
 from megatron_p2o.policy.megatron_settings import megatron_overrides
 from megatron_p2o.policy.model import build_models, transformer_config
 from megatron_p2o.policy.optimizer import Optimization, StepOutcome
@@ -36,15 +37,17 @@ class UpdateReply:
 class PolicyShard:
     """Built from `model.path`; must be constructed on all ranks, inside `cuda_stand_ins`."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, capabilities: Capabilities) -> None:
         directory = Path(config.model.path)
         self.config = config
+        self.layers = choose_layers(config.model.layer_backend, capabilities)
         self.ranks = ranks
         self.architecture = read_architecture(directory)
         overrides = megatron_overrides(config.megatron)
         settings = transformer_config(self.architecture, config.parallel, config.model.dtype, overrides.transformer)
         head = HeadOptions(kernel=config.head.kernel, weight_grad=config.head.weight_grad)
-        self.models = build_models(self.architecture, settings, config.rollout.temperature, head)
+        temperature = config.rollout.temperature
+        self.models = build_models(self.architecture, settings, temperature, self.layers.layers, head)
         with WeightFiles(directory) as files:
             load_hf_weights(self.models, files, self.architecture)
         self.optimization = Optimization(

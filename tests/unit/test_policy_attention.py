@@ -1,12 +1,15 @@
 """Attention over a pack against plain attention, sample by sample."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_p2o.policy.attention import _attend_on_cpu, pack_layout, sample_positions
-from megatron_p2o.policy.attention_choice import choose_attention
 from megatron_p2o.policy.forward import _padded
+from megatron_p2o.policy.layer_choice import Capabilities, choose_layers
 from megatron_p2o.rl.packing import context_positions
 
 LENGTHS = (5, 1, 7, 5, 2, 7, 5)
@@ -60,25 +63,49 @@ def test_every_context_rank_computes_its_queries_against_the_gathered_keys():
         torch.testing.assert_close(output, expected[own])
 
 
-@pytest.mark.parametrize("has_transformer_engine", [False, True])
+CPU = Capabilities(has_cuda=False, has_flash_attn=False, transformer_engine_problem="needs CUDA")
+GPU = Capabilities(has_cuda=True, has_flash_attn=True, transformer_engine_problem=None)
+
+
 @pytest.mark.parametrize(
-    ("has_cuda", "has_flash_attn", "kernel"),
+    ("setting", "capabilities", "layers", "attention"),
     [
-        (False, False, "sdpa"),
-        (False, True, "sdpa"),
-        (True, False, "torch_varlen"),
-        (True, True, "flash_attn"),
+        ("auto", CPU, "local", "sdpa"),
+        ("auto", replace(CPU, has_flash_attn=True), "local", "sdpa"),
+        ("auto", GPU, "transformer_engine", "transformer_engine"),
+        ("auto", replace(GPU, transformer_engine_problem="is not installed"), "local", "flash_attn"),
+        ("transformer_engine", GPU, "transformer_engine", "transformer_engine"),
+        ("local", GPU, "local", "flash_attn"),
+        ("local", replace(GPU, has_flash_attn=False), "local", "torch_varlen"),
     ],
 )
-def test_the_attention_kernel_follows_what_is_there_and_says_what_is_not_used(
-    has_cuda: bool, has_flash_attn: bool, has_transformer_engine: bool, kernel: str
+def test_layers_and_attention_follow_what_is_there(
+    setting: Any, capabilities: Capabilities, layers: str, attention: str
 ):
-    choice = choose_attention(
-        has_cuda=has_cuda, has_flash_attn=has_flash_attn, has_transformer_engine=has_transformer_engine
-    )
-    assert choice.kernel == kernel
-    assert ("its layers are not used" in choice.reason) == has_transformer_engine
-    assert ("flash-attn is not installed" in choice.reason) == (kernel == "torch_varlen")
+    choice = choose_layers(setting, capabilities)
+    assert (choice.layers, choice.attention) == (layers, attention)
+
+
+def test_the_choice_of_layers_says_why():
+    broken = replace(GPU, transformer_engine_problem="cannot be imported: undefined symbol", has_flash_attn=False)
+    choice = choose_layers("auto", broken)
+    assert choice.layers_reason == "megatron-core's own: Transformer Engine cannot be imported: undefined symbol"
+    assert "flash-attn is not installed" in choice.attention_reason
+    assert choose_layers("local", GPU).layers_reason == "megatron-core's own: model.layer_backend=local"
+    assert "no CUDA" in choose_layers("auto", CPU).attention_reason
+    with pytest.raises(ValueError, match=r"model\.layer_backend=transformer_engine cannot .* needs CUDA\. Set model\."):
+        choose_layers("transformer_engine", CPU)
+
+
+def test_transformer_engine_is_given_the_samples_and_under_context_parallelism_their_padded_boundaries():
+    cu_seqlens = boundaries((8, 4, 12))
+    alone, shared = pack_layout(cu_seqlens).whole, pack_layout(cu_seqlens, 1, 2).whole
+    assert alone is not None and shared is not None
+    assert alone.cu_seqlens_q_padded is None and alone.cu_seqlens_kv_padded is None
+    for whole in (alone, shared):
+        assert (whole.qkv_format, whole.max_seqlen_q, whole.max_seqlen_kv) == ("thd", 12, 12)
+        assert whole.cu_seqlens_q.tolist() == whole.cu_seqlens_kv.tolist() == [0, 8, 12, 24]
+    assert shared.cu_seqlens_q_padded.tolist() == shared.cu_seqlens_kv_padded.tolist() == [0, 8, 12, 24]
 
 
 def test_positions_restart_at_each_sample():

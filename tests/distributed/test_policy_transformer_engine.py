@@ -1,0 +1,139 @@
+"""The policy on Transformer Engine's layers, for which a stand-in in plain torch computes here.
+
+Megatron's own layer specification, its wrappers and its checkpoints are the real ones; they look for Transformer Engine
+when they are imported, so that a process of its own is started with the stand-in on its path.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_p2o.config import Config, OptimizerConfig, ParallelConfig
+from megatron_p2o.policy.layer_choice import Capabilities
+from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.testing.distributed import run_gloo_ranks
+from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
+from megatron_p2o.testing.tiny_families import write_tiny_family
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+
+VOCAB_SIZE = 131
+SAMPLES = random_samples((3, 17, 1, 20, 30, 9, 9, 2), vocab_size=VOCAB_SIZE)
+CAPABLE = Capabilities(has_cuda=False, has_flash_attn=False, transformer_engine_problem=None)
+LAYOUTS = {
+    "tensor": ParallelConfig(tensor=2),
+    "sequence": ParallelConfig(tensor=2, sequence=True),
+    "context": ParallelConfig(context=2),
+    "pipeline": ParallelConfig(pipeline=2),
+    "data": ParallelConfig(data=2, distributed_optimizer=True),
+}
+EXPERTS = "qwen3-moe"
+
+
+def config_of(model: Path, parallel: ParallelConfig | None = None, layers: Any = "auto") -> Config:
+    optimizer = OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, micro_batch_tokens=48)
+    config = policy_config(model, parallel=parallel, optimizer=optimizer)
+    return replace(config, model=replace(config.model, layer_backend=layers))
+
+
+def updates(policy: MegatronPolicy) -> list[list[float]]:
+    """Return [loss, gradient norm] of two updates; the second shows the weights of the first."""
+    reports = [policy.update(SAMPLES, None, 120) for _ in range(2)]
+    return [[report.loss, report.grad_norm] for report in reports]
+
+
+def train_each(configs: Sequence[Config]) -> list[Any]:
+    results: list[Any] = []
+    for config in configs:
+        policy = build_policy(config, capabilities=CAPABLE)
+        if not policy.is_conductor:
+            policy.serve()
+            continue
+        result = {"updates": updates(policy), "weights": {name: tensor.clone() for name, tensor in policy.weights()}}
+        results.append(result)
+        policy.close()
+    return results
+
+
+def against_transformers(config: Config, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what differs from two steps of transformers and torch's AdamW."""
+    oracle = PolicyOracle(config)
+    expected = [list(oracle.update(SAMPLES, None, 120)) for _ in range(2)]
+    weights = oracle.weights()
+    # transformers keeps all experts of a layer in one tensor.
+    assert {name for name in result["weights"] if ".experts." not in name} <= weights.keys()
+    common = result["weights"].keys() & weights.keys()
+    largest = max(float((result["weights"][name] - weights[name]).abs().max()) for name in common)
+    return {"updates": result["updates"], "expected": expected, "weights": largest}
+
+
+def exchanged(model: Path, saving: Any, loading: Any, checkpoint: Path) -> list[Any]:
+    """Return the updates after a checkpoint where it was saved, and where layers of the other kind loaded it."""
+    with closing(build_policy(config_of(model, layers=saving), capabilities=CAPABLE)) as policy:
+        updates(policy)
+        policy.save(checkpoint).result(60)
+        after = updates(policy)
+    with closing(build_policy(config_of(model, layers=loading), capabilities=CAPABLE)) as policy:
+        policy.load(checkpoint)
+        return [after, updates(policy)]
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Return everything the test looks at; runs where the stand-in is on the path."""
+    model = write_tiny_qwen3(folder / "model", vocab_size=VOCAB_SIZE, num_kv_heads=4, tie_embeddings=True)
+    experts = write_tiny_family(folder / "experts", EXPERTS, vocab_size=VOCAB_SIZE)
+    with closing(build_policy(config_of(model), capabilities=CAPABLE)) as policy:
+        names = [name for name, _ in policy._shard.models[0].named_parameters()]
+        reason = policy.layers.layers_reason
+    configs = [config_of(model, parallel) for parallel in LAYOUTS.values()]
+    results = dict(zip(LAYOUTS, run_gloo_ranks(train_each, 2, configs, timeout_s=120)[0], strict=True))
+    compared = {name: against_transformers(config_of(model), result) for name, result in results.items()}
+    compared["experts"] = against_transformers(config_of(experts), train_each([config_of(experts)])[0])
+    pairs = {"to ours": ("auto", "local"), "from ours": ("local", "auto"), "to the same": ("auto", "auto")}
+    return {
+        "names": names,
+        "reason": reason,
+        "compared": compared,
+        "exchanged": {
+            f"{kind} {name}": exchanged(path, *pair, folder / f"{kind}-{name}")
+            for kind, path in (("dense", model), ("experts", experts))
+            for name, pair in pairs.items()
+        },
+    }
+
+
+def test_layers_of_transformer_engine_compute_what_transformers_does_and_share_checkpoints_with_ours(tmp_path: Path):
+    stand_ins = Path(__file__).parents[1] / "stand_ins"
+    path = os.pathsep.join([str(stand_ins), *(folder for folder in sys.path if folder)])
+    outcome = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        timeout=240,
+        check=True,
+    )
+    found = json.loads(outcome.stdout.splitlines()[-1])
+    assert found["reason"].startswith("Transformer Engine's")
+    assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in found["names"]
+    assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in found["names"]
+    assert not any("input_layernorm" in name for name in found["names"])
+    for name, compared in found["compared"].items():
+        for ours, expected in zip(compared["updates"], compared["expected"], strict=True):
+            assert ours[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6), name
+            assert ours[1] == pytest.approx(expected[1], rel=1e-5), name
+        assert compared["weights"] < 1e-5, name
+    for name, (saved, loaded) in found["exchanged"].items():
+        for ours, theirs in zip(loaded, saved, strict=True):
+            # The norm is computed before or within the linear layer: the same numbers but for rounding.
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), name
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(Path(sys.argv[1]))))

@@ -1,0 +1,5 @@
+"""What Megatron derives from at import."""
+
+from types import SimpleNamespace
+
+recipe = SimpleNamespace(DelayedScaling=object)
