@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_p2o.config_file import load_config
+from megatron_p2o.memory_plan import with_planned_cache
 from megatron_p2o.processes import end_with_parent
 from megatron_p2o.rollout.agent import serve
 
@@ -22,7 +23,8 @@ def main() -> None:
     end_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     key = sys.stdin.readline().strip()
-    asyncio.run(serve(load_config(options.config), options.config.parent, key, options.address))
+    config = with_planned_cache(load_config(options.config))
+    asyncio.run(serve(config, options.config.parent, key, options.address))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class RolloutConfig:
     max_running_requests: int = 256
     """Requests an engine decodes at once; the broker keeps no more in flight."""
     max_total_tokens: int | None = None
-    """Size of an engine's KV cache in tokens; None lets the engine choose from free memory."""
+    """Size of an engine's KV cache in tokens. None: on GPUs what trainer and weights leave, unless
+    `sglang.mem_fraction_static` is set; without CUDA 65,536."""
     startup_timeout_s: float = 600.0
     request_timeout_s: float = 3600.0
     """Longest wait for one completion; then it counts as aborted."""

@@ -30,6 +30,7 @@ from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library
 from megatron_p2o.evolve.session import EvolutionSession
 from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import PromptEvolution, TemplateLibrary
+from megatron_p2o.memory_plan import with_planned_cache
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.memory import peak_meter
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     config, run_dir = load_config(options.config), options.config.parent
     sys.excepthook = partial(report_error, run_dir)
+    if not options.evaluate:
+        config = with_planned_cache(config)
     policy = build_policy(config, run_dir)
     agents = meet_agents(config, options.config)
     if not policy.is_conductor:
