@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.rollout.checksum import checksum
+from megatron_p2o.rollout.pinning import finish_copies, pin, unpin
 from megatron_p2o.rollout.weight_message import ALIGNMENT_BYTES, LoadMessage, TensorEntry
 
 
@@ -56,7 +57,7 @@ class StagingBuffer:
         """Number of the buffer."""
         self.num_fillings = 0
         """Tells what it holds from what it held before."""
-        self._memory = MemoryFile(capacity_bytes)
+        self._memory = pinned_file(capacity_bytes)
         self._entries: list[TensorEntry] = []
         self._checksums: list[int] = []
         self._used_bytes = 0
@@ -85,21 +86,28 @@ class StagingBuffer:
         self._used_bytes = 0
         if room_bytes > self.address.num_bytes:
             self.close()
-            self._memory = MemoryFile(room_bytes)
+            self._memory = pinned_file(room_bytes)
 
     def put(self, name: str, tensor: Tensor, verify: bool) -> None:
-        """Append a copy of `tensor`. Its checksum is taken from the original, so that the copy is covered as well."""
+        """Begin to append a copy of `tensor`; see `finish`.
+
+        Its checksum is taken from the original, so that the copy is covered as well.
+        """
         entry = TensorEntry(
             name=name,
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=tuple(tensor.shape),
             offset_bytes=self._used_bytes,
         )
-        entry.view(self._memory.content).copy_(tensor.detach())
+        entry.view(self._memory.content).copy_(tensor.detach(), non_blocking=True)
         self._entries.append(entry)
         if verify:
             self._checksums.append(checksum(tensor))
         self._used_bytes = round_up(self._used_bytes + tensor.nbytes)
+
+    def finish(self) -> None:
+        """Return when everything that was `put` lies in the bucket."""
+        finish_copies()
 
     def add_checksums(self) -> None:
         """Make up for a refresh that was not verified, from the copy."""
@@ -120,7 +128,15 @@ class StagingBuffer:
 
     def close(self) -> None:
         """Give the memory up; engines keep what they have mapped until they map the next buffer of this slot."""
+        unpin(self._memory.content)
         self._memory.close()
+
+
+def pinned_file(num_bytes: int) -> MemoryFile:
+    """Return memory that GPUs read and write by themselves."""
+    memory = MemoryFile(num_bytes)
+    pin(memory.content)
+    return memory
 
 
 def round_up(num_bytes: int) -> int:

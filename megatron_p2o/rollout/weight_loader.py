@@ -5,7 +5,7 @@ q, k, v and gate, up; each tensor-parallel rank takes its slices). Later ones re
 checksums of what lies in the parameters, read through the recorded destinations, are compared with the trainer's. The
 outcome is written to a file: SGLang passes nothing back from a loader, and an exception would end the engine.
 
-Runs in the engine, yet imports torch only.
+Runs in the engine, yet imports torch only (and its neighbours `checksum`, `pinning`, `weight_message`).
 """
 
 from bisect import bisect_right
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_p2o.rollout.checksum import checksum
+from megatron_p2o.rollout.pinning import finish_copies, pin, unpin
 from megatron_p2o.rollout.weight_message import (
     FinishMessage,
     LoadMessage,
@@ -110,12 +111,15 @@ class WeightLoader:
             self._plans[message.entries] = plan
         elif plan.copies:
             torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-                [copy.destination for copy in plan.copies], [copy.source(bucket) for copy in plan.copies]
+                [copy.destination for copy in plan.copies],
+                [copy.source(bucket) for copy in plan.copies],
+                non_blocking=True,
             )
         self._refresh.plans.append(plan)
         self._refresh.names += [entry.name for entry in message.entries]
         if message.checksums is not None:
             self._expect(plan, message.entries, message.checksums, bucket)
+        finish_copies()  # the answer says that the bucket has been read
 
     def finish(self, message: FinishMessage) -> None:
         """Check what the model holds now and write the report."""
@@ -139,7 +143,10 @@ class WeightLoader:
         """Return the bucket's bytes; the mapping is kept, because the trainer fills the same memory again."""
         known = self._buffers.get(message.slot)
         if known is None or known[0] != message.buffer_id:
+            if known is not None:
+                unpin(known[1])
             bucket = torch.from_file(message.path, shared=True, size=message.num_bytes, dtype=torch.uint8)
+            pin(bucket)
             self._buffers[message.slot] = (message.buffer_id, bucket)
         return self._buffers[message.slot][1]
 

@@ -247,6 +247,7 @@ class WeightSync:
         index = 0
         for name, tensor in self._timed(weights):
             if bucket is not None and not bucket.fits(tensor):
+                self._finish_bucket(bucket)
                 yield bucket
                 index += 1
                 bucket = None
@@ -257,7 +258,13 @@ class WeightSync:
             self._fill_s += time.monotonic() - start
         if bucket is None:
             raise ValueError("the policy yielded no weights")
+        self._finish_bucket(bucket)
         yield bucket
+
+    def _finish_bucket(self, bucket: StagingBuffer) -> None:
+        start = time.monotonic()
+        bucket.finish()
+        self._fill_s += time.monotonic() - start
 
     def _empty_bucket(self, index: int, room_bytes: int) -> StagingBuffer:
         if index == len(self._buckets):

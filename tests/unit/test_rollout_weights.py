@@ -126,6 +126,22 @@ def test_a_parameter_that_moved_is_found_again(model: FusedModel, tmp_path: Path
     assert_holds(model, weights(2))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is page-locked")
+def test_buckets_are_page_locked_on_both_sides_and_arrive_on_the_gpu(tmp_path: Path) -> None:
+    model = FusedModel().cuda()
+    sync = sync_of(FakeClient(model), directory=tmp_path)
+    for version in (1, 2, 3):
+        sent = [(name, value.cuda()) for name, value in weights(version)]
+        sync.refresh(sent, version, verify=True)
+        by_name = dict(sent)
+        assert torch.equal(model.qkv, torch.cat([by_name[f"{part}.weight"] for part in "qkv"]))
+        assert torch.equal(model.norm, by_name["norm.weight"])
+    mapped = [bucket for _, bucket in weight_loader._LOADERS[model]._buffers.values()]
+    assert sync._buckets[0].content.is_pinned() and mapped and all(bucket.is_pinned() for bucket in mapped)
+    sync.close()
+
+
 def test_a_model_that_derives_values_from_its_weights_always_loads_itself(tmp_path: Path) -> None:
     class Derived(FusedModel):
         def post_load_weights(self) -> None: ...
