@@ -77,7 +77,8 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
     choice = choose_layers("auto", machine_capabilities())
     findings.append(Finding(subject="layers", finding=choice.layers_reason))
     findings.append(Finding(subject="attention", finding=choice.attention_reason))
-    findings.append(Finding(subject="fused kernels", finding=_kernels(num_visible)))
+    capability = torch.cuda.get_device_capability() if num_visible else None
+    findings += kernel_findings(capability, has_triton=importlib.util.find_spec("triton") is not None)
     findings.append(Finding(subject="apex", finding=_apex()))
     return findings
 
@@ -170,15 +171,41 @@ def _shared_memory(*, is_expected: bool) -> Finding:
     return Finding(subject="/dev/shm", finding=f"{free >> 20} MiB free{remedy}", is_missing=is_short and is_expected)
 
 
-FUSED_OPERATIONS = "linear_policy_loss, linear_logprob, grouped_advantage"
+HOPPER = (9, 0)
+"""Compute capability the Triton kernels are written for."""
+
+HEAD_OPERATIONS = ("linear_policy_loss", "linear_logprob")
+"""Fused operations that multiply by the LM head; `head.kernel` chooses among their forms on a GPU."""
+
+OTHER_OPERATIONS = ("grouped_advantage", "active_token_index")
+"""Fused operations that are passes over memory."""
 
 
-def _kernels(num_visible: int) -> str:
-    if not num_visible:
-        return f"{FUSED_OPERATIONS}: torch (no GPU)"
-    if importlib.util.find_spec("triton") is None:
-        return f"{FUSED_OPERATIONS}: none, triton is not installed and CUDA tensors are refused without it"
-    return f"{FUSED_OPERATIONS}: triton, for bfloat16 models"
+def kernel_findings(capability: tuple[int, int] | None, *, has_triton: bool) -> list[Finding]:
+    """Return for each fused operation which path runs on which device, and why.
+
+    Args:
+        capability: compute capability of the GPU; None without one.
+    """
+    head, other = _kernel_paths(capability, has_triton=has_triton)
+    return [
+        *(Finding(subject=name, finding=head) for name in HEAD_OPERATIONS),
+        *(Finding(subject=name, finding=other) for name in OTHER_OPERATIONS),
+    ]
+
+
+def _kernel_paths(capability: tuple[int, int] | None, *, has_triton: bool) -> tuple[str, str]:
+    if capability is None:
+        here = "torch on the CPU: no GPU is visible"
+        return here, here
+    if not has_triton:
+        refused = "none: CUDA tensors are refused without triton, which is not installed"
+        return f"{refused} (head.kernel: torch runs without it)", refused
+    if capability == HOPPER:
+        return "triton on the GPU, a Hopper: bfloat16 models; float32 ones need head.kernel: torch", "triton on the GPU"
+    here, meant = (f"{major}.{minor}" for major, minor in (capability, HOPPER))
+    untried = f"triton on the GPU: written for compute capability {meant}, untried on {here}"
+    return f"{untried}; should it fail, set head.kernel to plain or torch", "triton on the GPU"
 
 
 def _apex() -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_p2o.cli import main
-from megatron_p2o.doctor import Finding, examine, package_finding, print_findings
+from megatron_p2o.doctor import Finding, examine, kernel_findings, package_finding, print_findings
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
 
@@ -48,6 +48,31 @@ def test_a_package_that_is_not_there_is_missing_unless_runs_do_without_it() -> N
         subject="no-such-package", finding='pip install "no-such-package>=1"', is_missing=True
     )
     assert not package_finding("no-such-package", None).is_missing
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "head", "other"),
+    [
+        (None, True, "torch on the CPU: no GPU is visible", "torch on the CPU"),
+        ((9, 0), True, "triton on the GPU, a Hopper: bfloat16 models; float32 ones need head.kernel: torch", "triton"),
+        (
+            (8, 0),
+            True,
+            "triton on the GPU: written for compute capability 9.0, untried on 8.0; should it fail",
+            "triton",
+        ),
+        ((9, 0), False, "none: CUDA tensors are refused without triton", "none: CUDA tensors are refused"),
+    ],
+    ids=["no GPU", "Hopper", "another GPU", "no triton"],
+)
+def test_every_fused_operation_has_a_line_with_its_path_and_the_reason(
+    capability: tuple[int, int] | None, has_triton: bool, head: str, other: str
+) -> None:
+    findings = {one.subject: one.finding for one in kernel_findings(capability, has_triton=has_triton)}
+    of_head = {"linear_policy_loss", "linear_logprob"}
+    assert set(findings) == of_head | {"grouped_advantage", "active_token_index"}
+    for name, finding in findings.items():
+        assert finding.startswith(head if name in of_head else other)
 
 
 def test_the_report_marks_what_is_missing() -> None:
