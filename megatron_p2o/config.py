@@ -226,6 +226,9 @@ class ScoringConfig:
     """Weigh each token by min(pi_trainer / pi_engine, cap) under the prompt it was sampled with; needs `recompute`."""
     mismatch_alarm: float = 0.1
     """Warn when engine and trainer differ by more than this many nats a token, mean over a step's compared tokens."""
+    mismatch_alarm_action: Literal["warn", "stop"] = "warn"
+    """`stop` ends the run with `MismatchAlarm` after the step is on record and before its weights are saved, so that it
+    can go on from the checkpoint before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_p2o.algorithm import Parts, StepResult, TrainState
 from megatron_p2o.checkpoints import Best, CheckpointSaver, checkpoint_name, read_best
-from megatron_p2o.config import Config, EvaluationConfig
+from megatron_p2o.config import Config, EvaluationConfig, ScoringConfig
 from megatron_p2o.evaluate import best_template, evaluate, template_of
 from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import TemplateLibrary
@@ -26,7 +26,7 @@ from megatron_p2o.metrics.step import (
     phase_metrics,
     step_metrics,
 )
-from megatron_p2o.metrics.values import Last, MetricValue
+from megatron_p2o.metrics.values import Last, MetricValue, numbers_of
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
 from megatron_p2o.run_state import LedgerFile, RunState, StopRequest
 from megatron_p2o.types import PLAIN, Group, Problem, Template
@@ -49,6 +49,34 @@ class RunFiles:
     metrics: MetricsLog
     checkpoints: CheckpointSaver
     rollouts: RolloutWriter
+
+
+class MismatchAlarm(RuntimeError):
+    """Engine and trainer differ by more than `scoring.mismatch_alarm`; `scoring.mismatch_alarm_action` is stop."""
+
+
+def watch_mismatch(step: int, metrics: Mapping[str, MetricValue], scoring: ScoringConfig) -> None:
+    """Warn, or stop, where a step's engine and trainer differ too much.
+
+    Args:
+        metrics: of `step_metrics`.
+
+    Raises:
+        MismatchAlarm: they do and settings say stop.
+    """
+    numbers = numbers_of(metrics)
+    mean = numbers.get("mismatch/logprob_abs_mean")
+    if mean is None or not mean > scoring.mismatch_alarm:
+        return
+    message = (
+        f"step {step}: engine and trainer differ by {mean:.3g} nats a token (worst token "
+        f"{numbers['mismatch/logprob_abs_max']:.3g}, KL estimate {numbers['mismatch/kl_mean']:.3g}), more than "
+        f"scoring.mismatch_alarm={scoring.mismatch_alarm:g}: set scoring.recompute and scoring.importance_cap, or look "
+        "for a difference in precision or weights"
+    )
+    if scoring.mismatch_alarm_action == "stop":
+        raise MismatchAlarm(message)
+    logger.warning(message)
 
 
 class RunObserver:
@@ -107,7 +135,6 @@ class RunObserver:
             **step_metrics(result.groups, result.reports, seconds, phases.peak_bytes),
             **self._forgotten(state, entries),
         }
-        self._warn_of_mismatch(state, metrics)
         self._files.metrics.write(state.step, state.epoch, {**metrics, **of_engines})
         self._files.ledger.append(entries)
         self._observe_groups(result.groups)
@@ -115,21 +142,13 @@ class RunObserver:
         self._num_rollouts_train += sum(len(group.rollouts) for group in result.groups)
         if _is_due(state.step, self._config.logging.rollouts_every_steps):
             self._files.rollouts.write(state.step, result.groups, self._parts.renderer.decode)
+        watch_mismatch(state.step, metrics, self._config.scoring)
         best = None
         if _is_due(state.step, self._config.evaluation.every_steps):
             best = self._new_best(state, self._evaluate(state, PLAIN, ""))
         if best is not None or _is_due(state.step, self._config.schedule.save_every_steps):
             self.save(state, best)
         self._last_end = time.monotonic()
-
-    def _warn_of_mismatch(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
-        mean, alarm = metrics["mismatch/logprob_abs_mean"].value(), self._config.scoring.mismatch_alarm
-        if mean > alarm:  # false for the nan of a step that compared nothing
-            logger.warning(
-                "step %d: engine and trainer differ by %.3g nats a token, more than scoring.mismatch_alarm=%g: set "
-                "scoring.recompute and scoring.importance_cap, or look for a difference in precision or weights",
-                *(state.step, mean, alarm),
-            )
 
     def _forgotten(self, state: TrainState, entries: Sequence[LedgerEntry]) -> Mapping[str, MetricValue]:
         """Measure, and warn of, problems whose plain success is gone (see `HardSampleLedger.forgotten`)."""

@@ -171,6 +171,8 @@ def health_section(runs: Sequence[Run], styles: Styles) -> Html:
     shown: tuple[tuple[str, str, str, Unit], ...] = (
         ("mismatch/logprob_abs_mean", "Engine and trainer: mean", "Mean |log-prob difference| per token.", "number"),
         ("mismatch/logprob_abs_max", "Engine and trainer: worst token", "Largest |log-prob difference|.", "number"),
+        ("mismatch/kl_mean", "KL of engine and trainer", "Estimate, nats per token.", "number"),
+        ("mismatch/importance_capped_share", "Truncated importance weights", "Share of the weighted tokens.", "share"),
         ("train/loss", "Loss", "Mean over the optimizer steps.", "number"),
         ("train/grad_norm", "Gradient norm", "Before clipping, mean over the optimizer steps.", "number"),
         ("train/entropy_mean", "Entropy", "Nats per trained token.", "number"),

@@ -13,6 +13,9 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     memory/<phase>_peak_bytes           of the conducting rank: tensors on its GPU; without one, resident memory
     hard/forgotten_share                problems of the step that were mastered: solved plainly at least half the time
     mismatch/*_mean                     tokens of plain rollouts with an advantage: engine and trainer, same prompt
+    mismatch/importance_capped_share    tokens with an importance weight: it was truncated at scoring.importance_cap
+
+`mismatch/kl_mean` estimates KL(engine || trainer) in nats per token; see `rl.objective.TokenStats`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +86,8 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
         "train/ratio_mean": _token_mean(reports, "ratio_sum", "live_tokens"),
         "mismatch/logprob_abs_mean": _token_mean(reports, "mismatch_abs_sum", "mismatch_tokens"),
         "mismatch/ratio_mean": _token_mean(reports, "mismatch_ratio_sum", "mismatch_tokens"),
+        "mismatch/kl_mean": _token_mean(reports, "mismatch_kl_sum", "mismatch_tokens"),
+        "mismatch/importance_capped_share": _token_mean(reports, "capped_tokens", "weighted_tokens"),
     }
     if reports:
         metrics["train/learning_rate"] = Last(reports[-1].learning_rate)

@@ -40,6 +40,7 @@ SUM_NAMES = (
     "mismatch_tokens",
     "mismatch_abs_sum",
     "mismatch_ratio_sum",
+    "mismatch_kl_sum",
 )
 MAX_NAMES = ("mismatch_abs_max",)
 
@@ -51,7 +52,9 @@ class TokenStats:
     sums: Tensor
     """[len(SUM_NAMES)] float64, in that order: response tokens; of those the ones with an advantage and a weight; of
     those the ones that went through the LM head, and the ones the context ratio kept. `mismatch_*` compare engine and
-    trainer under one prompt: plain tokens, or all of them under `scoring.recompute`."""
+    trainer under one prompt: plain tokens, or all of them under `scoring.recompute`; `mismatch_kl_sum` estimates
+    KL(engine || trainer) in nats by r - 1 - log r with r = trainer / engine: unbiased, since the engine sampled the
+    tokens, and never negative (John Schulman's k3, http://joschu.net/blog/kl-approx.html)."""
     maxima: Tensor
     """[len(MAX_NAMES)] float64."""
 
@@ -103,6 +106,7 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss) -> TokenStats:
     trainer_T, engine_T, is_compared_T = _on_one_prompt(batch, outcome, carries_T)
     difference_T = torch.where(is_compared_T, trainer_T - engine_T, torch.zeros_like(trainer_T))
     zero_T = torch.zeros_like(outcome.ratio_T)
+    bounded_T = difference_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     sums = [
         batch.loss_mask_T,
         carries_T,
@@ -115,7 +119,9 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss) -> TokenStats:
         outcome.entropy_T,
         is_compared_T,
         difference_T.abs(),
-        torch.where(is_compared_T, difference_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), zero_T),
+        torch.where(is_compared_T, bounded_T.exp(), zero_T),
+        # A small difference would leave nothing of its square in float32.
+        bounded_T.double().expm1() - difference_T.double(),
     ]
     maxima = [difference_T.abs().max()]
     return TokenStats(
@@ -150,9 +156,29 @@ def with_trainer_logprobs(sample: TrainSample, trainer_R: Logprobs, importance_c
 def mismatch_sums(trainer: Sequence[Logprobs], engine: Sequence[Logprobs]) -> dict[str, float]:
     """Return the `mismatch_*` entries of `TokenStats.as_dict` for log-probs under one prompt, [R] each."""
     difference = np.concatenate(trainer).astype(np.float64) - np.concatenate(engine)
+    bounded = np.clip(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return {
         "mismatch_tokens": float(len(difference)),
         "mismatch_abs_sum": float(np.abs(difference).sum()),
-        "mismatch_ratio_sum": float(np.exp(np.clip(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)).sum()),
+        "mismatch_ratio_sum": float(np.exp(bounded).sum()),
+        "mismatch_kl_sum": float((np.expm1(bounded) - difference).sum()),
         "mismatch_abs_max": float(np.abs(difference).max()),
+    }
+
+
+def cap_sums(samples: Sequence[TrainSample], importance_cap: float | None) -> dict[str, float]:
+    """Return how many tokens with an advantage have an importance weight, and of how many it was truncated.
+
+    By `with_trainer_logprobs`, with the same cap; empty without one.
+    """
+    if importance_cap is None:
+        return {}
+    log_ratios = [
+        sample.sampling_logprobs - sample.engine_logprobs
+        for sample in samples
+        if sample.advantage != 0 and sample.engine_logprobs is not None
+    ]
+    return {
+        "weighted_tokens": float(sum(len(row) for row in log_ratios)),
+        "capped_tokens": float(sum(int((row > np.log(importance_cap)).sum()) for row in log_ratios)),
     }

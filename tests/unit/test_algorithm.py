@@ -188,6 +188,7 @@ def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_fa
 
     settings = {
         "scoring.recompute": True,
+        "scoring.importance_cap": 2.0,
         "objective.drop_failed_templated": drop_failed,
         "objective.drop_zero_advantage": False,
         "schedule.problems_per_update": 4 // num_updates,
@@ -208,6 +209,10 @@ def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_fa
         assert np.array_equal(sample.sampling_logprobs, expected)
         assert np.array_equal(sample.context_ids, completion.prompt.training_ids)
         assert np.array_equal(sample.response_ids, completion.token_ids)
+    for call, report in zip(step.policy.updates, step.result.reports, strict=True):
+        rows = [np.exp(sample.sampling_logprobs + 9.0) for sample in call.samples if sample.advantage != 0]
+        assert report.sums["weighted_tokens"] == sum(map(len, rows)) > 0
+        assert report.sums["capped_tokens"] == sum(int((row > 2.0).sum()) for row in rows)
 
 
 def test_engines_serve_the_updated_weights_under_the_next_version() -> None:

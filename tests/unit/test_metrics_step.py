@@ -129,13 +129,24 @@ def test_entropy_that_was_not_computed_is_not_reported_as_zero() -> None:
 
 def test_mismatch_is_averaged_over_compared_tokens_and_its_maximum_is_the_worst_token() -> None:
     reports = [
-        report(1, mismatch_tokens=2, mismatch_abs_sum=0.2, mismatch_ratio_sum=2.0, mismatch_abs_max=0.15),
+        report(
+            1,
+            mismatch_tokens=2,
+            mismatch_abs_sum=0.2,
+            mismatch_ratio_sum=2.0,
+            mismatch_abs_max=0.15,
+            mismatch_kl_sum=0.5,
+        ),
         report(1, mismatch_tokens=8, mismatch_abs_sum=0.2, mismatch_ratio_sum=9.0, mismatch_abs_max=0.05),
         report(1, mismatch_tokens=0, mismatch_abs_sum=0.0, mismatch_ratio_sum=0.0, mismatch_abs_max=0.0),
     ]
     numbers = numbers_of(step_metrics([], reports, {}))
     assert numbers["mismatch/logprob_abs_mean"] == pytest.approx(0.04, rel=1e-12)
     assert numbers["mismatch/ratio_mean"] == 1.1
+    assert numbers["mismatch/kl_mean"] == 0.05
+    assert "mismatch/importance_capped_share" not in numbers
+    capped = [report(1, weighted_tokens=6, capped_tokens=1), report(1, weighted_tokens=2, capped_tokens=1)]
+    assert numbers_of(step_metrics([], capped, {}))["mismatch/importance_capped_share"] == 0.25
     assert numbers["mismatch/logprob_abs_max"] == 0.15
 
 
@@ -172,6 +183,7 @@ def test_the_token_sums_are_named_as_the_objective_names_them() -> None:
         "mismatch/logprob_abs_mean",
         "mismatch/logprob_abs_max",
         "mismatch/ratio_mean",
+        "mismatch/kl_mean",
     }
     for key in ("ratio_mask_kept_share", "clipped_share", "entropy_mean", "ratio_mean"):
         assert numbers[f"train/{key}"] != 0

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config import ObjectiveConfig
-from megatron_p2o.rl.objective import MAX_NAMES, SUM_NAMES, TokenStats, loss_rule, token_stats, with_trainer_logprobs
+from megatron_p2o.rl.objective import (
+    MAX_NAMES,
+    SUM_NAMES,
+    TokenStats,
+    cap_sums,
+    loss_rule,
+    mismatch_sums,
+    token_stats,
+    with_trainer_logprobs,
+)
 from megatron_p2o.rl.packing import pack
 from megatron_p2o.testing.fakes import fake_logprobs
 from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
@@ -341,6 +350,7 @@ def test_token_sums_are_those_counted_by_hand() -> None:
             "mismatch_tokens": 2,
             "mismatch_abs_sum": 1.5,
             "mismatch_ratio_sum": math.exp(0.5) + math.exp(-1.0),
+            "mismatch_kl_sum": (math.exp(0.5) - 1 - 0.5) + (math.exp(-1.0) - 1 + 1.0),
             "mismatch_abs_max": 1.0,
         }
     )
@@ -351,6 +361,29 @@ def test_an_engine_that_serves_other_weights_shows_as_a_finite_mismatch() -> Non
     _, stats = policy_loss(torch.full(batch.loss_mask_T.shape, -1.0), batch, ObjectiveConfig())
     assert stats.as_dict()["mismatch_abs_max"] == 199.0
     assert math.isfinite(stats.as_dict()["mismatch_ratio_sum"])
+
+
+def test_the_mean_of_the_kl_estimate_over_the_engines_tokens_is_the_divergence_of_engine_and_trainer() -> None:
+    engine, trainer = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.4, 0.2, 0.25, 0.15])
+    # The engine samples each of four tokens as often as it is likely: 20 tokens in all.
+    tokens = np.repeat(np.arange(4), [10, 6, 3, 1])
+    rows = [np.log(policy[tokens]).astype(np.float32) for policy in (trainer, engine)]
+    divergence = float((engine * np.log(engine / trainer)).sum())
+    sums = mismatch_sums(rows[:1], rows[1:])
+    assert sums["mismatch_kl_sum"] / sums["mismatch_tokens"] == pytest.approx(divergence, rel=1e-6)
+    sampled = [Token(float(ours), -1.0, float(theirs), 1.0, False) for ours, theirs in zip(*rows, strict=True)]
+    logprobs_T, batch = batch_of([sampled], with_old=False)
+    _, stats = policy_loss(logprobs_T, batch, ObjectiveConfig(context="replace"))
+    assert stats.as_dict()["mismatch_kl_sum"] == pytest.approx(20 * divergence, rel=1e-6)
+
+
+def test_only_weights_beyond_the_cap_of_tokens_with_an_advantage_count_as_truncated() -> None:
+    tokens = [Token(-1.0, -1.0, engine, 1.0, False) for engine in (-1.0, -1.5, -3.0)]
+    trainer_R = np.array([-0.2, -1.0, -1.0], np.float32)  # ratios 2.2, 1.6, 7.4
+    samples = [with_trainer_logprobs(sample_of(tokens), trainer_R, importance_cap=2.0)]
+    samples.append(replace(samples[0], advantage=0.0))
+    assert cap_sums(samples, 2.0) == {"weighted_tokens": 3, "capped_tokens": 2}
+    assert cap_sums(samples, None) == {}
 
 
 def test_recomputed_log_probs_are_compared_with_the_engines_on_every_token() -> None:
