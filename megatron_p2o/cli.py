@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--require", action="append", default=[], metavar="NAME[==VERSION]", help="require a package; repeatable"
     )
+    doctor.add_argument("config", type=Path, nargs="?", help="settings file (YAML) whose policy to check as well")
+    _add_overrides(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -84,6 +86,10 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="settings file (YAML)")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change one setting; repeatable"
     )
@@ -156,9 +162,11 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_p2o.doctor import examine, print_findings
+    from megatron_p2o.doctor import examine, examine_settings, print_findings
 
     findings = examine(options.gpus, options.require)
+    if options.config is not None:
+        findings += examine_settings(load_config(options.config, options.overrides))
     print_findings(findings)
     return 1 if options.strict and any(finding.is_missing for finding in findings) else 0
 

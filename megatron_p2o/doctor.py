@@ -13,7 +13,9 @@ import torch
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
+from megatron_p2o.config import Config
 from megatron_p2o.policy.layer_choice import choose_layers, machine_capabilities
+from megatron_p2o.policy.settings import machine_problems, megatron_summary, policy_settings
 
 REQUIRED = {
     "torch": ">=2.11",
@@ -81,6 +83,23 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
     findings += kernel_findings(capability, has_triton=importlib.util.find_spec("triton") is not None)
     findings.append(Finding(subject="apex", finding=_apex()))
     return findings
+
+
+def examine_settings(config: Config) -> list[Finding]:
+    """Return whether the installed megatron-core takes the policy's settings, and whether this machine can."""
+    try:
+        settings = policy_settings(config)
+    except ValueError as error:
+        return [Finding(subject="settings", finding=str(error), is_missing=True)]
+    problems = machine_problems(config, settings, machine_capabilities())
+    if problems:
+        return [Finding(subject="settings", finding=problem, is_missing=True) for problem in problems]
+    choice = choose_layers(config.model.layer_backend, machine_capabilities())
+    return [
+        Finding(subject="megatron", finding=megatron_summary(config)),
+        Finding(subject="layers, as set", finding=choice.layers_reason),
+        Finding(subject="attention, as set", finding=choice.attention_reason),
+    ]
 
 
 def print_findings(findings: list[Finding], write: Callable[[str], None] = print) -> None:

@@ -36,7 +36,9 @@ from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.memory import peak_meter
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.observer import RunFiles, RunObserver
+from megatron_p2o.policy.layer_choice import machine_capabilities
 from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.policy.settings import check_weights, machine_problems, megatron_summary, policy_settings
 from megatron_p2o.processes import end_with_parent
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import start_engines
@@ -127,14 +129,19 @@ def dry_run(config: Config) -> None:
     """Read everything a run would read and print what was found. Starts nothing.
 
     Raises:
-        ValueError: a file, a row or a prompt is bad; the message names it.
+        ValueError: a file, a row, a prompt or a setting of the policy is bad; the message names it.
     """
+    settings = policy_settings(config)
+    check_weights(config, settings)
     inputs = load_inputs(config)
     num_steps = len(epoch_batches(inputs.train, config.schedule.problems_per_step, config.run.seed, epoch=0))
     print(f"train: {len(inputs.train)} problems, {num_steps} steps in each of {config.schedule.epochs} epochs")
     for name, problems in inputs.evaluation.items():
         print(f"evaluation.{name}: {len(problems)} problems")
     print(f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens")
+    print(f"megatron: {megatron_summary(config)}")
+    for problem in machine_problems(config, settings, machine_capabilities()):
+        print(f"not on this machine: {problem}")
 
 
 def load_inputs(config: Config) -> Inputs:

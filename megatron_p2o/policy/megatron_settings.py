@@ -14,6 +14,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
+from megatron_p2o.policy.layer_choice import Capabilities
+
 TARGETS = (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
 
 _OWNERS = {
@@ -39,13 +41,16 @@ _OWNERS = {
     "the trainer": (
         *("optimizer", "hidden_dropout", "attention_dropout", "calculate_per_token_loss", "variable_seq_lengths"),
         *("use_cpu_initialization", "perform_initialization", "moe_token_dispatcher_type", "moe_grouped_gemm"),
-        *("moe_router_load_balancing_type", "expert_model_parallel_size", "expert_tensor_parallel_size"),
-        *("use_custom_fsdp", "use_megatron_fsdp", "finalize_model_grads_func", "grad_scale_func", "no_sync_func"),
+        *("moe_router_load_balancing_type", "use_custom_fsdp", "use_megatron_fsdp"),
+        *("finalize_model_grads_func", "grad_scale_func", "no_sync_func"),
         *("grad_sync_func", "param_sync_func", "timers"),
     ),
 }
 OWNERS: Mapping[str, str] = {name: owner for owner, names in _OWNERS.items() for name in names}
 """Field of megatron-core to the setting of ours that decides it."""
+
+EXPERT_SIZES = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+"""Fields that share out experts in a way the trainer does not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,14 +69,11 @@ def megatron_overrides(settings: Mapping[str, Any]) -> MegatronOverrides:
     """Return `megatron:` divided over megatron-core's configurations.
 
     Raises:
-        ValueError: the installed version has no such field, another setting decides it, a dtype is unknown, or
-            offloading has no GPU.
+        ValueError: the installed version has no such field, another setting decides it, or a dtype is unknown.
     """
     known = {name for target in TARGETS for name in _fields(target)}
     for name in settings:
         _check_name(name, known)
-    if settings.get("optimizer_cpu_offload") and not torch.cuda.is_available():
-        raise ValueError("megatron.optimizer_cpu_offload moves state from a GPU to the host: without CUDA remove it")
     transformer, optimizer, data_parallel = (
         {
             name: _converted(name, value, _fields(target)[name])
@@ -83,12 +85,49 @@ def megatron_overrides(settings: Mapping[str, Any]) -> MegatronOverrides:
     return MegatronOverrides(transformer=transformer, optimizer=optimizer, data_parallel=data_parallel)
 
 
+def check_offload(settings: Mapping[str, Any], *, is_sharded: bool) -> None:
+    """Raise `ValueError` unless what `megatron.optimizer_cpu_offload` depends on is set, `parallel` included.
+
+    megatron-core would offload nothing, or fail in the first step.
+    """
+    if not settings.get("optimizer_cpu_offload"):
+        return
+    fraction = settings.get("optimizer_offload_fraction", 0.0)
+    rules = [
+        (is_sharded, "parallel.distributed_optimizer=true"),
+        (bool(settings.get("use_precision_aware_optimizer")), "megatron.use_precision_aware_optimizer=true"),
+        (0 < fraction <= 1, f"megatron.optimizer_offload_fraction greater than 0 and at most 1 (it is {fraction:g})"),
+    ]
+    missing = [remedy for holds, remedy in rules if not holds]
+    if missing:
+        raise ValueError(f"megatron.optimizer_cpu_offload needs {', '.join(missing)}: set that, or remove it")
+
+
+def offload_problem(settings: Mapping[str, Any], capabilities: Capabilities) -> str | None:
+    """Return why this machine cannot do what `megatron.optimizer_cpu_offload` says; None when it can, or need not."""
+    if not settings.get("optimizer_cpu_offload"):
+        return None
+    if not capabilities.has_cuda:
+        return "megatron.optimizer_cpu_offload moves state from a GPU to the host: without CUDA remove it"
+    if capabilities.transformer_engine_problem is not None:
+        return (
+            "megatron.optimizer_cpu_offload needs Transformer Engine's Adam, because megatron-core does not restore "
+            f"the offloaded state of torch's: Transformer Engine {capabilities.transformer_engine_problem}"
+        )
+    return None
+
+
 def _fields(target: type) -> dict[str, Any]:
     """Return the default of each field."""
     return {item.name: item.default for item in dataclasses.fields(target)}
 
 
 def _check_name(name: str, known: set[str]) -> None:
+    if name in EXPERT_SIZES:
+        raise ValueError(
+            f"megatron.{name} is not supported: every rank computes its cut of all experts. Remove it; "
+            "parallel.tensor with parallel.sequence=true cuts them smaller"
+        )
     if name in OWNERS:
         owner = OWNERS[name]
         remedy = "remove it from megatron" if owner == "the trainer" else "set that instead"

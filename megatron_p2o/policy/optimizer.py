@@ -53,19 +53,7 @@ class Optimization:
         """
         self.modules = _data_parallel(models, config, is_sharded=is_sharded, overrides=overrides)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.eps,
-                clip_grad=settings.clip_grad,
-                params_dtype=config.params_dtype,
-                bf16=config.bf16,
-                use_distributed_optimizer=is_sharded,
-                **overrides.optimizer,
-            ),
+            megatron_optimizer_config(settings, config, is_sharded=is_sharded, overrides=overrides),
             list(self.modules),
         )
         # The schedule is also what exempts the norms from weight decay.
@@ -121,13 +109,41 @@ class Optimization:
         self.scheduler.step(increment=1)
 
 
+def megatron_optimizer_config(
+    settings: OptimizerConfig, config: TransformerConfig, *, is_sharded: bool, overrides: MegatronOverrides
+) -> MegatronOptimizerConfig:
+    """Return Megatron's configuration of AdamW; `is_sharded` is `parallel.distributed_optimizer`.
+
+    Raises:
+        RuntimeError: what `overrides` ask for is not installed here.
+    """
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        params_dtype=config.params_dtype,
+        bf16=config.bf16,
+        use_distributed_optimizer=is_sharded,
+        **overrides.optimizer,
+    )
+
+
+def data_parallel_config(*, is_sharded: bool, overrides: MegatronOverrides) -> DistributedDataParallelConfig:
+    """Return Megatron's configuration of the gradients' reduction, in float32 unless `overrides` say otherwise."""
+    return DistributedDataParallelConfig(
+        **{"grad_reduce_in_fp32": True, "use_distributed_optimizer": is_sharded, **overrides.data_parallel}
+    )
+
+
 def _data_parallel(
     models: Sequence[PolicyModel], config: TransformerConfig, *, is_sharded: bool, overrides: MegatronOverrides
 ) -> Sequence[DistributedDataParallel]:
     """Return the stages with gradient buffers, and tell the pipeline schedule how it may overlap their reduction."""
-    reduction = DistributedDataParallelConfig(
-        **{"grad_reduce_in_fp32": True, "use_distributed_optimizer": is_sharded, **overrides.data_parallel}
-    )
+    reduction = data_parallel_config(is_sharded=is_sharded, overrides=overrides)
     modules = [
         DistributedDataParallel(
             config,

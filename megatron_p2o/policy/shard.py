@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config import Config
-from megatron_p2o.policy.architecture import read_architecture
 from megatron_p2o.policy.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_p2o.policy.forward import Denominator, PassResult, forward_backward, make_micro_batches, score
 from megatron_p2o.policy.hf_directory import WeightFiles
 from megatron_p2o.policy.hf_weights import export_hf_weights, load_hf_weights
 from megatron_p2o.policy.layer_choice import Capabilities, choose_layers
-from megatron_p2o.policy.megatron_settings import megatron_overrides
-from megatron_p2o.policy.model import build_models, transformer_config
+from megatron_p2o.policy.model import build_models
 from megatron_p2o.policy.optimizer import Optimization, StepOutcome
 from megatron_p2o.policy.parallel import Ranks
 from megatron_p2o.policy.profile import traced
+from megatron_p2o.policy.settings import machine_problems, policy_settings
 from megatron_p2o.policy.shares import Share
 from megatron_p2o.types import Logprobs
 from p2o_kernels import HeadOptions
@@ -38,24 +37,25 @@ class PolicyShard:
     """Built from `model.path`; must be constructed on all ranks, inside `cuda_stand_ins`."""
 
     def __init__(self, config: Config, ranks: Ranks, capabilities: Capabilities) -> None:
-        directory = Path(config.model.path)
+        settings = policy_settings(config)
+        problems = machine_problems(config, settings, capabilities)
+        if problems:
+            raise ValueError("; ".join(problems))
         self.config = config
         self.layers = choose_layers(config.model.layer_backend, capabilities)
         self.ranks = ranks
-        self.architecture = read_architecture(directory)
-        overrides = megatron_overrides(config.megatron)
-        settings = transformer_config(self.architecture, config.parallel, config.model.dtype, overrides.transformer)
+        self.architecture = settings.architecture
         head = HeadOptions(kernel=config.head.kernel, weight_grad=config.head.weight_grad)
         temperature = config.rollout.temperature
-        self.models = build_models(self.architecture, settings, temperature, self.layers.layers, head)
-        with WeightFiles(directory) as files:
+        self.models = build_models(self.architecture, settings.transformer, temperature, self.layers.layers, head)
+        with WeightFiles(Path(config.model.path)) as files:
             load_hf_weights(self.models, files, self.architecture)
         self.optimization = Optimization(
             self.models,
-            settings,
+            settings.transformer,
             config.optimizer,
             is_sharded=config.parallel.distributed_optimizer,
-            overrides=overrides,
+            overrides=settings.overrides,
         )
         self._dead_share = 0.0
         self._num_updates = 0

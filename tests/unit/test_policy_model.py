@@ -1,6 +1,7 @@
 """Reading a Hugging Face configuration, and what Megatron is told."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_p2o.config import ParallelConfig
 from megatron_p2o.policy.architecture import Architecture, read_architecture
-from megatron_p2o.policy.megatron_settings import megatron_overrides
+from megatron_p2o.policy.layer_choice import Capabilities
+from megatron_p2o.policy.megatron_settings import check_offload, megatron_overrides, offload_problem
 from megatron_p2o.policy.model import padded_vocab_size, transformer_config
 from megatron_p2o.policy.parallel import check_world_size, data_rank_of
 from megatron_p2o.testing.tiny_families import LLAMA3_ROPE
@@ -75,8 +77,9 @@ def test_experts_are_cut_over_the_tensor_ranks_only(tmp_path: Path):
     architecture = architecture_of({**QWEN3_4B, **QWEN3_30B_EXPERTS}, tmp_path)
     with pytest.raises(ValueError, match=r"set parallel\.sequence=true"):
         transformer_config(architecture, ParallelConfig(tensor=2), "float32", {})
-    with pytest.raises(ValueError, match=r"megatron\.expert_model_parallel_size is decided by the trainer"):
-        megatron_overrides({"expert_model_parallel_size": 2})
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        with pytest.raises(ValueError, match=rf"megatron\.{name} is not supported: .* Remove it; parallel\.tensor"):
+            megatron_overrides({name: 2})
 
 
 def test_rope_theta_is_found_in_the_form_of_transformers_5(tmp_path: Path):
@@ -121,7 +124,6 @@ def test_megatron_overrides_reach_the_configuration(tmp_path: Path):
     ("overrides", "message"),
     [
         ({"overlap_grad_reduc": True}, r"did you mean megatron\.overlap_grad_reduce\?"),
-        ({"optimizer_cpu_offload": True}, r"megatron\.optimizer_cpu_offload .* without CUDA remove it"),
         ({"lr": 1e-3}, r"megatron\.lr is decided by optimizer\.lr: set that instead"),
         ({"hidden_dropout": 0.1}, r"megatron\.hidden_dropout is decided by the trainer: remove it"),
         ({"main_grads_dtype": "bf16"}, r"megatron\.main_grads_dtype='bf16' must be the name of a torch dtype"),
@@ -166,3 +168,36 @@ def test_tensor_ranks_are_neighbours_and_stages_are_farthest_apart():
     assert [data_rank_of(rank, parallel) for rank in range(12)] == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]
     parallel = ParallelConfig(tensor=1, context=2, data=2, pipeline=2)
     assert [data_rank_of(rank, parallel) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+OFFLOAD = {
+    "optimizer_cpu_offload": True,
+    "use_precision_aware_optimizer": True,
+    "optimizer_offload_fraction": 0.5,
+}
+MACHINE = Capabilities(has_cuda=True, has_flash_attn=True, transformer_engine_problem=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_sharded", "message"),
+    [
+        ({}, False, r"offload needs parallel\.distributed_optimizer=true: set that"),
+        ({"use_precision_aware_optimizer": False}, True, r"needs megatron\.use_precision_aware_optimizer=true: set"),
+        ({"optimizer_offload_fraction": 0.0}, True, r"optimizer_offload_fraction greater than 0 .* \(it is 0\)"),
+        ({"optimizer_offload_fraction": 2}, True, r"at most 1 \(it is 2\)"),
+    ],
+)
+def test_offloading_that_cannot_work_anywhere_is_refused(change: dict[str, Any], is_sharded: bool, message: str):
+    check_offload(OFFLOAD, is_sharded=True)
+    check_offload({}, is_sharded=False)
+    with pytest.raises(ValueError, match=message):
+        check_offload({**OFFLOAD, **change}, is_sharded=is_sharded)
+
+
+def test_offloading_says_what_a_machine_lacks():
+    assert offload_problem(OFFLOAD, MACHINE) is None
+    assert offload_problem({}, replace(MACHINE, has_cuda=False)) is None
+    without_cuda = offload_problem(OFFLOAD, replace(MACHINE, has_cuda=False))
+    assert without_cuda is not None and "without CUDA remove it" in without_cuda
+    without_engine = offload_problem(OFFLOAD, replace(MACHINE, transformer_engine_problem="is not installed"))
+    assert without_engine is not None and without_engine.endswith("Transformer Engine is not installed")
