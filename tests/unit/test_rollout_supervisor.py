@@ -146,3 +146,28 @@ def test_closing_ends_a_server_that_is_starting() -> None:
         assert starting.wait(WAIT_S)
     assert run.joined.empty() and run.given_up.empty()
     assert not run.supervisor.servers[0].is_running
+
+
+def test_no_server_is_started_while_held_and_one_that_starts_too_long_is_named() -> None:
+    ready = threading.Event()
+
+    class SlowServer(FakeServer):
+        def wait_until_ready(self, timeout_s: float) -> None:
+            starting.set()
+            assert ready.wait(WAIT_S)
+
+    starting = threading.Event()
+    with supervised(FakeServer("engine 0"), FakeServer("engine 1")) as run:
+        run.supervisor._start = lambda name, number: SlowServer(name)
+        run.supervisor.replace("engine 0")
+        assert starting.wait(WAIT_S)
+        with pytest.raises(TimeoutError, match=r"engine 0: not restarted after 0\.05 s"):
+            run.supervisor.hold(0.05)
+        ready.set()
+        run.supervisor.hold(WAIT_S)
+        assert run.joined.get(timeout=WAIT_S).name == "engine 0"
+        run.supervisor.replace("engine 1")
+        with pytest.raises(queue.Empty):
+            run.joined.get(timeout=0.1)
+        run.supervisor.let_go()
+        assert run.joined.get(timeout=WAIT_S).name == "engine 1"
