@@ -5,6 +5,7 @@ T packed tokens, N response tokens among them, V vocabulary (Vp: this rank's sha
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -99,7 +100,13 @@ class PolicyHead(ColumnParallelLinear):
             tp_group=self.tp_group,
             vocab_start=vocab_start,
             vocab_size=vocab_size,
-            weight_main_grad_VpD=getattr(weight, "main_grad", None) if task.adds_to_main_grad else None,
+            weight_main_grad_VpD=_float32_main_grad(weight) if task.adds_to_main_grad else None,
             expected_dead_share=task.expected_dead_share,
             path=path,
         )
+
+
+def _float32_main_grad(weight: Tensor) -> Tensor | None:
+    """Return Megatron's gradient buffer; None without one, or where `megatron.grad_reduce_in_fp32` makes it coarser."""
+    main_grad = getattr(weight, "main_grad", None)
+    return main_grad if isinstance(main_grad, Tensor) and main_grad.dtype == torch.float32 else None

@@ -47,7 +47,7 @@ def test_one_option_selects_the_kernel_of_a_cuda_tensor():
     assert Tile().warp_specialize and not PLAIN_TILE.warp_specialize
     plain = path_for(hidden, HeadOptions(kernel="plain", weight_grad="precise"))
     assert plain == TritonHead(tile=PLAIN_TILE, weight_grad="precise")
-    assert path_for(hidden.float(), HeadOptions(kernel="torch")) == TorchHead()
+    assert path_for(hidden.float(), HeadOptions(kernel="torch")) == TorchHead(chunk_bytes=2**30)
 
 
 def test_every_operation_runs_on_cpu_without_triton():

@@ -222,6 +222,44 @@ def test_rows_whose_target_is_beyond_the_range_stay_finite_and_have_an_entropy(h
     torch.testing.assert_close(entropy, torch.full((2,), math.log(2)), rtol=1e-4, atol=0)
 
 
+def test_gradients_keep_their_digits_from_minus_100_nats_to_certainty():
+    # The rival is at 100, the target from 0 to 140: its probability from e^-100 to 1 - e^-40, beside 68 zeros.
+    gaps = torch.tensor([100.0, 50.0, 10.0, 1.0, 0.0, -5.0, -20.0, -40.0])
+    hidden = torch.zeros(8, 32)
+    hidden[:, 0], hidden[:, 1] = 100.0, 100.0 - gaps
+    hidden, weight = hidden.bfloat16().requires_grad_(), torch.zeros(70, 32).bfloat16()
+    weight[0, 0] = weight[7, 1] = 1.0
+    targets = torch.full((8,), 7)
+    logprobs, _ = linear_logprob(hidden, weight, targets, path=small_path())
+    logprobs.sum().backward()
+    gaps = 100.0 - hidden.detach()[:, 1].double()
+    lost = 1 / (1 + torch.exp(-gaps))  # 1 - probability of the target, all of it the rival's
+    expected = torch.zeros(8, 32, dtype=torch.float64)
+    expected[:, 0], expected[:, 1] = -lost, lost
+    torch.testing.assert_close(hidden.grad.double(), expected, rtol=5e-3, atol=1e-30)
+
+
+def test_the_chunk_size_changes_only_the_rounding(head_case, relative_error, nan_empty):
+    case = make_case(head_case, num_tokens=220, vocab_size=120, hidden_size=32)
+    arguments = policy_arguments(case)
+    whole, hidden_grad, main_grad = run_policy(case, LossRule(), arguments, small_path())
+    small = small_path(chunk_bytes=128 * 2 * len(case.weight_VpD))
+    parts, other_hidden_grad, other_main_grad = run_policy(case, LossRule(), arguments, small)
+    assert 128 < parts.is_live_T.sum() < 256  # two chunks, the last one not full
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(parts.logprobs_T, whole.logprobs_T, rtol=1e-6, atol=1e-6)
+    assert relative_error(other_hidden_grad, hidden_grad) < 1e-3  # a rounding to bfloat16 may fall to the other side
+    assert relative_error(other_main_grad, main_grad) < 1e-4
+
+
+def test_an_all_masked_batch_has_no_loss_and_no_gradient(head_case, nan_empty):
+    case = make_case(head_case)
+    arguments = policy_arguments(case) | {"weights_T": torch.zeros(45)}
+    output, hidden_grad, main_grad = run_policy(case, LossRule(), arguments, small_path())
+    assert output.loss == 0 and not output.is_live_T.any()
+    assert (hidden_grad == 0).all() and (main_grad == 0).all()
+
+
 def test_the_gradient_of_a_sum_is_read_as_one_number_per_token(head_case, relative_error):
     case = make_case(head_case)
     hidden, weight = case.leaves()

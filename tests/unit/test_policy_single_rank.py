@@ -274,6 +274,16 @@ def test_bfloat16_trains_with_float32_gradients_close_to_float32(model: Path):
         torch.testing.assert_close(rounded_weights[name], weight, rtol=2**-7, atol=1e-3)
 
 
+def test_a_bfloat16_gradient_buffer_gets_the_gradient_rounded(model: Path):
+    config = policy_config(model, dtype="bfloat16")
+    with policy_of(config) as policy:
+        fine = policy.update(SAMPLES, None, 120)
+    with policy_of(replace(config, megatron={"grad_reduce_in_fp32": False})) as policy:
+        coarse = policy.update(SAMPLES, None, 120)
+    assert coarse.loss == fine.loss and coarse.grad_norm != fine.grad_norm
+    assert coarse.grad_norm == pytest.approx(fine.grad_norm, rel=4e-3)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing_and_training_goes_on(model: Path):
     with policy_of(policy_config(model)) as policy:
         before = weights_of(policy)

@@ -12,6 +12,9 @@ from p2o_kernels.lm_head.torch_path import TorchHead
 
 _TORCH_ON_CUDA = "run torch on CUDA by path=TorchHead() (setting head.kernel: torch)"
 
+_CUDA_CHUNK_BYTES = 2**30
+"""A chunk of the torch path on CUDA: each reads the whole weight, and small products leave the device idle."""
+
 WeightGrad = Literal["fast", "precise"]
 """Of the Triton path: the weight gradient by one product, or by two that halve its error at most states of a policy and
 keep it below 1e-3 at all (README.md, "Rounding")."""
@@ -80,8 +83,10 @@ def path_for(hidden: Tensor, options: HeadOptions | None = None) -> LmHeadPath:
         ValueError: there is no Triton path for this CUDA tensor.
     """
     options = HeadOptions() if options is None else options
-    if not hidden.is_cuda or options.kernel == "torch":
+    if not hidden.is_cuda:
         return TorchHead()
+    if options.kernel == "torch":
+        return TorchHead(chunk_bytes=_CUDA_CHUNK_BYTES)
     if find_spec("triton") is None:
         raise ValueError(f"path: triton is not installed; install it, or {_TORCH_ON_CUDA}")
     if hidden.dtype != torch.bfloat16:
