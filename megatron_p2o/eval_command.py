@@ -9,6 +9,7 @@ from typing import TypeVar
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import ConfigError, load_config, missing_paths
 from megatron_p2o.launch import launch, prepare_environment
+from megatron_p2o.run_lock import hold_run
 from megatron_p2o.run_state import STATE_FILE
 
 Value = TypeVar("Value")
@@ -85,9 +86,10 @@ def run_evaluation(request: Request, restart: bool) -> int:
     # Imported here: transformers and the engine's client take seconds that a refused request does not need.
     from megatron_p2o.benchmark import discard_answers, evaluate_directory
 
-    if restart:
-        discard_answers(request.output)
-    evaluate_directory(request.config, request.output)
+    with hold_run(request.output):
+        if restart:
+            discard_answers(request.output)
+        evaluate_directory(request.config, request.output)
     return 0
 
 

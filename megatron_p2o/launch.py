@@ -1,7 +1,7 @@
 """Starts the ranks of a run on this node under torch's elastic agent (what torchrun runs), and reports how it ended.
 
 A run on several nodes starts `p2o` once on each, under `srun` or by hand; see `nodes`. The agent runs inside the `p2o`
-process, so that a failed run ends in the failing rank's one message rather than in the agent's traceback.
+process, so that a failed run ends in one message, that of the rank which failed first: the others fail because of it.
 """
 
 import logging
@@ -12,13 +12,13 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
 import torch
 from torch.distributed import DistError
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -26,11 +26,12 @@ from megatron_p2o.config import Config
 from megatron_p2o.config_file import dump_config
 from megatron_p2o.files import write_whole
 from megatron_p2o.nodes import Nodes, nodes_of_slurm
-
-STOP_TIMEOUT_S = 60
-"""How long the ranks may take to end their engines after SIGTERM before they are killed."""
+from megatron_p2o.rank_errors import STOP_TIMEOUT_S, error_file, failure_message
+from megatron_p2o.run_lock import hold_run
 
 SHARED_FILE_POLL_S = 0.5
+
+REQUEUED_PATIENCE_S = 2.0 * STOP_TIMEOUT_S
 
 
 def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = None) -> int:
@@ -40,12 +41,23 @@ def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = 
     makes them save and end after the current step.
 
     Raises:
-        ValueError: the ranks cannot be laid out on the nodes, or these do not share the run's folder and settings.
+        ValueError: the ranks cannot be laid out on the nodes, these do not share the run's folder and settings, or
+            another `p2o` works in that folder.
     """
     nodes = nodes or nodes_of_slurm(os.environ) or this_machine()
     num_ranks = ranks_per_node(config, nodes)
     run_dir = config.run.folder
+    # Queued again after a lost node, a job may start while what is left of its last start is still ending.
+    patience_s = REQUEUED_PATIENCE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
+    with hold_run(run_dir, patience_s) if nodes.is_head else nullcontext():
+        return start_ranks(config, run_dir, num_ranks, nodes, arguments)
+
+
+def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arguments: Sequence[str]) -> int:
+    """Run the ranks of this node to their end; see `launch`."""
     resolved = share_settings(config, run_dir, nodes)
+    for rank in range(nodes.rank * num_ranks, (nodes.rank + 1) * num_ranks):
+        error_file(run_dir, rank).unlink(missing_ok=True)
     prepare_environment()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     ranks = elastic_launch(agent_settings(num_ranks, nodes, config.parallel.timeout_s), sys.executable)
@@ -53,9 +65,7 @@ def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = 
         with stop_file_on_sigusr1(run_dir / "stop"):
             ranks("-m", "megatron_p2o.train", str(resolved), *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        where = f"rank {rank} on {node_name(nodes)}"
-        print(f"p2o: {where} ended with status {failure.exitcode}; the run is in {run_dir}", file=sys.stderr)
+        print(failure_message(error.failures, run_dir, node_name(nodes)), file=sys.stderr)
         return 1
     except DistError as error:
         print(
@@ -140,6 +150,8 @@ def agent_settings(num_ranks: int, nodes: Nodes, timeout_s: float) -> LaunchConf
         # The ranks of a single machine meet there too: its host name need not resolve, as in a container.
         local_addr=nodes.head_address if is_single else None,
         max_restarts=0,
+        # Nothing is redirected: without this the agent leaves an empty folder in /tmp at every start.
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         shutdown_timeout=STOP_TIMEOUT_S,
     )
 

@@ -5,17 +5,15 @@ The only place where implementations meet. Rank 0 conducts; the others serve its
 
 import argparse
 import logging
-import os
 import signal
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 from megatron_p2o.algorithm import Parts, SamplingParts, TrainState, train
 from megatron_p2o.benchmark import answer, checkpoint_subject, discard_answers, open_benchmarks, write_results
@@ -28,7 +26,6 @@ from megatron_p2o.data.problems import load_problems
 from megatron_p2o.evolve.beside import BesideTraining
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
-from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import PromptEvolution, TemplateLibrary
 from megatron_p2o.memory_plan import with_planned_cache
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
@@ -40,6 +37,7 @@ from megatron_p2o.policy.layer_choice import machine_capabilities
 from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
 from megatron_p2o.policy.settings import check_weights, machine_problems, megatron_summary, policy_settings
 from megatron_p2o.processes import end_with_parent
+from megatron_p2o.rank_errors import report_error
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import start_engines
 from megatron_p2o.rollout.remote import AgentAddress, meet_agents
@@ -116,13 +114,6 @@ def evaluate_checkpoint(
         engine.refresh(policy.weights(), version=step)
         answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)
     write_results(benchmarks, subject, config, output)
-
-
-def report_error(run_dir: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print what ended this rank in one message; the traceback goes to error-rank-<rank>.txt beside the settings."""
-    path = run_dir / f"error-rank-{os.environ.get('RANK', '0')}.txt"
-    write_whole(path, "".join(traceback.format_exception(kind, error, trace)))
-    print(f"p2o: {kind.__name__}: {error}\np2o: where it happened: {path}", file=sys.stderr, flush=True)
 
 
 def dry_run(config: Config) -> None:

@@ -28,7 +28,7 @@ HOST = "127.0.0.1"
 CPU_SITE = Path(__file__).parent / "cpu_site"
 LAUNCHER = "megatron_p2o.rollout.launcher"
 
-OWN_ARGUMENTS = ("host", "port", "api_key", "admin_api_key", "tokenizer_worker_num")
+OWN_ARGUMENTS = ("host", "port", "nccl_port", "api_key", "admin_api_key", "tokenizer_worker_num")
 """Not to be set from outside. With several tokenizer workers SGLang 0.5.21 serves without checking keys."""
 
 TORCHRUN_VARIABLES = re.compile(
@@ -125,8 +125,9 @@ class EngineServer:
         self.admin_key = secrets.token_urlsafe(32)
         """Opens the weight routes."""
         self.mirror: Mirror | None = None
-        self._port = reserve_port()
-        self.base_url = f"http://{HOST}:{self._port.getsockname()[1]}"
+        # SGLang would choose the second by itself, let it go and bind it seconds later, when others may have it.
+        self._ports = {"port": reserve_port(), "nccl_port": reserve_port()}
+        self.base_url = f"http://{HOST}:{self._ports['port'].getsockname()[1]}"
         self._scratch = Path(tempfile.mkdtemp(prefix="p2o-engine-"))
         self._leftovers: set[Path] = set()
         self._lock = threading.RLock()
@@ -159,7 +160,7 @@ class EngineServer:
             if time.monotonic() > deadline:
                 raise self._start_error(f"did not answer within rollout.startup_timeout_s={timeout_s:g}")
             time.sleep(START_POLL_S)
-        self._port.close()
+        self._release_ports()
         self._leftovers |= shared_memory_of(self.pid)
 
     def log_tail(self) -> str:
@@ -181,7 +182,7 @@ class EngineServer:
                 self._leftovers |= shared_memory_of(self.pid)
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait(timeout=KILL_TIMEOUT_S)
-        self._port.close()
+        self._release_ports()
         for path in self._leftovers:
             path.unlink(missing_ok=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -193,7 +194,7 @@ class EngineServer:
             "arguments": {
                 **arguments,
                 "host": HOST,
-                "port": self._port.getsockname()[1],
+                **{name: holder.getsockname()[1] for name, holder in self._ports.items()},
                 "api_key": self.api_key,
                 "admin_api_key": self.admin_key,
             },
@@ -212,6 +213,10 @@ class EngineServer:
         with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it died: wait_until_ready will say why
             pipe.write(json.dumps(settings).encode())
         return process
+
+    def _release_ports(self) -> None:
+        for holder in self._ports.values():
+            holder.close()
 
     def _answers(self) -> bool:
         """/health says that warm-up is over; /model_info that this is our server, because it checks the key."""

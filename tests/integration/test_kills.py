@@ -4,7 +4,6 @@ One stop and two kills in the ordinary suite; P2O_NUM_KILLS=20 gives each phase 
 """
 
 import itertools
-import json
 import os
 import random
 import signal
@@ -14,12 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from megatron_p2o.run_state import read_state
+from megatron_p2o.testing.run_files import repeatable_numbers, steps_done, whole_lines
 
 ROOT = Path(__file__).parents[2]
 RUN_TIMEOUT_S = 1500
@@ -35,9 +34,6 @@ PHASES = ("checkpoint", "rollout", "evolution", "train", "refresh", "grade")
 
 STEP_ORDER = ("rollout", "grade", "score", "train", "refresh")
 """How the phases follow one another in a step; the fused LM head's forward pass belongs to `train`."""
-
-TIMES = ("perf/", "memory/", "evolution/round_s", "engine/", "refresh/")
-"""Begin the names of metrics that measure time, or restarts of the program itself."""
 
 pytestmark = pytest.mark.slow
 
@@ -62,30 +58,6 @@ def command(tiny: Path, runs: Path, name: str) -> list[str]:
     sets = [argument for override in overrides for argument in ("--set", override)]
     p2o = [sys.executable, "-m", "megatron_p2o.cli"]
     return [*p2o, "train", str(ROOT / "examples" / "tiny_cpu" / "p2o.yaml"), *sets]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a file that may just be written, or not be there yet."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def steps_done(run_dir: Path) -> list[dict[str, Any]]:
-    metrics = [line["metrics"] for line in lines(run_dir / "metrics.jsonl")]
-    return [values for values in metrics if "rollout/reward_mean" in values]
-
-
-def numbers(run_dir: Path) -> list[Any]:
-    """Return all metrics in order that do not measure time."""
-    return [
-        (line["step"], line["epoch"], {key: value for key, value in line["metrics"].items() if not is_time(key)})
-        for line in lines(run_dir / "metrics.jsonl")
-    ]
-
-
-def is_time(key: str) -> bool:
-    return key.startswith(TIMES) or key.endswith(("_s", "_per_s"))
 
 
 def seconds_into_step(phase: str, seconds: dict[str, float], fraction: float) -> float:
@@ -179,11 +151,11 @@ def test_killed_runs_lose_and_repeat_nothing(tiny: Path, tmp_path: Path) -> None
     print(dict(kills))
     assert kills.total() >= min(2, NUM_KILLS)
 
-    assert numbers(killed) == numbers(whole)
+    assert repeatable_numbers(killed) == repeatable_numbers(whole)
     for name in ("hard_samples.jsonl", *(f"templates/{path.name}" for path in (whole / "templates").iterdir())):
         assert (killed / name).read_text() == (whole / name).read_text(), name
     for path in sorted((whole / "rollouts").glob("step-*.jsonl")):
         assert (killed / "rollouts" / path.name).read_text() == path.read_text(), path.name
-    asked = Counter((entry["epoch"], entry["problem_id"]) for entry in lines(killed / "hard_samples.jsonl"))
+    asked = Counter((entry["epoch"], entry["problem_id"]) for entry in whole_lines(killed / "hard_samples.jsonl"))
     assert set(asked.values()) == {1}
     assert sorted(path.name for path in (killed / "checkpoints").iterdir() if path.name[0] == ".") == []

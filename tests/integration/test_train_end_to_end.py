@@ -143,18 +143,6 @@ def test_a_checkpoint_evaluates_to_what_training_measured(p2o_run: Path) -> None
     assert measured.keys() == trained.keys()
 
 
-def test_two_tensor_parallel_ranks_train_by_configuration_alone(tiny: Path, tmp_path: Path) -> None:
-    # So hot that easy problems fail now and then: a step whose groups all agree trains nothing.
-    overrides = [*settings(tiny, tmp_path, "tp2"), "parallel.tensor=2", "schedule.max_steps=2"]
-    overrides += ["rollout.temperature=1.6", "schedule.problems_per_step=96"]
-    outcome = run(p2o("train", "grpo_n6.yaml", overrides))
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    steps = [line["metrics"] for line in lines(tmp_path / "tp2" / "metrics.jsonl")]
-    assert sum("rollout/reward_mean" in step for step in steps) == 2
-    mismatches = [step["mismatch/logprob_abs_max"] for step in steps if "mismatch/logprob_abs_max" in step]
-    assert mismatches and max(mismatches) < 1e-4
-
-
 def test_a_run_resumes_after_its_templates_were_cleared(tiny: Path, tmp_path: Path) -> None:
     small = ["schedule.problems_per_step=224", "schedule.problems_per_update=224", "rollout.group_size=2"]
     cleared = ["assignment.num_plain=1", "schedule.epochs=3", "hard.min_problems=1000"]
@@ -178,7 +166,7 @@ def test_the_initial_policy_reflects_on_a_server_of_its_own(tiny: Path, tmp_path
     assert '"event":"Reflected"' in journal
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_no_process_outlives_an_interrupted_run(number: signal.Signals, tiny: Path, tmp_path: Path) -> None:
     command = p2o("train", "p2o.yaml", settings(tiny, tmp_path, "killed"))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,0 +1,59 @@
+"""One `p2o` at a time works in a run's folder."""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+LOCK_FILE = "lock"
+POLL_S = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold the folder, which is made if need be, until the end or until this process ends, however it does.
+
+    `patience_s`: how long to wait for another process to let it go.
+
+    Raises:
+        ValueError: another process holds it; the message says which.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / LOCK_FILE
+    with path.open("a+", encoding="utf-8") as file:
+        if not _lock(file, time.monotonic() + patience_s):
+            file.seek(0)
+            raise ValueError(
+                f"{run_dir} is in use by {file.read().strip() or 'another process'}: wait until that has ended, touch "
+                f"{run_dir}/stop to have training save and end, or choose another run.name (p2o eval: --output). If it "
+                f"is gone and its machine never said so, remove {path}"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _lock(file: IO[str], deadline: float) -> bool:
+    """Return whether the file is ours, tried again until `deadline`; true where it cannot be locked at all."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s cannot be locked (%s): nothing keeps a second p2o out of its folder", file.name, error)
+            return True
