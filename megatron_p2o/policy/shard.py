@@ -106,11 +106,14 @@ class PolicyShard:
         return {share.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights on rank 0; see `export_hf_weights`."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()  # what training has left there is memory that an engine on this GPU asks back
+        """Yield the weights on rank 0; see `export_hf_weights`.
+
+        What the allocator keeps of training, and of this, is given back to the GPU: engines on it ask for their memory.
+        """
+        self._empty_cache()
         self.optimization.gather_weights()
-        return export_hf_weights(self.models, self.ranks.control)
+        yield from export_hf_weights(self.models, self.ranks.control)
+        self._empty_cache()
 
     def save(self, directory: Path) -> None:
         """Begin to write; see `CheckpointWriter`."""
@@ -120,3 +123,7 @@ class PolicyShard:
     def load(self, directory: Path) -> None:
         self.writer.wait()
         load_checkpoint(self.models, self.optimization, directory)
+
+    def _empty_cache(self) -> None:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
