@@ -137,53 +137,92 @@ def test_a_data_rank_without_samples_takes_part_and_counts_for_nothing(tmp_path:
         np.testing.assert_allclose(scores[0], oracle.score(samples)[0], atol=1e-5)
 
 
-def continued(policy: MegatronPolicy, num_steps: int) -> list[tuple[float, float]]:
-    samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE, seed=1)
-    reports = [policy.update(samples, None, 100) for _ in range(num_steps)]
-    return [(report.grad_norm, report.learning_rate) for report in reports]
+SAVED = {
+    "tensor": ParallelConfig(tensor=2),
+    "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "context": ParallelConfig(context=2),
+    "data, sharded": ParallelConfig(data=2, distributed_optimizer=True),
+    "context, sharded": ParallelConfig(context=2, distributed_optimizer=True),
+}
+
+LOADED = {
+    "tensor": {"pipeline": ParallelConfig(pipeline=2)},
+    "interleaved": {
+        "interleaved": SAVED["interleaved"],
+        "tensor": ParallelConfig(tensor=2, sequence=True),
+        "single": ParallelConfig(),
+    },
+    "context": {"context": SAVED["context"], "interleaved": SAVED["interleaved"], "single": ParallelConfig()},
+    "data, sharded": {"tensor, sharded": ParallelConfig(tensor=2, distributed_optimizer=True)},
+    "context, sharded": {
+        "context, sharded": SAVED["context, sharded"],
+        "single, sharded": ParallelConfig(distributed_optimizer=True),
+    },
+}
+"""Layouts that go on from a checkpoint of each of `SAVED`."""
 
 
-def save_then_continue(config: Any, directory: Path) -> list[tuple[float, float]] | None:
+def saved_and_continued(config: Any, directory: Path) -> dict[str, Any] | None:
     policy = build_policy(config)
     if not policy.is_conductor:
         return policy.serve()
-    continued(policy, 2)
+    samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE, seed=1)
+    for _ in range(2):
+        policy.update(samples, None, 100)
     policy.save(directory)
-    history = continued(policy, 2)
-    policy.close()
-    return history
+    return continued(policy)
 
 
-def load_and_continue(config: Any, directory: Path) -> list[tuple[float, float]] | None:
+def loaded_and_continued(config: Any, directory: Path) -> dict[str, Any] | None:
     policy = build_policy(config)
     if not policy.is_conductor:
         return policy.serve()
     policy.load(directory)
-    history = continued(policy, 2)
+    return continued(policy)
+
+
+def continued(policy: MegatronPolicy) -> dict[str, Any]:
+    """Return what two further updates give, and the weights after each."""
+    samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE, seed=1)
+    reports, weights = [], []
+    for _ in range(2):
+        reports.append(policy.update(samples, None, 100))
+        weights.append({name: tensor.numpy() for name, tensor in policy.weights()})
     policy.close()
-    return history
+    numbers = [(report.grad_norm, report.learning_rate) for report in reports]
+    return {"numbers": numbers, "weights": weights}
 
 
-@pytest.mark.parametrize(
-    ("saved", "loaded"),
-    [
-        pytest.param(ParallelConfig(tensor=2), ParallelConfig(pipeline=2), id="tensor-to-pipeline"),
-        pytest.param(
-            ParallelConfig(data=2, distributed_optimizer=True),
-            ParallelConfig(tensor=2, distributed_optimizer=True),
-            id="sharded-optimizer-to-tensor",
-        ),
-    ],
-)
-def test_training_continues_under_another_layout(tmp_path: Path, saved: ParallelConfig, loaded: ParallelConfig):
-    directory = write_tiny_qwen3(tmp_path / "model", vocab_size=VOCAB_SIZE)
+def save_and_load_each(config_of: Any, folder: Path) -> dict[str, Any]:
+    """Return what each layout of two ranks gives, uninterrupted and from a checkpoint."""
+    results: dict[str, Any] = {}
+    for saved, parallel in SAVED.items():
+        results[saved] = saved_and_continued(config_of(parallel=parallel), folder / saved)
+        for loaded, other in LOADED[saved].items():
+            if other.world_size == 2:
+                results[f"{saved} -> {loaded}"] = loaded_and_continued(config_of(parallel=other), folder / saved)
+    return results
+
+
+def test_training_continues_from_a_checkpoint_of_another_layout(tmp_path: Path):
+    """Weights to 1e-5 absolute after steps of 1e-3, exactly under the same layout: the optimizer's state is there."""
+    directory = write_tiny_qwen3(tmp_path / "model", vocab_size=VOCAB_SIZE, num_layers=4)
     optimizer = OptimizerConfig(lr=1e-3, eps=1e-4, warmup_steps=3, micro_batch_tokens=48)
-    config = partial(policy_config, directory, optimizer=optimizer)
-    expected = run_gloo_ranks(save_then_continue, 2, config(parallel=saved), tmp_path / "checkpoint")[0]
-    resumed = run_gloo_ranks(load_and_continue, 2, config(parallel=loaded), tmp_path / "checkpoint")[0]
-    assert [rate for _, rate in expected] == pytest.approx([7.5e-4, 1e-3])
-    for ours, theirs in zip(resumed, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    config_of = partial(policy_config, directory, optimizer=optimizer)
+    results = run_gloo_ranks(save_and_load_each, 2, config_of, tmp_path, timeout_s=120)[0]
+    for saved, layouts in LOADED.items():
+        expected = results[saved]
+        assert [rate for _, rate in expected["numbers"]] == pytest.approx([7.5e-4, 1e-3])
+        for loaded, parallel in layouts.items():
+            case = f"{saved} -> {loaded}"
+            result = results.get(case) or loaded_and_continued(config_of(parallel=parallel), tmp_path / saved)
+            for ours, theirs in zip(result["numbers"], expected["numbers"], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5), case
+            for ours, theirs in zip(result["weights"], expected["weights"], strict=True):
+                assert ours.keys() == theirs.keys()
+                for name, tensor in theirs.items():
+                    tolerance = 0.0 if loaded == saved else 1e-5
+                    np.testing.assert_allclose(ours[name], tensor, rtol=0, atol=tolerance, err_msg=f"{case}: {name}")
 
 
 def test_weights_of_later_stages_reach_rank_0_even_when_the_first_iteration_is_cut_short(tmp_path: Path):
