@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_p2o.config import OptimizerConfig
+from megatron_p2o.config import Config, OptimizerConfig
 from megatron_p2o.policy.attention import _attend_on_cpu, _attend_on_cuda, pack_layout
+from megatron_p2o.policy.layer_choice import machine_capabilities
 from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
 from megatron_p2o.rl.packing import context_positions
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
@@ -40,9 +41,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(params=["local", "transformer_engine"])
+def config(model: Path, request: pytest.FixtureRequest) -> Config:
+    problem = machine_capabilities().transformer_engine_problem
+    if request.param == "transformer_engine" and problem is not None:
+        pytest.skip(f"Transformer Engine {problem}")
+    config = policy_config(model, dtype="bfloat16", optimizer=OPTIMIZER)
+    return replace(config, model=replace(config.model, layer_backend=request.param))
+
+
 @pytest.fixture
-def policy(model: Path) -> Iterator[MegatronPolicy]:
-    with closing(build_policy(policy_config(model, dtype="bfloat16", optimizer=OPTIMIZER))) as policy:
+def policy(config: Config) -> Iterator[MegatronPolicy]:
+    with closing(build_policy(config)) as policy:
         yield policy
 
 
@@ -84,12 +94,11 @@ def test_an_update_in_bfloat16_is_close_to_transformers_in_float32(policy: Megat
         assert ((weight.float().cpu() - expected[name]).abs() <= allowed).all(), name
 
 
-def test_recomputed_activations_give_the_same_update(model: Path):
-    plain = policy_config(model, dtype="bfloat16", optimizer=OPTIMIZER)
+def test_recomputed_activations_give_the_same_update(config: Config):
     settings = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     reports: list[UpdateReport] = []
-    for config in (plain, replace(plain, megatron=settings)):
-        with closing(build_policy(config)) as policy:
+    for each in (config, replace(config, megatron=settings)):
+        with closing(build_policy(each)) as policy:
             reports.append(policy.update(SAMPLES, None, 600))
     assert reports[1].loss == pytest.approx(reports[0].loss, rel=1e-3)
     assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-2)
@@ -105,3 +114,21 @@ def test_a_checkpoint_restores_weights_and_optimizer(policy: MegatronPolicy, tmp
     assert again.loss == pytest.approx(first.loss, rel=1e-3)
     for name, weight in policy.weights():
         torch.testing.assert_close(weight.float(), after_first[name].float(), rtol=2**-7, atol=1e-4)
+
+
+def test_a_checkpoint_goes_from_either_kind_of_layers_to_the_other(config: Config, tmp_path: Path):
+    problem = machine_capabilities().transformer_engine_problem
+    if problem is not None:
+        pytest.skip(f"Transformer Engine {problem}")
+    other = "local" if config.model.layer_backend == "transformer_engine" else "transformer_engine"
+    with closing(build_policy(config)) as policy:
+        policy.update(SAMPLES, None, 600)
+        policy.save(tmp_path / "policy").result(timeout=60)
+        weights, expected = dict(policy.weights()), policy.update(SAMPLES[::-1], None, 600)
+    with closing(build_policy(replace(config, model=replace(config.model, layer_backend=other)))) as policy:
+        policy.load(tmp_path / "policy")
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.weights())
+        report = policy.update(SAMPLES[::-1], None, 600)
+    # The norm rounds to bfloat16 before or within the linear layer.
+    assert report.loss == pytest.approx(expected.loss, abs=0.02)
+    assert report.grad_norm == pytest.approx(expected.grad_norm, rel=0.05)
