@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from halved_ranges import halved_ranges
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -57,8 +58,9 @@ class CompiledKernel:
     registers: int
     shared_bytes: int
     instructions: dict[str, int]
-    num_rows_moved_twice: int
-    """Of the row blocks that warp specialization halves: see `rows_moved_twice`. Must be 0, or results are wrong."""
+    num_halved_ranges: int
+    num_halved_ranges_moved_twice: int
+    """See `halved_ranges`. Must be 0, or results are wrong."""
 
 
 def main() -> None:
@@ -124,6 +126,7 @@ def compile_kernel(name: str, kernel: Any, constants: Mapping[str, Any], options
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         assembly = _run("nvdisasm", "-c", file.name)
+    num_halved_ranges, num_moved_twice = halved_ranges(compiled.asm["ttgir"])
     counts = Counter(re.findall(rf"\b({'|'.join(INSTRUCTIONS)})\b", assembly))
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
@@ -132,23 +135,9 @@ def compile_kernel(name: str, kernel: Any, constants: Mapping[str, Any], options
         registers=int(registers.group(1)),
         shared_bytes=compiled.metadata.shared,
         instructions={instruction: counts[instruction] for instruction in INSTRUCTIONS},
-        num_rows_moved_twice=rows_moved_twice(compiled.asm["ttgir"]),
+        num_halved_ranges=num_halved_ranges,
+        num_halved_ranges_moved_twice=num_moved_twice,
     )
-
-
-def rows_moved_twice(ttgir: str) -> int:
-    """Count where the second half of a warp-specialized row block adds its offset to rows that have it already.
-
-    Triton 3.7.1 halves a row block by starting its ranges in the middle, and adds the same offset to the row coordinate
-    of the descriptors - in every use of that value. Rows computed as coordinate + range so lie half a block too far:
-    their targets are read, and their sums written, where another block's are. No interpreter shows it.
-    """
-    count = 0
-    for partition in re.split(r"\n\s*partition\d+\(", ttgir)[1:]:
-        for offset in set(re.findall(r"tt\.make_range .*start = ([1-9]\d*) ", partition)):
-            moved = set(re.findall(rf"(%\S+) = arith\.addi %\S+, %c{offset}_i32", partition))
-            count += sum(name in moved for name in re.findall(r"tt\.splat (%[^\s:]+)", partition))
-    return count
 
 
 def _type_of(argument: str) -> str:

@@ -39,7 +39,8 @@ def target_logits_kernel(
     tl.store(logits_ptr + row, tl.sum(total, 0))
 
 
-@triton.jit
+# One form whatever the sizes of a batch are: the one that compile_sm90.py looks at, compiled once.
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "vocab_start", "tiles_per_split"])
 def exponentials_kernel(
     hidden_ptr, weight_ptr, exponentials_ptr, targets_ptr, target_logits_ptr, sums_ptr, weighted_ptr, rounded_ptr,
     num_rows, num_columns, hidden_size, vocab_start, scale, tiles_per_split,
