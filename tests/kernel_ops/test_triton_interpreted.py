@@ -245,7 +245,7 @@ def test_the_chunk_size_changes_only_the_rounding(head_case, relative_error, nan
     whole, hidden_grad, main_grad = run_policy(case, LossRule(), arguments, small_path())
     small = small_path(chunk_bytes=128 * 2 * len(case.weight_VpD))
     parts, other_hidden_grad, other_main_grad = run_policy(case, LossRule(), arguments, small)
-    assert 128 < parts.is_live_T.sum() < 256  # two chunks, the last one not full
+    assert 128 < parts.is_live_T.sum() < 192  # two chunks, the last one not full
     torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(parts.logprobs_T, whole.logprobs_T, rtol=1e-6, atol=1e-6)
     assert relative_error(other_hidden_grad, hidden_grad) < 1e-3  # a rounding to bfloat16 may fall to the other side
