@@ -1,7 +1,9 @@
 """The one message a failed run ends with: ranks leave word in the run's folder, `launch` tells who failed first."""
 
+import errno
 import math
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -12,6 +14,8 @@ from types import TracebackType
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron_p2o.files import write_whole
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 BEFORE_TRACEBACK = "\n\nwhere it happened:\n"
 
@@ -27,6 +31,9 @@ def error_file(run_dir: Path, rank: int) -> Path:
 def report_error(run_dir: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Leave what ended this rank in its error file, message first; print it where that cannot be written."""
     message = f"{kind.__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        free_mib = shutil.disk_usage(run_dir).free >> 20
+        message += f" in or below {run_dir}, with {free_mib} MiB free there: free some space and start the run again"
     path = error_file(run_dir, int(os.environ.get("RANK", "0")))
     try:
         write_whole(path, f"{message}{BEFORE_TRACEBACK}{''.join(traceback.format_exception(kind, error, trace))}")

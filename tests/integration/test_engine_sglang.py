@@ -362,28 +362,38 @@ def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(
     assert engine.metrics()["engine/restarts_count"] == 2
 
 
-def test_an_engine_that_dies_in_a_refresh_drops_out_and_joins_again_with_the_new_weights(
+def test_engines_that_die_or_hang_in_a_refresh_drop_out_and_join_again_with_its_weights(
     engine: SglangEngine, trainer: Any, versions: Versions
 ) -> None:
-    victim = engine._supervisor.servers[0]
+    first, second = engine._supervisor.servers
+    family = [psutil.Process(first.pid), psutil.Process(second.pid)]
+    family += [child for server in list(family) for child in server.children(recursive=True)]
 
-    def interrupted() -> Iterator[tuple[str, torch.Tensor]]:
-        for index, item in enumerate(trainer.state_dict().items()):
-            if index == 5:
-                os.kill(victim.pid, signal.SIGKILL)
-            yield item
+    def refresh_amid_which(number: signal.Signals, pid: int) -> None:
+        def interrupted() -> Iterator[tuple[str, torch.Tensor]]:
+            for index, item in enumerate(trainer.state_dict().items()):
+                if index == 5:
+                    os.kill(pid, number)
+                yield item
 
-    with torch.no_grad():
-        for parameter in trainer.parameters():
-            parameter.mul_(1.02)
-    versions.current += 1
-    engine.refresh(interrupted(), versions.current)
+        with torch.no_grad():
+            for parameter in trainer.parameters():
+                parameter.mul_(1.02)
+        versions.current += 1
+        engine.refresh(interrupted(), versions.current)
+
+    refresh_amid_which(signal.SIGKILL, first.pid)
     assert engine.broker.num_engines == 1
+    assert_matches(trainer, sample(engine, prompts(4)))
+
+    # The one that is left hangs: the other comes back, if it has not yet, to weights that no engine has seen.
+    refresh_amid_which(signal.SIGSTOP, second.pid)
     assert_matches(trainer, sample(engine, prompts(4)))
     wait_for_engines(engine, 2)
     completions = sample(engine, prompts(40, group_size=2))
     assert_matches(trainer, completions)
     assert {completion.weight_versions for completion in completions} == {(versions.current,)}
+    assert not psutil.wait_procs(family, timeout=30)[1], "the hung engine was killed"
 
 
 def test_losing_every_engine_for_good_is_one_error_with_their_last_words(

@@ -1,6 +1,7 @@
 """Which of several failed ranks a run's one message is about."""
 
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -66,3 +67,12 @@ def test_an_error_that_cannot_be_left_is_printed(tmp_path: Path, capsys: pytest.
     (tmp_path / "run").write_text("a file where the run's folder should be")
     report_error(tmp_path / "run", ValueError, ValueError("the reason"), None)
     assert "p2o: ValueError: the reason" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(OSError, match="No space left") as caught:
+        full.write(b"x")
+    report_error(tmp_path, caught.type, caught.value, caught.tb)
+    words = error_file(tmp_path, 0).read_text()
+    assert re.match(rf"OSError: \[Errno 28\] No space left on device in or below {tmp_path}, with \d+ MiB free", words)
