@@ -179,11 +179,12 @@ def load_checkpoint(models: Sequence[PolicyModel], optimization: Optimization, d
         RuntimeError: it cannot be read, or an object in it is more than weights and numbers.
     """
     _fill_adam_state(optimization)
-    for sharded in _sharded_optimizers(optimization):
+    for sharded in _torch_sharded_optimizers(optimization):
         # The loader asks the checkpoint for a step per parameter, which it never saved.
         sharded._set_main_param_and_optimizer_states = _with_step(sharded)
     state = _read(_state(models, optimization, is_loading=True), directory)
     _load_models(models, state)
+    _place_step(state["optimizer"])
     with torch.no_grad():
         optimization.optimizer.load_state_dict(state["optimizer"])
     _unshare_adam_steps(optimization)
@@ -239,41 +240,73 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _torch_adam_optimizers(optimization: Optimization) -> list[Any]:
-    """Return Megatron's optimizers that run torch's Adam; empty where Transformer Engine or Apex has a fused one."""
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return []
+def _optimizers(optimization: Optimization) -> list[Any]:
+    """Return Megatron's optimizers, one for each kind of parameters."""
     return list(getattr(optimization.optimizer, "chained_optimizers", [optimization.optimizer]))
 
 
-def _sharded_optimizers(optimization: Optimization) -> list[distrib_optimizer.DistributedOptimizer]:
-    """Return the distributed ones among them, whose state megatron-core does not fully load."""
-    optimizers = _torch_adam_optimizers(optimization)
+def _torch_sharded_optimizers(optimization: Optimization) -> list[distrib_optimizer.DistributedOptimizer]:
+    """Return the distributed ones that run torch's Adam, whose state megatron-core does not fully load.
+
+    Empty where Transformer Engine or Apex has a fused one.
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return []
+    optimizers = _optimizers(optimization)
     return [optimizer for optimizer in optimizers if isinstance(optimizer, distrib_optimizer.DistributedOptimizer)]
 
 
 def _fill_adam_state(optimization: Optimization) -> None:
-    """Give torch's Adam the state it makes at its first step.
+    """Give Adam the state it makes at its first step.
 
     A run whose rollouts were all alike has not stepped yet; megatron-core would save nothing for it and then miss it.
     """
-    for optimizer in _torch_adam_optimizers(optimization):
-        state = optimizer.optimizer.state
-        for group in optimizer.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter not in state:
-                    state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+    for optimizer in _optimizers(optimization):
+        if not distrib_optimizer.HAVE_APEX_OR_TE:
+            _fill_torch_adam_state(optimizer.optimizer)
+        elif optimizer.init_state_fn is not None:
+            optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+
+
+def _fill_torch_adam_state(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if parameter not in adam.state:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def _name_step_zero(state: dict[str, Any]) -> None:
-    """Add the step all parameters share where megatron-core left it out because it is 0, but will ask for it."""
+    """Add the step all parameters share where megatron-core left it out because it is 0, but will ask for it.
+
+    For torch's Adam: a fused one keeps the step with its groups, and takes no other.
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
     adam = state.get("optimizer", state)
     if isinstance(adam.get("state"), dict) and adam["state"]:
         adam["state"].setdefault("common_step", torch.tensor(0.0))
+
+
+def _place_step(state: dict[str, Any]) -> None:
+    """Put Adam's step where the Adam of this machine has it: torch's by parameter, a fused one's by group.
+
+    The checkpoint may be of a machine with the other, such as one without a GPU.
+    """
+    adam = state.get("optimizer", state)
+    groups, shared = adam["param_groups"], adam.get("state")
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        for group in groups:
+            group.setdefault("step", 0)
+        if isinstance(shared, dict):
+            shared.setdefault("common_step", torch.tensor(float(groups[0]["step"])))
+    elif isinstance(shared, dict) and "common_step" in shared:
+        step = int(shared.pop("common_step"))
+        for group in groups:
+            group["step"] = step
 
 
 def _with_step(sharded: distrib_optimizer.DistributedOptimizer) -> Any:
@@ -290,7 +323,7 @@ def _with_step(sharded: distrib_optimizer.DistributedOptimizer) -> Any:
 
 def _unshare_adam_steps(optimization: Optimization) -> None:
     """Give each parameter its own step: loaded as one tensor, it would count once per parameter and step."""
-    for sharded in _sharded_optimizers(optimization):
+    for sharded in _torch_sharded_optimizers(optimization):
         for state in sharded.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()

@@ -27,6 +27,7 @@ from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 VOCAB_SIZE = 131
 SAMPLES = random_samples((3, 17, 1, 20, 30, 9, 9, 2), vocab_size=VOCAB_SIZE)
 CAPABLE = Capabilities(has_cuda=False, has_flash_attn=False, transformer_engine_problem=None)
+INCAPABLE = replace(CAPABLE, transformer_engine_problem="is not installed")
 LAYOUTS = {
     "tensor": ParallelConfig(tensor=2),
     "sequence": ParallelConfig(tensor=2, sequence=True),
@@ -35,6 +36,14 @@ LAYOUTS = {
     "data": ParallelConfig(data=2, distributed_optimizer=True),
 }
 EXPERTS = "qwen3-moe"
+CHECKPOINTS = {
+    "before the first step": (False, 0, "float32"),
+    "after it": (False, 1, "float32"),
+    "in bfloat16": (False, 1, "bfloat16"),
+    "sharded, before the first step": (True, 0, "float32"),
+    "sharded, after it": (True, 1, "float32"),
+}
+"""Distributed optimizer or not, updates before the checkpoint, type."""
 
 
 def config_of(model: Path, parallel: ParallelConfig | None = None, layers: Any = "auto") -> Config:
@@ -85,6 +94,23 @@ def exchanged(model: Path, saving: Any, loading: Any, checkpoint: Path) -> list[
         return [after, updates(policy)]
 
 
+def continued(model: Path, folder: Path, capabilities: Capabilities, *, is_saving: bool) -> dict[str, Any]:
+    """Return the updates after each of `CHECKPOINTS`, saved here or loaded."""
+    after: dict[str, Any] = {}
+    for name, (is_sharded, num_updates, dtype) in CHECKPOINTS.items():
+        config = config_of(model, ParallelConfig(distributed_optimizer=is_sharded))
+        config = replace(config, model=replace(config.model, dtype=dtype))
+        with closing(build_policy(config, capabilities=capabilities)) as policy:
+            if is_saving:
+                for _ in range(num_updates):
+                    policy.update(SAMPLES, None, 120)
+                policy.save(folder / name).result(60)
+            else:
+                policy.load(folder / name)
+            after[name] = updates(policy)
+    return after
+
+
 def report(folder: Path) -> dict[str, Any]:
     """Return everything the test looks at; runs where the stand-in is on the path."""
     model = write_tiny_qwen3(folder / "model", vocab_size=VOCAB_SIZE, num_kv_heads=4, tie_embeddings=True)
@@ -101,6 +127,8 @@ def report(folder: Path) -> dict[str, Any]:
         "names": names,
         "reason": reason,
         "compared": compared,
+        "loaded": continued(folder / "other", folder / "torch", CAPABLE, is_saving=False),
+        "saved": continued(folder / "other", folder / "fused", CAPABLE, is_saving=True),
         "exchanged": {
             f"{kind} {name}": exchanged(path, *pair, folder / f"{kind}-{name}")
             for kind, path in (("dense", model), ("experts", experts))
@@ -109,30 +137,63 @@ def report(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_layers_of_transformer_engine_compute_what_transformers_does_and_share_checkpoints_with_ours(tmp_path: Path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transformer-engine")
+    write_tiny_qwen3(folder / "other", vocab_size=VOCAB_SIZE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> dict[str, Any]:
+    """What this process computes after it saved checkpoints: our layers, torch's Adam."""
+    return continued(folder / "other", folder / "torch", INCAPABLE, is_saving=True)
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """The report of a process with the stand-in: Transformer Engine's layers and Adam."""
     stand_ins = Path(__file__).parents[1] / "stand_ins"
-    path = os.pathsep.join([str(stand_ins), *(folder for folder in sys.path if folder)])
+    path = os.pathsep.join([str(stand_ins), *(entry for entry in sys.path if entry)])
     outcome = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(tmp_path)],
+        [sys.executable, "-W", "ignore", __file__, str(folder)],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         timeout=240,
         check=True,
     )
-    found = json.loads(outcome.stdout.splitlines()[-1])
+    return json.loads(outcome.stdout.splitlines()[-1])
+
+
+def assert_same_updates(ours: list[list[float]], theirs: list[list[float]], name: str, rel: float = 1e-5) -> None:
+    """The norm is computed before or within the linear layer, Adam by other formulas: the same but for rounding."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=rel, abs=1e-6), name
+
+
+def test_layers_and_adam_of_transformer_engine_compute_what_transformers_and_torch_do(found: dict[str, Any]):
     assert found["reason"].startswith("Transformer Engine's")
     assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in found["names"]
     assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in found["names"]
     assert not any("input_layernorm" in name for name in found["names"])
     for name, compared in found["compared"].items():
-        for ours, expected in zip(compared["updates"], compared["expected"], strict=True):
-            assert ours[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6), name
-            assert ours[1] == pytest.approx(expected[1], rel=1e-5), name
+        assert_same_updates(compared["updates"], compared["expected"], name)
         assert compared["weights"] < 1e-5, name
-    for name, (saved, loaded) in found["exchanged"].items():
-        for ours, theirs in zip(loaded, saved, strict=True):
-            # The norm is computed before or within the linear layer: the same numbers but for rounding.
-            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), name
+
+
+def test_either_kind_of_layers_continues_from_the_others_checkpoint(found: dict[str, Any]):
+    for name, (there, here) in found["exchanged"].items():
+        assert_same_updates(here, there, name)
+
+
+def test_checkpoints_go_between_a_machine_with_transformer_engine_and_one_without(
+    folder: Path, saved: dict[str, Any], found: dict[str, Any]
+):
+    loaded = continued(folder / "other", folder / "fused", INCAPABLE, is_saving=False)
+    for name, (_, _, dtype) in CHECKPOINTS.items():
+        rel = 1e-5 if dtype == "float32" else 1e-2
+        assert_same_updates(found["loaded"][name], saved[name], f"to Transformer Engine, {name}", rel)
+        assert_same_updates(loaded[name], found["saved"][name], f"from Transformer Engine, {name}", rel)
 
 
 if __name__ == "__main__":
