@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,7 +54,9 @@ def main() -> None:
         architecture = read_architecture(model_path)
         samples = make_samples(arguments.tokens, arguments.sample_tokens, arguments.prompt_tokens, architecture)
         config = bench_config(model_path, arguments.tokens, device, recompute=arguments.recompute)
+        config = replace(config, model=replace(config.model, layer_backend=arguments.layers))
         with closing(build_policy(config)) as policy:
+            result |= {"layers": policy.layers.layers, "attention": policy.layers.attention}
             result |= measure(policy, samples, arguments.repeats, device)
     result |= rates(result, architecture, samples, arguments.peak_tflops, device)
     print(json.dumps(result, indent=1))
@@ -70,6 +73,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sample-tokens", type=int, default=2048 if on_gpu else 128, help="of one rollout")
     parser.add_argument("--prompt-tokens", type=int, default=256 if on_gpu else 32, help="of them, its prompt")
     parser.add_argument("--repeats", type=int, default=5)
+    layers = ("auto", "transformer_engine", "local")
+    parser.add_argument("--layers", choices=layers, default="auto", help="model.layer_backend")
     parser.add_argument("--recompute", action="store_true", help="activations of every layer, to save memory")
     parser.add_argument("--peak-tflops", type=float, help="of the device; default: the data sheet's, if it is known")
     parser.add_argument("--threads", type=int, default=1, help="of torch on CPU")

@@ -18,6 +18,7 @@ def test_both_heads_agree_and_one_forward_pass_serves_an_update(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["layers"], result["attention"]) == ("local", "sdpa")
     for ours, theirs in result["agreement_fused_plain"].values():
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert result["agreement_fused_plain"]["grad_norm"][0] > 0.1
