@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What the job scripts in examples/ run: `p2o doctor`, then the same `p2o train`, once on every node of the allocation.
+# What the job scripts in examples/ run: `p2o doctor`, then the same `p2o`, once on every node of the allocation.
 #   exec bash examples/slurm/launch.sh CONFIG [arguments of p2o train]
+#   exec bash examples/slurm/launch.sh eval TARGET [arguments of p2o eval]
 # The run is called after the job: a job of the same name goes on where the last one stopped. Before its time limit a job
-# saves and queues again, as it does after a failure if a checkpoint was written since its start.
+# saves and queues again, as it does after a failure if a checkpoint or an answer was written since its start.
 #
 # From the environment, which sbatch hands on, and where alone secrets belong:
 #   P2O_RUNS           folder of the runs, on a filesystem that all nodes share; default: runs
@@ -17,6 +18,10 @@ SHARED_FILE_TIMEOUT_S=30
 : "${SLURM_JOB_ID:?launch.sh runs inside a Slurm job: submit a script of examples/ with sbatch}"
 runs="${P2O_RUNS:-runs}"
 run="$runs/$SLURM_JOB_NAME"
+place="batch"
+if [ "$1" = --on-node ]; then place="node" && shift; fi
+work="train"
+if [ "$1" = eval ]; then work="eval" && shift; fi
 started="$run/.started-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 [ -n "${P2O_IMAGE:-}" ] || export PATH="$PWD/.venv/bin:$PATH"
 
@@ -25,33 +30,51 @@ say() { echo "launch: $(date +%FT%T) $*"; }
 # ---- in the batch step, on the head node
 
 run_job() {
-    local logs latest status=0
+    local logs before status=0
     logs="logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-restart${SLURM_RESTART_COUNT:-0}"
     mkdir -p logs "$run"
     rm -f "$run/stop" "$run"/.started-*
     touch "$started"
-    latest="$(latest_checkpoint)"
+    before="$(progress)"
     stops=0
-    trap 'stops=$((stops + 1)); say "stop requested"; touch "$run/stop"' USR1
-    say "$SLURM_JOB_NAME on $SLURM_JOB_NODELIST, from ${latest:-the start}; logs in $logs-*"
+    trap stop_step USR1
+    say "$SLURM_JOB_NAME on $SLURM_JOB_NODELIST, from ${before:-the start}; logs in $logs-*"
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
-        --kill-on-bad-exit=1 --output="$logs-%n-%N.log" "${container[@]}" bash "$0" --on-node "$@" &
+        --kill-on-bad-exit=1 --output="$logs-%n-%N.log" "${container[@]}" bash "$0" --on-node "${mode[@]}" "$@" &
     step=$!
     wait_for_step || status=$?
     if [ "$status" -eq 0 ] && [ "$stops" -gt 0 ] && [ ! -e "$run/stop" ]; then
-        requeue "saved at $(latest_checkpoint)"
+        requeue "saved at $(progress)"
+    elif [ "$status" -ne 0 ] && [ "$stops" -gt 0 ] && [ "$work" = eval ]; then
+        requeue "kept $(progress)"
     elif [ "$status" -eq 0 ]; then
         rm -f "$run/stop"
         say "ended well"
     else
         tail -n 4 "$logs"-*.log
         say "failed with status $status"
-        [ "$(latest_checkpoint)" = "$latest" ] || requeue "a checkpoint was written since the start"
+        [ "$(progress)" = "$before" ] || requeue "$unit was written since the start"
     fi
     return "$status"
 }
 
-latest_checkpoint() { cat "$run/checkpoints/latest" 2> /dev/null || true; }
+if [ "$work" = train ]; then
+    unit="a checkpoint"
+    mode=()
+    progress() { cat "$run/checkpoints/latest" 2> /dev/null || true; }
+    end_step() { touch "$run/stop"; }
+else
+    unit="an answer"
+    mode=(eval)
+    progress() { cat "$run"/answers/*.jsonl 2> /dev/null | grep -c . | sed -n 's/^[1-9].*/& lines of answers/p' || true; }
+    end_step() { kill "$step"; } # srun ends its tasks; what has been answered is on disk
+fi
+
+stop_step() {
+    stops=$((stops + 1))
+    say "stop requested"
+    end_step
+}
 
 wait_for_step() {
     # A trapped signal ends `wait` early, with its own status.
@@ -78,8 +101,8 @@ fi
 
 # ---- on every node
 
-train_here() {
-    local config="$1" cache="${P2O_CACHE:-/tmp/p2o-cache-$(id -u)}" patience="$SHARED_FILE_TIMEOUT_S"
+work_here() {
+    local target="$1" cache="${P2O_CACHE:-/tmp/p2o-cache-$(id -u)}" patience="$SHARED_FILE_TIMEOUT_S"
     shift
     until [ -e "$started" ]; do
         [ "$patience" -gt 0 ] || fail "$PWD/$started, written by the head node, did not appear in ${SHARED_FILE_TIMEOUT_S} s: P2O_RUNS=$runs must be on a filesystem that all nodes share"
@@ -93,7 +116,8 @@ train_here() {
     fi
     export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor" FLASHINFER_WORKSPACE_BASE="$cache"
     p2o doctor --strict --gpus "${SLURM_GPUS_ON_NODE:-0}" || fail "p2o doctor found something missing"
-    exec p2o train "$config" "$@" --set run.directory="$runs" --set run.name="$SLURM_JOB_NAME"
+    [ "$work" = train ] || exec p2o eval "$target" "$@" --output "$run"
+    exec p2o train "$target" "$@" --set run.directory="$runs" --set run.name="$SLURM_JOB_NAME"
 }
 
 fail() {
@@ -101,9 +125,8 @@ fail() {
     exit 1
 }
 
-if [ "$1" = --on-node ]; then
-    shift
-    train_here "$@"
+if [ "$place" = node ]; then
+    work_here "$@"
 else
     run_job "$@"
 fi

@@ -13,21 +13,21 @@ pytestmark = pytest.mark.slow
 
 Submit = Callable[..., str]
 
-JOB = """#!/bin/bash
-exec bash examples/slurm/launch.sh config.yaml --set optimizer.lr=1e-3
-"""
+TRAIN = "config.yaml --set optimizer.lr=1e-3"
+EVALUATE = "eval runs/a/checkpoints/best --benchmark small=small.jsonl"
+"""What a job script gives the launcher."""
 
 
 @pytest.fixture
 def submit(cluster: Any, checkout: Path) -> Submit:
     """Return a function that runs a job with `p2o` replaced by a script, waits for it and returns its log."""
 
-    def run(stand_in: str, **variables: str) -> str:
+    def run(stand_in: str, arguments: str = TRAIN, **variables: str) -> str:
         programs = checkout / "bin"
         programs.mkdir()
         (programs / "p2o").write_text(f"#!/bin/bash\n{stand_in}\n")
         (programs / "p2o").chmod(0o755)
-        (checkout / "job.sh").write_text(JOB)
+        (checkout / "job.sh").write_text(f"#!/bin/bash\nexec bash examples/slurm/launch.sh {arguments}\n")
         path = f"{programs}:{cluster.environment['PATH']}"
         options = ("--job-name=first", "--nodes=2", "--gpus-per-node=8", "--requeue", "--open-mode=append")
         cluster.run("sbatch", *options, "--output=job.log", "--wait", "job.sh", cwd=checkout, PATH=path, **variables)
@@ -67,6 +67,25 @@ def test_a_failure_after_a_new_checkpoint_queues_the_job_again(submit: Submit) -
     )
     assert "from the start" in log and "from step-000007" in log
     assert log.count("a checkpoint was written since the start: queued again") == 1
+
+
+def test_an_evaluation_goes_on_after_its_time_limit_and_not_where_it_answers_nothing(
+    submit: Submit, checkout: Path
+) -> None:
+    log = submit(
+        "[ $1 = doctor ] && exit\n"
+        'echo "$SLURMD_NODENAME $*" >> calls-$SLURM_RESTART_COUNT.txt\n'
+        "[ $SLURMD_NODENAME = node2 ] && exec sleep 60\n"
+        '[ "$SLURM_RESTART_COUNT" = 1 ] && exit 3\n'
+        "mkdir -p runs/first/answers && echo {} >> runs/first/answers/small.jsonl\n"
+        "scancel --batch --signal=USR1 $SLURM_JOB_ID; exec sleep 60",
+        EVALUATE,
+    )
+    assert re.search(r"from the start(.|\n)*stop requested(.|\n)*kept 1 lines of answers: queued again", log)
+    assert re.search(r"from 1 lines of answers(.|\n)*failed with status \d+\n$", log)
+    calls = [sorted((checkout / f"calls-{count}.txt").read_text().splitlines()) for count in ("", 1)]
+    command = "eval runs/a/checkpoints/best --benchmark small=small.jsonl --output runs/first"
+    assert calls == [[f"node1 {command}", f"node2 {command}"]] * 2
 
 
 def test_an_image_and_its_mounts_reach_pyxis(submit: Submit, cluster: Any, checkout: Path) -> None:
