@@ -129,11 +129,7 @@ def report(folder: Path) -> dict[str, Any]:
         "compared": compared,
         "loaded": continued(folder / "other", folder / "torch", CAPABLE, is_saving=False),
         "saved": continued(folder / "other", folder / "fused", CAPABLE, is_saving=True),
-        "exchanged": {
-            f"{kind} {name}": exchanged(path, *pair, folder / f"{kind}-{name}")
-            for kind, path in (("dense", model), ("experts", experts))
-            for name, pair in pairs.items()
-        },
+        "exchanged": {name: exchanged(experts, *pair, folder / name) for name, pair in pairs.items()},
     }
 
 
@@ -181,7 +177,7 @@ def test_layers_and_adam_of_transformer_engine_compute_what_transformers_and_tor
         assert compared["weights"] < 1e-5, name
 
 
-def test_either_kind_of_layers_continues_from_the_others_checkpoint(found: dict[str, Any]):
+def test_either_kind_of_layers_with_experts_continues_from_the_others_checkpoint(found: dict[str, Any]):
     for name, (there, here) in found["exchanged"].items():
         assert_same_updates(here, there, name)
 
