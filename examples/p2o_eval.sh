@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Measures a policy on sets of problems: `p2o eval` on 8 GPUs, answers and results in runs/JOB-NAME. From the repository's folder:
+# Measures a policy on sets of problems: `p2o eval` on 8 GPUs, answers and results in runs/JOB-NAME. From the repository:
 #   sbatch --job-name=eval_best examples/p2o_eval.sh runs/p2o_qwen3_4b/checkpoints/best
-#   sbatch --job-name=eval_base examples/p2o_eval.sh models/Qwen3-4B --benchmark aime24=data/eval/aime24.jsonl --set rollout.num_engines=8
+#   sbatch --job-name=eval_base examples/p2o_eval.sh models/Qwen3-4B \
+#       --benchmark aime24=data/eval/aime24.jsonl --set rollout.num_engines=8
 # A checkpoint takes as many GPUs as its run had, or other ones by `--set parallel.data=N`; a model directory one node.
 #SBATCH --job-name=p2o_eval
 #SBATCH --nodes=1

@@ -36,17 +36,15 @@ run_job() {
     rm -f "$run/stop" "$run"/.started-*
     touch "$started"
     before="$(progress)"
-    stops=0
+    stops=0 step=""
     trap stop_step USR1
     say "$SLURM_JOB_NAME on $SLURM_JOB_NODELIST, from ${before:-the start}; logs in $logs-*"
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=1 --output="$logs-%n-%N.log" "${container[@]}" bash "$0" --on-node "${mode[@]}" "$@" &
     step=$!
     wait_for_step || status=$?
-    if [ "$status" -eq 0 ] && [ "$stops" -gt 0 ] && [ ! -e "$run/stop" ]; then
+    if [ "$status" -eq 0 ] && [ "$stops" -gt 0 ] && [ ! -e "$run/stop" ] && [ "$work" = train ]; then
         requeue "saved at $(progress)"
-    elif [ "$status" -ne 0 ] && [ "$stops" -gt 0 ] && [ "$work" = eval ]; then
-        requeue "kept $(progress)"
     elif [ "$status" -eq 0 ]; then
         rm -f "$run/stop"
         say "ended well"
@@ -67,7 +65,7 @@ else
     unit="an answer"
     mode=(eval)
     progress() { cat "$run"/answers/*.jsonl 2> /dev/null | grep -c . | sed -n 's/^[1-9].*/& lines of answers/p' || true; }
-    end_step() { kill "$step"; } # srun ends its tasks; what has been answered is on disk
+    end_step() { [ -z "$step" ] || kill "$step"; } # srun ends its tasks; what has been answered is on disk
 fi
 
 stop_step() {

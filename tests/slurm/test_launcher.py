@@ -81,11 +81,12 @@ def test_an_evaluation_goes_on_after_its_time_limit_and_not_where_it_answers_not
         "scancel --batch --signal=USR1 $SLURM_JOB_ID; exec sleep 60",
         EVALUATE,
     )
-    assert re.search(r"from the start(.|\n)*stop requested(.|\n)*kept 1 lines of answers: queued again", log)
+    assert re.search(r"from the start(.|\n)*stop requested(.|\n)*an answer was written since the start: queued", log)
     assert re.search(r"from 1 lines of answers(.|\n)*failed with status \d+\n$", log)
     calls = [sorted((checkout / f"calls-{count}.txt").read_text().splitlines()) for count in ("", 1)]
     command = "eval runs/a/checkpoints/best --benchmark small=small.jsonl --output runs/first"
-    assert calls == [[f"node1 {command}", f"node2 {command}"]] * 2
+    assert calls[0] == [f"node1 {command}", f"node2 {command}"]
+    assert calls[1][0] == f"node1 {command}", "it may end the step before the other node has come so far"
 
 
 def test_an_image_and_its_mounts_reach_pyxis(submit: Submit, cluster: Any, checkout: Path) -> None:
