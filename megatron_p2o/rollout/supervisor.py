@@ -52,7 +52,7 @@ class Supervisor:
         self._turn = threading.Condition()
         """Guards the two below, and is told of every change to them and of the end."""
         self._is_held = False
-        self._num_starting = 0
+        self._starting: set[str] = set()
         self._pool = ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="engine-restart")
         self._watcher = threading.Thread(target=self._watch, name="engine-watch", daemon=True)
         self._watcher.start()
@@ -85,8 +85,8 @@ class Supervisor:
         """
         with self._turn:
             self._is_held = True
-            if not self._turn.wait_for(lambda: self._num_starting == 0, timeout_s):
-                raise TimeoutError(f"{', '.join(sorted(self._down))}: not restarted after {timeout_s:g} s")
+            if not self._turn.wait_for(lambda: not self._starting, timeout_s):
+                raise TimeoutError(f"{', '.join(sorted(self._starting))}: not restarted after {timeout_s:g} s")
 
     def let_go(self) -> None:
         """Start the servers that are missing, if `hold` has kept any from it. Idempotent."""
@@ -121,7 +121,7 @@ class Supervisor:
             self._attempts[name] += 1
             self._num_restarts[name] += 1
             try:
-                with self._started_in_turn():
+                with self._started_in_turn(name):
                     self._start_and_join(name)
                 return
             except (EngineStartFailed, RefreshFailed, EngineRefused, EngineUnreachable, TimeoutError) as error:
@@ -129,16 +129,16 @@ class Supervisor:
                 logger.warning("restart %d of %s failed: %s", self._attempts[name], name, error)
 
     @contextmanager
-    def _started_in_turn(self) -> Iterator[None]:
+    def _started_in_turn(self, name: str) -> Iterator[None]:
         """Wait until no one holds servers back, and let `hold` wait for the end of this."""
         with self._turn:  # without a limit: whoever holds servers back lets them go or closes
             self._turn.wait_for(lambda: not self._is_held or self._closing.is_set())
-            self._num_starting += 1
+            self._starting.add(name)
         try:
             yield
         finally:
             with self._turn:
-                self._num_starting -= 1
+                self._starting.discard(name)
                 self._turn.notify_all()
 
     def _start_and_join(self, name: str) -> None:

@@ -148,6 +148,22 @@ def test_closing_ends_a_server_that_is_starting() -> None:
     assert not run.supervisor.servers[0].is_running
 
 
+def test_a_server_that_is_up_but_waits_for_its_weights_is_named_too() -> None:
+    joining, may_join = threading.Event(), threading.Event()
+
+    def join(server: FakeServer) -> None:
+        joining.set()
+        assert may_join.wait(WAIT_S)
+
+    with supervised(FakeServer("engine 0"), FakeServer("engine 1")) as run:
+        run.supervisor._join = join
+        run.supervisor.replace("engine 1")
+        assert joining.wait(WAIT_S)
+        with pytest.raises(TimeoutError, match=r"engine 1: not restarted after 0\.05 s"):
+            run.supervisor.hold(0.05)
+        may_join.set()
+
+
 def test_no_server_is_started_while_held_and_one_that_starts_too_long_is_named() -> None:
     ready = threading.Event()
 
