@@ -126,7 +126,8 @@ def dry_run(config: Config) -> None:
     check_weights(config, settings)
     inputs = load_inputs(config)
     num_steps = len(epoch_batches(inputs.train, config.schedule.problems_per_step, config.run.seed, epoch=0))
-    print(f"train: {len(inputs.train)} problems, {num_steps} steps in each of {config.schedule.epochs} epochs")
+    at_most = "at most " if config.schedule.max_batches_per_step > 1 else ""
+    print(f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {config.schedule.epochs} epochs")
     for name, problems in inputs.evaluation.items():
         print(f"evaluation.{name}: {len(problems)} problems")
     print(f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens")

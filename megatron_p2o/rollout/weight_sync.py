@@ -18,7 +18,7 @@ others serve, without the trainer. That takes as much memory as the weights do, 
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -57,7 +57,7 @@ class RefreshStats:
     """Of all weights, sent to each engine."""
     num_buckets: int
     total_s: float
-    """From the pause of the engines to their resumption."""
+    """From the beginning, when engines whose memory is not lent pause, to their resumption."""
     convert_s: float
     """Waiting for the trainer to gather and convert the next weight."""
     fill_s: float
@@ -322,7 +322,10 @@ class WeightSync:
 
     def _wait(self, future: Future[T]) -> T:
         """Every call has its own limit; the margin only guards against a stuck event loop."""
-        return future.result(timeout=4 * self._answer_timeout_s + 60)
+        limit_s = 4 * self._answer_timeout_s + 60
+        if not wait([future], limit_s).done:
+            raise TimeoutError(f"the engines' calls did not end within {limit_s:g} s, four of rollout.stall_timeout_s")
+        return future.result()
 
 
 async def pause_and_begin(name: str, client: EngineClient) -> None:
