@@ -147,13 +147,12 @@ class MemoryPlan:
         return f"{listed}; together {sum(parts.values()) / GIB:.1f} of {self.gpu_bytes / GIB:.1f} GiB"
 
     def _remedies(self, config: Config, phase: str) -> str:
-        parallel, rollout = config.parallel, config.rollout
+        parallel = config.parallel
         given = {
             "set parallel.distributed_optimizer": parallel.data * parallel.context > 1
             and not parallel.distributed_optimizer,
             "raise parallel.tensor or parallel.pipeline": True,
             "lower optimizer.micro_batch_tokens": phase == "training",
-            "lower rollout.max_total_tokens": rollout.max_total_tokens is not None,
             "lower sglang.mem_fraction_static": engine_share(config) is not None,
             "raise rollout.tensor_parallel": self.num_lending > 0,
             "have the engines lend their memory (rollout.release_memory, torch_memory_saver)": phase == "training"
@@ -200,9 +199,7 @@ def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, relea
     num_ranks = num_engine_ranks + num_reflection_ranks
     num_staying = num_reflection_ranks if releases_memory else num_ranks
     share = engine_share(config)
-    if config.rollout.max_total_tokens is not None:
-        cache = config.rollout.max_total_tokens * token
-    elif share is not None:
+    if share is not None:
         free = gpus.num_bytes - RESERVE_BYTES - trainer.at_start
         # Each rank takes its share, weights included, of what those before it have left.
         cache = int(free * (1 - (1 - share) ** num_ranks) / num_ranks) - weights
@@ -215,6 +212,8 @@ def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, relea
             # An estimate may leave too little, but never less than a run needs.
             cache = min(cache, max((room - training) // num_staying, longest_tokens(config) * token))
         cache = max(0, cache // token * token)
+    if config.rollout.max_total_tokens is not None:
+        cache = min(cache, config.rollout.max_total_tokens * token)
     return MemoryPlan(
         gpu_bytes=gpus.num_bytes,
         trainer=trainer,

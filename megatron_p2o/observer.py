@@ -26,7 +26,7 @@ from megatron_p2o.metrics.step import (
     phase_metrics,
     step_metrics,
 )
-from megatron_p2o.metrics.values import Last, MetricValue, numbers_of
+from megatron_p2o.metrics.values import Last, MetricValue, Sum, numbers_of
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
 from megatron_p2o.run_state import LedgerFile, RunState, StopRequest
 from megatron_p2o.types import PLAIN, Group, Problem, Template
@@ -133,6 +133,7 @@ class RunObserver:
         entries = [ledger_entry(group, state.epoch, state.step) for group in result.groups]
         metrics = {
             **step_metrics(result.groups, result.reports, seconds, phases.peak_bytes),
+            "rollout/batches_count": Sum(result.num_batches),
             **self._forgotten(state, entries),
         }
         self._files.metrics.write(state.step, state.epoch, {**metrics, **of_engines})

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
 
 def _lock(file: IO[str], deadline: float) -> bool:
     """Return whether the file is ours, tried again until `deadline`; true where it cannot be locked at all."""
+    has_waited = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,9 +53,12 @@ def _lock(file: IO[str], deadline: float) -> bool:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 return False
+            if not has_waited:
+                print(f"waiting for another p2o to let go of {file.name}", file=sys.stderr, flush=True)
+            has_waited = True
             time.sleep(POLL_S)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+                raise ValueError(f"{file.name} cannot be locked: {error}") from error
             logger.warning("%s cannot be locked (%s): nothing keeps a second p2o out of its folder", file.name, error)
             return True

@@ -67,10 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with_parent()
     signal.signal(signal.SIGTERM, _exit_on_signal)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    config, run_dir = load_config(options.config), options.config.parent
+    run_dir = options.config.parent
     sys.excepthook = partial(report_error, run_dir)
-    if not options.evaluate:
-        config = with_planned_cache(config)
+    config = with_planned_cache(load_config(options.config))
     policy = build_policy(config, run_dir)
     agents = meet_agents(config, options.config)
     if not policy.is_conductor:

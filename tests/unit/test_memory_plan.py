@@ -121,6 +121,17 @@ def test_a_cache_without_a_size_gets_what_the_others_leave(tmp_path: Path) -> No
     assert plan_of(config, qwen3("4B", tmp_path), releases=False).cache_tokens == needed
 
 
+def test_a_cache_larger_than_what_is_left_gets_what_is_left(tmp_path: Path) -> None:
+    config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True))
+    architecture = qwen3("4B", tmp_path)
+    left = plan_of(config, architecture).cache_tokens
+    for asked, planned in ((left - 1, left - 1), (left + 1, left), (100 * left, left)):
+        asking = replace(config, rollout=replace(config.rollout, max_total_tokens=asked))
+        plan = plan_of(asking, architecture)
+        assert plan.cache_tokens == planned
+        plan.check(asking)
+
+
 def test_an_engine_s_share_is_of_what_it_finds_before_the_first_step(tmp_path: Path) -> None:
     config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True), rollout__num_engines=16)
     plan = plan_of(replace(config, sglang={"mem-fraction-static": 0.4}), qwen3("4B", tmp_path))
@@ -131,10 +142,11 @@ def test_an_engine_s_share_is_of_what_it_finds_before_the_first_step(tmp_path: P
 
 
 def test_the_reflection_server_shares_a_gpu_and_keeps_its_memory(tmp_path: Path) -> None:
-    config = config_of(evolution__enabled=True, rollout__max_total_tokens=50_000, parallel=ParallelConfig(data=8))
+    sharded = ParallelConfig(data=8, distributed_optimizer=True)
+    config = config_of(evolution__enabled=True, rollout__max_total_tokens=16_384, parallel=sharded)
     plan = plan_of(config, qwen3("4B", tmp_path))
     assert (plan.num_lending, plan.num_staying) == (1, 1)
-    assert plan.phases["training"]["KV cache"] == 50_000 * 2 * 36 * 8 * 128 * 2
+    assert plan.phases["training"]["KV cache"] == 16_384 * 2 * 36 * 8 * 128 * 2
     alone = plan_of(replace(config, rollout=replace(config.rollout, num_engines=7)), qwen3("4B", tmp_path))
     assert alone.num_lending + alone.num_staying == 1
 

@@ -34,7 +34,9 @@ def test_a_second_holder_is_told_who_has_the_folder_until_that_is_killed(tmp_pat
         assert (folder / "lock").read_text().count("process") == 1
 
 
-def test_a_patient_start_takes_the_folder_when_the_one_before_lets_go(tmp_path: Path) -> None:
+def test_a_patient_start_takes_the_folder_when_the_one_before_lets_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     is_held, may_end = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -49,3 +51,4 @@ def test_a_patient_start_takes_the_folder_when_the_one_before_lets_go(tmp_path: 
     with hold_run(tmp_path, patience_s=20), pytest.raises(ValueError, match="in use by process"), hold_run(tmp_path):
         pass
     before.join()
+    assert capsys.readouterr().err == f"waiting for another p2o to let go of {tmp_path / 'lock'}\n"
