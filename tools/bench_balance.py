@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
+
 from random_policy import QWEN3, SHAPES  # isort: skip; makes ours importable
 
 from megatron_p2o.policy.architecture import Architecture, read_architecture

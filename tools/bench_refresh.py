@@ -16,6 +16,7 @@ import base64
 import io
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing import set_sharing_strategy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
 from random_policy import SHAPES, bench_config, measured_on, write_random_model  # isort: skip; makes ours importable
 

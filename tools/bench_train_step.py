@@ -11,6 +11,7 @@ forward and backward once (no recomputation), the head on response positions onl
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
 from random_policy import SHAPES, bench_config, measured_on, write_random_model  # isort: skip; makes ours importable
 
