@@ -9,6 +9,7 @@ cores), UTMALDG / UTMASTG (bulk tensor copies), USETMAXREG (warp specialization)
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from halved_ranges import halved_ranges
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.halved_ranges import halved_ranges
 from p2o_kernels.advantage import triton_kernels as advantage_kernels
 from p2o_kernels.lm_head import triton_kernels as head_kernels
 from p2o_kernels.lm_head.triton_path import PLAIN_TILE, Tile
