@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.halved_ranges import halved_ranges
+
 from p2o_kernels.advantage import triton_kernels as advantage_kernels
 from p2o_kernels.lm_head import triton_kernels as head_kernels
 from p2o_kernels.lm_head.triton_path import PLAIN_TILE, Tile
