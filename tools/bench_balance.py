@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
-from random_policy import QWEN3, SHAPES  # isort: skip; makes ours importable
+from random_policy import QWEN3, SHAPES, write_result  # isort: skip; makes ours importable
 
 from megatron_p2o.policy.architecture import Architecture, read_architecture
 from megatron_p2o.rl.packing import plan_micro_batches
@@ -59,9 +59,8 @@ def main() -> None:
             f"{row['ranks']:>5}  {row['median_tokens']:>6}  {row['rule']:15}  {row['busiest_rank']:>12.4f}  "
             f"{row['slots']:.3f}  {row['micro_batches']:>13.1f}  {row['ms']:.1f}"
         )
-    if arguments.json:
-        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "verl")}
-        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "verl")}
+    write_result(arguments.json, {"settings": settings, "rows": rows})
 
 
 @cache

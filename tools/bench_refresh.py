@@ -14,7 +14,6 @@ same weights when it was started. Our first run, which maps memory and records c
 import argparse
 import base64
 import io
-import json
 import shutil
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from torch.multiprocessing import set_sharing_strategy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
-from random_policy import SHAPES, bench_config, measured_on, write_random_model  # isort: skip; makes ours importable
+from random_policy import SHAPES, bench_config, measured_on, write_random_model, write_result  # isort: skip; makes ours importable
 
 from megatron_p2o.config import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
@@ -91,9 +90,7 @@ def main() -> None:
                     arms = measure(engine, policy, run_dir, arguments, device)
                 result["arms"] += [{"num_engines": num_engines, **arm} for arm in arms]
     print(table(result))
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
 
 
 def parse_arguments() -> argparse.Namespace:

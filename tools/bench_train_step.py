@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
-from random_policy import SHAPES, bench_config, measured_on, write_random_model  # isort: skip; makes ours importable
+from random_policy import SHAPES, bench_config, measured_on, write_random_model, write_result  # isort: skip; makes ours importable
 
 from bench.cases import Shape
 from bench.measure import matmul_ceiling, peak_bytes, time_interleaved
@@ -63,9 +63,7 @@ def main() -> None:
             result |= measure(policy, samples, arguments.repeats, device)
     result |= rates(result, architecture, samples, arguments.peak_tflops, device)
     print(json.dumps(result, indent=1))
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
 
 
 def parse_arguments() -> argparse.Namespace:

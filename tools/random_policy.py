@@ -63,6 +63,13 @@ def measured_on(device: torch.device) -> dict[str, str]:
     return environment(device) | {"megatron-core": version("megatron-core")}
 
 
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a benchmark's result as JSON where `--json` asks for it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def write_random_model(folder: Path, shape: str, device: torch.device) -> Path:
     """Write a Hugging Face directory with normal weights of deviation 0.02 and norms of 1; return it."""
     source = folder / "source"

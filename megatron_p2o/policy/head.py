@@ -3,7 +3,9 @@
 T packed tokens, N response tokens among them, V vocabulary (Vp: this rank's share), D hidden size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -70,40 +72,46 @@ class PolicyHead(ColumnParallelLinear):
             hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        batch = task.batch
-        hidden_TD = hidden.squeeze(1)[: len(batch.token_ids_T)]
-        path = path_for(hidden_TD, options)
-        vocab_start = self.tp_group.rank() * self.output_size_per_partition
-        if task.rule is None:
-            rows_N = batch.loss_mask_T.nonzero().squeeze(1)
-            return linear_logprob(
-                hidden_TD.index_select(0, rows_N),
-                weight,
-                batch.target_ids_T.index_select(0, rows_N),
-                temperature=temperature,
-                tp_group=self.tp_group,
-                vocab_start=vocab_start,
-                vocab_size=vocab_size,
-                path=path,
-            )
-        return linear_policy_loss(
-            hidden_TD,
-            weight,
-            batch.target_ids_T,
-            advantages_T=batch.advantages_T,
-            weights_T=batch.loss_weights_T * batch.loss_mask_T,
-            rule=task.rule,
-            old_logprobs_T=batch.old_logprobs_T,
-            sampling_logprobs_T=batch.sampling_logprobs_T,
-            is_templated_T=batch.is_templated_T,
-            temperature=temperature,
-            tp_group=self.tp_group,
-            vocab_start=vocab_start,
-            vocab_size=vocab_size,
-            weight_main_grad_VpD=_float32_main_grad(weight) if task.adds_to_main_grad else None,
-            expected_dead_share=task.expected_dead_share,
-            path=path,
+        hidden_TD = hidden.squeeze(1)[: len(task.batch.token_ids_T)]
+        placed = {
+            "temperature": temperature,
+            "tp_group": self.tp_group,
+            "vocab_start": self.tp_group.rank() * self.output_size_per_partition,
+            "vocab_size": vocab_size,
+            "path": path_for(hidden_TD, options),
+        }
+        return (
+            _logprobs(hidden_TD, weight, task, placed) if task.rule is None else _loss(hidden_TD, weight, task, placed)
         )
+
+
+def _logprobs(
+    hidden_TD: Tensor, weight: Tensor, task: HeadTask, placed: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Return (logprobs_N, entropy_N); `placed` says how the weight is divided and computed with."""
+    rows_N = task.batch.loss_mask_T.nonzero().squeeze(1)
+    targets_N = task.batch.target_ids_T.index_select(0, rows_N)
+    return linear_logprob(hidden_TD.index_select(0, rows_N), weight, targets_N, **placed)
+
+
+def _loss(hidden_TD: Tensor, weight: Tensor, task: HeadTask, placed: Mapping[str, Any]) -> PolicyLoss:
+    """Return the loss under `task.rule`; `placed` as above."""
+    assert task.rule is not None
+    batch = task.batch
+    return linear_policy_loss(
+        hidden_TD,
+        weight,
+        batch.target_ids_T,
+        advantages_T=batch.advantages_T,
+        weights_T=batch.loss_weights_T * batch.loss_mask_T,
+        rule=task.rule,
+        old_logprobs_T=batch.old_logprobs_T,
+        sampling_logprobs_T=batch.sampling_logprobs_T,
+        is_templated_T=batch.is_templated_T,
+        weight_main_grad_VpD=_float32_main_grad(weight) if task.adds_to_main_grad else None,
+        expected_dead_share=task.expected_dead_share,
+        **placed,
+    )
 
 
 def _float32_main_grad(weight: Tensor) -> Tensor | None:
