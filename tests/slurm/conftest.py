@@ -1,11 +1,13 @@
 """A Slurm cluster on this machine: munge, slurmctld and a slurmd per node, all private to the tests."""
 
+import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -210,7 +212,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
     cluster = Cluster(folder)
     try:
-        cluster.start()
+        # Another worker of the tests would take the same ports until somebody listens on them.
+        with Path(tempfile.gettempdir(), "p2o-slurm-ports.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            cluster.start()
         yield cluster
     finally:
         cluster.stop()
