@@ -7,7 +7,6 @@ process, so that a failed run ends in one message, that of the rank which failed
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 import uuid
@@ -26,7 +25,7 @@ from megatron_p2o.config import Config
 from megatron_p2o.config_file import dump_config
 from megatron_p2o.files import write_whole
 from megatron_p2o.nodes import Nodes, nodes_of_slurm
-from megatron_p2o.rank_errors import STOP_TIMEOUT_S, error_file, failure_message
+from megatron_p2o.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
 from megatron_p2o.run_lock import hold_run
 
 SHARED_FILE_POLL_S = 0.5
@@ -55,9 +54,9 @@ def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = 
 
 def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arguments: Sequence[str]) -> int:
     """Run the ranks of this node to their end; see `launch`."""
+    if nodes.is_head:
+        forget_errors(run_dir)  # before the settings, which the other nodes wait for
     resolved = share_settings(config, run_dir, nodes)
-    for rank in range(nodes.rank * num_ranks, (nodes.rank + 1) * num_ranks):
-        error_file(run_dir, rank).unlink(missing_ok=True)
     prepare_environment()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     ranks = elastic_launch(agent_settings(num_ranks, nodes, config.parallel.timeout_s), sys.executable)
@@ -86,8 +85,7 @@ def this_machine() -> Nodes:
 
 def node_name(nodes: Nodes) -> str:
     """Return how messages call this node."""
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    return host if nodes.count == 1 else f"{host} (node {nodes.rank} of {nodes.count})"
+    return host_name() if nodes.count == 1 else f"{host_name()} (node {nodes.rank} of {nodes.count})"
 
 
 def ranks_per_node(config: Config, nodes: Nodes) -> int:

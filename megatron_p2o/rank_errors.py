@@ -1,13 +1,19 @@
-"""The one message a failed run ends with: ranks leave word in the run's folder, `launch` tells who failed first."""
+"""The one message a failed run ends with: ranks leave word in the run's folder, `launch` tells who failed first.
+
+A rank that raises leaves its error and where it happened. Of one that could not, the launcher of its node says how it
+ended. The folder is shared by all nodes, so each can tell of the others' ranks.
+"""
 
 import errno
-import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -17,15 +23,38 @@ from megatron_p2o.files import write_whole
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-BEFORE_TRACEBACK = "\n\nwhere it happened:\n"
+BEFORE_TRACEBACK = "\n\nwhere it happened, on "
 
 STOP_TIMEOUT_S = 60
 """How long the ranks may take to end their engines after SIGTERM before they are killed."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LastWords:
+    """What is known of a rank that failed."""
+
+    rank: int
+    message: str
+    host: str
+    """Of a rank that raised; "" where the launcher speaks for it."""
+    time_s: float
+    """When they were left, since the epoch."""
+
+
 def error_file(run_dir: Path, rank: int) -> Path:
     """Return where a rank leaves what ended it."""
     return run_dir / f"error-rank-{rank}.txt"
+
+
+def forget_errors(run_dir: Path) -> None:
+    """Remove what the ranks of earlier starts have left."""
+    for path in run_dir.glob("error-rank-*.txt"):
+        path.unlink(missing_ok=True)
+
+
+def host_name() -> str:
+    """Return how messages call this machine."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def report_error(run_dir: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -35,33 +64,74 @@ def report_error(run_dir: Path, kind: type[BaseException], error: BaseException,
         free_mib = shutil.disk_usage(run_dir).free >> 20
         message += f" in or below {run_dir}, with {free_mib} MiB free there: free some space and start the run again"
     path = error_file(run_dir, int(os.environ.get("RANK", "0")))
+    where = "".join(traceback.format_exception(kind, error, trace))
     try:
-        write_whole(path, f"{message}{BEFORE_TRACEBACK}{''.join(traceback.format_exception(kind, error, trace))}")
+        write_whole(path, f"{message}{BEFORE_TRACEBACK}{host_name()}:\n{where}")
     except OSError as unwritten:
         print(f"p2o: {message}\np2o: {path} could not be written: {unwritten}", file=sys.stderr, flush=True)
 
 
+def read_words(run_dir: Path) -> list[LastWords]:
+    """Return what ranks have left, and launchers for theirs."""
+    words: list[LastWords] = []
+    for path in run_dir.glob("error-rank-*.txt"):
+        message, _, rest = path.read_text(encoding="utf-8").partition(BEFORE_TRACEBACK)
+        rank, host = int(path.stem.rpartition("-")[2]), rest.partition(":\n")[0]
+        words.append(LastWords(rank=rank, message=message, host=host, time_s=path.stat().st_mtime))
+    return words
+
+
 def failure_message(failures: Mapping[int, ProcessFailure], run_dir: Path, node: str) -> str:
-    """Return which rank failed first and how; the others, whose connections to it broke, are left out.
+    """Return which rank of the run failed first and how; the others, whose connections to it broke, are left out.
 
-    `failures`: of this node's ranks, by rank, those included that the agent ended because one had failed.
+    `failures`: of this node's ranks, by rank, those included that the agent ended because one had failed. For one that
+    could not, word is left here; a rank of another node is told of when there is word of it.
     """
-    first_s = min(failure.timestamp for failure in failures.values())
+    words = read_words(run_dir)
+    words += [leave_word(rank, failures[rank], run_dir, node) for rank in silent_causes(failures, words)]
+    if not words:
+        rank = min(failures, key=lambda rank: failures[rank].timestamp)
+        return f"p2o: rank {rank} on {node} {how_it_ended(failures[rank])}; the run is in {run_dir}"
+    # Its peers may say that a rank is gone before its launcher notices.
+    first = min(words, key=lambda words: (words.host != "", words.time_s))
+    if not first.host:
+        message, _, hint = first.message.partition("\n")
+        return f"p2o: {message}; the run is in {run_dir}" + (f"\np2o: {hint}" if hint else "")
+    is_here = first.rank in failures
+    end = f"{node} {how_it_ended(failures[first.rank])}" if is_here else f"{first.host} failed first"
+    return (
+        f"p2o: {first.message}\np2o: where it happened: {error_file(run_dir, first.rank)}\n"
+        f"p2o: rank {first.rank} on {end}; the run is in {run_dir}"
+    )
 
-    def order(rank: int) -> tuple[bool, bool, float]:
-        # A rank that a signal ends leaves no word, but its peers do. SIGTERM, and what comes so late, is the agent's.
-        failure, words = failures[rank], error_file(run_dir, rank)
+
+def silent_causes(failures: Mapping[int, ProcessFailure], words: Sequence[LastWords]) -> list[int]:
+    """Return the ranks of this node that may have failed first and have left no word."""
+    first_s = min(failure.timestamp for failure in failures.values())
+    spoken = {each.rank for each in words}
+    causes: list[int] = []
+    for rank, failure in failures.items():
+        # SIGTERM, and what comes so late, is the agent's.
         is_consequence = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
         is_consequence |= failure.timestamp >= first_s + STOP_TIMEOUT_S
-        return is_consequence, failure.exitcode > 0, words.stat().st_mtime if words.exists() else math.inf
+        # NCCL aborts a rank whose peer is gone.
+        may_follow = failure.exitcode > 0 or failure.exitcode == -signal.SIGABRT
+        is_late = may_follow and any(each.time_s < failure.timestamp for each in words)
+        if rank not in spoken and not is_consequence and not is_late:
+            causes.append(rank)
+    return causes
 
-    rank = min(failures, key=order)
-    failure, words = failures[rank], error_file(run_dir, rank)
-    how = f"ended with status {failure.exitcode}" if failure.exitcode > 0 else f"was ended by {failure.signal_name()}"
-    lines = [f"p2o: rank {rank} on {node} {how}; the run is in {run_dir}"]
+
+def leave_word(rank: int, failure: ProcessFailure, run_dir: Path, node: str) -> LastWords:
+    """Say in a rank's error file how it ended, for the launchers of other nodes, and return that."""
+    message = f"rank {rank} on {node} {how_it_ended(failure)}"
     if failure.exitcode == -signal.SIGKILL:
-        lines.append("p2o: the kernel sends SIGKILL when memory runs out, and says so in dmesg")
-    elif words.exists():
-        message = words.read_text(encoding="utf-8").partition(BEFORE_TRACEBACK)[0]
-        lines = [f"p2o: {message}", f"p2o: where it happened: {words}", *lines]
-    return "\n".join(lines)
+        message += "\nthe kernel sends SIGKILL when memory runs out, and says so in dmesg"
+    with suppress(OSError):  # the disk is full: this node says it all the same
+        write_whole(error_file(run_dir, rank), message)
+    return LastWords(rank=rank, message=message, host="", time_s=failure.timestamp)
+
+
+def how_it_ended(failure: ProcessFailure) -> str:
+    """Return a rank's exit status or the signal that ended it, as a predicate."""
+    return f"ended with status {failure.exitcode}" if failure.exitcode > 0 else f"was ended by {failure.signal_name()}"

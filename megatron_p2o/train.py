@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run_dir = options.config.parent
     sys.excepthook = partial(report_error, run_dir)
     config = with_planned_cache(load_config(options.config))
-    policy = build_policy(config, run_dir)
+    policy = build_policy(config)
     agents = meet_agents(config, options.config)
     if not policy.is_conductor:
         policy.serve()

@@ -6,7 +6,6 @@ replica get the same share. The answers come back in one gather, so a command ha
 
 import functools
 import itertools
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -52,16 +51,13 @@ class Command:
     arguments: tuple[Any, ...] = ()
 
 
-def build_policy(
-    config: Config, output_dir: Path | None = None, capabilities: Capabilities | None = None
-) -> "MegatronPolicy":
+def build_policy(config: Config, capabilities: Capabilities | None = None) -> "MegatronPolicy":
     """Return this rank's handle on the policy loaded from `model.path`. All ranks must call.
 
     Starts torch.distributed when it is not running. Afterwards rank 0 (`is_conductor`) uses the handle as the Policy,
     and every other rank calls `serve()`.
 
     Args:
-        output_dir: where a rank that fails writes its traceback; None writes none.
         capabilities: what the choice of layers goes by; None asks the machine.
 
     Raises:
@@ -72,7 +68,7 @@ def build_policy(
     ranks = initialize_parallel(config.parallel, config.run.seed)
     with cuda_stand_ins():
         shard = PolicyShard(config, ranks, capabilities or machine_capabilities())
-    return MegatronPolicy(config, ranks, shard, output_dir)
+    return MegatronPolicy(config, ranks, shard)
 
 
 class MegatronPolicy:
@@ -82,11 +78,10 @@ class MegatronPolicy:
     rank has begun, and `PolicyError` when a rank fails; no wait exceeds `parallel.timeout_s`.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, shard: PolicyShard, output_dir: Path | None) -> None:
+    def __init__(self, config: Config, ranks: Ranks, shard: PolicyShard) -> None:
         self._config = config
         self._ranks = ranks
         self._shard = shard
-        self._output_dir = output_dir
         self._export: Iterator[tuple[str, Tensor]] | None = None
         self._is_broken = False
 
@@ -273,10 +268,6 @@ class MegatronPolicy:
         except Exception as error:
             # A single rank cannot be out of step.
             self._is_broken = self._ranks.world_size > 1
-            if self._output_dir is not None:
-                self._output_dir.mkdir(parents=True, exist_ok=True)
-                path = self._output_dir / f"rank_{self._ranks.rank}_error.txt"
-                path.write_text(traceback.format_exc())
             raise PolicyError(self._first_error(method, error)) from error
 
     def _first_error(self, method: str, error: Exception) -> str:

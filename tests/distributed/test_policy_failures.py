@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron_p2o.config import ParallelConfig
 from megatron_p2o.policy.ranks import PolicyError, build_policy
+from megatron_p2o.rank_errors import error_file, failure_message, report_error
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
@@ -21,26 +23,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_qwen3(tmp_path_factory.mktemp("tiny"), vocab_size=128)
 
 
-def test_the_conductor_names_the_follower_that_failed(model_path: Path, tmp_path: Path):
-    def break_rank_1(config: Any) -> str | None:
-        policy = build_policy(config, output_dir=tmp_path)
-        if policy.is_conductor:
-            with pytest.raises(PolicyError) as caught:
-                policy.update(random_samples((4, 5), vocab_size=128), None, 9)
-            return str(caught.value)
-        del policy._shard.optimization
-        policy.serve()
-        return None
-
-    config = policy_config(model_path, parallel=ParallelConfig(tensor=2, timeout_s=20))
-    with pytest.raises(RuntimeError, match=r"failed on 1 of 2 ranks\nrank 1:(.|\n)*PolicyError"):
-        run_gloo_ranks(break_rank_1, 2, config, timeout_s=15)
-    assert "AttributeError" in (tmp_path / "rank_1_error.txt").read_text()
-    seen_by_rank_0 = (tmp_path / "rank_0_error.txt").read_text()
-    assert "Traceback" in seen_by_rank_0
-
-
-def test_every_rank_reports_the_first_error(model_path: Path):
+def test_every_rank_and_the_last_message_name_the_rank_that_failed_first(model_path: Path, tmp_path: Path):
     def fail_with_message(config: Any) -> str:
         policy = build_policy(config)
         if not policy.is_conductor:
@@ -50,6 +33,8 @@ def test_every_rank_reports_the_first_error(model_path: Path):
                 policy.update(random_samples((4, 5), vocab_size=128), None, 9)
             else:
                 policy.serve()
+        os.environ["RANK"] = str(dist.get_rank())
+        report_error(tmp_path, caught.type, caught.value, caught.tb)
         # What a process that ends does: its peers see the connection close.
         dist.destroy_process_group()
         return str(caught.value)
@@ -58,6 +43,13 @@ def test_every_rank_reports_the_first_error(model_path: Path):
     conductor, follower = run_gloo_ranks(fail_with_message, 2, config, timeout_s=15)
     assert follower.startswith("policy.update failed on rank 1: AttributeError")
     assert conductor.startswith(follower) and conductor.endswith("(seen on rank 0 as RuntimeError)")
+
+    ends = {rank: ProcessFailure(local_rank=rank, pid=1, exitcode=1, error_file=os.devnull) for rank in range(2)}
+    told = failure_message(ends, tmp_path, "node1")
+    assert told.startswith(f"p2o: PolicyError: {follower}\n")
+    assert told.endswith(f"p2o: rank 1 on node1 ended with status 1; the run is in {tmp_path}")
+    where = error_file(tmp_path, 1).read_text()
+    assert "AttributeError" in where and "in update" in where
 
 
 def test_a_follower_that_dies_ends_the_conductors_call(model_path: Path):
