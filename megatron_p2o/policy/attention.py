@@ -3,6 +3,8 @@
 T packed tokens, H query heads and G key/value heads of this rank, K channels per head.
 """
 
+import functools
+import inspect
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -202,10 +204,15 @@ def _attend_on_cuda(query_THK: Tensor, key_TGK: Tensor, value_TGK: Tensor, layou
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        is_grouped = query_THK.shape[1] != key_TGK.shape[1]
         # A window without end to the left and none to the right: causal, the last query sees the last key.
-        output = varlen_attn(
-            query_THK, key_TGK, value_TGK, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=is_grouped
-        )
+        output = varlen_attn(query_THK, key_TGK, value_TGK, *lengths, scale=scale, window_size=(-1, 0), **_allow_gqa())
     assert isinstance(output, Tensor)
     return output
+
+
+@functools.cache
+def _allow_gqa() -> dict[str, Any]:
+    """Return how `varlen_attn` is told that there may be fewer key heads: torch 2.11 takes them unasked."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

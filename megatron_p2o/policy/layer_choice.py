@@ -19,7 +19,8 @@ class Capabilities:
     """What of a machine decides."""
 
     has_cuda: bool
-    has_flash_attn: bool
+    flash_attn_problem: str | None
+    """Why flash-attn cannot be used; None: it can."""
     transformer_engine_problem: str | None
     """Why Transformer Engine cannot be used; None: it can."""
 
@@ -63,28 +64,36 @@ def choose_layers(setting: Literal["auto", "transformer_engine", "local"], capab
 def _local_attention(capabilities: Capabilities) -> tuple[AttentionKernel, str]:
     if not capabilities.has_cuda:
         return "sdpa", "torch scaled_dot_product_attention per packed segment: no CUDA"
-    if capabilities.has_flash_attn:
+    if capabilities.flash_attn_problem is None:
         return "flash_attn", "flash-attn, variable length"
-    return "torch_varlen", "torch variable-length attention: flash-attn is not installed"
+    return "torch_varlen", f"torch variable-length attention: flash-attn {capabilities.flash_attn_problem}"
 
 
 @functools.cache
 def machine_capabilities() -> Capabilities:
-    """Return those of this machine. With CUDA it imports Transformer Engine, which may be built for another torch."""
+    """Return those of this machine. With CUDA it imports what may be built for another torch."""
+    has_cuda = torch.cuda.is_available()
     return Capabilities(
-        has_cuda=torch.cuda.is_available(),
-        has_flash_attn=importlib.util.find_spec("flash_attn") is not None,
-        transformer_engine_problem=_transformer_engine_problem(),
+        has_cuda=has_cuda,
+        flash_attn_problem=import_problem("flash_attn", "flash_attn_varlen_func", has_cuda=has_cuda),
+        transformer_engine_problem=import_problem(
+            "transformer_engine.pytorch", "DotProductAttention", has_cuda=has_cuda
+        ),
     )
 
 
-def _transformer_engine_problem() -> str | None:
-    if importlib.util.find_spec("transformer_engine") is None:
+def import_problem(module_name: str, attribute: str, *, has_cuda: bool) -> str | None:
+    """Return why a module compiled for CUDA cannot be used; None when it has been imported and has the attribute.
+
+    That a package of the name is found says little: SGLang brings flash-attn-4, whose modules lie in the folder of
+    flash-attn, of which it has none.
+    """
+    if importlib.util.find_spec(module_name.partition(".")[0]) is None:
         return "is not installed"
-    if not torch.cuda.is_available():
+    if not has_cuda:
         return "needs CUDA"
     try:
-        importlib.import_module("transformer_engine.pytorch")
+        module = importlib.import_module(module_name)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return f"cannot be imported: {error}"
-    return None
+    return None if hasattr(module, attribute) else f"is not installed: {module_name} is there without {attribute}"

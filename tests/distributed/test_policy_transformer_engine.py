@@ -26,7 +26,7 @@ from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
 VOCAB_SIZE = 131
 SAMPLES = random_samples((3, 17, 1, 20, 30, 9, 9, 2), vocab_size=VOCAB_SIZE)
-CAPABLE = Capabilities(has_cuda=False, has_flash_attn=False, transformer_engine_problem=None)
+CAPABLE = Capabilities(has_cuda=False, flash_attn_problem="is not installed", transformer_engine_problem=None)
 INCAPABLE = replace(CAPABLE, transformer_engine_problem="is not installed")
 LAYOUTS = {
     "tensor": ParallelConfig(tensor=2),

@@ -1,6 +1,8 @@
 """Attention over a pack against plain attention, sample by sample."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 
 from megatron_p2o.policy.attention import _attend_on_cpu, pack_layout, sample_positions
 from megatron_p2o.policy.forward import _padded
-from megatron_p2o.policy.layer_choice import Capabilities, choose_layers
+from megatron_p2o.policy.layer_choice import Capabilities, choose_layers, import_problem
 from megatron_p2o.rl.packing import context_positions
 
 LENGTHS = (5, 1, 7, 5, 2, 7, 5)
@@ -63,20 +65,20 @@ def test_every_context_rank_computes_its_queries_against_the_gathered_keys():
         torch.testing.assert_close(output, expected[own])
 
 
-CPU = Capabilities(has_cuda=False, has_flash_attn=False, transformer_engine_problem="needs CUDA")
-GPU = Capabilities(has_cuda=True, has_flash_attn=True, transformer_engine_problem=None)
+CPU = Capabilities(has_cuda=False, flash_attn_problem="is not installed", transformer_engine_problem="needs CUDA")
+GPU = Capabilities(has_cuda=True, flash_attn_problem=None, transformer_engine_problem=None)
 
 
 @pytest.mark.parametrize(
     ("setting", "capabilities", "layers", "attention"),
     [
         ("auto", CPU, "local", "sdpa"),
-        ("auto", replace(CPU, has_flash_attn=True), "local", "sdpa"),
+        ("auto", replace(CPU, flash_attn_problem=None), "local", "sdpa"),
         ("auto", GPU, "transformer_engine", "transformer_engine"),
         ("auto", replace(GPU, transformer_engine_problem="is not installed"), "local", "flash_attn"),
         ("transformer_engine", GPU, "transformer_engine", "transformer_engine"),
         ("local", GPU, "local", "flash_attn"),
-        ("local", replace(GPU, has_flash_attn=False), "local", "torch_varlen"),
+        ("local", replace(GPU, flash_attn_problem="is not installed"), "local", "torch_varlen"),
     ],
 )
 def test_layers_and_attention_follow_what_is_there(
@@ -87,7 +89,9 @@ def test_layers_and_attention_follow_what_is_there(
 
 
 def test_the_choice_of_layers_says_why():
-    broken = replace(GPU, transformer_engine_problem="cannot be imported: undefined symbol", has_flash_attn=False)
+    broken = replace(
+        GPU, transformer_engine_problem="cannot be imported: undefined symbol", flash_attn_problem="is not installed"
+    )
     choice = choose_layers("auto", broken)
     assert choice.layers_reason == "megatron-core's own: Transformer Engine cannot be imported: undefined symbol"
     assert "flash-attn is not installed" in choice.attention_reason
@@ -95,6 +99,34 @@ def test_the_choice_of_layers_says_why():
     assert "no CUDA" in choose_layers("auto", CPU).attention_reason
     with pytest.raises(ValueError, match=r"model\.layer_backend=transformer_engine cannot .* needs CUDA\. Set model\."):
         choose_layers("transformer_engine", CPU)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "problem"),
+    [
+        # What flash-attn-4 installs, which SGLang depends on.
+        ("cute/__init__.py", "", "is not installed: p2o_flash is there without varlen"),
+        ("__init__.py", "def varlen(): ...", None),
+        (
+            "__init__.py",
+            "raise ImportError('undefined symbol: _ZN3c10')",
+            "cannot be imported: undefined symbol: _ZN3c10",
+        ),
+        (None, "", "is not installed"),
+    ],
+)
+def test_a_package_counts_only_when_what_is_needed_of_it_can_be_imported(
+    path: str | None, text: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if path is not None:
+        file = tmp_path / "p2o_flash" / path
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "p2o_flash", raising=False)
+    assert import_problem("p2o_flash", "varlen", has_cuda=True) == problem
+    assert import_problem("p2o_flash", "varlen", has_cuda=False) == ("needs CUDA" if path else problem)
+    sys.modules.pop("p2o_flash", None)
 
 
 def test_transformer_engine_is_given_the_samples_and_under_context_parallelism_their_padded_boundaries():

@@ -175,7 +175,7 @@ OFFLOAD = {
     "use_precision_aware_optimizer": True,
     "optimizer_offload_fraction": 0.5,
 }
-MACHINE = Capabilities(has_cuda=True, has_flash_attn=True, transformer_engine_problem=None)
+MACHINE = Capabilities(has_cuda=True, flash_attn_problem=None, transformer_engine_problem=None)
 
 
 @pytest.mark.parametrize(
