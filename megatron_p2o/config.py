@@ -59,7 +59,10 @@ class ParallelConfig:
     distributed_optimizer: bool = False
     """Shard optimizer state over the data-parallel ranks."""
     timeout_s: float = 1800.0
-    """Longest wait in a collective or for the conducting rank before the run ends with an error."""
+    """Longest wait in a collective before the run ends with an error."""
+    command_timeout_s: float = 86400.0
+    """Longest wait of the other ranks for rank 0's next command. It samples, evaluates and evolves prompts meanwhile,
+    which may take hours; that it has ended they notice at once."""
 
     @property
     def world_size(self) -> int:
@@ -411,7 +414,8 @@ REFERENCE_PRESET: Mapping[str, Any] = {
 
 
 POSITIVE = (
-    *("parallel.timeout_s", "data.max_prompt_tokens", "rollout.max_new_tokens", "rollout.num_engines"),
+    *("parallel.timeout_s", "parallel.command_timeout_s"),
+    *("data.max_prompt_tokens", "rollout.max_new_tokens", "rollout.num_engines"),
     *("rollout.tensor_parallel", "rollout.max_running_requests", "rollout.startup_timeout_s", "rollout.top_p"),
     *("rollout.request_timeout_s", "rollout.stall_timeout_s", "rollout.refresh_bucket_mib"),
     *("grading.num_workers", "grading.deadline_s"),

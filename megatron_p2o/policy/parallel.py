@@ -26,8 +26,10 @@ class Ranks:
     pipeline_rank: int
     data_rank: int
     device: torch.device
+    commands: ProcessGroup
+    """Gloo group of all ranks for commands from rank 0, for which the others wait while it samples."""
     control: ProcessGroup
-    """Gloo group of all ranks: commands from rank 0 and small replies, whatever the backend of the model."""
+    """Gloo group of all ranks for small replies and names, whatever the backend of the model."""
     owns_distributed: bool
     """Whether `initialize_parallel` started torch.distributed, and `end_parallel` ends it."""
 
@@ -58,8 +60,9 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
     )
     with cuda_stand_ins():
         model_parallel_cuda_manual_seed(seed)
+    commands = dist.new_group(backend="gloo", timeout=timedelta(seconds=parallel.command_timeout_s))
     control = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(control, ProcessGroup)
+    assert isinstance(commands, ProcessGroup) and isinstance(control, ProcessGroup)
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -68,6 +71,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         device=_device(),
+        commands=commands,
         control=control,
         owns_distributed=owns_distributed,
     )

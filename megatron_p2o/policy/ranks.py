@@ -75,7 +75,8 @@ class MegatronPolicy:
     """The Policy of `megatron_p2o.interfaces`, trained by Megatron on all ranks.
 
     Its methods but `serve` are for rank 0. They raise `ValueError` for samples that cannot be trained on, before any
-    rank has begun, and `PolicyError` when a rank fails; no wait exceeds `parallel.timeout_s`.
+    rank has begun, and `PolicyError` when a rank fails; no wait exceeds `parallel.timeout_s`, `serve`'s
+    for a command `parallel.command_timeout_s`.
     """
 
     def __init__(self, config: Config, ranks: Ranks, shard: PolicyShard) -> None:
@@ -229,17 +230,17 @@ class MegatronPolicy:
         if self._export is not None:
             raise RuntimeError(f"policy.weights() must be consumed to the end before policy.{commands[0].method}")
         with self._named_errors(commands[0].method):
-            dist.scatter_object_list([None], commands, src=0, group=self._ranks.control)
+            dist.scatter_object_list([None], commands, src=0, group=self._ranks.commands)
 
     def _receive(self) -> Command:
         received: list[Any] = [None]
         with self._named_errors("serve"):
             try:
-                dist.scatter_object_list(received, None, src=0, group=self._ranks.control)
+                dist.scatter_object_list(received, None, src=0, group=self._ranks.commands)
             except RuntimeError as error:
                 raise ConnectionError(
                     "no command from rank 0: it ended without closing the policy, or was silent for "
-                    f"parallel.timeout_s={self._config.parallel.timeout_s:g} s"
+                    f"parallel.command_timeout_s={self._config.parallel.command_timeout_s:g} s"
                 ) from error
         return received[0]
 

@@ -81,17 +81,19 @@ def test_followers_end_with_an_error_when_the_conductor_is_gone(model_path: Path
     assert run_gloo_ranks(conductor_leaves, 2, config, timeout_s=15) == [None, "ended"]
 
 
-def test_followers_do_not_wait_longer_than_the_time_limit(model_path: Path):
+def test_followers_outwait_a_collective_but_not_the_time_limit_for_commands(model_path: Path):
     def conductor_is_silent(config: Any) -> str | None:
         policy = build_policy(config)
         if policy.is_conductor:
-            time.sleep(3)
+            time.sleep(1.5)  # longer than a collective may take, as sampling does
+            assert policy.update([], None, 0).learning_rate > 0
+            time.sleep(2.5)
             return None
-        with pytest.raises(PolicyError, match=r"was silent for parallel\.timeout_s=1 s"):
+        with pytest.raises(PolicyError, match=r"was silent for parallel\.command_timeout_s=2 s"):
             policy.serve()
         return "ended"
 
-    config = policy_config(model_path, parallel=ParallelConfig(data=2, timeout_s=1.0))
+    config = policy_config(model_path, parallel=ParallelConfig(data=2, timeout_s=1.0, command_timeout_s=2.0))
     assert run_gloo_ranks(conductor_is_silent, 2, config, timeout_s=15) == [None, "ended"]
 
 
