@@ -234,6 +234,9 @@ def _weights(models: Sequence[PolicyModel]) -> dict[str, Any]:
 def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # By gloo to the host of the one rank that writes it. Otherwise every rank gathers the whole state, on its GPU:
+        # 4 bytes per parameter at a time, where the engines have all that training leaves.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
