@@ -7,6 +7,7 @@ the optimizer's moments: left to itself it would take their place, and the run w
 """
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import torch
 
 from megatron_p2o.config import Config
 from megatron_p2o.policy.architecture import Architecture, read_architecture
+from megatron_p2o.rollout.outlet import NUM_SPANS, bucket_capacity
 from megatron_p2o.rollout.server_arguments import does_release_memory, engine_places
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,8 @@ class MemoryPlan:
     """KV cache of one engine rank."""
     cache_tokens: int
     """That fit in it."""
+    buckets: int
+    """In which new weights lie for the engines on this GPU."""
 
     @property
     def phases(self) -> Mapping[str, Mapping[str, int]]:
@@ -95,6 +99,7 @@ class MemoryPlan:
             "parameters": self.trainer.parameters,
             "gradients": self.trainer.gradients,
             "optimizer": self.trainer.masters + self.trainer.moments,
+            "weight buckets": self.buckets,
         }
 
         def engines(count: int) -> dict[str, int]:
@@ -198,19 +203,20 @@ def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, relea
     num_engine_ranks, num_reflection_ranks = ranks_on_fullest(config, gpus)
     num_ranks = num_engine_ranks + num_reflection_ranks
     num_staying = num_reflection_ranks if releases_memory else num_ranks
+    buckets = bucket_bytes(config, architecture)
+    available = gpus.num_bytes - RESERVE_BYTES - buckets
     share = engine_share(config)
     if share is not None:
-        free = gpus.num_bytes - RESERVE_BYTES - trainer.at_start
+        free = available - trainer.at_start
         # Each rank takes its share, weights included, of what those before it have left.
         cache = int(free * (1 - (1 - share) ** num_ranks) / num_ranks) - weights
     else:
         sampling = trainer.resident + num_ranks * weights
         training = trainer.resident + trainer.likely_activations + num_staying * weights
-        room = gpus.num_bytes - RESERVE_BYTES
-        cache = (room - sampling) // num_ranks
+        cache = (available - sampling) // num_ranks
         if num_staying:
             # An estimate may leave too little, but never less than a run needs.
-            cache = min(cache, max((room - training) // num_staying, longest_tokens(config) * token))
+            cache = min(cache, max((available - training) // num_staying, longest_tokens(config) * token))
         cache = max(0, cache // token * token)
     if config.rollout.max_total_tokens is not None:
         cache = min(cache, config.rollout.max_total_tokens * token)
@@ -222,6 +228,7 @@ def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, relea
         weights=weights,
         cache=cache,
         cache_tokens=cache // token,
+        buckets=buckets,
     )
 
 
@@ -240,6 +247,14 @@ def trainer_memory(config: Config, architecture: Architecture) -> TrainerMemory:
         activations=element * stored_inputs(config, architecture),
         likely_activations=element * likely_activations(config, architecture),
     )
+
+
+def bucket_bytes(config: Config, architecture: Architecture) -> int:
+    """Return what a trainer rank keeps on its GPU for handing weights over; see `rollout.weight_transfer`."""
+    if config.rollout.weight_transfer == "host":
+        return 0
+    largest = max(math.prod(shape) for shape in architecture.weight_shapes().values()) * element_bytes(config)
+    return NUM_SPANS * bucket_capacity(config, largest)
 
 
 def stored_inputs(config: Config, architecture: Architecture) -> int:

@@ -7,7 +7,7 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,8 +39,9 @@ from megatron_p2o.policy.settings import check_weights, machine_problems, megatr
 from megatron_p2o.processes import end_with_parent
 from megatron_p2o.rank_errors import report_error
 from megatron_p2o.rewards.registry import make_grader
-from megatron_p2o.rollout.engine import start_engines
-from megatron_p2o.rollout.remote import AgentAddress, meet_agents
+from megatron_p2o.rollout.engine import SglangEngine, start_engines
+from megatron_p2o.rollout.outlet import open_outlet
+from megatron_p2o.rollout.remote import meet_agents
 from megatron_p2o.run_state import STATE_FILE, LedgerFile, StopRequest, read_state
 from megatron_p2o.template_evaluation import TemplateEvaluator, free_scores, round_statistics
 from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, SamplingParams
@@ -72,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = with_planned_cache(load_config(options.config))
     policy = build_policy(config)
     agents = meet_agents(config, options.config)
+    outlet = open_outlet(config, policy.largest_weight_bytes)
+    if outlet is not None:
+        policy.deliver_to(outlet.take)
+    start = partial(start_engines, config, run_dir, agents, outlet)
     if not policy.is_conductor:
         policy.serve()
         return 0
@@ -80,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.evaluate:
             if options.restart:
                 discard_answers(run_dir)
-            evaluate_checkpoint(config, run_dir, policy, options.evaluate, agents, stack)
+            evaluate_checkpoint(config, run_dir, policy, options.evaluate, start, stack)
         else:
-            Conductor(config, run_dir, policy, latest_checkpoint(run_dir), agents, stack).train()
+            Conductor(config, run_dir, policy, latest_checkpoint(run_dir), start, stack).train()
     return 0
 
 
@@ -91,7 +96,7 @@ def evaluate_checkpoint(
     output: Path,
     policy: MegatronPolicy,
     checkpoint: Path,
-    agents: Sequence[AgentAddress],
+    start: Callable[[], SglangEngine],
     stack: ExitStack,
 ) -> None:
     """Evaluate a checkpoint of a run plainly on every set of `data.evaluation`; see `benchmark`.
@@ -106,7 +111,7 @@ def evaluate_checkpoint(
     renderer = ChatRenderer(config.model, config.data)
     benchmarks = open_benchmarks(subject, renderer, config, output, stack)
     if any(benchmark.missing for benchmark in benchmarks):
-        engine = stack.enter_context(start_engines(config, output, agents))
+        engine = stack.enter_context(start())
         grader = make_grader(config.grading)
         stack.callback(grader.close)
         policy.load(checkpoint / POLICY_FOLDER)
@@ -159,7 +164,7 @@ class Conductor:
         run_dir: Path,
         policy: MegatronPolicy,
         checkpoint: Path | None,
-        agents: Sequence[AgentAddress],
+        start: Callable[[], SglangEngine],
         stack: ExitStack,
     ) -> None:
         self.config, self.run_dir, self.policy = config, run_dir, policy
@@ -168,7 +173,7 @@ class Conductor:
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
         print(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}", flush=True)
         print(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines", flush=True)
-        self.engine = stack.enter_context(start_engines(config, run_dir, agents))
+        self.engine = stack.enter_context(start())
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)
         self.evolution = self._start_evolution(stack) if config.evolution.enabled else None

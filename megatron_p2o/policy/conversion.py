@@ -32,7 +32,7 @@ def checkpoint_to_hf(config: Config, checkpoint: Path, directory: Path) -> None:
         with cuda_stand_ins():
             models = build_models(architecture, settings, config.rollout.temperature, "local")
             load_weights(models, checkpoint)
-            write_hf_directory(export_hf_weights(models, ranks.control), source, directory)
+            write_hf_directory(export_hf_weights(models, architecture), source, directory)
     finally:
         end_parallel(ranks)
 

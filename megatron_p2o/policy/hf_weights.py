@@ -129,50 +129,43 @@ def load_hf_weights(models: Sequence[PolicyModel], files: WeightFiles, architect
         parameter.copy_(joined)
 
 
-def export_hf_weights(models: Sequence[PolicyModel], control: ProcessGroup) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, full tensor) of the whole model on rank 0; nothing on other ranks.
+def export_hf_weights(models: Sequence[PolicyModel], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, full tensor) of the whole model, on every rank alike.
 
-    Collective: every rank must exhaust its iterator. One tensor at a time is gathered over the tensor ranks of the
-    first data-parallel replica; later pipeline stages send theirs to rank 0. The receiver may keep the tensors.
+    Collective: every rank must exhaust its iterator. One tensor at a time is gathered over the tensor ranks of its
+    pipeline stage, which sends it to the other stages. The receiver may keep the tensors.
     """
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
-        return
-    is_head = parallel_state.get_tensor_model_parallel_rank() == 0
     stages = pipeline_group()
-    if stages.rank() == 0:
-        for name, tensor in _gathered(models):
-            if is_head:
-                yield name, tensor
-        if is_head:
-            for stage in range(1, stages.size()):
-                yield from _receive_stage(stage, models[0], stages, control)
-    else:
-        _send_stage(models, stages, control, is_head=is_head)
+    for stage in range(stages.size()):
+        if stages.size() == 1:
+            yield from _gathered(models)
+        elif stage == stages.rank():
+            yield from _sent(models, stages)
+        else:
+            yield from _received(stage, models[0], stages, architecture)
 
 
-def _send_stage(models: Sequence[PolicyModel], stages: ProcessGroup, control: ProcessGroup, *, is_head: bool) -> None:
-    conductor = dist.get_global_rank(stages, 0)
+def _sent(models: Sequence[PolicyModel], stages: ProcessGroup) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full tensors of this stage and send them to the others."""
+    source = dist.get_rank()
+    names = [name for _, origin in _exported(models) for name in origin.names]
+    dist.broadcast_object_list([names], source, group=stages)
     for name, tensor in _gathered(models):
-        if is_head:
-            dist.send_object_list([(name, tensor.shape)], conductor, group=control)
-            dist.send(tensor, conductor, group=stages)
-    if is_head:
-        dist.send_object_list([None], conductor, group=control)
+        dist.broadcast(tensor, source, group=stages)
+        yield name, tensor
 
 
-def _receive_stage(
-    stage: int, model: PolicyModel, stages: ProcessGroup, control: ProcessGroup
+def _received(
+    stage: int, model: PolicyModel, stages: ProcessGroup, architecture: Architecture
 ) -> Iterator[tuple[str, Tensor]]:
-    sender = dist.get_global_rank(stages, stage)
-    like = next(model.parameters())
-    while True:
-        header: list[tuple[str, torch.Size] | None] = [None]
-        dist.recv_object_list(header, sender, group=control)
-        if header[0] is None:
-            return
-        name, shape = header[0]
-        tensor = like.new_empty(shape, requires_grad=False)
-        dist.recv(tensor, sender, group=stages)
+    """Yield the full tensors of another stage."""
+    source = dist.get_global_rank(stages, stage)
+    shapes, like = architecture.weight_shapes(), next(model.parameters())
+    received: list[list[str]] = [[]]
+    dist.broadcast_object_list(received, source, group=stages)
+    for name in received[0]:
+        tensor = like.new_empty(shapes[name], requires_grad=False)
+        dist.broadcast(tensor, source, group=stages)
         yield name, tensor
 
 
@@ -180,13 +173,19 @@ def _gathered(models: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
     """Yield the full tensors of this stage on every tensor rank."""
     num_groups, head_dim = _groups_per_rank(models[0]), models[0].config.kv_channels
     assert head_dim is not None
-    for parameter_name, parameter, origin in _parameters(models):
-        if parameter_name == "output_layer.weight" and models[0].share_embeddings_and_output_weights:
-            continue
+    for parameter, origin in _exported(models):
         for name, part in zip(origin.names, split_parts(parameter.data, origin, num_groups, head_dim), strict=True):
             full = _gather(part.contiguous(), origin.cut_dimension)
             is_vocabulary = name in ("model.embed_tokens.weight", "lm_head.weight")
             yield name, full[: models[0].real_vocab_size].contiguous() if is_vocabulary else full
+
+
+def _exported(models: Sequence[PolicyModel]) -> Iterator[tuple[Tensor, Origin]]:
+    """Yield the parameters of this stage but the last stage's copy of a tied embedding."""
+    is_tied = models[0].share_embeddings_and_output_weights
+    for name, parameter, origin in _parameters(models):
+        if not (is_tied and name == "output_layer.weight"):
+            yield parameter, origin
 
 
 def _gather(part: Tensor, cut_dimension: int | None) -> Tensor:

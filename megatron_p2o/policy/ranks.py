@@ -6,7 +6,8 @@ replica get the same share. The answers come back in one gather, so a command ha
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config import Config
 from megatron_p2o.files import FileDigest
+from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.policy.checkpoint import check_checkpoint
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.forward import PassResult
@@ -33,7 +35,7 @@ from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 ERROR_KEY = "megatron_p2o/policy_error"
 """Where the first rank that fails leaves its error for the others, in torch.distributed's store."""
 
-Method = Literal["update", "skip", "score", "export", "save", "load", "close"]
+Method = Literal["update", "skip", "score", "export", "deliver", "save", "load", "close"]
 
 
 class PolicyError(RuntimeError):
@@ -84,6 +86,8 @@ class MegatronPolicy:
         self._ranks = ranks
         self._shard = shard
         self._export: Iterator[tuple[str, Tensor]] | None = None
+        self._is_delivery = False
+        self._take: Callable[[NamedWeights], None] | None = None
         self._is_broken = False
 
     @property
@@ -98,6 +102,19 @@ class MegatronPolicy:
     @property
     def vocab_size(self) -> int:
         return self._shard.architecture.vocab_size
+
+    @property
+    def largest_weight_bytes(self) -> int:
+        """Size of the largest tensor that `weights` yields."""
+        shapes = self._shard.architecture.weight_shapes().values()
+        return max(math.prod(shape) for shape in shapes) * (4 if self._config.model.dtype == "float32" else 2)
+
+    def deliver_to(self, take: Callable[[NamedWeights], None]) -> None:
+        """From now on `weights` also gives every other rank's copy to `take` on that rank, which must exhaust it.
+
+        All ranks must call. Until the call returns on a rank, what it has not taken yet holds rank 0's iterator up.
+        """
+        self._take = take
 
     def update(
         self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
@@ -140,10 +157,14 @@ class MegatronPolicy:
 
         Every rank takes part until the end: when the iterator is closed early, the rest is gathered and discarded.
         """
-        self._send([Command(method="export")] * self._ranks.world_size)
+        return self._weights("export" if self._take is None else "deliver")
+
+    def _weights(self, method: Literal["export", "deliver"]) -> Iterator[tuple[str, Tensor]]:
+        self._send([Command(method=method)] * self._ranks.world_size)
+        self._is_delivery = method == "deliver"
         self._export = stream = self._shard.export()
         try:
-            with self._named_errors("export"):
+            with self._named_errors(method):
                 # Through `chain`, because closing this generator must not close the stream: it has to be finished.
                 yield from itertools.chain(stream)
         finally:
@@ -151,7 +172,7 @@ class MegatronPolicy:
 
     def export_hf(self, directory: Path) -> None:
         """Write the weights as a Hugging Face model directory, with `model.path`'s configuration and tokenizer."""
-        write_hf_directory(self.weights(), Path(self._config.model.path), directory)
+        write_hf_directory(self._weights("export"), Path(self._config.model.path), directory)
 
     def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
         """Begin to write weights, optimizer and random states into `directory`, which all ranks must see.
@@ -196,7 +217,9 @@ class MegatronPolicy:
                 end_parallel(self._ranks)
                 return
             with self._named_errors(command.method):
-                self._gather(self._execute(command))
+                reply = self._execute(command)
+                if command.method != "deliver":
+                    self._gather(reply)
 
     def _finish_export(self) -> None:
         """Take part in what is left of an export that was not consumed to the end."""
@@ -206,7 +229,9 @@ class MegatronPolicy:
         with self._named_errors("export"):
             for _ in stream:
                 pass
-            self._gather(None)
+            # Who takes weights on other ranks keeps step with whoever asked for them here, and may end later.
+            if not self._is_delivery:
+                self._gather(None)
 
     def _shares(self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None) -> list[Share]:
         micro_batch_tokens = self._config.optimizer.micro_batch_tokens
@@ -246,6 +271,10 @@ class MegatronPolicy:
 
     def _execute(self, command: Command) -> Any:
         with cuda_stand_ins():
+            if command.method == "deliver":
+                assert self._take is not None, "every rank calls `deliver_to` or none does"
+                self._take(self._shard.export())
+                return None
             result = getattr(self._shard, command.method)(*command.arguments)
             if command.method == "export":
                 for _ in result:

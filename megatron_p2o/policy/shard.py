@@ -106,13 +106,13 @@ class PolicyShard:
         return {share.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights on rank 0; see `export_hf_weights`.
+        """Yield the weights on every rank; see `export_hf_weights`.
 
         What the allocator keeps of training, and of this, is given back to the GPU: engines on it ask for their memory.
         """
         self._empty_cache()
         self.optimization.gather_weights()
-        yield from export_hf_weights(self.models, self.ranks.control)
+        yield from export_hf_weights(self.models, self.architecture)
         self._empty_cache()
 
     def save(self, directory: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import aiohttp
 import numpy as np
 
-from megatron_p2o.rollout.staging import MemoryAddress, StagingBuffer
+from megatron_p2o.rollout.staging import StagingBuffer
+from megatron_p2o.rollout.weight_message import MemoryAddress
 from megatron_p2o.types import FinishReason, Logprobs, SamplingParams, TokenIds
 
 WEIGHTS, KV_CACHE = "weights", "kv_cache"

@@ -18,6 +18,7 @@ from megatron_p2o.config import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.rollout.broker import Broker
 from megatron_p2o.rollout.client import EngineClient
+from megatron_p2o.rollout.outlet import WeightOutlet
 from megatron_p2o.rollout.remote import AgentAddress, NodeMirror, RemoteServer
 from megatron_p2o.rollout.requests import NOBODY
 from megatron_p2o.rollout.server import EngineServer, Server
@@ -54,12 +55,14 @@ class SglangEngine:
         restart: Callable[[str, int], Server],
         *,
         releases_memory: bool,
+        outlet: WeightOutlet | None = None,
     ) -> None:
         """Take ownership of `servers`, all of them ready.
 
         Args:
             restart: starts a server in the place of one, given its name and how many restarts that makes in the run.
             releases_memory: whether `release_memory` does anything; see `does_release_memory`.
+            outlet: see `open_outlet`.
         """
         rollout = config.rollout
         self._config = config
@@ -83,6 +86,7 @@ class SglangEngine:
             tensor_parallel=rollout.tensor_parallel,
             answer_timeout_s=rollout.stall_timeout_s,
             bucket_bytes=rollout.refresh_bucket_mib << 20,
+            outlet=outlet,
         )
         self._supervisor = Supervisor(
             servers,
@@ -221,7 +225,12 @@ class SglangEngine:
 
 
 def start_engines(
-    config: Config, run_dir: Path, agents: Sequence[AgentAddress] = (), *, releases_memory: bool | None = None
+    config: Config,
+    run_dir: Path,
+    agents: Sequence[AgentAddress] = (),
+    outlet: WeightOutlet | None = None,
+    *,
+    releases_memory: bool | None = None,
 ) -> SglangEngine:
     """Start `rollout.num_engines` servers of `model.path` at version 0 and wait for all of them.
 
@@ -229,6 +238,7 @@ def start_engines(
 
     Args:
         agents: of the other nodes that get engines, in order.
+        outlet: see `open_outlet`.
         releases_memory: whether to lend the engines' memory; None as `rollout.release_memory` says.
 
     Raises:
@@ -252,7 +262,7 @@ def start_engines(
         for server in servers:
             server.wait_until_ready(config.rollout.startup_timeout_s)
         lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
-        return SglangEngine(config, run_dir, servers, start, releases_memory=lends)
+        return SglangEngine(config, run_dir, servers, start, releases_memory=lends, outlet=outlet)
     except BaseException:
         stop_all(servers)
         raise

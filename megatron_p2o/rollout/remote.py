@@ -25,7 +25,8 @@ from megatron_p2o.config import Config
 from megatron_p2o.rollout.client import EngineUnreachable, Mirror
 from megatron_p2o.rollout.server import EngineStartFailed, open_private
 from megatron_p2o.rollout.server_arguments import EnginePlace, engine_places
-from megatron_p2o.rollout.staging import MemoryAddress, StagingBuffer
+from megatron_p2o.rollout.staging import StagingBuffer
+from megatron_p2o.rollout.weight_message import MemoryAddress
 
 ADDRESS_VARIABLE = "P2O_NODE_ADDRESS"
 """Environment variable: where the other nodes reach this one, if that is not where it sends from to the head."""

@@ -1,28 +1,41 @@
-"""Memory shared with the engines of a machine, in which the trainer lays out one bucket of weights each."""
+"""How weights are laid out in buckets, and memory for a bucket that the engines of a machine share."""
 
 import mmap
 import os
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.rollout.checksum import checksum
-from megatron_p2o.rollout.pinning import finish_copies, pin, unpin
-from megatron_p2o.rollout.weight_message import ALIGNMENT_BYTES, LoadMessage, TensorEntry
+from megatron_p2o.rollout.pinning import pin, unpin
+from megatron_p2o.rollout.weight_message import ALIGNMENT_BYTES, LoadMessage, MemoryAddress, TensorEntry
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryAddress:
-    """Where an engine finds a bucket on its own machine."""
+def laid_out(weights: NamedWeights, bucket_bytes: int) -> Iterator[tuple[int, TensorEntry, Tensor]]:
+    """Yield (number of the bucket, place in it, weight); the same for everyone who is given the same weights.
 
-    path: str
-    """Of the memory file, as the engine can open it."""
-    buffer_id: str
-    """Unique; a memory file never changes its size."""
-    num_bytes: int
-    """A multiple of `ALIGNMENT_BYTES`."""
+    A weight larger than `bucket_bytes` gets a bucket of its own.
+
+    Raises:
+        ValueError: there are no weights.
+    """
+    index = used_bytes = 0
+    for name, tensor in weights:
+        if used_bytes and used_bytes + tensor.nbytes > bucket_bytes:
+            index, used_bytes = index + 1, 0
+        entry = TensorEntry(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            offset_bytes=used_bytes,
+        )
+        yield index, entry, tensor
+        used_bytes = round_up(used_bytes + tensor.nbytes)
+    if not used_bytes:
+        raise ValueError("the policy yielded no weights")
 
 
 class MemoryFile:
@@ -75,9 +88,6 @@ class StagingBuffer:
         """[used bytes] uint8, a view."""
         return self._memory.content[: self._used_bytes]
 
-    def fits(self, tensor: Tensor) -> bool:
-        return self._used_bytes + tensor.nbytes <= self.address.num_bytes
-
     def clear(self, room_bytes: int) -> None:
         """Forget the bucket; grow to hold a tensor of `room_bytes` if need be."""
         self.num_fillings += 1
@@ -88,26 +98,16 @@ class StagingBuffer:
             self.close()
             self._memory = pinned_file(room_bytes)
 
-    def put(self, name: str, tensor: Tensor, verify: bool) -> None:
-        """Begin to append a copy of `tensor`; see `finish`.
+    def put(self, entry: TensorEntry, tensor: Tensor, verify: bool) -> None:
+        """Begin to copy `tensor` to its place; see `finish_copies`.
 
         Its checksum is taken from the original, so that the copy is covered as well.
         """
-        entry = TensorEntry(
-            name=name,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=tuple(tensor.shape),
-            offset_bytes=self._used_bytes,
-        )
         entry.view(self._memory.content).copy_(tensor.detach(), non_blocking=True)
         self._entries.append(entry)
         if verify:
             self._checksums.append(checksum(tensor))
-        self._used_bytes = round_up(self._used_bytes + tensor.nbytes)
-
-    def finish(self) -> None:
-        """Return when everything that was `put` lies in the bucket."""
-        finish_copies()
+        self._used_bytes = round_up(entry.offset_bytes + tensor.nbytes)
 
     def add_checksums(self) -> None:
         """Make up for a refresh that was not verified, from the copy."""
@@ -118,16 +118,13 @@ class StagingBuffer:
         """Return the order to load this bucket, the refresh's `index`-th, from where it lies for the engine."""
         return LoadMessage(
             index=index,
-            slot=self.slot,
-            buffer_id=address.buffer_id,
-            path=address.path,
-            num_bytes=address.num_bytes,
+            address=address,
             entries=tuple(self._entries),
             checksums=tuple(self._checksums) if verify else None,
         )
 
     def close(self) -> None:
-        """Give the memory up; engines keep what they have mapped until they map the next buffer of this slot."""
+        """Give the memory up; engines keep what they have mapped to the end of their next refresh."""
         unpin(self._memory.content)
         self._memory.close()
 

@@ -5,12 +5,12 @@ q, k, v and gate, up; each tensor-parallel rank takes its slices). Later ones re
 checksums of what lies in the parameters, read through the recorded destinations, are compared with the trainer's. The
 outcome is written to a file: SGLang passes nothing back from a loader, and an exception would end the engine.
 
-Runs in the engine, yet imports torch only (and its neighbours `checksum`, `pinning`, `weight_message`).
+Runs in the engine, yet imports torch only (and `checksum`, `device_memory`, `pinning`, `weight_message` beside it).
 """
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_p2o.rollout.checksum import checksum
+from megatron_p2o.rollout.device_memory import close_device_memory, open_device_memory
 from megatron_p2o.rollout.pinning import finish_copies, pin, unpin
 from megatron_p2o.rollout.weight_message import (
     FinishMessage,
     LoadMessage,
+    MemoryAddress,
     RefreshReport,
     TensorEntry,
     parse,
@@ -88,6 +90,8 @@ class Refresh:
     """Checksum each destination must have at the end."""
     corrupted: list[str] = field(default_factory=list)
     """Weights that arrived with another checksum than they were sent."""
+    addresses: set[MemoryAddress] = field(default_factory=set)
+    """Where the buckets lay."""
 
 
 class WeightLoader:
@@ -95,7 +99,7 @@ class WeightLoader:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._buffers: dict[int, tuple[str, Tensor]] = {}
+        self._mapped: dict[MemoryAddress, Tensor] = {}
         self._plans: dict[tuple[TensorEntry, ...], CopyPlan] = {}
         self._refresh = Refresh()
 
@@ -103,7 +107,7 @@ class WeightLoader:
         """Copy the weights of a bucket into the model."""
         if message.index == 0:
             self._refresh = Refresh()
-        bucket = self._map(message)
+        bucket = self._map(message.address)
         addresses = tuple(parameter.data_ptr() for parameter in self._model.parameters())
         plan = self._plans.get(message.entries)
         if plan is None or plan.addresses != addresses:
@@ -137,18 +141,20 @@ class WeightLoader:
             ignored=tuple(ignored_by_model(refresh)),
             unwritten=tuple(unwritten),
         )
+        self._forget_all_but(refresh.addresses)
         write_report(report, Path(f"{message.report_path}.{tensor_parallel_rank()}"))
 
-    def _map(self, message: LoadMessage) -> Tensor:
-        """Return the bucket's bytes; the mapping is kept, because the trainer fills the same memory again."""
-        known = self._buffers.get(message.slot)
-        if known is None or known[0] != message.buffer_id:
-            if known is not None:
-                unpin(known[1])
-            bucket = torch.from_file(message.path, shared=True, size=message.num_bytes, dtype=torch.uint8)
-            pin(bucket)
-            self._buffers[message.slot] = (message.buffer_id, bucket)
-        return self._buffers[message.slot][1]
+    def _map(self, address: MemoryAddress) -> Tensor:
+        """Return the bytes at an address; the mapping is kept, because the trainer fills the same memory again."""
+        self._refresh.addresses.add(address)
+        if address not in self._mapped:
+            self._mapped[address] = map_memory(address)
+        return self._mapped[address]
+
+    def _forget_all_but(self, addresses: Set[MemoryAddress]) -> None:
+        """Give up what the trainer has left for other memory."""
+        for address in self._mapped.keys() - addresses:
+            unmap_memory(address, self._mapped.pop(address))
 
     def _expect(self, plan: CopyPlan, entries: Sequence[TensorEntry], checksums: Sequence[int], bucket: Tensor) -> None:
         """Note the checksum of every destination: the trainer's own, or for a slice that of the slice as received."""
@@ -171,6 +177,23 @@ class WeightLoader:
         for plan in refresh.plans:
             written.update(plan.written)
         return [name for name, value in self._model.named_parameters() if written[name] < value.numel()]
+
+
+def map_memory(address: MemoryAddress) -> Tensor:
+    """Return the bytes at an address."""
+    if address.ipc_handle:
+        return open_device_memory(address)
+    memory = torch.from_file(address.path, shared=True, size=address.num_bytes, dtype=torch.uint8)
+    pin(memory)
+    return memory
+
+
+def unmap_memory(address: MemoryAddress, memory: Tensor) -> None:
+    """Give up what `map_memory` returned."""
+    if address.ipc_handle:
+        close_device_memory(memory)
+    else:
+        unpin(memory)
 
 
 def ignored_by_model(refresh: Refresh) -> list[str]:

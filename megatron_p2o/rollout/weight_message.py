@@ -1,8 +1,8 @@
 """What trainer and engine say to each other during a weight refresh. Imports torch and the standard library only.
 
 SGLang passes a list of (name, tensor) to a custom weight loader. The name carries one message as JSON and the tensor is
-empty: weights travel in a memory file that both processes map, so that one copy serves every engine of the machine and
-neither torch's sharing daemon nor the size of /dev/shm is involved.
+empty: weights travel in memory that both processes map, a file of the machine's or a span of a GPU's, so that neither
+torch's sharing daemon nor the size of /dev/shm is involved.
 """
 
 import base64
@@ -20,6 +20,21 @@ LOAD_FORMAT = "megatron_p2o.rollout.weight_loader.load"
 
 ALIGNMENT_BYTES = 16
 """Of tensors in a bucket: views need the alignment of their element type."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryAddress:
+    """Where an engine finds a bucket on its own machine."""
+
+    path: str
+    """Of the memory file, as the engine can open it; of memory on a GPU "", which has the two at the end."""
+    buffer_id: str
+    """Unique; memory never changes its size."""
+    num_bytes: int
+    """A multiple of `ALIGNMENT_BYTES`."""
+    ipc_handle: str = ""
+    """CUDA's, in hexadecimal digits."""
+    gpu_uuid: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,14 +65,8 @@ class LoadMessage:
 
     index: int
     """Of the bucket in this refresh; 0 starts a refresh."""
-    slot: int
-    """Which of the trainer's staging buffers this is."""
-    buffer_id: str
-    """Changes when a slot gets new memory."""
-    path: str
-    """Of the memory file, as the engine can open it."""
-    num_bytes: int
-    """Length of the memory file, a multiple of `ALIGNMENT_BYTES`."""
+    address: MemoryAddress
+    """Of the bucket."""
     entries: tuple[TensorEntry, ...]
     checksums: tuple[int, ...] | None
     """Of the trainer's tensors, same order; None when the refresh is not verified."""
@@ -99,9 +108,13 @@ def parse(text: str) -> LoadMessage | FinishMessage:
     kind = fields.pop("kind")
     if kind == FinishMessage.__name__:
         return FinishMessage(**fields)
-    entries = [TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in fields.pop("entries")]
     checksums = fields.pop("checksums")
-    return LoadMessage(**fields, entries=tuple(entries), checksums=None if checksums is None else tuple(checksums))
+    return LoadMessage(
+        index=fields["index"],
+        address=MemoryAddress(**fields["address"]),
+        entries=tuple(TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in fields["entries"]),
+        checksums=None if checksums is None else tuple(checksums),
+    )
 
 
 def write_report(report: RefreshReport, path: Path) -> None:

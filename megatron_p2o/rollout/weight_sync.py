@@ -1,19 +1,21 @@
 """Moves the trainer's weights into every engine and proves that they arrived.
 
-    pause, begin  ->  bucket, bucket, ...  ->  finish, check reports  ->  end, set version, resume
+    first bucket  ->  pause, begin  ->  bucket, bucket, ...  ->  finish, check reports  ->  end, set version, resume
 
 While the engines load a bucket the next one is gathered, converted and laid out. Nothing is served and no version is
 set before every engine has confirmed; after a failure the engines stay paused until a later refresh succeeds. An engine
 that is lost on the way drops out and the others go on.
 
-Engines whose memory was lent to the trainer (`lend`) get it back on the way, as late as can be: the trainer gathers and
-converts everything first, and the KV cache comes last.
+Engines whose memory was lent to the trainer (`lend`) get it back on the way, as late as can be: the KV cache comes
+last, and when weights go through host memory the trainer gathers and converts everything first.
 
     pause, release  ->  ... training ...  ->  all buckets  ->  weights' memory, begin  ->  bucket, bucket, ...
         ->  finish, check reports  ->  end, set version, KV cache's memory, resume
 
-The buckets stay as they are until the next refresh: an engine that replaces a lost one is given the weights that the
-others serve, without the trainer. That takes as much memory as the weights do, once per machine.
+With an outlet (`rollout.outlet`) every bucket also lies on the engines' own devices, and they take it from there.
+
+The buckets stay in host memory as they are until the next refresh: an engine that replaces a lost one is given the
+weights that the others serve, without the trainer. That takes as much memory as the weights do, once per machine.
 """
 
 import time
@@ -23,10 +25,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from torch import Tensor
+
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.rollout.client import KV_CACHE, WEIGHTS, EngineClient, EngineRefused
-from megatron_p2o.rollout.staging import StagingBuffer
-from megatron_p2o.rollout.weight_message import LOAD_FORMAT, FinishMessage, RefreshReport, read_report, serialize
+from megatron_p2o.rollout.outlet import WeightOutlet
+from megatron_p2o.rollout.pinning import finish_copies
+from megatron_p2o.rollout.staging import StagingBuffer, laid_out
+from megatron_p2o.rollout.weight_message import (
+    LOAD_FORMAT,
+    FinishMessage,
+    MemoryAddress,
+    RefreshReport,
+    read_report,
+    serialize,
+)
 
 MAX_NAMES_SHOWN = 5
 
@@ -57,7 +70,7 @@ class RefreshStats:
     """Of all weights, sent to each engine."""
     num_buckets: int
     total_s: float
-    """From the beginning, when engines whose memory is not lent pause, to their resumption."""
+    """From the beginning to the engines' resumption; they pause when the first bucket is full."""
     convert_s: float
     """Waiting for the trainer to gather and convert the next weight."""
     fill_s: float
@@ -85,18 +98,29 @@ class WeightSync:
     """Refreshes the weights of all engines. Called from the algorithm thread, which owns the weights' iterator."""
 
     def __init__(
-        self, fleet: Fleet, report_directory: Path, *, tensor_parallel: int, answer_timeout_s: float, bucket_bytes: int
+        self,
+        fleet: Fleet,
+        report_directory: Path,
+        *,
+        tensor_parallel: int,
+        answer_timeout_s: float,
+        bucket_bytes: int,
+        outlet: WeightOutlet | None = None,
     ) -> None:
         """Args:
         tensor_parallel: ranks per engine; each reads the same bucket and writes its own report.
         answer_timeout_s: how long an engine may take to answer before its client gives up.
         bucket_bytes: size of a staging buffer; a larger tensor gets a bucket of its own.
+        outlet: rank 0's end of the way over devices; None goes through host memory.
         """
         self._fleet = fleet
         self._reports = report_directory.resolve()
         self._num_ranks = tensor_parallel
         self._answer_timeout_s = answer_timeout_s
         self._bucket_bytes = bucket_bytes
+        self._outlet = outlet
+        self._must_meet = False
+        """The other trainer ranks have filled a bucket and wait for this one to `meet` them."""
         self._buckets: list[StagingBuffer] = []
         self._num_filled = 0
         self._version: int | None = None
@@ -136,17 +160,17 @@ class WeightSync:
         self._version = None
         self._convert_s = self._fill_s = self._stall_s = self._wake_s = 0.0
         start = time.monotonic()
+        buckets = self.stage(remaining, verify=verify)
         try:
-            buckets = self.stage(remaining, verify=verify)
-            self.begin()
-            self.load(buckets, verify=verify)
+            # What is on its way over the devices has no room for more than the next bucket.
+            gathers_first = self._is_lent and self._outlet is None
+            self.load(list(buckets) if gathers_first else buckets, verify=verify)
             self.check(version, verify=verify)
             self.commit(version)
         except EngineRefused as error:
             raise RefreshFailed(f"refresh to version {version}: {error}") from error
         finally:
-            for _ in remaining:
-                pass  # the policy's ranks gather in lock step: leaving them in the middle would hang the others
+            self._keep_step(buckets, remaining)
         self._version = version
         self._is_lent = False
         return RefreshStats(
@@ -181,26 +205,34 @@ class WeightSync:
         await client.set_weight_version(self._version)
         await client.resume()
 
-    def stage(self, weights: NamedWeights, *, verify: bool) -> Iterable[StagingBuffer]:
-        """Return the weights in buckets: each is filled when it is asked for, or all now if memory is lent."""
-        buckets = self._filled_buckets(weights, verify)
-        return list(buckets) if self._is_lent else buckets
-
-    def begin(self) -> None:
-        """Stop decoding and open an update, for which lent weights get their memory back.
-
-        Closes an update that a failed refresh left open.
-        """
-        self._wake(WEIGHTS)
-        self._wait(self._fleet.call_every_engine(pause_and_begin))
+    def stage(self, weights: NamedWeights, *, verify: bool) -> Iterator[StagingBuffer]:
+        """Yield buckets as they are full."""
+        bucket: StagingBuffer | None = None
+        current = -1
+        for index, entry, tensor in laid_out(self._timed(weights), self._bucket_bytes):
+            if bucket is not None and index != current:
+                yield self._finished(bucket)
+            start = time.monotonic()
+            if bucket is None or index != current:
+                bucket, current = self._empty_bucket(index, tensor.nbytes), index
+            bucket.put(entry, tensor, verify)
+            if self._outlet is not None:
+                self._outlet.put(index, entry, tensor)
+            self._fill_s += time.monotonic() - start
+        assert bucket is not None
+        yield self._finished(bucket)
 
     def load(self, buckets: Iterable[StagingBuffer], *, verify: bool) -> None:
-        """Send all buckets; while the engines load one the next is filled."""
+        """Open an update when the first bucket is full, and send all; while the engines load one the next is filled."""
         self._num_filled = 0
         loading: Future[dict[str, None]] | None = None
         for index, bucket in enumerate(buckets):
-            if loading is not None:
+            if loading is None:
+                self._meet()
+                self.begin()
+            else:
                 self._stall(loading)
+                self._meet()
             loading = self._send(bucket, index, verify)
             self._num_filled += 1
         if loading is not None:
@@ -237,34 +269,45 @@ class WeightSync:
         for bucket in self._buckets:
             bucket.close()
 
+    def begin(self) -> None:
+        """Stop decoding and open an update, for which lent weights get their memory back.
+
+        Closes an update that a failed refresh left open.
+        """
+        self._wake(WEIGHTS)
+        self._wait(self._fleet.call_every_engine(pause_and_begin))
+
     @property
     def _filled(self) -> Sequence[StagingBuffer]:
         return self._buckets[: self._num_filled]
 
-    def _filled_buckets(self, weights: NamedWeights, verify: bool) -> Iterator[StagingBuffer]:
-        """Yield buckets as they are full."""
-        bucket: StagingBuffer | None = None
-        index = 0
-        for name, tensor in self._timed(weights):
-            if bucket is not None and not bucket.fits(tensor):
-                self._finish_bucket(bucket)
-                yield bucket
-                index += 1
-                bucket = None
-            start = time.monotonic()
-            if bucket is None:
-                bucket = self._empty_bucket(index, tensor.nbytes)
-            bucket.put(name, tensor, verify)
-            self._fill_s += time.monotonic() - start
-        if bucket is None:
-            raise ValueError("the policy yielded no weights")
-        self._finish_bucket(bucket)
-        yield bucket
-
-    def _finish_bucket(self, bucket: StagingBuffer) -> None:
+    def _finished(self, bucket: StagingBuffer) -> StagingBuffer:
+        """Return the bucket when everything lies in it."""
         start = time.monotonic()
-        bucket.finish()
+        finish_copies()
         self._fill_s += time.monotonic() - start
+        self._must_meet = self._outlet is not None
+        return bucket
+
+    def _meet(self) -> None:
+        """Return when the bucket is full on all devices; the one before may then be filled anew."""
+        if self._outlet is not None:
+            start = time.monotonic()
+            self._must_meet = False
+            self._outlet.meet()
+            self._convert_s += time.monotonic() - start
+
+    def _keep_step(self, buckets: Iterator[StagingBuffer], remaining: Iterator[tuple[str, Tensor]]) -> None:
+        """Go through what a failed refresh has left.
+
+        The policy's ranks gather in lock step: leaving them in the middle would hang the others.
+        """
+        if self._must_meet:
+            self._meet()
+        for _ in buckets:
+            self._meet()
+        for _ in remaining:
+            pass
 
     def _empty_bucket(self, index: int, room_bytes: int) -> StagingBuffer:
         if index == len(self._buckets):
@@ -285,15 +328,23 @@ class WeightSync:
 
     def _send(self, bucket: StagingBuffer, index: int, verify: bool) -> Future[dict[str, None]]:
         async def update(name: str, client: EngineClient) -> None:
-            await self._update(client, bucket, index, verify)
+            addresses = None if self._outlet is None else self._outlet.addresses(name, index)
+            await self._update(client, bucket, index, verify, addresses)
 
         return self._fleet.call_every_engine(update)
 
-    async def _update(self, client: EngineClient, bucket: StagingBuffer, index: int, verify: bool) -> None:
-        """Have an engine load a bucket; every rank of it gets the same message."""
-        address = await client.place(bucket)
-        payload = serialize(bucket.message(index, address, verify))
-        await client.update_weights([payload] * self._num_ranks, LOAD_FORMAT, False)
+    async def _update(
+        self,
+        client: EngineClient,
+        bucket: StagingBuffer,
+        index: int,
+        verify: bool,
+        addresses: Sequence[MemoryAddress] | None = None,
+    ) -> None:
+        """Have every rank of an engine load a bucket, from its own address or else from the engine's host memory."""
+        addresses = addresses or [await client.place(bucket)] * self._num_ranks
+        payloads = [serialize(bucket.message(index, address, verify)) for address in addresses]
+        await client.update_weights(payloads, LOAD_FORMAT, False)
 
     async def _finish(self, client: EngineClient, path: Path, verify: bool) -> None:
         """Have every rank of the engine write its report to `path`.rank, and forget what it cached of old weights."""

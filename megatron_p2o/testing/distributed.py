@@ -65,6 +65,7 @@ def _run_rank(
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
         "WORLD_SIZE": str(world_size),
         "GLOO_SOCKET_IFNAME": "lo",
     }

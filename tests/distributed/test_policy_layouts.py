@@ -43,9 +43,11 @@ def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def train(config: Any) -> dict[str, Any]:
     """Score, update twice (the second time against old log-probs), return everything observable."""
     policy = build_policy(config)
+    delivered: dict[str, Any] = {}
+    policy.deliver_to(lambda weights: delivered.update({name: tensor.numpy() for name, tensor in weights}))
     if not policy.is_conductor:
         policy.serve()
-        return {"held": held_bytes(policy)}
+        return {"held": held_bytes(policy), "weights": delivered}
     samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
     before = policy.score(samples)
     reports = [policy.update(samples, None, 100), policy.update(samples, before, 100)]
@@ -84,6 +86,8 @@ def test_scores_losses_and_updated_weights_equal_transformers_under_every_layout
     assert set(result["weights"]) == set(weights)
     for name, tensor in weights.items():
         np.testing.assert_allclose(result["weights"][name], tensor.numpy(), atol=1e-5, err_msg=name)
+        for rank, each in enumerate(results):
+            np.testing.assert_array_equal(each["weights"][name], result["weights"][name], f"{name} of rank {rank}")
     for ours, theirs in zip(result["after"], oracle.score(samples), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     planned = trainer_memory(config, read_architecture(model_path))

@@ -281,7 +281,6 @@ def test_weights_that_change_inside_the_engine_are_noticed(
     async def damage(_: str, client: EngineClient) -> None:
         await client.update_weights([plain_payload(name, damaged)], None, False)
 
-    engine._sync.begin()
     engine._sync.load(engine._sync.stage(trainer.state_dict().items(), verify=True), verify=True)
     engine.broker.call_every_engine(damage).result(WAIT_S)
     with pytest.raises(RefreshFailed, match=f"1 weights that differ from the trainer's: {name}"):

@@ -1,90 +1,22 @@
-import base64
-import pickle
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_p2o.rollout import weight_loader
 from megatron_p2o.rollout.checksum import BLOCK_WORDS, checksum
 from megatron_p2o.rollout.client import EngineRefused
-from megatron_p2o.rollout.staging import MemoryAddress, StagingBuffer
+from megatron_p2o.rollout.staging import StagingBuffer, laid_out
 from megatron_p2o.rollout.weight_sync import RefreshFailed, WeightSync
 from megatron_p2o.testing.sglang_server import FusedModel
 from megatron_p2o.testing.sglang_server import fused_model_weights as weights
+from megatron_p2o.testing.weight_fleet import InProcessEngine, InProcessFleet, assert_holds
 
 NAMES = ("embed.weight", "q.weight", "k.weight", "v.weight", "norm.weight")
-
-
-class FakeClient:
-    """The weight routes of an engine, with the loader in this process."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.calls: list[str] = []
-        self.is_open = False
-        self.version = 0
-
-    async def pause(self) -> None:
-        self.calls.append("pause")
-
-    async def resume(self) -> None:
-        self.calls.append("resume")
-
-    async def begin_weight_update(self) -> None:
-        if self.is_open:
-            raise EngineRefused("a weight-update session is already open")
-        self.is_open = True
-
-    async def place(self, bucket: StagingBuffer) -> MemoryAddress:
-        return bucket.address
-
-    async def update_weights(self, payloads, load_format, flush_cache) -> None:
-        assert self.is_open
-        for payload in payloads:
-            self.load(pickle.loads(base64.b64decode(payload)))
-
-    def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
-        weight_loader.load(self.model, named_tensors)
-
-    async def end_weight_update(self) -> None:
-        self.is_open = False
-
-    async def set_weight_version(self, version: int) -> None:
-        self.version = version
-
-
-class Fleet:
-    """Engines that answer before the call returns."""
-
-    def __init__(self, *clients: FakeClient) -> None:
-        self.clients = clients
-
-    def call_every_engine(self, call) -> Future:
-        future: Future = Future()
-        try:
-            answers = {}
-            for index, client in enumerate(self.clients):
-                try:
-                    call(f"engine {index}", client).send(None)
-                except StopIteration as stop:
-                    answers[f"engine {index}"] = stop.value
-            future.set_result(answers)
-        except EngineRefused as error:
-            future.set_exception(error)
-        return future
-
-
-def assert_holds(model: FusedModel, sent: list[tuple[str, Tensor]]) -> None:
-    by_name = dict(sent)
-    assert torch.equal(model.qkv, torch.cat([by_name["q.weight"], by_name["k.weight"], by_name["v.weight"]]))
-    assert torch.equal(model.embed, torch.cat([by_name["embed.weight"], torch.zeros(3, 3)]))
-    assert torch.equal(model.norm, by_name["norm.weight"])
 
 
 @pytest.fixture
@@ -92,13 +24,15 @@ def model() -> FusedModel:
     return FusedModel()
 
 
-def sync_of(*clients: FakeClient, directory: Path, bucket_bytes: int = 1 << 16) -> WeightSync:
-    return WeightSync(Fleet(*clients), directory, tensor_parallel=1, answer_timeout_s=5, bucket_bytes=bucket_bytes)
+def sync_of(*clients: InProcessEngine, directory: Path, bucket_bytes: int = 1 << 16) -> WeightSync:
+    return WeightSync(
+        InProcessFleet(*clients), directory, tensor_parallel=1, answer_timeout_s=5, bucket_bytes=bucket_bytes
+    )
 
 
 @pytest.mark.parametrize("bucket_bytes", [16, 48, 1 << 16], ids=["each weight alone", "some together", "one bucket"])
 def test_every_engine_holds_the_weights_after_each_refresh(tmp_path: Path, bucket_bytes: int) -> None:
-    clients = [FakeClient(FusedModel()), FakeClient(FusedModel())]
+    clients = [InProcessEngine(FusedModel()), InProcessEngine(FusedModel())]
     sync = sync_of(*clients, directory=tmp_path, bucket_bytes=bucket_bytes)
     for version in (1, 2, 3):
         sent = weights(seed=version)
@@ -112,14 +46,14 @@ def test_every_engine_holds_the_weights_after_each_refresh(tmp_path: Path, bucke
 
 
 def test_only_the_first_refresh_runs_the_model_s_own_loading(model: FusedModel, tmp_path: Path) -> None:
-    sync = sync_of(FakeClient(model), directory=tmp_path)
+    sync = sync_of(InProcessEngine(model), directory=tmp_path)
     for version in (1, 2, 3):
         sync.refresh(weights(version), version, verify=True)
     assert model.num_loads == 1
 
 
 def test_a_parameter_that_moved_is_found_again(model: FusedModel, tmp_path: Path) -> None:
-    sync = sync_of(FakeClient(model), directory=tmp_path)
+    sync = sync_of(InProcessEngine(model), directory=tmp_path)
     sync.refresh(weights(1), 1, verify=True)
     model.qkv.data = model.qkv.data.clone()
     sync.refresh(weights(2), 2, verify=True)
@@ -130,14 +64,14 @@ def test_a_parameter_that_moved_is_found_again(model: FusedModel, tmp_path: Path
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is page-locked")
 def test_buckets_are_page_locked_on_both_sides_and_arrive_on_the_gpu(tmp_path: Path) -> None:
     model = FusedModel().cuda()
-    sync = sync_of(FakeClient(model), directory=tmp_path)
+    sync = sync_of(InProcessEngine(model), directory=tmp_path)
     for version in (1, 2, 3):
         sent = [(name, value.cuda()) for name, value in weights(version)]
         sync.refresh(sent, version, verify=True)
         by_name = dict(sent)
         assert torch.equal(model.qkv, torch.cat([by_name[f"{part}.weight"] for part in "qkv"]))
         assert torch.equal(model.norm, by_name["norm.weight"])
-    mapped = [bucket for _, bucket in weight_loader._LOADERS[model]._buffers.values()]
+    mapped = weight_loader._LOADERS[model]._mapped.values()
     assert sync._buckets[0].content.is_pinned() and mapped and all(bucket.is_pinned() for bucket in mapped)
     sync.close()
 
@@ -147,7 +81,7 @@ def test_a_model_that_derives_values_from_its_weights_always_loads_itself(tmp_pa
         def post_load_weights(self) -> None: ...
 
     model = Derived()
-    sync = sync_of(FakeClient(model), directory=tmp_path)
+    sync = sync_of(InProcessEngine(model), directory=tmp_path)
     for version in (1, 2):
         sync.refresh(weights(version), version, verify=True)
     assert model.num_loads == 2
@@ -156,10 +90,9 @@ def test_a_model_that_derives_values_from_its_weights_always_loads_itself(tmp_pa
 @pytest.mark.parametrize("name", NAMES)
 def test_one_flipped_bit_in_the_engine_fails_the_refresh_and_names_the_weight(name: str, tmp_path: Path) -> None:
     model = FusedModel()
-    client = FakeClient(model)
+    client = InProcessEngine(model)
     sync = sync_of(client, directory=tmp_path)
     sync.refresh(weights(1), 1, verify=True)
-    sync.begin()
     sync.load(sync.stage(weights(2), verify=True), verify=True)
     place = {"embed": model.embed[4], "q": model.qkv[2], "k": model.qkv[4], "v": model.qkv[5], "norm": model.norm}
     flip_lowest_bit(place[name.split(".")[0]].data)
@@ -170,7 +103,7 @@ def test_one_flipped_bit_in_the_engine_fails_the_refresh_and_names_the_weight(na
 
 
 def test_damage_on_the_way_to_the_engine_is_detected(model: FusedModel, tmp_path: Path) -> None:
-    class DamagingClient(FakeClient):
+    class DamagingClient(InProcessEngine):
         def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
             for buffer in sync._buckets:
                 flip_lowest_bit(buffer._memory.content)
@@ -184,9 +117,8 @@ def test_damage_on_the_way_to_the_engine_is_detected(model: FusedModel, tmp_path
 
 
 def test_a_refresh_after_a_failed_one_repairs_the_engine(model: FusedModel, tmp_path: Path) -> None:
-    client = FakeClient(model)
+    client = InProcessEngine(model)
     sync = sync_of(client, directory=tmp_path)
-    sync.begin()
     sync.load(sync.stage(weights(1), verify=True), verify=True)
     flip_lowest_bit(model.norm.data)
     with pytest.raises(RefreshFailed):
@@ -198,25 +130,24 @@ def test_a_refresh_after_a_failed_one_repairs_the_engine(model: FusedModel, tmp_
 
 def test_a_weight_that_was_left_out_fails_the_refresh(model: FusedModel, tmp_path: Path) -> None:
     with pytest.raises(RefreshFailed, match="2 parameters that no traceable copy filled: qkv, norm;"):
-        sync_of(FakeClient(model), directory=tmp_path).refresh(weights()[:3], 1, verify=True)
+        sync_of(InProcessEngine(model), directory=tmp_path).refresh(weights()[:3], 1, verify=True)
 
 
 def test_a_weight_the_model_does_not_know_fails_the_refresh(model: FusedModel, tmp_path: Path) -> None:
     sent = [*weights(), ("lm_head.bias", torch.ones(4))]
     with pytest.raises(RefreshFailed, match=r"no use for 1 weights it was sent: lm_head\.bias"):
-        sync_of(FakeClient(model), directory=tmp_path).refresh(sent, 1, verify=True)
+        sync_of(InProcessEngine(model), directory=tmp_path).refresh(sent, 1, verify=True)
 
 
 def test_a_tied_weight_sent_twice_is_no_error(model: FusedModel, tmp_path: Path) -> None:
     sent = [*weights(), ("lm_head.weight", weights()[0][1])]
-    sync_of(FakeClient(model), directory=tmp_path).refresh(sent, 1, verify=True)
+    sync_of(InProcessEngine(model), directory=tmp_path).refresh(sent, 1, verify=True)
     assert_holds(model, weights())
 
 
 def test_without_verification_nothing_is_compared(model: FusedModel, tmp_path: Path) -> None:
-    client = FakeClient(model)
+    client = InProcessEngine(model)
     sync = sync_of(client, directory=tmp_path)
-    sync.begin()
     sync.load(sync.stage(weights(), verify=False), verify=False)
     flip_lowest_bit(model.norm.data)
     sync.check(1, verify=False)
@@ -226,11 +157,11 @@ def test_without_verification_nothing_is_compared(model: FusedModel, tmp_path: P
 
 def test_a_policy_without_weights_is_an_error(model: FusedModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no weights"):
-        sync_of(FakeClient(model), directory=tmp_path).refresh(iter(()), 1, verify=True)
+        sync_of(InProcessEngine(model), directory=tmp_path).refresh(iter(()), 1, verify=True)
 
 
 def test_a_refused_refresh_still_consumes_the_weights(model: FusedModel, tmp_path: Path) -> None:
-    class RefusingClient(FakeClient):
+    class RefusingClient(InProcessEngine):
         def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
             raise EngineRefused("no")
 
@@ -251,24 +182,34 @@ def test_weights_are_taken_from_the_iterator_before_the_next_is_asked_for(model:
             view = memory[: value.numel()].view(value.shape) if value.dtype == torch.float32 else value
             yield name, view.copy_(value) if view is not value else value
 
-    sync_of(FakeClient(model), directory=tmp_path).refresh(reused(), 1, verify=True)
+    sync_of(InProcessEngine(model), directory=tmp_path).refresh(reused(), 1, verify=True)
     assert_holds(model, weights(4))
 
 
 def test_non_contiguous_weights_arrive_in_order(model: FusedModel, tmp_path: Path) -> None:
     sent = [(name, value.t().contiguous().t() if value.dim() == 2 else value) for name, value in weights(5)]
-    sync_of(FakeClient(model), directory=tmp_path).refresh(sent, 1, verify=True)
+    sync_of(InProcessEngine(model), directory=tmp_path).refresh(sent, 1, verify=True)
     assert_holds(model, weights(5))
+
+
+def test_the_loader_gives_up_memory_that_the_trainer_no_longer_uses(model: FusedModel, tmp_path: Path) -> None:
+    client = InProcessEngine(model)
+    for version in (1, 2):
+        # Each has buckets of its own, as a trainer has that sends larger ones than before.
+        sync_of(client, directory=tmp_path, bucket_bytes=48).refresh(weights(version), version, verify=True)
+        assert len(weight_loader._LOADERS[model]._mapped) == 3
+    assert_holds(model, weights(2))
 
 
 def test_a_staging_buffer_grows_for_a_large_tensor() -> None:
     buffer = StagingBuffer(0, 32)
     before = buffer.message(0, buffer.address, verify=False)
     buffer.clear(1000)
-    buffer.put("large", torch.arange(250, dtype=torch.float32), verify=False)
+    ((_, entry, tensor),) = laid_out([("large", torch.arange(250, dtype=torch.float32))], 32)
+    buffer.put(entry, tensor, verify=False)
     after = buffer.message(0, buffer.address, verify=False)
-    assert after.num_bytes >= 1000 and after.buffer_id != before.buffer_id
-    mapped = torch.from_file(after.path, shared=True, size=after.num_bytes, dtype=torch.uint8)
+    assert after.address.num_bytes >= 1000 and after.address.buffer_id != before.address.buffer_id
+    mapped = torch.from_file(after.address.path, shared=True, size=after.address.num_bytes, dtype=torch.uint8)
     assert torch.equal(after.entries[0].view(mapped), torch.arange(250, dtype=torch.float32))
     buffer.close()
 

@@ -1,0 +1,117 @@
+"""Memory of a GPU that two processes share: one takes it, the other opens it by a handle (CUDA IPC).
+
+Runs in the trainer and in the engine. Straight from the driver, because what torch's allocator gives out may lie in
+memory that has no handle (growing segments, torch_memory_saver). Imports torch and cuda.bindings only.
+"""
+
+import importlib
+import importlib.util
+import secrets
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_p2o.rollout.weight_message import MemoryAddress
+
+BINDINGS = "cuda.bindings"
+"""NVIDIA's package; SGLang and torch require it where there is CUDA."""
+
+
+class DeviceMemory:
+    """Bytes on the current GPU that another process with that GPU can open. Kept until this process ends."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Args:
+        num_bytes: a multiple of `ALIGNMENT_BYTES`.
+
+        Raises:
+            RuntimeError: the GPU has not so much left, or the driver shares no memory.
+        """
+        device = current_device()
+        cuda = driver()
+        pointer = checked("cuMemAlloc", cuda.cuMemAlloc(num_bytes))
+        handle = checked("cuIpcGetMemHandle", cuda.cuIpcGetMemHandle(pointer))
+        self.content = span(int(pointer), num_bytes, device)
+        """[num_bytes] uint8."""
+        self.address = MemoryAddress(
+            path="",
+            buffer_id=secrets.token_hex(8),
+            num_bytes=num_bytes,
+            ipc_handle=bytes(handle.reserved).hex(),
+            gpu_uuid=uuid_of(device),
+        )
+
+
+def can_share_device_memory() -> bool:
+    """Return whether this machine has a GPU and what is needed to share its memory."""
+    return (
+        torch.cuda.is_available()
+        and importlib.util.find_spec("cuda") is not None
+        and importlib.util.find_spec(BINDINGS) is not None
+    )
+
+
+def open_device_memory(address: MemoryAddress) -> Tensor:
+    """Return the bytes at an address on the current GPU; `close_device_memory` gives them up.
+
+    Raises:
+        RuntimeError: they lie on another GPU, or the driver refuses.
+    """
+    device = current_device()
+    if uuid_of(device) != address.gpu_uuid:
+        raise RuntimeError(
+            f"weights were left on GPU {address.gpu_uuid} for an engine on GPU {uuid_of(device)}: "
+            "rollout.weight_transfer=host does not depend on which GPU an engine is on"
+        )
+    cuda = driver()
+    handle = cuda.CUipcMemHandle()
+    handle.reserved = bytes.fromhex(address.ipc_handle)
+    flags = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
+    pointer = checked("cuIpcOpenMemHandle", cuda.cuIpcOpenMemHandle(handle, flags))
+    return span(int(pointer), address.num_bytes, device)
+
+
+def close_device_memory(memory: Tensor) -> None:
+    """Give up what `open_device_memory` returned; nothing may be reading it."""
+    checked("cuIpcCloseMemHandle", driver().cuIpcCloseMemHandle(memory.data_ptr()))
+
+
+def current_device() -> torch.device:
+    """Return this thread's GPU, whose context the driver then works in."""
+    torch.cuda.current_stream().synchronize()
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def uuid_of(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def span(pointer: int, num_bytes: int, device: torch.device) -> Tensor:
+    """Return the bytes at a GPU's address as a tensor that owns nothing."""
+    return torch.as_tensor(CudaArray(pointer, num_bytes), device=device)
+
+
+class CudaArray:
+    """A description of memory that torch takes without copying it."""
+
+    def __init__(self, pointer: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
+def driver() -> Any:
+    """Return NVIDIA's binding of the CUDA driver."""
+    return importlib.import_module(f"{BINDINGS}.driver")
+
+
+def checked(call: str, answer: tuple[Any, ...]) -> Any:
+    """Return what a call of the driver gave, or raise `RuntimeError` with the setting that does without it."""
+    error, *values = answer
+    if int(error) != 0:
+        raise RuntimeError(f"{call}: {error}; rollout.weight_transfer=host does without memory shared on a GPU")
+    return values[0] if values else None

@@ -1,0 +1,160 @@
+"""Weights left on every rank's own device: here in memory files, for engines of this process. Two trainer ranks."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_p2o.config import Config
+from megatron_p2o.rollout.client import EngineRefused
+from megatron_p2o.rollout.outlet import WeightOutlet, engine_devices, open_outlet
+from megatron_p2o.rollout.weight_message import LoadMessage, parse
+from megatron_p2o.rollout.weight_sync import RefreshFailed, WeightSync
+from megatron_p2o.testing.distributed import run_gloo_ranks
+from megatron_p2o.testing.fakes import fake_config
+from megatron_p2o.testing.sglang_server import FusedModel
+from megatron_p2o.testing.sglang_server import fused_model_weights as weights
+from megatron_p2o.testing.weight_fleet import InProcessEngine, InProcessFleet, assert_holds
+
+BUCKET_BYTES = 48
+"""The weights of `FusedModel` make three buckets."""
+
+CONFIG = fake_config({"rollout.weight_transfer": "device", "rollout.num_engines": 2})
+
+
+class Engine(InProcessEngine):
+    """Notes where it was sent to; refuses the second bucket when told to."""
+
+    def __init__(self) -> None:
+        super().__init__(FusedModel())
+        self.is_refusing = False
+        self.paths: set[str] = set()
+
+    def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
+        message = parse(named_tensors[0][0])
+        if isinstance(message, LoadMessage):
+            self.paths.add(message.address.path)
+            if self.is_refusing and message.index == 1:
+                raise EngineRefused("not now")
+        super().load(named_tensors)
+
+
+def opened(config: Config) -> WeightOutlet:
+    outlet = open_outlet(config, largest_weight_bytes=60)
+    assert outlet is not None
+    outlet._bucket_bytes = BUCKET_BYTES  # the setting counts in MiB
+    return outlet
+
+
+def conducted(outlet: WeightOutlet, engines: list[Engine], folder: Path) -> WeightSync:
+    fleet = InProcessFleet(*engines)
+    sizes: Any = {"tensor_parallel": 1, "answer_timeout_s": 5, "bucket_bytes": BUCKET_BYTES}
+    return WeightSync(fleet, folder, outlet=outlet, **sizes)
+
+
+def process_of(path: str) -> int:
+    return int(path.split("/")[2])
+
+
+def refresh_three_times(folder: Path) -> Any:
+    outlet = opened(CONFIG)
+    if dist.get_rank() != 0:
+        for version in (1, 2, 3):
+            outlet.take(weights(version))
+            dist.barrier()  # as rank 0's next command does
+        return os.getpid()
+    engines = [Engine(), Engine()]
+    sync = conducted(outlet, engines, folder)
+    for version in (1, 2, 3):
+        sync.refresh(weights(version), version, verify=True)
+        for engine in engines:
+            assert_holds(engine.model, weights(version))
+            assert engine.version == version
+        dist.barrier()
+    newcomer = Engine()
+    with pytest.raises(StopIteration):
+        sync.restore("engine 1", newcomer, verify=True).send(None)  # pyright: ignore[reportArgumentType]
+    assert_holds(newcomer.model, weights(3))
+    return os.getpid(), [{process_of(path) for path in engine.paths} for engine in engines], len(engines[1].paths)
+
+
+def test_every_engine_takes_the_weights_that_its_own_rank_left(tmp_path: Path) -> None:
+    (first, sources, num_paths), second = run_gloo_ranks(refresh_three_times, 2, tmp_path)
+    assert sources == [{first}, {second}]
+    assert num_paths == 2, "three buckets take turns in two spans"
+
+
+def refuse_then_accept(folder: Path) -> None:
+    outlet = opened(CONFIG)
+    if dist.get_rank() != 0:
+        outlet.take(weights(1))
+        dist.barrier()
+        outlet.take(weights(2))
+        return
+    engines = [Engine(), Engine()]
+    engines[0].is_refusing = True
+    sync = conducted(outlet, engines, folder)
+    remaining = iter(weights(1))
+    with pytest.raises(RefreshFailed, match="version 1: not now"):
+        sync.refresh(remaining, 1, verify=True)
+    assert next(remaining, None) is None
+    engines[0].is_refusing = False
+    dist.barrier()
+    sync.refresh(weights(2), 2, verify=True)
+    for engine in engines:
+        assert_holds(engine.model, weights(2))
+
+
+def test_a_refused_refresh_leaves_the_ranks_in_step(tmp_path: Path) -> None:
+    run_gloo_ranks(refuse_then_accept, 2, tmp_path)
+
+
+def drift(folder: Path) -> None:
+    outlet = opened(CONFIG)
+
+    def drifted() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights(1):
+            yield name, weight * (1 + 2**-20) if name == "norm.weight" else weight
+
+    if dist.get_rank() != 0:
+        outlet.take(drifted())
+        return
+    sync = conducted(outlet, [Engine(), Engine()], folder)
+    with pytest.raises(RefreshFailed, match=r"engine 1 .*1 weights that differ from the trainer's: norm\.weight$"):
+        sync.refresh(weights(1), 1, verify=True)
+
+
+def test_a_rank_whose_weights_are_not_rank_0_s_is_found_out(tmp_path: Path) -> None:
+    run_gloo_ranks(drift, 2, tmp_path)
+
+
+def open_without_enough_ranks() -> bool:
+    os.environ["GROUP_WORLD_SIZE"] = "2"  # the second node's ranks have not been started
+    with pytest.raises(ValueError, match="no trainer rank is on node 1's device 0, where engines are"):
+        open_outlet(CONFIG, largest_weight_bytes=60)
+    return open_outlet(fake_config(), largest_weight_bytes=60) is None
+
+
+def test_an_engine_without_a_trainer_rank_on_its_device_is_an_error() -> None:
+    assert run_gloo_ranks(open_without_enough_ranks, 1) == [True]
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "local_ranks", "tensor_parallel", "expected"),
+    [
+        (1, 4, 2, [[(0, 0), (0, 1)], [(0, 2), (0, 3)]]),
+        (2, 8, 4, [[(0, 0), (0, 1), (0, 2), (0, 3)], [(1, 0), (1, 1), (1, 2), (1, 3)]]),
+        (1, 1, 1, [[(0, 0)], [(0, 0)]]),
+    ],
+)
+def test_engine_ranks_take_the_devices_of_their_node_in_turn(
+    num_nodes: int, local_ranks: int, tensor_parallel: int, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(num_nodes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    config = fake_config({"rollout.num_engines": 2, "rollout.tensor_parallel": tensor_parallel})
+    assert list(engine_devices(config).values()) == expected
