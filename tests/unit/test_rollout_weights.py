@@ -25,9 +25,8 @@ def model() -> FusedModel:
 
 
 def sync_of(*clients: InProcessEngine, directory: Path, bucket_bytes: int = 1 << 16) -> WeightSync:
-    return WeightSync(
-        InProcessFleet(*clients), directory, tensor_parallel=1, answer_timeout_s=5, bucket_bytes=bucket_bytes
-    )
+    fleet = InProcessFleet(*clients)
+    return WeightSync(fleet, directory, tensor_parallel=1, answer_timeout_s=5, bucket_bytes=bucket_bytes)
 
 
 @pytest.mark.parametrize("bucket_bytes", [16, 48, 1 << 16], ids=["each weight alone", "some together", "one bucket"])
