@@ -4,11 +4,13 @@
     python tools/bench_refresh.py --shape tiny --engines 1 --repeats 3
 
 One trainer process holds the policy and hands its weights (gathered, converted, named as on Hugging Face) to real
-engines beside it. `ours` is the trainer's `WeightSync.refresh`. `sglang tensor` sends flattened buckets as other
-trainers do: a bucket is one tensor that both processes share (CUDA IPC on a GPU), the next one is made when it has been
-loaded, nothing is compared. `sglang disk` writes a directory, and the engines read it. The ways take turns within one
-run; wall clock. Before a way is timed it must restore, from halved weights, the log-probs that the engine had with the
-same weights when it was started. Our first run, which maps memory and records copies, is shown apart.
+engines beside it. `ours` is the trainer's `WeightSync.refresh`, on the GPU or through host memory
+(`rollout.weight_transfer`; without CUDA both are memory files, and `device` fills one more). `sglang tensor` sends
+flattened buckets as other trainers do: a bucket is one tensor that both processes share (CUDA IPC on a GPU), the next
+one is made when it has been loaded, nothing is compared. `sglang disk` writes a directory, and the engines read it. The
+ways take turns within one run; wall clock. Before a way is timed it must restore, from halved weights, the log-probs
+that the engine had with the same weights when it was started. Our first run, which maps memory and records copies, is
+shown apart.
 """
 
 import argparse
@@ -46,6 +48,7 @@ from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
 from megatron_p2o.rollout.broker import Broker
 from megatron_p2o.rollout.client import EngineClient
 from megatron_p2o.rollout.engine import SglangEngine, start_engines
+from megatron_p2o.rollout.outlet import open_outlet
 from megatron_p2o.rollout.weight_sync import WeightSync
 from megatron_p2o.types import SamplingParams
 
@@ -137,7 +140,7 @@ def measure(
             "bucket_mib": way.bucket_mib,
             "is_verified": way.is_verified,
             # Nothing else of a way is done once only, and without checks its buckets are those of the way before.
-            "first": first if way.name == "ours" and way.is_verified else None,
+            "first": first if way.name.startswith("ours") and way.is_verified else None,
             "later": {key: spread([seconds[key] for seconds in later]) for key in first},
         }
         for way, first, later in zip(ways, firsts, zip(*laters, strict=True), strict=True)
@@ -145,19 +148,36 @@ def measure(
 
 
 def ways_to(
-    broker: Broker, policy: MegatronPolicy, run_dir: Path, bucket_mib: Sequence[int], stack: ExitStack
+    broker: Broker,
+    policy: MegatronPolicy,
+    run_dir: Path,
+    bucket_mib: Sequence[int],
+    stack: ExitStack,
 ) -> list[Way]:
     """Return the ways into the engines of `broker`; what they hold is given up with `stack`."""
     ways: list[Way] = []
+    transfer = RolloutConfig(
+        weight_transfer="device", num_engines=broker.num_engines, refresh_bucket_mib=max(bucket_mib)
+    )
+    outlet = open_outlet(replace(policy._config, rollout=transfer), policy.largest_weight_bytes)
     for mib in bucket_mib:
-        sync = WeightSync(
-            broker, run_dir / "engines", tensor_parallel=1, answer_timeout_s=TIMEOUT_S, bucket_bytes=mib << 20
+        by_host, by_device = (
+            WeightSync(
+                broker,
+                run_dir / "engines",
+                tensor_parallel=1,
+                answer_timeout_s=TIMEOUT_S,
+                bucket_bytes=mib << 20,
+                outlet=way,
+            )
+            for way in (None, outlet)
         )
-        stack.callback(sync.close)
-        for is_verified in (True, False):
-            send = partial(send_ours, sync, is_verified)
-            ways.append(Way(name="ours", bucket_mib=mib, is_verified=is_verified, send=send))
-        send = partial(send_tensors, broker, sync, mib << 20)
+        for name, sync in (("ours, host", by_host), ("ours, device", by_device)):
+            stack.callback(sync.close)
+            for is_verified in (True, False):
+                send = partial(send_ours, sync, is_verified)
+                ways.append(Way(name=name, bucket_mib=mib, is_verified=is_verified, send=send))
+        send = partial(send_tensors, broker, by_host, mib << 20)
         ways.append(Way(name="sglang tensor", bucket_mib=mib, is_verified=False, send=send))
     send = partial(send_disk, broker, Path(policy._config.model.path), run_dir)
     return [*ways, Way(name="sglang disk", bucket_mib=None, is_verified=False, send=send)]

@@ -24,8 +24,9 @@ def test_every_way_brings_the_weights_and_its_parts_add_up(tmp_path: Path):
     per_layer = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384 + 2 * 128 + 2 * 16
     assert result["num_bytes"] == 4 * (8192 * 128 + 4 * per_layer + 128)
     ways = [(arm["way"], arm["is_verified"]) for arm in result["arms"]]
-    assert ways == [("ours", True), ("ours", False), ("sglang tensor", False), ("sglang disk", False)]
-    for arm in result["arms"][:2]:
+    ours = [(f"ours, {way}", is_verified) for way in ("host", "device") for is_verified in (True, False)]
+    assert ways == [*ours, ("sglang tensor", False), ("sglang disk", False)]
+    for arm in result["arms"][:4]:
         seconds = {key: values["median"] for key, values in arm["later"].items()}
         assert 0 < seconds["convert_s"] + seconds["fill_s"] + seconds["stall_s"] < seconds["total_s"]
-    assert [arm["first"] is not None for arm in result["arms"]] == [True, False, False, False]
+    assert [arm["first"] is not None for arm in result["arms"]] == [True, False, True, False, False, False]

@@ -43,6 +43,9 @@ SIZES: dict[str, dict[str, Any]] = {
 NUM_PARAMETERS = {"4B": 4_022_468_096, "32B": 32_762_123_264}
 """Of the published checkpoints."""
 
+BUCKETS_4B = 2 * 151936 * 2560 * 2
+"""Two, each as large as the embedding, which is larger than `rollout.refresh_bucket_mib`."""
+
 GPU_80 = Gpus(count=8, num_bytes=80 * GIB, num_nodes=1)
 
 
@@ -110,9 +113,12 @@ def test_a_cache_without_a_size_gets_what_the_others_leave(tmp_path: Path) -> No
     config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True))
     plan = plan_of(config, qwen3("4B", tmp_path))
     count, token = NUM_PARAMETERS["4B"], 2 * 36 * 8 * 128 * 2
-    left = 80 * GIB - RESERVE_BYTES - (2 + 4 + 12 / 8) * count - 2 * count
-    assert plan.cache_tokens == left // token == 279_700
-    assert sum(plan.phases["training"].values()) == 7.5 * count + 16384 * 2560 * 2 * 36, "engines lend theirs"
+    left = 80 * GIB - RESERVE_BYTES - (2 + 4 + 12 / 8) * count - 2 * count - BUCKETS_4B
+    assert plan.cache_tokens == left // token == 269_148
+    training = 7.5 * count + 16384 * 2560 * 2 * 36 + BUCKETS_4B
+    assert sum(plan.phases["training"].values()) == training, "engines lend theirs"
+    by_host = replace(config, rollout=replace(config.rollout, weight_transfer="host"))
+    assert plan_of(by_host, qwen3("4B", tmp_path)).cache_tokens == (left + BUCKETS_4B) // token == 279_700
     # An engine that keeps its memory leaves room for the activations as well, or what one response needs.
     recomputing = replace(config, megatron={"recompute_granularity": "full"})
     kept = plan_of(recomputing, qwen3("4B", tmp_path), releases=False)
@@ -136,7 +142,7 @@ def test_an_engine_s_share_is_of_what_it_finds_before_the_first_step(tmp_path: P
     config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True), rollout__num_engines=16)
     plan = plan_of(replace(config, sglang={"mem-fraction-static": 0.4}), qwen3("4B", tmp_path))
     count = NUM_PARAMETERS["4B"]
-    free = 80 * GIB - RESERVE_BYTES - 6.5 * count  # the moments come later
+    free = 80 * GIB - RESERVE_BYTES - BUCKETS_4B - 6.5 * count  # the moments come later
     first, second = 0.4 * free, 0.4 * 0.6 * free
     assert 2 * (plan.weights + plan.cache) == pytest.approx(first + second, rel=1e-6)
 
@@ -157,10 +163,10 @@ def test_what_cannot_fit_is_refused_with_every_number_and_the_settings_to_change
     with pytest.raises(ValueError) as refused:
         plan_of(config, qwen3("4B", tmp_path), Gpus(count=8, num_bytes=70 * GIB, num_nodes=1)).check(config)
     message = str(refused.value)
-    # 18 bytes a parameter and 2 in the engine: 74.9 GiB.
+    # 18 bytes a parameter, 2 in the engine, two buckets: 76.4 GiB.
     assert message.startswith(
-        "sampling does not fit a GPU: parameters 7.5, gradients 15.0, optimizer 45.0, engine weights 7.5; together "
-        "74.9 of 70.0 GiB. Remedies: set parallel.distributed_optimizer; raise parallel.tensor"
+        "sampling does not fit a GPU: parameters 7.5, gradients 15.0, optimizer 45.0, weight buckets 1.4, engine "
+        "weights 7.5; together 76.4 of 70.0 GiB. Remedies: set parallel.distributed_optimizer; raise parallel.tensor"
     )
     sharded = replace(config, parallel=ParallelConfig(data=8, distributed_optimizer=True))
     plan_of(sharded, qwen3("4B", tmp_path), Gpus(count=8, num_bytes=70 * GIB, num_nodes=1)).check(sharded)
