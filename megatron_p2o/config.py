@@ -111,7 +111,8 @@ class RolloutConfig:
     `sglang.mem_fraction_static` is set; without CUDA 65,536."""
     startup_timeout_s: float = 600.0
     request_timeout_s: float = 3600.0
-    """Longest wait for one completion; then it counts as aborted."""
+    """Longest time an engine may work on one completion; then it counts as aborted. It stands still while engines do
+    not sample: their weights are refreshed, or their memory is lent."""
     stall_timeout_s: float = 300.0
     """An engine that has requests and samples no token for so long, or leaves a call of a refresh unanswered, is hung:
     it is killed and replaced. Waiting in an engine's queue does not count."""

@@ -28,8 +28,8 @@ USER_ROUTES = frozenset({"generate", "health_generate"})
 MAX_REQUEST_BYTES = 1 << 28
 """Of what is passed on to an engine; weights come through /staging, in pieces."""
 
-FORWARD_MARGIN_S = 60.0
-"""The caller's own time limits end first."""
+CONNECT_TIMEOUT_S = 60.0
+"""To an engine. For its answer rank 0 sets the limits: it knows when the engine is not to sample."""
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -161,7 +161,7 @@ class Agent:
 
 async def serve(config: Config, run_dir: Path, key: str, address: str) -> None:
     """Listen at a free port of `address`, print the URL, and go on until the process is ended."""
-    limit = aiohttp.ClientTimeout(total=config.rollout.request_timeout_s + FORWARD_MARGIN_S)
+    limit = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limit) as session:
         agent = Agent(config=config, run_dir=run_dir, key=key, session=session)
         runner = web.AppRunner(agent.application(), access_log=None, shutdown_timeout=0)

@@ -10,7 +10,7 @@ import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from itertools import count
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from megatron_p2o.rollout.requests import (
     Engine,
     Priority,
     Request,
+    StoppableClock,
     nothing_generated,
     settle,
 )
@@ -32,6 +33,9 @@ ABORT_GRACE_S = 10.0
 
 LOOP_TIMEOUT_S = 60.0
 """Limit on what only needs the loop's attention."""
+
+STOPPED_POLL_S = 1.0
+"""How often to look whether a clock that stands still goes on."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -55,18 +59,22 @@ class Broker:
         request_timeout_s: float,
         stall_timeout_s: float,
         on_loss: Callable[[str], None] | None = None,
+        loop_timeout_s: float = LOOP_TIMEOUT_S,
     ) -> None:
         """Args:
         slots_per_engine: requests an engine decodes at once; more wait here, where priority can still be changed.
-        request_timeout_s: longest wait for one completion, counted from the moment an engine gets it.
+        request_timeout_s: longest wait for one completion, counted from the moment an engine gets it, without the
+            time in which the gate is closed to everyone: engines then do not sample, and may have lent their memory.
         stall_timeout_s: longest time an engine may have requests and sample nothing; then it is lost.
         on_loss: told the name of an engine that is lost, once; must not block. Requests then wait for another engine
             or for `suspend`. None: nobody replaces engines, and losing the last one gives up.
+        loop_timeout_s: limit on what only needs the loop's attention; more than that raises `TimeoutError`.
         """
         self._slots = slots_per_engine
         self._request_timeout_s = request_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._on_loss = on_loss
+        self._loop_timeout_s = loop_timeout_s
         self._engines: list[Engine] = []
         self._queues: dict[Priority, deque[Request]] = {priority: deque() for priority in PRIORITIES}
         self._admitted = EVERYONE
@@ -80,6 +88,7 @@ class Broker:
         self._ids = (f"{prefix}-{number:012d}" for number in count())
         """Of one length: SGLang aborts every request whose id begins with the one it is given."""
         self._loop = asyncio.new_event_loop()
+        self._clock = StoppableClock(self._loop.time)
         self._thread = threading.Thread(target=self._loop.run_forever, name="broker", daemon=True)
         self._thread.start()
 
@@ -126,7 +135,7 @@ class Broker:
             for engine in [engine for engine in self._engines if engine.name == name]:
                 self._lose(engine, reason)
 
-        self._run(lose()).result(LOOP_TIMEOUT_S)
+        self._finish(lose(), f"give {name} up")
 
     def submit(self, prompt: Prompt, sampling: SamplingParams, priority: Priority = "training") -> "Future[Completion]":
         """Return a future of the completion; cancelling it aborts the request.
@@ -152,11 +161,10 @@ class Broker:
         """Set the gate: requests of other priorities wait. Those an engine already has are not touched."""
 
         async def set_gate() -> None:
-            self._admitted = priorities
             self._num_closings += 1
-            self._dispatch()
+            self._admit(priorities)
 
-        self._run(set_gate()).result(LOOP_TIMEOUT_S)
+        self._finish(set_gate(), f"admit {' and '.join(sorted(priorities)) or 'nobody'}")
 
     def suspend(self, error: Exception) -> None:
         """Answer waiting and future requests with `error`.
@@ -167,7 +175,7 @@ class Broker:
         async def refuse() -> None:
             self._refuse(error)
 
-        self._run(refuse()).result(LOOP_TIMEOUT_S)
+        self._finish(refuse(), "refuse the waiting requests")
 
     def serve(self, version: int) -> None:
         """Open the gate to everyone, for weights of `version`."""
@@ -176,10 +184,9 @@ class Broker:
             if not isinstance(self._refusal, EnginesLost):
                 self._refusal = None
             self._version = version
-            self._admitted = EVERYONE
-            self._dispatch()
+            self._admit(EVERYONE)
 
-        self._run(open_gate()).result(LOOP_TIMEOUT_S)
+        self._finish(open_gate(), f"serve version {version}")
 
     def call_every_engine(self, call: Callable[[str, EngineClient], Awaitable[T]]) -> "Future[dict[str, T]]":
         """Run `call(name, client)` for all engines at once; the result is by name.
@@ -221,13 +228,31 @@ class Broker:
             for engine in self._engines:
                 await engine.client.close()
 
-        self._run(shut_down()).result(LOOP_TIMEOUT_S)
+        self._finish(shut_down(), "drop its requests and connections")
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(LOOP_TIMEOUT_S)
+        self._thread.join(self._loop_timeout_s)
+        if self._thread.is_alive():
+            raise self._held_up("end")
         self._loop.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _finish(self, coroutine: Coroutine[Any, Any, None], what: str) -> None:
+        """Run something that takes no time of its own; raise `TimeoutError` that says `what` it is when it does."""
+        future = self._run(coroutine)
+        done, _ = wait([future], self._loop_timeout_s)
+        if not done:
+            future.cancel()
+            raise self._held_up(what)
+        future.result()
+
+    def _held_up(self, what: str) -> TimeoutError:
+        return TimeoutError(
+            f"the broker of the engines did not {what} within {self._loop_timeout_s:g} s, which takes no time by "
+            "itself: either all cores of rank 0's node are taken (give the job more of them, or lower "
+            "grading.num_workers), or run.directory, where it reads the engines' logs, does not answer"
+        )
 
     def _on_cancel(self, request: Request) -> None:
         if not self._loop.is_closed():
@@ -241,6 +266,14 @@ class Broker:
             return
         self._num_open[request.prompt.problem.id] += 1
         self._queues[request.priority].append(request)
+        self._dispatch()
+
+    def _admit(self, priorities: frozenset[Priority]) -> None:
+        self._admitted = priorities
+        if priorities:
+            self._clock.go()
+        else:
+            self._clock.stop()
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -282,16 +315,12 @@ class Broker:
 
     async def _generate(self, request: Request, engine: Engine) -> Generation:
         """Return what the engine sampled, cut short when the time is over."""
-        answer = asyncio.ensure_future(
-            engine.client.generate(
-                request.prompt.sampling_ids, request.sampling, request.id, self._request_timeout_s + ABORT_GRACE_S
-            )
-        )
+        client = engine.client
+        answer = asyncio.ensure_future(client.generate(request.prompt.sampling_ids, request.sampling, request.id))
         try:
-            done, _ = await asyncio.wait([answer], timeout=self._request_timeout_s)
-            if not done:
-                await engine.client.abort(request.id)
-            return await answer
+            if not await self._comes_in_time(answer):
+                await client.abort(request.id)
+            return await asyncio.wait_for(answer, ABORT_GRACE_S)
         except TimeoutError:
             logger.warning("%s did not end %s within rollout.request_timeout_s", engine.name, request.id)
             return nothing_generated(self._version)
@@ -301,6 +330,12 @@ class Broker:
             raise
         finally:
             answer.cancel()
+
+    async def _comes_in_time(self, answer: "asyncio.Future[Generation]") -> bool:
+        deadline_s = self._clock.now_s() + self._request_timeout_s
+        while not answer.done() and (left_s := deadline_s - self._clock.now_s()) > 0:
+            await asyncio.wait([answer], timeout=max(left_s, STOPPED_POLL_S) if self._clock.is_stopped else left_s)
+        return answer.done()
 
     def _on_served(self, request: Request, engine: Engine, task: "asyncio.Task[None]") -> None:
         """Free the slot; send the request elsewhere if the engine is gone."""

@@ -79,11 +79,12 @@ class EngineClient:
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
     async def generate(
-        self, token_ids: TokenIds, sampling: SamplingParams, request_id: str, timeout_s: float
+        self, token_ids: TokenIds, sampling: SamplingParams, request_id: str, timeout_s: float | None = None
     ) -> Generation:
         """Sample one continuation.
 
-        `sampling.seed` is honoured by servers with `enable_deterministic_inference`.
+        `sampling.seed` is honoured by servers with `enable_deterministic_inference`. Without `timeout_s` it is for the
+        caller to give up.
 
         Raises:
             TimeoutError: no answer within `timeout_s`; the server may still be at work on it, see `abort`.
@@ -177,11 +178,11 @@ class EngineClient:
         if not answer["success"]:
             raise EngineRefused(f"{self._base_url}{path}: {answer['message']}")
 
-    async def _post(self, path: str, request: dict[str, Any], headers: dict[str, str], timeout_s: float) -> Any:
+    async def _post(self, path: str, request: dict[str, Any], headers: dict[str, str], timeout_s: float | None) -> Any:
         return await self._ask("POST", path, request, headers, timeout_s)
 
     async def _ask(
-        self, method: str, path: str, request: dict[str, Any] | None, headers: dict[str, str], timeout_s: float
+        self, method: str, path: str, request: dict[str, Any] | None, headers: dict[str, str], timeout_s: float | None
     ) -> Any:
         """Return the JSON of the answer, None when it has another type."""
         url = self._base_url + path

@@ -47,6 +47,35 @@ class Engine:
         return len(self.running)
 
 
+class StoppableClock:
+    """Seconds of another clock, without those for which this one was stopped."""
+
+    def __init__(self, time_s: Callable[[], float]) -> None:
+        self._time_s = time_s
+        self._lost_s = 0.0
+        self._stopped_at_s: float | None = None
+        """None while it runs."""
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stopped_at_s is not None
+
+    def now_s(self) -> float:
+        now_s = self._time_s() if self._stopped_at_s is None else self._stopped_at_s
+        return now_s - self._lost_s
+
+    def stop(self) -> None:
+        """Stand still until `go`. Idempotent."""
+        if self._stopped_at_s is None:
+            self._stopped_at_s = self._time_s()
+
+    def go(self) -> None:
+        """Go on. Idempotent."""
+        if self._stopped_at_s is not None:
+            self._lost_s += self._time_s() - self._stopped_at_s
+            self._stopped_at_s = None
+
+
 def settle(future: "Future[Completion]", outcome: Completion | BaseException) -> None:
     """Set the outcome of a future unless its owner has cancelled it."""
     try:

@@ -150,7 +150,8 @@ class FakeSglangServer:
     async def _health_generate(self, body: dict[str, Any]) -> None:
         await self._running.wait()
 
-    async def _abort_request(self, body: dict[str, Any]) -> None: ...
+    async def _abort_request(self, body: dict[str, Any]) -> None:
+        self._note("abort")
 
     async def _pause_generation(self, body: dict[str, Any]) -> None:
         self._note("pause")

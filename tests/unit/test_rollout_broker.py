@@ -10,7 +10,7 @@ import pytest
 
 from megatron_p2o.rollout.broker import Broker, BrokerClosed, EnginesLost
 from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable, Generation
-from megatron_p2o.rollout.requests import EVERYONE, NOBODY
+from megatron_p2o.rollout.requests import EVERYONE, NOBODY, StoppableClock
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8)
@@ -29,7 +29,7 @@ class FakeClient:
         self.is_gone = self.ignores_abort = self.is_hung = False
         self.stopping: dict[str, asyncio.Event] = {}
 
-    async def generate(self, token_ids, sampling, request_id, timeout_s) -> Generation:
+    async def generate(self, token_ids, sampling, request_id) -> Generation:
         if token_ids[0] < 0:
             raise EngineRefused("negative token")
         self.num_running += 1
@@ -316,6 +316,44 @@ def test_a_request_whose_abort_is_not_answered_completes_without_tokens() -> Non
         completion = broker.submit(prompt(4), SAMPLING).result(WAIT_S)
     assert completion.finish_reason == "abort"
     assert completion.token_ids.size == completion.logprobs.size == 0
+
+
+def test_a_clock_that_was_stopped_has_lost_that_time() -> None:
+    now_s = 100.0
+    clock = StoppableClock(lambda: now_s)
+    clock.go()
+    start_s = clock.now_s()
+    now_s += 2
+    clock.stop()
+    now_s += 50
+    clock.stop()
+    assert clock.is_stopped and clock.now_s() - start_s == 2
+    clock.go()
+    assert not clock.is_stopped
+    now_s += 3
+    assert clock.now_s() - start_s == 5
+
+
+def test_a_loop_that_is_held_up_is_an_error_that_says_of_what() -> None:
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    def make_client() -> FakeClient:
+        is_held.set()
+        may_go_on.wait(WAIT_S)
+        return FakeClient()
+
+    with broker_with() as (broker, _):
+        adding = threading.Thread(target=broker.add_engine, args=("engine 1", make_client, str))
+        adding.start()
+        assert is_held.wait(WAIT_S)
+        broker._loop_timeout_s = 0.05
+        with pytest.raises(TimeoutError, match=r"did not admit nobody within 0\.05 s.*grading\.num_workers.*run\.dir"):
+            broker.admit(NOBODY)
+        with pytest.raises(TimeoutError, match=r"did not serve version 3 within 0\.05 s"):
+            broker.serve(3)
+        broker._loop_timeout_s = WAIT_S
+        may_go_on.set()
+        adding.join()
 
 
 def test_a_refused_request_fails_alone() -> None:

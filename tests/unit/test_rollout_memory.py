@@ -31,9 +31,10 @@ PROMPT = Prompt(
 class Run:
     """Two engines, their servers and everything that was asked of them, in order."""
 
-    def __init__(self, folder: Path, stall_timeout_s: float) -> None:
+    def __init__(self, folder: Path, stall_timeout_s: float, request_timeout_s: float = WAIT_S) -> None:
         (folder / "config.json").write_text('{"eos_token_id": 2}')
         settings = {"model.path": str(folder), "rollout.stall_timeout_s": stall_timeout_s, "rollout.max_restarts": 1}
+        settings |= {"rollout.request_timeout_s": request_timeout_s}
         self.config = fake_config({**settings, "rollout.startup_timeout_s": WAIT_S, "rollout.num_engines": 2})
         self.journal: list[str] = []
         self.servers = [FakeSglangServer(f"engine {index}", self.journal) for index in range(2)]
@@ -112,18 +113,19 @@ def test_a_refresh_of_engines_that_kept_their_memory_asks_for_none(run: Run) -> 
 
 
 def test_a_request_on_its_way_is_kept_and_no_engine_is_taken_for_dead(tmp_path: Path) -> None:
-    run = Run(tmp_path, stall_timeout_s=0.2)
+    run = Run(tmp_path, stall_timeout_s=0.4, request_timeout_s=1.0)
     with closing(run.engine):
         for server in run.servers:
             server.answers.clear()
         with until(lambda: sum(server.num_waiting for server in run.servers) == 4, "the requests came to the engines"):
             waiting = [run.engine.broker.submit(PROMPT, SAMPLING, priority="evolution") for _ in range(4)]
         run.engine.release_memory()
-        time.sleep(0.6)  # three times what an engine that should sample may stay silent
+        time.sleep(1.2)  # more than a request, three times what an engine may take while it should sample
         for server in run.servers:
             server.answers.set()
         run.refresh(1)
         assert {future.result(WAIT_S).weight_versions for future in waiting} == {(1,)}
+        assert not [line for line in run.journal if "abort" in line]
         assert run.engine.metrics()["engine/restarts_count"] == 0
 
 
