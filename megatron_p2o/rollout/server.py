@@ -265,6 +265,8 @@ def engine_environment(arguments: Mapping[str, Any], scratch: Path) -> dict[str,
         "SGLANG_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
         # The heartbeat sets its own limit; SGLang's would call an engine hung that is busy with a long prefill.
         "SGLANG_HEALTH_CHECK_TIMEOUT": str(KEEP_ALIVE_S),
+        # The trainer holds more of some GPUs than of others, which SGLang would take for foreign processes and refuse.
+        "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
     }
     if arguments.get("enable_memory_saver"):
         # The trainer may want segments that grow; the memory saver refuses to work in a process with them.

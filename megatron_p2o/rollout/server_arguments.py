@@ -22,6 +22,13 @@ CPU_ARGUMENTS: Mapping[str, Any] = {
 }
 """Of a server on a machine without CUDA; `sglang` in the configuration wins."""
 
+GPU_ARGUMENTS: Mapping[str, Any] = {
+    # By default SGLang 0.5.21 captures prefill piece by piece and keeps the pieces' inputs by address only: graphs
+    # captured later overwrite them, and prompts are computed wrongly without a word. Decoding keeps its graphs.
+    "cuda_graph_backend_prefill": "disabled",
+}
+"""Of a server on a GPU; `sglang` in the configuration wins."""
+
 MEMORY_SAVER = "torch_memory_saver"
 """Package by which an SGLang server gives memory away and gets it back under the same addresses."""
 
@@ -89,9 +96,10 @@ def server_arguments(config: Config, place: EnginePlace, num_gpus: int) -> dict[
         if name in given:
             raise ValueError(f"sglang.{name} is decided by {setting}: set that instead")
     rollout = config.rollout
-    machine = {"base_gpu_id": place.slot * rollout.tensor_parallel % num_gpus} if num_gpus else CPU_ARGUMENTS
+    first_gpu = {"base_gpu_id": place.slot * rollout.tensor_parallel % num_gpus} if num_gpus else {}
     return {
-        **machine,
+        **first_gpu,
+        **(GPU_ARGUMENTS if num_gpus else CPU_ARGUMENTS),
         "skip_tokenizer_init": True,
         "grammar_backend": "none",
         "log_level_http": "warning",

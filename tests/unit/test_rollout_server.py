@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import socket
@@ -13,7 +14,13 @@ from megatron_p2o.rollout.client import parse_generation
 from megatron_p2o.rollout.engine import end_of_sequence_ids
 from megatron_p2o.rollout.launcher import check_names
 from megatron_p2o.rollout.server import CPU_SITE, EngineServer, engine_environment, reserve_port
-from megatron_p2o.rollout.server_arguments import EnginePlace, engine_places, server_arguments
+from megatron_p2o.rollout.server_arguments import (
+    CPU_ARGUMENTS,
+    GPU_ARGUMENTS,
+    EnginePlace,
+    engine_places,
+    server_arguments,
+)
 
 PLACE = EnginePlace(index=1, node=0, slot=1)
 
@@ -47,6 +54,10 @@ def test_engines_on_gpus_follow_each_other() -> None:
     assert arguments["tp_size"] == 2
     assert "device" not in arguments
     assert arguments["max_total_tokens"] is None
+    assert arguments["cuda_graph_backend_prefill"] == "disabled"
+    chosen = config_with({"cuda-graph-backend-prefill": "full"})
+    assert server_arguments(chosen, PLACE, num_gpus=8)["cuda_graph_backend_prefill"] == "full"
+    assert "cuda_graph_backend_prefill" not in server_arguments(config_with(), PLACE, num_gpus=0)
     fifth = EnginePlace(index=12, node=1, slot=4)
     assert server_arguments(config_with(tensor_parallel=2), fifth, num_gpus=8)["base_gpu_id"] == 0
 
@@ -117,6 +128,17 @@ def test_an_engine_does_not_inherit_the_trainer_s_process_group(
     assert environment["TMPDIR"] == str(tmp_path)
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in environment
     assert "SGLANG_USE_CPU_ENGINE" not in engine_environment({}, tmp_path)
+
+
+def test_names_that_sglang_would_ignore_or_refuse_are_known_to_the_installed_one(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0]) / "srt"
+    fields = (root / "arg_groups/field_order.py").read_text()
+    assert [name for name in (*GPU_ARGUMENTS, *CPU_ARGUMENTS) if f'"{name}"' not in fields] == []
+    sources = (root / "environ.py").read_text() + (root / "entrypoints/http_server.py").read_text()
+    told = [name for name in engine_environment({}, tmp_path) if name.startswith("SGLANG_")]
+    assert len(told) == 3 and [name for name in told if name not in sources] == []
 
 
 def test_an_engine_that_gives_memory_away_has_no_growing_segments(
