@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_p2o.config_file import load_config
 from megatron_p2o.memory_plan import with_planned_cache
-from megatron_p2o.processes import end_with_parent
+from megatron_p2o.processes import allow_many_files, end_with_parent
 from megatron_p2o.rollout.agent import serve
 
 
@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("address", help="this node's own, to listen at")
     options = parser.parse_args()
     end_with_parent()
+    allow_many_files()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     key = sys.stdin.readline().strip()
     config = with_planned_cache(load_config(options.config))

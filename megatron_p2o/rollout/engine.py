@@ -1,6 +1,7 @@
 """The engines of a run: starts the servers, samples through the broker, refreshes the weights."""
 
 import json
+import logging
 import queue
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ import torch
 
 from megatron_p2o.config import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
+from megatron_p2o.processes import allow_many_files
 from megatron_p2o.rollout.broker import Broker
 from megatron_p2o.rollout.client import EngineClient
 from megatron_p2o.rollout.outlet import WeightOutlet
@@ -34,6 +36,11 @@ from megatron_p2o.rollout.supervisor import Supervisor, stop_all
 from megatron_p2o.rollout.weight_sync import WeightSync
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Completion, Prompt, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+SPARE_FILES = 256
+"""Open files of the conducting process that are not connections to engines."""
 
 
 class RolloutStalled(RuntimeError):
@@ -255,6 +262,7 @@ def start_engines(
         log_path = engine_log(run_dir, place, restart)
         return RemoteServer(agents[place.node - 1], place, restart, log_path, mirrors[place.node - 1])
 
+    allow_connections(config.rollout)
     servers: list[Server] = []
     try:
         for name in places:
@@ -266,6 +274,18 @@ def start_engines(
     except BaseException:
         stop_all(servers)
         raise
+
+
+def allow_connections(rollout: RolloutConfig) -> None:
+    """Let this process have a connection for every request that may be on its way, or warn that it cannot."""
+    num_files, num_requests = allow_many_files(), rollout.num_engines * rollout.max_running_requests
+    if num_files < num_requests + SPARE_FILES:
+        logger.warning(
+            "this machine lets a process open %d files, rollout.num_engines x rollout.max_running_requests keep %d "
+            "requests on their way: raise the hard limit (ulimit -Hn) or lower rollout.max_running_requests",
+            num_files,
+            num_requests,
+        )
 
 
 def longest_silence_s(rollout: RolloutConfig) -> float:
