@@ -3,6 +3,7 @@
 Runs in the trainer and in the engine: each process locks the memory it has mapped for itself. Imports torch only.
 """
 
+import contextlib
 import logging
 from typing import Any
 
@@ -20,13 +21,20 @@ def pin(memory: Tensor) -> None:
     if torch.cuda.is_available():
         error = cuda_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)
         if int(error) != 0:
+            forget_error()
             logger.warning("%d MiB of staged weights could not be page-locked: %s", memory.nbytes >> 20, error)
 
 
 def unpin(memory: Tensor) -> None:
     """Undo `pin`, before the mapping goes: CUDA would take what is mapped there next for locked."""
-    if memory.is_pinned():
-        cuda_runtime().cudaHostUnregister(memory.data_ptr())
+    if memory.is_pinned() and int(cuda_runtime().cudaHostUnregister(memory.data_ptr())) != 0:
+        forget_error()
+
+
+def forget_error() -> None:
+    """Have CUDA forget a call that failed: it would tell the next launch of a kernel, which would be blamed for it."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def cuda_runtime() -> Any:
