@@ -32,22 +32,32 @@ ARG MEGATRON_CORE_VERSION=0.16.1
 ARG TRANSFORMER_ENGINE_VERSION=2.17.0
 ARG FLASH_ATTN_VERSION=2.8.3
 ARG CUDNN_VERSION=9.22.0.52
+ARG INSTALL_FLASH_ATTN=1
 ARG INSTALL_APEX=0
 ARG APEX_COMMIT=10417ac
 ARG MAX_JOBS=16
-ENV NVTE_CUDA_ARCHS=90 TORCH_CUDA_ARCH_LIST=9.0 FLASH_ATTN_CUDA_ARCHS=90 NVTE_FRAMEWORK=pytorch PYTHONUNBUFFERED=1
+# The base's Python may be Ubuntu's own, which pip changes only when told to.
+ENV NVTE_CUDA_ARCHS=90 TORCH_CUDA_ARCH_LIST=9.0 FLASH_ATTN_CUDA_ARCHS=90 NVTE_FRAMEWORK=pytorch PYTHONUNBUFFERED=1 \
+    PIP_BREAK_SYSTEM_PACKAGES=1
 WORKDIR /opt/megatron-p2o
+# The extension is compiled with the headers of torch's own cuDNN and NCCL, which the CUDA toolkit may not hold, and
+# without expert parallelism over NCCL, which needs a newer NCCL and is not used.
 # hadolint ignore=DL3042
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install ninja==1.13.0 pybind11==3.0.1 setuptools==80.9.0 wheel==0.45.1 \
     && pip install --no-deps onnx==1.19.1 onnx_ir==0.1.12 onnxscript==0.5.6 nvdlfw-inspect==0.2.2 \
-    && MAX_JOBS="${MAX_JOBS}" pip install --no-deps --no-build-isolation \
+    && nvidia="$(python3 -c 'import nvidia; print(nvidia.__path__[0])')" \
+    && CPATH="${nvidia}/cudnn/include:${nvidia}/nccl/include" NVTE_WITH_NCCL_EP=0 MAX_JOBS="${MAX_JOBS}" \
+        pip install --no-deps --no-build-isolation \
         "transformer-engine==${TRANSFORMER_ENGINE_VERSION}" "transformer-engine-cu13==${TRANSFORMER_ENGINE_VERSION}" \
         "transformer-engine-torch==${TRANSFORMER_ENGINE_VERSION}"
+# For layers without Transformer Engine (model.layer_backend: local), whose attention is torch's without it.
 # hadolint ignore=DL3042
 RUN --mount=type=cache,target=/root/.cache/pip \
-    MAX_JOBS="${MAX_JOBS}" FLASH_ATTENTION_FORCE_BUILD=TRUE \
-    pip install --no-deps --no-build-isolation "flash-attn==${FLASH_ATTN_VERSION}"
+    if [ "${INSTALL_FLASH_ATTN}" = 1 ]; then \
+        MAX_JOBS="${MAX_JOBS}" FLASH_ATTENTION_FORCE_BUILD=TRUE \
+            pip install --no-deps --no-build-isolation "flash-attn==${FLASH_ATTN_VERSION}"; \
+    fi
 # NVIDIA's apex, which is not the package of that name on PyPI: fused weight gradients of the LM head.
 RUN if [ "${INSTALL_APEX}" = 1 ]; then \
         MAX_JOBS="${MAX_JOBS}" APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-cache-dir --no-deps --no-build-isolation \
@@ -60,5 +70,5 @@ RUN pip install --no-cache-dir --no-deps "megatron-core==${MEGATRON_CORE_VERSION
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
     && p2o doctor --strict --require "torch==${TORCH_VERSION}" --require "sglang==${SGLANG_VERSION}" \
-        --require "megatron-core==${MEGATRON_CORE_VERSION}" --require "flash-attn==${FLASH_ATTN_VERSION}" \
+        --require "megatron-core==${MEGATRON_CORE_VERSION}" --require torch-memory-saver \
         --require "transformer-engine==${TRANSFORMER_ENGINE_VERSION}" --require "nvidia-cudnn-cu13==${CUDNN_VERSION}"
