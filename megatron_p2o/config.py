@@ -109,7 +109,8 @@ class RolloutConfig:
     max_total_tokens: int | None = None
     """Size of an engine's KV cache in tokens. None: on GPUs what trainer and weights leave, unless
     `sglang.mem_fraction_static` is set; without CUDA 65,536."""
-    startup_timeout_s: float = 600.0
+    startup_timeout_s: float = 1800.0
+    """Longest start of an engine. The first one on a GPU compiles kernels and reads the model, for many minutes."""
     request_timeout_s: float = 3600.0
     """Longest time an engine may work on one completion; then it counts as aborted. It stands still while engines do
     not sample: their weights are refreshed, or their memory is lent."""

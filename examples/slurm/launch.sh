@@ -113,6 +113,7 @@ work_here() {
         fail "P2O_CACHE=$cache must be a folder of your own: name another one"
     fi
     export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor" FLASHINFER_WORKSPACE_BASE="$cache"
+    export SGLANG_CACHE_DIR="$cache/sglang" TVM_FFI_CACHE_DIR="$cache/tvm-ffi"
     p2o doctor --strict --gpus "${SLURM_GPUS_ON_NODE:-0}" || fail "p2o doctor found something missing"
     [ "$work" = train ] || exec p2o eval "$target" "$@" --output "$run"
     exec p2o train "$target" "$@" --set run.directory="$runs" --set run.name="$SLURM_JOB_NAME"
