@@ -146,7 +146,9 @@ def write_staged(staged: dict[str, Any], directory: Path, group: ProcessGroup) -
     with cuda_stand_ins():
         save(
             staged,
-            storage_writer=FileSystemWriter(directory),
+            # Nothing to copy ahead: it is on the host. With a GPU torch would wait for the stream of the thread's
+            # current device at every tensor, and make a context on the first GPU for it in every process.
+            storage_writer=FileSystemWriter(directory, per_thread_copy_ahead=0),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=group,
         )

@@ -116,6 +116,16 @@ def test_a_checkpoint_restores_weights_and_optimizer(policy: MegatronPolicy, tmp
         torch.testing.assert_close(weight.float(), after_first[name].float(), rtol=2**-7, atol=1e-4)
 
 
+def test_a_checkpoint_is_written_without_waiting_for_the_gpu(policy: MegatronPolicy, tmp_path: Path):
+    policy.update(SAMPLES, None, 600)
+    written = policy.save(tmp_path / "policy")
+    torch.cuda._sleep(30 * 10**9)  # some 15 s of the stream that training computes on
+    behind = torch.cuda.Event()
+    behind.record()
+    written.result(timeout=60)
+    assert not behind.query()
+
+
 def test_a_checkpoint_goes_from_either_kind_of_layers_to_the_other(config: Config, tmp_path: Path):
     problem = machine_capabilities().transformer_engine_problem
     if problem is not None:
