@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_p2o.config import Config
+from megatron_p2o.config import Config, ParallelConfig
 from megatron_p2o.config_file import dump_config
 from megatron_p2o.files import write_whole
 from megatron_p2o.nodes import Nodes, nodes_of_slurm
@@ -58,6 +58,7 @@ def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arg
         forget_errors(run_dir)  # before the settings, which the other nodes wait for
     resolved = share_settings(config, run_dir, nodes)
     prepare_environment()
+    prepare_gpus(config.parallel)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     ranks = elastic_launch(agent_settings(num_ranks, nodes, config.parallel.timeout_s), sys.executable)
     try:
@@ -150,7 +151,6 @@ def agent_settings(num_ranks: int, nodes: Nodes, timeout_s: float) -> LaunchConf
         max_restarts=0,
         # Nothing is redirected: without this the agent leaves an empty folder in /tmp at every start.
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        shutdown_timeout=STOP_TIMEOUT_S,
     )
 
 
@@ -162,6 +162,18 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["PYTHONSAFEPATH"] = "1"
+    # For the agent. torch 2.11 has neither this variable nor the setting that later versions have, and waits 30 s.
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_TIMEOUT_S)
+
+
+def prepare_gpus(parallel: ParallelConfig) -> None:
+    """Have kernels start in the order they are issued where layers communicate, unless it is chosen otherwise.
+
+    Up to Hopper Megatron's overlap of tensor-parallel communication and computation depends on it. SGLang sets a value
+    of its own for its engines.
+    """
+    if parallel.tensor * parallel.context > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 @contextmanager

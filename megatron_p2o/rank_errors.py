@@ -28,6 +28,9 @@ BEFORE_TRACEBACK = "\n\nwhere it happened, on "
 STOP_TIMEOUT_S = 60
 """How long the ranks may take to end their engines after SIGTERM before they are killed."""
 
+SHORTEST_STOP_TIMEOUT_S = 30
+"""The same where torch's agent cannot be told (torch 2.11)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LastWords:
@@ -113,7 +116,7 @@ def silent_causes(failures: Mapping[int, ProcessFailure], words: Sequence[LastWo
     for rank, failure in failures.items():
         # SIGTERM, and what comes so late, is the agent's.
         is_consequence = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
-        is_consequence |= failure.timestamp >= first_s + STOP_TIMEOUT_S
+        is_consequence |= failure.timestamp >= first_s + SHORTEST_STOP_TIMEOUT_S
         # NCCL aborts a rank whose peer is gone.
         may_follow = failure.exitcode > 0 or failure.exitcode == -signal.SIGABRT
         is_late = may_follow and any(each.time_s < failure.timestamp for each in words)

@@ -1,5 +1,6 @@
 """Which nodes a run spans, how its ranks are laid out on them, and that they start from one and the same settings."""
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from megatron_p2o.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_p2o.config_file import load_config
-from megatron_p2o.launch import agent_settings, ranks_per_node, share_settings, this_machine
+from megatron_p2o.launch import agent_settings, prepare_gpus, ranks_per_node, share_settings, this_machine
 from megatron_p2o.nodes import Nodes, first_host, nodes_from_options, nodes_of_slurm
 
 STEP = {
@@ -113,6 +114,26 @@ def test_a_single_machine_finds_its_own_port_and_several_nodes_keep_their_order(
     second = agent_settings(4, replace(HEAD, rank=1), timeout_s=20)
     assert (second.rdzv_backend, second.rdzv_endpoint, second.max_nodes) == ("static", "head:20001", 2)
     assert second.rdzv_configs == {"rank": 1, "timeout": 20}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "chosen", "expected"),
+    [
+        (ParallelConfig(data=8), None, None),
+        (ParallelConfig(tensor=2), None, "1"),
+        (ParallelConfig(context=2), None, "1"),
+        (ParallelConfig(tensor=2), "8", "8"),
+    ],
+)
+def test_kernels_start_in_order_where_layers_communicate(
+    parallel: ParallelConfig, chosen: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, chosen or "")
+    if chosen is None:
+        monkeypatch.delenv(name)
+    prepare_gpus(parallel)
+    assert os.environ.get(name) == expected
 
 
 def test_the_other_nodes_wait_for_the_heads_settings(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_p2o.rank_errors import STOP_TIMEOUT_S, error_file, failure_message, forget_errors, report_error
+from megatron_p2o.rank_errors import SHORTEST_STOP_TIMEOUT_S, error_file, failure_message, forget_errors, report_error
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def message(run_dir: Path, ended: dict[int, Ended], monkeypatch: pytest.MonkeyPa
         ({0: Ended(-11), 1: Ended(143)}, 0, "was ended by SIGSEGV"),
         ({0: Ended(1, 0, 0.4), 1: Ended(1, 0, 0.1), 2: Ended(143)}, 1, "ended with status 1"),
         ({0: Ended(-15), 1: Ended(3)}, 1, "ended with status 3"),
-        ({0: Ended(-9, STOP_TIMEOUT_S + 1), 1: Ended(1, 0, 0.0)}, 1, "ended with status 1"),
+        ({0: Ended(-9, SHORTEST_STOP_TIMEOUT_S + 1), 1: Ended(1, 0, 0.0)}, 1, "ended with status 1"),
         ({0: Ended(-6, 2), 1: Ended(1, 2, 0.4)}, 1, "ended with status 1"),
         ({0: Ended(-6), 1: Ended(1, 2, 0.4)}, 0, "was ended by SIGABRT"),
         ({0: Ended(-11, 1, 0.2), 1: Ended(1, 1, 0.4)}, 0, "was ended by SIGSEGV"),
