@@ -38,7 +38,10 @@ def save_random_state(path: Path) -> None:
 
 
 def load_random_state(path: Path) -> None:
-    """Restore what `save_random_state` wrote. Call inside `cuda_stand_ins`."""
+    """Restore what `save_random_state` wrote; from a machine with a GPU to one without, or back, what serves both.
+
+    Call inside `cuda_stand_ins`.
+    """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -47,7 +50,9 @@ def load_random_state(path: Path) -> None:
     kind, keys, position, has_gauss, gauss = json.loads(metadata["numpy"])
     np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
+    if ("cuda" in tensors) != torch.cuda.is_available():
+        return  # Megatron's states are the generator's of a GPU, or without one the CPU's: not the other's
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
     tracker = _tracker()
     saved = {name.removeprefix(TRACKER): state for name, state in tensors.items() if name.startswith(TRACKER)}
