@@ -69,13 +69,15 @@ def check_pickle(path: Path) -> None:
 @contextmanager
 def weights_only_loading() -> Iterator[None]:
     """Have every `torch.load` of this process refuse arbitrary objects inside the block, whatever its caller asks."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    wanted = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    # Where the second asks for the opposite, torch would load nothing at all.
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
