@@ -79,7 +79,7 @@ class Denominator:
 
     def _once(self, value: int, number: int, like: Tensor) -> Tensor:
         value = value if self.counts_here and number == 0 else 0
-        return torch.tensor(value, dtype=torch.int32, device=like.device)
+        return torch.full((), value, dtype=torch.int32, device=like.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
