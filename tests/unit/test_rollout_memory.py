@@ -72,6 +72,14 @@ class Run:
         assert {answer.weight_versions for answer in answers.values()} == {(version,)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def first_load(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Load weights once without a tight limit: torch takes seconds for the first load of a process."""
+    warm_up = Run(tmp_path_factory.mktemp("first"), stall_timeout_s=WAIT_S)
+    with closing(warm_up.engine):
+        warm_up.refresh(1)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     made = Run(tmp_path, stall_timeout_s=WAIT_S)
