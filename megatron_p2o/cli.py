@@ -51,7 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--require", action="append", default=[], metavar="NAME[==VERSION]", help="require a package; repeatable"
     )
-    doctor.add_argument("config", type=Path, nargs="?", help="settings file (YAML) whose policy to check as well")
+    doctor.add_argument(
+        "config", type=Path, nargs="?", help="settings file (YAML) whose policy and memory to check as well"
+    )
+    doctor.add_argument(
+        "--plan",
+        metavar="GPUSxGIB",
+        help="plan the memory for nodes of so many GPUs of so many GiB (8x80), not for here",
+    )
     _add_overrides(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
@@ -162,11 +169,14 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_p2o.doctor import examine, examine_settings, print_findings
+    from megatron_p2o.doctor import examine, examine_settings, planned_gpus, print_findings
 
+    if options.plan and options.config is None:
+        raise ValueError("p2o doctor --plan needs a settings file, whose memory to plan")
     findings = examine(options.gpus, options.require)
     if options.config is not None:
-        findings += examine_settings(load_config(options.config, options.overrides))
+        config = load_config(options.config, options.overrides)
+        findings += examine_settings(config, planned_gpus(config, options.plan) if options.plan else None)
     print_findings(findings)
     return 1 if options.strict and any(finding.is_missing for finding in findings) else 0
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import platform
+import re
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_p2o.config import Config
+from megatron_p2o.memory_plan import GIB, Gpus, num_nodes_for, planned_memory
 from megatron_p2o.policy.layer_choice import choose_layers, machine_capabilities
 from megatron_p2o.policy.settings import machine_problems, megatron_summary, policy_settings
 
@@ -85,21 +87,41 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
     return findings
 
 
-def examine_settings(config: Config) -> list[Finding]:
-    """Return whether the installed megatron-core takes the policy's settings, and whether this machine can."""
+def examine_settings(config: Config, gpus: Gpus | None = None) -> list[Finding]:
+    """Return whether the installed megatron-core takes the policy's settings, this machine can, and its memory does.
+
+    `gpus`: whose memory to plan instead of this machine's.
+    """
     try:
         settings = policy_settings(config)
     except ValueError as error:
         return [Finding(subject="settings", finding=str(error), is_missing=True)]
     problems = machine_problems(config, settings, machine_capabilities())
-    if problems:
-        return [Finding(subject="settings", finding=problem, is_missing=True) for problem in problems]
-    choice = choose_layers(config.model.layer_backend, machine_capabilities())
-    return [
-        Finding(subject="megatron", finding=megatron_summary(config)),
-        Finding(subject="layers, as set", finding=choice.layers_reason),
-        Finding(subject="attention, as set", finding=choice.attention_reason),
-    ]
+    findings = [Finding(subject="settings", finding=problem, is_missing=True) for problem in problems]
+    if not problems:
+        choice = choose_layers(config.model.layer_backend, machine_capabilities())
+        findings = [
+            Finding(subject="megatron", finding=megatron_summary(config)),
+            Finding(subject="layers, as set", finding=choice.layers_reason),
+            Finding(subject="attention, as set", finding=choice.attention_reason),
+        ]
+    try:
+        return findings + [Finding(subject="plan", finding=line) for line in planned_memory(config, gpus)]
+    except ValueError as error:
+        return [*findings, Finding(subject="plan", finding=str(error), is_missing=True)]
+
+
+def planned_gpus(config: Config, machine: str) -> Gpus:
+    """Return the GPUs that `machine` describes, "8x80" for nodes of 8 GPUs of 80 GiB: as many nodes as the run takes.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)", machine)
+    if found is None:
+        raise ValueError(f"--plan={machine} must be GPUS-OF-A-NODExGIB-OF-EACH, such as 8x80")
+    count, gib = int(found[1]), float(found[2])
+    return Gpus(count=count, num_bytes=int(gib * GIB), num_nodes=num_nodes_for(config, count))
 
 
 def print_findings(findings: list[Finding], write: Callable[[str], None] = print) -> None:

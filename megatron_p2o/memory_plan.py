@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from megatron_p2o.config import Config
+from megatron_p2o.nodes import nodes_of_slurm
 from megatron_p2o.policy.architecture import Architecture, read_architecture
 from megatron_p2o.rollout.outlet import NUM_SPANS, bucket_capacity
 from megatron_p2o.rollout.server_arguments import does_release_memory, engine_places
@@ -176,14 +177,7 @@ def with_planned_cache(config: Config) -> Config:
     """
     if not torch.cuda.is_available():
         return config
-    gpus = Gpus(
-        count=torch.cuda.device_count(),
-        num_bytes=torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory,
-        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-    )
-    releases = does_release_memory(config, gpus.count)
-    plan = memory_plan(config, read_architecture(Path(config.model.path)), gpus, releases_memory=releases)
-    plan.check(config)
+    plan = checked_plan(config, gpus_here(int(os.environ.get("GROUP_WORLD_SIZE", "1"))))
     if os.environ.get("RANK", "0") == "0":
         print(plan.describe(), flush=True)
         if plan.warning():
@@ -191,6 +185,47 @@ def with_planned_cache(config: Config) -> Config:
     if engine_share(config) is not None:
         return config
     return replace(config, rollout=replace(config.rollout, max_total_tokens=plan.cache_tokens))
+
+
+def planned_memory(config: Config, gpus: Gpus | None = None) -> list[str]:
+    """Return who takes how much of a GPU, and what may go wrong, one line each.
+
+    `gpus`: of machines that need not exist, with everything installed; None: of the node this is, no lines without any.
+
+    Raises:
+        ValueError: trainer and engines do not fit them; the message has the numbers and the settings to change.
+    """
+    if gpus is not None:
+        plan = checked_plan(config, gpus, has_saver=True)
+    elif torch.cuda.is_available():
+        nodes = nodes_of_slurm(os.environ)
+        gpus = gpus_here(nodes.count if nodes else num_nodes_for(config, torch.cuda.device_count()))
+        plan = checked_plan(config, gpus)
+    else:
+        return []
+    lending = "engines lend theirs to the trainer" if plan.num_lending else "engines keep theirs"
+    head = f"memory of {gpus.num_nodes} x {gpus.count} GPUs of {gpus.num_bytes / GIB:.1f} GiB, {lending}"
+    return [head, *plan.describe().splitlines(), *filter(None, [plan.warning()])]
+
+
+def num_nodes_for(config: Config, num_gpus: int) -> int:
+    """Return how many nodes of `num_gpus` a run takes with a trainer's rank on each GPU."""
+    return -(-config.parallel.world_size // num_gpus)
+
+
+def gpus_here(num_nodes: int) -> Gpus:
+    """Return the GPUs of this node of a run of `num_nodes`."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_bytes = torch.cuda.get_device_properties(local_rank).total_memory
+    return Gpus(count=torch.cuda.device_count(), num_bytes=num_bytes, num_nodes=num_nodes)
+
+
+def checked_plan(config: Config, gpus: Gpus, *, has_saver: bool | None = None) -> MemoryPlan:
+    """Return the plan, or raise `ValueError` when it does not fit; `has_saver`: see `does_release_memory`."""
+    releases = does_release_memory(config, gpus.count, has_saver=has_saver)
+    plan = memory_plan(config, read_architecture(Path(config.model.path)), gpus, releases_memory=releases)
+    plan.check(config)
+    return plan
 
 
 def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, releases_memory: bool) -> MemoryPlan:

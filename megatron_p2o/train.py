@@ -27,7 +27,7 @@ from megatron_p2o.evolve.beside import BesideTraining
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
 from megatron_p2o.interfaces import PromptEvolution, TemplateLibrary
-from megatron_p2o.memory_plan import with_planned_cache
+from megatron_p2o.memory_plan import planned_memory, with_planned_cache
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.memory import peak_meter
@@ -136,7 +136,13 @@ def dry_run(config: Config) -> None:
         print(f"evaluation.{name}: {len(problems)} problems")
     print(f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens")
     print(f"megatron: {megatron_summary(config)}")
-    for problem in machine_problems(config, settings, machine_capabilities()):
+    problems = machine_problems(config, settings, machine_capabilities())
+    try:
+        for line in planned_memory(config):
+            print(line)
+    except ValueError as error:
+        problems.append(str(error))
+    for problem in problems:
         print(f"not on this machine: {problem}")
 
 

@@ -117,14 +117,16 @@ def server_arguments(config: Config, place: EnginePlace, num_gpus: int) -> dict[
     }
 
 
-def does_release_memory(config: Config, num_gpus: int) -> bool:
+def does_release_memory(config: Config, num_gpus: int, *, has_saver: bool | None = None) -> bool:
     """Return `rollout.release_memory`; unless it says so, engines lend their memory where they can.
+
+    `has_saver`: whether torch_memory_saver is installed; None looks here.
 
     Raises:
         ValueError: it is set to true, and SGLang cannot do that here.
     """
     setting = config.rollout.release_memory
-    is_installed = importlib.util.find_spec(MEMORY_SAVER) is not None
+    is_installed = importlib.util.find_spec(MEMORY_SAVER) is not None if has_saver is None else has_saver
     if setting and not num_gpus:
         raise ValueError("rollout.release_memory=true needs a GPU, and none is visible: leave it out")
     if setting and not is_installed:

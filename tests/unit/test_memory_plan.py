@@ -1,6 +1,7 @@
 """What trainer and engines take of a shared GPU, against published sizes and what a real policy holds."""
 
 import json
+import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from megatron_p2o.cli import main
 from megatron_p2o.config import Config, OptimizerConfig, ParallelConfig
 from megatron_p2o.config_file import load_config
 from megatron_p2o.memory_plan import GIB, RESERVE_BYTES, Gpus, MemoryPlan, memory_plan, trainer_memory
@@ -191,6 +193,20 @@ def test_a_cache_too_small_for_one_response_is_refused(tmp_path: Path) -> None:
     gpus = Gpus(count=8, num_bytes=43 * GIB, num_nodes=1)
     with pytest.raises(ValueError, match=r"would hold \d+ tokens, fewer than .*rollout\.max_new_tokens = 16384"):
         plan_of(config, qwen3("4B", tmp_path), gpus).check(config)
+
+
+def test_the_doctor_plans_for_gpus_that_are_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    architecture, example = qwen3("32B", tmp_path), EXAMPLES / "p2o_qwen3_32b.yaml"
+    command = ["doctor", str(example), "--set", f"model.path={tmp_path}", "--strict", "--plan"]
+    assert main([*command, "8x80"]) == 0
+    planned = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("plan ")]
+    plan = plan_of(load_config(example), architecture, replace(GPU_80, num_nodes=4))
+    assert planned[0] == "memory of 4 x 8 GPUs of 80.0 GiB, engines lend theirs to the trainer"
+    assert planned[1:] == plan.describe().splitlines()
+    assert main([*command, "8x20"]) == 1
+    assert re.search(r"plan +MISSING \w+ does not fit a GPU: .* of 20\.0 GiB\. Remedies: ", capsys.readouterr().out)
+    assert main([*command, "80"]) == 2
+    assert "--plan=80 must be GPUS-OF-A-NODExGIB-OF-EACH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*qwen3*.yaml")), ids=lambda path: path.stem)
