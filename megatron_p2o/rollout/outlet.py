@@ -110,7 +110,8 @@ def open_outlet(config: Config, largest_weight_bytes: int) -> WeightOutlet | Non
     """
     if not uses_devices(config):
         return None
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallel.timeout_s))
+    # The others also wait while rank 0 waits for engines.
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallel.command_timeout_s))
     assert isinstance(group, ProcessGroup)
     ranks = {place: rank for rank, place in enumerate(gathered(own_place(), group))}
     engines = engine_devices(config)
