@@ -120,7 +120,8 @@ def open_outlet(config: Config, largest_weight_bytes: int) -> WeightOutlet | Non
         reason = f"no trainer rank is on {', '.join(map(str, bare))}, where engines are"
         if config.rollout.weight_transfer == "device":
             raise ValueError(f"rollout.weight_transfer=device is impossible: {reason}; leave it out")
-        logger.warning("weights go to the engines through host memory: %s", reason)
+        if dist.get_rank() == 0:
+            logger.warning("weights go to the engines through host memory: %s", reason)
         return None
     bucket_bytes = config.rollout.refresh_bucket_mib << 20
     make = DeviceMemory if torch.cuda.is_available() else MemoryFile
