@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_p2o.config import ObjectiveConfig
-from megatron_p2o.policy.attention import pack_layout, sample_positions
+from megatron_p2o.policy.attention import PackLayout, pack_layout, sample_positions
 from megatron_p2o.policy.head import HeadTask
 from megatron_p2o.policy.parallel import context_group
 from megatron_p2o.policy.shares import Share
@@ -47,6 +48,11 @@ class MicroBatch:
     """What this rank computes of it: all, without context parallelism."""
     samples: tuple[int, ...]
     """Index of each packed sample in the rank's share; empty for a filler."""
+    token_ids_T: Tensor
+    """Of `part`, padded to what the model takes."""
+    positions_T: Tensor
+    """int64: of those tokens in their own samples."""
+    layout: PackLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +122,14 @@ class PassResult:
         )
 
 
-def make_micro_batches(share: Share, device: torch.device) -> list[MicroBatch]:
-    """Return the share packed into its micro-batches, a filler for each that is empty."""
+def make_micro_batches(share: Share, device: torch.device, length_multiple: int) -> list[MicroBatch]:
+    """Return the share packed into its micro-batches, a filler for each that is empty.
+
+    All that the host has to know of them is asked of the GPU here, before it has work to be waited for.
+
+    Args:
+        length_multiple: of a pack's tokens; see `length_multiple`.
+    """
     samples, old_logprobs = share.samples, share.old_logprobs
     filler_old = None if old_logprobs is None else [FILLER.sampling_logprobs]
     return [
@@ -126,9 +138,10 @@ def make_micro_batches(share: Share, device: torch.device) -> list[MicroBatch]:
             None if old_logprobs is None else [old_logprobs[index] for index in members],
             device,
             members,
+            length_multiple,
         )
         if members
-        else _micro_batch([FILLER], filler_old, device, ())
+        else _micro_batch([FILLER], filler_old, device, (), length_multiple)
         for members in share.micro_batches
     ]
 
@@ -138,6 +151,7 @@ def _micro_batch(
     old_logprobs: Sequence[Logprobs] | None,
     device: torch.device,
     places: tuple[int, ...],
+    multiple: int,
 ) -> MicroBatch:
     context = context_group()
     if context.size() == 1:
@@ -145,7 +159,18 @@ def _micro_batch(
     else:
         whole = pack(samples, old_logprobs, device, multiple=2 * context.size())
         part = context_part(whole, context.rank(), context.size())
-    return MicroBatch(whole=whole, part=part, samples=places)
+    cu_seqlens, num_padding = _padded(whole.cu_seqlens, multiple)
+    positions_T = sample_positions(cu_seqlens)
+    if context.size() > 1:
+        positions_T = positions_T[context_positions(cu_seqlens, context.rank(), context.size())]
+    return MicroBatch(
+        whole=whole,
+        part=part,
+        samples=places,
+        token_ids_T=F.pad(part.token_ids_T, (0, num_padding // context.size())),
+        positions_T=positions_T,
+        layout=pack_layout(cu_seqlens, context.rank(), context.size()),
+    )
 
 
 def forward_backward(
@@ -198,19 +223,26 @@ def score(modules: Sequence[DistributedDataParallel], batches: Sequence[MicroBat
     def forward_step(micro_batches_left: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
         micro_batch = next(micro_batches_left)
 
-        def collect(output: Tensor, non_loss_data: bool = True) -> dict[int, Logprobs]:
-            whole = micro_batch.whole
-            logprobs_T = _joined_over_context(_on_positions(output[0].float(), micro_batch.part), whole)
-            logprobs_N = logprobs_T[whole.loss_mask_T].cpu().numpy()
-            index_N = whole.sample_index_T[whole.loss_mask_T].cpu().numpy()
-            return {sample: logprobs_N[index_N == place] for place, sample in enumerate(micro_batch.samples)}
+        def collect(output: Tensor, non_loss_data: bool = True) -> tuple[MicroBatch, Tensor]:
+            logprobs_T = _on_positions(output[0].float(), micro_batch.part)
+            return micro_batch, _joined_over_context(logprobs_T, micro_batch.whole)
 
         output = _run_model(model, micro_batch, HeadTask(batch=micro_batch.part))
         # One tensor: with experts the schedule asks the output for its device.
         return torch.stack(output) if isinstance(output, tuple) else output, collect
 
     results = _schedule(forward_step, batches, modules, forward_only=True)
-    return {sample: logprobs for result in results for sample, logprobs in result.items()}
+    # Copied to the host at the end alone: there the GPU has nothing left to do.
+    return {sample: row for result in results for sample, row in _by_sample(*result)}
+
+
+def _by_sample(micro_batch: MicroBatch, logprobs_T: Tensor) -> Iterator[tuple[int, Logprobs]]:
+    """Yield (index in the rank's share, log-probs of the response) of the samples of a pack."""
+    whole = micro_batch.whole
+    logprobs_N = logprobs_T[whole.loss_mask_T].cpu().numpy()
+    index_N = whole.sample_index_T[whole.loss_mask_T].cpu().numpy()
+    for place, sample in enumerate(micro_batch.samples):
+        yield sample, logprobs_N[index_N == place]
 
 
 def _schedule(
@@ -235,18 +267,11 @@ def _schedule(
 
 def _run_model(model: Any, micro_batch: MicroBatch, task: HeadTask) -> Any:
     """Return what the head makes of the task on the last stage, else hidden states."""
-    context = context_group()
-    cu_seqlens, num_padding = _padded(micro_batch.whole.cu_seqlens, _length_multiple(model))
-    layout = pack_layout(cu_seqlens, context.rank(), context.size())
-    positions_T = sample_positions(cu_seqlens)
-    if context.size() > 1:
-        positions_T = positions_T[context_positions(cu_seqlens, context.rank(), context.size())]
-    part, padding = micro_batch.part, (0, num_padding // context.size())
     return model(
-        F.pad(part.token_ids_T, padding)[None],
-        positions_T[None],
+        micro_batch.token_ids_T[None],
+        micro_batch.positions_T[None],
         None,
-        packed_seq_params=layout,
+        packed_seq_params=micro_batch.layout,
         labels=task,
     )
 
@@ -257,9 +282,11 @@ def _padded(cu_seqlens: Tensor, multiple: int) -> tuple[Tensor, int]:
     return (torch.cat([cu_seqlens, cu_seqlens[-1:] + padding]) if padding else cu_seqlens), padding
 
 
-def _length_multiple(model: Any) -> int:
-    """Context parallelism cuts a pack twice per rank, sequence parallelism cuts a rank's part over its tensor ranks."""
-    config = model.config
+def length_multiple(config: TransformerConfig) -> int:
+    """Return what the tokens of a pack must be a multiple of.
+
+    Context parallelism cuts it twice per rank, sequence parallelism cuts a rank's part over its tensor ranks.
+    """
     context, tensor = config.context_parallel_size, config.tensor_model_parallel_size
     per_rank = tensor if config.sequence_parallel else 1
     return per_rank if context == 1 else context * math.lcm(2, per_rank)

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from megatron_p2o.config import Config
 from megatron_p2o.policy.checkpoint import CheckpointWriter, load_checkpoint
-from megatron_p2o.policy.forward import Denominator, PassResult, forward_backward, make_micro_batches, score
+from megatron_p2o.policy.forward import (
+    Denominator,
+    MicroBatch,
+    PassResult,
+    forward_backward,
+    length_multiple,
+    make_micro_batches,
+    score,
+)
 from megatron_p2o.policy.hf_directory import WeightFiles
 from megatron_p2o.policy.hf_weights import export_hf_weights, load_hf_weights
 from megatron_p2o.policy.layer_choice import Capabilities, choose_layers
@@ -77,7 +85,7 @@ class PolicyShard:
 
     def _update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
         optimization = self.optimization
-        batches = make_micro_batches(share, self.ranks.device)
+        batches = self._micro_batches(share)
         denominator = Denominator(
             objective=self.config.objective,
             num_loss_tokens=num_loss_tokens,
@@ -101,9 +109,12 @@ class PolicyShard:
 
     def score(self, share: Share) -> dict[int, Logprobs]:
         """Return the responses' log-probs by place in the caller's list, for the ranks that speak."""
-        batches = make_micro_batches(share, self.ranks.device)
+        batches = self._micro_batches(share)
         logprobs = score(self.optimization.modules, batches)
         return {share.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
+
+    def _micro_batches(self, share: Share) -> list[MicroBatch]:
+        return make_micro_batches(share, self.ranks.device, length_multiple(self.models[0].config))
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on every rank; see `export_hf_weights`.

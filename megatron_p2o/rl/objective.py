@@ -63,7 +63,8 @@ class TokenStats:
 
     def as_dict(self) -> dict[str, float]:
         """Return every sum and maximum by name."""
-        values = [float(value) for value in torch.cat([self.sums, self.maxima])]
+        # One copy, where both lie on a GPU.
+        values = [float(value) for value in torch.cat([self.sums, self.maxima]).cpu()]
         return dict(zip(SUM_NAMES + MAX_NAMES, values, strict=True))
 
     def dead_share(self, otherwise: float) -> float:

@@ -147,13 +147,20 @@ def test_every_parameter_has_the_gradient_of_full_logits_and_the_readable_loss(a
         parameters = dict(model.named_parameters())
         for old in (None, near):
             batch = pack(samples, old)
-            layout = {"packed_seq_params": pack_layout(batch.cu_seqlens)}
-            inputs = (batch.token_ids_T[None], sample_positions(batch.cu_seqlens)[None], None)
+            whole = MicroBatch(
+                whole=batch,
+                part=batch,
+                samples=tuple(range(len(samples))),
+                token_ids_T=batch.token_ids_T,
+                positions_T=sample_positions(batch.cu_seqlens),
+                layout=pack_layout(batch.cu_seqlens),
+            )
+            layout = {"packed_seq_params": whole.layout}
+            inputs = (whole.token_ids_T[None], whole.positions_T[None], None)
             logits = model(*inputs, **layout)[0]
             for context, denominator in itertools.product(CONTEXTS, ("all", "kept")):
                 objective = ObjectiveConfig(context=context, denominator=denominator, clip_high=0.28, ratio_high=3.0)
                 outcome = PolicyLoss(*model(*inputs, **layout, labels=HeadTask(batch=batch, rule=loss_rule(objective))))
-                whole = MicroBatch(whole=batch, part=batch, samples=tuple(range(len(samples))))
                 divided = Denominator(objective=objective, num_loss_tokens=120, num_samples=7, counts_here=True)
                 loss, divisor = divided.contribution(outcome.loss, token_stats(batch, outcome), whole, 0)
                 expected = readable_loss(logits, batch, objective)

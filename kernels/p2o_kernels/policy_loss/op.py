@@ -197,7 +197,7 @@ class _Outputs:
             4, num_tokens, dtype=call.shard.compute_dtype
         ).unbind()
         is_clipped, is_live = call.live.new_zeros(2, num_tokens, dtype=torch.bool).unbind()
-        is_live[call.live] = True
+        is_live.index_fill_(0, call.live, True)  # assigned by an index, the value would be copied from the host
         return _Outputs(losses, logprobs, entropy, weights, torch.ones_like(losses), is_clipped, is_live)
 
     def put(self, rows: Tensor, chunk: SoftmaxChunk, losses: TokenLosses) -> None:
