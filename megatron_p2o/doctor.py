@@ -18,6 +18,7 @@ from megatron_p2o.config import Config
 from megatron_p2o.memory_plan import GIB, Gpus, num_nodes_for, planned_memory
 from megatron_p2o.policy.layer_choice import choose_layers, machine_capabilities
 from megatron_p2o.policy.settings import machine_problems, megatron_summary, policy_settings
+from megatron_p2o.rollout.outlet import uses_devices
 
 REQUIRED = {
     "torch": ">=2.11",
@@ -105,10 +106,23 @@ def examine_settings(config: Config, gpus: Gpus | None = None) -> list[Finding]:
             Finding(subject="layers, as set", finding=choice.layers_reason),
             Finding(subject="attention, as set", finding=choice.attention_reason),
         ]
+    findings.append(_weight_transfer(config))
     try:
         return findings + [Finding(subject="plan", finding=line) for line in planned_memory(config, gpus)]
     except ValueError as error:
         return [*findings, Finding(subject="plan", finding=str(error), is_missing=True)]
+
+
+def _weight_transfer(config: Config) -> Finding:
+    """Return how the engines would get weights here, as far as one process can tell."""
+    subject = "weights to engines"
+    try:
+        if uses_devices(config):
+            way = "CUDA IPC" if torch.cuda.is_available() else "memory files, without CUDA"
+            return Finding(subject=subject, finding=f"on the engines' own devices: {way}")
+    except ValueError as error:
+        return Finding(subject=subject, finding=str(error), is_missing=True)
+    return Finding(subject=subject, finding="through host memory")
 
 
 def planned_gpus(config: Config, machine: str) -> Gpus:
