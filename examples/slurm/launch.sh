@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the job scripts in examples/ run: `p2o doctor`, then the same `p2o`, once on every node of the allocation.
+# What the job scripts in examples/ run on every node of the allocation: `p2o doctor` of the settings, then the same `p2o`.
 #   exec bash examples/slurm/launch.sh CONFIG [arguments of p2o train]
 #   exec bash examples/slurm/launch.sh eval TARGET [arguments of p2o eval]
 # The run is called after the job: a job of the same name goes on where the last one stopped. Before its time limit a job
@@ -114,9 +114,22 @@ work_here() {
     fi
     export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor" FLASHINFER_WORKSPACE_BASE="$cache"
     export SGLANG_CACHE_DIR="$cache/sglang" TVM_FFI_CACHE_DIR="$cache/tvm-ffi"
-    p2o doctor --strict --gpus "${SLURM_GPUS_ON_NODE:-0}" || fail "p2o doctor found something missing"
+    local checked=()
+    [ "$work" = eval ] || settings_of "$target" "$@"
+    p2o doctor --strict --gpus "${SLURM_GPUS_ON_NODE:-0}" "${checked[@]}" || fail "p2o doctor found something missing"
     [ "$work" = train ] || exec p2o eval "$target" "$@" --output "$run"
     exec p2o train "$target" "$@" --set run.directory="$runs" --set run.name="$SLURM_JOB_NAME"
+}
+
+settings_of() {
+    # Of what is for `p2o train`, `p2o doctor` takes the file and what it is changed by.
+    checked=("$1")
+    while shift && [ $# -gt 0 ]; do
+        case "$1" in
+            --set) checked+=("$1" "${2:-}") && shift ;;
+            --set=*) checked+=("$1") ;;
+        esac
+    done
 }
 
 fail() {

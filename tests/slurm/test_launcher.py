@@ -40,8 +40,9 @@ def test_every_node_trains_once_after_its_doctor(submit: Submit, checkout: Path)
     log = submit('echo "$SLURMD_NODENAME $*" >> calls.txt; test -n "$TRITON_CACHE_DIR"')
     assert "ended well" in log
     calls = sorted((checkout / "calls.txt").read_text().splitlines())
-    command = "train config.yaml --set optimizer.lr=1e-3 --set run.directory=runs --set run.name=first"
-    assert calls == [f"{node} {what}" for node in ("node1", "node2") for what in ("doctor --strict --gpus 8", command)]
+    train = "train config.yaml --set optimizer.lr=1e-3 --set run.directory=runs --set run.name=first"
+    doctor = "doctor --strict --gpus 8 config.yaml --set optimizer.lr=1e-3"
+    assert calls == [f"{node} {what}" for node in ("node1", "node2") for what in (doctor, train)]
 
 
 def test_a_node_whose_doctor_complains_ends_the_job_by_name(submit: Submit, checkout: Path) -> None:
@@ -77,6 +78,7 @@ def test_an_evaluation_goes_on_after_its_time_limit_and_not_where_it_answers_not
         'echo "$SLURMD_NODENAME $*" >> calls-$SLURM_RESTART_COUNT.txt\n'
         "[ $SLURMD_NODENAME = node2 ] && exec sleep 60\n"
         '[ "$SLURM_RESTART_COUNT" = 1 ] && exit 3\n'
+        "until grep -q node2 calls-.txt; do sleep 0.1; done\n"
         "mkdir -p runs/first/answers && echo {} >> runs/first/answers/small.jsonl\n"
         "scancel --batch --signal=USR1 $SLURM_JOB_ID; exec sleep 60",
         EVALUATE,
