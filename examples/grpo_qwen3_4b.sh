@@ -16,4 +16,5 @@
 #SBATCH --open-mode=append
 #SBATCH --output=logs/%x-%j.out
 set -euo pipefail
-exec bash examples/slurm/launch.sh examples/grpo_qwen3_4b.yaml --set parallel.data=$((8 * SLURM_JOB_NUM_NODES)) "$@"
+exec bash examples/slurm/launch.sh examples/grpo_qwen3_4b.yaml \
+    --set parallel.data=$((8 * SLURM_JOB_NUM_NODES)) --set rollout.num_engines=$((8 * SLURM_JOB_NUM_NODES)) "$@"

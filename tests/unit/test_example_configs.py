@@ -1,5 +1,7 @@
 """Every settings file under examples/ loads, and the runs of the paper ask for what the paper says."""
 
+import os
+import subprocess
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,41 @@ def test_the_large_run_and_its_engines_fill_four_nodes() -> None:
     assert config.parallel.world_size == 4 * 8
     assert config.parallel.tensor <= 8, "tensor parallelism stays within a node"
     assert config.rollout.num_engines * config.rollout.tensor_parallel == 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "num_nodes", "num_idle"),
+    [
+        *(
+            (name, num_nodes, 0)
+            for name in ("p2o_qwen3_4b", "grpo_qwen3_4b", "grpo_qwen3_4b_n12")
+            for num_nodes in (1, 2)
+        ),
+        *(("p2o_qwen3_32b", num_nodes, 0) for num_nodes in (2, 4, 8)),
+        *(("p2o_qwen3_4b_selfref", num_nodes, num_nodes) for num_nodes in (1, 2)),
+    ],
+)
+def test_on_any_number_of_nodes_every_gpu_has_a_trainer_rank_and_an_engine_rank(
+    name: str, num_nodes: int, num_idle: int, tmp_path: Path
+) -> None:
+    launcher = tmp_path / "examples" / "slurm" / "launch.sh"
+    launcher.parent.mkdir(parents=True)
+    launcher.write_text('printf "%s\\n" "$@"')
+    told = {
+        "SLURM_JOB_NUM_NODES": str(num_nodes),
+        "P2O_REFLECTION_URL": "http://host/v1",
+        "P2O_REFLECTION_API_KEY": "key",
+    }
+    outcome = subprocess.run(
+        ["bash", EXAMPLES / f"{name}.sh"],
+        cwd=tmp_path,
+        env=os.environ | told,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    settings_file, *options = outcome.stdout.split()
+    assert set(options[::2]) == {"--set"}
+    config = load_config(EXAMPLES.parent / settings_file, options[1::2])
+    assert config.parallel.world_size == 8 * num_nodes
+    assert config.rollout.num_engines * config.rollout.tensor_parallel == 8 * num_nodes - num_idle
