@@ -25,8 +25,10 @@ from megatron_p2o.rollout.server_arguments import does_release_memory, engine_pl
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-RESERVE_BYTES = 6 * GIB
-"""Kept free for the processes' CUDA contexts, NCCL's buffers, CUDA graphs and allocators' slack: an allowance."""
+RESERVE_BYTES = 8 * GIB
+"""Kept free for what neither process counts, an allowance: two CUDA contexts with their kernels (1.5 GiB), the
+trainer's NCCL buffers and workspaces (2), an engine's CUDA graphs (1), its activations of 8,192 prompt tokens and
+probabilities of 256 samples over the vocabulary (2), slack of the allocators."""
 
 MOMENTS_BYTES = 8
 """Of a weight's two averages in AdamW, float32."""
