@@ -33,6 +33,9 @@ probabilities of 256 samples over the vocabulary (2), slack of the allocators.""
 MOMENTS_BYTES = 8
 """Of a weight's two averages in AdamW, float32."""
 
+ROOTS_BYTES = 4
+"""Of a second moment's square root, float32. Transformer Engine's Adam keeps none, but what is planned serves both."""
+
 OTHER_OPTIMIZERS = ("use_precision_aware_optimizer", "optimizer_cpu_offload")
 """Fields of `megatron` that change how large the optimizer's state is; with one of them none is counted."""
 
@@ -64,7 +67,8 @@ class TrainerMemory:
     activations: int
     """The layers' inputs for one micro-batch: at least so much is added in a forward pass."""
     likely_activations: int
-    """An estimate: what torch keeps of every layer where nothing is fused, and of one where they are recomputed."""
+    """An estimate: what torch keeps of every layer where nothing is fused, and of one where they are recomputed; or, if
+    it is more, what the optimizer's step takes for a time."""
 
     @property
     def at_start(self) -> int:
@@ -282,7 +286,8 @@ def trainer_memory(config: Config, architecture: Architecture) -> TrainerMemory:
         masters=4 * owned if element < 4 else 0,
         moments=MOMENTS_BYTES * owned,
         activations=element * stored_inputs(config, architecture),
-        likely_activations=element * likely_activations(config, architecture),
+        # torch's AdamW takes the square roots of all second moments at a time, when the activations are gone.
+        likely_activations=max(element * likely_activations(config, architecture), ROOTS_BYTES * owned),
     )
 
 

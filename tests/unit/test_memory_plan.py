@@ -186,6 +186,9 @@ def test_activations_that_likely_do_not_fit_are_warned_of_until_they_are_recompu
     recomputing = replace(config, megatron={"recompute_granularity": "full", "recompute_num_layers": 1})
     assert plan_of(recomputing, architecture).trainer.likely_activations == 16384 * 2 * (36 * 2560 + elements)
     assert plan_of(recomputing, architecture).warning() == ""
+    # With the whole optimizer on each rank, its step takes more: 4 bytes for each parameter of 2.
+    whole = plan_of(replace(recomputing, parallel=ParallelConfig(data=8)), architecture).trainer
+    assert whole.likely_activations == 2 * whole.parameters > 15e9
 
 
 def test_a_cache_too_small_for_one_response_is_refused(tmp_path: Path) -> None:
