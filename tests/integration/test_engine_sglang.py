@@ -4,6 +4,7 @@ The second of the pair is on another node, as far as the run can tell: behind th
 """
 
 import base64
+import copy
 import json
 import os
 import pickle
@@ -287,6 +288,16 @@ def test_weights_that_change_inside_the_engine_are_noticed(
         engine._sync.check(versions.current + 1, verify=True)
     versions.push(engine, trainer)
     assert_matches(trainer, sample(engine, prompts(2)))
+
+
+def test_the_ranks_of_one_engine_take_their_slices(model_path: Path, trainer: Any, tmp_path: Path) -> None:
+    changed, versions = copy.deepcopy(trainer), Versions()
+    with start_engines(config_of(model_path, num_engines=1, tensor_parallel=2), tmp_path) as engine:
+        for _ in range(2):  # copies are recorded, then replayed
+            version = versions.push(engine, changed)
+            completions = sample(engine, prompts(4))
+            assert_matches(changed, completions)
+            assert {completion.weight_versions for completion in completions} == {(version,)}
 
 
 def plain_payload(name: str, tensor: torch.Tensor) -> str:
