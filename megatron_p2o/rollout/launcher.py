@@ -10,6 +10,7 @@ package only this file, `rollout.weight_loader` and, on the CPU, `rollout.cpu_at
 run in that process, and sglang is imported nowhere else.
 """
 
+import contextlib
 import difflib
 import json
 import logging
@@ -34,6 +35,8 @@ PARENT_POLL_S = 1.0
 
 MAPPED_SHARED_MEMORY = re.compile(r" (\d+) +/dev/shm/")
 """Inode of a line of /proc/PID/maps. Its path may be a temporary one: semaphores are renamed once they exist."""
+
+SHARED_MEMORY = Path("/dev/shm")
 
 LEFT_IN_SHARED_MEMORY = re.compile(r"sglang_loads_|sgl_shm_mq_|sem\.mp-")
 """SGLang's load snapshots and message queues, and the semaphores of Python's multiprocessing."""
@@ -104,15 +107,17 @@ def die_with_parent(parent_pid: int, scratch: str) -> None:
 
 def shared_memory_of(pid: int) -> set[Path]:
     """Return the files in /dev/shm that a server and its children map and leave behind when they are killed."""
-    inodes: set[int] = set()
     try:
         server = psutil.Process(pid)
-        for process in (server, *server.children(recursive=True)):
+        processes = [server, *server.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return set()
+    inodes: set[int] = set()
+    for process in processes:
+        with contextlib.suppress(OSError):  # it ended meanwhile
             maps = Path(f"/proc/{process.pid}/maps").read_text()
             inodes |= {int(inode) for inode in MAPPED_SHARED_MEMORY.findall(maps)}
-    except (psutil.NoSuchProcess, OSError):
-        pass  # a process ended meanwhile: what was found so far stands
-    candidates = [entry for entry in os.scandir("/dev/shm") if LEFT_IN_SHARED_MEMORY.match(entry.name)]
+    candidates = [entry for entry in os.scandir(SHARED_MEMORY) if LEFT_IN_SHARED_MEMORY.match(entry.name)]
     return {Path(entry.path) for entry in candidates if entry.inode() in inodes}
 
 

@@ -6,12 +6,10 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -21,6 +19,7 @@ from typing import IO, Any, Protocol
 
 from megatron_p2o.rollout.client import Mirror
 from megatron_p2o.rollout.launcher import EXIT_BAD_ARGUMENT, shared_memory_of
+from megatron_p2o.rollout.scratch import Scratch
 
 HOST = "127.0.0.1"
 """Servers are never reachable from another machine: SGLang's weight routes and ZMQ sockets trust their callers."""
@@ -128,8 +127,7 @@ class EngineServer:
         # SGLang would choose the second by itself, let it go and bind it seconds later, when others may have it.
         self._ports = {"port": reserve_port(), "nccl_port": reserve_port()}
         self.base_url = f"http://{HOST}:{self._ports['port'].getsockname()[1]}"
-        self._scratch = Path(tempfile.mkdtemp(prefix="p2o-engine-"))
-        self._leftovers: set[Path] = set()
+        self._scratch = Scratch()
         self._lock = threading.RLock()
         self._process = self._start(arguments)
 
@@ -154,14 +152,14 @@ class EngineServer:
         """
         deadline = time.monotonic() + timeout_s
         while not self._answers():
-            self._leftovers |= shared_memory_of(self.pid)
+            self._scratch.note(shared_memory_of(self.pid))
             if not self.is_alive():
                 raise self._start_error("ended while starting")
             if time.monotonic() > deadline:
                 raise self._start_error(f"did not answer within rollout.startup_timeout_s={timeout_s:g}")
             time.sleep(START_POLL_S)
         self._release_ports()
-        self._leftovers |= shared_memory_of(self.pid)
+        self._scratch.note(shared_memory_of(self.pid))
 
     def log_tail(self) -> str:
         """Return the last lines of the log, without the noise of optional imports."""
@@ -179,18 +177,16 @@ class EngineServer:
             if self._process.returncode is not None:
                 return
             if self.is_alive():
-                self._leftovers |= shared_memory_of(self.pid)
+                self._scratch.note(shared_memory_of(self.pid))
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait(timeout=KILL_TIMEOUT_S)
         self._release_ports()
-        for path in self._leftovers:
-            path.unlink(missing_ok=True)
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.remove()
 
     def _start(self, arguments: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         settings = {
             "parent_pid": os.getpid(),
-            "scratch": str(self._scratch),
+            "scratch": str(self._scratch.path),
             "arguments": {
                 **arguments,
                 "host": HOST,
@@ -206,7 +202,7 @@ class EngineServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=engine_environment(arguments, self._scratch),
+                env=engine_environment(arguments, self._scratch.path),
                 start_new_session=True,
             )
         assert process.stdin is not None

@@ -1,9 +1,8 @@
 """Servers that cannot start, and servers whose parent is gone."""
 
+import contextlib
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -17,6 +16,7 @@ import pytest
 from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.rollout.engine import start_engines
 from megatron_p2o.rollout.launcher import shared_memory_of
+from megatron_p2o.rollout.scratch import Scratch
 from megatron_p2o.rollout.server import EngineStartFailed
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
@@ -112,15 +112,21 @@ def test_the_log_is_private(owned_server: dict[str, Any]) -> None:
     assert owned_server["log"].stat().st_mode & 0o077 == 0
 
 
-def test_a_server_leaves_nothing_behind_when_its_parent_is_killed(owned_server: dict[str, Any]) -> None:
+def test_the_next_engine_removes_what_a_server_leaves_that_is_killed_with_its_parent(
+    owned_server: dict[str, Any],
+) -> None:
     server = psutil.Process(owned_server["pid"])
     family = [server, *server.children(recursive=True)]
     assert len(family) >= 3, "HTTP server, scheduler, detokenizer"
     scratch = Path(server.environ()["TMPDIR"])
     shared = {path for member in family for path in shared_memory_of(member.pid)}
     assert scratch.exists() and shared
-    os.kill(owned_server["owner"].pid, signal.SIGKILL)
+    for member in (server, psutil.Process(owned_server["owner"].pid), *family[1:]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+    owned_server["owner"].wait(timeout=30)
+    Scratch().remove()  # no one else was left to
     assert not scratch.exists()
     assert not [path for path in shared if path.exists()]

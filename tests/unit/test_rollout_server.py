@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, 
 from megatron_p2o.rollout.client import parse_generation
 from megatron_p2o.rollout.engine import end_of_sequence_ids
 from megatron_p2o.rollout.launcher import check_names
+from megatron_p2o.rollout.scratch import Scratch
 from megatron_p2o.rollout.server import CPU_SITE, EngineServer, engine_environment, reserve_port
 from megatron_p2o.rollout.server_arguments import (
     CPU_ARGUMENTS,
@@ -243,3 +245,40 @@ def test_stand_ins_are_for_cpu_engines_only(tmp_path: Path) -> None:
         [sys.executable, "-S", "-c", program], env=environment, check=True, capture_output=True, text=True
     )
     assert answer.stdout == "None\n"
+
+
+ABANDON = """
+import os, signal
+from pathlib import Path
+from megatron_p2o.rollout.scratch import Scratch
+
+scratch = Scratch()
+shared = Path(f"/dev/shm/sglang_loads_test_{os.getpid()}.shm")
+shared.touch()
+scratch.note([shared])
+print(scratch.path, shared, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_job_left_is_removed_by_the_next_engine_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    in_use = Scratch()
+    mine = Path(f"/dev/shm/sglang_loads_test_{os.getpid()}.shm")
+    mine.touch()
+    in_use.note([mine])
+    command = [sys.executable, "-c", ABANDON]
+    killed = subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    left = [Path(path) for path in killed.stdout.split()]
+    assert [path.exists() for path in left] == [True, True], killed.stderr
+    latest = Scratch()
+    assert not [path for path in left if path.exists()]
+    assert in_use.path.exists() and mine.exists()
+    in_use.remove()
+    late = mine.with_name(f"sglang_loads_late_{os.getpid()}.shm")
+    late.touch()
+    in_use.note([late])
+    latest.remove()
+    assert not mine.exists() and not late.exists() and list(tmp_path.iterdir()) == []
