@@ -23,6 +23,18 @@ settings.register_profile("reproducible", deadline=None, derandomize=True, datab
 settings.load_profile("reproducible")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, before torch looks for them, from tests of what is computed without one: all that ask for none.
+
+    Those ask that are selected by `-m gpu`, or by modules with `gpu` in their names alone.
+    """
+    markers = str(config.getoption("markexpr"))
+    selects_gpu = "gpu" in markers and "not gpu" not in markers
+    names_gpu = all("gpu" in Path(argument.partition("::")[0]).name for argument in config.args)
+    if any(Path("/dev").glob("nvidia[0-9]*")) and not selects_gpu and not names_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def nan_empty() -> Iterator[None]:
     """Uninitialised tensors are NaN for the length of the test."""
