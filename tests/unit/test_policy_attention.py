@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_p2o.policy.attention import _attend_on_cpu, pack_layout, sample_positions
+from megatron_p2o.policy.attention import _attend_on_cpu, _attend_on_cuda, pack_layout, sample_positions
 from megatron_p2o.policy.forward import _padded
 from megatron_p2o.policy.layer_choice import Capabilities, choose_layers, import_problem
 from megatron_p2o.rl.packing import context_positions
@@ -63,6 +63,22 @@ def test_every_context_rank_computes_its_queries_against_the_gathered_keys():
         assert layout.cu_seqlens_kv[-1] == sum(length * (2 * size + 1) for length in lengths) / (2 * size)
         output = _attend_on_cpu(query[own], key[gathered], value[gathered], layout, 0.3)
         torch.testing.assert_close(output, expected[own])
+
+
+@pytest.mark.parametrize("context_size", [1, 2])
+def test_the_kernel_for_a_gpu_takes_fewer_key_heads_than_query_heads(context_size: int):
+    """Of whatever torch is installed, by its own account of shapes: a call that it refuses shows without a GPU."""
+    layout = pack_layout(boundaries((8, 4, 12)), 0, context_size)
+    on_gpu = [getattr(layout, name) for name in ("cu_seqlens_q", "cu_seqlens_kv", "key_rows")]
+    layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.key_rows = (
+        None if tensor is None else tensor.to("meta") for tensor in on_gpu
+    )
+    sizes = ((24 // context_size, 4, 16), (24, 2, 16), (24, 2, 16))
+    parts = [torch.empty(size, dtype=torch.bfloat16, device="meta", requires_grad=True) for size in sizes]
+    output = _attend_on_cuda(*parts, layout, 0.25)
+    assert (output.shape, output.dtype) == (sizes[0], torch.bfloat16)
+    output.sum().backward()
+    assert [part.grad.shape for part in parts if part.grad is not None] == list(sizes)
 
 
 CPU = Capabilities(has_cuda=False, flash_attn_problem="is not installed", transformer_engine_problem="needs CUDA")
