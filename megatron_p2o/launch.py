@@ -4,6 +4,7 @@ A run on several nodes starts `p2o` once on each, under `srun` or by hand; see `
 process, so that a failed run ends in one message, that of the rank which failed first: the others fail because of it.
 """
 
+import ipaddress
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -26,6 +28,7 @@ from megatron_p2o.config_file import dump_config
 from megatron_p2o.files import write_whole
 from megatron_p2o.nodes import Nodes, nodes_of_slurm
 from megatron_p2o.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
+from megatron_p2o.rollout.remote import own_address
 from megatron_p2o.run_lock import hold_run
 
 SHARED_FILE_POLL_S = 0.5
@@ -59,6 +62,7 @@ def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arg
     resolved = share_settings(config, run_dir, nodes)
     prepare_environment()
     prepare_gpus(config.parallel)
+    prepare_network(nodes)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     ranks = elastic_launch(agent_settings(num_ranks, nodes, config.parallel.timeout_s), sys.executable)
     try:
@@ -174,6 +178,28 @@ def prepare_gpus(parallel: ParallelConfig) -> None:
     """
     if parallel.tensor * parallel.context > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def prepare_network(nodes: Nodes) -> None:
+    """Have gloo use the network that leads to the head node, unless it is chosen otherwise.
+
+    By itself it takes the address that the host's own name resolves to: on many machines, a loopback one.
+    """
+    interface = None if nodes.count == 1 else interface_to(nodes.head_address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def interface_to(address: str) -> str | None:
+    """Return the network interface by which this machine reaches `address`; None for loopback and where none does."""
+    try:
+        own = own_address(address)
+    except OSError:
+        return None
+    if ipaddress.ip_address(own).is_loopback:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if own in [known.address for known in addresses]), None)
 
 
 @contextmanager

@@ -1,15 +1,25 @@
 """Which nodes a run spans, how its ranks are laid out on them, and that they start from one and the same settings."""
 
 import os
+import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_p2o.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_p2o.config_file import load_config
-from megatron_p2o.launch import agent_settings, prepare_gpus, ranks_per_node, share_settings, this_machine
+from megatron_p2o.launch import (
+    agent_settings,
+    interface_to,
+    prepare_gpus,
+    prepare_network,
+    ranks_per_node,
+    share_settings,
+    this_machine,
+)
 from megatron_p2o.nodes import Nodes, first_host, nodes_from_options, nodes_of_slurm
 
 STEP = {
@@ -156,3 +166,26 @@ def test_a_node_that_does_not_see_the_heads_settings_says_so(what_is_there: str,
         ValueError, match=r"node 1 of 2\) waited.*run.directory must be a filesystem that all nodes share"
     ):
         share_settings(settings, tmp_path / "first", replace(HEAD, rank=1))
+
+
+def test_gloo_is_told_the_interface_that_leads_to_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = [
+        (name, known.address)
+        for name, all_known in psutil.net_if_addrs().items()
+        for known in all_known
+        if known.family == socket.AF_INET and not known.address.startswith("127.")
+    ]
+    assert interface_to("127.0.0.1") is None and interface_to("no-such-host.invalid") is None
+    if not addresses:
+        pytest.skip("this machine has no network but loopback")
+    name, address = addresses[0]
+    assert interface_to(address) == name
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set below is forgotten
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    prepare_network(replace(HEAD, count=1, head_address=address))
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    prepare_network(replace(HEAD, head_address=address))
+    assert os.environ["GLOO_SOCKET_IFNAME"] == name
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
+    prepare_network(replace(HEAD, head_address=address))
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
