@@ -197,9 +197,19 @@ def _gpus(num_visible: int, num_expected: int) -> list[Finding]:
     if num_visible < num_expected:
         finding = (
             f"{num_visible} of {num_expected} are visible: see nvidia-smi, CUDA_VISIBLE_DEVICES and the job's GRES"
+            f"{_cuda_complaint()}"
         )
         return [Finding(subject="gpus", finding=finding, is_missing=True)]
     return [_gpu(index, is_expected=index < num_expected) for index in range(num_visible)]
+
+
+def _cuda_complaint() -> str:
+    """Return why torch cannot use any GPU, such as a driver older than its CUDA; "" when it can."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"; torch says: {error}"
+    return ""
 
 
 def _gpu(index: int, *, is_expected: bool) -> Finding:

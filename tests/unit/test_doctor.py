@@ -32,6 +32,9 @@ def test_a_machine_without_gpus_lacks_them_only_when_a_job_expects_some() -> Non
     assert missing(examine(num_gpus=8)) >= {"gpus"}
     (finding,) = (finding for finding in examine(num_gpus=8) if finding.subject == "gpus")
     assert finding.finding.startswith("0 of 8 are visible")
+    with pytest.raises((AssertionError, RuntimeError)) as refusal:
+        torch.zeros(1, device="cuda")
+    assert finding.finding.endswith(f"; torch says: {refusal.value}")
 
 
 @needs_no_gpu
