@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outlet = open_outlet(config, policy.largest_weight_bytes)
     if outlet is not None:
         policy.deliver_to(outlet.take)
+    policy.wait_for_ranks()
     start = partial(start_engines, config, run_dir, agents, outlet)
     if not policy.is_conductor:
         policy.serve()

@@ -116,6 +116,15 @@ class MegatronPolicy:
         """
         self._take = take
 
+    def wait_for_ranks(self) -> None:
+        """Return when every rank has taken from its GPU what it keeps, and nothing more: engines measure what is left.
+
+        All ranks must call.
+        """
+        self._shard.empty_cache()
+        with self._named_errors("wait_for_ranks"):
+            dist.barrier(group=self._ranks.control)
+
     def update(
         self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
     ) -> UpdateReport:

@@ -121,10 +121,10 @@ class PolicyShard:
 
         What the allocator keeps of training, and of this, is given back to the GPU: engines on it ask for their memory.
         """
-        self._empty_cache()
+        self.empty_cache()
         self.optimization.gather_weights()
         yield from export_hf_weights(self.models, self.architecture)
-        self._empty_cache()
+        self.empty_cache()
 
     def save(self, directory: Path) -> None:
         """Begin to write; see `CheckpointWriter`."""
@@ -135,6 +135,7 @@ class PolicyShard:
         self.writer.wait()
         load_checkpoint(self.models, self.optimization, directory)
 
-    def _empty_cache(self) -> None:
+    def empty_cache(self) -> None:
+        """Give the GPU back what the allocator keeps and no tensor is in."""
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron_p2o.config import ParallelConfig
@@ -83,7 +84,12 @@ def test_followers_end_with_an_error_when_the_conductor_is_gone(model_path: Path
 
 def test_followers_outwait_a_collective_but_not_the_time_limit_for_commands(model_path: Path):
     def conductor_is_silent(config: Any) -> str | None:
-        policy = build_policy(config)
+        policy, store = build_policy(config), _get_default_store()
+        if not policy.is_conductor:
+            time.sleep(0.3)
+            store.set("is_ready", "")
+        policy.wait_for_ranks()
+        assert store.check(["is_ready"])
         if policy.is_conductor:
             time.sleep(1.5)  # longer than a collective may take, as sampling does
             assert policy.update([], None, 0).learning_rate > 0
