@@ -89,6 +89,7 @@ class WeightOutlet:
                 self.meet()
                 current = index
             self.put(index, entry, tensor)
+            del tensor  # the policy gives its memory back to the GPU before it ends
         self.meet()
 
     def addresses(self, engine: str, index: int) -> list[MemoryAddress]:

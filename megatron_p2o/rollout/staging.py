@@ -17,7 +17,7 @@ from megatron_p2o.rollout.weight_message import ALIGNMENT_BYTES, LoadMessage, Me
 def laid_out(weights: NamedWeights, bucket_bytes: int) -> Iterator[tuple[int, TensorEntry, Tensor]]:
     """Yield (number of the bucket, place in it, weight); the same for everyone who is given the same weights.
 
-    A weight larger than `bucket_bytes` gets a bucket of its own.
+    A weight larger than `bucket_bytes` gets a bucket of its own. None is kept when the next is asked for.
 
     Raises:
         ValueError: there are no weights.
@@ -34,6 +34,7 @@ def laid_out(weights: NamedWeights, bucket_bytes: int) -> Iterator[tuple[int, Te
         )
         yield index, entry, tensor
         used_bytes = round_up(used_bytes + tensor.nbytes)
+        del tensor
     if not used_bytes:
         raise ValueError("the policy yielded no weights")
 

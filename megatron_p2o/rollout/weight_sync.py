@@ -37,6 +37,7 @@ from megatron_p2o.rollout.weight_message import (
     FinishMessage,
     MemoryAddress,
     RefreshReport,
+    TensorEntry,
     read_report,
     serialize,
 )
@@ -119,8 +120,9 @@ class WeightSync:
         self._answer_timeout_s = answer_timeout_s
         self._bucket_bytes = bucket_bytes
         self._outlet = outlet
-        self._must_meet = False
-        """The other trainer ranks have filled a bucket and wait for this one to `meet` them."""
+        self._placed: Iterator[tuple[int, TensorEntry, Tensor]] = iter(())
+        self._num_due = self._num_met = 0
+        """Buckets at whose end the other trainer ranks wait for this one, or have waited, and how often it has come."""
         self._buckets: list[StagingBuffer] = []
         self._num_filled = 0
         self._version: int | None = None
@@ -156,11 +158,10 @@ class WeightSync:
             RefreshFailed: an engine refused or holds other weights than it was sent.
             EnginesLost: no engine is left and none will come.
         """
-        remaining = iter(weights)
         self._version = None
         self._convert_s = self._fill_s = self._stall_s = self._wake_s = 0.0
         start = time.monotonic()
-        buckets = self.stage(remaining, verify=verify)
+        buckets = self.stage(weights, verify=verify)
         try:
             # What is on its way over the devices has no room for more than the next bucket.
             gathers_first = self._is_lent and self._outlet is None
@@ -170,7 +171,7 @@ class WeightSync:
         except EngineRefused as error:
             raise RefreshFailed(f"refresh to version {version}: {error}") from error
         finally:
-            self._keep_step(buckets, remaining)
+            self._keep_step()
         self._version = version
         self._is_lent = False
         return RefreshStats(
@@ -207,9 +208,14 @@ class WeightSync:
 
     def stage(self, weights: NamedWeights, *, verify: bool) -> Iterator[StagingBuffer]:
         """Yield buckets as they are full."""
+        self._num_due = self._num_met = 0
+        self._placed = self._place(weights)
+        return self._fill(self._placed, verify)
+
+    def _fill(self, placed: Iterator[tuple[int, TensorEntry, Tensor]], verify: bool) -> Iterator[StagingBuffer]:
         bucket: StagingBuffer | None = None
         current = -1
-        for index, entry, tensor in laid_out(self._timed(weights), self._bucket_bytes):
+        for index, entry, tensor in placed:
             if bucket is not None and index != current:
                 yield self._finished(bucket)
             start = time.monotonic()
@@ -218,6 +224,7 @@ class WeightSync:
             bucket.put(entry, tensor, verify)
             if self._outlet is not None:
                 self._outlet.put(index, entry, tensor)
+            del tensor
             self._fill_s += time.monotonic() - start
         assert bucket is not None
         yield self._finished(bucket)
@@ -286,28 +293,33 @@ class WeightSync:
         start = time.monotonic()
         finish_copies()
         self._fill_s += time.monotonic() - start
-        self._must_meet = self._outlet is not None
         return bucket
+
+    def _place(self, weights: NamedWeights) -> Iterator[tuple[int, TensorEntry, Tensor]]:
+        """Yield weights with their places, and note which buckets are full on the other ranks."""
+        for index, entry, tensor in laid_out(self._timed(weights), self._bucket_bytes):
+            self._num_due = index
+            yield index, entry, tensor
+            del tensor
+        self._num_due += 1
 
     def _meet(self) -> None:
         """Return when the bucket is full on all devices; the one before may then be filled anew."""
-        if self._outlet is not None:
-            start = time.monotonic()
-            self._must_meet = False
+        start = time.monotonic()
+        while self._outlet is not None and self._num_met < self._num_due:
+            self._num_met += 1
             self._outlet.meet()
-            self._convert_s += time.monotonic() - start
+        self._convert_s += time.monotonic() - start
 
-    def _keep_step(self, buckets: Iterator[StagingBuffer], remaining: Iterator[tuple[str, Tensor]]) -> None:
-        """Go through what a failed refresh has left.
+    def _keep_step(self) -> None:
+        """Go through what a failed refresh has left, wherever it failed.
 
-        The policy's ranks gather in lock step: leaving them in the middle would hang the others.
+        The policy's ranks gather and meet in lock step: leaving them in the middle would hang the others.
         """
-        if self._must_meet:
+        self._meet()
+        for _ in self._placed:
             self._meet()
-        for _ in buckets:
-            self._meet()
-        for _ in remaining:
-            pass
+        self._meet()
 
     def _empty_bucket(self, index: int, room_bytes: int) -> StagingBuffer:
         if index == len(self._buckets):
@@ -325,6 +337,7 @@ class WeightSync:
             if item is None:
                 return
             yield item
+            del item
 
     def _send(self, bucket: StagingBuffer, index: int, verify: bool) -> Future[dict[str, None]]:
         async def update(name: str, client: EngineClient) -> None:

@@ -1,11 +1,14 @@
 """Weights left on every rank's own device: here in memory files, for engines of this process. Two trainer ranks."""
 
 import os
-from collections.abc import Iterator
+import resource
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -60,17 +63,34 @@ def process_of(path: str) -> int:
     return int(path.split("/")[2])
 
 
+def gathered(sent: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights as a policy does: all ranks together."""
+    for name, weight in sent:
+        dist.barrier()
+        yield name, weight.clone()
+
+
+def given_back(sent: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights and check that none is held at the end, when a policy gives their memory back to the GPU."""
+    held: list[weakref.ref[Tensor]] = []
+    for name, weight in sent:
+        held.append(weakref.ref(weight))
+        yield name, weight
+        del weight
+    assert not [reference for reference in held if reference() is not None]
+
+
 def refresh_three_times(folder: Path) -> Any:
     outlet = opened(CONFIG)
     if dist.get_rank() != 0:
         for version in (1, 2, 3):
-            outlet.take(weights(version))
+            outlet.take(given_back(gathered(weights(version))))
             dist.barrier()  # as rank 0's next command does
         return os.getpid()
     engines = [Engine(), Engine()]
     sync = conducted(outlet, engines, folder)
     for version in (1, 2, 3):
-        sync.refresh(weights(version), version, verify=True)
+        sync.refresh(given_back(gathered(weights(version))), version, verify=True)
         for engine in engines:
             assert_holds(engine.model, weights(version))
             assert engine.version == version
@@ -88,29 +108,42 @@ def test_every_engine_takes_the_weights_that_its_own_rank_left(tmp_path: Path) -
     assert num_paths == 2, "three buckets take turns in two spans"
 
 
-def refuse_then_accept(folder: Path) -> None:
+def refuse_then_fail_then_accept(folder: Path) -> None:
     outlet = opened(CONFIG)
+    more = [*weights(3), *((f"more.{number}", torch.ones(10)) for number in range(3))]
     if dist.get_rank() != 0:
-        outlet.take(weights(1))
-        dist.barrier()
-        outlet.take(weights(2))
+        for sent in (weights(1), weights(2), more, weights(4)):
+            outlet.take(gathered(sent))
+            dist.barrier()
         return
     engines = [Engine(), Engine()]
     engines[0].is_refusing = True
     sync = conducted(outlet, engines, folder)
-    remaining = iter(weights(1))
+    remaining = gathered(weights(1))
     with pytest.raises(RefreshFailed, match="version 1: not now"):
         sync.refresh(remaining, 1, verify=True)
     assert next(remaining, None) is None
     engines[0].is_refusing = False
     dist.barrier()
-    sync.refresh(weights(2), 2, verify=True)
+    sync.refresh(gathered(weights(2)), 2, verify=True)
     for engine in engines:
         assert_holds(engine.model, weights(2))
+    dist.barrier()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(first_free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+    with pytest.raises(OSError, match="Too many open files"):  # the fourth bucket is the first that has no memory yet
+        sync.refresh(gathered(more), 3, verify=True)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    dist.barrier()
+    sync.refresh(gathered(weights(4)), 4, verify=True)
+    for engine in engines:
+        assert_holds(engine.model, weights(4))
+    dist.barrier()
 
 
-def test_a_refused_refresh_leaves_the_ranks_in_step(tmp_path: Path) -> None:
-    run_gloo_ranks(refuse_then_accept, 2, tmp_path)
+def test_a_refresh_that_fails_at_an_engine_or_here_leaves_the_ranks_in_step(tmp_path: Path) -> None:
+    run_gloo_ranks(refuse_then_fail_then_accept, 2, tmp_path, timeout_s=30)
 
 
 def drift(folder: Path) -> None:
