@@ -100,11 +100,9 @@ def failure_message(failures: Mapping[int, ProcessFailure], run_dir: Path, node:
     if not first.host:
         message, _, hint = first.message.partition("\n")
         return f"p2o: {message}; the run is in {run_dir}" + (f"\np2o: {hint}" if hint else "")
-    is_here = first.rank in failures
-    end = f"{node} {how_it_ended(failures[first.rank])}" if is_here else f"{first.host} failed first"
     return (
         f"p2o: {first.message}\np2o: where it happened: {error_file(run_dir, first.rank)}\n"
-        f"p2o: rank {first.rank} on {end}; the run is in {run_dir}"
+        f"p2o: rank {first.rank} on {first.host} failed first; the run is in {run_dir}"
     )
 
 

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron_p2o.config import ParallelConfig
 from megatron_p2o.policy.ranks import PolicyError, build_policy
-from megatron_p2o.rank_errors import error_file, failure_message, report_error
+from megatron_p2o.rank_errors import error_file, failure_message, host_name, report_error
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
@@ -48,7 +48,7 @@ def test_every_rank_and_the_last_message_name_the_rank_that_failed_first(model_p
     ends = {rank: ProcessFailure(local_rank=rank, pid=1, exitcode=1, error_file=os.devnull) for rank in range(2)}
     told = failure_message(ends, tmp_path, "node1")
     assert told.startswith(f"p2o: PolicyError: {follower}\n")
-    assert told.endswith(f"p2o: rank 1 on node1 ended with status 1; the run is in {tmp_path}")
+    assert told.endswith(f"p2o: rank 1 on {host_name()} failed first; the run is in {tmp_path}")
     where = error_file(tmp_path, 1).read_text()
     assert "AttributeError" in where and "in update" in where
 

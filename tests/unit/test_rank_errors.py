@@ -50,12 +50,12 @@ def message(run_dir: Path, ended: dict[int, Ended], monkeypatch: pytest.MonkeyPa
     [
         ({2: Ended(1, 0, 0.0), 3: Ended(-9, 1)}, 3, "was ended by SIGKILL"),
         ({0: Ended(-11), 1: Ended(143)}, 0, "was ended by SIGSEGV"),
-        ({0: Ended(1, 0, 0.4), 1: Ended(1, 0, 0.1), 2: Ended(143)}, 1, "ended with status 1"),
+        ({0: Ended(1, 0, 0.4), 1: Ended(1, 0, 0.1), 2: Ended(143)}, 1, "failed first"),
         ({0: Ended(-15), 1: Ended(3)}, 1, "ended with status 3"),
-        ({0: Ended(-9, SHORTEST_STOP_TIMEOUT_S + 1), 1: Ended(1, 0, 0.0)}, 1, "ended with status 1"),
-        ({0: Ended(-6, 2), 1: Ended(1, 2, 0.4)}, 1, "ended with status 1"),
+        ({0: Ended(-9, SHORTEST_STOP_TIMEOUT_S + 1), 1: Ended(1, 0, 0.0)}, 1, "failed first"),
+        ({0: Ended(-6, 2), 1: Ended(1, 2, 0.4)}, 1, "failed first"),
         ({0: Ended(-6), 1: Ended(1, 2, 0.4)}, 0, "was ended by SIGABRT"),
-        ({0: Ended(-11, 1, 0.2), 1: Ended(1, 1, 0.4)}, 0, "was ended by SIGSEGV"),
+        ({0: Ended(-11, 1, 0.2), 1: Ended(1, 1, 0.4)}, 0, "failed first"),
         ({0: Ended(3), 1: Ended(1, 0, 0.4)}, 0, "ended with status 3"),
         ({0: Ended(143, 1), 1: Ended(-15)}, 1, "was ended by SIGTERM"),
     ],
@@ -67,6 +67,7 @@ def message(run_dir: Path, ended: dict[int, Ended], monkeypatch: pytest.MonkeyPa
 def test_the_message_is_about_the_rank_that_failed_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: dict[int, Ended], first: int, how: str
 ) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
     lines = message(tmp_path, ended, monkeypatch)
     told = f"p2o: rank {first} on node7 {how}; the run is in {tmp_path}"
     if ended[first].left_word_at is None:
