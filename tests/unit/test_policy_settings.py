@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -65,6 +66,24 @@ def test_what_only_this_machine_lacks_is_named_by_the_dry_run_and_missing_for_th
     assert main(["doctor", path, "--strict"]) == 1
     assert main(["doctor", path, "--strict", "--set", "model.layer_backend=local"]) == 0
     assert "megatron-core's own: model.layer_backend=local" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: no memory of this machine to plan")
+def test_the_dry_run_and_the_doctor_plan_the_memory_of_this_machine(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = str(settings_file(tmp_path, model, model={"dtype": "bfloat16"}))
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    head = f"memory of 1 x {torch.cuda.device_count()} GPUs of {gib:.1f} GiB, engines "
+    too_long = ["--set", "rollout.max_new_tokens=100000000000"]
+    assert main(["doctor", path]) == main(["train", path, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count(head) == 2
+    assert main(["doctor", path, "--strict", *too_long]) == 1
+    assert main(["train", path, "--dry-run", *too_long]) == 0
+    printed = capsys.readouterr().out
+    assert "MISSING the KV cache of an engine rank would hold" in printed
+    assert "not on this machine: the KV cache of an engine rank would hold" in printed
 
 
 def test_the_dry_run_reads_the_names_of_the_weights(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]):
