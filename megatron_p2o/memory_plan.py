@@ -381,5 +381,6 @@ def ranks_on_fullest(config: Config, gpus: Gpus) -> tuple[int, int]:
     reflects_here = evolution.enabled and evolution.reflection.backend == "self"
     first = len(places) * tensor
     reflection = Counter(rank % gpus.count for rank in range(first, first + tensor * reflects_here))
-    fullest = max(range(gpus.count), key=lambda gpu: engines[gpu] + reflection[gpu])
+    # Of two with equally many, the one whose server keeps its memory while the trainer trains.
+    fullest = max(range(gpus.count), key=lambda gpu: (engines[gpu] + reflection[gpu], reflection[gpu]))
     return engines[fullest], reflection[fullest]
