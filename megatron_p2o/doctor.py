@@ -29,6 +29,7 @@ REQUIRED = {
     "safetensors": "",
     "math-verify": "",
     "aiohttp": "",
+    "orjson": "",
 }
 """Distributions without which no run starts, and the versions it takes."""
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import aiohttp
 import numpy as np
+import orjson
 
 from megatron_p2o.rollout.staging import StagingBuffer
 from megatron_p2o.rollout.weight_message import MemoryAddress
@@ -193,7 +194,8 @@ class EngineClient:
                     raise EngineUnreachable(f"{url}: {await response.text()}")
                 if response.status != 200:
                     raise EngineRefused(f"{url}: {response.status} {(await response.text())[:500]}")
-                return await response.json(content_type=None) if response.content_type == "application/json" else None
+                # A long response is half a megabyte of numbers, which the standard library takes 25 ms for.
+                return orjson.loads(await response.read()) if response.content_type == "application/json" else None
         except TimeoutError:
             raise TimeoutError(f"{url}: no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
