@@ -124,7 +124,8 @@ class RolloutConfig:
     weight_transfer: Literal["auto", "device", "host"] = "auto"
     """How they get there. "device": every trainer rank leaves them on its GPU, two buckets at a time, for the engine
     rank that shares it (CUDA IPC; without CUDA, in memory files). "host": rank 0 leaves them in host memory, one copy
-    per node. "auto": "device" on GPUs if every engine rank has a trainer rank on its GPU, else "host"."""
+    per node. "auto": "device" on GPUs if every engine rank has a trainer rank on its GPU and can open what that leaves,
+    else "host"."""
     verify_every: int = 1
     """Compare checksums of the engines' weights with the trainer's at the first and every so many refreshes; 0 never.
     An engine that is restarted is always compared, unless never."""

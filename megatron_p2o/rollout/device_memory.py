@@ -14,6 +14,9 @@ from torch import Tensor
 
 from megatron_p2o.rollout.weight_message import MemoryAddress
 
+PAGE_BYTES = 2 << 20
+"""What the driver hands out at a time. Of a smaller piece the handle would open whatever lies beside it as well."""
+
 BINDINGS = "cuda.bindings"
 """NVIDIA's package; SGLang and torch require it where there is CUDA."""
 
@@ -30,7 +33,8 @@ class DeviceMemory:
         """
         device = current_device()
         cuda = driver()
-        pointer = checked("cuMemAlloc", cuda.cuMemAlloc(num_bytes))
+        num_pages = -(-num_bytes // PAGE_BYTES)
+        pointer = checked("cuMemAlloc", cuda.cuMemAlloc(num_pages * PAGE_BYTES))
         handle = checked("cuIpcGetMemHandle", cuda.cuIpcGetMemHandle(pointer))
         self.content = span(int(pointer), num_bytes, device)
         """[num_bytes] uint8."""
@@ -113,5 +117,5 @@ def checked(call: str, answer: tuple[Any, ...]) -> Any:
     """Return what a call of the driver gave, or raise `RuntimeError` with the setting that does without it."""
     error, *values = answer
     if int(error) != 0:
-        raise RuntimeError(f"{call}: {error}; rollout.weight_transfer=host does without memory shared on a GPU")
+        raise RuntimeError(f"{call}: {error!r}; rollout.weight_transfer=host does without memory shared on a GPU")
     return values[0] if values else None

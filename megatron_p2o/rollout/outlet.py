@@ -57,12 +57,16 @@ class WeightOutlet:
         spans: Sequence[MemoryFile | DeviceMemory],
         addresses: Mapping[str, Sequence[Sequence[MemoryAddress]]],
         bucket_bytes: int,
+        *,
+        is_only_way: bool,
     ) -> None:
         """Args:
         spans: this rank's memory, each as large as a bucket can be.
         addresses: of the spans of each engine's ranks, by the engine's name.
         bucket_bytes: as `laid_out` takes it.
+        is_only_way: whether it is an error when an engine cannot open the spans.
         """
+        self.is_only_way = is_only_way
         self._group = group
         self._spans = spans
         self._addresses = addresses
@@ -129,7 +133,8 @@ def open_outlet(config: Config, largest_weight_bytes: int) -> WeightOutlet | Non
     spans = [make(bucket_capacity(config, largest_weight_bytes)) for _ in range(NUM_SPANS)]
     by_rank = gathered([memory.address for memory in spans], group)
     addresses = {name: [by_rank[ranks[place]] for place in places] for name, places in engines.items()}
-    return WeightOutlet(group, spans, addresses, bucket_bytes)
+    is_only_way = config.rollout.weight_transfer == "device"
+    return WeightOutlet(group, spans, addresses, bucket_bytes, is_only_way=is_only_way)
 
 
 def uses_devices(config: Config) -> bool:

@@ -92,6 +92,8 @@ class Refresh:
     """Weights that arrived with another checksum than they were sent."""
     addresses: set[MemoryAddress] = field(default_factory=set)
     """Where the buckets lay."""
+    unopened: str = ""
+    """See `RefreshReport`."""
 
 
 class WeightLoader:
@@ -107,7 +109,11 @@ class WeightLoader:
         """Copy the weights of a bucket into the model."""
         if message.index == 0:
             self._refresh = Refresh()
-        bucket = self._map(message.address)
+        try:
+            bucket = self._map(message.address)
+        except (RuntimeError, OSError) as error:
+            self._refresh.unopened = str(error)
+            return
         addresses = tuple(parameter.data_ptr() for parameter in self._model.parameters())
         plan = self._plans.get(message.entries)
         if plan is None or plan.addresses != addresses:
@@ -140,6 +146,7 @@ class WeightLoader:
             corrupted=tuple(dict.fromkeys(corrupted)),
             ignored=tuple(ignored_by_model(refresh)),
             unwritten=tuple(unwritten),
+            unopened=refresh.unopened,
         )
         self._forget_all_but(refresh.addresses)
         write_report(report, Path(f"{message.report_path}.{tensor_parallel_rank()}"))

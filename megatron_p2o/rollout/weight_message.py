@@ -94,6 +94,8 @@ class RefreshReport:
     """Weights this rank took nothing from, twins of used weights excepted."""
     unwritten: tuple[str, ...]
     """Parameters of the model that no weight filled completely."""
+    unopened: str
+    """Why a bucket's memory could not be opened, and the rest is as it was; "" when all could."""
 
 
 def serialize(message: LoadMessage | FinishMessage) -> str:
@@ -132,6 +134,7 @@ def read_report(path: Path) -> RefreshReport:
         corrupted=tuple(fields["corrupted"]),
         ignored=tuple(fields["ignored"]),
         unwritten=tuple(fields["unwritten"]),
+        unopened=fields["unopened"],
     )
 
 

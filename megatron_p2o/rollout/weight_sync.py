@@ -18,6 +18,7 @@ The buckets stay in host memory as they are until the next refresh: an engine th
 weights that the others serve, without the trainer. That takes as much memory as the weights do, once per machine.
 """
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -44,11 +45,17 @@ from megatron_p2o.rollout.weight_message import (
 
 MAX_NAMES_SHOWN = 5
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
 class RefreshFailed(RuntimeError):
     """The engines do not hold the weights they were sent; they serve nothing until a refresh succeeds."""
+
+
+class MemoryOutOfReach(RefreshFailed):
+    """An engine could not open the memory in which a trainer rank or this process left weights."""
 
 
 class Fleet(Protocol):
@@ -120,6 +127,7 @@ class WeightSync:
         self._answer_timeout_s = answer_timeout_s
         self._bucket_bytes = bucket_bytes
         self._outlet = outlet
+        self._sends_to_devices = outlet is not None
         self._placed: Iterator[tuple[int, TensorEntry, Tensor]] = iter(())
         self._num_due = self._num_met = 0
         """Buckets at whose end the other trainer ranks wait for this one, or have waited, and how often it has come."""
@@ -166,7 +174,12 @@ class WeightSync:
             # What is on its way over the devices has no room for more than the next bucket.
             gathers_first = self._is_lent and self._outlet is None
             self.load(list(buckets) if gathers_first else buckets, verify=verify)
-            self.check(version, verify=verify)
+            try:
+                self.check(version, verify=verify)
+            except MemoryOutOfReach as error:
+                self._leave_devices(error)
+                self.load(list(self._filled), verify=verify)
+                self.check(version, verify=verify)
             self.commit(version)
         except EngineRefused as error:
             raise RefreshFailed(f"refresh to version {version}: {error}") from error
@@ -199,9 +212,7 @@ class WeightSync:
             await self._update(client, bucket, index, verify)
         path = self._reports / f"{name.replace(' ', '-')}.restore-{self._version}"
         await self._finish(client, path, verify)
-        complaint = complaint_of(self._take_reports(path))
-        if verify and complaint:
-            raise RefreshFailed(f"restoring version {self._version}: {name} {complaint}")
+        self._judge(f"restoring version {self._version}: {name}", path, verify)
         await client.end_weight_update()
         await client.set_weight_version(self._version)
         await client.resume()
@@ -246,7 +257,12 @@ class WeightSync:
             self._stall(loading)
 
     def check(self, version: int, *, verify: bool) -> None:
-        """Have the engines compare what they hold with what was sent; raise `RefreshFailed` if it differs."""
+        """Have the engines compare what they hold with what was sent.
+
+        Raises:
+            RefreshFailed: it differs.
+            MemoryOutOfReach: they could not read it.
+        """
         paths: dict[str, Path] = {}
 
         async def finish(name: str, client: EngineClient) -> None:
@@ -254,9 +270,7 @@ class WeightSync:
             await self._finish(client, paths[name], verify)
 
         for name in self._wait(self._fleet.call_every_engine(finish)):
-            complaint = complaint_of(self._take_reports(paths[name]))
-            if verify and complaint:
-                raise RefreshFailed(f"refresh to version {version}: {name} {complaint}")
+            self._judge(f"refresh to version {version}: {name}", paths[name], verify)
 
     def commit(self, version: int) -> None:
         """Close the update, name the new weights, bring the KV cache's memory back if it is lent, and decode again."""
@@ -341,7 +355,8 @@ class WeightSync:
 
     def _send(self, bucket: StagingBuffer, index: int, verify: bool) -> Future[dict[str, None]]:
         async def update(name: str, client: EngineClient) -> None:
-            addresses = None if self._outlet is None else self._outlet.addresses(name, index)
+            outlet = self._outlet if self._sends_to_devices else None
+            addresses = None if outlet is None else outlet.addresses(name, index)
             await self._update(client, bucket, index, verify, addresses)
 
         return self._fleet.call_every_engine(update)
@@ -365,8 +380,22 @@ class WeightSync:
         payload = serialize(FinishMessage(report_path=str(path), verify=verify))
         await client.update_weights([payload] * self._num_ranks, LOAD_FORMAT, True)
 
-    def _take_reports(self, path: Path) -> list[RefreshReport]:
-        return [take_report(Path(f"{path}.{rank}")) for rank in range(self._num_ranks)]
+    def _judge(self, subject: str, path: Path, verify: bool) -> None:
+        """Take the reports that `_finish` has left, and raise what is wrong with `subject` by them."""
+        reports = [take_report(Path(f"{path}.{rank}")) for rank in range(self._num_ranks)]
+        for rank, report in enumerate(reports):
+            if report.unopened:
+                raise MemoryOutOfReach(f"{subject} (rank {rank}) could not open a bucket: {report.unopened}")
+        complaint = complaint_of(reports)
+        if verify and complaint:
+            raise RefreshFailed(f"{subject} {complaint}")
+
+    def _leave_devices(self, error: MemoryOutOfReach) -> None:
+        """From now on send engines to host memory, or raise `error` where there is no such way out."""
+        if self._outlet is None or self._outlet.is_only_way or not self._sends_to_devices:
+            raise error
+        self._sends_to_devices = False
+        logger.warning("%s; from now on weights go to the engines through host memory", error)
 
     def _wake(self, part: str) -> None:
         """Give lent memory back; engines that joined since have theirs."""

@@ -4,6 +4,7 @@ import os
 import resource
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,35 @@ def refuse_then_fail_then_accept(folder: Path) -> None:
 
 def test_a_refresh_that_fails_at_an_engine_or_here_leaves_the_ranks_in_step(tmp_path: Path) -> None:
     run_gloo_ranks(refuse_then_fail_then_accept, 2, tmp_path, timeout_s=30)
+
+
+def put_out_of_reach(folder: Path) -> list[str]:
+    outlet = opened(CONFIG)
+    if dist.get_rank() != 0:
+        for version in (1, 2, 3):
+            outlet.take(gathered(weights(version)))
+            dist.barrier()
+        return []
+    lost = replace(outlet.addresses("engine 1", 0)[0], path="/proc/self/fd/none")
+    outlet._addresses = {**outlet._addresses, "engine 1": [[lost, lost]]}
+    engines = [Engine(), Engine()]
+    sync = conducted(outlet, engines, folder)
+    with pytest.raises(RefreshFailed, match=r"version 1: engine 1 \(rank 0\) could not open a bucket: .*/fd/none"):
+        sync.refresh(gathered(weights(1)), 1, verify=True)
+    assert not engines[0].version and not engines[1].version
+    dist.barrier()
+    outlet.is_only_way = False
+    for version in (2, 3):
+        sync.refresh(gathered(weights(version)), version, verify=True)
+        for engine in engines:
+            assert_holds(engine.model, weights(version))
+            assert engine.version == version
+        dist.barrier()
+    return sorted(engines[1].paths - engines[0].paths)
+
+
+def test_engines_that_cannot_open_the_memory_take_the_host_s_if_the_way_is_not_set(tmp_path: Path) -> None:
+    assert run_gloo_ranks(put_out_of_reach, 2, tmp_path, timeout_s=30)[0] == ["/proc/self/fd/none"]
 
 
 def drift(folder: Path) -> None:

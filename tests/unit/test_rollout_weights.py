@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from enum import IntEnum
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from megatron_p2o.rollout import weight_loader
 from megatron_p2o.rollout.checksum import BLOCK_WORDS, checksum
 from megatron_p2o.rollout.client import EngineRefused
+from megatron_p2o.rollout.device_memory import checked
 from megatron_p2o.rollout.staging import StagingBuffer, laid_out
 from megatron_p2o.rollout.weight_sync import RefreshFailed, WeightSync
 from megatron_p2o.testing.sglang_server import FusedModel
@@ -198,6 +200,14 @@ def test_the_loader_gives_up_memory_that_the_trainer_no_longer_uses(model: Fused
         sync_of(client, directory=tmp_path, bucket_bytes=48).refresh(weights(version), version, verify=True)
         assert len(weight_loader._LOADERS[model]._mapped) == 3
     assert_holds(model, weights(2))
+
+
+def test_what_the_driver_refuses_is_told_by_its_name_and_with_a_remedy() -> None:
+    # As NVIDIA's binding numbers them, whose text is the number only.
+    code = IntEnum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_OUT_OF_MEMORY": 2})
+    assert checked("cuMemAlloc", (code(0), 7)) == 7
+    with pytest.raises(RuntimeError, match=r"cuMemAlloc: .*CUDA_ERROR_OUT_OF_MEMORY.*rollout\.weight_transfer=host"):
+        checked("cuMemAlloc", (code(2), 0))
 
 
 def test_a_staging_buffer_grows_for_a_large_tensor() -> None:
