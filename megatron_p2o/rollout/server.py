@@ -1,6 +1,7 @@
 """One SGLang server as a child process: started, watched, and stopped without leaving anything behind."""
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -269,6 +270,9 @@ def engine_environment(arguments: Mapping[str, Any], scratch: Path) -> dict[str,
         for name in ALLOCATOR_VARIABLES:
             if "expandable_segments:True" in environment.get(name, ""):
                 del environment[name]
+        # It is loaded before Python, and so before torch, which knows where pip has put the CUDA runtime that it needs.
+        library_path = [*filter(None, [environment.get("LD_LIBRARY_PATH")]), *cuda_runtime_folders()]
+        environment |= {"LD_LIBRARY_PATH": os.pathsep.join(library_path)} if library_path else {}
     if arguments.get("device") == "cpu":
         search_path = [str(CPU_SITE), *filter(None, [environment.get("PYTHONPATH")])]
         environment |= {
@@ -282,3 +286,10 @@ def engine_environment(arguments: Mapping[str, Any], scratch: Path) -> dict[str,
             bound = [str(core) for core in itertools.islice(cores, arguments["tp_size"])]
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
     return environment
+
+
+def cuda_runtime_folders() -> list[str]:
+    """Return the folders of the CUDA runtimes that pip has installed."""
+    spec = importlib.util.find_spec("nvidia")
+    packages = (spec.submodule_search_locations if spec else None) or ()
+    return sorted({str(file.parent) for package in packages for file in Path(package).glob("*/lib/libcudart.so.*")})

@@ -154,6 +154,21 @@ def test_an_engine_that_gives_memory_away_has_no_growing_segments(
     assert "PYTORCH_CUDA_ALLOC_CONF" in engine_environment({"enable_memory_saver": False}, tmp_path)
 
 
+def test_an_engine_that_gives_memory_away_finds_the_cuda_runtime_of_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13"
+    runtime.parent.mkdir(parents=True)
+    runtime.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/chosen")
+    folders = engine_environment({"enable_memory_saver": True}, tmp_path)["LD_LIBRARY_PATH"].split(os.pathsep)
+    assert folders[0] == "/chosen" and str(runtime.parent) in folders
+    assert engine_environment({"enable_memory_saver": False}, tmp_path)["LD_LIBRARY_PATH"] == "/chosen"
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    assert str(runtime.parent) in engine_environment({"enable_memory_saver": True}, tmp_path)["LD_LIBRARY_PATH"]
+
+
 def test_each_rank_of_a_cpu_engine_is_bound_to_a_core(tmp_path: Path) -> None:
     bound = engine_environment({"device": "cpu", "tp_size": 3}, tmp_path)["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
     assert len(bound) == 3
