@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = with_planned_cache(load_config(options.config))
     policy = build_policy(config)
     agents = meet_agents(config, options.config)
-    outlet = open_outlet(config, policy.largest_weight_bytes)
+    outlet = open_outlet(config, policy.largest_weight_bytes, policy.meeting)
     if outlet is not None:
         policy.deliver_to(outlet.take)
     policy.wait_for_ranks()

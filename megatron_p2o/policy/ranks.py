@@ -5,11 +5,11 @@ replica get the same share. The answers come back in one gather, so a command ha
 """
 
 import functools
-import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -116,6 +116,13 @@ class MegatronPolicy:
         """
         self._take = take
 
+    def meeting(self) -> AbstractContextManager[None]:
+        """Return a context for what all ranks do together while `deliver_to` has them take weights.
+
+        An error inside it, on whatever rank it began, is a `PolicyError` that names that, here and for `weights`.
+        """
+        return self._named_errors("deliver")
+
     def wait_for_ranks(self) -> None:
         """Return when every rank has taken from its GPU what it keeps, and nothing more: engines measure what is left.
 
@@ -174,8 +181,8 @@ class MegatronPolicy:
         self._export = stream = self._shard.export()
         try:
             with self._named_errors(method):
-                # Through `chain`, because closing this generator must not close the stream: it has to be finished.
-                yield from itertools.chain(stream)
+                # Not from the stream itself, which closing this generator must not close: it has to be finished.
+                yield from iter(functools.partial(self._next_weight, stream), None)
         finally:
             self._finish_export()
 
@@ -230,14 +237,19 @@ class MegatronPolicy:
                 if command.method != "deliver":
                     self._gather(reply)
 
+    def _next_weight(self, stream: Iterator[tuple[str, Tensor]]) -> tuple[str, Tensor] | None:
+        """Return what the stream yields next, None at its end."""
+        if self._is_broken:
+            raise ConnectionError("the ranks did not meet")
+        return next(stream, None)
+
     def _finish_export(self) -> None:
         """Take part in what is left of an export that was not consumed to the end."""
         if self._export is None or self._is_broken:
             return
         stream, self._export = self._export, None
         with self._named_errors("export"):
-            for _ in stream:
-                pass
+            deque(stream, maxlen=0)
             # Who takes weights on other ranks keeps step with whoever asked for them here, and may end later.
             if not self._is_delivery:
                 self._gather(None)
@@ -286,8 +298,7 @@ class MegatronPolicy:
                 return None
             result = getattr(self._shard, command.method)(*command.arguments)
             if command.method == "export":
-                for _ in result:
-                    pass
+                deque(result, maxlen=0)  # unlike a loop, holds no weight when the last has come
                 return None
             return result
 

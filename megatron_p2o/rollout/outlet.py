@@ -12,7 +12,8 @@ After a meeting the bucket is full on every device, and that of the turn before 
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,18 +60,21 @@ class WeightOutlet:
         bucket_bytes: int,
         *,
         is_only_way: bool,
+        meeting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Args:
         spans: this rank's memory, each as large as a bucket can be.
         addresses: of the spans of each engine's ranks, by the engine's name.
         bucket_bytes: as `laid_out` takes it.
         is_only_way: whether it is an error when an engine cannot open the spans.
+        meeting: makes the context in which ranks meet; see `MegatronPolicy.meeting`.
         """
         self.is_only_way = is_only_way
         self._group = group
         self._spans = spans
         self._addresses = addresses
         self._bucket_bytes = bucket_bytes
+        self._meeting = meeting
 
     def put(self, index: int, entry: TensorEntry, tensor: Tensor) -> None:
         """Begin to copy a weight into this rank's span for bucket `index`."""
@@ -79,8 +83,9 @@ class WeightOutlet:
 
     def meet(self) -> None:
         """Return when all ranks have filled the bucket they are at."""
-        finish_copies()
-        dist.barrier(self._group)
+        with self._meeting():
+            finish_copies()
+            dist.barrier(self._group)
 
     def take(self, weights: NamedWeights) -> None:
         """Do a rank's part of a refresh that rank 0 conducts; the next may begin when rank 0's has ended.
@@ -101,13 +106,16 @@ class WeightOutlet:
         return [spans[index % NUM_SPANS] for spans in self._addresses[engine]]
 
 
-def open_outlet(config: Config, largest_weight_bytes: int) -> WeightOutlet | None:
+def open_outlet(
+    config: Config, largest_weight_bytes: int, meeting: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> WeightOutlet | None:
     """Return this rank's end, or None where weights go through host memory; see `rollout.weight_transfer`.
 
     All ranks must call, after torch.distributed has started.
 
     Args:
         largest_weight_bytes: size of the largest tensor that will be sent.
+        meeting: makes the context in which ranks meet; see `MegatronPolicy.meeting`.
 
     Raises:
         ValueError: `rollout.weight_transfer` is "device", and an engine rank has no trainer rank on its device.
@@ -134,7 +142,7 @@ def open_outlet(config: Config, largest_weight_bytes: int) -> WeightOutlet | Non
     by_rank = gathered([memory.address for memory in spans], group)
     addresses = {name: [by_rank[ranks[place]] for place in places] for name, places in engines.items()}
     is_only_way = config.rollout.weight_transfer == "device"
-    return WeightOutlet(group, spans, addresses, bucket_bytes, is_only_way=is_only_way)
+    return WeightOutlet(group, spans, addresses, bucket_bytes, is_only_way=is_only_way, meeting=meeting)
 
 
 def uses_devices(config: Config) -> bool:

@@ -13,15 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_p2o.config import Config
+from megatron_p2o.config import Config, ParallelConfig
+from megatron_p2o.interfaces import NamedWeights
+from megatron_p2o.policy.ranks import PolicyError, build_policy
 from megatron_p2o.rollout.client import EngineRefused
 from megatron_p2o.rollout.outlet import WeightOutlet, engine_devices, open_outlet
 from megatron_p2o.rollout.weight_message import LoadMessage, parse
 from megatron_p2o.rollout.weight_sync import RefreshFailed, WeightSync
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.fakes import fake_config
+from megatron_p2o.testing.policy_oracle import policy_config
 from megatron_p2o.testing.sglang_server import FusedModel
 from megatron_p2o.testing.sglang_server import fused_model_weights as weights
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.testing.weight_fleet import InProcessEngine, InProcessFleet, assert_holds
 
 BUCKET_BYTES = 48
@@ -174,6 +178,34 @@ def put_out_of_reach(folder: Path) -> list[str]:
 
 def test_engines_that_cannot_open_the_memory_take_the_host_s_if_the_way_is_not_set(tmp_path: Path) -> None:
     assert run_gloo_ranks(put_out_of_reach, 2, tmp_path, timeout_s=30)[0] == ["/proc/self/fd/none"]
+
+
+def fail_while_taking(folder: Path) -> None:
+    config = policy_config(write_tiny_qwen3(folder / str(os.getpid())), parallel=ParallelConfig(data=2, timeout_s=30))
+    policy = build_policy(replace(config, rollout=CONFIG.rollout))
+    outlet = open_outlet(CONFIG, policy.largest_weight_bytes, policy.meeting)
+    assert outlet is not None
+
+    def take(weights: NamedWeights) -> None:
+        raise MemoryError("a GPU is full")
+
+    policy.deliver_to(take)
+    told = r"policy\.deliver failed on rank 1: MemoryError: a GPU is full"
+    if not policy.is_conductor:
+        with pytest.raises(PolicyError, match=told):
+            policy.serve()
+        return
+    remaining = policy.weights()
+    next(remaining)
+    with pytest.raises(PolicyError, match=told):
+        outlet.meet()
+    with pytest.raises(PolicyError, match=told):
+        next(remaining)
+    policy.close()  # without those who are gone
+
+
+def test_a_rank_that_fails_while_it_takes_weights_is_named_where_ranks_meet(tmp_path: Path) -> None:
+    run_gloo_ranks(fail_while_taking, 2, tmp_path, timeout_s=30)
 
 
 def drift(folder: Path) -> None:
