@@ -23,8 +23,9 @@ GATE_TOKENS = 128
 """Rows of the correctness gate, at the full shape."""
 
 
-PEER_FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, ImportError)
-"""What a peer that does not support a shape, a dtype or a device raises; torch.OutOfMemoryError is a RuntimeError."""
+PEER_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError, OSError)
+"""What a peer raises that does not support a shape, a dtype or a device (torch.OutOfMemoryError is a RuntimeError), or
+when it is imported beside other versions than it was built for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +68,8 @@ def bench_head(
         if chosen_peers == ["all"] or name in chosen_peers:
             try:
                 providers.append(make())
-            except ImportError as error:
-                missing[name] = str(error)
+            except PEER_FAILURES as error:
+                missing[name] = f"{type(error).__name__}: {str(error)[:120]}"
     gate_case = make_case(shape, GATE_TOKENS, 0.0, device, with_main_grad=with_main_grad)
     ceiling = matmul_ceiling(shape, repeats, device)
     gate = {provider.name: _gate(provider, gate_case) for provider in providers}

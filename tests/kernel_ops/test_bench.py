@@ -87,6 +87,29 @@ def test_the_command_writes_rows_whose_rates_follow_from_their_times(bench, tmp_
     assert result["environment"]["torch"] == torch.__version__
 
 
+def test_a_peer_built_for_other_versions_is_named_and_left_out(bench, tmp_path, monkeypatch):
+    import bench.head
+
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").write_text("raise AttributeError('no such operator')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    result = bench.head.bench_head(
+        bench.cases.SHAPES["tiny"],
+        CPU,
+        is_scoring=False,
+        token_counts=[64],
+        dead_shares=[0.0],
+        kernels=(),
+        chosen_peers=["liger-grpo"],
+        verl=None,
+        repeats=1,
+    )
+    assert result["missing"] == {"liger-grpo": "AttributeError: no such operator"}
+    assert [row["provider"] for row in result["rows"]] == ["ours", "plain"]
+
+
 def test_the_readme_shows_the_committed_results_and_nothing_else(bench):
     text = bench.tables.README.read_text()
     for marker in bench.tables.MARKERS:
