@@ -9,7 +9,8 @@
 #   P2O_RUNS           folder of the runs, on a filesystem that all nodes share; default: runs
 #   P2O_IMAGE          container image for pyxis; default: none, .venv or what PATH has
 #   P2O_MOUNTS         more --container-mounts than this folder and P2O_RUNS, comma-separated
-#   P2O_CACHE          folder on each node's own disk for compiled kernels; default: /tmp/p2o-cache-UID
+#   P2O_CACHE          folder on each node's own disk for compiled kernels; default: /tmp/p2o-cache-UID. In a container it
+#                      goes with the container, and every start compiles again, unless P2O_MOUNTS names it
 #   P2O_HEAD_ADDRESS   address of the head node, where its host name is not the one to be reached at
 set -euo pipefail
 
