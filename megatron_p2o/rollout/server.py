@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ from typing import IO, Any, Protocol
 from megatron_p2o.rollout.client import Mirror
 from megatron_p2o.rollout.launcher import EXIT_BAD_ARGUMENT, shared_memory_of
 from megatron_p2o.rollout.scratch import Scratch
+
+logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 """Servers are never reachable from another machine: SGLang's weight routes and ZMQ sockets trust their callers."""
@@ -104,13 +107,14 @@ class Server(Protocol):
 class EngineServer:
     """A running SGLang server. Whoever creates it owns it and must call `stop`; it dies with its parent anyway."""
 
-    def __init__(self, name: str, arguments: Mapping[str, Any], log_path: Path) -> None:
+    def __init__(self, name: str, arguments: Mapping[str, Any], log_path: Path, expected_cache_tokens: int = 0) -> None:
         """Start the process and return without waiting; call `wait_until_ready` next.
 
         Args:
             name: how errors call it, e.g. "engine 0".
             arguments: fields of SGLang's ServerArgs, `OWN_ARGUMENTS` excepted.
             log_path: receives everything the server prints; readable by this user only.
+            expected_cache_tokens: a KV cache for fewer is warned of when the server is ready.
 
         Raises:
             ValueError: `arguments` sets something that is decided here.
@@ -125,6 +129,7 @@ class EngineServer:
         self.admin_key = secrets.token_urlsafe(32)
         """Opens the weight routes."""
         self.mirror: Mirror | None = None
+        self._expected_cache_tokens = expected_cache_tokens
         # SGLang would choose the second by itself, let it go and bind it seconds later, when others may have it.
         self._ports = {"port": reserve_port(), "nccl_port": reserve_port()}
         self.base_url = f"http://{HOST}:{self._ports['port'].getsockname()[1]}"
@@ -161,6 +166,7 @@ class EngineServer:
             time.sleep(START_POLL_S)
         self._release_ports()
         self._scratch.note(shared_memory_of(self.pid))
+        self._warn_of_a_small_cache()
 
     def log_tail(self) -> str:
         """Return the last lines of the log, without the noise of optional imports."""
@@ -215,17 +221,42 @@ class EngineServer:
         for holder in self._ports.values():
             holder.close()
 
+    def _warn_of_a_small_cache(self) -> None:
+        # SGLang takes less than it may where its GPU has less, and cuts responses to the length of the cache.
+        try:
+            tokens = self.cache_tokens() if self._expected_cache_tokens else 0
+        except OSError:
+            return  # it has just died: who watches it will say so
+        if tokens < self._expected_cache_tokens:
+            logger.warning(
+                "the KV cache of %s holds %d tokens, fewer than a prompt and its response may have "
+                "(data.max_prompt_tokens + rollout.max_new_tokens = %d): longer responses are cut off",
+                self.name,
+                tokens,
+                self._expected_cache_tokens,
+            )
+
     def _answers(self) -> bool:
         """/health says that warm-up is over; /model_info that this is our server, because it checks the key."""
-        authorization = {"Authorization": f"Bearer {self.api_key}"}
         try:
-            for path in ("/health", "/model_info"):
-                request = urllib.request.Request(self.base_url + path, headers=authorization)
-                with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):
-                    pass
+            self._get("/health")
+            self._get("/model_info")
         except OSError:
             return False
         return True
+
+    def cache_tokens(self) -> int:
+        """Return how many tokens the KV cache holds. Only once the server is ready.
+
+        Raises:
+            OSError: it does not answer any more.
+        """
+        return json.loads(self._get("/server_info"))["max_total_num_tokens"]
+
+    def _get(self, path: str) -> bytes:
+        request = urllib.request.Request(self.base_url + path, headers={"Authorization": f"Bearer {self.api_key}"})
+        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S) as response:
+            return response.read()
 
     def _start_error(self, what: str) -> Exception:
         tail = self.log_tail()

@@ -74,7 +74,8 @@ def start_server(config: Config, run_dir: Path, place: EnginePlace, restart: int
         ValueError: `sglang` holds an argument that another setting decides.
     """
     arguments = server_arguments(config, place, torch.cuda.device_count())
-    return EngineServer(f"engine {place.index}", arguments, engine_log(run_dir, place, restart))
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return EngineServer(f"engine {place.index}", arguments, engine_log(run_dir, place, restart), longest)
 
 
 def engine_log(run_dir: Path, place: EnginePlace, restart: int) -> Path:

@@ -290,9 +290,13 @@ def test_weights_that_change_inside_the_engine_are_noticed(
     assert_matches(trainer, sample(engine, prompts(2)))
 
 
-def test_the_ranks_of_one_engine_take_their_slices(model_path: Path, trainer: Any, tmp_path: Path) -> None:
+def test_the_ranks_of_one_engine_take_their_slices_and_a_small_cache_is_warned_of(
+    model_path: Path, trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     changed, versions = copy.deepcopy(trainer), Versions()
-    with start_engines(config_of(model_path, num_engines=1, tensor_parallel=2), tmp_path) as engine:
+    config = config_of(model_path, num_engines=1, tensor_parallel=2, max_total_tokens=8192)
+    with start_engines(config, tmp_path) as engine:
+        assert "the KV cache of engine 0 holds 8192 tokens, fewer than a prompt and its response may" in caplog.text
         for _ in range(2):  # copies are recorded, then replayed
             version = versions.push(engine, changed)
             completions = sample(engine, prompts(4))
