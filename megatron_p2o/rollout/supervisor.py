@@ -10,8 +10,8 @@ from functools import partial
 
 from megatron_p2o.rollout.broker import EnginesLost
 from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable
+from megatron_p2o.rollout.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.server import EngineStartFailed, Server
-from megatron_p2o.rollout.weight_sync import RefreshFailed
 
 logger = logging.getLogger(__name__)
 

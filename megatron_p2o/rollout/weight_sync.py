@@ -32,30 +32,19 @@ from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.rollout.client import KV_CACHE, WEIGHTS, EngineClient, EngineRefused
 from megatron_p2o.rollout.outlet import WeightOutlet
 from megatron_p2o.rollout.pinning import finish_copies
+from megatron_p2o.rollout.refresh_verdict import MemoryOutOfReach, RefreshFailed, judge, take_report
 from megatron_p2o.rollout.staging import StagingBuffer, laid_out
 from megatron_p2o.rollout.weight_message import (
     LOAD_FORMAT,
     FinishMessage,
     MemoryAddress,
-    RefreshReport,
     TensorEntry,
-    read_report,
     serialize,
 )
-
-MAX_NAMES_SHOWN = 5
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class RefreshFailed(RuntimeError):
-    """The engines do not hold the weights they were sent; they serve nothing until a refresh succeeds."""
-
-
-class MemoryOutOfReach(RefreshFailed):
-    """An engine could not open the memory in which a trainer rank or this process left weights."""
 
 
 class Fleet(Protocol):
@@ -381,14 +370,8 @@ class WeightSync:
         await client.update_weights([payload] * self._num_ranks, LOAD_FORMAT, True)
 
     def _judge(self, subject: str, path: Path, verify: bool) -> None:
-        """Take the reports that `_finish` has left, and raise what is wrong with `subject` by them."""
-        reports = [take_report(Path(f"{path}.{rank}")) for rank in range(self._num_ranks)]
-        for rank, report in enumerate(reports):
-            if report.unopened:
-                raise MemoryOutOfReach(f"{subject} (rank {rank}) could not open a bucket: {report.unopened}")
-        complaint = complaint_of(reports)
-        if verify and complaint:
-            raise RefreshFailed(f"{subject} {complaint}")
+        """Raise what is wrong with an engine by the reports that `_finish` has made its ranks write."""
+        judge(subject, [take_report(Path(f"{path}.{rank}")) for rank in range(self._num_ranks)], verify=verify)
 
     def _leave_devices(self, error: MemoryOutOfReach) -> None:
         """From now on send engines to host memory, or raise `error` where there is no such way out."""
@@ -437,36 +420,3 @@ async def pause_and_release(name: str, client: EngineClient) -> None:
     await client.release_memory()
     # Only rank 0 answers a release; an update is opened by all ranks together, and touches no weight.
     await client.begin_weight_update()
-
-
-def take_report(path: Path) -> RefreshReport:
-    report = read_report(path)
-    path.unlink()
-    return report
-
-
-def complaint_of(reports: Sequence[RefreshReport]) -> str:
-    """Return what is wrong with an engine's weights, given the reports of its ranks, or ""."""
-    for rank, report in enumerate(reports):
-        if report.corrupted:
-            return (
-                f"(rank {rank}) holds {len(report.corrupted)} weights that differ from the trainer's: "
-                f"{shorten(report.corrupted)}"
-            )
-        if report.unwritten:
-            return (
-                f"(rank {rank}) has {len(report.unwritten)} parameters that no traceable copy filled: "
-                f"{shorten(report.unwritten)}; either the policy left weights out, or this model cannot be verified: "
-                "set rollout.verify_every to 0"
-            )
-        if report.num_verified == 0:
-            return f"(rank {rank}) compared nothing"
-    ignored = set.intersection(*(set(report.ignored) for report in reports))
-    if ignored:
-        return f"has no use for {len(ignored)} weights it was sent: {shorten(tuple(sorted(ignored)))}"
-    return ""
-
-
-def shorten(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:MAX_NAMES_SHOWN])
-    return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown}, ..."

@@ -31,8 +31,8 @@ from megatron_p2o.policy.hf_directory import write_hf_directory
 from megatron_p2o.rollout.broker import Broker, EnginesLost
 from megatron_p2o.rollout.client import EngineClient
 from megatron_p2o.rollout.engine import SglangEngine, end_of_sequence_ids, start_engines
+from megatron_p2o.rollout.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.remote import ADDRESS_VARIABLE, AgentAddress, start_agent
-from megatron_p2o.rollout.weight_sync import RefreshFailed
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_p2o.config import Config, ModelConfig
 from megatron_p2o.rollout.engine import SglangEngine
+from megatron_p2o.rollout.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.server_arguments import does_release_memory
-from megatron_p2o.rollout.weight_sync import RefreshFailed
 from megatron_p2o.testing.fakes import fake_config
 from megatron_p2o.testing.sglang_server import FakeSglangServer, fused_model_weights
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o.rollout.broker import EnginesLost
+from megatron_p2o.rollout.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.server import EngineStartFailed
 from megatron_p2o.rollout.supervisor import Supervisor
-from megatron_p2o.rollout.weight_sync import RefreshFailed
 
 WAIT_S = 20
 

@@ -12,8 +12,9 @@ from megatron_p2o.rollout import weight_loader
 from megatron_p2o.rollout.checksum import BLOCK_WORDS, checksum
 from megatron_p2o.rollout.client import EngineRefused
 from megatron_p2o.rollout.device_memory import checked
+from megatron_p2o.rollout.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.staging import StagingBuffer, laid_out
-from megatron_p2o.rollout.weight_sync import RefreshFailed, WeightSync
+from megatron_p2o.rollout.weight_sync import WeightSync
 from megatron_p2o.testing.sglang_server import FusedModel
 from megatron_p2o.testing.sglang_server import fused_model_weights as weights
 from megatron_p2o.testing.weight_fleet import InProcessEngine, InProcessFleet, assert_holds
