@@ -76,6 +76,22 @@ def write_tiny_qwen3(
     return directory
 
 
+def write_kernel_sized_qwen3(directory: Path) -> Path:
+    """Write a tiny Qwen3 of 1,000 tokens with sizes that the kernels for a GPU take; return `directory`.
+
+    Its weights keep the distributions within what bfloat16 resolves.
+    """
+    return write_tiny_qwen3(
+        directory,
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=512,
+        num_heads=4,
+        head_dim=64,
+        weight_scale=2.0,
+    )
+
+
 def character_tokenizer(vocab_size: int = 256) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer whose words are single ASCII characters, with `CHAT_TEMPLATE`."""
     characters = [*SPECIAL_TOKENS, "\n", *(chr(code) for code in range(32, 127))]

@@ -14,7 +14,7 @@ from megatron_p2o.policy.layer_choice import machine_capabilities
 from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
 from megatron_p2o.rl.packing import context_positions
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
-from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.testing.tiny_model import write_kernel_sized_qwen3
 from megatron_p2o.types import UpdateReport
 
 pytestmark = [
@@ -29,16 +29,7 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, micro_batch_tok
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sizes that the kernels for a GPU take; weights that keep the distributions within what bfloat16 resolves."""
-    return write_tiny_qwen3(
-        tmp_path_factory.mktemp("tiny"),
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=512,
-        num_heads=4,
-        head_dim=64,
-        weight_scale=2.0,
-    )
+    return write_kernel_sized_qwen3(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(params=["local", "transformer_engine"])

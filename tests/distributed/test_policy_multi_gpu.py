@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_p2o.config import Config, OptimizerConfig, ParallelConfig
 from megatron_p2o.policy.ranks import build_policy
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
-from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.testing.tiny_model import write_kernel_sized_qwen3
 
 LAYOUTS = {
     2: {
@@ -47,7 +47,7 @@ TIMEOUT_S = 900.0
 def test_layouts_over_nccl_update_score_save_and_export_like_transformers(num_gpus: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < num_gpus:
         pytest.skip(f"{torch.cuda.device_count()} of {num_gpus} CUDA devices: layouts over NCCL are not run")
-    model = write_model(tmp_path / "model")
+    model = write_kernel_sized_qwen3(tmp_path / "model")
     results = run_layouts(num_gpus, model, tmp_path)
     oracle = PolicyOracle(policy_config(model, optimizer=OPTIMIZER))
     scores = [float(row.sum()) for row in oracle.score(SAMPLES)]
@@ -60,19 +60,6 @@ def test_layouts_over_nccl_update_score_save_and_export_like_transformers(num_gp
         assert result["first"] == pytest.approx([loss, grad_norm], rel=0.05, abs=0.02), name
         assert result["from_checkpoint"] == pytest.approx(result["second"], rel=1e-3), name
         assert set(result["weights"]) == set(oracle.weights()), name
-
-
-def write_model(directory: Path) -> Path:
-    """Sizes that the kernels for a GPU take; weights that keep the distributions within what bfloat16 resolves."""
-    return write_tiny_qwen3(
-        directory,
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=512,
-        num_heads=4,
-        head_dim=64,
-        weight_scale=2.0,
-    )
 
 
 def run_layouts(num_ranks: int, model: Path, folder: Path) -> dict[str, Any]:
