@@ -1,10 +1,11 @@
-"""Compare how evenly micro-batches divide the work of an update over data-parallel ranks.
+r"""Compare how evenly micro-batches divide the work of an update over data-parallel ranks.
 
-    python tools/bench_balance.py --json tools/results/balance.json [--verl verl/utils/seqlen_balancing.py]
+    python tools/bench_balance.py --json tools/results/balance.json \
+        [--verl verl/utils/seqlen_balancing.py] [--slime slime/utils/seqlen_balancing.py]
 
 Log-normal response lengths up to a limit, the arithmetic of Qwen3-4B, a budget of tokens per micro-batch. Ours, ours
-with tokens as the cost, and verl's rule where its file is given (a file of its wheel: only its partition functions are
-called, in the order of its trainer: ranks by Karmarkar-Karp with equally many samples, then micro-batches).
+with tokens as the cost, and verl's and slime's rules where their files are given (of a wheel, of a repository: only
+their partition functions are called, in the order of their trainers).
 
 `busiest rank`: work of the rank with most over the mean; what an update takes, in units of perfect balance, when ranks
 meet once at its end. `slots`: the same when they meet after every micro-batch, as the stages of a pipeline do.
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--verl", type=Path, help="seqlen_balancing.py of a verl wheel")
+    parser.add_argument("--slime", type=Path, help="slime/utils/seqlen_balancing.py of slime's repository")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = [
@@ -59,7 +61,7 @@ def main() -> None:
             f"{row['ranks']:>5}  {row['median_tokens']:>6}  {row['rule']:15}  {row['busiest_rank']:>12.4f}  "
             f"{row['slots']:.3f}  {row['micro_batches']:>13.1f}  {row['ms']:.1f}"
         )
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "verl")}
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "verl", "slime")}
     write_result(arguments.json, {"settings": settings, "rows": rows})
 
 
@@ -83,13 +85,16 @@ def providers(arguments: argparse.Namespace, num_ranks: int) -> dict[str, Callab
 
     rules = {"ours": ours, "ours, by tokens": by_tokens}
     if arguments.verl:
-        partition = load_verl(arguments.verl).get_seqlen_balanced_partitions
-        rules["verl"] = lambda lengths: verl_plan(partition, lengths, num_ranks, arguments.budget)
+        verl = load_peer(arguments.verl)
+        rules["verl"] = lambda lengths: verl_plan(verl, lengths, num_ranks, arguments.budget)
+    if arguments.slime:
+        slime = load_peer(arguments.slime)
+        rules["slime"] = lambda lengths: slime_plan(slime, lengths, num_ranks, arguments.budget)
     return rules
 
 
-def load_verl(path: Path) -> ModuleType:
-    """Return verl's module; what it imports from the rest of verl is not needed for its partitions."""
+def load_peer(path: Path) -> ModuleType:
+    """Return a peer's module; what verl's imports from the rest of verl is not needed for its partitions."""
     for name, attribute in (
         ("verl", None),
         ("verl.protocol", "DataProto"),
@@ -101,16 +106,23 @@ def load_verl(path: Path) -> ModuleType:
             setattr(sys.modules[name], attribute, None)
     spec = importlib.util.spec_from_file_location("seqlen_balancing", path)
     if spec is None or spec.loader is None:
-        raise SystemExit(f"--verl {path}: not a Python file")
+        raise SystemExit(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def verl_plan(
-    partition: Callable[[list[float], int, bool], list[list[int]]], lengths: list[int], num_ranks: int, budget: int
-) -> Plan:
+def slime_plan(peer: ModuleType, lengths: list[int], num_ranks: int, budget: int) -> Plan:
+    """Return slime's plan: first fit by tokens, the largest split until the ranks divide them, shared out by work."""
+    parts = peer.first_fit_pack(lengths, budget)
+    peer.expand_bins_by_splitting(parts, -(-len(parts) // num_ranks) * num_ranks, lengths)
+    costs = [sum(work(lengths[index]) for index in part) for part in parts]
+    return [[parts[place] for place in share] for share in peer.get_seqlen_balanced_partitions(costs, num_ranks, True)]
+
+
+def verl_plan(peer: ModuleType, lengths: list[int], num_ranks: int, budget: int) -> Plan:
     """Return verl's plan: as many micro-batches on every rank as keep all of them within the budget."""
+    partition = peer.get_seqlen_balanced_partitions
     costs = [work(length) for length in lengths]
     shares = partition(costs, num_ranks, True)
     count = max(-(-sum(lengths[index] for index in share) // budget) for share in shares)
