@@ -20,7 +20,7 @@ from megatron_p2o.config import Config
 from megatron_p2o.nodes import nodes_of_slurm
 from megatron_p2o.policy.architecture import Architecture, read_architecture
 from megatron_p2o.rollout.outlet import NUM_SPANS, bucket_capacity
-from megatron_p2o.rollout.server_arguments import does_release_memory, engine_places
+from megatron_p2o.rollout.server_arguments import does_release_memory, engine_places, longest_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -323,11 +323,6 @@ def likely_activations(config: Config, architecture: Architecture) -> int:
         num_at_once = config.megatron.get("recompute_num_layers", 1)
         return parallel.pipeline * stored_inputs(config, architecture) + num_at_once * layer
     return architecture.num_layers * layer
-
-
-def longest_tokens(config: Config) -> int:
-    """Return how long a prompt and its response may be."""
-    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
 
 def engine_share(config: Config) -> float | None:

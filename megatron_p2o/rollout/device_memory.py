@@ -18,7 +18,7 @@ PAGE_BYTES = 2 << 20
 """What the driver hands out at a time. Of a smaller piece the handle would open whatever lies beside it as well."""
 
 BINDINGS = "cuda.bindings"
-"""NVIDIA's package; SGLang and torch require it where there is CUDA."""
+"""NVIDIA's package, which SGLang requires."""
 
 
 class DeviceMemory:

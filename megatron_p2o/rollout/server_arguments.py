@@ -74,8 +74,13 @@ def start_server(config: Config, run_dir: Path, place: EnginePlace, restart: int
         ValueError: `sglang` holds an argument that another setting decides.
     """
     arguments = server_arguments(config, place, torch.cuda.device_count())
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    return EngineServer(f"engine {place.index}", arguments, engine_log(run_dir, place, restart), longest)
+    log_path = engine_log(run_dir, place, restart)
+    return EngineServer(f"engine {place.index}", arguments, log_path, longest_tokens(config))
+
+
+def longest_tokens(config: Config) -> int:
+    """Return how long a prompt and its response may be."""
+    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
 
 def engine_log(run_dir: Path, place: EnginePlace, restart: int) -> Path:
