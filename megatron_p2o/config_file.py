@@ -192,12 +192,9 @@ _TYPE_RULES: Mapping[type, str] = {
 def _number(value: float | str) -> float:
     """YAML 1.1 takes `1e-6` (no point) for text, hence strings are tried too."""
     try:
-        number = float(value)
+        return float(value)
     except (ValueError, OverflowError) as error:
         raise _RefusedError(_TYPE_RULES[float]) from error
-    if number != number:
-        raise _RefusedError(_TYPE_RULES[float])
-    return number
 
 
 def _choice(value: object, choices: tuple[object, ...]) -> object:

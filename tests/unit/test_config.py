@@ -1,29 +1,38 @@
 """The rules between settings, and the reference preset."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from megatron_p2o.config import NOT_NEGATIVE, POSITIVE, REFERENCE_PRESET, Config, problems_of
+from megatron_p2o.config import REFERENCE_PRESET, Config, problems_of
+from megatron_p2o.config_ranges import LONGEST_WAIT_S, UNBOUNDED, Range, range_of, range_problems
 from megatron_p2o.testing.fakes import fake_config
 
 
-def dotted_types(section: type, prefix: str = "") -> dict[str, Any]:
+def dotted_types(section: type, prefix: str = "", *, has_ranges: bool = False) -> dict[str, Any]:
     """Return the type of every setting under its dotted name."""
-    hints, found = get_type_hints(section), {}
+    hints, found = get_type_hints(section, include_extras=has_ranges), {}
     for field in fields(section):
         kind = hints[field.name]
         if is_dataclass(kind):
             assert isinstance(kind, type)
-            found |= dotted_types(kind, f"{prefix}{field.name}.")
+            found |= dotted_types(kind, f"{prefix}{field.name}.", has_ranges=has_ranges)
         else:
             found[prefix + field.name] = kind
     return found
 
 
+def is_numeric(annotation: Any) -> bool:
+    """Return whether a value of the type, or of a mapping to it, may be a number."""
+    return annotation in (int, float) or any(is_numeric(option) for option in get_args(annotation))
+
+
 SETTINGS = dotted_types(Config)
+RANGES = {name: range_of(kind) for name, kind in dotted_types(Config, has_ranges=True).items() if is_numeric(kind)}
 
 
 def test_a_sensible_run_breaks_no_rule() -> None:
@@ -98,11 +107,53 @@ def test_the_edge_of_a_rule_is_allowed(settings: dict[str, Any]) -> None:
     assert problems_of(fake_config(settings)) == []
 
 
-@pytest.mark.parametrize(("names", "smallest_bad"), [(POSITIVE, 0), (NOT_NEGATIVE, -1)])
-def test_every_number_with_a_range_is_checked(names: tuple[str, ...], smallest_bad: int) -> None:
-    assert set(names) <= set(SETTINGS)
-    for name in names:
-        assert any(problem.startswith(f"{name}=") for problem in problems_of(fake_config({name: smallest_bad}))), name
+def test_every_numeric_setting_has_a_range() -> None:
+    """A number without bounds says so: `Annotated[int, UNBOUNDED]`."""
+    assert {"rollout.max_total_tokens", "evaluation.temperature_of", "run.seed"} <= set(RANGES)
+    assert [name for name, bounds in RANGES.items() if bounds is None] == []
+
+
+def numbers_outside(bounds: Range, *, is_float: bool) -> list[float]:
+    """Return the nearest numbers beyond each end of a range and, for floats, those that are not finite."""
+    step = 1e-7 if is_float else 1
+    ends = [(bounds.above, 0), (bounds.at_least, -step), (bounds.below, 0), (bounds.at_most, step)]
+    outside = [end + beyond for end, beyond in ends if end is not None]
+    return [float(number) for number in outside] + [math.inf, -math.inf, math.nan] if is_float else outside
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_beyond_its_range_is_refused_by_name(name: str) -> None:
+    bounds = RANGES[name]
+    assert bounds is not None
+    is_mapping = get_origin(SETTINGS[name]) is Mapping
+    is_float = float in (SETTINGS[name], *get_args(SETTINGS[name]))
+    for number in numbers_outside(bounds, is_float=is_float):
+        value, shown = ({"math": number}, f"{name}.math") if is_mapping else (number, name)
+        assert any(text.startswith(f"{shown}={number} must be ") for text in range_problems(fake_config({name: value})))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside"),
+    [
+        (Range(above=0), [1e-300, 1e300, 10**400], [0.0, -0.0, -1]),
+        (Range(at_least=0, below=1), [0, 0.0, 0.999], [-1e-300, 1, 1.0]),
+        (Range(above=0, at_most=LONGEST_WAIT_S), [0.1, LONGEST_WAIT_S], [0, LONGEST_WAIT_S + 1]),
+        (UNBOUNDED, [-1e300, 0], [math.inf, -math.inf, math.nan]),
+    ],
+)
+def test_a_range_includes_and_excludes_its_ends_as_written(
+    bounds: Range, inside: list[float], outside: list[float]
+) -> None:
+    assert [bounds.broken_rule(number) for number in inside] == [None] * len(inside)
+    assert all(bounds.broken_rule(number) is not None for number in outside)
+
+
+def test_a_broken_range_is_told_in_words() -> None:
+    assert range_problems(fake_config({"optimizer.beta1": 2.0, "optimizer.lr": math.inf, "rollout.group_size": 1})) == [
+        "rollout.group_size=1 must be at least 2: a group of one has no baseline",
+        "optimizer.lr=inf must be a finite number",
+        "optimizer.beta1=2.0 must be at least 0 and less than 1",
+    ]
 
 
 def test_all_problems_are_listed_at_once() -> None:

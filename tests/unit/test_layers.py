@@ -20,7 +20,8 @@ ROOMS = ("policy", "rollout", "rewards", "evolve", "data", "metrics")
 ALLOWED = {
     "p2o_kernels": (),
     "megatron_p2o.types": (),
-    "megatron_p2o.config": (),
+    "megatron_p2o.config_ranges": (),
+    "megatron_p2o.config": ("megatron_p2o.config_ranges",),
     "megatron_p2o.interfaces": ("megatron_p2o.types", "megatron_p2o.files"),
     "megatron_p2o.files": (),
     "megatron_p2o.processes": (),
