@@ -130,6 +130,53 @@ def test_a_known_context_mask_keeps_its_rows_out_of_the_head(head_case):
     assert is_kept.any() and torch.equal(output.is_live_T, is_kept)
 
 
+@pytest.mark.parametrize("has_old", [True, False], ids=["old given", "old is current"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.context}-{rule.ratio_form}")
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
+def test_log_probs_of_tokens_without_weight_change_nothing(rule, has_old, garbage, head_case):
+    case = head_case()
+    arguments = token_arguments(case, has_old=has_old)
+    is_outside = arguments["weights_T"] == 0
+    dirty = {
+        name: torch.where(is_outside, garbage, arguments[name])
+        for name in ("old_logprobs_T", "sampling_logprobs_T")
+        if arguments[name] is not None
+    }
+    output, hidden_grad, weight_grad = run(case, rule, arguments)
+    same, same_hidden_grad, same_weight_grad = run(case, rule, arguments | dirty)
+    for expected, computed in zip(output, same, strict=True):
+        assert torch.equal(expected, computed)
+    assert torch.equal(hidden_grad, same_hidden_grad) and torch.equal(weight_grad, same_weight_grad)
+    expected, *expected_grads = run_reference(case, rule, arguments)
+    computed, *computed_grads = run_reference(case, rule, arguments | dirty)
+    assert computed == expected and computed.isfinite()
+    for one, other in zip(expected_grads, computed_grads, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["old_logprobs_T", "sampling_logprobs_T"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.context}-{rule.ratio_form}")
+def test_a_nan_log_prob_of_a_token_that_counts_makes_loss_and_gradient_nan(rule, name, head_case):
+    case = head_case()
+    arguments = token_arguments(case, has_old=True)
+    arguments["is_templated_T"][:] = True
+    counts = (arguments["weights_T"] != 0) & (arguments["advantages_T"] != 0)
+    poisoned = arguments[name].clone()
+    poisoned[counts.nonzero()[0]] = torch.nan
+    is_read = name == {"importance": "sampling_logprobs_T"}.get(rule.context, "old_logprobs_T")
+    is_read |= rule.context == "ratio_mask"
+    output, hidden_grad, _ = run(case, rule, arguments | {name: poisoned})
+    assert output.loss.isnan() == is_read and hidden_grad.isnan().any() == is_read
+    assert run_reference(case, rule, arguments | {name: poisoned})[0].isnan() == is_read
+
+
+@pytest.mark.parametrize("rule", [{"context": "truncated"}, {"ratio_form": "firm"}], ids=str)
+def test_a_rule_without_a_formula_is_an_error(rule, head_case):
+    case = head_case()
+    with pytest.raises((AssertionError, KeyError), match=next(iter(rule.values()))):
+        run(case, LossRule(**rule), token_arguments(case, has_old=True))
+
+
 def test_an_all_masked_batch_has_no_loss_and_no_gradient(head_case):
     case = head_case()
     arguments = token_arguments(case, has_old=False) | {"weights_T": torch.zeros(37)}

@@ -198,6 +198,25 @@ def test_the_token_loss_kernel_equals_the_torch_form(has_old, nan_empty):
             torch.testing.assert_close(getattr(computed, name), getattr(expected, name), rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("form", ["hard", "soft"])
+@pytest.mark.parametrize("has_old", [True, False], ids=["old given", "old is current"])
+def test_the_token_loss_kernel_treats_nan_like_the_torch_form(has_old, form):
+    from p2o_kernels.policy_loss.triton_path import token_losses_triton
+
+    garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, -1.0])
+    logprobs, old, sampling = (rows.flatten() for rows in torch.meshgrid(garbage, garbage, garbage, indexing="ij"))
+    logprobs, old, sampling = (rows.repeat(4) for rows in (logprobs, old, sampling))
+    weights = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat_interleave(64)
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat_interleave(64)
+    rule = LossRule(ratio_form=form)
+    tokens = token_inputs(rule, advantages, weights, old if has_old else None, sampling, torch.ones_like(old) > 0)
+    computed, expected = token_losses_triton(rule, logprobs, tokens), token_losses_torch(rule, logprobs, tokens)
+    for name in expected.__slots__:
+        torch.testing.assert_close(getattr(computed, name), getattr(expected, name), equal_nan=True)
+    is_idle = weights == 0
+    assert not expected.losses_N[is_idle].any() and not expected.logprob_grad_N[is_idle].any()
+
+
 def test_nan_hidden_states_show_in_the_log_probs_and_the_loss(head_case):
     case = make_case(head_case)
     arguments = policy_arguments(case)

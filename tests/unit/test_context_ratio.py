@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from p2o_kernels import LossRule
-from p2o_kernels.policy_loss.token_loss import context_weights
+from p2o_kernels.policy_loss.token_loss import context_weighted
 
 Form = Literal["hard", "soft"]
 LOW, HIGH = 0.01, 10.0
@@ -19,7 +19,7 @@ def context_ratio_weights(
     old_T: Tensor, sampling_T: Tensor, is_templated_T: Tensor, *, low: float, high: float, form: Form
 ) -> Tensor:
     rule = LossRule(ratio_low=low, ratio_high=high, ratio_form=form)
-    return context_weights(rule, old_T, sampling_T, is_templated_T)
+    return context_weighted(rule, torch.ones_like(old_T), old_T, sampling_T, is_templated_T)
 
 
 def weights(
@@ -71,3 +71,12 @@ def test_extreme_differences_stay_finite(form: Form, difference: float) -> None:
     assert torch.isfinite(weight).all()
     if form == "hard":
         assert weight.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("form", ["hard", "soft"])
+def test_a_ratio_that_is_nan_shows_where_the_token_counts_and_nowhere_else(form: Form) -> None:
+    old, sampling = torch.tensor([math.nan, math.nan, -1.0]), torch.tensor([-1.0, math.nan, -1.0])
+    rule = LossRule(ratio_form=form)
+    weights_T = context_weighted(rule, torch.tensor([1.0, 0.0, 0.5]), old, sampling, torch.ones(3, dtype=torch.bool))
+    assert weights_T.isnan().tolist() == [True, False, False]
+    assert weights_T[1:].tolist() == [0.0, 0.5]

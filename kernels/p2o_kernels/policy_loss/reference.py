@@ -36,16 +36,18 @@ def linear_policy_loss_reference(
     if rule.context == "ratio_mask":
         assert sampling_logprobs_T is not None and is_templated_T is not None
         rho_T = torch.where(is_templated_T, first_pass_T - sampling_logprobs_T.to(dtype), 0.0).clamp(-60, 60).exp()
-        if rule.ratio_form == "hard":
-            factor_T = ((rho_T >= rule.ratio_low) & (rho_T <= rule.ratio_high)).to(dtype)
-        else:
-            factor_T = rho_T.clamp(rule.ratio_low, rule.ratio_high) / rho_T
-        token_weights_T = token_weights_T * factor_T
+        factor_T = {
+            "hard": ((rho_T >= rule.ratio_low) & (rho_T <= rule.ratio_high)).to(dtype),
+            "soft": rho_T.clamp(rule.ratio_low, rule.ratio_high) / rho_T,
+        }[rule.ratio_form]
+        # A token of weight 0 may hold any log-prob; a nan of one that counts is no reason to leave it out.
+        factor_T = torch.where(rho_T.isnan(), rho_T, factor_T)
+        token_weights_T = torch.where(token_weights_T != 0, token_weights_T * factor_T, 0.0)
     advantages_T = advantages_T.to(dtype)
-    ratio_T = (logprobs_T - old_T).clamp(-20, 20).exp()
+    counts_T = token_weights_T != 0
+    ratio_T = torch.where(counts_T, logprobs_T - old_T, 0.0).clamp(-20, 20).exp()
     clipped_T = ratio_T.clamp(1 - rule.clip_low, 1 + rule.clip_high)
     losses_T = torch.maximum(-advantages_T * ratio_T, -advantages_T * clipped_T)
     losses_T = torch.where(advantages_T < 0, torch.minimum(losses_T, -rule.dual_clip * advantages_T), losses_T)
-    # Tokens outside the mask may hold any log-prob, also inf or nan times zero.
-    losses_T = torch.where(token_weights_T != 0, token_weights_T * losses_T, 0.0)
+    losses_T = torch.where(counts_T, token_weights_T * losses_T, 0.0)
     return loss_scale * losses_T.sum(), logprobs_T.detach(), entropy_T

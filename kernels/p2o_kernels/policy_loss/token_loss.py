@@ -4,7 +4,7 @@ Legend: N tokens, in any order.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -94,31 +94,52 @@ def token_inputs(
     Raises:
         ValueError: the context needs an input that is None.
     """
-    if rule.context == "importance" or rule.context == "ratio_mask":
-        if sampling_logprobs_N is None:
-            raise ValueError(f"sampling_logprobs_T is None: context={rule.context!r} needs it")
-        if rule.context == "importance":
-            return TokenInputs(advantages_N=advantages_N, weights_N=weights_N, old_logprobs_N=sampling_logprobs_N)
-        if is_templated_N is None:
-            raise ValueError("is_templated_T is None: context='ratio_mask' needs it")
-        if old_logprobs_N is None:
-            return TokenInputs(
-                advantages_N=advantages_N,
-                weights_N=weights_N,
-                mask_logprobs_N=sampling_logprobs_N,
-                is_templated_N=is_templated_N,
-            )
-        weights_N = weights_N * context_weights(rule, old_logprobs_N, sampling_logprobs_N, is_templated_N)
-    return TokenInputs(advantages_N=advantages_N, weights_N=weights_N, old_logprobs_N=old_logprobs_N)
+    match rule.context:
+        case "sampling" | "replace":
+            return TokenInputs(advantages_N=advantages_N, weights_N=weights_N, old_logprobs_N=old_logprobs_N)
+        case "importance":
+            sampling_N = _given(sampling_logprobs_N, "sampling_logprobs_T", rule)
+            return TokenInputs(advantages_N=advantages_N, weights_N=weights_N, old_logprobs_N=sampling_N)
+        case "ratio_mask":
+            sampling_N = _given(sampling_logprobs_N, "sampling_logprobs_T", rule)
+            templated_N = _given(is_templated_N, "is_templated_T", rule)
+            if old_logprobs_N is None:
+                return TokenInputs(
+                    advantages_N=advantages_N,
+                    weights_N=weights_N,
+                    mask_logprobs_N=sampling_N,
+                    is_templated_N=templated_N,
+                )
+            weights_N = context_weighted(rule, weights_N, old_logprobs_N, sampling_N, templated_N)
+            return TokenInputs(advantages_N=advantages_N, weights_N=weights_N, old_logprobs_N=old_logprobs_N)
+        case _:
+            assert_never(rule.context)
 
 
-def context_weights(rule: LossRule, old_N: Tensor, sampling_N: Tensor, is_templated_N: Tensor) -> Tensor:
-    """Return the context-ratio weight of each token, in the dtype of `old_N`."""
+def _given(values_N: Tensor | None, name: str, rule: LossRule) -> Tensor:
+    if values_N is None:
+        raise ValueError(f"{name} is None: context={rule.context!r} needs it")
+    return values_N
+
+
+def context_weighted(
+    rule: LossRule, weights_N: Tensor, old_N: Tensor, sampling_N: Tensor, is_templated_N: Tensor
+) -> Tensor:
+    """Return the weights times those of the context ratio, in the dtype of `old_N`; 0 stays 0 whatever the ratio is.
+
+    A ratio that is nan makes the weight nan in either form: as a token left out it would pass every check of the loss.
+    """
     log_ratio_N = torch.where(is_templated_N, old_N - sampling_N, 0.0)
     ratio_N = log_ratio_N.clamp(-MAX_CONTEXT_LOG_RATIO, MAX_CONTEXT_LOG_RATIO).exp()
-    if rule.ratio_form == "soft":
-        return ratio_N.clamp(rule.ratio_low, rule.ratio_high) / ratio_N
-    return ((ratio_N >= rule.ratio_low) & (ratio_N <= rule.ratio_high)).to(old_N.dtype)
+    match rule.ratio_form:
+        case "hard":
+            is_outside_N = (ratio_N < rule.ratio_low) | (ratio_N > rule.ratio_high)
+            factor_N = torch.where(ratio_N.isnan(), ratio_N, (~is_outside_N).to(ratio_N.dtype))
+        case "soft":
+            factor_N = ratio_N.clamp(rule.ratio_low, rule.ratio_high) / ratio_N
+        case _:
+            assert_never(rule.ratio_form)
+    return torch.where(weights_N != 0, weights_N.to(factor_N.dtype) * factor_N, 0.0)
 
 
 def token_losses_torch(rule: LossRule, logprobs_N: Tensor, tokens: TokenInputs) -> TokenLosses:
@@ -130,7 +151,7 @@ def token_losses_torch(rule: LossRule, logprobs_N: Tensor, tokens: TokenInputs) 
     weights_N = tokens.weights_N.to(logprobs_N.dtype)
     if tokens.mask_logprobs_N is not None:
         assert tokens.is_templated_N is not None
-        weights_N = weights_N * context_weights(rule, old_N, tokens.mask_logprobs_N, tokens.is_templated_N)
+        weights_N = context_weighted(rule, weights_N, old_N, tokens.mask_logprobs_N, tokens.is_templated_N)
     advantages_N = tokens.advantages_N.to(logprobs_N.dtype)
     log_ratio_N = logprobs_N - old_N
     ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -140,9 +161,11 @@ def token_losses_torch(rule: LossRule, logprobs_N: Tensor, tokens: TokenInputs) 
     ceiling_N = -rule.dual_clip * advantages_N
     is_capped_N = (advantages_N < 0) & (losses_N > ceiling_N)
     is_clipped_N = (clipped_N > plain_N) | is_capped_N
-    has_gradient_N = ~is_clipped_N & (log_ratio_N.abs() <= MAX_LOG_RATIO)
+    counts_N = weights_N != 0
+    # Asked so that nan, in a log-prob or in the weight, has a gradient, which then is nan and shows.
+    has_gradient_N = counts_N & ~is_clipped_N & ~(log_ratio_N.abs() > MAX_LOG_RATIO) | weights_N.isnan()
     return TokenLosses(
-        losses_N=weights_N * torch.where(is_capped_N, ceiling_N, losses_N),
+        losses_N=torch.where(counts_N, weights_N * torch.where(is_capped_N, ceiling_N, losses_N), 0.0),
         logprob_grad_N=torch.where(has_gradient_N, weights_N * plain_N, 0.0),
         weights_N=weights_N,
         ratio_N=ratio_N,

@@ -33,9 +33,11 @@ def token_losses_kernel(
         context_log_ratio = tl.where(is_templated, old - sampling, 0.0)
         context_ratio = tl.exp(_clamp(context_log_ratio, -max_context_log_ratio, max_context_log_ratio))
         if SOFT:
-            weight *= _clamp(context_ratio, ratio_low, ratio_high) / context_ratio
+            factor = _clamp(context_ratio, ratio_low, ratio_high) / context_ratio
         else:
-            weight = tl.where((context_ratio >= ratio_low) & (context_ratio <= ratio_high), weight, 0.0)
+            factor = tl.where((context_ratio < ratio_low) | (context_ratio > ratio_high), 0.0, 1.0)
+            factor = tl.where(context_ratio == context_ratio, factor, context_ratio)  # nan
+        weight = tl.where(weight != 0.0, weight * factor, 0.0)
     log_ratio = logprob - old
     ratio = tl.exp(_clamp(log_ratio, -max_log_ratio, max_log_ratio))
     plain = -advantage * ratio
@@ -44,9 +46,11 @@ def token_losses_kernel(
     ceiling = -dual_clip * advantage
     is_capped = (advantage < 0.0) & (worst > ceiling)
     is_clipped = (clipped > plain) | is_capped
-    has_gradient = (is_clipped == 0) & (tl.abs(log_ratio) <= max_log_ratio)
-    loss = tl.where(is_capped, ceiling, worst)
-    tl.store(losses_ptr + tokens, weight * loss, mask=inside)
+    counts = weight != 0.0
+    is_far = tl.abs(log_ratio) > max_log_ratio
+    has_gradient = counts & (is_clipped == 0) & (is_far == 0) | (weight != weight)
+    loss = tl.where(counts, weight * tl.where(is_capped, ceiling, worst), 0.0)
+    tl.store(losses_ptr + tokens, loss, mask=inside)
     tl.store(logprob_grad_ptr + tokens, tl.where(has_gradient, weight * plain, 0.0), mask=inside)
     tl.store(token_weights_ptr + tokens, weight, mask=inside)
     tl.store(ratio_ptr + tokens, ratio, mask=inside)

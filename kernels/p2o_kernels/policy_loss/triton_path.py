@@ -34,7 +34,7 @@ def token_losses_triton(rule: LossRule, logprobs_N: Tensor, tokens: TokenInputs)
         num_tokens, rule.clip_low, rule.clip_high, rule.dual_clip, rule.ratio_low, rule.ratio_high,
         MAX_LOG_RATIO, MAX_CONTEXT_LOG_RATIO,
         HAS_OLD=tokens.old_logprobs_N is not None, HAS_MASK=tokens.mask_logprobs_N is not None,
-        SOFT=rule.ratio_form == "soft", BLOCK=_BLOCK,
+        SOFT={"hard": False, "soft": True}[rule.ratio_form], BLOCK=_BLOCK,
     )  # fmt: skip
     return TokenLosses(
         losses_N=losses,
