@@ -22,7 +22,7 @@ from megatron_p2o.interfaces import (
 )
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
-from megatron_p2o.rl.objective import cap_sums, mismatch_sums, with_trainer_logprobs
+from megatron_p2o.rl.objective import cap_sums, compares_with_sampling, mismatch_sums, with_trainer_logprobs
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import (
     PLAIN,
@@ -259,7 +259,7 @@ def carrying_gradient(samples: Sequence[TrainSample], config: Config) -> list[Tr
 
 def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Config) -> Sequence[Logprobs] | None:
     """Return log pi_old on the gradient's prompt; the importance context uses the sampling log-probs instead."""
-    return None if config.objective.context == "importance" else policy.score(samples)
+    return None if compares_with_sampling(config.objective.context) else policy.score(samples)
 
 
 def scored(samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config) -> list[TrainSample]:

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -74,14 +74,25 @@ class Denominator:
 
         The quotient of the sums over all micro-batches and ranks is the loss of the step.
         """
-        if self.objective.normalization == "micro_batch":
-            # The authors': token mean of the micro-batch, weighted by its share of the rows.
-            share = len(micro_batch.samples) / self.num_samples
-            num_tokens = micro_batch.whole.loss_mask_T.sum().clamp(min=1)
-            return loss * (share / num_tokens), self._once(1, number, loss)
-        if self.objective.denominator == "kept":
-            return loss, stats.sums[SUM_NAMES.index("kept_tokens")].int()
-        return loss, self._once(self.num_loss_tokens, number, loss)
+        match self.objective.normalization:
+            case "micro_batch":
+                # The authors': token mean of the micro-batch, weighted by its share of the rows.
+                share = len(micro_batch.samples) / self.num_samples
+                num_tokens = micro_batch.whole.loss_mask_T.sum().clamp(min=1)
+                return loss * (share / num_tokens), self._once(1, number, loss)
+            case "global":
+                return loss, self._of_all_tokens(loss, stats, number)
+            case _:
+                assert_never(self.objective.normalization)
+
+    def _of_all_tokens(self, loss: Tensor, stats: TokenStats, number: int) -> Tensor:
+        match self.objective.denominator:
+            case "kept":
+                return stats.sums[SUM_NAMES.index("kept_tokens")].int()
+            case "all":
+                return self._once(self.num_loss_tokens, number, loss)
+            case _:
+                assert_never(self.objective.denominator)
 
     def _once(self, value: int, number: int, like: Tensor) -> Tensor:
         value = value if self.counts_here and number == 0 else 0

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from math import nan
+from typing import assert_never
 
 import torch
 
 from megatron_p2o.config import AdvantageConfig, ObjectiveConfig
+from megatron_p2o.rl.objective import takes_gradient_on_bare_prompt
 from megatron_p2o.types import Group, Rollout, TrainSample
 from p2o_kernels import grouped_advantage
 
@@ -23,7 +25,7 @@ def make_groups(
     """
     rollouts = [rollout for group in siblings for rollout in group]
     anchors = [
-        rate if advantage.baseline == "plain_anchored" and any(r.completion.prompt.is_templated for r in group) else nan
+        _anchor(group, rate, advantage)
         for group, rate in zip(siblings, plain_success_rates, strict=True)
         for _ in group
     ]
@@ -49,6 +51,18 @@ def make_groups(
     ]
 
 
+def _anchor(group: Sequence[Rollout], plain_success_rate: float, advantage: AdvantageConfig) -> float:
+    """Return the rate of the virtual rollouts that join the group's baseline; nan for none."""
+    match advantage.baseline:
+        case "group":
+            return nan
+        case "plain_anchored":
+            is_templated = any(rollout.completion.prompt.is_templated for rollout in group)
+            return plain_success_rate if is_templated else nan
+        case _:
+            assert_never(advantage.baseline)
+
+
 def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[TrainSample]:
     """Return every rollout that has a response as a sample on the prompt the gradient is taken on."""
     samples: list[TrainSample] = []
@@ -60,7 +74,7 @@ def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[T
             prompt = completion.prompt
             if objective.drop_failed_templated and prompt.is_templated and rollout.reward == 0:
                 continue
-            distils = objective.context != "sampling"
+            distils = takes_gradient_on_bare_prompt(objective.context)
             samples.append(
                 TrainSample(
                     context_ids=prompt.training_ids if distils else prompt.sampling_ids,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 from megatron_p2o.types import Group, Problem
 
@@ -22,7 +22,13 @@ def hard_problems(groups: Iterable[Group], max_solved: int, counted: Literal["pl
 def _is_hard(group: Group, max_solved: int, counted: Literal["plain", "all"]) -> bool:
     tried = [rollout for rollout in group.rollouts if rollout.completion.finish_reason != "abort"]
     plain = [rollout for rollout in tried if not rollout.completion.prompt.is_templated]
-    deciding = plain if counted == "plain" and plain else tried
+    match counted:
+        case "plain":
+            deciding = plain or tried
+        case "all":
+            deciding = tried
+        case _:
+            assert_never(counted)
     num_solved = sum(rollout.reward > 0 for rollout in deciding)
     return bool(deciding) and num_solved * len(group.rollouts) <= max_solved * len(deciding)
 

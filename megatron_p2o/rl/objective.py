@@ -15,6 +15,7 @@ is `p2o_kernels/policy_loss/reference.py`. Here is what it is told, and what is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, assert_never
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor
 from megatron_p2o.config import ObjectiveConfig
 from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
 from p2o_kernels import LossRule, PolicyLoss
+
+Context = Literal["sampling", "replace", "importance", "ratio_mask"]
 
 MAX_LOG_RATIO = 20.0
 """The ratio of trainer to engine is exp of the log-prob difference clamped to +-20."""
@@ -79,6 +82,28 @@ class TokenStats:
             sums=torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=device),
             maxima=torch.zeros(len(MAX_NAMES), dtype=torch.float64, device=device),
         )
+
+
+def takes_gradient_on_bare_prompt(context: Context) -> bool:
+    """Whether a templated rollout is trained on without its template: the "current on" column of the table above."""
+    match context:
+        case "sampling":
+            return False
+        case "replace" | "importance" | "ratio_mask":
+            return True
+        case _:
+            assert_never(context)
+
+
+def compares_with_sampling(context: Context) -> bool:
+    """Whether the policy ratio's old log-probs are those of sampling, so that later updates need no others."""
+    match context:
+        case "importance":
+            return True
+        case "sampling" | "replace" | "ratio_mask":
+            return False
+        case _:
+            assert_never(context)
 
 
 def loss_rule(objective: ObjectiveConfig) -> LossRule:

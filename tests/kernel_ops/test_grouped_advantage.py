@@ -96,6 +96,12 @@ def test_a_nan_reward_makes_its_group_nan_and_not_flat(implementation):
     assert not result.is_flat_R[row]
 
 
+def test_an_estimator_without_a_formula_is_an_error(implementation):
+    # Triton's interpreter has an error of its own around the kernel's, without a public name.
+    with pytest.raises(Exception, match="has no formula"):
+        grouped_advantage(**make_batch(), estimator="maxrl", implementation=implementation)
+
+
 def test_a_difference_far_below_the_epsilon_is_not_flat(implementation):
     rewards = torch.tensor([1.0, 1.0 + 2**-23, 1.0, 1.0])
     result = grouped_advantage(

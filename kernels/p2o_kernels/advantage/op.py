@@ -103,6 +103,8 @@ def active_token_index(
 
 def _choose(implementation: Literal["torch", "triton"] | None, device: torch.device) -> Literal["torch", "triton"]:
     if implementation is not None:
+        if implementation not in ("torch", "triton"):
+            raise ValueError(f"implementation={implementation!r}: must be 'torch' or 'triton'")
         return implementation
     if device.type != "cuda":
         return "torch"

@@ -32,11 +32,16 @@ def grouped_advantage_torch(
     degrees_R = (size_R - 1.0).clamp(min=1.0)
     is_flat_R = _is_flat(rewards_R, is_valid_R, has_anchor_R, rate_R, group_R) | (size_R < 2)
     centred_R = rewards - mean_R
-    if estimator == "grpo":
-        centred_R = centred_R / ((_group_sum(squares_R, group_R) / degrees_R).sqrt() + STD_EPSILON)
-    elif estimator == "rloo":
-        centred_R = centred_R * (size_R / degrees_R)
-    advantages_R = torch.where(is_flat_R | ~is_valid_R, 0.0, centred_R).float()
+    match estimator:
+        case "grpo":
+            credit_R = centred_R / ((_group_sum(squares_R, group_R) / degrees_R).sqrt() + STD_EPSILON)
+        case "dr_grpo":
+            credit_R = centred_R
+        case "rloo":
+            credit_R = centred_R * (size_R / degrees_R)
+        case _:
+            raise ValueError(f"estimator={estimator!r} has no formula here")
+    advantages_R = torch.where(is_flat_R | ~is_valid_R, 0.0, credit_R).float()
     lengths_R = cu_seqlens.diff().long()
     advantages_T = torch.repeat_interleave(advantages_R, lengths_R, output_size=len(loss_mask_T)) * loss_mask_T
     rollout_T = torch.repeat_interleave(torch.arange(len(rewards_R), device=rewards.device), lengths_R)

@@ -65,8 +65,10 @@ def grouped_advantage_kernel(
             centred = tl.where(is_sibling, relative - mean, 0.0)
             squares += tl.sum(centred * centred, 0)
         advantage = advantage / (tl.sqrt(squares / degrees) + _STD_EPSILON)
-    if ESTIMATOR == "rloo":
+    elif ESTIMATOR == "rloo":
         advantage = advantage * (size / degrees)
+    else:
+        tl.static_assert(ESTIMATOR == "dr_grpo", "this estimator has no formula here")
     # A nan reward makes its group nan, not flat: the hardware's maximum and minimum drop it, the sum does not.
     is_flat = ((highest <= lowest) & (total == total)) | (size < 2.0)
     advantage = tl.where(is_valid & (is_flat == 0), advantage, 0.0)

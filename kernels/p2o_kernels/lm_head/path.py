@@ -93,5 +93,5 @@ def path_for(hidden: Tensor, options: HeadOptions | None = None) -> LmHeadPath:
         raise ValueError(f"hidden_TD is {hidden.dtype}: the Triton path takes bfloat16; cast, or {_TORCH_ON_CUDA}")
     from p2o_kernels.lm_head.triton_path import PLAIN_TILE, Tile, TritonHead
 
-    tile = Tile() if options.kernel == "warp_specialized" else PLAIN_TILE
+    tile = {"warp_specialized": Tile(), "plain": PLAIN_TILE}[options.kernel]
     return TritonHead(tile=tile, weight_grad=options.weight_grad)

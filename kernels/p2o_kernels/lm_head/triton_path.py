@@ -169,7 +169,7 @@ class TritonHead:
         targets_C = targets_C.contiguous()
         num_rows, hidden_size = hidden_CD.shape
         inverse_temperature = 1.0 / shard.temperature
-        num_parts = 1 if self.weight_grad == "fast" else 2
+        num_parts = {"fast": 1, "precise": 2}[self.weight_grad]
         parts = torch.empty(num_parts, num_rows, hidden_size, dtype=hidden_CD.dtype, device=hidden_CD.device)
         kernels.scale_rows_kernel[(num_rows,)](
             hidden_CD, logprob_grad_C, chunk.probability_scale_C, parts[0], parts[-1], hidden_size,
