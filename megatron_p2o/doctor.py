@@ -1,6 +1,5 @@
 """`p2o doctor`: what this machine offers and what is missing, before anything is started."""
 
-import importlib
 import importlib.util
 import platform
 import re
@@ -16,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_p2o.config import Config
 from megatron_p2o.memory_plan import GIB, Gpus, num_nodes_for, planned_memory
-from megatron_p2o.policy.layer_choice import choose_layers, machine_capabilities
+from megatron_p2o.policy.layer_choice import choose_layers, import_failure, machine_capabilities
 from megatron_p2o.policy.settings import machine_problems, megatron_summary, policy_settings
 from megatron_p2o.rollout.outlet import uses_devices
 
@@ -183,12 +182,9 @@ def _compiled_packages() -> list[Finding]:
     """Return the installed packages that cannot be imported: they were compiled for another torch or CUDA."""
     broken: list[Finding] = []
     for name, module in IMPORTED_ON_GPU.items():
-        if importlib.util.find_spec(module.partition(".")[0]) is None:
-            continue
-        try:
-            importlib.import_module(module)
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            finding = f"cannot be imported, install it for torch {torch.__version__}: {error}"
+        failure = import_failure(module)
+        if failure is not None:
+            finding = f"cannot be imported, install it for torch {torch.__version__}: {failure}"
             broken.append(Finding(subject=name, finding=finding, is_missing=True))
     return broken
 

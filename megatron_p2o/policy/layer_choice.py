@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,9 @@ import torch
 
 LayerBackend = Literal["transformer_engine", "local"]
 """Whose layers; `local`: megatron-core's own, with the attention and norms of this package."""
+
+IMPORT_FAILURES = (ImportError, OSError, RuntimeError, AttributeError)
+"""Errors raised by importing a package that was compiled for another torch or CUDA, or that finds no GPU driver."""
 
 AttentionKernel = Literal["transformer_engine", "flash_attn", "torch_varlen", "sdpa"]
 
@@ -88,12 +92,51 @@ def import_problem(module_name: str, attribute: str, *, has_cuda: bool) -> str |
     That a package of the name is found says little: SGLang brings flash-attn-4, whose modules lie in the folder of
     flash-attn, of which it has none.
     """
+    if _is_broken_transformer_engine(module_name):
+        return f"cannot be imported: {transformer_engine_failure()}"
     if importlib.util.find_spec(module_name.partition(".")[0]) is None:
         return "is not installed"
     if not has_cuda:
         return "needs CUDA"
+    failure = import_failure(module_name)
+    if failure is not None:
+        return f"cannot be imported: {failure}"
+    has_attribute = hasattr(sys.modules[module_name], attribute)
+    return None if has_attribute else f"is not installed: {module_name} is there without {attribute}"
+
+
+def import_failure(module_name: str) -> str | None:
+    """Return the error with which an installed module fails to import; None if it imports or is not installed."""
+    if _is_broken_transformer_engine(module_name):
+        return transformer_engine_failure()
+    if importlib.util.find_spec(module_name.partition(".")[0]) is None:
+        return None
     try:
-        module = importlib.import_module(module_name)
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return f"cannot be imported: {error}"
-    return None if hasattr(module, attribute) else f"is not installed: {module_name} is there without {attribute}"
+        importlib.import_module(module_name)
+    except IMPORT_FAILURES as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def transformer_engine_failure() -> str | None:
+    """Return why an installed Transformer Engine cannot be imported; None if it can be or is not installed.
+
+    A broken one is hidden from this process. megatron-core imports Transformer Engine wherever it is installed and
+    expects no error but ImportError, while Transformer Engine raises OSError without a GPU driver and
+    FileNotFoundError without its extension for torch. Call this before anything imports megatron.core.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except IMPORT_FAILURES as error:
+        for name in [name for name in sys.modules if name.startswith("transformer_engine.")]:
+            del sys.modules[name]
+        sys.modules["transformer_engine"] = None  # pyright: ignore[reportArgumentType]  # imports raise ImportError
+        return str(error)
+    return None
+
+
+def _is_broken_transformer_engine(module_name: str) -> bool:
+    return module_name.startswith("transformer_engine") and transformer_engine_failure() is not None

@@ -1,0 +1,44 @@
+"""A Transformer Engine that is installed and broken: on login nodes, and while an image is built, there is no driver."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+from megatron_p2o.policy.layer_choice import choose_layers, machine_capabilities
+from megatron_p2o.policy.model import build_models
+import megatron.core.extensions
+print(choose_layers("auto", machine_capabilities()).layers_reason)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails_in", "error"),
+    [
+        ("__init__.py", "FileNotFoundError('Could not find shared object file for Transformer Engine torch lib.')"),
+        ("pytorch/__init__.py", "OSError('libcuda.so.1: cannot open shared object file')"),
+    ],
+    ids=["no extension for torch", "no driver"],
+)
+def test_a_transformer_engine_that_cannot_be_imported_is_named_and_done_without(
+    fails_in: str, error: str, tmp_path: Path
+) -> None:
+    package = tmp_path / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
+    for name in ("__init__.py", "pytorch/__init__.py"):
+        (package / name).write_text(f"raise {error}\n" if name == fails_in else "")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    quoted = error.split("'")[1]
+    assert done.stdout.strip().endswith(f"Transformer Engine cannot be imported: {quoted}")
