@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from math import inf, nan
 from pathlib import Path
 
 import torch
@@ -17,6 +18,15 @@ from torch.profiler import ProfilerActivity, profile
 from p2o_kernels.logprob import linear_logprob_reference
 
 PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy", "verl")
+
+
+FLOAT32_LOGPROB_ERROR = 2e-6
+"""Error in nats of one float32 rounding of a log-prob of up to 32 nats (half an ulp is 9.5e-7) and of the sum of
+exponentials (a few ulps of 1)."""
+
+ACCUMULATION_FACTOR = 2.0
+"""Our kernels' error over that of the device's own float32 product, at most. Tensor cores truncate each partial sum
+after every 16 products. Both add D/16 of them, each off by at most one ulp of the partial sum, in another order."""
 
 
 def time_interleaved(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
@@ -90,7 +100,10 @@ def _peak_bytes_on_cpu(call: Callable[[], object]) -> int:
 
 
 def errors_against_float64(provider: Provider, case: Case) -> dict[str, float]:
-    """Return the largest log-prob error in nats over live rows, and the relative errors of the gradients."""
+    """Return the largest log-prob error in nats over live rows, and the relative errors of the gradients.
+
+    "product_logprob_max" is the log-prob error that `product_logprobs` has on the same rows.
+    """
     case = for_contract(provider, case)
     if case.main_grad_VD is not None:
         case = replace(case, main_grad_VD=torch.zeros_like(case.main_grad_VD))
@@ -99,13 +112,33 @@ def errors_against_float64(provider: Provider, case: Case) -> dict[str, float]:
     weight = case.weight_VD.detach().double().requires_grad_()
     logprobs_T, _ = linear_logprob_reference(hidden, weight, case.targets_T)
     (-(logprobs_T * case.advantages_T).sum() / len(case.targets_T)).backward()
-    live = case.is_live_T
+    live, truth_T = case.is_live_T, logprobs_T.detach()
     errors: dict[str, float] = {}
     if outcome.logprobs_T is not None:
-        errors["logprob_max"] = float((outcome.logprobs_T[live] - logprobs_T.detach()[live]).abs().max())
+        errors["logprob_max"] = float((outcome.logprobs_T[live] - truth_T[live]).abs().max())
+        product_T = product_logprobs(case.hidden_TD.detach(), case.weight_VD.detach(), case.targets_T)
+        errors["product_logprob_max"] = float((product_T[live] - truth_T[live]).abs().max())
     for name, value, truth in _gradients(outcome, hidden, weight):
         errors[name] = float((value.double() - truth).norm() / truth.norm())
     return errors
+
+
+def product_logprobs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the log-probs, [T] float64, of logits by the device's own product with float32 sums and result.
+
+    Everything after the product is float64: their error is what the device's accumulation costs (cuBLAS on a GPU).
+    """
+    if hidden_TD.is_cuda:
+        logits_TV = torch.mm(hidden_TD, weight_VD.T, out_dtype=torch.float32)
+    else:
+        logits_TV = hidden_TD.float() @ weight_VD.float().T
+    logprobs_TV = torch.log_softmax(logits_TV.double() / temperature, -1)
+    return logprobs_TV.gather(1, targets_T[:, None]).squeeze(1)
+
+
+def logprob_error_limit(product_error: float) -> float:
+    """Return the log-prob error in nats that our kernels may have where `product_logprobs` has `product_error`."""
+    return ACCUMULATION_FACTOR * product_error + FLOAT32_LOGPROB_ERROR
 
 
 def _gradients(outcome: Outcome, hidden: Tensor, weight: Tensor) -> list[tuple[str, Tensor, Tensor]]:
@@ -118,7 +151,12 @@ def _gradients(outcome: Outcome, hidden: Tensor, weight: Tensor) -> list[tuple[s
 
 def passes_gate(provider: Provider, errors: dict[str, float]) -> bool:
     """Whether a provider is right enough to be timed. A missing or nan error fails."""
-    limits = {"logprob_max": provider.max_logprob_error}
+    product_error = errors.get("product_logprob_max", nan)
+    limit = provider.max_logprob_error
+    limits = {
+        "logprob_max": logprob_error_limit(product_error) if limit is None else limit,
+        "product_logprob_max": inf,
+    }
     return bool(errors) and all(
         error <= limits.get(name, provider.max_gradient_error) for name, error in errors.items()
     )
@@ -149,9 +187,6 @@ def environment(device: torch.device) -> dict[str, str]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    command = ["git", "describe", "--always", "--abbrev=12"]
-    folder = Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         clock = "CUDA events"
@@ -161,6 +196,18 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "device": name,
         "clock": clock,
-        "commit": done.stdout.strip(),
+        "commit": _commit(),
         "python": platform.python_version(),
     } | versions
+
+
+def _commit() -> str:
+    """Return the commit of the checkout; "unknown" outside of one, or on a machine without git."""
+    command = ["git", "describe", "--always", "--abbrev=12"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

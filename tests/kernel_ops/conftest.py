@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +145,15 @@ def _fix_bfloat16(builder: type) -> None:
         return TensorHandle(rounded.reshape(source.data.shape), target_type.scalar)
 
     builder.create_dot, builder.create_fp_trunc = dot, fp_trunc
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The folder of the benchmark as a package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "kernels"))
+    import bench.cases
+    import bench.measure
+    import bench.providers
+    import bench.tables
+
+    return bench

@@ -15,18 +15,6 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The folder of the benchmark as a package."""
-    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
-    import bench.cases
-    import bench.measure
-    import bench.providers
-    import bench.tables
-
-    return bench
-
-
 def test_the_gate_stops_a_wrong_gradient_and_a_missing_result(bench):
     case = bench.cases.make_case(bench.cases.SHAPES["tiny"], 64, 0.0, CPU, with_main_grad=False)
     ours = next(one for one in bench.providers.own_policy_providers(CPU) if one.name == "ours")
@@ -42,6 +30,41 @@ def test_the_gate_stops_a_wrong_gradient_and_a_missing_result(bench):
     for run, is_right in ((ours.run, True), (halved, False), (silent, False)):
         provider = bench.providers.Provider(name="any", run=run)
         assert bench.measure.passes_gate(provider, bench.measure.errors_against_float64(provider, case)) == is_right
+
+
+def truncating_product(hidden, weight, bits=24):
+    """Return hidden @ weight.T as tensor cores add: `bits` of mantissa, toward zero, after every 16 products."""
+    accumulator = torch.zeros(len(hidden), len(weight), dtype=torch.float64)
+    for start in range(0, hidden.shape[1], 16):
+        part = slice(start, start + 16)
+        accumulator += hidden[:, part].double() @ weight[:, part].double().T
+        mantissa, exponent = torch.frexp(accumulator)
+        accumulator = torch.ldexp((mantissa * 2**bits).trunc(), exponent - bits)
+    return accumulator
+
+
+@pytest.mark.parametrize(("bits", "is_right"), [(24, True), (22, False), (8, False)])
+def test_the_gate_passes_float32_sums_that_truncate_and_nothing_coarser(bench, monkeypatch, bits, is_right):
+    # 8 bits are bfloat16 logits, 22 a sum that loses two bits of float32's 24.
+    shape = bench.cases.Shape(hidden_size=2048, vocab_size=2000)
+    case = bench.cases.make_case(shape, 64, 0.0, CPU, with_main_grad=False)
+    case = replace(case, hidden_TD=case.hidden_TD.detach().bfloat16(), weight_VD=case.weight_VD.detach().bfloat16())
+
+    def logprobs(bits):
+        logits = truncating_product(case.hidden_TD, case.weight_VD, bits)
+        return torch.log_softmax(logits, -1).gather(1, case.targets_T[:, None]).squeeze(1)
+
+    # The device's own product truncates as well; ours adds the vocabulary's rows in the other order.
+    monkeypatch.setattr(bench.measure, "product_logprobs", lambda *_: logprobs(24))
+    reversed_case = replace(case, hidden_TD=case.hidden_TD.flip(1), weight_VD=case.weight_VD.flip(1))
+
+    def run(case):
+        logits = truncating_product(reversed_case.hidden_TD, reversed_case.weight_VD, bits)
+        logprobs_TV = torch.log_softmax(logits, -1).float()
+        return bench.providers.Outcome(logprobs_T=logprobs_TV.gather(1, case.targets_T[:, None]).squeeze(1))
+
+    provider = bench.providers.Provider(name="any", run=run, max_logprob_error=None)
+    assert bench.measure.passes_gate(provider, bench.measure.errors_against_float64(provider, case)) == is_right
 
 
 def test_memory_is_counted_to_the_byte_beyond_the_gradients(bench):

@@ -1,4 +1,4 @@
-"""A Transformer Engine that is installed and broken: on login nodes, and while an image is built, there is no driver."""
+"""A Transformer Engine that is installed and broken: login nodes and image builds have no driver."""
 
 import os
 import subprocess
