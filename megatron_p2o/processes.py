@@ -1,16 +1,53 @@
-"""What a process asks of the kernel: to end with its parent, and to open many files."""
+"""What a process asks of the kernel, to end with its parent and to open many files; and what its children inherit."""
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
+from collections.abc import Collection
 
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 
 MANY_FILES = 65536
 """Connections of 256 engines with 256 requests each."""
+
+SECRET_NAME = re.compile(
+    r"SECRET|PASSWORD|PASSPHRASE|CREDENTIAL|^AWS_|^SSHPASS$|._PWD$"
+    r"|(^|_)(API_?KEY|KEYS?|(?<!PER_)TOKEN|PASS|PASSWD|AUTH|JWT|COOKIE|NETRC)(_(FILE|PATH|ID|CONFIG|SOCK))?$",
+    re.IGNORECASE,
+)
+"""Environment variables named like this hold a secret, or lead to one: HF_TOKEN, AWS_PROFILE, SSH_AUTH_SOCK."""
+
+URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+"""As a proxy's may be."""
+
+SECRET_NAMES_VARIABLE = "P2O_SECRET_NAMES"
+"""Environment variable with the names, separated by commas, of others that hold secrets: those that settings name."""
+
+SHORTEST_SECRET = 8
+"""Characters. Switches have names of all kinds, and values like 1 and true."""
+
+PROXY_VARIABLES = tuple(name for proxy in ("https_proxy", "http_proxy", "all_proxy") for name in (proxy, proxy.upper()))
+"""For a process that talks to an endpoint out there."""
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Return whether an environment variable looks as if it held a secret."""
+    if name in os.environ.get(SECRET_NAMES_VARIABLE, "").split(","):
+        return True
+    looks_secret = SECRET_NAME.search(name) is not None and len(value) >= SHORTEST_SECRET
+    return looks_secret or URL_WITH_PASSWORD.search(value) is not None
+
+
+def child_environment(needed: Collection[str] = ()) -> dict[str, str]:
+    """Return this process's environment for a child: without secrets, those of the names in `needed` excepted.
+
+    What remains may still depend on the machine (CUDA, NCCL, Slurm, paths), which no list of allowed names would know.
+    """
+    return {name: value for name, value in os.environ.items() if name in needed or not is_secret(name, value)}
 
 
 def end_with_parent(parent_pid: int | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 from megatron_p2o.config import ReflectionConfig
 from megatron_p2o.evolve.phrasebook import Phrasebook
 from megatron_p2o.evolve.reflection import ReflectionRequest
+from megatron_p2o.processes import PROXY_VARIABLES
 
 SELF_REFLECTION_FIELDS = {"chat_template_kwargs": {"enable_thinking": False}}
 """SGLang's way to switch Qwen3's thinking off: thoughts would use up `max_tokens` before the template begins."""
@@ -22,6 +23,11 @@ class Reflector(Protocol):
     async def close(self) -> None:
         """Give connections back."""
         ...
+
+
+def secrets_of(config: ReflectionConfig) -> tuple[str, ...]:
+    """Return the environment variables that may hold secrets and that the process which reflects needs."""
+    return (config.api_key_env, *PROXY_VARIABLES) if config.backend == "openai" else ()
 
 
 def build_reflector(config: ReflectionConfig, seed: int, environment: Mapping[str, str]) -> Reflector:

@@ -5,7 +5,6 @@ Evolution may be lost, late or stuck; training goes on all the same, with the be
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -20,12 +19,13 @@ from megatron_p2o.evolve.history import EndedBy, ForeignJournal
 from megatron_p2o.evolve.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.messages import EvaluateRequest, FinishRound, Notice, RoundPublished, StartRound
 from megatron_p2o.evolve.publish import RoundStats
-from megatron_p2o.evolve.reflectors import build_reflector
+from megatron_p2o.evolve.reflectors import build_reflector, secrets_of
 from megatron_p2o.evolve.round import RoundSettings, RoundSpec
 from megatron_p2o.evolve.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
 from megatron_p2o.evolve.split import Split
 from megatron_p2o.evolve.text import shorten
 from megatron_p2o.interfaces import RoundInterrupted, TemplateLibrary
+from megatron_p2o.processes import child_environment
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Problem, RunningRound
 
@@ -72,7 +72,7 @@ class EvolutionSession:
         self._evaluate = evaluate
         self._is_stopping = is_stopping
         self._finish_grace_s = finish_grace_s
-        self._environment = dict(os.environ)
+        self._environment = child_environment(secrets_of(config.evolution.reflection))
         if reflection_api_key is not None:
             self._environment[config.evolution.reflection.api_key_env] = reflection_api_key
         build_reflector(self._settings.evolution.reflection, config.run.seed, self._environment)

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_p2o.processes import child_environment
 from megatron_p2o.types import Grade
 
 STARTUP_TIMEOUT_S = 120.0
@@ -48,6 +49,7 @@ class _Worker:
             [sys.executable, "-P", program, str(os.getpid()), str(memory_limit_mib)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=child_environment(),
             bufsize=0,
             process_group=0,  # Ctrl-C in the terminal is for the parent
         )

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from megatron_p2o.processes import child_environment
 from megatron_p2o.rollout.client import Mirror
 from megatron_p2o.rollout.launcher import EXIT_BAD_ARGUMENT, shared_memory_of
 from megatron_p2o.rollout.scratch import Scratch
@@ -284,8 +285,8 @@ def open_private(path: Path) -> IO[bytes]:
 
 
 def engine_environment(arguments: Mapping[str, Any], scratch: Path) -> dict[str, str]:
-    """Return the environment of an engine process: this one's, without what binds it to the trainer's ranks."""
-    environment = {name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.match(name)}
+    """Return the environment of an engine process: this one's, without secrets and what binds it to ranks."""
+    environment = {name: value for name, value in child_environment().items() if not TORCHRUN_VARIABLES.match(name)}
     environment |= {
         "TMPDIR": str(scratch),  # holds SGLang's ZMQ sockets, which it never removes
         "HF_HUB_OFFLINE": "1",

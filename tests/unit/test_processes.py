@@ -1,7 +1,11 @@
-"""What a process asks of the kernel, asked by a real one."""
+"""What a process asks of the kernel, asked by a real one, and what its children inherit."""
 
 import subprocess
 import sys
+
+import pytest
+
+from megatron_p2o.processes import SECRET_NAMES_VARIABLE, child_environment
 
 RAISE_FROM_64 = """
 import resource
@@ -20,3 +24,42 @@ def test_more_files_can_be_open_than_the_shell_allowed() -> None:
     )
     first, second, allowed, most = map(int, outcome.stdout.split())
     assert first == second == allowed == (65536 if most == -1 else min(65536, most))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "P2O_REFLECTION_API_KEY", "OPENAI_API_KEY"),
+        *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "GH_TOKEN", "SLURM_JWT"),
+        *("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CLIENT_SECRET", "PGPASSWORD", "MYSQL_PWD", "SSH_AUTH_SOCK"),
+        *("DOCKER_AUTH_CONFIG", "DB_PASSWD", "NGC_APIKEY", "signing_key", "KEY_FILE"),
+    ],
+)
+def test_a_child_is_given_a_secret_only_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "0123456789abcdef")
+    assert name not in child_environment()
+    assert child_environment([name])[name] == "0123456789abcdef"
+
+
+def test_a_child_is_given_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = {
+        **{"PWD": "/home/someone", "OLDPWD": "/home/someone", "XAUTHORITY": "/home/someone/.Xauthority"},
+        **{"CUDA_VISIBLE_DEVICES": "0,1,2,3,4", "NCCL_IB_PKEY": "0x0123456789", "NCCL_SOCKET_IFNAME": "ib0,ib1,ib2"},
+        **{"SLURM_JOB_ID": "12345678", "SLURM_STEP_NODELIST": "gpu[017-020]", "HF_HOME": "/scratch/hf"},
+        **{"TOKENIZERS_PARALLELISM": "false", "SGLANG_MAX_NEW_TOKENS": "16384", "LD_LIBRARY_PATH": "/usr/lib"},
+        **{"SGLANG_USE_AITER_FP8_PER_TOKEN": "true_true", "SGLANG_LOG_DECODE_GRAPH_KEY": "true"},
+        **{"https_proxy": "http://proxy:3128", "WANDB_MODE": "offline_", "P2O_NODE_ADDRESS": "10.0.0.17"},
+    }
+    for name, value in ordinary.items():
+        monkeypatch.setenv(name, value)
+    assert ordinary.items() <= child_environment().items()
+
+
+def test_secrets_hide_in_addresses_and_under_names_that_settings_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://user:word@proxy:3128")
+    monkeypatch.setenv("DATABASE", "postgres://me:word@host/db")
+    monkeypatch.setenv("TEACHER_LOGIN", "0123456789abcdef")
+    assert "TEACHER_LOGIN" in child_environment()
+    monkeypatch.setenv(SECRET_NAMES_VARIABLE, "OTHER,TEACHER_LOGIN")
+    assert not {"https_proxy", "DATABASE", "TEACHER_LOGIN"} & child_environment().keys()
+    assert {"https_proxy", "TEACHER_LOGIN"} < child_environment(["https_proxy", "TEACHER_LOGIN"]).keys()
