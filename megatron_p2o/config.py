@@ -495,7 +495,12 @@ def _evaluation_rules(config: Config) -> list[Rule]:
 
 
 def _process_rules(config: Config) -> list[Rule]:
+    name = Path(config.run.name)
     return [
+        (
+            bool(name.parts) and not name.is_absolute() and ".." not in name.parts,
+            f"run.name={config.run.name} must name a folder below run.directory: write it like first",
+        ),
         (
             not config.parallel.sequence or config.parallel.tensor > 1,
             "parallel.sequence needs parallel.tensor > 1: set parallel.sequence to false",

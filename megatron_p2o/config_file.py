@@ -6,7 +6,7 @@
     optimizer: {lr: 1e-6}
 
 Settings win in this order: `--set`, the file, its base, the preset, the defaults of `megatron_p2o.config`. Mappings
-merge key by key.
+merge key by key. Values are those of YAML 1.2 (`config_yaml`).
 """
 
 import dataclasses
@@ -17,8 +17,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
-
-import yaml
 
 from megatron_p2o.config import REFERENCE_PRESET, Config, problems_of
 from megatron_p2o.config_source import (
@@ -34,6 +32,7 @@ from megatron_p2o.config_source import (
     read_overrides,
     read_with_bases,
 )
+from megatron_p2o.config_yaml import dump_yaml
 
 __all__ = ["ConfigError", "ConfigProblem", "dump_config", "load_config", "missing_paths"]
 
@@ -79,7 +78,7 @@ def dump_config(config: Config) -> str:
     secrets = _secrets_in(config)
     if secrets:
         raise ValueError("; ".join(secrets))
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return dump_yaml(dataclasses.asdict(config))
 
 
 def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
@@ -174,8 +173,8 @@ def _typed(value: object, annotation: object) -> object:
         return value
     if annotation is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if annotation is float and not isinstance(value, bool) and isinstance(value, int | float | str):
-        return _number(value)
+    if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _float(value)
     if annotation is str and isinstance(value, str):
         return value
     raise _RefusedError(_TYPE_RULES[cast(type, annotation)])
@@ -189,12 +188,11 @@ _TYPE_RULES: Mapping[type, str] = {
 }
 
 
-def _number(value: float | str) -> float:
-    """YAML 1.1 takes `1e-6` (no point) for text, hence strings are tried too."""
+def _float(value: float) -> float:
     try:
         return float(value)
-    except (ValueError, OverflowError) as error:
-        raise _RefusedError(_TYPE_RULES[float]) from error
+    except OverflowError as error:
+        raise _RefusedError("must be below 1e308 in size: write it like 0.5 or 1e-6") from error
 
 
 def _choice(value: object, choices: tuple[object, ...]) -> object:

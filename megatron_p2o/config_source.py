@@ -9,6 +9,7 @@ from typing import get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_p2o.config import Config
+from megatron_p2o.config_yaml import MAX_BYTES, NULL, SettingsLoader, YamlError, construct, parse_yaml
 
 NamePath = tuple[str, ...]
 """A dotted name in parts: ("optimizer", "lr")."""
@@ -99,26 +100,25 @@ def _read_file(path: Path, problems: list[ConfigProblem]) -> Settings:
         return ConfigError([ConfigProblem(name="", where=where, sentence=sentence)])
 
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise fail(f"the file cannot be read ({error.strerror}): check the path and its permissions") from error
+    if len(raw) > MAX_BYTES:
+        raise fail(f"the file is larger than {MAX_BYTES} bytes: give a settings file")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise fail("the file must be UTF-8: convert it", raw.count(b"\n", 0, error.start) + 1) from error
     try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
-        raise fail(f"YAML syntax: {error.problem or error}", line) from error
-    except yaml.YAMLError as error:
-        raise fail(f"YAML syntax: {error}") from error
+        loader, root = parse_yaml(text)
+    except YamlError as error:
+        raise fail(str(error), error.line) from error
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise fail("the file must be a mapping of sections: write `run:`, `model:`, ...", root.start_mark.line + 1)
-    problems += _repeated_keys(root, str(path))
+    problems += _key_problems(root, (), str(path))
     return dict(_flatten(_Reader(loader=loader, source=str(path), problems=problems), root, Config, ()))
 
 
@@ -133,11 +133,12 @@ def read_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> S
             problems.append(ConfigProblem(name=dotted, where="--set", sentence=sentence))
             continue
         try:
-            loader = yaml.SafeLoader(text)
-            node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-        except yaml.YAMLError as error:
-            problems.append(problem("--set", dotted, text, f"must be a YAML value ({error}): quote it"))
+            loader, root = parse_yaml(text)
+        except YamlError as error:
+            problems.append(problem("--set", dotted, shown(text), f"must be a YAML value ({error}): quote it"))
             continue
+        node = root or yaml.ScalarNode(NULL, "")
+        problems += _key_problems(node, name, None)
         reader = _Reader(loader=loader, source=None, problems=problems)
         settings.update(_flatten(reader, node, annotation_at(name), name))
     return settings
@@ -147,13 +148,17 @@ def read_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> S
 class _Reader:
     """What turns nodes of one document into settings."""
 
-    loader: yaml.SafeLoader
+    loader: SettingsLoader
     source: str | None
     """The file; None for `--set`."""
     problems: list[ConfigProblem]
 
     def where(self, node: yaml.Node) -> str:
-        return "--set" if self.source is None else f"{self.source}:{node.start_mark.line + 1}"
+        return _where(self.source, node)
+
+
+def _where(source: str | None, node: yaml.Node) -> str:
+    return "--set" if source is None else f"{source}:{node.start_mark.line + 1}"
 
 
 def _flatten(
@@ -164,39 +169,47 @@ def _flatten(
         if isinstance(node, yaml.MappingNode):
             for key_node, value_node in node.value:
                 key = _key_text(key_node)
+                if _is_merge(key_node):
+                    continue  # a problem by itself
                 yield from _flatten(reader, value_node, child_annotation(annotation, key), (*name, key))
             return
-        if node.tag == "tag:yaml.org,2002:null":
+        # A section whose lines are all commented out is an empty one. "null" is a value, and no section has it.
+        if reader.source is not None and node.tag == NULL and not node.value:
             return
     text = _quote(node)
     try:
-        value = reader.loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError) as error:
-        reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
-        rule = f"cannot be read ({reason}): quote it"
-        reader.problems.append(problem(reader.where(node), ".".join(name), text, rule))
+        value = construct(reader.loader, node)
+    except ValueError as error:
+        reader.problems.append(problem(reader.where(node), ".".join(name), text, f"cannot be read ({error}): quote it"))
         return
     yield name, Setting(value=value, text=text, where=reader.where(node))
 
 
-def _repeated_keys(root: yaml.MappingNode, source: str) -> Iterator[ConfigProblem]:
-    waiting: list[tuple[NamePath, yaml.MappingNode]] = [((), root)]
+def _key_problems(root: yaml.Node, name: NamePath, source: str | None) -> Iterator[ConfigProblem]:
+    """Yield what is wrong with the keys below a node: those that stand twice, and merges."""
+    waiting: list[tuple[NamePath, yaml.Node]] = [(name, root)]
     visited: set[int] = set()
     while waiting:
         name, node = waiting.pop()
         if id(node) in visited:
             continue
         visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(name, item) for item in node.value]
+        if not isinstance(node, yaml.MappingNode):
+            continue
         first_lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             key, line = _key_text(key_node), key_node.start_mark.line + 1
+            dotted = ".".join((*name, key))
             if key in first_lines:
-                dotted = ".".join((*name, key))
                 sentence = f"{dotted} is set twice (first on line {first_lines[key]}): keep one"
-                yield ConfigProblem(name=dotted, where=f"{source}:{line}", sentence=sentence)
+                yield ConfigProblem(name=dotted, where=_where(source, key_node), sentence=sentence)
+            if _is_merge(key_node):
+                sentence = f"{dotted}: YAML 1.2 has no merge: write the settings out, or share a file with `base:`"
+                yield ConfigProblem(name=dotted, where=_where(source, key_node), sentence=sentence)
             first_lines.setdefault(key, line)
-            if isinstance(value_node, yaml.MappingNode):
-                waiting.append(((*name, key), value_node))
+            waiting.append(((*name, key), value_node))
 
 
 def problem(where: str, name: str, text: str, rule: str) -> ConfigProblem:
@@ -238,14 +251,23 @@ def is_mapping(annotation: object) -> bool:
     return get_origin(annotation) is Mapping
 
 
+def _is_merge(key: yaml.Node) -> bool:
+    """Whether YAML 1.1 takes a key for a merge of mappings. In quotes it is text."""
+    return isinstance(key, yaml.ScalarNode) and key.value == "<<" and key.style is None
+
+
 def _key_text(node: yaml.Node) -> str:
     """Return a key as written, so that `on:` is not read as a boolean."""
     return str(node.value) if isinstance(node, yaml.ScalarNode) else _quote(node)
 
 
-def _quote(node: yaml.Node, limit: int = 80) -> str:
+def shown(text: str, limit: int = 80) -> str:
+    """Return how messages show a text: its beginning."""
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _quote(node: yaml.Node) -> str:
     """Return how messages show a value."""
     if isinstance(node, yaml.ScalarNode):
-        text = str(node.value)
-        return text if len(text) <= limit else text[:limit] + "..."
+        return shown(str(node.value))
     return "(a mapping)" if isinstance(node, yaml.MappingNode) else "(a list)"

@@ -71,7 +71,8 @@ def _licence_of(file: Path) -> str:
         return NOT_STATED
     try:
         fields = yaml.safe_load(front_matter[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return NOT_STATED
     stated = fields.get("license") if isinstance(fields, dict) else None
-    return str(stated) if stated else NOT_STATED
+    names = stated if isinstance(stated, list) else [stated]
+    return ", ".join(name for name in names if isinstance(name, str)) or NOT_STATED

@@ -75,6 +75,7 @@ def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
         ),
         ({"evolution.reflection.backend": "phrasebook"}, "evolution.reflection.phrases"),
         ({"data.question_format": "Answer."}, "data.question_format"),
+        *(({"run.name": name}, f"run.name={name} must name a folder below") for name in (".", "..", "/tmp", "a/../..")),
     ],
 )
 def test_each_broken_rule_is_named_and_alone(settings: dict[str, Any], named: str) -> None:

@@ -1,6 +1,7 @@
 """Settings files: what is read, what is refused, and that every problem is said at once with its place."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -12,6 +13,12 @@ from megatron_p2o.config import REFERENCE_PRESET, Config
 from megatron_p2o.config_file import ConfigError, dump_config, load_config, missing_paths
 
 REQUIRED = "run: {name: first}\nmodel: {path: model}\ndata: {train: train.jsonl}\n"
+
+
+ALIAS_BOMB = b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (level, level, b", ".join([b"*a%d" % (level - 1)] * 10)) for level in range(1, 10)
+)
+"""Of 10 lines; written out it holds ten thousand million values."""
 
 
 def write(directory: Path, text: str, name: str = "run.yaml") -> Path:
@@ -41,10 +48,10 @@ def test_required_settings_alone_give_the_defaults(tmp_path: Path) -> None:
 
 def test_values_take_the_type_of_their_field(tmp_path: Path) -> None:
     text = """
-optimizer: {lr: 1e-6, eps: 1, beta1: '0.5'}
+optimizer: {lr: 1e-6, eps: 1, beta1: .5}
 rollout: {max_total_tokens: 7}
 schedule: {max_steps: null}
-parallel: {distributed_optimizer: yes}
+parallel: {distributed_optimizer: True}
 evolution: {reflection: {temperature: 0}}
 sglang: {mem-fraction-static: 0.5, on: [1, {two: 2}]}
 megatron:
@@ -75,9 +82,19 @@ megatron:
         ("schedule: {epochs: '10'}", "schedule.epochs=10 must be a whole number: write it in digits"),
         ("schedule: {epochs: }", "schedule.epochs= is empty: give a value or delete the line"),
         ("logging: {console: 1}", "logging.console=1 must be true or false"),
-        ("run: {directory: no}", "run.directory=no is no text in YAML: put it in quotes"),
+        ("run: {directory: true}", "run.directory=true is no text in YAML: put it in quotes"),
         ("run: {directory: 2024}", "run.directory=2024 is no text in YAML: put it in quotes"),
-        ("run: {directory: 2024-01-01}", "run.directory=2024-01-01 is no text in YAML: put it in quotes"),
+        ("run: {directory: 1e3}", "run.directory=1e3 is no text in YAML: put it in quotes"),
+        ("optimizer: {lr: '0.5'}", "optimizer.lr=0.5 must be a number: write it like 0.5 or 1e-6"),
+        ("optimizer: {beta1: 0:30}", "optimizer.beta1=0:30 must be a number: write it like 0.5 or 1e-6"),
+        ("schedule: {epochs: 1:30}", "schedule.epochs=1:30 must be a whole number: write it in digits"),
+        ("schedule: {epochs: 0x10}", "schedule.epochs=0x10 must be a whole number: write it in digits"),
+        ("schedule: {epochs: 1_000}", "schedule.epochs=1_000 must be a whole number: write it in digits"),
+        ("schedule: {epochs: !!int 1:30}", "schedule.epochs=1:30 cannot be read (invalid literal for int()"),
+        ("logging: {console: yes}", "logging.console=yes must be true or false"),
+        ("logging: null", "logging=null must be a mapping: write its settings below it, indented"),
+        ("data: {evaluation: ~}", "data.evaluation=~ must be a mapping: write its settings below it, indented"),
+        ("rollout: {top_p: !!python/tuple [1]}", "rollout.top_p=(a list) cannot be read (could not determine a con"),
         ("data: {evaluation: {math: 5}}", "data.evaluation.math=5 is no text in YAML: put it in quotes"),
         ("data: {evaluation: math.jsonl}", "data.evaluation=math.jsonl must be a mapping: write its settings below it"),
         ("optimizer: 3", "optimizer=3 must be a mapping: write its settings below it, indented"),
@@ -99,6 +116,10 @@ def test_value_of_the_wrong_type_is_named_with_its_line_and_remedy(tmp_path: Pat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("rollout: {<<: {top_p: 0.5}}", "rollout.<<: YAML 1.2 has no merge: write the settings out, or share a file"),
+        ("sglang: {a: {<<: {b: 1}}}", "sglang.a.<<: YAML 1.2 has no merge: write the settings out, or share a file"),
+        ("sglang: {a: [{b: 1, b: 2}]}", "sglang.a.b is set twice (first on line 2): keep one"),
+        ("rollout: {'<<': 1}", "rollout.<< is not a setting"),
         ("optimizer: {lrr: 1}", "optimizer.lrr is not a setting: did you mean optimizer.lr?"),
         ("optimiser: {lr: 1}", "optimiser is not a setting: did you mean optimizer?"),
         ("group_size: 6", "group_size is not a setting: did you mean rollout.group_size?"),
@@ -107,7 +128,7 @@ def test_value_of_the_wrong_type_is_named_with_its_line_and_remedy(tmp_path: Pat
         ("1: 2", "1 is not a setting: known here are "),
     ],
 )
-def test_unknown_name_is_answered_with_the_nearest_one(tmp_path: Path, line: str, message: str) -> None:
+def test_key_that_is_no_setting_is_answered_with_what_to_write(tmp_path: Path, line: str, message: str) -> None:
     write(tmp_path, REQUIRED, "base.yaml")
     found = problems(tmp_path, f"base: base.yaml\n{line}\n")
     assert len(found) == 1
@@ -116,7 +137,7 @@ def test_unknown_name_is_answered_with_the_nearest_one(tmp_path: Path, line: str
 
 
 def test_all_problems_are_listed_at_once_in_order_of_the_file(tmp_path: Path) -> None:
-    text = """run: {name: no}
+    text = """run: {name: true}
 model: {pth: x}
 optimizer:
   lr: 1e-6
@@ -128,7 +149,7 @@ schedule: {problems_per_step: 100, problems_per_update: 64}
         "--set: evaluation.tempearture is not a setting: did you mean evaluation.temperature?",
         "run.yaml: model.path is missing: it has no default, set it",
         "run.yaml: data.train is missing: it has no default, set it",
-        "run.yaml:1: run.name=no is no text in YAML: put it in quotes",
+        "run.yaml:1: run.name=true is no text in YAML: put it in quotes",
         "run.yaml:2: model.pth is not a setting: did you mean model.path?",
         "run.yaml:5: optimizer.lr is set twice (first on line 4): keep one",
         "run.yaml:6: optimizer.beta1=fast must be a number: write it like 0.5 or 1e-6",
@@ -224,6 +245,14 @@ def test_overrides_win_and_are_typed_like_the_file(tmp_path: Path) -> None:
         ("run.name=", "run.name= is empty"),
         ("run.name=[", "run.name=[ must be a YAML value"),
         ("optimizer=1", "optimizer=1 must be a mapping"),
+        ("optimizer=null", "optimizer=null must be a mapping: write its settings below it"),
+        ("run=", "run= must be a mapping: write its settings below it"),
+        ("optimizer={lr: 1, lr: 2}", "optimizer.lr is set twice"),
+        ("rollout={<<: {top_p: 0.5}}", "rollout.<<: YAML 1.2 has no merge"),
+        (
+            "sglang.a=" + "[" * 5000,
+            "sglang.a=" + "[" * 80 + "... must be a YAML value (mappings and lists may be 32 deep",
+        ),
     ],
 )
 def test_override_problem_is_reported_as_set(tmp_path: Path, override: str, message: str) -> None:
@@ -252,10 +281,21 @@ def test_file_and_overrides_win_over_the_preset_in_either_order(tmp_path: Path) 
         (b"run:\n  name: x\n bad: y\n", "run.yaml:3: YAML syntax"),
         (b"run: {name: x}\n---\nrun: {name: y}\n", "run.yaml:2: YAML syntax"),
         (b"run: {name: x}\n# \xff\n", "run.yaml:2: the file must be UTF-8"),
-        (b"a: \x00", "run.yaml: YAML syntax"),
+        (b"a: b\n\nc: \x00", "run.yaml:3: YAML allows no character U+0000: remove it"),
         (b"- run\n", "run.yaml:1: the file must be a mapping of sections"),
         (b"just words", "run.yaml:1: the file must be a mapping of sections"),
-        (b"a: &a {b: *a}", "run.yaml:1: a=(a mapping) cannot be read"),
+        (b"a: &a {b: *a}", "run.yaml:1: *a stands within what it stands for: write it out"),
+        (b"a: *b", "run.yaml:1: YAML syntax: found undefined alias 'b'"),
+        (b"run:\n\tname: x", "run.yaml:2: YAML syntax: found character '\\t' that cannot start any token"),
+        ("run: {name: x}".encode("utf-16"), "run.yaml:1: the file must be UTF-8: convert it"),
+        (b'run: {name: "a\\0b"}', "run.yaml:1: the text holds the control character U+0000: remove it"),
+        (b'run: {name: "\\e]52;c;"}', "run.yaml:1: the text holds the control character U+001B: remove it"),
+        (b'sglang: {x: "\\ud800"}', "run.yaml:1: the text holds the control character U+D800: remove it"),
+        (b"a: " + b"[" * 5000 + b"]" * 5000, "run.yaml:1: mappings and lists may be 32 deep: write it flatter"),
+        (b"a: " + b"{b: " * 5000, "run.yaml:1: mappings and lists may be 32 deep: write it flatter"),
+        (b"- " * 5000, "run.yaml:1: mappings and lists may be 32 deep: write it flatter"),
+        (ALIAS_BOMB, "run.yaml:5: the file holds more than 100000 values, aliases written out: shorten it"),
+        (b"#" * (2**20 + 1), "run.yaml: the file is larger than 1048576 bytes: give a settings file"),
     ],
 )
 def test_file_that_is_no_mapping_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -293,6 +333,68 @@ evolution: {reflection: {backend: openai, base_url: "https://host/v1", model: "n
     config = load_config(write(tmp_path, text))
     assert config.data.evaluation == {"no": "yes.jsonl", "a b: c": "1e3"}
     assert load_config(write(tmp_path, dump_config(config), "dumped.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0100",
+        "1:30",
+        "1e3",
+        "1_000",
+        "0x10",
+        "no",
+        "true",
+        "~",
+        "",
+        "=",
+        "<<",
+        "2024-01-01",
+        ".5",
+        ".inf",
+        "+1",
+        "é\t\n",
+    ],
+)
+def test_dump_quotes_text_that_looks_like_something_else(tmp_path: Path, text: str) -> None:
+    config = dataclasses.replace(load(tmp_path, ""), sglang={"value": text, text: [text, {"deep": text}]})
+    dumped = dump_config(config)
+    assert load_config(write(tmp_path, dumped, "dumped.yaml")).sglang == config.sglang
+    assert yaml.safe_load(dumped)["sglang"] == config.sglang, "a reader of YAML 1.1 sees the same"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("0100", 100),
+        ("+7", 7),
+        ("1e-6", 1e-6),
+        ("1.", 1.0),
+        (".5E+2", 50.0),
+        ("-.inf", -math.inf),
+        ("yes", "yes"),
+        ("on", "on"),
+        ("2024-01-01", "2024-01-01"),
+        ("1:30", "1:30"),
+        ("0o17", "0o17"),
+        ("e5", "e5"),
+        (".", "."),
+        ("~", None),
+        ("", None),
+        ("TRUE", True),
+    ],
+)
+def test_plain_values_are_those_of_yaml_1_2(tmp_path: Path, written: str, value: object) -> None:
+    found = load(tmp_path, f"sglang: {{value: {written}}}").sglang["value"]
+    assert (type(found), found) == (type(value), value)
+
+
+def test_byte_order_mark_comments_and_carriage_returns_are_no_settings(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(
+        b"\xef\xbb\xbf# first\r\n" + REQUIRED.replace("\n", "\r\n").encode() + b"optimizer:\r\n  # lr: 1\r\n"
+    )
+    assert load_config(path) == load(tmp_path, "")
 
 
 def test_dump_holds_every_setting(tmp_path: Path) -> None:

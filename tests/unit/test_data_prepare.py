@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from megatron_p2o.config import DataConfig
+from megatron_p2o.data.origin import NOT_STATED, origin_of
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.data.raw_rows import raw_rows
+from megatron_p2o.data.sources import DEEPMATH
 from megatron_p2o.types import Problem
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -464,3 +466,23 @@ def test_parquet_holds_the_same_problems(tool: Callable[..., int], tmp_path: Pat
     settings = DataConfig(train="unused")
     expected = load_problems(tmp_path / "lines" / "train.jsonl", settings)
     assert load_problems(tmp_path / "parquet" / "train.parquet", settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("license: [mit, cc-by-4.0]", "mit, cc-by-4.0"),
+        ("license: {name: mit}", ""),
+        ("license: " + "[" * 5000, ""),
+        ("- " * 5000, ""),
+        (
+            "\n".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" if n else "a0: &a0 [x]" for n in range(40))
+            + "\nlicense: *a39",
+            "",
+        ),
+    ],
+)
+def test_a_licence_is_read_from_whatever_card_lies_beside_the_rows(tmp_path: Path, card: str, licence: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n# Card\n")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert origin_of(DEEPMATH, [tmp_path / "rows.jsonl"])["licence"] == (licence or NOT_STATED)
