@@ -294,7 +294,7 @@ def graded_rollouts(
 
 def submitted(completion: Completion, parts: SamplingParts) -> Future[Grade]:
     """Hand a completion to the grader; one that was given up has no answer to grade."""
-    if completion.finish_reason != "abort":
+    if not completion.is_aborted:
         return parts.grader.submit(completion.prompt.problem, parts.renderer.decode(completion))
     ungraded: Future[Grade] = Future()
     ungraded.set_result("error")
@@ -318,7 +318,7 @@ def rollout_of(completion: Completion, grade: Grade) -> Rollout:
 
 
 def reward_of(grade: Grade) -> float:
-    """Return the reward of a verdict: what could not be decided earns nothing."""
+    """Return the reward of a verdict; what could not be decided has none, and nothing may read it."""
     return 1.0 if grade == "correct" else 0.0
 
 

@@ -93,7 +93,10 @@ class Grader(Protocol):
     """Decides whether a completion answers its problem."""
 
     def submit(self, problem: Problem, text: str) -> Future[Grade]:
-        """Grade `text` against `problem.answer`. The future never raises: what cannot be decided is "error"."""
+        """Grade `text` against `problem.answer`; what cannot be decided is "error".
+
+        The future raises when the grader cannot grade anything any more: no answer of the run would be decided.
+        """
         ...
 
 

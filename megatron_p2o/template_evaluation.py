@@ -8,7 +8,7 @@ from megatron_p2o.evaluate import template_of
 from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, FreeScore, Rejection
 from megatron_p2o.evolve.publish import RoundStats
 from megatron_p2o.interfaces import Grader, PromptRenderer
-from megatron_p2o.types import Completion, Group, Problem, Prompt, Rollout, SamplingParams
+from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, Rollout, SamplingParams
 
 Sample = Callable[[Prompt, SamplingParams], Future[Completion]]
 """Submits one rollout to the engines at evolution's priority."""
@@ -39,14 +39,23 @@ class TemplateEvaluator:
             outcome.set_exception(EvaluationFailed(str(error)))
             return
         completion = sampled.result()
-        if completion.finish_reason == "abort":
+        if completion.is_aborted:
             outcome.set_exception(EvaluationFailed("the engine gave the rollout up"))
             return
         text = self._renderer.decode(completion)
         graded = self._grader.submit(completion.prompt.problem, text)
-        graded.add_done_callback(
-            lambda done: outcome.set_result(_evaluation(completion, reward_of(done.result()), text))
-        )
+        graded.add_done_callback(lambda done: _judge(completion, text, done, outcome))
+
+
+def _judge(completion: Completion, text: str, graded: Future[Grade], outcome: Future[Evaluation | Rejection]) -> None:
+    """Set the outcome of a graded rollout; one without a verdict is no score."""
+    error = graded.exception()
+    if error is not None:
+        outcome.set_exception(EvaluationFailed(str(error)))
+    elif graded.result() == "error":
+        outcome.set_exception(EvaluationFailed("the grader could not decide"))
+    else:
+        outcome.set_result(_evaluation(completion, reward_of(graded.result()), text))
 
 
 def _evaluation(completion: Completion, reward: float, text: str) -> Evaluation:
@@ -60,12 +69,13 @@ def _evaluation(completion: Completion, reward: float, text: str) -> Evaluation:
 
 
 def free_scores(groups: Sequence[Group], decode: Callable[[Completion], str]) -> list[FreeScore]:
-    """Return what training rollouts already say about each (template, problem): the mean reward and one answer."""
+    """Return what training rollouts already say about each (template, problem): the mean reward of those
+    that were decided, and one answer."""
     scores: list[FreeScore] = []
     for group in groups:
         by_template: dict[str, list[Rollout]] = {}
         for rollout in group.rollouts:
-            if rollout.completion.finish_reason != "abort":
+            if rollout.is_decided:
                 by_template.setdefault(rollout.completion.prompt.template.text, []).append(rollout)
         for text, rollouts in by_template.items():
             shown = rollouts[0].completion

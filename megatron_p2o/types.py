@@ -25,7 +25,7 @@ Logprobs = NDArray[np.float32]
 """Natural-log probabilities of sampled tokens at the sampling temperature, float32."""
 
 Grade = Literal["correct", "incorrect", "error"]
-"""Verdict on one completion. `error`: the grader could not decide (worker killed, out of memory); reward 0, counted."""
+"""Verdict on one completion. `error`: there is none (the engine gave up, or the grader could not decide); counted."""
 
 FinishReason = Literal["stop", "length", "abort"]
 """Why the engine stopped: end-of-sequence token, `max_new_tokens`, or given up on (engine lost, time limit)."""
@@ -118,6 +118,11 @@ class Completion:
     weight_versions: tuple[int, ...]
     """Policy versions the tokens were sampled from, oldest first; one entry unless an update fell in the middle."""
 
+    @property
+    def is_aborted(self) -> bool:
+        """Whether the engine gave up before the response ended: what there is of it says nothing about the policy."""
+        return self.finish_reason == "abort"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
@@ -126,7 +131,13 @@ class Rollout:
     completion: Completion
     grade: Grade
     reward: float
-    """1 for correct, else 0."""
+    """1 for correct, else 0. Without meaning unless `is_decided`."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether there is a verdict. A rollout without one is no failure: it has no credit, shapes no baseline and is
+        left out of every rate."""
+        return self.grade != "error" and not self.completion.is_aborted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

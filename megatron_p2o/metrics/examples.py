@@ -124,14 +124,15 @@ def _example(
 
 
 def _fits(is_templated: bool, is_correct: bool) -> Callable[[JsonObject], bool]:
-    return lambda line: line["is_templated"] == is_templated and (line["reward"] > 0) == is_correct
+    wanted = "correct" if is_correct else "incorrect"
+    return lambda line: line["is_templated"] == is_templated and line["grade"] == wanted
 
 
 def _answer(label: str, line: JsonObject) -> Answer:
     return Answer(
         label=label,
         text=shortened(str(line["response"])),
-        is_correct=line["reward"] > 0,
+        is_correct=line["grade"] == "correct",
         num_tokens=int(line["num_response_tokens"]),
         template=str(line["template"]),
     )

@@ -3,10 +3,11 @@
 A `_share` lies in [0, 1] and its denominator is in the table below; a metric without observations (the reward of
 templated rollouts in a plain step) is left out rather than reported as zero.
 
-    rollout/reward_*                    rollouts of that kind
+    rollout/reward_*                    decided rollouts of that kind (`Rollout.is_decided`)
+    rollout/undecided_share             responses that were graded: the grader could not decide, `grade_error_count`
     rollout/zero_advantage_groups_share groups
     rollout/dropped_rollouts_share      rollouts
-    rollout/truncated_share             rollouts
+    rollout/truncated_share             rollouts that the engines did not give up, as rollout/response_tokens_*
     train/ratio_mask_kept_share         response tokens of templated rollouts with an advantage
     train/clipped_share                 tokens that keep a weight after the context ratio
     train/*_mean                        tokens that went through the LM head
@@ -52,17 +53,19 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, MetricValue]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     plain = [rollout for rollout in rollouts if not rollout.completion.prompt.is_templated]
     templated = [rollout for rollout in rollouts if rollout.completion.prompt.is_templated]
-    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
-    finish_reasons = [rollout.completion.finish_reason for rollout in rollouts]
+    graded = [rollout for rollout in rollouts if not rollout.completion.is_aborted]
+    is_undecided = [not rollout.is_decided for rollout in graded]
+    lengths = [len(rollout.completion.token_ids) for rollout in graded]
     metrics: dict[str, MetricValue] = {
         "rollout/reward_mean": _mean_reward(rollouts),
         "rollout/reward_plain": _mean_reward(plain),
         "rollout/reward_templated": _mean_reward(templated),
         "rollout/zero_advantage_groups_share": Mean.of(not any(group.advantages) for group in groups),
         "rollout/dropped_rollouts_share": Mean.of(a == 0 for group in groups for a in group.advantages),
-        "rollout/truncated_share": Mean.of(reason == "length" for reason in finish_reasons),
-        "rollout/aborted_count": Sum(finish_reasons.count("abort")),
-        "rollout/grade_error_count": Sum(sum(rollout.grade == "error" for rollout in rollouts)),
+        "rollout/truncated_share": Mean.of(rollout.completion.finish_reason == "length" for rollout in graded),
+        "rollout/aborted_count": Sum(len(rollouts) - len(graded)),
+        "rollout/grade_error_count": Sum(sum(is_undecided)),
+        "rollout/undecided_share": Mean.of(is_undecided),
         "rollout/response_tokens_mean": Mean.of(lengths),
         "rollout/rollouts_count": Sum(len(rollouts)),
     }
@@ -161,7 +164,7 @@ def evaluation_metrics(outcomes: Mapping[str, Evaluation]) -> dict[str, MetricVa
 
 
 def _mean_reward(rollouts: Iterable[Rollout]) -> Mean:
-    return Mean.of(rollout.reward for rollout in rollouts)
+    return Mean.of(rollout.reward for rollout in rollouts if rollout.is_decided)
 
 
 def _token_mean(reports: Sequence[UpdateReport], numerator: str, denominator: str) -> Mean:

@@ -15,7 +15,7 @@ from p2o_kernels import grouped_advantage
 def make_groups(
     siblings: Sequence[Sequence[Rollout]], advantage: AdvantageConfig, plain_success_rates: Sequence[float]
 ) -> list[Group]:
-    """Return each problem's rollouts with their advantages; one that was given up on has none and shapes no baseline.
+    """Return each problem's rollouts with their advantages; an undecided one has none and shapes no baseline.
 
     The formulas are `p2o_kernels.grouped_advantage`'s (GRPO, Dr.GRPO, RLOO): on a GPU where there is one.
 
@@ -33,7 +33,7 @@ def make_groups(
     credit = grouped_advantage(
         torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float32, device=device),
         torch.tensor([number for number, group in enumerate(siblings) for _ in group], device=device),
-        torch.tensor([rollout.completion.finish_reason != "abort" for rollout in rollouts], device=device),
+        torch.tensor([rollout.is_decided for rollout in rollouts], device=device),
         # One place for each rollout: which tokens get its advantage is decided when they are packed.
         torch.arange(len(rollouts) + 1, dtype=torch.int32, device=device),
         torch.ones(len(rollouts), dtype=torch.bool, device=device),
@@ -64,12 +64,12 @@ def _anchor(group: Sequence[Rollout], plain_success_rate: float, advantage: Adva
 
 
 def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[TrainSample]:
-    """Return every rollout that has a response as a sample on the prompt the gradient is taken on."""
+    """Return every decided rollout that has a response as a sample on the prompt the gradient is taken on."""
     samples: list[TrainSample] = []
     for group in groups:
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
             completion = rollout.completion
-            if completion.finish_reason == "abort" or len(completion.token_ids) == 0:
+            if not rollout.is_decided or len(completion.token_ids) == 0:
                 continue
             prompt = completion.prompt
             if objective.drop_failed_templated and prompt.is_templated and rollout.reward == 0:

@@ -14,13 +14,13 @@ def hard_problems(groups: Iterable[Group], max_solved: int, counted: Literal["pl
     """Return the problems of which at most `max_solved` rollouts in a full group were correct.
 
     A group decides by its plain rollouts ("plain": arXiv:2603.21877, Eq. 3; a group without any decides by all) or by
-    all of them ("all": Alg. 1 and the authors' code). Rollouts that were given up on count neither way.
+    all of them ("all": Alg. 1 and the authors' code). Undecided rollouts count neither way.
     """
     return [group.problem for group in groups if _is_hard(group, max_solved, counted)]
 
 
 def _is_hard(group: Group, max_solved: int, counted: Literal["plain", "all"]) -> bool:
-    tried = [rollout for rollout in group.rollouts if rollout.completion.finish_reason != "abort"]
+    tried = [rollout for rollout in group.rollouts if rollout.is_decided]
     plain = [rollout for rollout in tried if not rollout.completion.prompt.is_templated]
     match counted:
         case "plain":
@@ -47,8 +47,8 @@ class LedgerEntry:
 
 
 def ledger_entry(group: Group, epoch: int, step: int) -> LedgerEntry:
-    """Return the counts of `group`; rollouts that were given up on are left out."""
-    tried = [rollout for rollout in group.rollouts if rollout.completion.finish_reason != "abort"]
+    """Return the counts of `group`; undecided rollouts are left out."""
+    tried = [rollout for rollout in group.rollouts if rollout.is_decided]
     templated = [rollout for rollout in tried if rollout.completion.prompt.is_templated]
     plain = [rollout for rollout in tried if not rollout.completion.prompt.is_templated]
     return LedgerEntry(

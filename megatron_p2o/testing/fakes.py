@@ -285,7 +285,8 @@ def fake_rollout(
         finish_reason=finish_reason,
         weight_versions=(0,),
     )
-    return Rollout(completion=completion, grade="correct" if reward > 0 else "incorrect", reward=reward)
+    grade: Grade = "error" if completion.is_aborted else "correct" if reward > 0 else "incorrect"
+    return Rollout(completion=completion, grade=grade, reward=reward)
 
 
 def fake_config(settings: Mapping[str, Any] | None = None) -> Config:

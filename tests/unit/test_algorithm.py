@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from megatron_p2o.algorithm import Parts, StepResult, TrainState, asked, p2o_step
+from megatron_p2o.algorithm import Parts, StepResult, TrainState, asked, num_informative, p2o_step
 from megatron_p2o.interfaces import PromptTooLongError
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 from megatron_p2o.testing.fakes import (
@@ -137,7 +137,8 @@ def test_rewards_are_the_grades_of_the_decoded_text() -> None:
     for group in step.result.groups:
         assert [rollout.grade for rollout in group.rollouts] == ["correct", "incorrect", "error", "incorrect"]
         assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0, 0.0, 0.0]
-        assert group.advantages == pytest.approx(credits([1, 0, 0, 0]))
+        won, lost, other = credits([1, 0, 0])
+        assert group.advantages == pytest.approx((won, lost, 0.0, other))
     assert sorted(step.grader.submitted) == sorted((p.id, text) for p in PROBLEMS[:2] for text in texts.values())
 
 
@@ -242,6 +243,25 @@ def test_a_rollout_that_was_given_up_on_is_not_trained_on_and_its_siblings_are_c
     assert [sample.advantage for sample in call.samples] == pytest.approx([won, lost_a, lost_b])
     assert call.num_loss_tokens == len("yes") + 1 + 2 * (len("no") + 1)
     assert "lost" not in [text for _, text in step.grader.submitted]
+
+
+def test_an_undecided_answer_is_no_wrong_answer() -> None:
+    """As a failure beside five successes it would get an advantage of -2.04."""
+    reply = {index: Reply(text="?" if index == 5 else "yes") for index in range(6)}
+    step = run_step(lambda prompt, index: reply[index % 6], {"rollout.group_size": 6}, problems=PROBLEMS[:2])
+    for group in step.result.groups:
+        assert group.rollouts[5].grade == "error" and not group.rollouts[5].is_decided
+        assert group.advantages == (0.0,) * 6
+    assert num_informative(step.result.groups) == 0, "dynamic sampling asks further problems"
+    (call,) = step.policy.updates
+    assert call.samples == ()
+    assert call.num_loss_tokens == 2 * 5 * (len("yes") + 1), "its tokens are no part of the denominator"
+
+
+def test_an_undecided_answer_does_not_decide_what_is_hard() -> None:
+    reply = {0: Reply(text="yes"), 1: Reply(text="yes"), 2: Reply(text="?"), 3: Reply(text="?")}
+    assert run_step(lambda prompt, index: reply[index % 4]).result.hard == []
+    assert run_step(lambda prompt, index: Reply(text="?")).result.hard == []
 
 
 def test_a_step_that_trains_on_nothing_still_compares_engine_and_trainer() -> None:

@@ -98,10 +98,22 @@ def test_an_empty_response_is_credited_but_cannot_be_trained_on() -> None:
     assert len(train_samples([group], ObjectiveConfig())) == 2
 
 
-def test_an_undecided_grade_counts_as_no_reward() -> None:
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("baseline", ["group", "plain_anchored"])
+def test_an_undecided_answer_shapes_no_baseline_and_is_no_sample(estimator, baseline) -> None:
+    undecided = replace(fake_rollout(PROBLEM, reward=0, template=HINT, num_tokens=9), grade="error")
+    config = AdvantageConfig(estimator=estimator, baseline=baseline)
+    siblings = rollouts(templated=[1, 0], plain=[1, 0, 0])
+    alone = make_group(siblings, config, plain_success_rate=0.25)
+    group = make_group([*siblings[:1], undecided, *siblings[1:]], config, plain_success_rate=0.25)
+    assert group.advantages == (alone.advantages[0], 0.0, *alone.advantages[1:])
+    assert len(train_samples([group], ObjectiveConfig())) == 5
+
+
+def test_five_correct_answers_and_an_undecided_one_agree() -> None:
     undecided = replace(fake_rollout(PROBLEM, reward=0), grade="error")
-    group = make_group([undecided, *rollouts(plain=[1])], AdvantageConfig(), plain_success_rate=0.0)
-    assert group.advantages == pytest.approx(credits([0, 1], "grpo"))
+    group = make_group([*rollouts(plain=[1] * 5), undecided], AdvantageConfig(), plain_success_rate=0.0)
+    assert group.advantages == (0.0,) * 6
 
 
 def test_zero_advantage_samples_are_still_samples() -> None:

@@ -14,9 +14,9 @@ HINT = Template(id=1, text="Go on.", parent=0)
 
 
 def group(number: int = 0, *, plain: str = "", templated: str = "") -> Group:
-    """Return a group from one letter per rollout: s solved, f failed, a given up on."""
+    """Return a group from one letter per rollout: s solved, f failed, a given up on, u undecided by the grader."""
     problem = fake_problem(number)
-    rollouts = tuple(
+    rollouts = [
         fake_rollout(
             problem,
             reward=float(letter == "s"),
@@ -25,8 +25,12 @@ def group(number: int = 0, *, plain: str = "", templated: str = "") -> Group:
         )
         for template, letters in ((HINT, templated), (PLAIN, plain))
         for letter in letters
-    )
-    return Group(problem=problem, rollouts=rollouts, advantages=(0.0,) * len(rollouts))
+    ]
+    graded = [
+        replace(rollout, grade="error") if letter == "u" else rollout
+        for rollout, letter in zip(rollouts, templated + plain, strict=True)
+    ]
+    return Group(problem=problem, rollouts=tuple(graded), advantages=(0.0,) * len(graded))
 
 
 def is_hard(group: Group, counted: Counted, max_solved: int = 1) -> bool:
@@ -76,16 +80,18 @@ def test_a_group_without_plain_rollouts_is_decided_by_all() -> None:
 
 
 @pytest.mark.parametrize("counted", ["plain", "all"])
-def test_rollouts_that_were_given_up_on_are_not_failures(counted: Counted) -> None:
-    assert not is_hard(group(plain="aaaaaa"), counted)
-    assert not is_hard(group(plain="saaaaa"), counted)
-    assert is_hard(group(plain="faaaaa"), counted)
-    assert not is_hard(group(plain="ssaaff"), counted)
+@pytest.mark.parametrize("lost", "au")
+def test_rollouts_without_a_verdict_are_not_failures(counted: Counted, lost: str) -> None:
+    assert not is_hard(group(plain=6 * lost), counted)
+    assert not is_hard(group(plain="s" + 5 * lost), counted)
+    assert is_hard(group(plain="f" + 5 * lost), counted)
+    assert not is_hard(group(plain="ss" + 2 * lost + "ff"), counted)
 
 
-def test_a_group_whose_plain_rollouts_were_given_up_on_is_decided_by_the_others() -> None:
-    assert is_hard(group(templated="ffff", plain="aa"), "plain")
-    assert not is_hard(group(templated="ssss", plain="aa"), "plain")
+@pytest.mark.parametrize("lost", "au")
+def test_a_group_whose_plain_rollouts_have_no_verdict_is_decided_by_the_others(lost: str) -> None:
+    assert is_hard(group(templated="ffff", plain=2 * lost), "plain")
+    assert not is_hard(group(templated="ssss", plain=2 * lost), "plain")
 
 
 def test_hard_problems_keep_the_order_of_training() -> None:
@@ -94,7 +100,7 @@ def test_hard_problems_keep_the_order_of_training() -> None:
 
 
 def test_an_entry_counts_plain_and_templated_tries_apart() -> None:
-    assert ledger_entry(group(5, templated="ssfa", plain="sfa"), epoch=2, step=9) == LedgerEntry(
+    assert ledger_entry(group(5, templated="ssufa", plain="sufa"), epoch=2, step=9) == LedgerEntry(
         epoch=2,
         step=9,
         problem_id="problem-005",

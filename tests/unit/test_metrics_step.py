@@ -41,7 +41,8 @@ def rollout(
         finish_reason=finish,
         weight_versions=(1,),
     )
-    return Rollout(completion=completion, grade=grade or ("correct" if correct else "incorrect"), reward=float(correct))
+    verdict: Grade = "error" if finish == "abort" else "correct" if correct else "incorrect"
+    return Rollout(completion=completion, grade=grade or verdict, reward=float(correct))
 
 
 def two_groups() -> list[Group]:
@@ -78,21 +79,22 @@ def report(loss: float, *, applied: bool = True, tokens: float = 10.0, **sums: f
 
 def test_rewards_are_told_apart_by_prompt_and_by_level() -> None:
     numbers = numbers_of(step_metrics(two_groups(), [], {}))
-    assert numbers["rollout/reward_mean"] == 3 / 6
-    assert numbers["rollout/reward_plain"] == 2 / 4
+    assert numbers["rollout/reward_mean"] == 3 / 4, "neither an aborted nor an undecided rollout is a failure"
+    assert numbers["rollout/reward_plain"] == 2 / 2
     assert numbers["rollout/reward_templated"] == 1 / 2
     assert numbers["rollout/reward_level_easy"] == 1
-    assert numbers["rollout/reward_level_hard"] == 1 / 4
+    assert numbers["rollout/reward_level_hard"] == 1 / 2
 
 
 def test_what_carries_no_gradient_and_how_completions_end_is_counted() -> None:
     numbers = numbers_of(step_metrics(two_groups(), [], {}))
     assert numbers["rollout/zero_advantage_groups_share"] == 1 / 2
     assert numbers["rollout/dropped_rollouts_share"] == 3 / 6
-    assert numbers["rollout/truncated_share"] == 1 / 6
+    assert numbers["rollout/truncated_share"] == 1 / 5
     assert numbers["rollout/aborted_count"] == 1
     assert numbers["rollout/grade_error_count"] == 1
-    assert numbers["rollout/response_tokens_mean"] == 36 / 6
+    assert numbers["rollout/undecided_share"] == 1 / 5
+    assert numbers["rollout/response_tokens_mean"] == 36 / 5
     assert numbers["rollout/response_tokens_max"] == 16
 
 
