@@ -485,4 +485,4 @@ def test_parquet_holds_the_same_problems(tool: Callable[..., int], tmp_path: Pat
 def test_a_licence_is_read_from_whatever_card_lies_beside_the_rows(tmp_path: Path, card: str, licence: str) -> None:
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\n# Card\n")
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    assert origin_of(DEEPMATH, [tmp_path / "rows.jsonl"])["licence"] == (licence or NOT_STATED)
+    assert origin_of(DEEPMATH, [tmp_path / "rows.jsonl"]).licence == (licence or NOT_STATED)
