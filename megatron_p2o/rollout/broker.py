@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from megatron_p2o.rollout.client import EngineClient, EngineUnreachable, Generation
+from megatron_p2o.rollout.given_up import GivenUp, are_logprobs
 from megatron_p2o.rollout.heartbeat import EngineStalled, watch
 from megatron_p2o.rollout.requests import (
     EVERYONE,
@@ -84,6 +85,8 @@ class Broker:
         self._homes: dict[str, Engine] = {}
         self._num_open: Counter[str] = Counter()
         self._chores: set[asyncio.Task[None]] = set()
+        self.given_up = GivenUp()
+        """What engines answered and nobody can use."""
         prefix = secrets.token_hex(4)
         self._ids = (f"{prefix}-{number:012d}" for number in count())
         """Of one length: SGLang aborts every request whose id begins with the one it is given."""
@@ -141,8 +144,9 @@ class Broker:
         """Return a future of the completion; cancelling it aborts the request.
 
         A request whose engine is lost is sent to another, or waits for the one that replaces it. A request that runs
-        out of time completes with finish reason "abort" and the tokens it has so far. The future holds `EnginesLost`
-        when no engine is left, and the error given to `suspend` while the engines are suspended.
+        out of time completes with finish reason "abort" and the tokens it has so far, one whose log-probs are none
+        without tokens (`given_up` counts it). The future holds `EnginesLost` when no engine is left, and the error
+        given to `suspend` while the engines are suspended.
         """
         future: Future[Completion] = Future()
         if self._loop.is_closed():
@@ -304,6 +308,9 @@ class Broker:
 
     async def _serve(self, request: Request, engine: Engine) -> None:
         generation = await self._generate(request, engine)
+        if not are_logprobs(generation.logprobs):
+            self.given_up.note("invalid_logprobs", f"{engine.name} on problem {request.prompt.problem.id}")
+            generation = nothing_generated(self._version)
         completion = Completion(
             prompt=request.prompt,
             token_ids=generation.token_ids,

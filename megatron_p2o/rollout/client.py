@@ -203,7 +203,7 @@ class EngineClient:
 
 
 def parse_generation(answer: dict[str, Any]) -> Generation:
-    """Read the JSON of /generate."""
+    """Read the JSON of /generate; a log-prob that is null, as JSON writes nan, is nan."""
     meta = answer["meta_info"]
     token_logprobs = meta["output_token_logprobs"] or []
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]

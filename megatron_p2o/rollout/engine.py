@@ -186,8 +186,12 @@ class SglangEngine:
         self._num_refreshes += 1
 
     def metrics(self) -> Mapping[str, float]:
-        """Return the cost of the last refresh, and how often engines were restarted in this run, by metric key."""
-        return {**self._stats, "engine/restarts_count": self._supervisor.num_restarts}
+        """Return, by metric key, the cost of the last refresh and how often engines were restarted in this run.
+
+        Beside them what completions were given up since the last call, of which this warns.
+        """
+        restarts = {"engine/restarts_count": float(self._supervisor.num_restarts)}
+        return {**self._stats, **restarts, **self.broker.given_up.take()}
 
     def start_reflection_server(self) -> tuple[str, str]:
         """Serve the frozen initial policy; see `start_reflection_server`. It ends with this engine."""

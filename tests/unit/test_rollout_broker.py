@@ -10,7 +10,7 @@ import pytest
 
 from megatron_p2o.rollout.broker import Broker, BrokerClosed, EnginesLost
 from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable, Generation
-from megatron_p2o.rollout.requests import EVERYONE, NOBODY, StoppableClock
+from megatron_p2o.rollout.requests import EVERYONE, NOBODY, Priority, StoppableClock
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8)
@@ -28,6 +28,7 @@ class FakeClient:
         self.num_running = self.most_running = 0
         self.is_gone = self.ignores_abort = self.is_hung = False
         self.stopping: dict[str, asyncio.Event] = {}
+        self.logprobs = np.zeros(1, np.float32)
 
     async def generate(self, token_ids, sampling, request_id) -> Generation:
         if token_ids[0] < 0:
@@ -49,9 +50,7 @@ class FakeClient:
             raise TimeoutError("no answer")
         self.served.append(int(token_ids[0]))
         reason = "abort" if stop.is_set() else "stop"
-        return Generation(
-            token_ids=token_ids + 1, logprobs=np.zeros(1, np.float32), finish_reason=reason, weight_versions=(3,)
-        )
+        return Generation(token_ids=token_ids + 1, logprobs=self.logprobs, finish_reason=reason, weight_versions=(3,))
 
     async def abort(self, request_id: str) -> None:
         """Like SGLang, take the id for the beginning of ids."""
@@ -137,6 +136,27 @@ def test_a_completion_carries_what_the_engine_sampled() -> None:
     assert completion.token_ids.tolist() == [8]
     assert completion.finish_reason == "stop"
     assert completion.weight_versions == (3,)
+
+
+@pytest.mark.parametrize("logprob", [np.nan, -np.inf, np.inf, 0.01])
+@pytest.mark.parametrize("priority", ["training", "evolution"])
+def test_a_completion_whose_log_probs_are_none_is_given_up_and_named_once_a_step(
+    logprob: float, priority: Priority, caplog: pytest.LogCaptureFixture
+) -> None:
+    with broker_with(num_engines=2) as (broker, clients):
+        clients[0].logprobs = np.array([-0.5, logprob, -0.25], np.float32)
+        for client in clients:
+            client.release()
+        completions = [broker.submit(prompt(token), SAMPLING, priority).result(WAIT_S) for token in range(3)]
+        assert [completion.finish_reason for completion in completions] == ["abort"] * 3
+        assert all(len(completion.token_ids) == 0 for completion in completions)
+        clients[0].logprobs = np.array([0.0, 1e-6, -1e4], np.float32)
+        assert broker.submit(prompt(7), SAMPLING).result(WAIT_S).finish_reason == "stop"
+        counted, later = broker.given_up.take(), broker.given_up.take()
+    assert (counted, later) == ({"engine/invalid_logprobs_count": 3.0}, {"engine/invalid_logprobs_count": 0.0})
+    (record,) = caplog.records
+    assert record.message.startswith("3 completions had log-probs that are none")
+    assert record.message.endswith("the first: engine 0 on problem 0")
 
 
 def test_training_overtakes_evolution_that_still_waits() -> None:

@@ -73,6 +73,20 @@ def test_a_request_carries_tokens_sampling_and_the_key() -> None:
     ]
 
 
+def test_a_log_prob_that_json_cannot_say_is_nan() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        meta = {
+            "output_token_logprobs": [[-0.25, 9, None], [None, 4, None]],
+            "finish_reason": {"type": "length"},
+            "weight_version": "1",
+        }
+        return web.json_response({"meta_info": meta})
+
+    generation = ask(handler)
+    assert generation.token_ids.tolist() == [9, 4]
+    np.testing.assert_array_equal(generation.logprobs, np.array([-0.25, np.nan], np.float32))
+
+
 def test_a_seed_is_passed_when_given() -> None:
     requests: list[tuple[dict[str, Any], str]] = []
     ask(answering(requests), SamplingParams(temperature=1.0, max_new_tokens=1, seed=42))
