@@ -339,8 +339,9 @@ class EvolutionConfig:
     plain_control: bool = False
     """After a round, sample the development problems plainly as often as the round did: what luck alone solves."""
     max_template_tokens: PositiveInt = 1024
-    round_timeout_s: Seconds = 7200.0
-    """A round that takes longer is cut off and what it has is used."""
+    round_timeout_s: Seconds = 43200.0
+    """A backstop: the budget of rollouts ends a round. One that takes longer is cut off, what it has is used, and the
+    log, the metrics and the report say so, because its result then depends on the speed of the machine."""
     reflection: ReflectionConfig = field(default_factory=ReflectionConfig)
 
 
@@ -509,6 +510,14 @@ def _process_rules(config: Config) -> list[Rule]:
             config.parallel.virtual_pipeline <= 1 or config.parallel.pipeline > 1,
             f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} must be 1, or larger with "
             "parallel.pipeline > 1",
+        ),
+        (
+            not config.evolution.enabled
+            or config.evolution.beside_training
+            or config.evolution.round_timeout_s < config.parallel.command_timeout_s,
+            f"evolution.round_timeout_s={config.evolution.round_timeout_s:g} must be less than "
+            f"parallel.command_timeout_s={config.parallel.command_timeout_s:g} with evolution.beside_training=false: "
+            "the other ranks wait while a round runs",
         ),
         (
             not config.evolution.enabled

@@ -8,6 +8,7 @@ from megatron_p2o.evaluate import template_of
 from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, FreeScore, Rejection
 from megatron_p2o.evolve.publish import RoundStats
 from megatron_p2o.interfaces import Grader, PromptRenderer
+from megatron_p2o.rollout.requests import settle
 from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, Rollout, SamplingParams
 
 Sample = Callable[[Prompt, SamplingParams], Future[Completion]]
@@ -15,7 +16,10 @@ Sample = Callable[[Prompt, SamplingParams], Future[Completion]]
 
 
 class TemplateEvaluator:
-    """Implements `evolve.session.Evaluate`. Calls may come from any thread; nothing blocks."""
+    """Implements `evolve.session.Evaluate`. Calls may come from any thread; nothing blocks.
+
+    Cancelling the future of an evaluation takes its request from the engine.
+    """
 
     def __init__(self, sample: Sample, renderer: PromptRenderer, grader: Grader) -> None:
         self._sample, self._renderer, self._grader = sample, renderer, grader
@@ -31,16 +35,21 @@ class TemplateEvaluator:
             return outcome
         sampled = self._sample(prompt, sampling)
         sampled.add_done_callback(lambda done: self._grade(done, outcome))
+        # Nobody waits for a cancelled evaluation: the engine must not go on with it.
+        outcome.add_done_callback(lambda done: sampled.cancel() if done.cancelled() else None)
         return outcome
 
     def _grade(self, sampled: Future[Completion], outcome: Future[Evaluation | Rejection]) -> None:
+        if sampled.cancelled():
+            outcome.cancel()
+            return
         error = sampled.exception()
         if error is not None:
-            outcome.set_exception(EvaluationFailed(str(error)))
+            settle(outcome, EvaluationFailed(str(error)))
             return
         completion = sampled.result()
         if completion.is_aborted:
-            outcome.set_exception(EvaluationFailed("the engine gave the rollout up"))
+            settle(outcome, EvaluationFailed("the engine gave the rollout up"))
             return
         text = self._renderer.decode(completion)
         graded = self._grader.submit(completion.prompt.problem, text)
@@ -51,11 +60,11 @@ def _judge(completion: Completion, text: str, graded: Future[Grade], outcome: Fu
     """Set the outcome of a graded rollout; one without a verdict is no score."""
     error = graded.exception()
     if error is not None:
-        outcome.set_exception(EvaluationFailed(str(error)))
+        settle(outcome, EvaluationFailed(str(error)))
     elif graded.result() == "error":
-        outcome.set_exception(EvaluationFailed("the grader could not decide"))
+        settle(outcome, EvaluationFailed("the grader could not decide"))
     else:
-        outcome.set_result(_evaluation(completion, reward_of(graded.result()), text))
+        settle(outcome, _evaluation(completion, reward_of(graded.result()), text))
 
 
 def _evaluation(completion: Completion, reward: float, text: str) -> Evaluation:
@@ -96,6 +105,11 @@ def round_statistics(stats: RoundStats | None) -> dict[str, float]:
         "num_rollouts": stats.num_rollouts,
         "num_templates": stats.num_templates,
         "num_restarts": stats.num_restarts,
+        "num_proposals": stats.num_proposals,
+        "num_accepted": stats.outcomes.get("accepted", 0),
+        "num_refused": stats.num_refused,
+        "is_cut_off": stats.ended_by == "deadline",
+        "is_reflection_lost": stats.ended_by == "reflection_unavailable",
         "round_s": stats.duration_s,
     }
     if stats.plain_coverage is not None:

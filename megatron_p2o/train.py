@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with_parent()
     signal.signal(signal.SIGTERM, _exit_on_signal)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("megatron_p2o.evolve.session").setLevel(logging.INFO)  # one line a round
     run_dir = options.config.parent
     sys.excepthook = partial(report_error, run_dir)
     config = with_planned_cache(load_config(options.config))

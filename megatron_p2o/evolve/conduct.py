@@ -63,7 +63,7 @@ async def conduct_round(
             history.add(Published(version=library.version, ended_by=ended_by))
             journal.sync()
         control = None
-        if spec.settings.evolution.plain_control:
+        if spec.settings.evolution.plain_control and not finish.is_set():
             control = await run_until(plain_coverage(state, evaluator), finish)
         assert history.published is not None, "set above or before"
         return round_stats(state, library, history.published.ended_by, control)

@@ -1,11 +1,14 @@
 """From the pool of a round to the library of the next epoch, and the numbers a report needs."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_p2o.evolve.assignment import assign
 from megatron_p2o.evolve.cover import greedy_cover
 from megatron_p2o.evolve.history import EndedBy
+from megatron_p2o.evolve.json_records import to_json
 from megatron_p2o.evolve.library import PublishedLibrary
 from megatron_p2o.evolve.round import Round
 from megatron_p2o.types import Template
@@ -40,6 +43,41 @@ class RoundStats:
     num_restarts: int = 0
     """Times the service was lost and resumed."""
     duration_s: float = 0.0
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the round ran to its own end and published something."""
+        return self.ended_by in ("budget", "no_progress") and self.num_templates > 0
+
+    @property
+    def num_proposals(self) -> int:
+        return sum(self.outcomes.values())
+
+    @property
+    def num_refused(self) -> int:
+        """Proposals whose template was not tried: reflection gave none, or one that may not be used."""
+        return sum(count for outcome, count in self.outcomes.items() if outcome.startswith(("refused", "rejected")))
+
+    def summary(self) -> str:
+        """Return one line for the log: why the round ended, what it found and how its proposals ended."""
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items()) or "none"
+        return (
+            f"round {self.epoch} ended by {self.ended_by} after {self.num_rollouts} rollouts: {self.num_templates} "
+            f"templates of {self.num_candidates} candidates, coverage {self.coverage:.2f}; proposals: {outcomes}"
+        )
+
+
+def rounds_path(run_dir: Path) -> Path:
+    """Return the file of all rounds of a run: a `RoundStats` a line. Of an epoch told twice the later line counts."""
+    return run_dir / "evolution" / "rounds.jsonl"
+
+
+def append_round(run_dir: Path, stats: RoundStats) -> None:
+    """Add a round that is over to the run's file of rounds. Raises `OSError`."""
+    path = rounds_path(run_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(to_json(stats)) + "\n")
 
 
 def build_library(state: Round) -> PublishedLibrary:

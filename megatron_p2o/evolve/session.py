@@ -18,7 +18,7 @@ from megatron_p2o.evolve.evaluation import FreeScore
 from megatron_p2o.evolve.history import EndedBy, ForeignJournal
 from megatron_p2o.evolve.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.messages import EvaluateRequest, FinishRound, Notice, RoundPublished, StartRound
-from megatron_p2o.evolve.publish import RoundStats
+from megatron_p2o.evolve.publish import RoundStats, append_round
 from megatron_p2o.evolve.reflectors import build_reflector, secrets_of
 from megatron_p2o.evolve.round import RoundSettings, RoundSpec
 from megatron_p2o.evolve.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
@@ -42,6 +42,12 @@ STOP_POLL_S = 0.5
 
 FINISH_GRACE_S = 60.0
 """For publishing, after `evolution.round_timeout_s`."""
+
+LATE = (
+    "evolution.deadline: round %d is cut off by evolution.round_timeout_s=%g before its budget of rollouts is spent; "
+    "what it has is used. Its result depends on how fast this machine is: raise evolution.round_timeout_s, or lower "
+    "evolution.max_rollouts"
+)
 
 
 class EvolutionSession:
@@ -159,9 +165,10 @@ class EvolutionSession:
         else:
             published = await self._published(spec, problems)
             library, stats = self._collected(spec, split, published)
-        self.last_round = replace(
-            stats, num_restarts=self.num_service_losses - num_losses, duration_s=time.monotonic() - started
-        )
+        stats = replace(stats, num_restarts=self.num_service_losses - num_losses, duration_s=time.monotonic() - started)
+        logger.log(logging.INFO if stats.is_success else logging.WARNING, "evolution: %s", stats.summary())
+        append_round(self._run_dir, stats)
+        self.last_round = stats
         return library
 
     async def _published(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> RoundStats | None:
@@ -196,23 +203,25 @@ class EvolutionSession:
             self._service = await ServiceProcess.start(self._run_dir, self._environment)
         service = self._service
         service.send(StartRound(spec=spec))
-        limit = deadline
+        limit, is_late = deadline, False
         while True:
             try:
                 async with asyncio.timeout_at(limit):
                     message = await service.receive()
             except TimeoutError:
-                if limit > deadline:
+                if is_late:
                     raise ServiceLost(
                         f"no library {self._finish_grace_s:g} s after evolution.round_timeout_s"
                     ) from None
-                logger.warning("evolution.deadline: round %d is cut off, what it has is used", spec.epoch)
+                logger.warning(LATE, spec.epoch, self._settings.evolution.round_timeout_s)
                 service.send(FinishRound())
-                limit = deadline + self._finish_grace_s
+                answers.cancel()  # the engines are not to go on with what nobody will read
+                limit, is_late = deadline + self._finish_grace_s, True
                 continue
             match message:
                 case EvaluateRequest():
-                    answers.answer(service, message)
+                    if not is_late:
+                        answers.answer(service, message)
                 case Notice():
                     logger.warning("evolution: %s", message.text)
                 case RoundPublished():

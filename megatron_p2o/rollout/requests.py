@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from megatron_p2o.rollout.client import EngineClient, Generation
 from megatron_p2o.types import Completion, Prompt, SamplingParams
+
+Outcome = TypeVar("Outcome")
 
 Priority = Literal["training", "evolution"]
 """Training goes first; evolution takes the slots that training leaves idle."""
@@ -76,7 +78,7 @@ class StoppableClock:
             self._stopped_at_s = None
 
 
-def settle(future: "Future[Completion]", outcome: Completion | BaseException) -> None:
+def settle(future: "Future[Outcome]", outcome: Outcome | BaseException) -> None:
     """Set the outcome of a future unless its owner has cancelled it."""
     try:
         if isinstance(outcome, BaseException):

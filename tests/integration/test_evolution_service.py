@@ -32,9 +32,12 @@ from megatron_p2o.evolve.conduct import journal_path
 from megatron_p2o.evolve.evaluation import Evaluation, FreeScore, Rejection
 from megatron_p2o.evolve.history import digest
 from megatron_p2o.evolve.journal import read_journal
+from megatron_p2o.evolve.json_records import to_json
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.publish import rounds_path
 from megatron_p2o.evolve.session import EvolutionSession
 from megatron_p2o.interfaces import RoundInterrupted
+from megatron_p2o.template_evaluation import round_statistics
 from megatron_p2o.testing.evolution import KEY_PHRASES, PHRASES, KeyPhraseTask, families_served, make_problems
 from megatron_p2o.types import Problem, SamplingParams, Template
 
@@ -159,6 +162,12 @@ def test_round_publishes_templates_that_solve_hard_problems(
     assert stats.num_rollouts == task.requests.total() and 3490 < stats.num_rollouts <= 3500
     assert (stats.num_hard, stats.num_dev, stats.num_feedback) == (60, 30, 30)
     assert stats.coverage == 1.0 and stats.best_score > 0.5
+    numbers = round_statistics(stats)
+    assert (numbers["is_cut_off"], numbers["is_reflection_lost"]) == (0, 0)
+    assert numbers["num_proposals"] == sum(stats.outcomes.values())
+    assert 0 < numbers["num_accepted"] == stats.outcomes["accepted"] == stats.num_candidates - 1
+    assert numbers["num_refused"] == sum(count for name, count in stats.outcomes.items() if "refused" in name)
+    assert json.loads(rounds_path(tmp_path).read_text()) == to_json(stats)
     assert (session.num_service_losses, session.num_failed_evaluations) == (0, 0)
 
     process_id = session.service_process_id
@@ -343,7 +352,9 @@ def test_service_that_cannot_start_costs_evolution_only(
 # Time
 
 
-def test_late_round_publishes_what_it_has(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:
+def test_late_round_publishes_what_it_has_and_says_so(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession], caplog: pytest.LogCaptureFixture
+) -> None:
     task = KeyPhraseTask(PROBLEMS)
     unanswered: list[Future[Evaluation | Rejection]] = []
 
@@ -353,12 +364,18 @@ def test_late_round_publishes_what_it_has(tmp_path: Path, phrases: Path, session
             return unanswered[-1]
         return task.submit(text, problem, sampling)
 
-    sessions.append(EvolutionSession(config_of(phrases, round_timeout_s=6.0), tmp_path, evaluate))
+    config = config_of(phrases, round_timeout_s=6.0, plain_control=True)
+    sessions.append(EvolutionSession(config, tmp_path, evaluate))
     library = sessions[0].evolve(PROBLEMS, WARM_LIBRARY, epoch=0)
     stats = sessions[0].last_round
     assert stats is not None and stats.ended_by == "deadline" and stats.num_rollouts == 200
     assert library.templates and sessions[0].num_service_losses == 0
     assert unanswered and all(future.cancelled() for future in unanswered), "nobody waits for them any more"
+    assert "round 0 is cut off by evolution.round_timeout_s=6 before its budget of rollouts is spent" in caplog.text
+    assert "round 0 ended by deadline after 200 rollouts" in caplog.text
+    assert round_statistics(stats)["is_cut_off"] == 1
+    (line,) = rounds_path(tmp_path).read_text().splitlines()
+    assert json.loads(line)["ended_by"] == "deadline"
 
 
 def test_frozen_service_is_given_up_and_killed(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:

@@ -53,7 +53,7 @@ def command(tiny: Path, runs: Path, name: str) -> list[str]:
         *("schedule.save_every_steps=1", "evaluation.every_steps=0", "evaluation.at_start=false"),
         # Rounds that depend on the order of answers cannot be repeated; those of the lock-step rules can.
         *("evolution.rules=reference", "evolution.beside_training=false", "evolution.max_rollouts=300"),
-        *("evolution.num_lineages=2", "evolution.plain_control=false", "evolution.round_timeout_s=300"),
+        *("evolution.num_lineages=2", "evolution.plain_control=false"),
     ]
     sets = [argument for override in overrides for argument in ("--set", override)]
     p2o = [sys.executable, "-m", "megatron_p2o.cli"]

@@ -55,6 +55,10 @@ def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
         ({"assignment.num_plain": -1}, "assignment.num_plain=-1"),
         ({"assignment.num_plain": 5, "rollout.group_size": 4}, "assignment.num_plain=5"),
         ({"assignment.num_plain": 0, "rollout.group_size": 1}, "rollout.group_size=1"),
+        (
+            {"evolution.beside_training": False, "evolution.round_timeout_s": 60.0, "parallel.command_timeout_s": 60.0},
+            "evolution.round_timeout_s=60 must be less than parallel.command_timeout_s=60",
+        ),
         ({"objective.ratio_low": 0.0}, "objective.ratio_low=0.0"),
         ({"objective.ratio_low": 1.5}, "objective.ratio_low=1.5"),
         ({"objective.ratio_high": 0.5}, "objective.ratio_high=0.5"),
@@ -89,6 +93,8 @@ def test_each_broken_rule_is_named_and_alone(settings: dict[str, Any], named: st
     [
         {"schedule.problems_per_step": 128, "schedule.problems_per_update": 128},
         {"assignment.num_plain": 0},
+        {"evolution.beside_training": True, "evolution.round_timeout_s": 9e4},
+        {"evolution.beside_training": False, "evolution.round_timeout_s": 59.0, "parallel.command_timeout_s": 60.0},
         {"assignment.num_plain": 4},
         {"objective.ratio_low": 1.0, "objective.ratio_high": 1.0},
         {"objective.clip_low": 0.0, "objective.clip_high": 0.0},
