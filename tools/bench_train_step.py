@@ -7,6 +7,8 @@ One process, tensor-parallel size 1. The arms take turns in one run: `fused` is 
 same update with the logits of all positions and torch's log-softmax, `score` the trainer's pass without gradient. Both
 updates must give the same loss and gradient norm, or nothing is timed. Model FLOPs count every matrix product of
 forward and backward once (no recomputation), the head on response positions only and causal attention by half.
+
+A shape that does not fit the GPU is cut to as many layers as do; the result says how many of how many.
 """
 
 import argparse
@@ -26,11 +28,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
-from random_policy import SHAPES, bench_config, measured_on, write_random_model, write_result  # isort: skip; makes ours importable
+from random_policy import SHAPES, bench_config, measured_on, write_config, write_random_model, write_result  # isort: skip; makes ours importable
 
 from bench.cases import Shape
 from bench.measure import matmul_ceiling, peak_bytes, time_interleaved
 
+from megatron_p2o.memory_plan import GIB, trainer_memory
 from megatron_p2o.policy.architecture import Architecture, read_architecture
 from megatron_p2o.policy.attention import pack_layout, sample_positions
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
@@ -40,6 +43,9 @@ from megatron_p2o.types import TrainSample
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense bfloat16, by a part of the device's name, from the vendor's data sheets; the SXM forms."""
+
+TRAINER_RESERVE_BYTES = 6 * GIB
+"""Kept free beside what the memory plan counts: CUDA context, workspaces, the head's chunks."""
 
 RELATIVE_GATE = {"cpu": 1e-4, "cuda": 2e-2}
 """Largest difference in loss and gradient norm of the arms: float32, and eight bits of mantissa."""
@@ -53,7 +59,9 @@ def main() -> None:
     result |= {"sample_tokens": arguments.sample_tokens, "prompt_tokens": arguments.prompt_tokens}
     result |= {"recompute": arguments.recompute, "environment": measured_on(device)}
     with tempfile.TemporaryDirectory(prefix="bench_train_step_") as folder:
-        model_path = write_random_model(Path(folder), arguments.shape, device)
+        num_layers = arguments.num_layers or fitting_layers(arguments, Path(folder), device)
+        result |= {"num_layers": num_layers, "num_layers_of_shape": SHAPES[arguments.shape]["num_hidden_layers"]}
+        model_path = write_random_model(Path(folder), arguments.shape, device, num_layers)
         architecture = read_architecture(model_path)
         samples = make_samples(arguments.tokens, arguments.sample_tokens, arguments.prompt_tokens, architecture)
         config = bench_config(model_path, arguments.tokens, device, recompute=arguments.recompute)
@@ -74,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sample-tokens", type=int, default=2048 if on_gpu else 128, help="of one rollout")
     parser.add_argument("--prompt-tokens", type=int, default=256 if on_gpu else 32, help="of them, its prompt")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--num-layers", type=int, help="of the model; default: all of the shape's that fit the device")
     layers = ("auto", "transformer_engine", "local")
     parser.add_argument("--layers", choices=layers, default="auto", help="model.layer_backend")
     parser.add_argument("--recompute", action="store_true", help="activations of every layer, to save memory")
@@ -81,6 +90,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of torch on CPU")
     parser.add_argument("--json", type=Path, help="where to write the result")
     return parser.parse_args()
+
+
+def fitting_layers(arguments: argparse.Namespace, folder: Path, device: torch.device) -> int:
+    """Return how many layers of the shape fit the device with optimizer and activations; all of them without CUDA."""
+    num_layers = SHAPES[arguments.shape]["num_hidden_layers"]
+    if device.type != "cuda":
+        return num_layers
+    available = torch.cuda.get_device_properties(device).total_memory - TRAINER_RESERVE_BYTES
+    for count in range(num_layers, 0, -1):
+        path = write_config(folder / "planned", arguments.shape, count)
+        config = bench_config(path, arguments.tokens, device, recompute=arguments.recompute)
+        planned = trainer_memory(config, read_architecture(path))
+        if planned.resident + planned.likely_activations <= available:
+            return count
+    raise SystemExit(
+        f"not one layer of {arguments.shape} fits {available / GIB:.0f} GiB with {arguments.tokens} tokens"
+    )
 
 
 def make_samples(

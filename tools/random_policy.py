@@ -70,11 +70,17 @@ def write_result(path: Path | None, result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def write_random_model(folder: Path, shape: str, device: torch.device) -> Path:
+def write_config(folder: Path, shape: str, num_layers: int | None = None) -> Path:
+    """Write the config.json of a shape, with its own number of layers or `num_layers`; return the folder."""
+    folder.mkdir(exist_ok=True)
+    cut = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    (folder / "config.json").write_text(json.dumps(QWEN3 | SHAPES[shape] | cut))
+    return folder
+
+
+def write_random_model(folder: Path, shape: str, device: torch.device, num_layers: int | None = None) -> Path:
     """Write a Hugging Face directory with normal weights of deviation 0.02 and norms of 1; return it."""
-    source = folder / "source"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(QWEN3 | SHAPES[shape]))
+    source = write_config(folder / "source", shape, num_layers)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
 

@@ -1,11 +1,14 @@
 """The benchmark of a training step runs where there is no GPU, and counts what it says."""
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +22,7 @@ def test_both_heads_agree_and_one_forward_pass_serves_an_update(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["layers"], result["attention"]) == ("local", "sdpa")
+    assert (result["num_layers"], result["num_layers_of_shape"]) == (4, 4)
     for ours, theirs in result["agreement_fused_plain"].values():
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert result["agreement_fused_plain"]["grad_norm"][0] > 0.1
@@ -28,3 +32,22 @@ def test_both_heads_agree_and_one_forward_pass_serves_an_update(tmp_path: Path):
     attention_weights = 128 * 128 + 2 * 128 * 32 + 128 * 128
     per_layer = 2 * 256 * (attention_weights + 3 * 128 * 384) + 2 * 4 * (128 * 129 // 2) * 128
     assert result["model_flops_per_step"] == 3 * (4 * per_layer + 2 * 194 * 8192 * 128)
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpu_gib", "expected"),
+    # By hand: 22 bytes a parameter at the optimizer's step (weight 2, gradient 4, master 4, moments 8, roots 4), a
+    # layer of 100.9e6, an embedding of 389e6: (74 GiB / 22 - 389e6) / 100.9e6 = 31.9.
+    [("qwen3-0.6b", 80, 28), ("qwen3-4b", 141, 36), ("qwen3-4b", 80, 31)],
+)
+def test_a_shape_is_cut_to_the_layers_that_fit(
+    shape: str, gpu_gib: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    import bench_train_step
+
+    properties = SimpleNamespace(total_memory=gpu_gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    arguments = argparse.Namespace(shape=shape, tokens=16384, recompute=True)
+    layers = bench_train_step.fitting_layers(arguments, tmp_path, torch.device("cuda"))
+    assert layers == expected
