@@ -123,14 +123,15 @@ def measure(
     with ExitStack() as stack:
         ways = ways_to(engine.broker, policy, run_dir, arguments.bucket_mib, stack)
         scramble = next(way for way in ways if way.name == "sglang tensor").send
-        expected = probed(engine.broker)
+        probe = partial(probed, engine.broker, engine.broker.num_engines, run_dir / "engines")
+        expected = probe()
         firsts: list[Seconds] = []
         for way in ways:
             scramble(((name, tensor / 2) for name, tensor in policy.weights()), next(versions))
-            if np.abs(probed(engine.broker) - expected).min() <= LOGPROB_GATE[device.type]:
+            if np.abs(probe() - expected).min() <= LOGPROB_GATE[device.type]:
                 raise SystemExit("halved weights give the log-probs of whole ones: the probes show nothing")
             firsts.append(way.send(policy.weights(), next(versions)))
-            difference = np.abs(probed(engine.broker) - expected).max()
+            difference = np.abs(probe() - expected).max()
             if not difference <= LOGPROB_GATE[device.type]:
                 raise SystemExit(f"{way.name}: log-probs are off by {difference:g}: the weights did not arrive")
         laters = [[way.send(policy.weights(), next(versions)) for way in ways] for _ in range(arguments.repeats)]
@@ -259,8 +260,12 @@ def send_disk(broker: Broker, source: Path, folder: Path, weights: NamedWeights,
     return seconds
 
 
-def probed(broker: Broker) -> np.ndarray:
-    """Return [engines, probes] log-probs of the likeliest token after each probe."""
+def probed(broker: Broker, num_engines: int, logs: Path) -> np.ndarray:
+    """Return [engines, probes] log-probs of the likeliest token after each probe.
+
+    Raises:
+        SystemExit: an engine was lost; the message ends with the last lines of the `logs`, which are removed.
+    """
     greedy = SamplingParams(temperature=0.0, max_new_tokens=1)
 
     async def ask(name: str, client: EngineClient) -> list[float]:
@@ -269,7 +274,15 @@ def probed(broker: Broker) -> np.ndarray:
         ]
         return [float(answer.logprobs[0]) for answer in answers]
 
-    return np.array(list(finished(broker.call_every_engine(ask)).values()))
+    answers = finished(broker.call_every_engine(ask))
+    if len(answers) != num_engines:
+        tails = [f"{log.name}:\n{log_tail(log)}" for log in sorted(logs.glob("*.log"))]
+        raise SystemExit("\n".join([f"{num_engines - len(answers)} of {num_engines} engines were lost", *tails]))
+    return np.array(list(answers.values()))
+
+
+def log_tail(log: Path, num_lines: int = 40) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
 
 
 def finished(future: Future[T]) -> T:

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,3 +32,17 @@ def test_every_way_brings_the_weights_and_its_parts_add_up(tmp_path: Path):
         seconds = {key: values["median"] for key, values in arm["later"].items()}
         assert 0 < seconds["convert_s"] + seconds["fill_s"] + seconds["stall_s"] < seconds["total_s"]
     assert [arm["first"] is not None for arm in result["arms"]] == [True, False, True, False, False, False]
+
+
+def test_a_lost_engine_is_named_with_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    import bench_refresh
+
+    def call_every_engine(call):
+        answers = Future()
+        answers.set_result({"engine-1": [-1.0]})
+        return answers
+
+    (tmp_path / "engine-0.log").write_text("loaded\nout of memory\n")
+    with pytest.raises(SystemExit, match=r"1 of 2 engines were lost\nengine-0.log:\nloaded\nout of memory"):
+        bench_refresh.probed(SimpleNamespace(call_every_engine=call_every_engine), 2, tmp_path)
