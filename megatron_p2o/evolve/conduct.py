@@ -135,7 +135,7 @@ def open_round(
         temperature=spec.settings.evolution.evaluation_temperature,
         feedback_ids=split.feedback,
         free_scores=() if is_reference else spec.free_scores,
-        is_failure_zero=is_reference,
+        is_loss_final=is_reference,
     )
     return Round(spec, split, history, book, reflector, notify)
 

@@ -4,16 +4,17 @@ import asyncio
 import sys
 
 from megatron_p2o.evolve.budget import RolloutBudget
-from megatron_p2o.evolve.evaluation import Evaluator
+from megatron_p2o.evolve.evaluation import EvaluationFailed, Evaluator
 from megatron_p2o.evolve.history import CONTROL_OCCASION
 from megatron_p2o.evolve.round import Round
 from megatron_p2o.evolve.score_book import ScoreBook
 
 
-async def plain_coverage(state: Round, evaluator: Evaluator) -> float:
+async def plain_coverage(state: Round, evaluator: Evaluator) -> float | None:
     """Return the share of development problems solved plainly within as many samples as they had evaluations.
 
-    Sampled at the training temperature: greedy repeats would all be alike. Rollouts that fail count as not solving.
+    Sampled at the training temperature: greedy repeats would all be alike. A sample without a verdict is replaced by
+    another; the denominator leaves out problems for which too many have none. None when that are all.
     """
     book = ScoreBook(
         evaluator,
@@ -21,23 +22,35 @@ async def plain_coverage(state: Round, evaluator: Evaluator) -> float:
         RolloutBudget(sys.maxsize),
         temperature=state.spec.settings.sampling_temperature,
         feedback_ids=(),
-        is_failure_zero=True,
     )
     num_samples = {
         problem_id: sum(problem_id in state.pool.scores(candidate_id) for candidate_id in range(1, len(state.pool)))
         for problem_id in state.split.dev
     }
     try:
-        solved = await asyncio.gather(*(_is_solved(book, key, number) for key, number in num_samples.items()))
+        outcomes = await asyncio.gather(*(_is_solved(book, key, number) for key, number in num_samples.items()))
     finally:
         book.cancel()
-    return sum(solved) / len(solved)
+    decided = [is_solved for is_solved in outcomes if is_solved is not None]
+    if len(decided) < len(outcomes):
+        state.notify(f"pass@N leaves out {len(outcomes) - len(decided)} of {len(outcomes)} problems: too few verdicts")
+    return sum(decided) / len(decided) if decided else None
 
 
-async def _is_solved(book: ScoreBook, problem_id: str, num_samples: int) -> bool:
-    """Sample one at a time, so that the first success saves the rest."""
-    for sample in range(num_samples):
-        evaluations = await book.measure("", [problem_id], occasion=f"{CONTROL_OCCASION}{sample}")
+async def _is_solved(book: ScoreBook, problem_id: str, num_samples: int) -> bool | None:
+    """Sample one at a time, so that the first success saves the rest; None when half of the samples and more are lost.
+
+    A lost sample is replaced: without it the control would have fewer tries than the templates had.
+    """
+    num_decided = 0
+    for sample in range(2 * num_samples):
+        if num_decided == num_samples:
+            break
+        try:
+            evaluations = await book.measure("", [problem_id], occasion=f"{CONTROL_OCCASION}{sample}")
+        except EvaluationFailed:
+            continue
         if evaluations[0].is_solved:
             return True
-    return False
+        num_decided += 1
+    return False if num_decided == num_samples else None

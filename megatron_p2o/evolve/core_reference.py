@@ -5,8 +5,9 @@
     reflect on all; children on their parents' minibatches; strictly better ones on all development problems
 
 No score is reused, no duplicate is refused. The randomness is one generator seeded by epoch + number of hard problems,
-so a resumed round repeats its decisions from the start; what was measured comes from the journal. One difference: a
-template whose prompt would be too long is refused, where the authors cut the prompt.
+so a resumed round repeats its decisions from the start; what was measured comes from the journal. Two differences: a
+template whose prompt would be too long is refused, where the authors cut the prompt; a rollout without a verdict is no
+score, where theirs is a failure.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_p2o.evolve.budget import reference_cost
-from megatron_p2o.evolve.evaluation import Evaluation, TemplateRejected, total_reward
+from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, TemplateRejected, total_reward
 from megatron_p2o.evolve.history import EndedBy, Picked
 from megatron_p2o.evolve.pool import Candidate
 from megatron_p2o.evolve.reflection import ReflectionRefused, ReflectionUnavailable
@@ -103,6 +104,8 @@ class ReferenceCore:
             return f"refused: {refused}"
         except TemplateRejected:
             return "rejected"
+        except EvaluationFailed:
+            return "evaluation failed"
         return _Child(picked=picked, text=text, is_better=total_reward(after) > total_reward(before))
 
     async def _measure(self, text: str, picked: Picked, when: str) -> list[Evaluation]:
@@ -113,6 +116,8 @@ class ReferenceCore:
             await self._round.score(candidate, self._round.dev_ids(candidate))
         except TemplateRejected as rejected:
             self._round.disqualify(candidate, str(rejected))
+        except EvaluationFailed:
+            pass  # it keeps the scores it has
 
 
 def _verdict(child: object) -> str:

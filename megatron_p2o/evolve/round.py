@@ -185,7 +185,7 @@ class Round:
     def _record_known(self, candidate: Candidate, problem_ids: Sequence[str]) -> None:
         for problem_id in problem_ids:
             evaluation = self.book.known(candidate.text, problem_id)
-            if evaluation is not None:
+            if evaluation is not None and evaluation.finish_reason != "abort":
                 score = Score(reward=evaluation.reward, weight_version=evaluation.weight_version)
                 self.pool.record(candidate.id, problem_id, score)
 

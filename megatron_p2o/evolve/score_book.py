@@ -18,7 +18,7 @@ from megatron_p2o.evolve.text import MAX_RESPONSE_CHARS, shorten
 from megatron_p2o.seeds import seed_of
 
 LOST = Evaluation(reward=0.0, response_text="", finish_reason="abort", num_tokens=0, weight_version=0)
-"""A rollout without a verdict, where such count as failures."""
+"""What a journal keeps of a rollout without a verdict, where it must not be asked again. It is no score."""
 
 
 class BudgetSpent(Exception):
@@ -37,11 +37,12 @@ class ScoreBook:
         temperature: float,
         feedback_ids: Collection[str],
         free_scores: Sequence[FreeScore] = (),
-        is_failure_zero: bool = False,
+        is_loss_final: bool = False,
     ) -> None:
         """Responses are kept for `feedback_ids` only: reflection sees no others, and the journal stays small.
 
-        `is_failure_zero` scores a lost rollout 0, as training does; otherwise it raises and may be asked again.
+        `is_loss_final` journals a rollout without a verdict, so that a resumed round repeats its decisions; otherwise
+        it may be asked again.
         """
         self._evaluator = evaluator
         self._history = history
@@ -49,7 +50,7 @@ class ScoreBook:
         self._temperature = temperature
         self._feedback_ids = frozenset(feedback_ids)
         self._free = {(digest(free.template_text), free.problem_id, ""): free.evaluation for free in free_scores}
-        self._is_failure_zero = is_failure_zero
+        self._is_loss_final = is_loss_final
         self._in_flight: dict[ScoreKey, asyncio.Task[Evaluation]] = {}
 
     def known(self, text: str, problem_id: str, *, occasion: str = "", min_version: int = 0) -> Evaluation | None:
@@ -90,7 +91,10 @@ class ScoreBook:
                 raise outcome
             fresh.append(outcome)
         sampled = iter(fresh)
-        return [evaluation if evaluation is not None else next(sampled) for evaluation in known]
+        evaluations = [evaluation if evaluation is not None else next(sampled) for evaluation in known]
+        if any(evaluation.finish_reason == "abort" for evaluation in evaluations):
+            raise EvaluationFailed("a rollout has no verdict")
+        return evaluations
 
     def cancel(self) -> None:
         """Forget what is in flight: nobody waits for it any more, and the history is about to be closed."""
@@ -121,7 +125,7 @@ class ScoreBook:
             if answer.finish_reason == "abort":
                 raise EvaluationFailed(f"the engine gave up on problem {problem_id}")
         except EvaluationFailed:
-            if not self._is_failure_zero:
+            if not self._is_loss_final:
                 raise
             return LOST
         return answer

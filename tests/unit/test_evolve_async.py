@@ -429,6 +429,35 @@ def test_plain_control_solves_what_as_many_plain_samples_solve(tmp_path: Path) -
     assert stats.num_rollouts <= 1500, "the control has a budget of its own"
 
 
+def test_plain_control_replaces_samples_without_a_verdict(tmp_path: Path) -> None:
+    class Losing(KeyPhraseTask):
+        """Loses every second plain sample; and all of one problem's."""
+
+        lost_problem = ""
+
+        async def evaluate(
+            self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
+        ) -> Evaluation | Rejection:
+            is_lost = sample in map(seed_of, (f"control/{draw}" for draw in range(0, 200, 2)))
+            if temperature > 0 and (is_lost or problem_id == self.lost_problem):
+                raise EvaluationFailed("the grader could not decide")
+            return await super().evaluate(template_text, problem_id, temperature=temperature, sample=sample)
+
+    task = Losing(PROBLEMS, success_rates=(0.05, 0.3, 0.97))
+    spec = round_spec(PROBLEMS, max_rollouts=800, plain_control=True)
+    dev = split_for(spec).dev
+    task.lost_problem = dev[0]
+    _, stats, history = run_round(spec, tmp_path, task)
+    texts = [history.reflections[proposal].text for proposal in history.candidate_of]
+    lucky = 0
+    for key in dev[1:]:
+        num_evaluations = sum(task.requests[text, key, 0.0, 0] for text in texts)
+        draws = [task.answer("", key, 0.6, seed_of(f"control/{2 * draw + 1}")) for draw in range(num_evaluations)]
+        lucky += any(isinstance(answer, Evaluation) and answer.reward == 1.0 for answer in draws)
+    assert 0 < lucky < len(dev) - 1
+    assert stats.plain_coverage == pytest.approx(lucky / (len(dev) - 1))
+
+
 # Resume
 
 

@@ -203,16 +203,43 @@ def test_unavailable_reflection_ends_the_round(tmp_path: Path) -> None:
     assert library.templates != ()
 
 
-def test_lost_rollouts_count_as_failures(tmp_path: Path) -> None:
+def test_a_rollout_without_a_verdict_is_no_score(tmp_path: Path) -> None:
+    split = split_of(reference_spec())
+    assert split is not None
+    lost_feedback, lost_dev = split.feedback[0], split.dev[0]
+
+    class Losing(Climbing):
+        """Has no verdict on one problem of each half; the empty template does better than any other."""
+
+        async def evaluate(
+            self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
+        ) -> Evaluation | Rejection:
+            if problem_id in (lost_feedback, lost_dev):
+                raise EvaluationFailed("no engine")
+            return await super().evaluate(template_text, problem_id, temperature=temperature, sample=sample)
+
+    spec = reference_spec(max_rollouts=40)
+    _, stats, history = run_round(spec, tmp_path, Losing(lambda text: 1.0 if text == "" else 0.5), Appending())
+    assert set(stats.outcomes) == {"not better", "evaluation failed"}
+    for proposal, picked in history.picks.items():
+        assert (history.outcomes[proposal] == "evaluation failed") == (lost_feedback in picked.minibatch)
+    lost = {key[1] for key, evaluation in history.evaluations.items() if evaluation.finish_reason == "abort"}
+    assert lost == {lost_feedback, lost_dev}, "journalled: a resumed round decides as this one did"
+    again = Climbing()
+    _, resumed, _ = run_round(spec, tmp_path, again, Appending())
+    assert resumed == stats and not again.requests
+
+
+def test_without_any_verdict_a_round_ends(tmp_path: Path) -> None:
     class Lost:
         async def evaluate(
             self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
         ) -> Evaluation | Rejection:
             raise EvaluationFailed("no engine")
 
-    library, stats, _ = run_round(reference_spec(max_rollouts=9), tmp_path, Lost(), Appending())
-    assert stats.ended_by == "budget" and set(stats.outcomes) == {"not better"}
-    assert library == PublishedLibrary(version=1)
+    library, stats, history = run_round(reference_spec(max_rollouts=9), tmp_path, Lost(), Appending())
+    assert library.templates == () and (stats.ended_by, stats.best_score) == ("no_progress", 0.0)
+    assert {evaluation.finish_reason for evaluation in history.evaluations.values()} == {"abort"}
 
 
 # Resume
