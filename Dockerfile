@@ -40,14 +40,16 @@ ARG MAX_JOBS=16
 ENV NVTE_CUDA_ARCHS=90 TORCH_CUDA_ARCH_LIST=9.0 FLASH_ATTN_CUDA_ARCHS=90 NVTE_FRAMEWORK=pytorch PYTHONUNBUFFERED=1 \
     PIP_BREAK_SYSTEM_PACKAGES=1
 WORKDIR /opt/megatron-p2o
-# The extension is compiled with the headers of torch's own cuDNN and NCCL, which the CUDA toolkit may not hold, and
-# without expert parallelism over NCCL, which needs a newer NCCL and is not used.
+# The extension is compiled here, because a published wheel fits another torch, and with the headers of torch's own CUDA
+# packages: the toolkit may hold no cusparse.h, and a system's cuDNN would be found before pip's. Expert parallelism over
+# NCCL needs a newer NCCL and is not used.
 # hadolint ignore=DL3042
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install ninja==1.13.0 pybind11==3.0.1 setuptools==80.9.0 wheel==0.45.1 \
     && pip install --no-deps onnx==1.19.1 onnx_ir==0.1.12 onnxscript==0.5.6 nvdlfw-inspect==0.2.2 \
     && nvidia="$(python3 -c 'import nvidia; print(nvidia.__path__[0])')" \
-    && CPATH="${nvidia}/cudnn/include:${nvidia}/nccl/include" NVTE_WITH_NCCL_EP=0 MAX_JOBS="${MAX_JOBS}" \
+    && CPATH="${nvidia}/cudnn/include:${nvidia}/nccl/include:${nvidia}/cu13/include" CUDNN_PATH="${nvidia}/cudnn" \
+        NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 MAX_JOBS="${MAX_JOBS}" \
         pip install --no-deps --no-build-isolation \
         "transformer-engine==${TRANSFORMER_ENGINE_VERSION}" "transformer-engine-cu13==${TRANSFORMER_ENGINE_VERSION}" \
         "transformer-engine-torch==${TRANSFORMER_ENGINE_VERSION}"

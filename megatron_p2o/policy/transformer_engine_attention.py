@@ -11,6 +11,22 @@ from torch import Tensor
 from megatron_p2o.policy.attention import PackLayout
 
 
+def avoid_flash_attention_4() -> None:
+    """Keep Transformer Engine from flash-attn 4, whose beta SGLang installs for its own use.
+
+    Where cuDNN's attention does not apply, Transformer Engine would prefer it to flash-attn 2, which is compiled for
+    the installed torch. It has no setting for the version (2.17.0).
+    """
+    try:
+        from transformer_engine.pytorch.attention.dot_product_attention.utils import FlashAttentionUtils
+    except ImportError:  # a version that knows no flash-attn 4
+        return
+    FlashAttentionUtils.v4_is_installed = False
+
+
+avoid_flash_attention_4()
+
+
 class PackedTransformerEngineAttention(TEDotProductAttention):
     """Hands Megatron's one long sequence on as what it is: samples laid end to end ("thd").
 

@@ -15,6 +15,19 @@ print(choose_layers("auto", machine_capabilities()).layers_reason)
 """
 
 
+def run_with_path(program: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a Python program that finds the packages of `folder` first."""
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(
     ("fails_in", "error"),
     [
@@ -30,15 +43,17 @@ def test_a_transformer_engine_that_cannot_be_imported_is_named_and_done_without(
     (package / "pytorch").mkdir(parents=True)
     for name in ("__init__.py", "pytorch/__init__.py"):
         (package / name).write_text(f"raise {error}\n" if name == fails_in else "")
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_with_path(PROGRAM, tmp_path)
     assert done.returncode == 0, done.stderr
     quoted = error.split("'")[1]
     assert done.stdout.strip().endswith(f"Transformer Engine cannot be imported: {quoted}")
+
+
+def test_transformer_engine_does_not_take_the_flash_attn_4_that_sglang_brings() -> None:
+    program = (
+        "import megatron_p2o.policy.transformer_engine_attention\n"
+        "from transformer_engine.pytorch.attention.dot_product_attention.utils import FlashAttentionUtils\n"
+        "print(FlashAttentionUtils.v4_is_installed)"
+    )
+    done = run_with_path(program, Path(__file__).parents[1] / "stand_ins")
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
