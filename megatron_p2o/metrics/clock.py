@@ -108,25 +108,36 @@ class TimedGrader:
         self._grader, self._clock = grader, clock
 
     def submit(self, problem: Problem, text: str) -> Future[Grade]:
-        return TimedFuture.around(self._grader.submit(problem, text), self._clock)
+        return TimedFuture(self._grader.submit(problem, text), self._clock)
 
 
 class TimedFuture(Future[Grade]):
-    """A verdict whose waiting is measured."""
+    """A verdict that arrives with that of the grader, and whose waiting is measured."""
 
-    _inner: Future[Grade]
-    _clock: PhaseClock
-
-    @classmethod
-    def around(cls, inner: Future[Grade], clock: PhaseClock) -> "TimedFuture":
-        """Return `inner` with its `result` measured."""
-        future = cls()
-        future._inner, future._clock = inner, clock
-        return future
+    def __init__(self, inner: Future[Grade], clock: PhaseClock) -> None:
+        super().__init__()
+        self._inner, self._clock = inner, clock
+        inner.add_done_callback(self._follow)
 
     def result(self, timeout: float | None = None) -> Grade:
         with self._clock.measure("grade"):
-            return self._inner.result(timeout)
+            return super().result(timeout)
+
+    def cancel(self) -> bool:
+        """Cancel the grader's future, which cancels this one. Return whether that was possible."""
+        return self._inner.cancel()
+
+    def running(self) -> bool:
+        return self._inner.running()
+
+    def _follow(self, inner: Future[Grade]) -> None:
+        if inner.cancelled():
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        elif (error := inner.exception()) is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(inner.result())
 
 
 class TimedEvolution:

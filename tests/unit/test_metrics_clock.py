@@ -1,0 +1,77 @@
+"""Parts that are measured behave as the parts themselves."""
+
+from concurrent.futures import Future, wait
+
+import pytest
+
+from megatron_p2o.algorithm import SamplingParts, graded_rollouts
+from megatron_p2o.metrics.clock import PhaseClock, TimedGrader
+from megatron_p2o.testing.fakes import FakeEngine, FakeGrader, FakeRenderer, Reply, fake_problem
+from megatron_p2o.types import PLAIN, Grade, Problem, SamplingParams
+
+PROBLEM = fake_problem(1)
+
+
+class Later:
+    """A grader that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.verdict: Future[Grade] = Future()
+
+    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+        return self.verdict
+
+
+def submitted() -> tuple[Future[Grade], Future[Grade]]:
+    """Return a grader's future and the measured one around it."""
+    later = Later()
+    return later.verdict, TimedGrader(later, PhaseClock()).submit(PROBLEM, "yes")
+
+
+def test_a_measured_verdict_is_done_when_the_verdict_is() -> None:
+    inner, measured = submitted()
+    told: list[Grade] = []
+    measured.add_done_callback(lambda done: told.append(done.result()))
+    assert not measured.done() and not measured.running() and not wait([measured], 0).done
+    assert inner.set_running_or_notify_cancel()
+    assert measured.running()
+    inner.set_result("correct")
+    assert measured.done() and not measured.running() and wait([measured], 0).done == {measured}
+    assert measured.result(0) == "correct" and measured.exception(0) is None and told == ["correct"]
+
+
+def test_a_measured_verdict_fails_as_the_verdict_does() -> None:
+    inner, measured = submitted()
+    inner.set_exception(RuntimeError("no worker starts"))
+    assert isinstance(measured.exception(0), RuntimeError)
+    with pytest.raises(RuntimeError, match="no worker starts"):
+        measured.result(0)
+
+
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_cancelling_a_measured_verdict_cancels_the_verdict(outer_first: bool) -> None:
+    inner, measured = submitted()
+    assert (measured if outer_first else inner).cancel()
+    assert inner.cancelled() and measured.cancelled()
+    assert wait([measured], 0).done == {measured}
+
+
+def test_a_verdict_that_is_being_found_cannot_be_cancelled() -> None:
+    inner, measured = submitted()
+    assert inner.set_running_or_notify_cancel()
+    assert not measured.cancel() and not measured.cancelled()
+    inner.set_result("incorrect")
+    assert measured.result(0) == "incorrect"
+
+
+def test_rollouts_are_handed_on_while_others_are_still_sampled() -> None:
+    engine = FakeEngine(reply=lambda prompt, index: Reply(text="yes"))
+    renderer = FakeRenderer()
+    parts = SamplingParts(engine=engine, grader=TimedGrader(FakeGrader(), PhaseClock()), renderer=renderer)
+    rollouts = graded_rollouts(
+        [renderer.render(PROBLEM, PLAIN)] * 3, SamplingParams(temperature=1, max_new_tokens=4), parts
+    )
+    drawn: list[str] = []
+    engine.reply = lambda prompt, index: drawn.append("") or Reply(text="yes")
+    next(rollouts)
+    assert len(drawn) == 1
