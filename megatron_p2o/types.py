@@ -203,6 +203,11 @@ class PackedBatch:
     """float32 where `sampling_logprobs_T` are the trainer's own, else None."""
 
 
+UpdateOutcome = Literal["applied", "empty", "non_finite"]
+"""What became of an optimizer step: the weights moved; no sample carried a gradient; the gradient was not finite. In
+the last two cases the weights stand still and the learning-rate schedule advances."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateReport:
     """What one optimizer step did, over the whole batch and all ranks."""
@@ -210,8 +215,7 @@ class UpdateReport:
     loss: float
     grad_norm: float
     learning_rate: float
-    is_applied: bool
-    """False when the gradient was not finite and the step was skipped."""
+    outcome: UpdateOutcome
     sums: dict[str, float] = field(default_factory=dict[str, float])
     """Token sums named by `megatron_p2o.rl.objective.TokenStats`; divide by `loss_tokens` for means."""
     flops_per_rank: float = 0.0

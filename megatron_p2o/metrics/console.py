@@ -17,13 +17,14 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("loss", "train/loss", "+.4f"),
     ("grad", "train/grad_norm", ".3g"),
     ("flat", "rollout/zero_advantage_groups_share", ".0%"),
-    ("skipped", "train/skipped_updates_count", ".0f"),
+    ("updates not finite", "train/non_finite_updates_count", ".0f"),
     ("tokens/s", "perf/rollout_tokens_per_s", ".0f"),
     ("s", "perf/step_s", ".1f"),
 )
-"""Label, key and format of what a row shows, in order. `flat`: groups whose advantages are all zero."""
+"""Label, key and format of what a row shows, in order. `flat`: groups whose advantages are all zero, which no update
+learns from."""
 
-SILENT_AT_ZERO = {"train/skipped_updates_count"}
+SILENT_AT_ZERO = {"train/non_finite_updates_count"}
 
 
 class ConsoleSink:

@@ -22,7 +22,8 @@ TEMPLATED = "eval/templated_"
 FAILURES = (
     ("rollout/grade_error_count", "Grader could not decide"),
     ("rollout/aborted_count", "Rollouts given up on"),
-    ("train/skipped_updates_count", "Updates skipped"),
+    ("engine/invalid_logprobs_count", "of them for log-probs that are none"),
+    ("train/non_finite_updates_count", "Updates skipped: gradient not finite"),
 )
 """Counts and their headings in the table of a run's failures."""
 

@@ -11,6 +11,8 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     train/ratio_mask_kept_share         response tokens of templated rollouts with an advantage
     train/clipped_share                 tokens that keep a weight after the context ratio
     train/*_mean                        tokens that went through the LM head
+    train/empty_updates_count           updates without a gradient: the rollouts of every group had one outcome
+    train/non_finite_updates_count      updates that were skipped because their gradient was not finite
     memory/<phase>_peak_bytes           of the conducting rank: tensors on its GPU; without one, resident memory
     hard/forgotten_share                problems of the step that were mastered: solved plainly at least half the time
     mismatch/*_mean                     tokens of plain rollouts with an advantage: engine and trainer, same prompt
@@ -78,12 +80,14 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, MetricValue]:
 
 
 def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
-    """Return what the optimizer steps did. A skipped update counts as skipped and in no mean of loss or gradient."""
-    applied = [report for report in reports if report.is_applied]
+    """Return what the optimizer steps did; one that moved no weight is counted and in no mean of loss or gradient."""
+    applied = [report for report in reports if report.outcome == "applied"]
+    outcomes = [report.outcome for report in reports]
     metrics: dict[str, MetricValue] = {
         "train/loss": Mean.of(report.loss for report in applied),
         "train/grad_norm": Mean.of(report.grad_norm for report in applied),
-        "train/skipped_updates_count": Sum(len(reports) - len(applied)),
+        "train/empty_updates_count": Sum(outcomes.count("empty")),
+        "train/non_finite_updates_count": Sum(outcomes.count("non_finite")),
         "train/ratio_mask_kept_share": _token_mean(reports, "templated_kept_tokens", "templated_tokens"),
         "train/clipped_share": _token_mean(reports, "clipped_tokens", "kept_tokens"),
         "train/ratio_mean": _token_mean(reports, "ratio_sum", "live_tokens"),
@@ -99,7 +103,7 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
         metrics["train/entropy_mean"] = _token_mean(reports, "entropy_sum", "live_tokens")
     compared = [report.sums["mismatch_abs_max"] for report in reports if report.sums.get("mismatch_tokens")]
     if compared:
-        metrics["mismatch/logprob_abs_max"] = Max(max(compared))
+        metrics["mismatch/logprob_abs_max"] = Max.of(compared)
     return metrics
 
 

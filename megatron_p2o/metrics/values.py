@@ -1,12 +1,13 @@
 """Metric values that carry their own reduction, so that nobody averages averages.
 
 A value is merged with values of the same kind, from other ranks or other mini-batches, and turned into a number last.
-Merging is associative, and commutative except for `Last`.
+Merging is associative, and commutative except for `Last`. One nan makes the whole nan.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,14 @@ class Max:
 
     largest: float
 
+    @staticmethod
+    def of(observations: Iterable[float]) -> "Max":
+        """Return the largest of at least one observation."""
+        return reduce(Max.merge, map(Max, observations))
+
     def merge(self, other: "Max") -> "Max":
-        return Max(max(self.largest, other.largest))
+        # Python's maximum depends on the order where one of the two is nan.
+        return self if math.isnan(self.largest) or self.largest > other.largest else other
 
     def value(self) -> float:
         return float(self.largest)
@@ -64,7 +71,7 @@ class Min:
     smallest: float
 
     def merge(self, other: "Min") -> "Min":
-        return Min(min(self.smallest, other.smallest))
+        return self if math.isnan(self.smallest) or self.smallest < other.smallest else other
 
     def value(self) -> float:
         return float(self.smallest)

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_p2o.config import OptimizerConfig
 from megatron_p2o.policy.megatron_settings import NO_OVERRIDES, MegatronOverrides
 from megatron_p2o.policy.model import PolicyModel
+from megatron_p2o.types import UpdateOutcome
 
 CONSTANT_FOREVER = 2**31 - 1
 """Steps of the schedule's constant part, which has no end."""
@@ -27,8 +28,7 @@ class StepOutcome:
 
     grad_norm: float
     """Of the whole gradient, before clipping."""
-    is_applied: bool
-    """False when the gradient was not finite."""
+    outcome: UpdateOutcome
 
 
 class Optimization:
@@ -92,7 +92,7 @@ class Optimization:
         if is_finite:
             self.optimizer.step()
         self.skip()
-        return StepOutcome(grad_norm=grad_norm, is_applied=is_finite)
+        return StepOutcome(grad_norm=grad_norm, outcome="applied" if is_finite else "non_finite")
 
     def gather_weights(self) -> None:
         """Make the weights whole, for whoever reads them outside a forward pass. Collective.

@@ -137,7 +137,7 @@ class MegatronPolicy:
     ) -> UpdateReport:
         """Take one optimizer step; see `interfaces.Policy`.
 
-        Without samples, or when the gradient is not finite, no weight changes (`is_applied` is False) but the
+        Without samples, or when the gradient is not finite, no weight changes (see `UpdateOutcome`) but the
         learning-rate schedule advances.
         """
         check_samples(samples, old_logprobs, self.vocab_size)
@@ -148,7 +148,7 @@ class MegatronPolicy:
             )
         if not samples:
             learning_rate = self._everywhere("skip")[0]
-            return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=learning_rate, is_applied=False)
+            return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=learning_rate, outcome="empty")
         shares = self._shares(samples, old_logprobs)
         replies = cast(
             list[UpdateReply],
@@ -337,7 +337,7 @@ def _update_report(replies: Sequence[UpdateReply], flops_per_rank: float) -> Upd
         loss=float(total.loss) / max(int(total.divisor), 1),
         grad_norm=replies[0].outcome.grad_norm,
         learning_rate=replies[0].learning_rate,
-        is_applied=replies[0].outcome.is_applied,
+        outcome=replies[0].outcome.outcome,
         sums=total.stats.as_dict(),
         flops_per_rank=flops_per_rank,
     )

@@ -167,7 +167,8 @@ class FakePolicy:
         old = None if old_logprobs is None else tuple(old_logprobs)
         self.updates.append(UpdateCall(samples=tuple(samples), old_logprobs=old, num_loss_tokens=num_loss_tokens))
         self.num_updates += 1 if samples else 0
-        return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, is_applied=bool(samples))
+        outcome = "applied" if samples else "empty"
+        return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, outcome=outcome)
 
     def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         self.journal.append("score")

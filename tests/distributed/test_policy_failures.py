@@ -104,7 +104,7 @@ def test_followers_outwait_a_collective_but_not_the_time_limit_for_commands(mode
 
 
 def test_bad_samples_are_refused_before_any_rank_begins(model_path: Path):
-    def refuse_then_train(config: Any) -> bool | None:
+    def refuse_then_train(config: Any) -> str | None:
         policy = build_policy(config)
         if not policy.is_conductor:
             return policy.serve()
@@ -115,10 +115,10 @@ def test_bad_samples_are_refused_before_any_rank_begins(model_path: Path):
             policy.update(samples, None, 8)
         report = policy.update(samples, None, 9)
         policy.close()
-        return report.is_applied
+        return report.outcome
 
     config = policy_config(model_path, parallel=ParallelConfig(data=2))
-    assert run_gloo_ranks(refuse_then_train, 2, config)[0] is True
+    assert run_gloo_ranks(refuse_then_train, 2, config)[0] == "applied"
 
 
 def test_the_number_of_processes_must_be_the_product_of_the_parallel_sizes(model_path: Path):

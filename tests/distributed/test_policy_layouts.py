@@ -78,7 +78,7 @@ def test_scores_losses_and_updated_weights_equal_transformers_under_every_layout
     for ours, theirs in zip(result["before"], before, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for report, (loss, grad_norm) in zip(result["reports"], expected, strict=True):
-        assert report.is_applied
+        assert report.outcome == "applied"
         assert report.loss == pytest.approx(loss, abs=1e-6)
         assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
         assert report.sums["loss_tokens"] == sum(LENGTHS)

@@ -71,7 +71,7 @@ def test_the_trainer_holds_what_is_planned_to_the_byte(tmp_path: Path, dtype: st
     directory = write_tiny_qwen3(tmp_path, vocab_size=131, tie_embeddings=True)
     config = policy_config(directory, dtype=dtype)
     with closing(build_policy(config)) as policy:
-        assert policy.update(random_samples((3, 4), vocab_size=131), None, 100).is_applied
+        assert policy.update(random_samples((3, 4), vocab_size=131), None, 100).outcome == "applied"
         held = held_bytes(policy)
     planned = trainer_memory(config, read_architecture(directory))
     assert {name: getattr(planned, name) for name in held} == held

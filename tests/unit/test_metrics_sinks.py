@@ -131,7 +131,7 @@ def test_without_a_terminal_the_console_prints_one_plain_line_per_step() -> None
     sink = ConsoleSink(20, stream)
     sink.announce("rolling out [1/2]")
     metrics = {"rollout/reward_mean": 0.25, "train/loss": -0.5, "eval/hard/avg": 0.125, "other/key": 1.0}
-    sink.write(StepRecord(step=7, epoch=1, time="", metrics={**metrics, "train/skipped_updates_count": 0.0}))
+    sink.write(StepRecord(step=7, epoch=1, time="", metrics={**metrics, "train/non_finite_updates_count": 0.0}))
     sink.close()
     assert stream.getvalue() == (
         "rolling out [1/2]\nstep    7/20  epoch 1  eval/hard 0.125  reward 0.250  loss -0.5000\n"

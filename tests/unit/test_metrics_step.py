@@ -1,5 +1,6 @@
 """Step metrics against numbers counted by hand."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from megatron_p2o.types import (
     Prompt,
     Rollout,
     Template,
+    UpdateOutcome,
     UpdateReport,
 )
 
@@ -67,12 +69,12 @@ def two_groups() -> list[Group]:
     ]
 
 
-def report(loss: float, *, applied: bool = True, tokens: float = 10.0, **sums: float) -> UpdateReport:
+def report(loss: float, *, outcome: UpdateOutcome = "applied", tokens: float = 10.0, **sums: float) -> UpdateReport:
     return UpdateReport(
         loss=loss,
         grad_norm=2 * loss,
         learning_rate=loss / 100,
-        is_applied=applied,
+        outcome=outcome,
         sums={"loss_tokens": tokens, "live_tokens": tokens, "kept_tokens": tokens, **sums},
     )
 
@@ -119,10 +121,21 @@ def test_token_shares_are_over_all_updates_tokens_not_means_of_updates() -> None
     assert numbers["train/entropy_mean"] == 30 / 40
 
 
-def test_a_skipped_update_is_counted_and_spoils_no_mean() -> None:
-    numbers = numbers_of(step_metrics([], [report(1.0), report(float("nan"), applied=False)], {}))
+def test_updates_that_moved_nothing_are_counted_by_reason_and_spoil_no_mean() -> None:
+    reports = [report(1.0), *[report(0.0, outcome="empty")] * 2, report(float("nan"), outcome="non_finite")]
+    numbers = numbers_of(step_metrics([], reports, {}))
     assert numbers["train/loss"] == 1
-    assert numbers["train/skipped_updates_count"] == 1
+    assert numbers["train/empty_updates_count"] == 2
+    assert numbers["train/non_finite_updates_count"] == 1
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_token_that_is_no_number_makes_the_worst_mismatch_none(place: int) -> None:
+    worst = [0.1, 0.2, 0.3]
+    worst[place] = float("nan")
+    reports = [report(1, mismatch_tokens=2, mismatch_abs_sum=each, mismatch_abs_max=each) for each in worst]
+    numbers = numbers_of(step_metrics([], reports, {}))
+    assert math.isnan(numbers["mismatch/logprob_abs_max"]) and math.isnan(numbers["mismatch/logprob_abs_mean"])
 
 
 def test_entropy_that_was_not_computed_is_not_reported_as_zero() -> None:
@@ -179,7 +192,7 @@ def test_the_token_sums_are_named_as_the_objective_names_them() -> None:
     from megatron_p2o.rl.objective import MAX_NAMES, SUM_NAMES
 
     sums = {name: float(index + 1) for index, name in enumerate(SUM_NAMES + MAX_NAMES)}
-    measured = UpdateReport(loss=1, grad_norm=1, learning_rate=1, is_applied=True, sums=sums)
+    measured = UpdateReport(loss=1, grad_norm=1, learning_rate=1, outcome="applied", sums=sums)
     numbers = numbers_of(step_metrics([], [measured], {}))
     assert {key for key in numbers if key.startswith("mismatch/")} == {
         "mismatch/logprob_abs_mean",

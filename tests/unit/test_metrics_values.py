@@ -34,6 +34,14 @@ def test_merging_two_parts_gives_the_value_of_the_whole(left: list[float], right
     }
 
 
+@pytest.mark.parametrize("kind", [Max, Min, Sum])
+def test_one_nan_makes_the_whole_nan_in_whatever_order(kind: type[Max] | type[Min] | type[Sum]) -> None:
+    for numbers in ([math.nan, 1.0, 2.0], [1.0, math.nan, 2.0], [1.0, 2.0, math.nan]):
+        first, second, third = (kind(number) for number in numbers)
+        assert math.isnan(first.merge(second).merge(third).value())  # pyright: ignore[reportArgumentType]
+        assert math.isnan(first.merge(second.merge(third)).value())  # pyright: ignore[reportArgumentType]
+
+
 def test_a_mean_of_unequal_parts_weighs_observations_not_parts() -> None:
     assert Mean.of([0, 0, 0]).merge(Mean.of([1])).value() == 0.25
 

@@ -295,7 +295,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_training_goes_on(mode
     with policy_of(policy_config(model)) as policy:
         before = weights_of(policy)
         broken = policy.update([replace(SAMPLES[0], advantage=float("nan")), SAMPLES[1]], None, 20)
-        assert not broken.is_applied and not np.isfinite(broken.grad_norm)
+        assert broken.outcome == "non_finite" and not np.isfinite(broken.grad_norm)
         assert_same_weights(weights_of(policy), before, atol=0)
         healthy = policy.update(SAMPLES, None, 120)
     with policy_of(policy_config(model)) as policy:
@@ -313,7 +313,7 @@ def test_the_learning_rate_warms_up_over_applied_skipped_and_empty_updates(model
             policy.update(SAMPLES, None, 120),
         ]
     assert [report.learning_rate for report in reports] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
-    assert [report.is_applied for report in reports] == [True, False, False, True, True]
+    assert [report.outcome for report in reports] == ["applied", "empty", "non_finite", "applied", "applied"]
 
 
 def test_an_empty_update_moves_no_weight(model: Path):
@@ -321,7 +321,7 @@ def test_an_empty_update_moves_no_weight(model: Path):
         policy.update(SAMPLES, None, 120)
         before = weights_of(policy)
         report = policy.update([], None, 7)
-        assert (report.loss, report.grad_norm, report.is_applied) == (0.0, 0.0, False)
+        assert (report.loss, report.grad_norm, report.outcome) == (0.0, 0.0, "empty")
         assert_same_weights(weights_of(policy), before, atol=0)
         assert policy.score([]) == []
 
