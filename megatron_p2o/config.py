@@ -246,6 +246,9 @@ class ScoringConfig:
     """Weigh each token by min(pi_trainer / pi_engine, cap) under the prompt it was sampled with; needs `recompute`."""
     mismatch_alarm: PositiveFloat = 0.1
     """Warn when engine and trainer differ by more than this many nats a token, mean over a step's compared tokens."""
+    mismatch_rise_alarm: Annotated[float, Range(above=1)] = 2.0
+    """Warn when that difference has risen to more than so many times what it was in the run's first steps: the median
+    of the last 5 compared steps against that of the first 10, from 0.001 nats on."""
     mismatch_alarm_action: Literal["warn", "stop"] = "warn"
     """`stop` ends the run with `MismatchAlarm` after the step is on record and before its weights are saved, so that it
     can go on from the checkpoint before."""

@@ -1,16 +1,22 @@
 """What happens around the steps of a run: numbers, rollouts, ledger, evaluations and checkpoints."""
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_p2o.alarms import (
+    MISMATCH,
+    MismatchWatch,
+    stop_where_nothing_was_sampled,
+    warn_of_forgotten,
+    warn_of_skipped_updates,
+)
 from megatron_p2o.algorithm import Parts, StepResult, TrainState
 from megatron_p2o.checkpoints import Best, CheckpointSaver, checkpoint_name, read_best
-from megatron_p2o.config import Config, EvaluationConfig, ScoringConfig
+from megatron_p2o.config import Config, EvaluationConfig
 from megatron_p2o.evaluate import best_template, evaluate, template_of
 from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import TemplateLibrary
@@ -18,6 +24,7 @@ from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.evaluation import Evaluation, evaluation_record
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
+from megatron_p2o.metrics.runs import read_metrics
 from megatron_p2o.metrics.step import (
     epoch_metrics,
     evaluation_metrics,
@@ -26,15 +33,10 @@ from megatron_p2o.metrics.step import (
     phase_metrics,
     step_metrics,
 )
-from megatron_p2o.metrics.values import Last, MetricValue, Sum, numbers_of
+from megatron_p2o.metrics.values import Last, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
 from megatron_p2o.run_state import LedgerFile, RunState, StopRequest
 from megatron_p2o.types import PLAIN, Group, Problem, Template
-
-logger = logging.getLogger(__name__)
-
-MIN_MASTERED = 10
-"""Mastered problems in a step below which their failures are no alarm."""
 
 RoundStatistics = Mapping[str, float]
 """Numbers of the last evolution round by name; empty when none ran since they were last asked for."""
@@ -49,34 +51,6 @@ class RunFiles:
     metrics: MetricsLog
     checkpoints: CheckpointSaver
     rollouts: RolloutWriter
-
-
-class MismatchAlarm(RuntimeError):
-    """Engine and trainer differ by more than `scoring.mismatch_alarm`; `scoring.mismatch_alarm_action` is stop."""
-
-
-def watch_mismatch(step: int, metrics: Mapping[str, MetricValue], scoring: ScoringConfig) -> None:
-    """Warn, or stop, where a step's engine and trainer differ too much.
-
-    Args:
-        metrics: of `step_metrics`.
-
-    Raises:
-        MismatchAlarm: they do and settings say stop.
-    """
-    numbers = numbers_of(metrics)
-    mean = numbers.get("mismatch/logprob_abs_mean")
-    if mean is None or not mean > scoring.mismatch_alarm:
-        return
-    message = (
-        f"step {step}: engine and trainer differ by {mean:.3g} nats a token (worst token "
-        f"{numbers['mismatch/logprob_abs_max']:.3g}, KL estimate {numbers['mismatch/kl_mean']:.3g}), more than "
-        f"scoring.mismatch_alarm={scoring.mismatch_alarm:g}: set scoring.recompute and scoring.importance_cap, or look "
-        "for a difference in precision or weights"
-    )
-    if scoring.mismatch_alarm_action == "stop":
-        raise MismatchAlarm(message)
-    logger.warning(message)
 
 
 class RunObserver:
@@ -114,6 +88,7 @@ class RunObserver:
         # An empty library, after everything was internalised, does not make the last template worth less.
         self._best_template = template_of(resumed.best_template) if resumed else PLAIN
         self._library_version = resumed.library_version if resumed else 0
+        self._mismatch = MismatchWatch(config.scoring, _earlier_mismatches(files.run_dir) if resumed else [])
 
     @property
     def ledger(self) -> HardSampleLedger:
@@ -143,7 +118,9 @@ class RunObserver:
         self._num_rollouts_train += sum(len(group.rollouts) for group in result.groups)
         if _is_due(state.step, self._config.logging.rollouts_every_steps):
             self._files.rollouts.write(state.step, result.groups, self._parts.renderer.decode)
-        watch_mismatch(state.step, metrics, self._config.scoring)
+        warn_of_skipped_updates(state.step, result.reports)
+        stop_where_nothing_was_sampled(state.step, result.groups)
+        self._mismatch.look(state.step, metrics)
         best = None
         if _is_due(state.step, self._config.evaluation.every_steps):
             best = self._new_best(state, self._evaluate(state, PLAIN, ""))
@@ -154,13 +131,7 @@ class RunObserver:
     def _forgotten(self, state: TrainState, entries: Sequence[LedgerEntry]) -> Mapping[str, MetricValue]:
         """Measure, and warn of, problems whose plain success is gone (see `HardSampleLedger.forgotten`)."""
         num_forgotten, num_mastered = self.ledger.forgotten(entries)
-        alarm = self._config.hard.forgotten_alarm
-        if num_mastered >= MIN_MASTERED and num_forgotten > alarm * num_mastered:
-            logger.warning(
-                "step %d: %d of %d mastered problems fail without a template, more than hard.forgotten_alarm=%g: raise "
-                "assignment.num_plain, lower optimizer.lr, or go back to an earlier checkpoint",
-                *(state.step, num_forgotten, num_mastered, alarm),
-            )
+        warn_of_forgotten(state.step, num_forgotten, num_mastered, self._config.hard.forgotten_alarm)
         return forgotten_metrics(num_forgotten, num_mastered)
 
     def on_epoch(self, state: TrainState, hard: Sequence[Problem]) -> None:
@@ -301,6 +272,12 @@ def _best_of_history(run_dir: Path, settings: EvaluationConfig, resumed: RunStat
         and (best.set, best.metric) == (settings.best_set, settings.best_metric)
     )
     return best if is_ours else None
+
+
+def _earlier_mismatches(run_dir: Path) -> list[float]:
+    """Return what engine and trainer differed by in each step that metrics.jsonl holds."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [line.metrics[MISMATCH] for line in lines if MISMATCH in line.metrics]
 
 
 def _is_due(step: int, every: int) -> bool:

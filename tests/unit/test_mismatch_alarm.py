@@ -1,20 +1,27 @@
-"""What happens when engine and trainer differ too much: a warning, or the end of the run with the step on record."""
+"""What happens when engine and trainer differ too much or ever more: a warning, or the end with the step on record."""
 
+import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron_p2o.alarms import MISMATCH, MismatchAlarm, MismatchWatch, NothingSampled
 from megatron_p2o.algorithm import StepResult, TrainState
-from megatron_p2o.config import Config
+from megatron_p2o.config import Config, ScoringConfig
 from megatron_p2o.metrics.clock import PhaseClock
-from megatron_p2o.observer import MismatchAlarm, RunObserver
+from megatron_p2o.metrics.trend import Rise, rise_of
+from megatron_p2o.metrics.values import Mean
+from megatron_p2o.observer import RunObserver
 from megatron_p2o.rl.hard_samples import HardSampleLedger
-from megatron_p2o.testing.fakes import FakeLibrary, fake_config
-from megatron_p2o.types import UpdateReport
+from megatron_p2o.run_state import RunState
+from megatron_p2o.testing.fakes import FakeLibrary, fake_config, fake_problem, fake_rollout
+from megatron_p2o.types import FinishReason, Group, UpdateOutcome, UpdateReport
 
 SENTENCE = (
     r"step 0: engine and trainer differ by 0\.25 nats a token \(worst token 3, KL estimate 0\.0625\), more than "
@@ -22,7 +29,7 @@ SENTENCE = (
 )
 
 
-def observer_of(config: Config, run_dir: Path, written: list[str]) -> RunObserver:
+def observer_of(config: Config, run_dir: Path, written: list[str], resumed: RunState | None = None) -> RunObserver:
     """Return an observer whose files only remember, in `written`, that they were written."""
 
     def remember(name: str) -> Callable[..., None]:
@@ -48,15 +55,24 @@ def observer_of(config: Config, run_dir: Path, written: list[str]) -> RunObserve
         keep_library=remember("library"),
         take_round_statistics=dict,
         engine_metrics=dict,
-        resumed=None,
+        resumed=resumed,
     )
 
 
-def observed_step(settings: dict[str, Any], run_dir: Path, sums: dict[str, float], written: list[str]) -> None:
-    report = UpdateReport(loss=0.0, grad_norm=1.0, learning_rate=1.0, is_applied=True, sums=sums)
-    result = StepResult(groups=[], hard=[], reports=[report], num_batches=1)
+def observed_step(
+    settings: dict[str, Any],
+    run_dir: Path,
+    sums: dict[str, float],
+    written: list[str],
+    *,
+    outcome: UpdateOutcome = "applied",
+    groups: Sequence[Group] = (),
+    resumed: RunState | None = None,
+) -> None:
+    report = UpdateReport(loss=0.0, grad_norm=1.0, learning_rate=1.0, outcome=outcome, sums=sums)
+    result = StepResult(groups=list(groups), hard=[], reports=[report], num_batches=1)
     config = fake_config({"schedule.save_every_steps": 0, "evaluation.every_steps": 0, **settings})
-    observer_of(config, run_dir, written).on_step(TrainState(library=FakeLibrary()), result)
+    observer_of(config, run_dir, written, resumed).on_step(TrainState(library=FakeLibrary()), result)
 
 
 SUMS = {"mismatch_tokens": 8.0, "mismatch_abs_sum": 2.0, "mismatch_ratio_sum": 8.0, "mismatch_kl_sum": 0.5}
@@ -69,7 +85,7 @@ def test_a_mismatch_above_the_alarm_is_warned_of_with_its_numbers(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         observed_step({"scoring.mismatch_alarm": alarm}, tmp_path, SUMS, [])
-    assert [record.name for record in caplog.records] == (["megatron_p2o.observer"] if warns else [])
+    assert [record.name for record in caplog.records] == (["megatron_p2o.alarms"] if warns else [])
     assert ("differ by 0.25 nats a token" in caplog.text) == warns
 
 
@@ -84,3 +100,100 @@ def test_a_run_that_is_to_stop_at_it_ends_after_the_step_is_on_record(tmp_path: 
 def test_a_step_that_compared_nothing_alarms_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     observed_step({"scoring.mismatch_alarm_action": "stop"}, tmp_path, {}, [])
     assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["mismatch_abs_sum", "mismatch_abs_max"])
+def test_a_difference_that_is_no_number_is_too_large(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sums = SUMS | {"mismatch_abs_sum": math.nan, name: math.nan}
+    observed_step({"scoring.mismatch_alarm": 1e9}, tmp_path, sums, [])
+    assert "engine and trainer differ by nan nats a token" in caplog.text
+    with pytest.raises(MismatchAlarm, match="differ by nan nats a token"):
+        observed_step({"scoring.mismatch_alarm": 1e9, "scoring.mismatch_alarm_action": "stop"}, tmp_path, sums, [])
+
+
+DRIFT = [0.011 + 0.025 * step / 29 for step in range(30)]
+"""From 0.011 to 0.036 nats in thirty steps, as others saw it before their policies collapsed."""
+
+
+def test_a_drift_rings_and_steady_noise_does_not() -> None:
+    assert rise_of(DRIFT, times=2.0, floor=1e-3) == Rise(first=pytest.approx(0.011 + 0.025 * 4.5 / 29), last=DRIFT[27])
+    exponential = [0.011 * (36 / 11) ** (step / 29) for step in range(30)]
+    assert rise_of(exponential, times=2.0, floor=1e-3) is not None
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        noise = 0.011 * generator.lognormal(sigma=0.2, size=500)
+        assert not any(rise_of(noise[:end].tolist(), times=2.0, floor=1e-3) for end in range(501))
+
+
+def test_a_rise_needs_both_windows_and_a_level_above_the_arithmetic_s_noise() -> None:
+    jump = [0.01] * 10 + [1.0] * 4
+    assert rise_of(jump, times=2.0, floor=1e-3) is None
+    assert rise_of([*jump, 1.0], times=2.0, floor=1e-3) == Rise(first=0.01, last=1.0)
+    assert rise_of([1e-6] * 10 + [1e-3] * 5, times=2.0, floor=1e-3) is None
+    assert rise_of([0.01] * 10 + [0.02] * 5, times=2.0, floor=1e-3) is None, "exactly as much is not more"
+    assert rise_of([0.01] * 10 + [9.0] * 2 + [0.01] * 3, times=2.0, floor=1e-3) is None, "two outliers are no level"
+
+
+def looked_at(means: Sequence[float], scoring: ScoringConfig, earlier: Sequence[float] = ()) -> None:
+    watch = MismatchWatch(scoring, earlier)
+    for step, mean in enumerate(means, start=1 + len(earlier)):
+        one = {MISMATCH: Mean(mean, 1.0), "mismatch/logprob_abs_max": Mean(1, 1), "mismatch/kl_mean": Mean(0, 1)}
+        watch.look(step, one)
+
+
+def test_a_drift_below_the_limit_is_warned_of_once_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
+    # The middle of the last five at step n is the drift's index n - 3, first more than twice 0.0149 at 22.
+    looked_at([*DRIFT, *[0.04] * 10, *[0.011] * 10, *[0.04] * 10], ScoringConfig())
+    assert [record.message.split(":")[0] for record in caplog.records] == ["step 25", "step 53"]
+    assert "scoring.mismatch_rise_alarm=2 times as much" in caplog.text
+
+
+def test_a_drift_stops_a_run_that_is_to_stop_and_the_setting_says_from_where_on() -> None:
+    stop = ScoringConfig(mismatch_alarm_action="stop")
+    with pytest.raises(MismatchAlarm, match=r"step 25: engine and trainer differ by 0\.03"):
+        looked_at(DRIFT, stop)
+    looked_at(DRIFT, ScoringConfig(mismatch_alarm_action="stop", mismatch_rise_alarm=2.5))
+
+
+def test_a_fresh_run_says_nothing_of_its_first_steps(caplog: pytest.LogCaptureFixture) -> None:
+    looked_at([0.001 * 1.5**step for step in range(11)], ScoringConfig())
+    assert not caplog.records
+
+
+def test_a_resumed_run_compares_with_the_first_steps_of_the_whole_run(tmp_path: Path) -> None:
+    lines = [
+        {"step": step + 1, "epoch": 0, "time": "", "metrics": {MISMATCH: mean, "train/loss": 0.0}}
+        for step, mean in enumerate(DRIFT[:27])
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    state = RunState(
+        step=27, epoch=0, batch=27, hard_problem_ids=(), library_version=0, num_ledger_entries=0, num_metrics_lines=27
+    )
+    sums = SUMS | {"mismatch_abs_sum": 8 * DRIFT[27]}
+    settings = {"scoring.mismatch_alarm_action": "stop"}
+    with pytest.raises(MismatchAlarm, match=r"0\.0149 when the run began"):
+        observed_step(settings, tmp_path, sums, [], resumed=state)
+    observed_step(settings, tmp_path, sums, [])
+
+
+def test_an_update_that_was_skipped_is_warned_of_and_one_without_samples_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    observed_step({}, tmp_path, {}, [], outcome="empty")
+    assert not caplog.records
+    observed_step({}, tmp_path, {}, [], outcome="non_finite")
+    assert "the gradient of 1 of 1 updates was not finite" in caplog.text
+
+
+def test_a_step_of_which_nothing_came_back_ends_the_run_with_the_step_on_record(tmp_path: Path) -> None:
+    def group(*reasons: FinishReason) -> Group:
+        rollouts = tuple(fake_rollout(fake_problem(1), reward=0, finish_reason=reason) for reason in reasons)
+        return Group(problem=fake_problem(1), rollouts=rollouts, advantages=(0.0,) * len(rollouts))
+
+    written: list[str] = []
+    with pytest.raises(NothingSampled, match=r"step 0: all 3 rollouts were given up on"):
+        observed_step({}, tmp_path, {}, written, groups=[group("abort", "abort"), group("abort")])
+    assert {"metrics", "ledger", "rollouts"} <= set(written)
+    observed_step({}, tmp_path, {}, [], groups=[group("abort", "abort"), group("stop")])
