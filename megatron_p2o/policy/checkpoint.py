@@ -176,10 +176,14 @@ def check_checkpoint(directory: Path) -> None:
 def load_checkpoint(models: Sequence[PolicyModel], optimization: Optimization, directory: Path) -> None:
     """Restore what a `CheckpointWriter` wrote, under any parallel sizes. Collective.
 
+    Weights, moments and the number of steps are the checkpoint's; learning rate, warm-up, decay, betas and eps those
+    that `optimization` was built with.
+
     Raises:
         ValueError: the checkpoint's metadata names something that has no place in it.
         RuntimeError: it cannot be read, or an object in it is more than weights and numbers.
     """
+    settings = optimization.settings()
     _fill_adam_state(optimization)
     for sharded in _torch_sharded_optimizers(optimization):
         # The loader asks the checkpoint for a step per parameter, which it never saved.
@@ -190,7 +194,7 @@ def load_checkpoint(models: Sequence[PolicyModel], optimization: Optimization, d
     with torch.no_grad():
         optimization.optimizer.load_state_dict(state["optimizer"])
     _unshare_adam_steps(optimization)
-    optimization.scheduler.load_state_dict(state["scheduler"])
+    optimization.resume(settings, num_steps=int(state["scheduler"]["num_steps"]))
     path = random_state_path(directory, dist.get_rank())
     if path.exists():  # under another layout there may be more ranks now
         load_random_state(path)

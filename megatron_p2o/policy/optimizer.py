@@ -1,7 +1,7 @@
 """Megatron's optimizer and schedule as this trainer uses them: AdamW, linear warm-up then constant, guarded steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from megatron_p2o.types import UpdateOutcome
 
 CONSTANT_FOREVER = 2**31 - 1
 """Steps of the schedule's constant part, which has no end."""
+
+GROUP_STATE = ("params", "step")
+"""What a group of Adam's parameters holds besides settings; a fused Adam keeps its step there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +75,24 @@ class Optimization:
         )
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Return the settings of each parameter group: rates, decay, betas and eps, without parameters and step."""
+        return [
+            {name: value for name, value in group.items() if name not in GROUP_STATE}
+            for group in self.optimizer.param_groups
+        ]
+
+    def resume(self, settings: Sequence[Mapping[str, Any]], num_steps: int) -> None:
+        """Go on after `num_steps` steps with this run's settings, whatever a checkpoint has put in their place.
+
+        `settings`: of `settings`, taken before the optimizer's state was loaded. Warm-up counts from the run's first
+        step.
+        """
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        self.scheduler.num_steps = num_steps
+        self.scheduler.step(increment=0)
 
     @property
     def learning_rate(self) -> float:

@@ -4,6 +4,7 @@ What Megatron computes under any layout must equal this. R tokens of one respons
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,15 @@ class PolicyOracle:
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
         )
+        self.num_steps = 0
+
+    def change(self, settings: OptimizerConfig) -> None:
+        """Take the steps to come with other settings; moments and the number of steps stay."""
+        self.config = replace(self.config, optimizer=settings)
+        for group in self.optimizer.param_groups:
+            is_decayed = group["weight_decay"] > 0
+            group["weight_decay"] = settings.weight_decay if is_decayed else 0.0
+            group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
 
     def logprobs(self, sample: TrainSample) -> Tensor:
         """Return log pi(response | context) at the sampling temperature, [R], differentiable."""
@@ -100,7 +110,7 @@ class PolicyOracle:
         self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
     ) -> tuple[float, float]:
         """Take one optimizer step; return its loss and the gradient norm before clipping."""
-        objective = self.config.objective
+        objective, settings = self.config.objective, self.config.optimizer
         total, num_kept = torch.zeros(()), 0.0
         for index, sample in enumerate(samples):
             logprobs_R = self.logprobs(sample)
@@ -111,8 +121,11 @@ class PolicyOracle:
         loss = total / (num_kept if objective.denominator == "kept" else num_loss_tokens)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * min(1.0, (self.num_steps + 1) / (settings.warmup_steps + 1))
         self.optimizer.step()
+        self.num_steps += 1
         return float(loss.detach()), float(norm)
 
     def weights(self) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from megatron_p2o.config import (
     LoggingConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    ParallelConfig,
     RolloutConfig,
     RunConfig,
 )
@@ -345,6 +346,33 @@ def test_training_continues_identically_after_save_and_load(model: Path, tmp_pat
     digests = saving.result(0)
     assert set(digests) == {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert all(digest_of(tmp_path / "checkpoint" / name) == digest for name, digest in digests.items())
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "distributed optimizer"])
+@pytest.mark.parametrize("num_updates", [2, 5], ids=["during warm-up", "after it"])
+def test_settings_of_the_optimizer_given_at_a_resume_replace_those_of_the_checkpoint(
+    model: Path, tmp_path: Path, num_updates: int, is_sharded: bool
+):
+    """Against torch's AdamW that gets the new settings between two steps and keeps its moments."""
+    parallel = ParallelConfig(timeout_s=30.0, distributed_optimizer=is_sharded)
+    old = OptimizerConfig(lr=1e-3, warmup_steps=4, weight_decay=0.1, eps=1e-4, micro_batch_tokens=48)
+    new = replace(old, lr=4e-4, warmup_steps=6, weight_decay=0.5, beta1=0.7, beta2=0.9, eps=1e-3, clip_grad=0.5)
+    oracle = PolicyOracle(policy_config(model, optimizer=old))
+    with policy_of(policy_config(model, optimizer=old, parallel=parallel)) as policy:
+        for _ in range(num_updates):
+            policy.update(SAMPLES, None, 120)
+            oracle.update(SAMPLES, None, 120)
+        policy.save(tmp_path / "checkpoint").result(60)
+    oracle.change(new)
+    with policy_of(policy_config(model, optimizer=new, parallel=parallel)) as policy:
+        policy.update(SAMPLES, None, 120)  # a load does not count on top of what was trained before it
+        policy.load(tmp_path / "checkpoint")
+        rates = [policy.update(SAMPLES, None, 120).learning_rate for _ in range(3)]
+        expected = [4e-4 * min(1, (num_updates + step + 1) / 7) for step in range(3)]
+        assert rates == pytest.approx(expected)
+        for _ in range(3):
+            oracle.update(SAMPLES, None, 120)
+        assert_same_weights(weights_of(policy), oracle.weights(), atol=2e-6)
 
 
 def seed_every_generator(seed: int) -> None:
