@@ -22,11 +22,12 @@ from pathlib import Path
 
 from megatron_p2o.files import FileDigest, digest_of, write_whole
 from megatron_p2o.interfaces import Policy
-from megatron_p2o.run_state import STATE_FILE, CheckpointError, RunState, write_state
+from megatron_p2o.run_state import STATE_FILE, UNREADABLE, CheckpointError, RunState, write_state
 
 POLICY_FOLDER = "policy"
 MANIFEST_FILE = "manifest.json"
 BEST_FILE = "best"
+LATEST_FILE = "latest"
 FORMAT = 1
 
 PARTIAL = ".partial-"
@@ -60,13 +61,19 @@ class Best:
 class CheckpointSaver:
     """Saves the checkpoints of a run, one at a time, from rank 0."""
 
-    def __init__(self, run_dir: Path, policy: Policy, keep_last: int) -> None:
-        """`keep_last`: checkpoints to keep, the one just written included."""
+    def __init__(self, run_dir: Path, policy: Policy, keep_last: int, resumed: Path | None = None) -> None:
+        """`keep_last`: checkpoints to keep, the one just written included. `resumed`: what the run goes on from.
+
+        Later ones than that, damaged or of a history given up, count for nothing and go when they are passed.
+        """
         self._folder = run_dir / "checkpoints"
         self._policy = policy
         self._keep_last = keep_last
         self._saving: Future[Path] | None = None
         restore_replaced(self._folder)
+        found = [path.name for path in self._folder.glob("step-*")]
+        self._own = {name for name in found if resumed is not None and name <= resumed.name}
+        """Names of this history's checkpoints."""
 
     def begin(self, state: RunState, best: Best | None = None) -> None:
         """Return once the state is copied; the files are written beside training. Waits for the checkpoint before.
@@ -114,7 +121,7 @@ class CheckpointSaver:
             digests = {f"{POLICY_FOLDER}/{file}": digest for file, digest in written.result(WRITE_TIMEOUT_S).items()}
             write_manifest(partial, {STATE_FILE: digest_of(partial / STATE_FILE), **digests})
             put_in_place(partial, final)
-            write_whole(self._folder / "latest", name)
+            write_whole(self._folder / LATEST_FILE, name)
             if best is not None:
                 self.point_best(best)
             self._prune(name)
@@ -134,12 +141,14 @@ class CheckpointSaver:
         )
 
     def _prune(self, newest: str) -> None:
-        """Remove what is older than the `keep_last` newest, but the best. Later steps, of a history given up, stay."""
+        """Remove what is older than `newest` but the `keep_last` newest of this history and the best."""
         best = read_best(self._folder.parent)
-        names = sorted(path.name for path in self._folder.glob("step-*"))
-        for name in names[: names.index(newest) + 1][: -self._keep_last]:
-            if best is None or name != best.checkpoint:
+        self._own.add(newest)
+        kept = {*sorted(self._own)[-self._keep_last :], best.checkpoint if best else ""}
+        for name in sorted(path.name for path in self._folder.glob("step-*")):
+            if name < newest and name not in kept:
                 shutil.rmtree(self._folder / name)
+                self._own.discard(name)
 
 
 def checkpoint_name(step: int) -> str:
@@ -158,7 +167,7 @@ def read_best(run_dir: Path) -> Best | None:
         return None
     try:
         return Best(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} names no best checkpoint ({error}): remove it") from error
 
 
@@ -205,20 +214,24 @@ def damage_of(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
         digests = {name: FileDigest(**digest) for name, digest in manifest["files"].items()}
+        smallest_first = sorted(digests.items(), key=lambda item: int(item[1].size_bytes))
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was never completed"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         return f"its {MANIFEST_FILE} cannot be read ({error})"
     hashed_bytes = 0
-    for name, digest in sorted(digests.items(), key=lambda item: item[1].size_bytes):
+    for name, digest in smallest_first:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != digest.size_bytes:
             return f"{name} has {path.stat().st_size} bytes where {digest.size_bytes} were written"
         hashed_bytes += digest.size_bytes
-        if hashed_bytes <= HASHED_BYTES and digest_of(path) != digest:
-            return f"{name} does not match its sha256"
+        try:
+            if hashed_bytes <= HASHED_BYTES and digest_of(path) != digest:
+                return f"{name} does not match its sha256"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -228,6 +241,31 @@ def checked(checkpoint: Path | None) -> Path | None:
     if damage is not None:
         raise CheckpointError(f"{checkpoint} is damaged: {damage}")
     return checkpoint
+
+
+def pointed_name(folder: Path) -> str:
+    """Return the name in the file `latest`; "" where there is none. Raises `CheckpointError` when it is unreadable."""
+    try:
+        return (folder / LATEST_FILE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{folder / LATEST_FILE} must hold the name of a checkpoint and cannot be read ({error}): write the newest "
+            "one's into it"
+        ) from error
+
+
+def way_back(run_dir: Path) -> str:
+    """Return what to do about a policy that has diverged: which checkpoint is good, and how to go on from it."""
+    folder = run_dir / "checkpoints"
+    names = [path.name for path in folder.glob("step-*") if path.name <= pointed_name(folder)]
+    if not names:
+        return "there is no checkpoint yet: start the run again with a lower optimizer.lr"
+    return (
+        f"nothing was saved since {folder / max(names)}, which is good: start the run again with a lower optimizer.lr, "
+        f"which it takes from there, or write the name of an earlier checkpoint into {folder / LATEST_FILE}"
+    )
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -241,8 +279,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     folder = run_dir / "checkpoints"
     restore_replaced(folder)
     names = sorted((path.name for path in folder.glob("step-*")), reverse=True)
-    pointer = folder / "latest"
-    newest = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""
+    newest = pointed_name(folder)
     damaged: list[str] = []
     for name in names:
         if newest and name > newest:  # of a history that was given up, or that no kill let become the latest
@@ -254,7 +291,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
         logger.warning("%s; the checkpoint before it is used", damaged[-1])
     if names or newest:
         raise CheckpointError(
-            "; ".join(damaged or [f"{pointer} names {newest!r}, which is not there"])
+            "; ".join(damaged or [f"{folder / LATEST_FILE} names {newest!r}, which is not there"])
             + f": no checkpoint is left to resume from; remove {folder} to begin the run afresh"
         )
     return None

@@ -25,6 +25,10 @@ NamedWeights = Iterable[tuple[str, Tensor]]
 """(Hugging Face parameter name, full tensor): the only form in which weights cross from policy to engine."""
 
 
+class PolicyDiverged(ArithmeticError):
+    """Weights of the policy are NaN or infinite: it can be neither served nor saved."""
+
+
 class Policy(Protocol):
     """The model being trained. Called on rank 0; the implementation moves the other ranks."""
 
@@ -47,14 +51,17 @@ class Policy(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the current weights under Hugging Face names. Must be consumed to the end."""
+        """Yield the current weights under Hugging Face names. Must be consumed to the end.
+
+        Raises `PolicyDiverged`, when called, unless all are finite.
+        """
         ...
 
     def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
         """Begin to write weights and optimizer state into `directory`: those of now, whatever is updated meanwhile.
 
         The future gives every file by name with its digest once all are written, or the reason why they are not. One
-        save at a time: the next one waits.
+        save at a time: the next one waits. Raises `PolicyDiverged` unless all weights are finite.
         """
         ...
 

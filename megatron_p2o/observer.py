@@ -1,6 +1,7 @@
 """What happens around the steps of a run: numbers, rollouts, ledger, evaluations and checkpoints."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,10 @@ from megatron_p2o.metrics.step import (
 )
 from megatron_p2o.metrics.values import Last, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
-from megatron_p2o.run_state import LedgerFile, RunState, StopRequest
+from megatron_p2o.run_state import CheckpointError, LedgerFile, RunState, StopRequest
 from megatron_p2o.types import PLAIN, Group, Problem, Template
+
+logger = logging.getLogger(__name__)
 
 RoundStatistics = Mapping[str, float]
 """Numbers of the last evolution round by name; empty when none ran since they were last asked for."""
@@ -170,6 +173,13 @@ class RunObserver:
         with self._clock.measure("save"):
             self._keep_library(state.library)
             self._files.checkpoints.begin(self._run_state(state), best)
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and log its failure: the run ends anyway."""
+        try:
+            self._files.checkpoints.finish()
+        except CheckpointError as error:
+            logger.warning("%s", error)
 
     def save_last(self, state: TrainState) -> None:
         """Write a checkpoint of `state` and wait until it is whole. Raises `CheckpointError`."""

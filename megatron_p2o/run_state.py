@@ -15,6 +15,9 @@ from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 
 STATE_FILE = "run_state.json"
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a file of JSON that is damaged, or is none, ends with."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used, with its path and what is wrong with it."""
@@ -88,7 +91,7 @@ def read_state(path: Path) -> RunState:
         fields = json.loads(path.read_text(encoding="utf-8"))
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
         return RunState(**{**fields, **lists})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} is no readable run state: {error}") from error
 
 

@@ -17,7 +17,7 @@ from types import FrameType
 
 from megatron_p2o.algorithm import Parts, SamplingParts, TrainState, train
 from megatron_p2o.benchmark import answer, checkpoint_subject, discard_answers, open_benchmarks, write_results
-from megatron_p2o.checkpoints import POLICY_FOLDER, CheckpointSaver, checked, latest_checkpoint
+from megatron_p2o.checkpoints import LATEST_FILE, POLICY_FOLDER, CheckpointSaver, checked, latest_checkpoint, way_back
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import load_config
 from megatron_p2o.data.batches import epoch_batches
@@ -26,7 +26,7 @@ from megatron_p2o.data.problems import load_problems
 from megatron_p2o.evolve.beside import BesideTraining
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
-from megatron_p2o.interfaces import PromptEvolution, TemplateLibrary
+from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution, TemplateLibrary
 from megatron_p2o.memory_plan import planned_memory, with_planned_cache
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
@@ -35,7 +35,13 @@ from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.observer import RunFiles, RunObserver
 from megatron_p2o.policy.layer_choice import machine_capabilities
 from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
-from megatron_p2o.policy.settings import check_weights, machine_problems, megatron_summary, policy_settings
+from megatron_p2o.policy.settings import (
+    check_values,
+    check_weights,
+    machine_problems,
+    megatron_summary,
+    policy_settings,
+)
 from megatron_p2o.processes import end_with_parent
 from megatron_p2o.rank_errors import report_error
 from megatron_p2o.rewards.registry import make_grader
@@ -130,6 +136,7 @@ def dry_run(config: Config) -> None:
     """
     settings = policy_settings(config)
     check_weights(config, settings)
+    check_values(config)
     inputs = load_inputs(config)
     num_steps = len(epoch_batches(inputs.train, config.schedule.problems_per_step, config.run.seed, epoch=0))
     at_most = "at most " if config.schedule.max_batches_per_step > 1 else ""
@@ -163,6 +170,17 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(renderer=renderer, train=read(config.data.train), evaluation=evaluation)
 
 
+def load_finite(policy: MegatronPolicy, checkpoint: Path) -> None:
+    """Load a checkpoint's policy. Raises `PolicyDiverged`, which says how to go back, when it is not finite."""
+    policy.load(checkpoint / POLICY_FOLDER)
+    try:
+        policy.check_finite()
+    except PolicyDiverged as error:
+        raise PolicyDiverged(
+            f"{checkpoint}: {error}; write the name of an earlier checkpoint into {checkpoint.parent / LATEST_FILE}"
+        ) from error
+
+
 class Conductor:
     """Rank 0 of a run: owns the engines, the grader and evolution through the exit stack it is given."""
 
@@ -178,6 +196,7 @@ class Conductor:
         self.config, self.run_dir, self.policy = config, run_dir, policy
         self.inputs = load_inputs(config)
         self.stop = StopRequest(run_dir)
+        self.checkpoint = checkpoint
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
         print(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}", flush=True)
         print(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines", flush=True)
@@ -198,7 +217,7 @@ class Conductor:
         )
         self.state = self._initial_state()
         if checkpoint:
-            policy.load(checkpoint / POLICY_FOLDER)
+            load_finite(policy, checkpoint)
         # Also a fresh run: from the first rollout on, what the engines serve has been compared with the trainer.
         self.engine.refresh(policy.weights(), version=self.state.step)
         self._stack = stack
@@ -210,7 +229,11 @@ class Conductor:
         observer = self._observer(stop)
         observer.on_start(state)
         self._begin_unfinished_round()
-        state = train(self.batches_of, state, observer.ledger, self.parts, observer, config)
+        try:
+            state = train(self.batches_of, state, observer.ledger, self.parts, observer, config)
+        except PolicyDiverged as error:
+            observer.finish_saving()
+            raise PolicyDiverged(f"{error}; {way_back(self.run_dir)}") from error
         if stop.is_made():
             observer.save_last(state)
             stop.clear()
@@ -236,7 +259,9 @@ class Conductor:
             run_dir=self.run_dir,
             ledger=ledger,
             metrics=self._stack.enter_context(metrics),
-            checkpoints=CheckpointSaver(self.run_dir, self.policy, self.config.schedule.keep_checkpoints),
+            checkpoints=CheckpointSaver(
+                self.run_dir, self.policy, self.config.schedule.keep_checkpoints, self.checkpoint
+            ),
             rollouts=RolloutWriter(self.run_dir / "rollouts", self.resumed.step if self.resumed else -1),
         )
         return RunObserver(

@@ -61,11 +61,16 @@ class WeightFiles:
         ]
         missing = sorted(shapes.keys() - self._file_of.keys())
         kinds = (("missing", missing), ("unknown", sorted(unknown)), ("of another shape", sorted(misshaped)))
-        complaints = [f"{len(names)} {kind}: {_first(names)}" for kind, names in kinds if names]
+        complaints = [f"{len(names)} {kind}: {first_of(names)}" for kind, names in kinds if names]
         if complaints:
             raise ValueError(
                 f"model.path={self.directory}: the tensors are not those of its config.json. {'. '.join(complaints)}"
             )
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all tensors."""
+        return tuple(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
@@ -169,5 +174,6 @@ def _write_config(source: Path, directory: Path, dtype: str) -> None:
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _first(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
+    """Return how an error lists the names of tensors."""
     return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")

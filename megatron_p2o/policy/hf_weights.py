@@ -5,8 +5,9 @@ dimension, or whole on every rank, and the cut parts are joined on the rank.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_p2o.policy.architecture import Architecture
-from megatron_p2o.policy.hf_directory import WeightFiles
+from megatron_p2o.policy.hf_directory import WeightFiles, first_of
 from megatron_p2o.policy.model import PolicyModel
 from megatron_p2o.policy.parallel import pipeline_group, tensor_group
 
@@ -118,15 +119,42 @@ def load_hf_weights(models: Sequence[PolicyModel], files: WeightFiles, architect
     only this rank's cuts.
 
     Raises:
-        ValueError: the tensors are not those of config.json.
+        ValueError: the tensors are not those of config.json, or hold a value that is not finite.
     """
     num_groups = _groups_per_rank(models[0])
     files.check(architecture.weight_shapes())
     for parameter_name, parameter, origin in _parameters(models):
         parts = [_read_cut(files, name, origin.cut_dimension) for name in origin.names]
+        check_finite(files.directory, dict(zip(origin.names, parts, strict=True)))
         joined = join_parts(parts, origin, num_groups)
         assert joined.shape == parameter.shape, parameter_name
         parameter.copy_(joined)
+
+
+def diverged_weights(models: Sequence[PolicyModel]) -> list[str]:
+    """Return the Hugging Face names of this rank's parameters that are not finite everywhere. Local to the rank."""
+    names = [origin.names for _, _, origin in _parameters(models)]
+    are_finite = _are_finite([parameter for _, parameter, _ in _parameters(models)])
+    return [name for group, is_finite in zip(names, are_finite, strict=True) if not is_finite for name in group]
+
+
+def check_finite(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` that names the tensors of `directory` which are not finite everywhere."""
+    are_finite = _are_finite(list(tensors.values()))
+    broken = [name for name, is_finite in zip(tensors, are_finite, strict=True) if not is_finite]
+    if broken:
+        raise ValueError(
+            f"model.path={directory}: {first_of(broken)} must be finite and holds NaN or infinite values: take a copy "
+            "of the model that is whole"
+        )
+
+
+@torch.no_grad()
+def _are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Return which tensors are finite everywhere; the device is waited for once."""
+    # Smallest and largest value are NaN where any is. Unlike isfinite this takes no memory.
+    extremes = [torch.stack(torch.aminmax(tensor.detach())) for tensor in tensors]
+    return torch.stack(extremes).isfinite().all(dim=1).tolist() if extremes else []
 
 
 def export_hf_weights(models: Sequence[PolicyModel], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:

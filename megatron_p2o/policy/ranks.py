@@ -21,11 +21,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config import Config
 from megatron_p2o.files import FileDigest
-from megatron_p2o.interfaces import NamedWeights
+from megatron_p2o.interfaces import NamedWeights, PolicyDiverged
 from megatron_p2o.policy.checkpoint import check_checkpoint
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.forward import PassResult
-from megatron_p2o.policy.hf_directory import write_hf_directory
+from megatron_p2o.policy.hf_directory import first_of, write_hf_directory
 from megatron_p2o.policy.layer_choice import Capabilities, LayerChoice, machine_capabilities
 from megatron_p2o.policy.parallel import Ranks, data_rank_of, end_parallel, initialize_parallel
 from megatron_p2o.policy.shard import PolicyShard, UpdateReply
@@ -35,7 +35,7 @@ from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 ERROR_KEY = "megatron_p2o/policy_error"
 """Where the first rank that fails leaves its error for the others, in torch.distributed's store."""
 
-Method = Literal["update", "skip", "score", "export", "deliver", "save", "load", "close"]
+Method = Literal["update", "skip", "score", "diverged", "export", "deliver", "save", "load", "close"]
 
 
 class PolicyError(RuntimeError):
@@ -89,6 +89,8 @@ class MegatronPolicy:
         self._is_delivery = False
         self._take: Callable[[NamedWeights], None] | None = None
         self._is_broken = False
+        self._is_checked = False
+        """No weight has changed since all were seen to be finite."""
 
     @property
     def is_conductor(self) -> bool:
@@ -168,11 +170,25 @@ class MegatronPolicy:
         by_index = {index: row for reply in replies for index, row in reply.items()}
         return [by_index[index] for index in range(len(samples))]
 
+    def check_finite(self) -> None:
+        """Raise `PolicyDiverged` unless all weights are finite; looks at them once between two changes."""
+        if self._is_checked:
+            return
+        names = sorted({name for names in self._everywhere("diverged") for name in names})
+        if names:
+            raise PolicyDiverged(
+                f"the policy has diverged: {len(names)} of its weight tensors hold NaN or infinite values: "
+                f"{first_of(names)}"
+            )
+        self._is_checked = True
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, full tensor); the receiver may keep them.
 
         Every rank takes part until the end: when the iterator is closed early, the rest is gathered and discarded.
+        Raises `PolicyDiverged` at once, on rank 0 alone, when a weight is not finite.
         """
+        self.check_finite()
         return self._weights("export" if self._take is None else "deliver")
 
     def _weights(self, method: Literal["export", "deliver"]) -> Iterator[tuple[str, Tensor]]:
@@ -188,6 +204,7 @@ class MegatronPolicy:
 
     def export_hf(self, directory: Path) -> None:
         """Write the weights as a Hugging Face model directory, with `model.path`'s configuration and tokenizer."""
+        self.check_finite()
         write_hf_directory(self._weights("export"), Path(self._config.model.path), directory)
 
     def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
@@ -195,6 +212,7 @@ class MegatronPolicy:
 
         Returns when the state has been copied to host memory; see `interfaces.Policy`.
         """
+        self.check_finite()
         self._everywhere("save", directory)
         return self._shard.writer.written
 
@@ -273,6 +291,7 @@ class MegatronPolicy:
 
     def _send(self, commands: list[Command]) -> None:
         assert self.is_conductor, "rank 0 conducts: the other ranks serve"
+        self._is_checked &= commands[0].method not in ("update", "load")
         if self._export is not None:
             raise RuntimeError(f"policy.weights() must be consumed to the end before policy.{commands[0].method}")
         with self._named_errors(commands[0].method):

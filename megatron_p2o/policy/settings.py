@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_p2o.config import Config
 from megatron_p2o.policy.architecture import Architecture, read_architecture
 from megatron_p2o.policy.hf_directory import WeightFiles
+from megatron_p2o.policy.hf_weights import check_finite
 from megatron_p2o.policy.layer_choice import Capabilities, choose_layers
 from megatron_p2o.policy.megatron_settings import (
     MegatronOverrides,
@@ -80,6 +81,13 @@ def check_weights(config: Config, settings: PolicySettings) -> None:
     """Raise `ValueError` unless the tensors of `model.path` are those of its config.json. Reads their headers alone."""
     with WeightFiles(Path(config.model.path)) as files:
         files.check(settings.architecture.weight_shapes())
+
+
+def check_values(config: Config) -> None:
+    """Raise `ValueError` unless every weight of `model.path` is finite. Reads all of them, one at a time."""
+    with WeightFiles(Path(config.model.path)) as files:
+        for name in files.names:
+            check_finite(files.directory, {name: files.read(name)})
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from megatron_p2o.policy.forward import (
     score,
 )
 from megatron_p2o.policy.hf_directory import WeightFiles
-from megatron_p2o.policy.hf_weights import export_hf_weights, load_hf_weights
+from megatron_p2o.policy.hf_weights import diverged_weights, export_hf_weights, load_hf_weights
 from megatron_p2o.policy.layer_choice import Capabilities, choose_layers
 from megatron_p2o.policy.model import build_models
 from megatron_p2o.policy.optimizer import Optimization, StepOutcome
@@ -115,6 +115,10 @@ class PolicyShard:
 
     def _micro_batches(self, share: Share) -> list[MicroBatch]:
         return make_micro_batches(share, self.ranks.device, length_multiple(self.models[0].config))
+
+    def diverged(self) -> list[str]:
+        """Return the Hugging Face names of this rank's weights that are not finite."""
+        return diverged_weights(self.models)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on every rank; see `export_hf_weights`.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.checkpoints import Best, CheckpointSaver, checked, damage_of, latest_checkpoint, read_best
+from megatron_p2o.checkpoints import Best, CheckpointSaver, checked, damage_of, latest_checkpoint, read_best, way_back
 from megatron_p2o.files import FileDigest
 from megatron_p2o.run_state import STATE_FILE, CheckpointError, RunState, read_state
 from megatron_p2o.testing.fakes import FakePolicy
@@ -26,8 +26,8 @@ def state(step: int, **fields: Any) -> RunState:
     )
 
 
-def saved(run_dir: Path, *steps: int, keep_last: int = 9) -> CheckpointSaver:
-    saver = CheckpointSaver(run_dir, FakePolicy(), keep_last)
+def saved(run_dir: Path, *steps: int, keep_last: int = 9, resumed: Path | None = None) -> CheckpointSaver:
+    saver = CheckpointSaver(run_dir, FakePolicy(), keep_last, resumed)
     for step in steps:
         saver.begin(state(step))
     saver.finish()
@@ -116,6 +116,49 @@ def test_a_user_can_go_back_to_an_earlier_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "latest").write_text("step-000001")
     with pytest.raises(CheckpointError, match="names 'step-000001', which is not there"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20)
+    flip_a_bit(tmp_path / "checkpoints" / "step-000020" / "policy" / "policy.json")
+    good = latest_checkpoint(tmp_path)
+    saved(tmp_path, 15, keep_last=2, resumed=good)
+    assert names(tmp_path) == ["latest", "step-000010", "step-000015", "step-000020"]
+    saved(tmp_path, 25, keep_last=2, resumed=latest_checkpoint(tmp_path))
+    assert names(tmp_path) == ["latest", "step-000015", "step-000025"]
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "7", "{", "[" * 100_000, '{"files": []}', '{"files": {"a": {"size_bytes": []}}}']
+)
+def test_a_file_of_a_checkpoint_that_is_other_json_is_damage_and_no_crash(tmp_path: Path, content: str) -> None:
+    saved(tmp_path, 1)
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+    (checkpoint / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        checked(checkpoint)
+    (checkpoint / STATE_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=r"run_state\.json is no readable run state"):
+        read_state(checkpoint / STATE_FILE)
+
+
+def test_a_pointer_that_is_no_name_is_an_error_with_its_path(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="latest must hold the name of a checkpoint"):
+        latest_checkpoint(tmp_path)
+    pointer.unlink()
+    pointer.mkdir()
+    with pytest.raises(CheckpointError, match="latest must hold the name of a checkpoint"):
+        latest_checkpoint(tmp_path)
+
+
+def test_the_way_back_from_a_diverged_policy_names_the_newest_checkpoint(tmp_path: Path) -> None:
+    assert "no checkpoint yet" in way_back(tmp_path)
+    saved(tmp_path, 1, 2, 3)
+    (tmp_path / "checkpoints" / "latest").write_text("step-000002")
+    assert f"{tmp_path}/checkpoints/step-000002, which is good" in way_back(tmp_path)
 
 
 class SlowPolicy(FakePolicy):

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import Qwen3ForCausalLM
 
@@ -30,13 +32,17 @@ from megatron_p2o.config import (
     RunConfig,
 )
 from megatron_p2o.files import digest_of
+from megatron_p2o.interfaces import PolicyDiverged
 from megatron_p2o.policy.attention import pack_layout, sample_positions
 from megatron_p2o.policy.checkpoint import Staged
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.forward import Denominator, MicroBatch
 from megatron_p2o.policy.head import HeadTask
+from megatron_p2o.policy.hf_directory import WeightFiles
+from megatron_p2o.policy.hf_weights import load_hf_weights
 from megatron_p2o.policy.ranks import MegatronPolicy, PolicyError, build_policy
 from megatron_p2o.policy.safe_pickle import RefusedPickle
+from megatron_p2o.policy.settings import check_values
 from megatron_p2o.rl.objective import loss_rule, token_stats
 from megatron_p2o.rl.packing import pack
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples, token_losses
@@ -315,6 +321,54 @@ def test_the_learning_rate_warms_up_over_applied_skipped_and_empty_updates(model
         ]
     assert [report.learning_rate for report in reports] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
     assert [report.outcome for report in reports] == ["applied", "empty", "non_finite", "applied", "applied"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_policy_that_is_not_finite_is_neither_served_nor_saved_until_a_good_one_is_loaded(
+    model: Path, tmp_path: Path, value: float
+):
+    with policy_of(policy_config(model)) as policy:
+        policy.save(tmp_path / "good").result(60)
+        expected = weights_of(policy)
+        policy.update(SAMPLES, None, 120)
+        with torch.no_grad():
+            policy._shard.models[0].decoder.layers[1].mlp.linear_fc1.weight[3, 2] = value
+        policy.update([], None, 0)
+        named = r"diverged: 2 of .* model\.layers\.1\.mlp\.gate_proj\.weight, model\.layers\.1\.mlp\.up_proj\.weight"
+        for hand_over in (policy.weights, partial(policy.save, tmp_path / "bad"), partial(policy.export_hf, tmp_path)):
+            with pytest.raises(PolicyDiverged, match=named):
+                hand_over()
+        assert not (tmp_path / "bad").exists()
+        policy.load(tmp_path / "good")
+        assert_same_weights(weights_of(policy), expected, atol=0)
+
+
+def test_a_learning_rate_that_blows_the_weights_up_is_noticed_after_the_update(model: Path):
+    optimizer = OptimizerConfig(lr=float("inf"), micro_batch_tokens=48)
+    with policy_of(policy_config(model, optimizer=optimizer)) as policy:
+        assert policy.update(SAMPLES, None, 120).is_applied, "the gradient itself is finite"
+        with pytest.raises(PolicyDiverged, match="NaN or infinite"):
+            policy.weights()
+
+
+def test_a_model_with_a_weight_that_is_not_a_number_is_refused_by_name(model: Path, tmp_path: Path):
+    directory = write_tiny_qwen3(tmp_path, vocab_size=VOCAB_SIZE)
+    check_values(policy_config(directory))
+    spoil(directory, "model.layers.0.mlp.down_proj.weight")
+    named = r"model\.layers\.0\.mlp\.down_proj\.weight must be finite"
+    with pytest.raises(ValueError, match=named):
+        check_values(policy_config(directory))
+    with policy_of(policy_config(model)) as policy:
+        shard = policy._shard
+        with WeightFiles(directory) as files, pytest.raises(ValueError, match=named):
+            load_hf_weights(shard.models, files, shard.architecture)
+
+
+def spoil(directory: Path, name: str) -> None:
+    """Make one value of a tensor NaN."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name].flatten()[5] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_an_empty_update_moves_no_weight(model: Path):
