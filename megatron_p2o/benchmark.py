@@ -21,8 +21,8 @@ import torch
 from megatron_p2o.algorithm import SamplingParts
 from megatron_p2o.checkpoints import MANIFEST_FILE, POLICY_FOLDER
 from megatron_p2o.config import Config
-from megatron_p2o.config_file import dump_config
-from megatron_p2o.data.chat import ChatRenderer, fitting_problems
+from megatron_p2o.config_file import dump_config, with_template_date
+from megatron_p2o.data.chat import chat_renderer, fitting_problems
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.evaluate import Protocol, all_asked, answered, evaluation_sampling, protocol_of
 from megatron_p2o.files import digest_of, write_whole
@@ -117,13 +117,14 @@ def evaluate_directory(config: Config, output: Path) -> None:
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     config = replace(config, rollout=replace(config.rollout, num_engines=_engines_here(config)))
+    config = with_template_date(config, output / "config.yaml")
     subject = directory_subject(Path(config.model.path))
-    renderer = ChatRenderer(config.model, config.data)
+    renderer = chat_renderer(config)
     write_whole(output / "config.yaml", dump_config(config))
     with ExitStack() as stack:
         benchmarks = open_benchmarks(subject, renderer, config, output, stack)
         if any(benchmark.missing for benchmark in benchmarks):
-            engine = stack.enter_context(start_engines(config, output))
+            engine = stack.enter_context(start_engines(config, output, renderer.eos_token_ids))
             grader = make_grader(config.grading)
             stack.callback(grader.close)
             answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)

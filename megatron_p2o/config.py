@@ -50,6 +50,9 @@ class ModelConfig:
     attention. `auto` takes the first on a GPU where they can be imported; `p2o doctor` and the run say which."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3's switch)."""
+    template_date: str | None = None
+    """Today's date to a chat template that writes it (Llama 3.1's), as "2026-01-31": the same in every prompt of a run.
+    None: the day the run was first started, which its config.yaml records and a resumed run keeps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +111,9 @@ class RolloutConfig:
     group_size: Annotated[int, Range(at_least=2, reason="a group of one has no baseline")] = 6
     """G, rollouts per problem."""
     temperature: Annotated[float, Range(at_least=1e-6, reason="greedy rollouts are all alike")] = 0.6
-    top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    top_p: Annotated[float, Range(at_least=1, at_most=1, reason="SGLang reports log-probs as before the cut")] = 1.0
+    """Of training's rollouts and evolution's; must be 1. SGLang's log-probs are of the whole distribution, not of the
+    part that top-p leaves, from which the tokens are drawn: training would go wrong by them."""
     max_new_tokens: PositiveInt = 12288
     num_engines: PositiveInt = 1
     """SGLang servers of the run, spread evenly over its nodes."""

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -34,7 +35,7 @@ from megatron_p2o.config_source import (
 )
 from megatron_p2o.config_yaml import dump_yaml
 
-__all__ = ["ConfigError", "ConfigProblem", "dump_config", "load_config", "missing_paths"]
+__all__ = ["ConfigError", "ConfigProblem", "dump_config", "load_config", "missing_paths", "with_template_date"]
 
 SECRET_KEY = re.compile(r"(^|[_-])(key|token|password|secret)$", re.IGNORECASE)
 """Keys of the pass-through sections that would hold a credential."""
@@ -102,6 +103,28 @@ def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
             f"correct the path (relative to {Path.cwd()})",
         )
     return missing
+
+
+def with_template_date(config: Config, recorded: Path) -> Config:
+    """Return `config` with a date for chat templates: its own, else that of `recorded`, else today's.
+
+    Args:
+        recorded: resolved settings of an earlier start of the run; need not exist.
+    """
+    if config.model.template_date is not None:
+        return config
+    day = _recorded_date(recorded) or date.today().isoformat()
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, template_date=day))
+
+
+def _recorded_date(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    try:
+        found = read_with_bases(path, []).get(("model", "template_date"))
+    except ConfigError:
+        return None  # it is about to be written anew
+    return found.value if found is not None and isinstance(found.value, str) else None
 
 
 def _reference_settings() -> Settings:

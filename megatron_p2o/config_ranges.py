@@ -32,7 +32,8 @@ class Range:
         given = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
         if all(holds(number, bound) for _, bound, holds in given):
             return None
-        rule = " and ".join(f"{words} {bound:.12g}" for words, bound, _ in given)
+        is_fixed = self.at_least is not None and self.at_least == self.at_most
+        rule = f"{self.at_least:.12g}" if is_fixed else " and ".join(f"{word} {bound:.12g}" for word, bound, _ in given)
         return f"must be {rule}: {self.reason}" if self.reason else f"must be {rule}"
 
 

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_p2o.config import Config, ParallelConfig
-from megatron_p2o.config_file import dump_config
+from megatron_p2o.config_file import dump_config, with_template_date
 from megatron_p2o.files import write_whole
 from megatron_p2o.nodes import Nodes, nodes_of_slurm
 from megatron_p2o.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
@@ -122,12 +122,16 @@ def share_settings(config: Config, run_dir: Path, nodes: Nodes) -> Path:
         ValueError: the head's settings did not appear here within `parallel.timeout_s`.
     """
     path = run_dir / "config.yaml"
-    text = f"# Resolved settings of start {nodes.launch_id}\n{dump_config(config)}"
+
+    def text() -> str:
+        dated = with_template_date(config, path)  # by the head's file, on every node
+        return f"# Resolved settings of start {nodes.launch_id}\n{dump_config(dated)}"
+
     if nodes.is_head:
-        write_whole(path, text)
+        write_whole(path, text())
         return path
     deadline = time.monotonic() + config.parallel.timeout_s
-    while not path.exists() or path.read_text(encoding="utf-8") != text:
+    while not path.exists() or path.read_text(encoding="utf-8") != text():
         if time.monotonic() > deadline:
             raise ValueError(
                 f"{node_name(nodes)} waited parallel.timeout_s={config.parallel.timeout_s:g} s for the head node to "

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -21,11 +20,11 @@ from megatron_p2o.checkpoints import LATEST_FILE, POLICY_FOLDER, CheckpointSaver
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import load_config
 from megatron_p2o.data.batches import epoch_batches
-from megatron_p2o.data.chat import ChatRenderer, fitting_problems
-from megatron_p2o.data.problems import load_problems
+from megatron_p2o.data.chat import chat_renderer
 from megatron_p2o.evolve.beside import BesideTraining
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
+from megatron_p2o.inputs import load_inputs
 from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution, TemplateLibrary
 from megatron_p2o.memory_plan import planned_memory, with_planned_cache
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
@@ -55,15 +54,6 @@ from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, Sampli
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """What a run reads before it starts anything."""
-
-    renderer: ChatRenderer
-    train: Sequence[Problem]
-    evaluation: Mapping[str, Sequence[Problem]]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank and return its exit status."""
     parser = argparse.ArgumentParser(prog="megatron_p2o.train")
@@ -84,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if outlet is not None:
         policy.deliver_to(outlet.take)
     policy.wait_for_ranks()
-    start = partial(start_engines, config, run_dir, agents, outlet)
+    start = partial(start_engines, config, run_dir, agents=agents, outlet=outlet)
     if not policy.is_conductor:
         policy.serve()
         return 0
@@ -104,7 +94,7 @@ def evaluate_checkpoint(
     output: Path,
     policy: MegatronPolicy,
     checkpoint: Path,
-    start: Callable[[], SglangEngine],
+    start: Callable[[Sequence[int]], SglangEngine],
     stack: ExitStack,
 ) -> None:
     """Evaluate a checkpoint of a run plainly on every set of `data.evaluation`; see `benchmark`.
@@ -116,10 +106,10 @@ def evaluate_checkpoint(
     checked(checkpoint)
     step = read_state(checkpoint / STATE_FILE).step
     subject = checkpoint_subject(checkpoint, step)
-    renderer = ChatRenderer(config.model, config.data)
+    renderer = chat_renderer(config)
     benchmarks = open_benchmarks(subject, renderer, config, output, stack)
     if any(benchmark.missing for benchmark in benchmarks):
-        engine = stack.enter_context(start())
+        engine = stack.enter_context(start(renderer.eos_token_ids))
         grader = make_grader(config.grading)
         stack.callback(grader.close)
         policy.load(checkpoint / POLICY_FOLDER)
@@ -155,21 +145,6 @@ def dry_run(config: Config) -> None:
         print(f"not on this machine: {problem}")
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Read problems and tokenizer.
-
-    Raises:
-        ValueError: a file, a row or a prompt is bad; the message names it.
-    """
-    renderer = ChatRenderer(config.model, config.data)
-
-    def read(path: str) -> Sequence[Problem]:
-        return fitting_problems(load_problems(path, config.data), renderer, config.data.skip_bad_rows)
-
-    evaluation = {name: read(path) for name, path in config.data.evaluation.items()}
-    return Inputs(renderer=renderer, train=read(config.data.train), evaluation=evaluation)
-
-
 def load_finite(policy: MegatronPolicy, checkpoint: Path) -> None:
     """Load a checkpoint's policy. Raises `PolicyDiverged`, which says how to go back, when it is not finite."""
     policy.load(checkpoint / POLICY_FOLDER)
@@ -190,7 +165,7 @@ class Conductor:
         run_dir: Path,
         policy: MegatronPolicy,
         checkpoint: Path | None,
-        start: Callable[[], SglangEngine],
+        start: Callable[[Sequence[int]], SglangEngine],
         stack: ExitStack,
     ) -> None:
         self.config, self.run_dir, self.policy = config, run_dir, policy
@@ -200,7 +175,7 @@ class Conductor:
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
         print(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}", flush=True)
         print(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines", flush=True)
-        self.engine = stack.enter_context(start())
+        self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)
         self.evolution = self._start_evolution(stack) if config.evolution.enabled else None

@@ -89,7 +89,7 @@ def main() -> None:
             result |= {"num_tensors": len(sizes), "num_bytes": sum(sizes), "arms": []}
             for num_engines in arguments.engines:
                 run_dir = Path(folder) / f"{num_engines}-engines"
-                with start_engines(engine_config(config, num_engines, device), run_dir) as engine:
+                with start_engines(engine_config(config, num_engines, device), run_dir, [0]) as engine:
                     arms = measure(engine, policy, run_dir, arguments, device)
                 result["arms"] += [{"num_engines": num_engines, **arm} for arm in arms]
     print(table(result))

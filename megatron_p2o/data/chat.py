@@ -2,18 +2,19 @@
 
 import json
 import logging
+import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_p2o.config import DataConfig, ModelConfig
+from megatron_p2o.config import Config, DataConfig, ModelConfig
+from megatron_p2o.data.markup import Frame, MarkupEncoder
+from megatron_p2o.data.tokenizer import end_of_response_ids, load_tokenizer
 from megatron_p2o.interfaces import PromptRenderer, PromptTooLongError
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, Template, TokenIds
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -21,20 +22,80 @@ MAX_REPORTED_PROBLEMS = 20
 """Too long problems an error lists one by one."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptLimit:
+    """How many tokens a prompt may have, and what decides it."""
+
+    num_tokens: int
+    rule: str
+    """What a longer prompt is in conflict with, and the remedy."""
+
+
+def prompt_limit(config: Config) -> PromptLimit:
+    """Return how long a prompt may be: `data.max_prompt_tokens`, or what the model's context leaves beside a response.
+
+    Raises:
+        ValueError: it leaves nothing.
+    """
+    own = _own_limit(config.data)
+    length = context_length(config)
+    if length is None:
+        return own
+    max_new_tokens = config.rollout.max_new_tokens
+    left = length - max_new_tokens
+    if left < 1:
+        raise ValueError(
+            f"rollout.max_new_tokens={max_new_tokens} leaves no room for a prompt in the {length} positions of "
+            f"model.path={config.model.path}: lower it"
+        )
+    if left >= own.num_tokens:
+        return own
+    return PromptLimit(
+        num_tokens=left,
+        rule=f"more than the {left} that rollout.max_new_tokens={max_new_tokens} leaves of the model's {length} "
+        "positions: lower rollout.max_new_tokens",
+    )
+
+
+def context_length(config: Config) -> int | None:
+    """Return how many tokens an engine takes for a prompt and its response; None where the model does not say."""
+    for name in ("context_length", "context-length"):
+        if isinstance(config.sglang.get(name), int):
+            return config.sglang[name]
+    path = Path(config.model.path) / "config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
+    return named if isinstance(named, int) else None
+
+
+def chat_renderer(config: Config) -> "ChatRenderer":
+    """Return the renderer of a run's prompts.
+
+    Raises:
+        ValueError: see `ChatRenderer` and `prompt_limit`.
+    """
+    return ChatRenderer(config.model, config.data, prompt_limit(config))
+
+
 class ChatRenderer:
     """The chat format of one model. Plain prompts are rendered once and kept."""
 
-    def __init__(self, model: ModelConfig, data: DataConfig) -> None:
+    def __init__(self, model: ModelConfig, data: DataConfig, limit: PromptLimit | None = None) -> None:
         """Load the tokenizer of `model.path`.
 
+        Args:
+            limit: longest prompt; None: `data.max_prompt_tokens`.
+
         Raises:
-            ValueError: there is no tokenizer with a chat template, or `data.question_format` cannot be filled in.
+            ValueError: there is no tokenizer with a chat template, the template fails or does not ask the question,
+                or `data.question_format` cannot be filled in.
         """
-        self.tokenizer = _load_tokenizer(model.path)
-        self.eos_token_ids = _eos_token_ids(self.tokenizer, Path(model.path))
-        """Tokens that end a turn, ascending: the tokenizer's and those of generation_config.json."""
-        self._enable_thinking = model.enable_thinking
-        self._max_prompt_tokens = data.max_prompt_tokens
+        self.tokenizer = load_tokenizer(model.path)
+        self.eos_token_ids = end_of_response_ids(self.tokenizer, Path(model.path))
+        """See `end_of_response_ids`."""
+        self.limit = limit or _own_limit(data)
+        self._model = model
+        self._date = _date_of(model)
+        self._encoder = MarkupEncoder(self.tokenizer, self._frame())
         self._question_format = data.question_format
         self._plain_ids: dict[str, TokenIds] = {}
         try:
@@ -55,7 +116,7 @@ class ChatRenderer:
         """Return the prompt the engine samples from beside the bare one the gradient is taken on.
 
         Raises:
-            PromptTooLongError: the prompt exceeds `data.max_prompt_tokens`.
+            PromptTooLongError: the prompt exceeds `limit`.
         """
         plain_ids = self._plain_ids.get(problem.question)
         if plain_ids is None:
@@ -74,22 +135,61 @@ class ChatRenderer:
         return text
 
     def _encode(self, problem: Problem, template: Template) -> TokenIds:
-        token_ids = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": self.user_message(problem.question, template)}],
-            add_generation_prompt=True,
-            enable_thinking=self._enable_thinking,
-            tokenize=True,
-            return_dict=False,
-        )
-        if len(token_ids) > self._max_prompt_tokens:
+        content = self.user_message(problem.question, template)
+        token_ids = self._encoder.encode(self._chat(content), content)
+        if len(token_ids) > self.limit.num_tokens:
             asked = "plainly" if template.id == PLAIN.id else f"through template {template.id}"
             raise PromptTooLongError(
-                f"problem {problem.id} asked {asked} takes {len(token_ids)} tokens, more than data.max_prompt_tokens="
-                f"{self._max_prompt_tokens}: raise it, or leave the problem or the template out"
+                f"problem {problem.id} asked {asked} takes {len(token_ids)} tokens, {self.limit.rule}, or leave the "
+                "problem or the template out"
             )
         array = np.asarray(token_ids, dtype=np.int32)
         array.setflags(write=False)
         return array
+
+    def _chat(self, content: str) -> str:
+        """Return the chat template's text for one user's message. It sees the date of the run, whatever the day is."""
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            enable_thinking=self._model.enable_thinking,
+            tokenize=False,
+            strftime_now=self._date.strftime,
+        )
+        assert isinstance(text, str), "one conversation is one text"
+        return text
+
+    def _frame(self) -> Frame:
+        from jinja2 import TemplateError
+
+        mark = f"question{secrets.token_hex(16)}"
+        try:
+            parts = self._chat(mark).split(mark)
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"model.path={self._model.path} has a chat template that fails on a user's message ({error}): correct "
+                "it, or use an instruction-tuned model"
+            ) from error
+        if len(parts) != 2:
+            raise ValueError(
+                f"model.path={self._model.path} has a chat template that writes a user's message {len(parts) - 1} "
+                "times: it must do so once"
+            )
+        return Frame(before=parts[0], after=parts[1])
+
+
+def _date_of(model: ModelConfig) -> date:
+    if model.template_date is None:
+        return date.today()
+    try:
+        return date.fromisoformat(model.template_date)
+    except ValueError as error:
+        raise ValueError(f'model.template_date={model.template_date} must be a date such as "2026-01-31"') from error
+
+
+def _own_limit(data: DataConfig) -> PromptLimit:
+    rule = f"more than data.max_prompt_tokens={data.max_prompt_tokens}: raise it"
+    return PromptLimit(num_tokens=data.max_prompt_tokens, rule=rule)
 
 
 def fitting_problems(problems: Sequence[Problem], renderer: PromptRenderer, skip_bad_rows: bool) -> list[Problem]:
@@ -119,29 +219,3 @@ def fitting_problems(problems: Sequence[Problem], renderer: PromptRenderer, skip
             "%d problems are too long and left out, %d stay\n%s", len(too_long), len(fitting), "\n".join(shown)
         )
     return fitting
-
-
-def _load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    # Imported here: transformers takes seconds to import, and batches or tests without a model do not need it.
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path={path} holds no tokenizer ({error}): give a Hugging Face directory") from error
-    if not tokenizer.chat_template:
-        raise ValueError(f"model.path={path} has a tokenizer without a chat template: use an instruction-tuned model")
-    return tokenizer
-
-
-def _eos_token_ids(tokenizer: "PreTrainedTokenizerBase", path: Path) -> tuple[int, ...]:
-    found: set[int] = set()
-    if isinstance(tokenizer.eos_token_id, int):
-        found.add(tokenizer.eos_token_id)
-    generation_file = path / "generation_config.json"
-    if generation_file.is_file():
-        named = json.loads(generation_file.read_text()).get("eos_token_id")
-        found |= set(named) if isinstance(named, list) else {named} if isinstance(named, int) else set()
-    if not found:
-        raise ValueError(f"model.path={path} names no end-of-sequence token: set eos_token in its tokenizer")
-    return tuple(sorted(found))

@@ -1,6 +1,5 @@
 """The engines of a run: starts the servers, samples through the broker, refreshes the weights."""
 
-import json
 import logging
 import queue
 import threading
@@ -61,6 +60,7 @@ class SglangEngine:
         servers: Sequence[Server],
         restart: Callable[[str, int], Server],
         *,
+        stop_token_ids: Sequence[int],
         releases_memory: bool,
         outlet: WeightOutlet | None = None,
     ) -> None:
@@ -68,6 +68,7 @@ class SglangEngine:
 
         Args:
             restart: starts a server in the place of one, given its name and how many restarts that makes in the run.
+            stop_token_ids: every token that ends a response.
             releases_memory: whether `release_memory` does anything; see `does_release_memory`.
             outlet: see `open_outlet`.
         """
@@ -75,7 +76,7 @@ class SglangEngine:
         self._config = config
         self._run_dir = run_dir
         self._releases_memory = releases_memory
-        self._stop_token_ids = end_of_sequence_ids(Path(config.model.path))
+        self._stop_token_ids = stop_token_ids
         self._num_refreshes = 0
         self._stats: Mapping[str, float] = {}
         self._weights_lock = threading.Lock()
@@ -238,6 +239,7 @@ class SglangEngine:
 def start_engines(
     config: Config,
     run_dir: Path,
+    stop_token_ids: Sequence[int],
     agents: Sequence[AgentAddress] = (),
     outlet: WeightOutlet | None = None,
     *,
@@ -248,6 +250,7 @@ def start_engines(
     Logs go to `run_dir`/engines.
 
     Args:
+        stop_token_ids: every token that ends a response.
         agents: of the other nodes that get engines, in order.
         outlet: see `open_outlet`.
         releases_memory: whether to lend the engines' memory; None as `rollout.release_memory` says.
@@ -274,7 +277,9 @@ def start_engines(
         for server in servers:
             server.wait_until_ready(config.rollout.startup_timeout_s)
         lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
-        return SglangEngine(config, run_dir, servers, start, releases_memory=lends, outlet=outlet)
+        return SglangEngine(
+            config, run_dir, servers, start, stop_token_ids=stop_token_ids, releases_memory=lends, outlet=outlet
+        )
     except BaseException:
         stop_all(servers)
         raise
@@ -333,13 +338,3 @@ def counted_places(prompts: Sequence[Prompt]) -> Iterator[int]:
     for prompt in prompts:
         yield num_seen[prompt.problem.id]
         num_seen[prompt.problem.id] += 1
-
-
-def end_of_sequence_ids(model_directory: Path) -> tuple[int, ...]:
-    """Return the ids that end a response: those of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = model_directory / name
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
-    raise ValueError(f"model.path={model_directory} names no eos_token_id in generation_config.json or config.json")

@@ -33,7 +33,7 @@ def engine(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         # Prompts are cut across chunks, at places that depend on what else is prefilled.
         sglang={"chunked_prefill_size": 150},
     )
-    with start_engines(config, tmp_path_factory.mktemp("run")) as started:
+    with start_engines(config, tmp_path_factory.mktemp("run"), [2]) as started:
         yield started
 
 

@@ -42,13 +42,13 @@ def assert_no_child_is_left() -> None:
 def test_an_engine_that_cannot_load_its_model_shows_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model", "eos_token_id": 2}')
     with pytest.raises(EngineStartFailed, match=r"(?s)engine 0 ended while starting.*engine-0\.log.*no_such_model"):
-        start_engines(config_of(tmp_path), tmp_path)
+        start_engines(config_of(tmp_path), tmp_path, [2])
     assert_no_child_is_left()
 
 
 def test_an_unknown_server_argument_is_an_error_of_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^sglang\.max_prefil_tokens is not .*: did you mean sglang\.max_prefill_tok"):
-        start_engines(config_of(tmp_path, max_prefil_tokens=64), tmp_path)
+        start_engines(config_of(tmp_path, max_prefil_tokens=64), tmp_path, [2])
     assert_no_child_is_left()
 
 
@@ -56,7 +56,7 @@ def test_an_engine_that_is_too_slow_is_given_up_and_ended(tmp_path: Path) -> Non
     config = config_of(tmp_path)
     hasty = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, startup_timeout_s=0.5))
     with pytest.raises(EngineStartFailed, match=r"did not answer within rollout\.startup_timeout_s=0\.5"):
-        start_engines(hasty, tmp_path)
+        start_engines(hasty, tmp_path, [2])
     assert_no_child_is_left()
 
 

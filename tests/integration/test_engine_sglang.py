@@ -30,7 +30,7 @@ from megatron_p2o.config_file import dump_config
 from megatron_p2o.policy.hf_directory import write_hf_directory
 from megatron_p2o.rollout.broker import Broker, EnginesLost
 from megatron_p2o.rollout.client import EngineClient
-from megatron_p2o.rollout.engine import SglangEngine, end_of_sequence_ids, start_engines
+from megatron_p2o.rollout.engine import SglangEngine, start_engines
 from megatron_p2o.rollout.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.remote import ADDRESS_VARIABLE, AgentAddress, start_agent
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
@@ -91,7 +91,7 @@ def agent(model_path: Path, run_dir: Path) -> Iterator[tuple["subprocess.Popen[b
 @pytest.fixture(scope="module")
 def engine(model_path: Path, run_dir: Path, agent: tuple[Any, AgentAddress]) -> Iterator[SglangEngine]:
     # A server on the CPU goes through the motions of giving its memory away, and keeps it.
-    with start_engines(config_of(model_path), run_dir, [agent[1]], releases_memory=True) as started:
+    with start_engines(config_of(model_path), run_dir, [EOS], [agent[1]], releases_memory=True) as started:
         yield started
 
 
@@ -192,13 +192,12 @@ def test_leaving_the_iterator_early_frees_the_engine(engine: SglangEngine) -> No
     assert len(sample(engine, prompts(4))) == 4
 
 
-def test_a_request_out_of_time_keeps_the_tokens_it_has(engine: SglangEngine, trainer: Any, model_path: Path) -> None:
+def test_a_request_out_of_time_keeps_the_tokens_it_has(engine: SglangEngine, trainer: Any) -> None:
     server = engine._supervisor.servers[0]
-    stop_at = end_of_sequence_ids(model_path)
     broker = Broker(slots_per_engine=32, request_timeout_s=2.0, stall_timeout_s=WAIT_S)
     try:
         broker.add_engine(
-            "engine 0", lambda: EngineClient(server.base_url, server.api_key, server.admin_key, stop_at, WAIT_S), str
+            "engine 0", lambda: EngineClient(server.base_url, server.api_key, server.admin_key, [EOS], WAIT_S), str
         )
         sampling = SamplingParams(temperature=1.0, max_new_tokens=1900)
         futures = [broker.submit(asked, replace(sampling, seed=seed)) for seed, asked in enumerate(prompts(32))]
@@ -295,7 +294,7 @@ def test_the_ranks_of_one_engine_take_their_slices_and_a_small_cache_is_warned_o
 ) -> None:
     changed, versions = copy.deepcopy(trainer), Versions()
     config = config_of(model_path, num_engines=1, tensor_parallel=2, max_total_tokens=8192)
-    with start_engines(config, tmp_path) as engine:
+    with start_engines(config, tmp_path, [EOS]) as engine:
         assert "the KV cache of engine 0 holds 8192 tokens, fewer than a prompt and its response may" in caplog.text
         for _ in range(2):  # copies are recorded, then replayed
             version = versions.push(engine, changed)

@@ -177,7 +177,8 @@ def test_cross_check_names_the_places_of_both_settings(tmp_path: Path) -> None:
         ("evolution: {max_rollouts: 0}", "evolution.max_rollouts=0 must be at least 1"),
         ("evolution: {max_rollouts: -1}", "evolution.max_rollouts=-1 must be at least 1"),
         ("optimizer: {beta1: 2}", "optimizer.beta1=2.0 must be at least 0 and less than 1"),
-        ("rollout: {top_p: 1.5}", "rollout.top_p=1.5 must be greater than 0 and at most 1"),
+        ("rollout: {top_p: 1.5}", "rollout.top_p=1.5 must be 1: SGLang reports log-probs as before the cut"),
+        ("rollout: {top_p: 0.95}", "rollout.top_p=0.95 must be 1: SGLang reports log-probs as before the cut"),
         ("evaluation: {temperature: -1}", "evaluation.temperature=-1.0 must be at least 0"),
         (
             "grading: {memory_limit_mib: 64}",

@@ -3,13 +3,14 @@
 import json
 import logging
 from dataclasses import replace
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_p2o.config import DataConfig, ModelConfig
-from megatron_p2o.data.chat import ChatRenderer, fitting_problems
+from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems, prompt_limit
 from megatron_p2o.interfaces import PromptTooLongError
 from megatron_p2o.testing.tiny_model import character_tokenizer
 from megatron_p2o.types import PLAIN, Completion, Problem, Template
@@ -139,11 +140,6 @@ def test_decoding_gives_the_text_without_special_tokens_and_with_every_blank(ren
     assert renderer.decode(completion) == text
 
 
-def test_end_of_sequence_tokens_are_those_of_tokenizer_and_generation_config(renderer: ChatRenderer) -> None:
-    assert renderer.tokenizer.eos_token_id == 2
-    assert renderer.eos_token_ids == (0, 2)
-
-
 @pytest.mark.parametrize("question_format", ["{question} {level}", "{question} {0}", "{question} {", "{question"])
 def test_question_format_that_cannot_be_filled_is_an_error(model: ModelConfig, question_format: str) -> None:
     with pytest.raises(ValueError, match=r"data\.question_format=.* double literal braces"):
@@ -159,3 +155,107 @@ def test_directory_without_a_tokenizer_or_chat_template_is_an_error(tmp_path: Pa
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="tokenizer without a chat template"):
         ChatRenderer(ModelConfig(path=str(tmp_path / "base")), DATA)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system message') }}", "fails on a user's message .no system message."),
+        ("{{ messages[1].content }}", "fails on a user's message"),
+        ("{% if %}", "fails on a user's message"),
+        ("Hello!", "writes a user's message 0 times"),
+        ("{{ messages[0].content }} {{ messages[0].content }}", "writes a user's message 2 times"),
+    ],
+)
+def test_a_chat_template_that_cannot_ask_is_an_error(template: str, message: str, tmp_path: Path) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"model\.path=.* has a chat template that {message}"):
+        ChatRenderer(ModelConfig(path=str(tmp_path)), DATA)
+
+
+DATED_TEMPLATE = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}<|im_end|>"
+"""As Llama 3.1's system message does it."""
+
+
+def test_a_chat_template_sees_the_date_of_the_run_in_every_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = DATED_TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    model = ModelConfig(path=str(tmp_path))
+    dated = ChatRenderer(replace(model, template_date="2026-01-31"), DATA)
+    assert text_of(dated, dated.render(PROBLEM, HINT).training_ids).startswith("31 Jan 2026 Q: 1+1")
+    today = ChatRenderer(model, DATA)
+    before = today.render(PROBLEM, PLAIN).training_ids
+    import transformers.utils.chat_template_utils as rendering
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Tomorrow":
+            return super().now(tz) + timedelta(days=1)
+
+    monkeypatch.setattr(rendering, "datetime", Tomorrow)
+    after = today.render(PROBLEM, HINT)
+    assert text_of(today, after.sampling_ids)[:11] == text_of(today, after.training_ids)[:11]
+    np.testing.assert_array_equal(after.training_ids, before)
+    with pytest.raises(ValueError, match=r"model\.template_date=31\.1\.2026 must be a date"):
+        ChatRenderer(replace(model, template_date="31.1.2026"), DATA)
+
+
+def run_of(
+    model: ModelConfig, max_positions: int | None, max_new_tokens: int, max_prompt_tokens: int = 200, **sglang: int
+) -> Config:
+    """Return settings of a model whose config.json names `max_positions`."""
+    settings = {} if max_positions is None else {"max_position_embeddings": max_positions}
+    (Path(model.path) / "config.json").write_text(json.dumps({"model_type": "qwen3", **settings}))
+    return Config(
+        run=RunConfig(name="test"),
+        model=model,
+        data=replace(DATA, max_prompt_tokens=max_prompt_tokens),
+        rollout=RolloutConfig(max_new_tokens=max_new_tokens),
+        sglang=sglang,
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_positions", "max_new_tokens", "sglang", "expected"),
+    [
+        (None, 1000, {}, 200),
+        (1000, 800, {}, 200),
+        (1000, 801, {}, 199),
+        (1000, 999, {}, 1),
+        (1000, 100, {"context_length": 150}, 50),
+        (1000, 100, {"context-length": 150}, 50),
+    ],
+)
+def test_a_prompt_may_have_what_a_response_leaves_of_the_context(
+    model: ModelConfig, max_positions: int | None, max_new_tokens: int, sglang: dict[str, int], expected: int
+) -> None:
+    assert prompt_limit(run_of(model, max_positions, max_new_tokens, **sglang)).num_tokens == expected
+
+
+def test_a_response_that_leaves_no_room_for_a_prompt_is_an_error(model: ModelConfig) -> None:
+    with pytest.raises(ValueError, match=r"rollout\.max_new_tokens=1000 leaves no room .* the 1000 positions"):
+        prompt_limit(run_of(model, 1000, 1000))
+
+
+def test_prompts_that_do_not_fit_the_context_are_refused_with_the_reason(
+    model: ModelConfig, renderer: ChatRenderer
+) -> None:
+    num_plain = len(renderer.render(PROBLEM, PLAIN).training_ids)
+    tight = chat_renderer(run_of(model, 500, 500 - num_plain))
+    assert tight.limit.num_tokens == num_plain
+    tight.render(PROBLEM, PLAIN)
+    with pytest.raises(PromptTooLongError, match=r"problem p1 asked through template 3 takes .* more than the "):
+        tight.render(PROBLEM, HINT)
+    long = replace(PROBLEM, id="p2", question="1+1+1")
+    expected = (
+        f"problem p2 asked plainly takes {num_plain + 2} tokens, more than the {num_plain} that rollout.max_new_tokens="
+        f"{500 - num_plain} leaves of the model's 500 positions: lower rollout.max_new_tokens, or leave"
+    )
+    with pytest.raises(ValueError) as refused:
+        fitting_problems([PROBLEM, long], tight, skip_bad_rows=False)
+    assert expected in str(refused.value)

@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 from dataclasses import replace
+from datetime import date, timedelta
 from pathlib import Path
 
 import psutil
@@ -152,7 +153,26 @@ def test_the_other_nodes_wait_for_the_heads_settings(tmp_path: Path) -> None:
     head.start()
     path = share_settings(settings, tmp_path / "first", replace(HEAD, rank=1))
     head.join()
-    assert load_config(path) == settings
+    found = load_config(path)
+    assert replace(found, model=replace(found.model, template_date=None)) == settings
+    date.fromisoformat(found.model.template_date or "none")
+
+
+def test_a_run_keeps_the_date_of_its_first_start_on_every_node_unless_given_one(tmp_path: Path) -> None:
+    def started(settings: Config, *, rank: int = 0, launch_id: str = "8.0") -> str | None:
+        nodes = replace(HEAD, rank=rank, launch_id=launch_id)
+        return load_config(share_settings(settings, tmp_path / "first", nodes)).model.template_date
+
+    settings = config(tmp_path)
+    first = replace(settings, model=replace(settings.model, template_date="2001-02-03"))
+    assert started(first) == "2001-02-03"
+    assert started(settings, launch_id="9.0") == "2001-02-03"
+    assert started(settings, launch_id="9.0", rank=1) == "2001-02-03"
+    assert started(replace(first, model=replace(first.model, template_date="2002-02-03"))) == "2002-02-03"
+    (tmp_path / "first" / "config.yaml").write_text("model: [")
+    today = started(settings)
+    assert today is not None
+    assert abs(date.fromisoformat(today) - date.today()) <= timedelta(days=1)
 
 
 @pytest.mark.parametrize("what_is_there", ["nothing", "other settings", "an earlier start"])

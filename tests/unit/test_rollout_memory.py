@@ -32,13 +32,14 @@ class Run:
     """Two engines, their servers and everything that was asked of them, in order."""
 
     def __init__(self, folder: Path, stall_timeout_s: float, request_timeout_s: float = WAIT_S) -> None:
-        (folder / "config.json").write_text('{"eos_token_id": 2}')
         settings = {"model.path": str(folder), "rollout.stall_timeout_s": stall_timeout_s, "rollout.max_restarts": 1}
         settings |= {"rollout.request_timeout_s": request_timeout_s}
         self.config = fake_config({**settings, "rollout.startup_timeout_s": WAIT_S, "rollout.num_engines": 2})
         self.journal: list[str] = []
         self.servers = [FakeSglangServer(f"engine {index}", self.journal) for index in range(2)]
-        self.engine = SglangEngine(self.config, folder, self.servers, self.restart, releases_memory=True)
+        self.engine = SglangEngine(
+            self.config, folder, self.servers, self.restart, stop_token_ids=[2], releases_memory=True
+        )
 
     def restart(self, name: str, restart: int) -> FakeSglangServer:
         index = int(name.split()[1])

@@ -1,5 +1,4 @@
 import importlib.util
-import json
 import os
 import socket
 import subprocess
@@ -12,7 +11,6 @@ import pytest
 
 from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.rollout.client import parse_generation
-from megatron_p2o.rollout.engine import end_of_sequence_ids
 from megatron_p2o.rollout.launcher import check_names
 from megatron_p2o.rollout.scratch import Scratch
 from megatron_p2o.rollout.server import CPU_SITE, EngineServer, engine_environment, reserve_port
@@ -173,26 +171,6 @@ def test_each_rank_of_a_cpu_engine_is_bound_to_a_core(tmp_path: Path) -> None:
     bound = engine_environment({"device": "cpu", "tp_size": 3}, tmp_path)["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
     assert len(bound) == 3
     assert {int(core) for core in bound} <= os.sched_getaffinity(0)
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"config.json": 2}, (2,)),
-        ({"config.json": 2, "generation_config.json": [5, 6]}, (5, 6)),
-        ({"config.json": 2, "generation_config.json": None}, (2,)),
-    ],
-)
-def test_stop_tokens_are_the_model_s_own(files: dict, expected: tuple[int, ...], tmp_path: Path) -> None:
-    for name, ids in files.items():
-        (tmp_path / name).write_text(json.dumps({"eos_token_id": ids}))
-    assert end_of_sequence_ids(tmp_path) == expected
-
-
-def test_a_model_without_an_end_token_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="names no eos_token_id"):
-        end_of_sequence_ids(tmp_path)
 
 
 def test_an_answer_lists_each_weight_version_once_in_order() -> None:

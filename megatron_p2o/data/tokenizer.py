@@ -1,0 +1,88 @@
+"""The model's tokenizer: read and checked, and which tokens end a response."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE = "What is 6 x 7?"
+"""A text that every tokenizer of a language model takes."""
+
+PROBE_ANSWER = "It is 42."
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of the model directory `path`.
+
+    Raises:
+        ValueError: there is none, it knows no words, or it has no chat template.
+    """
+    # Imported here: transformers takes seconds to import, and batches or tests without a model do not need it.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"model.path={path} holds no tokenizer ({error}): give a Hugging Face directory") from error
+    # transformers makes an empty tokenizer, without a word, for a model type it knows and finds no files of.
+    if not tokenizer.encode(PROBE, add_special_tokens=False):
+        raise ValueError(
+            f"model.path={path} holds no tokenizer that knows a word: {PROBE!r} gives no token. Copy tokenizer.json "
+            "and tokenizer_config.json of the model there"
+        )
+    if not tokenizer.chat_template:
+        raise ValueError(f"model.path={path} has a tokenizer without a chat template: use an instruction-tuned model")
+    return tokenizer
+
+
+def end_of_response_ids(tokenizer: "PreTrainedTokenizerBase", path: Path) -> tuple[int, ...]:
+    """Return every token that ends a response, ascending: the one answer for engines, training and evaluation.
+
+    They are the end-of-sequence tokens of generation_config.json, config.json and the tokenizer, and the special token
+    by which the chat template ends an assistant's turn. A model that was tuned from a base often keeps the base's
+    token in some of these places, and ends its turns by another.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {
+        token for name in ("generation_config.json", "config.json") for token in _named_ids(path / name, "eos_token_id")
+    }
+    if isinstance(tokenizer.eos_token_id, int):
+        found.add(tokenizer.eos_token_id)
+    found.update(_end_of_turn(tokenizer))
+    if not found:
+        raise ValueError(f"model.path={path} names no end-of-sequence token: set eos_token in its tokenizer")
+    return tuple(sorted(found))
+
+
+def _named_ids(path: Path, field: str) -> Sequence[int]:
+    """Return the ids a JSON file names under `field`: one, several or none."""
+    if not path.is_file():
+        return ()
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+    named = settings.get(field) if isinstance(settings, Mapping) else None
+    ids: list[Any] = named if isinstance(named, list) else [named]
+    return [token for token in ids if isinstance(token, int) and not isinstance(token, bool)]
+
+
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> Sequence[int]:
+    """Return the special token that follows an assistant's message in the chat template; empty where none does."""
+    from jinja2 import TemplateError
+
+    chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE_ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, TypeError, ValueError):
+        return ()  # a template of single questions: how it ends a turn is not known
+    assert isinstance(text, str), "one conversation is one text"
+    _, found, rest = text.rpartition(PROBE_ANSWER)
+    following = tokenizer.encode(rest, add_special_tokens=False) if found else []
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [token for token in following if token in special][:1]
