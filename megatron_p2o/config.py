@@ -5,6 +5,7 @@ Defaults are the paper's (arXiv:2603.21877, Qwen3-4B) except where `preset: refe
 `REFERENCE_PRESET` lists the authors' value for each.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,12 @@ class RunConfig:
     def folder(self) -> Path:
         """Of the run's files; it need not exist yet."""
         return Path(self.directory) / self.name
+
+    @property
+    def arm(self) -> str:
+        """What reports compare, its runs differing by seed: the name, without `-seed2` at its end if that is `seed`."""
+        marked = re.fullmatch(r"(.+?)[-_]seed[-_]?0*(\d+)", self.name)
+        return marked[1] if marked and int(marked[2]) == self.seed else self.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -495,6 +502,14 @@ def _evaluation_rules(config: Config) -> list[Rule]:
         *((f"evaluation.temperature_of.{name}", name) for name in evaluation.temperature_of),
     ]
     return [
+        *(
+            (
+                not name.startswith("templated_"),
+                f"data.evaluation.{name} must not begin with templated_: the metrics of a set asked through a template "
+                "are called so, rename it",
+            )
+            for name in sets
+        ),
         *((name in sets, f"{setting} must name a set of data.evaluation ({known})") for setting, name in named),
         (
             evaluation.best_set is None or evaluation.best_set in sets,

@@ -222,13 +222,12 @@ class RunObserver:
     ) -> dict[str, Any]:
         run_state = self._run_state(state)
         return {
-            "arm": self._config.run.name.rsplit("-seed", 1)[0],
+            "arm": self._config.run.arm,
             "seed": self._config.run.seed,
             "num_steps": state.step,
             "evaluation": {name: evaluation_record(outcome) for name, outcome in plain.items()},
             "templated_evaluation": {name: evaluation_record(outcome) for name, outcome in templated.items()},
             "templated_accuracy_when_published": self._published_accuracy,
-            "template_hard_accuracy": templated["heldout_hard"].accuracy if "heldout_hard" in templated else None,
             "best_template": self._best_template.text,
             "first_round": dict(self._first_round),
             "pass_at_n_plain": self._first_round.get("pass_at_n_plain"),

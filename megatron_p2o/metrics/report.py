@@ -63,7 +63,7 @@ def overview_section(runs: Sequence[Run], styles: dict[str, int]) -> Html:
         "Train reward",
         "Rollouts: training",
         "evolution",
-        "Templates",
+        "Templates published",
         "Wall time",
         "State",
     ]
@@ -78,17 +78,25 @@ def _overview_row(run: Run, sets: Sequence[str], styles: dict[str, int]) -> list
     swatch = element("span", class_=f"swatch s{styles[run.arm] % NUM_STYLES}", aria_hidden="true")
     reward = run.points("rollout/reward_mean")
     results = run.results or {}
-    wall_s = results.get("wall_s", run.total("perf/step_s"))
+    # What evaluations and rounds took is known at the end.
+    steps_s = run.total("perf/step_s")
+    wall_time = duration_text(float(results["wall_s"])) if "wall_s" in results else f"{duration_text(steps_s)} in steps"
     return [
         join(swatch, run.name),
         *(_last(run, key) for key in sets),
         number_text(reward[-1][1], "share") if reward else "",
         number_text(results.get("num_rollouts_train") or run.total("rollout/rollouts_count")),
         number_text(results.get("num_rollouts_evolution") or run.total("evolution/num_rollouts")),
-        str(len(run.libraries[-1].templates)) if run.libraries else "",
-        duration_text(float(wall_s)),
+        _num_published(run),
+        wall_time,
         _state(run),
     ]
+
+
+def _num_published(run: Run) -> str:
+    """Return how many templates the run's libraries have held; one that was published again counts once."""
+    texts = {template.text for library in run.libraries for template in library.templates}
+    return str(len(texts)) if run.libraries else ""
 
 
 def duration_text(seconds: float) -> str:

@@ -22,7 +22,7 @@ TEMPLATED = "eval/templated_"
 FAILURES = (
     ("rollout/grade_error_count", "Grader could not decide"),
     ("rollout/aborted_count", "Rollouts given up on"),
-    ("engine/invalid_logprobs_count", "of them for log-probs that are none"),
+    ("engine/invalid_logprobs_count", "Completions whose log-probs are none"),
     ("train/non_finite_updates_count", "Updates skipped: gradient not finite"),
 )
 """Counts and their headings in the table of a run's failures."""
@@ -189,8 +189,16 @@ def health_section(runs: Sequence[Run], styles: Styles) -> Html:
         for key, title, note, unit in shown
         if any(run.points(key) for run in runs)
     ]
-    rows = [[run.name, *(number_text(run.total(key)) for key, _ in FAILURES)] for run in runs]
-    failures = table(["Run", *(name for _, name in FAILURES)], rows, "What failed, over the whole run")
+    header = ["Run", *(name for _, name in FAILURES), "Numbers not finite"]
+    rows = [
+        [
+            run.name,
+            *(number_text(run.total(key)) for key, _ in FAILURES),
+            sum(line.num_not_finite for line in run.lines),
+        ]
+        for run in runs
+    ]
+    failures = table(header, rows, "What failed, over the whole run")
     return _section("Health", "Engine/trainer mismatch, optimisation, and where rollouts go.", charts, failures)
 
 

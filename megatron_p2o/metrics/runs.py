@@ -1,12 +1,14 @@
 """A run directory as the report reads it: every part may be missing, and the run may still be writing."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from megatron_p2o.config import RunConfig
 from megatron_p2o.metrics.jsonl import JsonObject, read_lines
 from megatron_p2o.metrics.lineage import JournalledRound, ancestors, read_rounds
 from megatron_p2o.rl.hard_samples import LedgerEntry
@@ -25,6 +27,8 @@ class MetricLine:
     time: str
     metrics: Mapping[str, float]
     """Finite numbers only."""
+    num_not_finite: int
+    """Numbers that were nan or infinite and are written as null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +63,9 @@ class Run:
 
     directory: Path
     arm: str
-    """What is compared: runs of one arm differ by seed."""
+    """What is compared: runs of one arm differ by seed. As the run recorded it, else the folder's name."""
     seed: int | None
-    """None when neither `results.json` nor the folder's name tells it."""
+    """None when the run recorded none."""
     lines: Sequence[MetricLine]
     libraries: Sequence[PublishedLibrary]
     """Oldest first; empty for a run without evolution."""
@@ -95,11 +99,11 @@ def read_run(directory: Path) -> Run:
     if not (directory / "metrics.jsonl").exists() and not (directory / "results.json").exists():
         raise ValueError(f"{directory} holds neither metrics.jsonl nor results.json: name the directory of a run")
     results = read_object(directory / "results.json")
-    arm, seed = arm_and_seed(directory.name)
+    arm, seed = _arm_and_seed(directory, results)
     return Run(
         directory=directory,
-        arm=str(results["arm"]) if results and "arm" in results else arm,
-        seed=int(results["seed"]) if results and "seed" in results else seed,
+        arm=arm,
+        seed=seed,
         lines=read_metrics(directory / "metrics.jsonl"),
         libraries=read_libraries(directory),
         ledger=read_ledger(directory / "hard_samples.jsonl"),
@@ -107,10 +111,17 @@ def read_run(directory: Path) -> Run:
     )
 
 
-def arm_and_seed(run_name: str) -> tuple[str, int | None]:
-    """Split `grpo_n6-seed2` into ("grpo_n6", 2); a name of another form is an arm of its own."""
-    match = re.fullmatch(r"(.+?)[-_]seed[-_]?(\d+)", run_name)
-    return (match[1], int(match[2])) if match else (run_name, None)
+def _arm_and_seed(directory: Path, results: JsonObject | None) -> tuple[str, int | None]:
+    """Return what results.json says, before the end what config.yaml does."""
+    if results is not None and "arm" in results and "seed" in results:
+        return str(results["arm"]), int(results["seed"])
+    settings = directory / "config.yaml"
+    recorded = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+    match recorded:
+        case {"run": {"name": str(name), "seed": int(seed)}}:
+            return RunConfig(name=name, seed=seed).arm, seed
+        case _:
+            return directory.name, None
 
 
 def read_metrics(path: Path) -> list[MetricLine]:
@@ -125,6 +136,7 @@ def read_metrics(path: Path) -> list[MetricLine]:
             epoch=earlier.epoch if earlier else int(line["epoch"]),
             time=str(line["time"]),
             metrics={**(earlier.metrics if earlier else {}), **finite},
+            num_not_finite=(earlier.num_not_finite if earlier else 0) + len(line["metrics"]) - len(finite),
         )
     return [merged[step] for step in sorted(merged)]
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
@@ -15,31 +15,25 @@ from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.metrics.runs import read_object
 
-HARD_SET, EASY_SET = "heldout_hard", "heldout_easy"
-"""Names under `data.evaluation` whose accuracy the summary gives."""
-
-COLUMNS: tuple[tuple[str, str], ...] = (
-    ("arm", "arm"),
-    ("seed", "seed"),
-    ("hard, plain", "plain_hard_accuracy"),
-    ("easy, plain", "plain_easy_accuracy"),
-    ("hard, best template", "template_hard_accuracy"),
-    ("hard, plain pass@N", "pass_at_n_plain"),
+SPENT: tuple[tuple[str, str], ...] = (
+    ("plain pass@N", "pass_at_n_plain"),
     ("rollouts", "num_rollouts_train"),
     ("of evolution", "num_rollouts_evolution"),
     ("seconds", "wall_s"),
 )
-"""Heading and key of the printed table."""
+"""Heading and key of the table's last columns. `plain pass@N`: of the problems that chose the first round's templates,
+the share that as many plain samples solved as the round took (`evolution.plain_control`)."""
 
-PLAIN_TEXT_WIDTH = 140
-"""Columns of the table where there is no terminal whose width would count."""
+PLAIN_TEXT_WIDTH = 1000
+"""Columns of the table where there is no terminal whose width would count: no row is folded."""
 
 
 def summarize(run_dirs: Sequence[Path]) -> JsonObject:
     """Return the results of finished runs.
 
-    `runs` has one object per run, ordered by arm as first named and by seed, with null for what a run did not measure;
-    `arms` the mean, lowest and highest accuracy over an arm's seeds; `unfinished` the runs without results.json.
+    `runs` has one object per run, ordered by arm as first named and by seed: `accuracy` of every set of problems asked
+    plainly, `template_accuracy` of every set asked through the run's best template, null for a number it does not have;
+    `arms` the mean, lowest and highest of each over an arm's seeds; `unfinished` the runs without results.json.
 
     Raises:
         ValueError: a results.json is damaged or says neither arm nor seed.
@@ -69,13 +63,30 @@ def print_table(summary: Mapping[str, Any], stream: TextIO | None = None) -> Non
     width = None if is_terminal else PLAIN_TEXT_WIDTH
     console = Console(file=target, width=width, highlight=False, markup=False)
     table = Table(box=SIMPLE if is_terminal else None, pad_edge=False)
-    for heading, key in COLUMNS:
-        table.add_column(heading, justify="left" if key == "arm" else "right")
+    columns = list(_columns(summary["runs"]))
+    for heading, _ in columns:
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
     for row in summary["runs"]:
-        table.add_row(*(_cell(key, row[key]) for _, key in COLUMNS))
+        table.add_row(*(cell_of(row) for _, cell_of in columns))
     console.print(table)
     for name in summary["unfinished"]:
         console.print(f"{name} has not finished: it wrote no results.json", soft_wrap=True)
+
+
+def _columns(rows: Sequence[JsonObject]) -> Iterator[tuple[str, Callable[[JsonObject], str]]]:
+    """Yield heading and cell of each column: one for every set that a run measured, plainly or by its best template."""
+    yield "arm", lambda row: row["arm"]
+    yield "seed", lambda row: str(row["seed"])
+    for asked, suffix in (("accuracy", ""), ("template_accuracy", ", best template")):
+        for name in _sets(rows, asked):
+            yield name + suffix, lambda row, asked=asked, name=name: _cell(name, row[asked].get(name))
+    for heading, key in SPENT:
+        if any(row[key] is not None for row in rows):
+            yield heading, lambda row, key=key: _cell(key, row[key])
+
+
+def _sets(rows: Sequence[JsonObject], asked: str) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row[asked]))
 
 
 def _row(directory: Path, results: JsonObject) -> JsonObject:
@@ -85,33 +96,27 @@ def _row(directory: Path, results: JsonObject) -> JsonObject:
     return {
         "arm": str(results["arm"]),
         "seed": int(results["seed"]),
-        "plain_hard_accuracy": evaluation.get(HARD_SET, {}).get("accuracy"),
-        "plain_easy_accuracy": evaluation.get(EASY_SET, {}).get("accuracy"),
-        **{
-            key: results.get(key)
-            for key in (
-                "template_hard_accuracy",
-                "pass_at_n_plain",
-                "num_rollouts_train",
-                "num_rollouts_evolution",
-                "wall_s",
-            )
-        },
+        "accuracy": _accuracies(evaluation),
+        "template_accuracy": _accuracies(results.get("templated_evaluation") or {}),
+        **{key: results.get(key) for _, key in SPENT},
         "evaluation": evaluation,
     }
 
 
+def _accuracies(evaluation: Mapping[str, JsonObject]) -> dict[str, float]:
+    return {name: outcome["accuracy"] for name, outcome in evaluation.items()}
+
+
 def _over_seeds(rows: Sequence[JsonObject]) -> JsonObject:
-    return {
-        "seeds": [row["seed"] for row in rows],
-        "plain_hard_accuracy": _spread(row["plain_hard_accuracy"] for row in rows),
-        "plain_easy_accuracy": _spread(row["plain_easy_accuracy"] for row in rows),
+    spreads = {
+        asked: {name: _spread([row[asked][name] for row in rows if name in row[asked]]) for name in _sets(rows, asked)}
+        for asked in ("accuracy", "template_accuracy")
     }
+    return {"seeds": [row["seed"] for row in rows], **spreads}
 
 
-def _spread(values: Iterable[float | None]) -> JsonObject | None:
-    known = [value for value in values if value is not None]
-    return {"mean": fmean(known), "lowest": min(known), "highest": max(known)} if known else None
+def _spread(values: Sequence[float]) -> JsonObject:
+    return {"mean": fmean(values), "lowest": min(values), "highest": max(values)}
 
 
 def _cell(key: str, value: Any) -> str:

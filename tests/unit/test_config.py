@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from megatron_p2o.config import REFERENCE_PRESET, Config, problems_of
+from megatron_p2o.config import REFERENCE_PRESET, Config, RunConfig, problems_of
 from megatron_p2o.config_ranges import LONGEST_WAIT_S, UNBOUNDED, Range, range_of, range_problems
 from megatron_p2o.testing.fakes import fake_config
 
@@ -199,3 +199,24 @@ def test_the_defaults_are_the_papers() -> None:
         "evolution.minibatch_size": 3,
     }
     assert {name: attrgetter(name)(defaults) for name in published} == published
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "arm"),
+    [
+        ("grpo_n6-seed2", 2, "grpo_n6"),
+        ("grpo_seed2", 2, "grpo"),
+        ("grpo-seed-02", 2, "grpo"),
+        ("grpo_seed2", 1, "grpo_seed2"),
+        ("p2o_qwen3_4b", 4, "p2o_qwen3_4b"),
+        ("-seed2", 2, "-seed2"),
+    ],
+)
+def test_an_arm_is_the_name_without_a_mark_of_the_run_s_own_seed(name: str, seed: int, arm: str) -> None:
+    assert RunConfig(name=name, seed=seed).arm == arm
+
+
+def test_a_set_is_not_called_like_the_templated_measure_of_another() -> None:
+    config = fake_config({"data.evaluation": {"templated_hard": "a.jsonl", "hard": "b.jsonl"}})
+    (sentence,) = problems_of(config)
+    assert sentence.startswith("data.evaluation.templated_hard must not begin with templated_")

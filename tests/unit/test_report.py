@@ -22,7 +22,7 @@ from megatron_p2o.metrics.report import duration_text, write_report
 from megatron_p2o.metrics.report_figures import by_epoch, over_rollouts
 from megatron_p2o.metrics.report_templates import word_changes
 from megatron_p2o.metrics.rollouts import RolloutWriter
-from megatron_p2o.metrics.runs import arm_and_seed, read_run
+from megatron_p2o.metrics.runs import read_run
 from megatron_p2o.metrics.step import step_metrics
 from megatron_p2o.rl.hard_samples import ledger_entry
 from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, Rollout, Template
@@ -79,8 +79,14 @@ def template(id: int, text: str, parent: int | None, score: float) -> dict[str, 
     }
 
 
+def new_run(root: Path, name: str) -> Path:
+    (root / name).mkdir()
+    (root / name / "config.yaml").write_text(f"run: {{name: {name}, directory: runs, seed: 1}}\n")
+    return root / name
+
+
 def grpo_run(root: Path) -> Path:
-    directory = root / "grpo_n6-seed1"
+    directory = new_run(root, "grpo_n6-seed1")
     write_lines(
         directory / "metrics.jsonl",
         [
@@ -95,7 +101,7 @@ def grpo_run(root: Path) -> Path:
 
 
 def p2o_run(root: Path, text: str = "Work step by step.") -> Path:
-    directory = root / "p2o_n6-seed1"
+    directory = new_run(root, "p2o_n6-seed1")
     evolution = {"evolution/num_rollouts": 100, "evolution/best_score": 0.5, "evolution/coverage": 0.75}
     write_lines(
         directory / "metrics.jsonl",
@@ -187,7 +193,9 @@ def test_arms_stand_side_by_side_with_their_latest_numbers(tmp_path: Path) -> No
 def test_a_run_without_templates_has_no_empty_sections_for_them(tmp_path: Path) -> None:
     page = report_of(tmp_path, grpo_run(tmp_path))
     for heading in ("Templates", "Examples", "Hard-sample ledger"):
-        assert f" {heading} " not in page.text.replace("Rollouts: training evolution Templates Wall time State", "")
+        assert f" {heading} " not in page.text.replace(
+            "Rollouts: training evolution Templates published Wall time State", ""
+        )
 
 
 def test_the_page_loads_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:
@@ -379,10 +387,27 @@ def test_rollouts_spent_count_training_and_evolution(tmp_path: Path) -> None:
     assert over_rollouts(run, "eval/heldout_hard/avg") == [(12 + 100 + 12 + 12, 0.875)]
 
 
-def test_arm_and_seed_are_read_from_a_folder_name() -> None:
-    assert arm_and_seed("grpo_n6-seed2") == ("grpo_n6", 2)
-    assert arm_and_seed("p2o_seed12") == ("p2o", 12)
-    assert arm_and_seed("p2o_qwen3_4b") == ("p2o_qwen3_4b", None)
+def test_an_unfinished_run_has_the_arm_its_results_will_name(tmp_path: Path) -> None:
+    run = grpo_run(tmp_path)
+    assert (read_run(run).arm, read_run(run).seed) == ("grpo_n6", 1)
+    (run / "config.yaml").write_text("run: {name: grpo_seed2, seed: 2}\n")
+    assert (read_run(run).arm, read_run(run).seed) == ("grpo", 2)
+    (run / "config.yaml").write_text("run: {name: grpo_seed2, seed: 3}\n")
+    assert (read_run(run).arm, read_run(run).seed) == ("grpo_seed2", 3)
+    (run / "config.yaml").unlink()
+    assert (read_run(run).arm, read_run(run).seed) == ("grpo_n6-seed1", None), "nothing is read from a folder's name"
+
+
+def test_templates_that_a_later_library_no_longer_holds_have_been_published(tmp_path: Path) -> None:
+    run = p2o_run(tmp_path)
+    (run / "templates" / "library-9.json").write_text(json.dumps({"version": 9, "templates": [], "assignments": {}}))
+    texts = {each.text for library in read_run(run).libraries for each in library.templates}
+    assert len(texts) > 0 and f" {len(texts)} 0 s in steps " in report_of(tmp_path, run).text
+
+
+def test_numbers_that_were_not_finite_are_counted(tmp_path: Path) -> None:
+    run = p2o_run(tmp_path)
+    assert sum(line.num_not_finite for line in read_run(run).lines) == 1
 
 
 def test_durations_read_as_people_say_them() -> None:
