@@ -316,9 +316,15 @@ class ReflectionConfig:
     """Environment variable that holds the key; the key itself is never in a file."""
     phrases: str | None = None
     """File of the `phrasebook` backend, one phrase per line."""
-    temperature: NonNegativeFloat = 0.6
-    max_tokens: PositiveInt = 2048
+    temperature: NonNegativeFloat | None = 0.6
+    """None leaves it out of the request, for models that take no other than their own."""
+    max_tokens: PositiveInt | None = 2048
+    """Of a reply, reasoning included; one that is cut off gives no template. None leaves it out of the request."""
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of every request, e.g. `{max_completion_tokens: 8192, reasoning_effort: low}`, with `max_tokens`
+    and `temperature` null for models that refuse these."""
     timeout_s: Seconds = 120.0
+    """Longest wait for a reply."""
     max_retries: NonNegativeInt = 4
     """Per call, with exponential back-off; then evolution pauses and says so."""
 
@@ -547,6 +553,10 @@ def _process_rules(config: Config) -> list[Rule]:
             or config.evolution.reflection.backend != "openai"
             or bool(config.evolution.reflection.base_url and config.evolution.reflection.model),
             "evolution.reflection.backend=openai needs evolution.reflection.base_url and .model",
+        ),
+        (
+            not {"messages", "stream", "n"} & config.evolution.reflection.extra_body.keys(),
+            "evolution.reflection.extra_body must hold none of messages, stream and n: one whole reply is read",
         ),
         (
             not config.evolution.enabled

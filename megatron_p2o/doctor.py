@@ -28,6 +28,7 @@ REQUIRED = {
     "safetensors": "",
     "math-verify": "",
     "aiohttp": "",
+    "openai": ">=2.6",
     "orjson": "",
 }
 """Distributions without which no run starts, and the versions it takes."""

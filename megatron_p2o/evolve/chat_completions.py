@@ -1,47 +1,52 @@
-"""Reflection by a language model behind an OpenAI-compatible endpoint: a hosted one, or the initial policy's server."""
+"""Reflection by a language model behind an OpenAI-compatible endpoint: a hosted one, or the initial policy's server.
+
+The `openai` client retries, waits as long as the endpoint asks, and finds proxies. Added here: a limit on the size of a
+reply while it comes in, and what each failure means for the round.
+"""
 
 import asyncio
-import json
-import random
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+import ipaddress
+import zlib
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
-import aiohttp
+import httpx
+from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient, omit
 
 from megatron_p2o.config import ReflectionConfig
 from megatron_p2o.evolve.reflection import (
     ReflectionRefused,
     ReflectionRequest,
     ReflectionUnavailable,
-    extract_template,
     reflection_prompt,
 )
+from megatron_p2o.evolve.reflectors import endpoint_of
+from megatron_p2o.evolve.reply import read_reply, template_of
+from megatron_p2o.evolve.text import quoted
 from megatron_p2o.seeds import seed_of
 
-PERMANENT_STATUSES = frozenset({401, 403, 404, 405})
-"""Wrong key, no permission, wrong address: the next request would fare no better."""
+PERMANENT_STATUSES = frozenset({401, 402, 403, 404, 405})
+"""Wrong key, no money, no permission, wrong address: the next request would fare no better. Redirects are the same."""
 
-TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Worth a retry; any other refusal is about this one request."""
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
+"""Of those below 500; from there on all are. The client has tried them again."""
 
-BASE_DELAY_S = 1.0
-"""Before the first retry; doubles each time, with jitter of half to one and a half."""
+MAX_REFUSED_REQUESTS = 5
+"""In a row before evolution pauses: an endpoint that refuses a field of the request refuses it in all."""
 
-MAX_DELAY_S = 60.0
-"""Longest wait before a retry, also where Retry-After asks for more."""
+MAX_USELESS_REPLIES = 20
+"""In a row before evolution pauses: a model that fails three times out of four gives so many once in 300 rows."""
 
-MAX_DETAIL_CHARS = 200
-"""Of an error page that is quoted in messages."""
+MAX_REPLY_BYTES = 8 << 20
+"""Of a reply, unpacked: a hundred times what `evolution.reflection.max_tokens` and long reasoning take."""
+
+LONGEST_WAIT_S = 60.0
+"""The client waits so long between two tries at most."""
 
 
-class TransientError(Exception):
-    """This try failed; another may not."""
-
-    def __init__(self, detail: str, retry_after_s: float | None = None) -> None:
-        super().__init__(detail)
-        self.retry_after_s = retry_after_s
+class ReplyUnreadable(Exception):
+    """A reply is larger than allowed, or packed in a way nobody asked for."""
 
 
 class ChatCompletions:
@@ -52,116 +57,166 @@ class ChatCompletions:
         config: ReflectionConfig,
         api_key: str | None,
         seed: int,
-        extra_fields: Mapping[str, Any] | None = None,
-        base_delay_s: float = BASE_DELAY_S,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> None:
-        """`extra_fields` go into every request. Raises `ValueError` when the endpoint is not named."""
-        if not config.base_url or not config.model:
-            raise ValueError(
-                f"evolution.reflection.backend={config.backend} needs evolution.reflection.base_url and .model"
-            )
+        """`extra_body` goes into every request, beneath `config.extra_body`.
+
+        Raises `ValueError` when the endpoint is not named, or a proxy of the environment cannot be used.
+        """
+        base_url, model = endpoint_of(config)
         self._config = config
-        self._url = config.base_url.rstrip("/") + "/chat/completions"
+        self._url = base_url.rstrip("/") + "/chat/completions"
+        self._model = model
         self._api_key = api_key
         self._seed = seed
-        self._extra_fields = dict(extra_fields or {})
-        self._base_delay_s = base_delay_s
-        self._session: aiohttp.ClientSession | None = None
+        self._extra_body = {**(extra_body or {}), **config.extra_body}
+        self._client = AsyncOpenAI(
+            base_url=base_url,
+            api_key=api_key or "",
+            timeout=config.timeout_s,
+            max_retries=config.max_retries,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=_http_client(trust_env=config.backend == "openai" and not is_loopback(base_url)),
+        )
+        # The endpoint need not be OpenAI's: what the environment says of an account there is none of its business.
+        self._client.organization = self._client.project = None
+        self._num_refused = self._num_useless = 0
+        """In a row."""
 
     async def propose(self, request: ReflectionRequest) -> str:
-        """Raises `ReflectionUnavailable` at once for a permanent refusal, else after `max_retries` retries."""
-        rng = random.Random(f"retry/{self._seed}/{request.proposal}")
-        body = self._body(reflection_prompt(request))
-        if self._config.backend == "self":
-            # A deterministic engine answers every request without a seed from one and the same.
-            body["seed"] = seed_of(self._seed, "reflection", request.proposal)
-        num_tries = self._config.max_retries + 1
-        for attempt in range(num_tries):
-            try:
-                return extract_template(await self._complete(body))
-            except TransientError as error:
-                if attempt + 1 == num_tries:
-                    raise ReflectionUnavailable(f"{self._url}: {error} ({num_tries} tries)") from error
-                await asyncio.sleep(retry_delay_s(attempt, self._base_delay_s, error.retry_after_s, rng))
-        raise AssertionError("the last try returned or raised")
+        """Raises `ReflectionUnavailable` for what the next request would meet as well, or after too many bad ones."""
+        try:
+            reply = read_reply(await self._complete(reflection_prompt(request), request.proposal))
+            self._num_refused = 0
+            template = template_of(reply, request.parent_text)
+        except ReflectionRefused as refused:
+            self._num_useless += 1
+            if self._num_refused >= MAX_REFUSED_REQUESTS or self._num_useless >= MAX_USELESS_REPLIES:
+                detail = f": {refused.detail}" if refused.detail else ""
+                raise ReflectionUnavailable(
+                    f"{self._url}: the last {self._num_useless} requests gave no template, the last one: "
+                    f"{refused}{detail}"
+                ) from refused
+            raise
+        self._num_useless = 0
+        return template
+
+    async def probe(self) -> None:
+        """Ask for one word, as for a template. Raises `ReflectionUnavailable` or `ReflectionRefused`."""
+        read_reply(await self._complete("Reply with the word ready.", 0))
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._client.close()
 
-    def _body(self, prompt: str) -> dict[str, Any]:
-        return {
-            "model": self._config.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": self._config.temperature,
-            "max_tokens": self._config.max_tokens,
-            **self._extra_fields,
-        }
-
-    async def _complete(self, body: Mapping[str, Any]) -> str:
-        """Return the answer's text. Raise `TransientError`, `ReflectionUnavailable` or `ReflectionRefused`."""
-        if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=self._config.timeout_s)
-            self._session = aiohttp.ClientSession(timeout=timeout)
-        headers = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
+    async def _complete(self, prompt: str, proposal: int) -> bytes:
+        """Return the body of a reply. Raises `ReflectionUnavailable` or `ReflectionRefused`."""
+        num_tries = self._config.max_retries + 1
         try:
-            # A redirect would carry the key to another host.
-            async with self._session.post(self._url, json=body, headers=headers, allow_redirects=False) as response:
-                content = await response.read()
-                if response.status != 200:
-                    raise self._failure(response.status, content, response.headers.get("Retry-After"))
+            async with asyncio.timeout(num_tries * (self._config.timeout_s + LONGEST_WAIT_S)):
+                return await self._post(prompt, proposal)
+        except APIStatusError as error:
+            raise self._failure(error.response) from error
+        except APITimeoutError as error:
+            detail = f"no answer within evolution.reflection.timeout_s={self._config.timeout_s:g}"
+            raise ReflectionUnavailable(f"{self._url}: {detail} ({num_tries} tries)") from error
+        except APIConnectionError as error:
+            detail = f"{type(error.__cause__).__name__}: {error.__cause__}"
+            raise ReflectionUnavailable(f"{self._url}: {self._quotable(detail)} ({num_tries} tries)") from error
         except TimeoutError as error:
-            raise TransientError(f"no answer within {self._config.timeout_s:g} s") from error
-        except aiohttp.ClientError as error:
-            raise TransientError(f"{type(error).__name__}: {error}") from error
-        return answer_text(content)
+            raise ReflectionRefused("not complete within evolution.reflection.timeout_s") from error
+        except ReplyUnreadable as error:
+            raise ReflectionRefused("too large or packed", str(error)) from error
+        except httpx.HTTPError as error:
+            raise ReflectionRefused("broken off", f"{type(error).__name__}: {error}") from error
 
-    def _failure(self, status: int, content: bytes, retry_after: str | None) -> Exception:
-        detail = f"status {status}: {self._quotable(content)}"
-        if status in TRANSIENT_STATUSES:
-            return TransientError(detail, retry_after_s(retry_after))
-        if status in PERMANENT_STATUSES:
-            hint = f"; check ${self._config.api_key_env}" if status in (401, 403) else ""
-            return ReflectionUnavailable(f"{self._url}: {detail}{hint}")
-        return ReflectionRefused(f"the endpoint refuses the request with status {status}")
+    async def _post(self, prompt: str, proposal: int) -> bytes:
+        config = self._config
+        async with self._client.chat.completions.with_streaming_response.create(
+            model=self._model,
+            messages=[{"role": "user", "content": prompt}],
+            temperature=omit if config.temperature is None else config.temperature,
+            max_tokens=omit if config.max_tokens is None else config.max_tokens,
+            # A deterministic engine answers every request without a seed from one and the same.
+            seed=seed_of(self._seed, "reflection", proposal) if config.backend == "self" else omit,
+            extra_body=self._extra_body,
+        ) as response:
+            async with asyncio.timeout(config.timeout_s):
+                return await response.read()
 
-    def _quotable(self, content: bytes) -> str:
-        """Return the beginning of an error page without the key, which some endpoints echo."""
-        text = content.decode(errors="replace")
-        if self._api_key:
-            text = text.replace(self._api_key, "***")
-        return " ".join(text.split())[:MAX_DETAIL_CHARS]
+    def _failure(self, response: httpx.Response) -> Exception:
+        status = response.status_code
+        detail = f"status {status}: {self._quotable(response.content)}"
+        if status >= 500 or status in TRANSIENT_STATUSES:
+            return ReflectionUnavailable(f"{self._url}: {detail} ({self._config.max_retries + 1} tries)")
+        if status < 400 or status in PERMANENT_STATUSES:
+            return ReflectionUnavailable(f"{self._url}: {detail}{self._key_hint(status)}")
+        self._num_refused += 1
+        return ReflectionRefused(f"the endpoint refuses with status {status}", detail)
+
+    def _key_hint(self, status: int) -> str:
+        if status not in (401, 403):
+            return ""
+        state = "" if self._api_key else ", which is not set"
+        return f"; check ${self._config.api_key_env}{state}"
+
+    def _quotable(self, content: bytes | str) -> str:
+        """Return the beginning of a message of others without the key, which some endpoints echo."""
+        text = content if isinstance(content, str) else content.decode(errors="replace")
+        return quoted(text.replace(self._api_key, "***") if self._api_key else text)
 
 
-def answer_text(content: bytes) -> str:
-    """Return the first choice's text of a chat completion. Raise `TransientError` when there is none."""
+def is_loopback(url: str) -> bool:
+    """Return whether `url` is of this machine, to which no proxy leads."""
+    host = urlsplit(url).hostname or ""
     try:
-        answer: Any = json.loads(content)
-        text: Any = answer["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise TransientError(f"not a chat completion: {content[:80]!r}") from error
-    if not isinstance(text, str) or not text.strip():
-        raise TransientError("an empty answer")
-    return text
-
-
-def retry_delay_s(attempt: int, base_s: float, retry_after: float | None, rng: random.Random) -> float:
-    """Return the wait before the retry after try `attempt` (from 0): what the endpoint asks for, else doubling."""
-    wanted = retry_after if retry_after is not None else base_s * 2**attempt * rng.uniform(0.5, 1.5)
-    return min(wanted, MAX_DELAY_S)
-
-
-def retry_after_s(header: str | None) -> float | None:
-    """Return how long a Retry-After header asks to wait (seconds or a date); None when it says nothing usable."""
-    if header is None:
-        return None
-    try:
-        return max(0.0, float(header))
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        pass
+        return host == "localhost"
+
+
+def _http_client(*, trust_env: bool) -> httpx.AsyncClient:
+    """Return a client that bounds replies and follows no redirect, which would carry problems and answers elsewhere.
+
+    Raises `ValueError` for a proxy of the environment that cannot be used.
+    """
     try:
-        moment = parsedate_to_datetime(header)
-    except ValueError:
-        return None
-    return max(0.0, (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+        return DefaultAsyncHttpxClient(trust_env=trust_env, follow_redirects=False, event_hooks={"response": [_bound]})
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise ValueError(f"a proxy that the environment names cannot be used: {error}") from error
+
+
+async def _bound(response: httpx.Response) -> None:
+    """Have the body of `response` counted while it is read."""
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    response.stream = BoundedStream(response.stream, response.headers.pop("Content-Encoding", "identity").lower())
+
+
+class BoundedStream(httpx.AsyncByteStream):
+    """Yields the body of a reply, unpacked, and raises `ReplyUnreadable` beyond `MAX_REPLY_BYTES`."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, encoding: str) -> None:
+        self._stream = stream
+        self._encoding = encoding
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        is_packed = self._encoding != "identity"
+        if is_packed and self._encoding not in ("gzip", "deflate"):
+            raise ReplyUnreadable(f"packed with {self._encoding}, though asked for as it is")
+        unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # reads the headers of gzip and of deflate
+        num_bytes = 0
+        async for received in self._stream:
+            chunk = _unpacked(unpack, received, MAX_REPLY_BYTES + 1 - num_bytes) if is_packed else received
+            num_bytes += len(chunk)
+            if num_bytes > MAX_REPLY_BYTES:
+                raise ReplyUnreadable(f"more than {MAX_REPLY_BYTES} bytes")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def _unpacked(unpack: Any, packed: bytes, max_bytes: int) -> bytes:
+    try:
+        return unpack.decompress(packed, max_bytes)
+    except zlib.error as error:
+        raise ReplyUnreadable(f"damaged while packed: {error}") from error

@@ -33,6 +33,8 @@ def from_json(kind: type[Record], value: Any) -> Record:
 def _read(kind: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(cast(type, kind), value, where)
     if origin in (types.UnionType, typing.Union):

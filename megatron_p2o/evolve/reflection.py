@@ -40,6 +40,11 @@ class ReflectionRequest:
 class ReflectionRefused(Exception):
     """Reflection answered, but with nothing usable; the next proposal may do better."""
 
+    def __init__(self, reason: str, detail: str = "") -> None:
+        """`reason` is one of few, by which proposals are counted; `detail` quotes what came."""
+        super().__init__(reason)
+        self.detail = detail
+
 
 class ReflectionUnavailable(Exception):
     """Nobody can reflect now; evolution stops proposing until the next round."""
@@ -47,18 +52,20 @@ class ReflectionUnavailable(Exception):
 
 def reflection_prompt(request: ReflectionRequest, max_chars: int = MAX_PROMPT_CHARS) -> str:
     """Return the user message that asks for a new template, in the shape of GEPA's instruction proposal."""
-    frame = PROMPT.format(parent=request.parent_text, examples="")
+    longest = max(map(len, re.findall("`+", request.parent_text)), default=0)
+    shown = {"parent": request.parent_text, "fence": "`" * max(3, longest + 1)}
+    frame = PROMPT.format(**shown, examples="")
     share = max(0, max_chars - len(frame)) // max(1, len(request.examples))
     examples = "\n\n".join(_example_text(index + 1, item, share) for index, item in enumerate(request.examples))
-    return PROMPT.format(parent=request.parent_text, examples=examples)
+    return PROMPT.format(**shown, examples=examples)
 
 
 PROMPT = """\
 A language model answers questions. In front of each question it is given this instruction, which may be empty:
 
-```
+{fence}
 {parent}
-```
+{fence}
 
 Below are questions it was asked with that instruction, what it answered, and a judgement of each answer.
 
@@ -72,7 +79,8 @@ had to know or to do there. Put into the instruction the facts of the field and 
 questions of this kind, also those the model used with success. The instruction will be put in front of other \
 questions than these, so do not repeat these questions or their answers in it.
 
-Reply with the new instruction between a line of three backticks and another line of three backticks.
+Reply with the new instruction between a line of three backticks and another line of three backticks. If the \
+instruction itself contains such lines, put it between lines of four.
 """
 
 
@@ -100,28 +108,6 @@ def _verdict(example: Example) -> str:
 
 def _lacks_final_answer(evaluation: Evaluation) -> bool:
     return not evaluation.is_solved and "\\boxed" not in evaluation.response_text
-
-
-FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*$", re.MULTILINE)
-"""A fence on a line of its own, with an optional language tag."""
-
-
-def extract_template(answer: str) -> str:
-    """Return the text of the last complete fenced block after any thinking, else the whole answer if it has no fence.
-
-    Raises `ReflectionRefused` when thinking or a fence was not closed (the answer was cut off) or nothing is left.
-    """
-    opened, closed, tail = answer.rpartition("</think>")
-    if not closed and "<think>" in answer:
-        raise ReflectionRefused("thinking not finished")
-    visible = tail if closed else opened + tail
-    fences = list(FENCE.finditer(visible))
-    if len(fences) % 2 == 1 or ("```" in visible and not fences):
-        raise ReflectionRefused("fence not closed")
-    template = visible[fences[-2].end() : fences[-1].start()] if fences else visible
-    if not template.strip():
-        raise ReflectionRefused("empty")
-    return template.strip()
 
 
 SPECIAL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>")

@@ -9,7 +9,7 @@ from megatron_p2o.evolve.phrasebook import Phrasebook
 from megatron_p2o.evolve.reflection import ReflectionRequest
 from megatron_p2o.processes import PROXY_VARIABLES
 
-SELF_REFLECTION_FIELDS = {"chat_template_kwargs": {"enable_thinking": False}}
+SELF_REFLECTION_BODY = {"chat_template_kwargs": {"enable_thinking": False}}
 """SGLang's way to switch Qwen3's thinking off: thoughts would use up `max_tokens` before the template begins."""
 
 
@@ -30,16 +30,39 @@ def secrets_of(config: ReflectionConfig) -> tuple[str, ...]:
     return (config.api_key_env, *PROXY_VARIABLES) if config.backend == "openai" else ()
 
 
+def endpoint_of(config: ReflectionConfig) -> tuple[str, str]:
+    """Return (base url, model). Raises `ValueError` when one is not named."""
+    if not config.base_url or not config.model:
+        raise ValueError(
+            f"evolution.reflection.backend={config.backend} needs evolution.reflection.base_url and .model"
+        )
+    return config.base_url, config.model
+
+
+def phrasebook_of(config: ReflectionConfig, seed: int) -> Phrasebook:
+    """Return the phrasebook of the `phrasebook` backend. Raises `ValueError` or `OSError` when it holds no phrase."""
+    if config.phrases is None:
+        raise ValueError("evolution.reflection.backend=phrasebook needs evolution.reflection.phrases: name a file")
+    return Phrasebook.from_file(Path(config.phrases), seed)
+
+
+def check_settings(config: ReflectionConfig) -> None:
+    """Raise what `build_reflector` would for settings that cannot work, without what it imports."""
+    if config.backend == "phrasebook":
+        phrasebook_of(config, seed=0)
+    else:
+        endpoint_of(config)
+
+
 def build_reflector(config: ReflectionConfig, seed: int, environment: Mapping[str, str]) -> Reflector:
     """Return the reflector `evolution.reflection.backend` names; `environment` holds its key.
 
     Raises `ValueError` or `OSError` for settings that cannot work.
     """
     if config.backend == "phrasebook":
-        if config.phrases is None:
-            raise ValueError("evolution.reflection.backend=phrasebook needs evolution.reflection.phrases: name a file")
-        return Phrasebook.from_file(Path(config.phrases), seed)
-    from megatron_p2o.evolve.chat_completions import ChatCompletions  # aiohttp, which a phrasebook does without
+        return phrasebook_of(config, seed)
+    # Imported here: the openai client takes 0.7 s, and a phrasebook does without.
+    from megatron_p2o.evolve.chat_completions import ChatCompletions
 
-    extra_fields = SELF_REFLECTION_FIELDS if config.backend == "self" else {}
-    return ChatCompletions(config, environment.get(config.api_key_env), seed, extra_fields)
+    extra_body = SELF_REFLECTION_BODY if config.backend == "self" else {}
+    return ChatCompletions(config, environment.get(config.api_key_env), seed, extra_body)

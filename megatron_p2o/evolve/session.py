@@ -19,7 +19,7 @@ from megatron_p2o.evolve.history import EndedBy, ForeignJournal
 from megatron_p2o.evolve.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.messages import EvaluateRequest, FinishRound, Notice, RoundPublished, StartRound
 from megatron_p2o.evolve.publish import RoundStats, append_round
-from megatron_p2o.evolve.reflectors import build_reflector, secrets_of
+from megatron_p2o.evolve.reflectors import check_settings, secrets_of
 from megatron_p2o.evolve.round import RoundSettings, RoundSpec
 from megatron_p2o.evolve.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
 from megatron_p2o.evolve.split import Split
@@ -81,7 +81,7 @@ class EvolutionSession:
         self._environment = child_environment(secrets_of(config.evolution.reflection))
         if reflection_api_key is not None:
             self._environment[config.evolution.reflection.api_key_env] = reflection_api_key
-        build_reflector(self._settings.evolution.reflection, config.run.seed, self._environment)
+        check_settings(self._settings.evolution.reflection)
         self._thread = LoopThread("evolution-session")
         self._service: ServiceProcess | None = None
         self._stopping = asyncio.Lock()

@@ -1,4 +1,4 @@
-"""Cutting long text in the middle."""
+"""Cutting long text, and quoting text of others."""
 
 MAX_RESPONSE_CHARS = 16_000
 """Of a response on its way to reflection: more would not fit the prompt beside the other examples."""
@@ -16,3 +16,14 @@ def shorten(text: str, max_chars: int) -> str:
     missing = len(text) - num_head - num_tail
     tail = text[len(text) - num_tail :]
     return f"{text[:num_head]}\n[... {missing} characters left out ...]\n{tail}"
+
+
+MAX_QUOTED_CHARS = 200
+"""Of what others wrote, in a message."""
+
+
+def quoted(text: str | bytes) -> str:
+    """Return the beginning of `text` on one line, for a message: control characters and the like are escaped."""
+    head = text[: 4 * MAX_QUOTED_CHARS]
+    words = " ".join((head.decode(errors="replace") if isinstance(head, bytes) else head).split())[:MAX_QUOTED_CHARS]
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)

@@ -524,6 +524,8 @@ def test_service_dies_with_rank_0(tmp_path: Path, phrases: Path) -> None:
 
 
 def test_service_holds_no_torch() -> None:
-    program = "import sys, megatron_p2o.evolve.service; print({'torch', 'megatron', 'aiohttp'} & set(sys.modules))"
+    program = (
+        "import sys, megatron_p2o.evolve.service; print({'torch', 'megatron', 'openai', 'httpx'} & set(sys.modules))"
+    )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=LIMIT_S).stdout
     assert printed.strip() == b"set()"

@@ -13,7 +13,6 @@ from megatron_p2o.evolve.reflection import (
     Example,
     ReflectionRefused,
     ReflectionRequest,
-    extract_template,
     leaked_answer,
     reflection_prompt,
 )
@@ -66,6 +65,10 @@ def test_verdict_says_what_was_wrong(example: Example, verdict: str) -> None:
     assert verdict in reflection_prompt(request(example))
 
 
+def test_instruction_that_holds_fences_is_shown_between_longer_ones() -> None:
+    assert "\n````\nUse\n```\nx\n```\n````\n" in reflection_prompt(request(WRONG, parent="Use\n```\nx\n```"))
+
+
 def test_long_responses_are_cut_in_the_middle_so_that_the_prompt_fits() -> None:
     long = answered(response_text="BEGIN " + "words " * 50_000 + " \\boxed{1} END")
     examples = [replace(long, problem=replace(WRONG.problem, id=str(index))) for index in range(3)]
@@ -80,44 +83,6 @@ def test_response_without_final_answer_is_shown_briefly() -> None:
     prompt = reflection_prompt(request(answered(response_text="a" * 5_000 + "b" * 5_000)))
     assert prompt.count("a" * 400) == 1 and prompt.count("b" * 400) == 1
     assert "a" * 401 not in prompt and "b" * 401 not in prompt
-
-
-# Extraction
-
-
-@pytest.mark.parametrize(
-    ("answer", "template"),
-    [
-        ("```\nDraw it.\n```", "Draw it."),
-        ("Sure!\n```markdown\nDraw it.\n\nTwice.\n```\nGood luck.", "Draw it.\n\nTwice."),
-        ("```text\nold\n```\nbetter:\n```\nnew\n```", "new"),
-        ("<think>maybe\n```\nnot this\n```\n</think>\n```\nthis\n```", "this"),
-        ("thoughts without opening tag\n```\n</think>\n```\nthis\n```", "this"),
-        ("  Draw it.\n", "Draw it."),
-        ("<think>hm</think>\n\nDraw it.", "Draw it."),
-        ("```\nUse `x` and ``y``.\n```", "Use `x` and ``y``."),
-        ("  ```\n  indented fence\n  ```", "indented fence"),
-    ],
-)
-def test_template_is_the_last_complete_fence_after_thinking(answer: str, template: str) -> None:
-    assert extract_template(answer) == template
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        ("```\nDraw it, and", "fence not closed"),
-        ("```\nold\n```\nbetter:\n```\nnew, cut off", "fence not closed"),
-        ("Use ```inline``` fences", "fence not closed"),
-        ("<think>and then I", "thinking not finished"),
-        ("```\n\n```", "empty"),
-        ("<think>all thought</think>  ", "empty"),
-        ("", "empty"),
-    ],
-)
-def test_answer_without_a_whole_template_is_refused(answer: str, reason: str) -> None:
-    with pytest.raises(ReflectionRefused, match=reason):
-        extract_template(answer)
 
 
 # Leaks
