@@ -23,6 +23,7 @@ FAILURES = (
     ("rollout/grade_error_count", "Grader could not decide"),
     ("rollout/aborted_count", "Rollouts given up on"),
     ("engine/invalid_logprobs_count", "Completions whose log-probs are none"),
+    ("engine/refused_count", "Requests that an engine refused"),
     ("train/non_finite_updates_count", "Updates skipped: gradient not finite"),
 )
 """Counts and their headings in the table of a run's failures."""

@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from itertools import count
 from typing import Any, TypeVar
 
-from megatron_p2o.rollout.client import EngineClient, EngineUnreachable, Generation
+from megatron_p2o.rollout.client import EngineClient, EngineUnreachable, Generation, RequestRefused
 from megatron_p2o.rollout.given_up import GivenUp, are_logprobs
 from megatron_p2o.rollout.heartbeat import EngineStalled, watch
 from megatron_p2o.rollout.requests import (
@@ -144,9 +144,9 @@ class Broker:
         """Return a future of the completion; cancelling it aborts the request.
 
         A request whose engine is lost is sent to another, or waits for the one that replaces it. A request that runs
-        out of time completes with finish reason "abort" and the tokens it has so far, one whose log-probs are none
-        without tokens (`given_up` counts it). The future holds `EnginesLost` when no engine is left, and the error
-        given to `suspend` while the engines are suspended.
+        out of time completes with finish reason "abort" and the tokens it has so far, one that the engine refuses or
+        whose log-probs are none without tokens (`given_up` counts it). The future holds `EnginesLost` when no engine is
+        left, and the error given to `suspend` while the engines are suspended.
         """
         future: Future[Completion] = Future()
         if self._loop.is_closed():
@@ -307,9 +307,14 @@ class Broker:
         task.add_done_callback(lambda done: self._on_served(request, engine, done))
 
     async def _serve(self, request: Request, engine: Engine) -> None:
-        generation = await self._generate(request, engine)
+        place = f"{engine.name} on problem {request.prompt.problem.id}"
+        try:
+            generation = await self._generate(request, engine)
+        except RequestRefused as error:
+            self.given_up.note("refused", f"{place}: {error}")
+            generation = nothing_generated(self._version)
         if not are_logprobs(generation.logprobs):
-            self.given_up.note("invalid_logprobs", f"{engine.name} on problem {request.prompt.problem.id}")
+            self.given_up.note("invalid_logprobs", place)
             generation = nothing_generated(self._version)
         completion = Completion(
             prompt=request.prompt,
@@ -416,7 +421,7 @@ class Broker:
                 self._close_request(queue.popleft(), error)
 
     def _later(self, chore: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Run something nobody waits for; its failure is logged only, because a lost engine is noticed anyway."""
+        """Run something nobody waits for; its failure is logged only, and not at all where the engine is gone."""
         task = self._loop.create_task(chore)
         self._chores.add(task)
         task.add_done_callback(self._on_chore_done)
@@ -424,5 +429,6 @@ class Broker:
 
     def _on_chore_done(self, task: "asyncio.Task[None]") -> None:
         self._chores.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.warning("could not abort a request: %s", task.exception())
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, EngineUnreachable):
+            logger.warning("could not abort a request: %s", error)

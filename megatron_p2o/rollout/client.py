@@ -19,12 +19,20 @@ GONE = 502
 """Status with which a node's agent says that the engine behind it is gone; SGLang has no use for it."""
 
 
+NOT_THE_REQUEST = (401, 403, 404, 405)
+"""Of the statuses that blame the request, those that say that this is not our server or not our key."""
+
+
 class EngineUnreachable(RuntimeError):
     """The connection was refused, reset or cut: the server is gone."""
 
 
 class EngineRefused(RuntimeError):
     """The server answered with an error: the request is at fault, or the server's state is."""
+
+
+class RequestRefused(EngineRefused):
+    """The request is at fault: another one may be served."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +97,7 @@ class EngineClient:
 
         Raises:
             TimeoutError: no answer within `timeout_s`; the server may still be at work on it, see `abort`.
+            RequestRefused: this request, for instance one that is too long for the model.
             EngineUnreachable, EngineRefused
         """
         parameters: dict[str, Any] = {
@@ -193,7 +202,9 @@ class EngineClient:
                 if response.status == GONE:
                     raise EngineUnreachable(f"{url}: {await response.text()}")
                 if response.status != 200:
-                    raise EngineRefused(f"{url}: {response.status} {(await response.text())[:500]}")
+                    is_at_fault = 400 <= response.status < 500 and response.status not in NOT_THE_REQUEST
+                    refusal = RequestRefused if is_at_fault else EngineRefused
+                    raise refusal(f"{url}: {response.status} {(await response.text())[:500]}")
                 # A long response is half a megabyte of numbers, which the standard library takes 25 ms for.
                 return orjson.loads(await response.read()) if response.content_type == "application/json" else None
         except TimeoutError:

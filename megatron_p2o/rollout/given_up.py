@@ -12,12 +12,13 @@ from megatron_p2o.types import Logprobs
 
 logger = logging.getLogger(__name__)
 
-Reason = Literal["invalid_logprobs"]
-"""`invalid_logprobs`: one of them is null, nan, infinite or above 0."""
+Reason = Literal["invalid_logprobs", "refused"]
+"""`invalid_logprobs`: one of them is null, nan, infinite or above 0. `refused`: the engine did not take the request."""
 
 REMEDIES: Mapping[Reason, str] = {
     "invalid_logprobs": "had log-probs that are none: the weights of that engine are not finite, or its kernels fail "
     "(sglang.attention_backend names others)",
+    "refused": "were refused by their engine",
 }
 """Reason to what it means and what can be done."""
 
@@ -43,6 +44,11 @@ class GivenUp:
         with self._lock:
             self._counts[reason] += 1
             self._examples.setdefault(reason, example)
+
+    def examples(self) -> dict[Reason, str]:
+        """Return where each reason was met first since the counts were taken."""
+        with self._lock:
+            return dict(self._examples)
 
     def take(self) -> dict[str, float]:
         """Return `engine/<reason>_count` for every reason, and begin anew; warn, in one sentence, of each there was."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_p2o.rollout.broker import Broker, BrokerClosed, EnginesLost
-from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable, Generation
+from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable, Generation, RequestRefused
 from megatron_p2o.rollout.requests import EVERYONE, NOBODY, Priority, StoppableClock
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 
@@ -32,7 +32,7 @@ class FakeClient:
 
     async def generate(self, token_ids, sampling, request_id) -> Generation:
         if token_ids[0] < 0:
-            raise EngineRefused("negative token")
+            raise RequestRefused("400 no") if token_ids[0] == -1 else EngineRefused("401 no key")
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
         stop = self.stopping[request_id] = asyncio.Event()
@@ -153,7 +153,9 @@ def test_a_completion_whose_log_probs_are_none_is_given_up_and_named_once_a_step
         clients[0].logprobs = np.array([0.0, 1e-6, -1e4], np.float32)
         assert broker.submit(prompt(7), SAMPLING).result(WAIT_S).finish_reason == "stop"
         counted, later = broker.given_up.take(), broker.given_up.take()
-    assert (counted, later) == ({"engine/invalid_logprobs_count": 3.0}, {"engine/invalid_logprobs_count": 0.0})
+    name = "engine/invalid_logprobs_count"
+    assert (counted[name], later[name]) == (3, 0)
+    assert sum(counted.values()) == 3
     (record,) = caplog.records
     assert record.message.startswith("3 completions had log-probs that are none")
     assert record.message.endswith("the first: engine 0 on problem 0")
@@ -376,14 +378,26 @@ def test_a_loop_that_is_held_up_is_an_error_that_says_of_what() -> None:
         adding.join()
 
 
-def test_a_refused_request_fails_alone() -> None:
+def test_a_refused_request_is_given_up_alone_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
     with broker_with() as (broker, (client,)):
         client.release()
-        bad, good = broker.submit(prompt(-1), SAMPLING), broker.submit(prompt(1), SAMPLING)
-        with pytest.raises(EngineRefused, match="negative token"):
-            bad.result(WAIT_S)
+        bad = [broker.submit(prompt(-1, f"p{number}"), SAMPLING) for number in range(100)]
+        good = broker.submit(prompt(1), SAMPLING)
+        completions = [future.result(WAIT_S) for future in bad]
+        assert {(each.finish_reason, len(each.token_ids)) for each in completions} == {("abort", 0)}
         assert good.result(WAIT_S).token_ids.tolist() == [2]
         assert broker.num_engines == 1
+        counted = broker.given_up.take()
+    assert counted["engine/refused_count"] == 100
+    (record,) = caplog.records
+    assert record.message == "100 completions were refused by their engine; the first: engine 0 on problem p0: 400 no"
+
+
+def test_an_engine_that_refuses_everybody_is_an_error() -> None:
+    with broker_with() as (broker, (client,)):
+        client.release()
+        with pytest.raises(EngineRefused, match="401 no key"):
+            broker.submit(prompt(-2), SAMPLING).result(WAIT_S)
 
 
 def test_nothing_is_served_while_suspended() -> None:

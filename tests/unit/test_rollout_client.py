@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from megatron_p2o.rollout.client import EngineClient, EngineRefused, EngineUnreachable, Generation
+from megatron_p2o.rollout.client import EngineClient, EngineRefused, EngineUnreachable, Generation, RequestRefused
 from megatron_p2o.rollout.server import reserve_port
 from megatron_p2o.types import SamplingParams
 
@@ -93,12 +93,20 @@ def test_a_seed_is_passed_when_given() -> None:
     assert requests[0][0]["sampling_params"]["sampling_seed"] == 42
 
 
-def test_an_error_answer_is_a_refusal_with_the_server_s_words() -> None:
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        *((status, RequestRefused) for status in (400, 413, 422)),
+        *((status, EngineRefused) for status in (401, 403, 404, 500, 503)),
+    ],
+)
+def test_an_error_answer_is_a_refusal_with_the_server_s_words(status: int, kind: type[EngineRefused]) -> None:
     async def handler(request: web.Request) -> web.Response:
-        return web.Response(status=400, text=json.dumps({"error": "input is too long"}))
+        return web.Response(status=status, text=json.dumps({"error": "input is too long"}))
 
-    with pytest.raises(EngineRefused, match=r"400 .*input is too long"):
+    with pytest.raises(EngineRefused, match=rf"{status} .*input is too long") as refusal:
         ask(handler)
+    assert type(refusal.value) is kind
 
 
 def test_a_late_answer_is_a_timeout_that_names_the_route() -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config import Config, ModelConfig
-from megatron_p2o.rollout.engine import SglangEngine
+from megatron_p2o.rollout.engine import NothingSampled, SglangEngine
 from megatron_p2o.rollout.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.server_arguments import does_release_memory
 from megatron_p2o.testing.fakes import fake_config
@@ -220,3 +221,22 @@ def test_memory_is_lent_where_that_can_be() -> None:
         does_release_memory(config(True), num_gpus=0)
     with pytest.raises(ValueError, match=r"^rollout\.release_memory=true needs the package torch_memory_saver"):
         does_release_memory(config(True), num_gpus=8)
+
+
+def test_refused_requests_are_given_up_and_counted_and_many_of_nothing_else_end_the_run(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.refresh(1)
+    run.servers[1].refused.add("generate")
+    asked = [replace(PROMPT, problem=Problem(id=str(number), question="", answer="")) for number in range(64)]
+    completions = dict(run.engine.generate(asked, SAMPLING))
+    reasons = [completions[number].finish_reason for number in range(64)]
+    assert set(reasons) == {"length", "abort"}
+    assert run.engine.metrics()["engine/refused_count"] == reasons.count("abort")
+    assert "completions were refused by their engine; the first: engine 1 on problem" in caplog.text
+    run.servers[0].refused.add("generate")
+    few = dict(run.engine.generate(asked[:15], SAMPLING))
+    assert {completion.finish_reason for completion in few.values()} == {"abort"}
+    with pytest.raises(NothingSampled, match=r"all 16 requests .* token; refused: engine . on problem .*generate is r"):
+        list(run.engine.generate(asked[:16], SAMPLING))
+    assert run.engine.metrics()["engine/refused_count"] == 31
