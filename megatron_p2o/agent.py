@@ -5,7 +5,6 @@ Prints the URL it listens at as its only line.
 
 import argparse
 import asyncio
-import logging
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from megatron_p2o.config_file import load_config
 from megatron_p2o.memory_plan import with_planned_cache
 from megatron_p2o.processes import allow_many_files, end_with_parent
 from megatron_p2o.rollout.agent import serve
+from megatron_p2o.terminal import set_up_logging
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     options = parser.parse_args()
     end_with_parent()
     allow_many_files()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    set_up_logging()
     key = sys.stdin.readline().strip()
     config = with_planned_cache(load_config(options.config))
     asyncio.run(serve(config, options.config.parent, key, options.address))

@@ -41,6 +41,7 @@ from megatron_p2o.metrics.evaluation_tables import EvaluationProgress, print_res
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import start_engines
+from megatron_p2o.terminal import say
 from megatron_p2o.types import PLAIN, Problem
 
 FORMAT = 1
@@ -166,7 +167,7 @@ def write_results(benchmarks: Sequence[Benchmark], subject: Subject, config: Con
     results = results_of(benchmarks, subject, config)
     write_whole(output / RESULTS_FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
     print_results(results)
-    print(f"{output}: {RESULTS_FILE} and {ANSWERS_FOLDER}/ written")
+    say(f"{output}: {RESULTS_FILE} and {ANSWERS_FOLDER}/ written")
 
 
 def answer_settings(

@@ -2,26 +2,36 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import ConfigError, dump_config, load_config, missing_paths
+from megatron_p2o.errors import expected_message
 from megatron_p2o.files import write_whole
+from megatron_p2o.terminal import say, set_up_logging
 
 BAD_INPUT = 2
-"""Exit status when the settings or the files they name are wrong: nothing was started."""
+"""Exit status when the settings, or the files and folders they name, cannot be used."""
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    set_up_logging()
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except ValueError as error:
-        # ConfigError and what the readers of files raise: messages for the user, about the user's input.
-        print(f"p2o: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        message = expected_message(error)
+        if message is None:
+            raise
+        say(f"p2o: {message}", sys.stderr)
         return BAD_INPUT
 
 
@@ -113,7 +123,7 @@ def _checked_config(path: Path, overrides: Sequence[str]) -> Config:
 
 def _train(options: argparse.Namespace) -> int:
     if options.print_config:
-        print(dump_config(load_config(options.config, options.overrides)), end="")
+        say(dump_config(load_config(options.config, options.overrides)).removesuffix("\n"))
         return 0
     config = _checked_config(options.config, options.overrides)
     if options.dry_run:
@@ -164,7 +174,7 @@ def _report(options: argparse.Namespace) -> int:
     folder = options.output or options.runs[0]
     write_report(options.runs, folder / "report.html")
     print_table(write_summary(options.runs, folder / "summary.json"))
-    print(f"{folder}/report.html and summary.json written")
+    say(f"{folder}/report.html and summary.json written")
     return 0
 
 

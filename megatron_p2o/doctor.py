@@ -18,6 +18,7 @@ from megatron_p2o.memory_plan import GIB, Gpus, num_nodes_for, planned_memory
 from megatron_p2o.policy.layer_choice import choose_layers, import_failure, machine_capabilities
 from megatron_p2o.policy.settings import machine_problems, megatron_summary, policy_settings
 from megatron_p2o.rollout.outlet import uses_devices
+from megatron_p2o.terminal import say
 
 REQUIRED = {
     "torch": ">=2.11",
@@ -139,7 +140,7 @@ def planned_gpus(config: Config, machine: str) -> Gpus:
     return Gpus(count=count, num_bytes=int(gib * GIB), num_nodes=num_nodes_for(config, count))
 
 
-def print_findings(findings: list[Finding], write: Callable[[str], None] = print) -> None:
+def print_findings(findings: list[Finding], write: Callable[[str], None] = say) -> None:
     """Write one aligned line per finding."""
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:

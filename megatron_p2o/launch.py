@@ -30,6 +30,7 @@ from megatron_p2o.nodes import Nodes, nodes_of_slurm
 from megatron_p2o.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
 from megatron_p2o.rollout.remote import own_address
 from megatron_p2o.run_lock import hold_run
+from megatron_p2o.terminal import say
 
 SHARED_FILE_POLL_S = 0.5
 
@@ -69,13 +70,13 @@ def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arg
         with stop_file_on_sigusr1(run_dir / "stop"):
             ranks("-m", "megatron_p2o.train", str(resolved), *arguments)
     except ChildFailedError as error:
-        print(failure_message(error.failures, run_dir, node_name(nodes)), file=sys.stderr)
+        say(failure_message(error.failures, run_dir, node_name(nodes)), sys.stderr)
         return 1
     except DistError as error:
-        print(
+        say(
             f"p2o: {node_name(nodes)} did not meet the other {nodes.count - 1} nodes at {nodes.head_address}:"
             f"{nodes.head_port} within parallel.timeout_s={config.parallel.timeout_s:g} s: {error}",
-            file=sys.stderr,
+            sys.stderr,
         )
         return 1
     except SignalException as error:

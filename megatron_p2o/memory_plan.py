@@ -21,6 +21,7 @@ from megatron_p2o.nodes import nodes_of_slurm
 from megatron_p2o.policy.architecture import Architecture, read_architecture
 from megatron_p2o.rollout.outlet import NUM_SPANS, bucket_capacity
 from megatron_p2o.rollout.server_arguments import does_release_memory, engine_places, longest_tokens
+from megatron_p2o.terminal import say
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def with_planned_cache(config: Config) -> Config:
         return config
     plan = checked_plan(config, gpus_here(int(os.environ.get("GROUP_WORLD_SIZE", "1"))))
     if os.environ.get("RANK", "0") == "0":
-        print(plan.describe(), flush=True)
+        say(plan.describe())
         if plan.warning():
             logger.warning(plan.warning())
     if engine_share(config) is not None:

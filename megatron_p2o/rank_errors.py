@@ -4,7 +4,6 @@ A rank that raises leaves its error and where it happened. Of one that could not
 ended. The folder is shared by all nodes, so each can tell of the others' ranks.
 """
 
-import errno
 import os
 import shutil
 import signal
@@ -19,9 +18,9 @@ from types import TracebackType
 
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from megatron_p2o.errors import DISK_FULL, expected_message
 from megatron_p2o.files import write_whole
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+from megatron_p2o.terminal import printable, say
 
 BEFORE_TRACEBACK = "\n\nwhere it happened, on "
 
@@ -62,16 +61,17 @@ def host_name() -> str:
 
 def report_error(run_dir: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Leave what ended this rank in its error file, message first; print it where that cannot be written."""
-    message = f"{kind.__name__}: {error}"
+    message = expected_message(error) or f"{kind.__name__}: {error}"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         free_mib = shutil.disk_usage(run_dir).free >> 20
-        message += f" in or below {run_dir}, with {free_mib} MiB free there: free some space and start the run again"
+        message += f" in or below {run_dir}, where {free_mib} MiB are free, and start the run again"
     path = error_file(run_dir, int(os.environ.get("RANK", "0")))
     where = "".join(traceback.format_exception(kind, error, trace))
     try:
-        write_whole(path, f"{message}{BEFORE_TRACEBACK}{host_name()}:\n{where}")
+        # A person reads the file on a terminal.
+        write_whole(path, printable(f"{message}{BEFORE_TRACEBACK}{host_name()}:\n{where}"))
     except OSError as unwritten:
-        print(f"p2o: {message}\np2o: {path} could not be written: {unwritten}", file=sys.stderr, flush=True)
+        say(f"p2o: {message}\np2o: {path} could not be written: {unwritten}", sys.stderr)
 
 
 def read_words(run_dir: Path) -> list[LastWords]:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from megatron_p2o.terminal import say
+
 LOCK_FILE = "lock"
 POLL_S = 0.5
 
@@ -54,7 +56,7 @@ def _lock(file: IO[str], deadline: float) -> bool:
             if time.monotonic() > deadline:
                 return False
             if not has_waited:
-                print(f"waiting for another p2o to let go of {file.name}", file=sys.stderr, flush=True)
+                say(f"waiting for another p2o to let go of {file.name}", sys.stderr)
             has_waited = True
             time.sleep(POLL_S)
         except OSError as error:

@@ -49,6 +49,7 @@ from megatron_p2o.rollout.outlet import open_outlet
 from megatron_p2o.rollout.remote import meet_agents
 from megatron_p2o.run_state import STATE_FILE, LedgerFile, StopRequest, read_state
 from megatron_p2o.template_evaluation import TemplateEvaluator, free_scores, round_statistics
+from megatron_p2o.terminal import say, set_up_logging
 from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     end_with_parent()
     signal.signal(signal.SIGTERM, _exit_on_signal)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    set_up_logging()
     logging.getLogger("megatron_p2o.evolve.session").setLevel(logging.INFO)  # one line a round
     run_dir = options.config.parent
     sys.excepthook = partial(report_error, run_dir)
@@ -130,19 +131,19 @@ def dry_run(config: Config) -> None:
     inputs = load_inputs(config)
     num_steps = len(epoch_batches(inputs.train, config.schedule.problems_per_step, config.run.seed, epoch=0))
     at_most = "at most " if config.schedule.max_batches_per_step > 1 else ""
-    print(f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {config.schedule.epochs} epochs")
+    say(f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {config.schedule.epochs} epochs")
     for name, problems in inputs.evaluation.items():
-        print(f"evaluation.{name}: {len(problems)} problems")
-    print(f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens")
-    print(f"megatron: {megatron_summary(config)}")
+        say(f"evaluation.{name}: {len(problems)} problems")
+    say(f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens")
+    say(f"megatron: {megatron_summary(config)}")
     problems = machine_problems(config, settings, machine_capabilities())
     try:
         for line in planned_memory(config):
-            print(line)
+            say(line)
     except ValueError as error:
         problems.append(str(error))
     for problem in problems:
-        print(f"not on this machine: {problem}")
+        say(f"not on this machine: {problem}")
 
 
 def load_finite(policy: MegatronPolicy, checkpoint: Path) -> None:
@@ -173,8 +174,8 @@ class Conductor:
         self.stop = StopRequest(run_dir)
         self.checkpoint = checkpoint
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
-        print(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}", flush=True)
-        print(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines", flush=True)
+        say(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}")
+        say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")
         self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)

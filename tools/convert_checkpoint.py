@@ -18,12 +18,16 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
 from megatron_p2o.checkpoints import POLICY_FOLDER, checked
-from megatron_p2o.config_file import ConfigError, load_config
+from megatron_p2o.config_file import load_config
+from megatron_p2o.errors import expected_message
 from megatron_p2o.policy.conversion import checkpoint_to_hf, hf_to_checkpoint
+from megatron_p2o.policy.ranks import PolicyError
 from megatron_p2o.run_state import CheckpointError
+from megatron_p2o.terminal import printable, say, set_up_logging
 
 
 def main() -> None:
+    set_up_logging()
     arguments = parse_arguments()
     source: Path = arguments.source
     try:
@@ -36,9 +40,14 @@ def main() -> None:
         else:
             config = load_config(arguments.config)
             hf_to_checkpoint(replace(config, model=replace(config.model, path=str(source))), arguments.out)
-    except (ConfigError, CheckpointError, ValueError) as error:
-        sys.exit(f"{source} was not converted: {error}")
-    print(arguments.out)
+    except (CheckpointError, PolicyError) as error:
+        sys.exit(printable(f"{source} was not converted: {error}"))
+    except (ValueError, OSError) as error:
+        message = expected_message(error)
+        if message is None:
+            raise
+        sys.exit(printable(f"{source} was not converted: {message}"))
+    say(str(arguments.out))
 
 
 def settings_above(checkpoint: Path) -> Path:

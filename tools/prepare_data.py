@@ -40,20 +40,23 @@ from megatron_p2o.data.problems import load_problems
 from megatron_p2o.data.source_rows import row_files
 from megatron_p2o.data.sources import DEEPMATH, DEEPSCALER, EVALUATION_SETS, Source, any_source
 from megatron_p2o.data.splits import MIN_DIFFICULTY
+from megatron_p2o.errors import expected_message
 from megatron_p2o.rewards.extract import last_boxed
+from megatron_p2o.terminal import say, set_up_logging
 
 PROGRESS_INTERVAL_S = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 when an input cannot be used."""
+    set_up_logging()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     made_by = {"command": shlex.join(["tools/prepare_data.py", *arguments]), "version": _version()}
     try:
         options.run(options, made_by)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
+        say(f"prepare_data: {expected_message(error) or error}", sys.stderr)
         return 2
     return 0
 
@@ -99,7 +102,7 @@ def _training(options: argparse.Namespace, made_by: Mapping[str, str]) -> None:
     known_sets = _evaluation_sets(options.against) if options.against else {}
     inputs = training_inputs(origin_of(source, files, options.revision, options.licence), request, known_sets)
     if is_prepared(options.out / MANIFEST, inputs):
-        print(f"{options.out} is up to date")
+        say(f"{options.out} is up to date")
         return
     min_level = MIN_DIFFICULTY if source.has_numeric_level else None
     download = read_download(files, source, last_boxed, min_level, _progress(source))
@@ -107,8 +110,8 @@ def _training(options: argparse.Namespace, made_by: Mapping[str, str]) -> None:
     _report(source, manifest)
     verb = "replaced" if options.near_duplicates == "replace" else "found and kept"
     found = manifest["near_duplicates"]["found"]
-    print(f"near duplicates {verb}: {_counts(found)}" if known_sets else "near duplicates: not looked for (--against)")
-    print(f"{options.out}: {', '.join(manifest['files'])}, {MANIFEST}")
+    say(f"near duplicates {verb}: {_counts(found)}" if known_sets else "near duplicates: not looked for (--against)")
+    say(f"{options.out}: {', '.join(manifest['files'])}, {MANIFEST}")
 
 
 def _evaluation(options: argparse.Namespace, made_by: Mapping[str, str]) -> None:
@@ -120,7 +123,7 @@ def _evaluation(options: argparse.Namespace, made_by: Mapping[str, str]) -> None
         files = row_files(Path(path))
         inputs = evaluation_inputs(origin_of(source, files), options.skip_bad_rows)
         if is_prepared(evaluation_manifest(options.out, source), inputs):
-            print(f"{name} is up to date")
+            say(f"{name} is up to date")
             continue
         download = read_download(files, source, last_boxed)
         if download.num_bad and not options.skip_bad_rows:
@@ -153,24 +156,24 @@ def _progress(source: Source) -> Callable[[int], None]:
         nonlocal last_report_s
         if time.monotonic() - last_report_s > PROGRESS_INTERVAL_S:
             last_report_s = time.monotonic()
-            print(f"{source.name}: {num_read} rows read", file=sys.stderr, flush=True)
+            say(f"{source.name}: {num_read} rows read", sys.stderr)
 
     return report
 
 
 def _report(source: Source, manifest: Mapping[str, Any]) -> None:
     rows, origin = manifest["rows"], manifest["origin"]
-    print(f"{source.name}: {_counts({name: count for name, count in rows.items() if isinstance(count, int)})}")
-    print(f"  revision {origin['revision'] or 'unknown'}, licence {origin['licence']}")
+    say(f"{source.name}: {_counts({name: count for name, count in rows.items() if isinstance(count, int)})}")
+    say(f"  revision {origin['revision'] or 'unknown'}, licence {origin['licence']}")
     if rows["bad"]:
-        print(f"  bad rows left out: {_counts(rows['bad'])}")
+        say(f"  bad rows left out: {_counts(rows['bad'])}")
     for line in rows["bad_rows"]:
-        print(f"    {line}", file=sys.stderr)
+        say(f"    {line}", sys.stderr)
     if source.num_rows not in (None, rows["read"]):
-        print(
+        say(
             f"{source.name}: published with {source.num_rows} rows, this download has {rows['read']}: "
             "the problems are not those of the paper",
-            file=sys.stderr,
+            sys.stderr,
         )
 
 

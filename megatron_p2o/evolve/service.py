@@ -29,6 +29,7 @@ from megatron_p2o.evolve.messages import (
 from megatron_p2o.evolve.reflectors import build_reflector
 from megatron_p2o.evolve.round import RoundSpec
 from megatron_p2o.processes import end_with_parent
+from megatron_p2o.terminal import set_up_logging
 
 
 class RemoteEvaluator:
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()
     end_with_parent()
-    logging.basicConfig(format=f"%(asctime)s {os.getpid()} %(levelname)s %(message)s")
+    set_up_logging(f"%(asctime)s {os.getpid()} %(levelname)s %(message)s")
     connection = socket.socket(fileno=arguments.socket_fd)
     try:
         asyncio.run(serve_socket(connection, arguments.run_dir))

@@ -3,10 +3,10 @@
 import sys
 from typing import TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_p2o.metrics.sinks import StepRecord
+from megatron_p2o.terminal import SafeConsole, printable
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("reward", "rollout/reward_mean", ".3f"),
@@ -32,7 +32,7 @@ class ConsoleSink:
 
     def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
         self._num_steps = num_steps
-        self._console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False)
+        self._console = SafeConsole(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -51,7 +51,7 @@ class ConsoleSink:
 
     def announce(self, activity: str) -> None:
         """Say what the run is doing now: beside the bar on a terminal, as a line elsewhere."""
-        self._progress.update(self._task, description=activity)
+        self._progress.update(self._task, description=printable(activity))
         if not self._console.is_terminal:
             self._console.print(activity)
 

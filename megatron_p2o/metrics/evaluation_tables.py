@@ -6,9 +6,10 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from megatron_p2o.terminal import SafeConsole, printable
 
 PLAIN_TEXT_WIDTH = 140
 """Columns of a table where there is no terminal whose width would count."""
@@ -18,12 +19,13 @@ class EvaluationProgress:
     """Says what of a set is being answered: a bar on a terminal, a line elsewhere. Used in `with`."""
 
     def __init__(self, name: str, *, num_samples: int, temperature: float, num_wanted: int, num_missing: int) -> None:
-        console = Console(file=sys.stderr, highlight=False, markup=False)
+        console = SafeConsole(file=sys.stderr, highlight=False, markup=False)
         kept = f", {num_wanted - num_missing} of them there already" if num_missing < num_wanted else ""
         console.print(f"{name}: {num_wanted} answers ({num_samples} per problem, T={temperature:g}){kept}")
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        description = TextColumn("{task.description}", markup=False)
+        columns = [description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task(name, total=num_wanted, completed=num_wanted - num_missing)
+        self._task = self._progress.add_task(printable(name), total=num_wanted, completed=num_wanted - num_missing)
 
     def advance(self) -> None:
         """Count one more answer."""
@@ -104,9 +106,9 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream:
     console.print(footer, soft_wrap=True)
 
 
-def _console(stream: TextIO | None) -> Console:
+def _console(stream: TextIO | None) -> SafeConsole:
     target = stream or sys.stdout
-    return Console(file=target, width=None if target.isatty() else PLAIN_TEXT_WIDTH, highlight=False, markup=False)
+    return SafeConsole(file=target, width=None if target.isatty() else PLAIN_TEXT_WIDTH, highlight=False, markup=False)
 
 
 def _percent(share: float) -> str:

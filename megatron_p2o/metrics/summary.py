@@ -8,12 +8,12 @@ from statistics import fmean
 from typing import Any, TextIO
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.metrics.runs import read_object
+from megatron_p2o.terminal import SafeConsole
 
 SPENT: tuple[tuple[str, str], ...] = (
     ("plain pass@N", "pass_at_n_plain"),
@@ -61,7 +61,7 @@ def print_table(summary: Mapping[str, Any], stream: TextIO | None = None) -> Non
     target = stream or sys.stdout
     is_terminal = target.isatty()
     width = None if is_terminal else PLAIN_TEXT_WIDTH
-    console = Console(file=target, width=width, highlight=False, markup=False)
+    console = SafeConsole(file=target, width=width, highlight=False, markup=False)
     table = Table(box=SIMPLE if is_terminal else None, pad_edge=False)
     columns = list(_columns(summary["runs"]))
     for heading, _ in columns:

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = (ROOT, ROOT / "kernels")
 """Folders whose packages are importable by name."""
 
-CONTRACT = tuple(f"megatron_p2o.{name}" for name in ("types", "config", "interfaces", "files", "processes", "seeds"))
+CONTRACT = tuple(
+    f"megatron_p2o.{name}" for name in ("types", "config", "interfaces", "files", "processes", "seeds", "terminal")
+)
 """What everybody may see."""
 
 ROOMS = ("policy", "rollout", "rewards", "evolve", "data", "metrics")
@@ -26,6 +28,8 @@ ALLOWED = {
     "megatron_p2o.files": (),
     "megatron_p2o.processes": (),
     "megatron_p2o.seeds": (),
+    "megatron_p2o.terminal": (),
+    "megatron_p2o.errors": (),
     "megatron_p2o.config_yaml": (),
     "megatron_p2o.config_source": ("megatron_p2o.config", "megatron_p2o.config_yaml"),
     "megatron_p2o.config_file": ("megatron_p2o.config", "megatron_p2o.config_source", "megatron_p2o.config_yaml"),

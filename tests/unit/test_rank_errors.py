@@ -105,7 +105,7 @@ def test_what_an_earlier_start_left_is_forgotten(tmp_path: Path, monkeypatch: py
 def test_an_error_that_cannot_be_left_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").write_text("a file where the run's folder should be")
     report_error(tmp_path / "run", ValueError, ValueError("the reason"), None)
-    assert "p2o: ValueError: the reason" in capsys.readouterr().err
+    assert "p2o: the reason\n" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,4 +114,5 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         full.write(b"x")
     report_error(tmp_path, caught.type, caught.value, caught.tb)
     words = error_file(tmp_path, 0).read_text()
-    assert re.match(rf"OSError: \[Errno 28\] No space left on device in or below {tmp_path}, with \d+ MiB free", words)
+    told = rf"No space left on device: free some space in or below {tmp_path}, where \d+ MiB are free, and start"
+    assert re.match(told, words)

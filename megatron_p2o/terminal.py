@@ -1,0 +1,65 @@
+"""What reaches a person's terminal: text of others is shown, never obeyed.
+
+Problems, templates, answers of endpoints, logs of engines and names of files may hold sequences that move the cursor,
+change the title or set the clipboard. Everything that is printed or logged goes through `say`, `set_up_logging` or
+`SafeConsole`.
+"""
+
+import logging
+import re
+import sys
+import traceback
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters but tab and newline, overrides of the writing direction, separators of lines, half surrogates."""
+
+
+def printable(text: str) -> str:
+    """Return `text` with every character that a terminal would obey, or cannot show, as an escape: `\\x1b`."""
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line to `stream` (standard output by default) at once."""
+    print(printable(text), file=stream or sys.stdout, flush=True)
+
+
+class SafeConsole(Console):
+    """A console of rich that shows the text it is given as `printable` does."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+class _SafeRecord(logging.LogRecord):
+    """Makes the messages of every logger safe: libraries bring handlers of their own."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+class _SafeFormatter(logging.Formatter):
+    """Makes tracebacks safe, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def set_up_logging(layout: str = "%(levelname)s %(name)s: %(message)s") -> None:
+    """Have this process log warnings to standard error, `printable`; what ends it is told the same way."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_SafeFormatter(layout))
+    logging.setLogRecordFactory(_SafeRecord)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    sys.excepthook = _print_traceback
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), sys.stderr)
