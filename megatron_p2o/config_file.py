@@ -6,11 +6,11 @@
     optimizer: {lr: 1e-6}
 
 Settings win in this order: `--set`, the file, its base, the preset, the defaults of `megatron_p2o.config`. Mappings
-merge key by key. Values are those of YAML 1.2 (`config_yaml`).
+merge key by key; an empty one (`data.evaluation={}`) takes away what was there. Values are those of YAML 1.2
+(`config_yaml`).
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 from urllib.parse import urlsplit
 
 from megatron_p2o.config import REFERENCE_PRESET, Config, problems_of
+from megatron_p2o.config_names import suggestion
 from megatron_p2o.config_source import (
     ConfigError,
     ConfigProblem,
@@ -29,11 +30,13 @@ from megatron_p2o.config_source import (
     annotation_at,
     is_mapping,
     is_section,
+    over,
     problem,
     read_overrides,
     read_with_bases,
 )
 from megatron_p2o.config_yaml import dump_yaml
+from megatron_p2o.suggestions import did_you_mean
 
 __all__ = ["ConfigError", "ConfigProblem", "dump_config", "load_config", "missing_paths", "with_template_date"]
 
@@ -55,10 +58,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     source = "--set" if path is None else str(path)
     settings = read_overrides(overrides, problems)
     if path is not None:
-        settings = read_with_bases(path, problems) | settings
+        settings = over(read_with_bases(path, problems), settings)
     preset = settings.get(("preset",))
     if preset is not None and preset.value == "reference":
-        settings = _reference_settings() | settings
+        settings = over(_reference_settings(), settings)
     problems += _unknown_names(settings)
     config = _build(Config, (), settings, problems, source=source)
     refused = {problem.name for problem in problems if annotation_at(tuple(problem.name.split("."))) is not None}
@@ -146,7 +149,7 @@ def _build(cls: type, name: NamePath, settings: Settings, problems: list[ConfigP
         annotation = get_type_hints(cls)[field.name]
         own = settings.get(field_name)
         is_nested = is_section(annotation) or is_mapping(annotation)
-        if is_nested and own is not None:
+        if is_nested and own is not None and not own.is_clearing:
             rule = "must be a mapping: write its settings below it, indented"
             problems.append(problem(own.where, ".".join(field_name), own.text, rule))
         if is_section(annotation):
@@ -221,8 +224,7 @@ def _float(value: float) -> float:
 def _choice(value: object, choices: tuple[object, ...]) -> object:
     if value in choices and not isinstance(value, bool):
         return value
-    nearest = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    hint = f": did you mean {nearest[0]}?" if nearest else ": choose one"
+    hint = did_you_mean(str(value), [str(choice) for choice in choices]) or ": choose one"
     raise _RefusedError(f"must be one of {', '.join(map(str, choices))}{hint}")
 
 
@@ -231,23 +233,8 @@ def _unknown_names(settings: Settings) -> Iterator[ConfigProblem]:
         if annotation_at(name) is None:
             dotted = ".".join(name)
             yield ConfigProblem(
-                name=dotted, where=setting.where, sentence=f"{dotted} is not a setting: {_suggestion(name)}"
+                name=dotted, where=setting.where, sentence=f"{dotted} is not a setting: {suggestion(name)}"
             )
-
-
-def _suggestion(name: NamePath) -> str:
-    """Return the nearest setting: in the same section, else of that name elsewhere, else of a similar dotted name."""
-    known = [".".join(path) for path in _all_names(Config, ())]
-    dotted, section = ".".join(name), ".".join(name[:-1])
-    if dotted in known:
-        section, _, leaf = dotted.rpartition(".")
-        return f"nest it: write `{leaf}:` indented below `{section}:`"
-    siblings = [other for other in known if other.rpartition(".")[0] == section]
-    same_leaf = [other for other in known if other.rpartition(".")[2] == name[-1]]
-    near = (
-        difflib.get_close_matches(dotted, siblings, n=1) or same_leaf or difflib.get_close_matches(dotted, known, n=1)
-    )
-    return f"did you mean {near[0]}?" if near else f"known here are {', '.join(siblings) or 'none'}"
 
 
 def _secrets_in(config: Config) -> list[str]:
@@ -279,13 +266,6 @@ def _located(sentence: str, settings: Settings, source: str) -> ConfigProblem:
 
 def _names(sentence: str, name: str) -> bool:
     return re.search(rf"(?<!\w)(?<!\w\.){re.escape(name)}(?!\w)", sentence) is not None
-
-
-def _all_names(cls: type, name: NamePath) -> Iterator[NamePath]:
-    for key, annotation in get_type_hints(cls).items():
-        yield (*name, key)
-        if is_section(annotation):
-            yield from _all_names(annotation, (*name, key))
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

@@ -58,9 +58,18 @@ class Setting:
     text: str
     """How it is quoted in messages."""
     where: str
+    is_clearing: bool = False
+    """Whether it is the empty mapping, which takes away what a setting of lower rank put into it."""
 
 
 Settings = dict[NamePath, Setting]
+
+
+def over(lower: Settings, upper: Settings) -> Settings:
+    """Return `upper` with what it leaves open taken from `lower`."""
+    cleared = [name for name, setting in upper.items() if setting.is_clearing]
+    kept = {name: setting for name, setting in lower.items() if not any(name[: len(c)] == c for c in cleared)}
+    return kept | upper
 
 
 def read_with_bases(path: Path, problems: list[ConfigProblem]) -> Settings:
@@ -90,7 +99,7 @@ def read_with_bases(path: Path, problems: list[ConfigProblem]) -> Settings:
             raise ConfigError([problem(base.where, "base", base.text, rule)])
     merged: Settings = {}
     for settings in reversed(chain):
-        merged |= settings
+        merged = over(merged, settings)
     return merged
 
 
@@ -140,7 +149,9 @@ def read_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> S
         node = root or yaml.ScalarNode(NULL, "")
         problems += _key_problems(node, name, None)
         reader = _Reader(loader=loader, source=None, problems=problems)
-        settings.update(_flatten(reader, node, annotation_at(name), name))
+        if is_section(annotation_at(name)) and isinstance(node, yaml.MappingNode) and not node.value:
+            problems.append(problem("--set", dotted, "{}", "sets nothing: name a setting below it"))
+        settings = over(settings, dict(_flatten(reader, node, annotation_at(name), name)))
     return settings
 
 
@@ -167,6 +178,8 @@ def _flatten(
     """Yield the leaves under `node`, going down only where the tree of settings does."""
     if is_section(annotation) or is_mapping(annotation):
         if isinstance(node, yaml.MappingNode):
+            if is_mapping(annotation) and not node.value:
+                yield name, Setting(value={}, text="{}", where=reader.where(node), is_clearing=True)
             for key_node, value_node in node.value:
                 key = _key_text(key_node)
                 if _is_merge(key_node):

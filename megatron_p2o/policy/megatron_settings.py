@@ -4,7 +4,6 @@ Whatever the installed version has a field for can be set, except what another s
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from megatron_p2o.policy.layer_choice import Capabilities
+from megatron_p2o.suggestions import did_you_mean
 
 TARGETS = (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
 
@@ -133,8 +133,7 @@ def _check_name(name: str, known: set[str]) -> None:
         remedy = "remove it from megatron" if owner == "the trainer" else "set that instead"
         raise ValueError(f"megatron.{name} is decided by {owner}: {remedy}")
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f": did you mean megatron.{nearest[0]}?" if nearest else ""
+        hint = did_you_mean(name, known, "megatron.")
         raise ValueError(
             f"megatron.{name} is not a field of the installed megatron-core's TransformerConfig, OptimizerConfig or "
             f"DistributedDataParallelConfig{hint}"

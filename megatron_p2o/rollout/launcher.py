@@ -6,12 +6,11 @@ list nor in the environment of its children:
     {"parent_pid": 1234, "scratch": "/tmp/...", "arguments": {"model_path": ..., "api_key": ..., ...}}
 
 `scratch` is the private temporary directory of the server; `arguments` are fields of SGLang's ServerArgs. Of this
-package only this file, `rollout.weight_loader` and, on the CPU, `rollout.cpu_attention` and `rollout.cpu_determinism`
-run in that process, and sglang is imported nowhere else.
+package only this file, `suggestions`, `rollout.weight_loader` and, on the CPU, `rollout.cpu_attention` and
+`rollout.cpu_determinism` run in that process, and sglang is imported nowhere else.
 """
 
 import contextlib
-import difflib
 import json
 import logging
 import multiprocessing
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from megatron_p2o.suggestions import did_you_mean
 
 EXIT_BAD_ARGUMENT = 78
 """sysexits.h EX_CONFIG: the last line of the log names the setting."""
@@ -82,8 +83,7 @@ def check_names(arguments: Mapping[str, Any], known: list[str]) -> None:
     for name in arguments:
         if name in known:
             continue
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f": did you mean sglang.{near[0]}?" if near else ""
+        hint = did_you_mean(name, known, "sglang.")
         raise ValueError(f"sglang.{name} is not an argument of the installed SGLang server{hint}")
 
 

@@ -11,6 +11,8 @@ import yaml
 
 from megatron_p2o.config import REFERENCE_PRESET, Config
 from megatron_p2o.config_file import ConfigError, dump_config, load_config, missing_paths
+from megatron_p2o.config_names import SYNONYMS
+from megatron_p2o.config_source import annotation_at
 
 REQUIRED = "run: {name: first}\nmodel: {path: model}\ndata: {train: train.jsonl}\n"
 
@@ -126,6 +128,13 @@ def test_value_of_the_wrong_type_is_named_with_its_line_and_remedy(tmp_path: Pat
         ("optimizer.lr: 1", "optimizer.lr is not a setting: nest it: write `lr:` indented below `optimizer:`"),
         ("evolution: {reflection: {api_key: sk-1}}", "did you mean evolution.reflection.api_key_env?"),
         ("1: 2", "1 is not a setting: known here are "),
+        ("reward: {function: x}", "reward is not a setting: did you mean grading?"),
+        ("learning_rate: 1e-6", "learning_rate is not a setting: did you mean optimizer.lr?"),
+        ("trainer: {max_new_token: 5}", "trainer is not a setting: did you mean schedule?"),
+        ("max_new_token: 5", "max_new_token is not a setting: did you mean rollout.max_new_tokens?"),
+        ("rollout: {temp: 1.0}", "rollout.temp is not a setting: did you mean rollout.temperature?"),
+        ("temperature: 1.0", "did you mean rollout.temperature or evolution.reflection.temperature or evaluation.tem"),
+        ("rollout: {zzz: 1.0}", "rollout.zzz is not a setting: known here are rollout.group_size, rollout.temperature"),
     ],
 )
 def test_key_that_is_no_setting_is_answered_with_what_to_write(tmp_path: Path, line: str, message: str) -> None:
@@ -445,3 +454,31 @@ def test_missing_paths_names_each_absent_file_and_only_those(tmp_path: Path, mon
 def test_problems_found_elsewhere_can_be_raised_the_same_way() -> None:
     error = ConfigError(["data.train=x must be an existing file"])
     assert str(error) == "1 problem in the settings:\n  data.train=x must be an existing file"
+
+
+def evaluation_of(tmp_path: Path, *overrides: str, text: str = "base: base.yaml\n") -> dict[str, str]:
+    with_set = REQUIRED.replace("train.jsonl}", "train.jsonl, evaluation: {a: a.jsonl}}")
+    write(tmp_path, with_set, "base.yaml")
+    return dict(load_config(write(tmp_path, text), overrides).data.evaluation)
+
+
+def test_an_empty_mapping_takes_away_what_lies_below_it(tmp_path: Path) -> None:
+    assert evaluation_of(tmp_path) == {"a": "a.jsonl"}
+    assert evaluation_of(tmp_path, "data.evaluation={b: b.jsonl}") == {"a": "a.jsonl", "b": "b.jsonl"}
+    assert evaluation_of(tmp_path, "data.evaluation={}") == {}
+    assert evaluation_of(tmp_path, "data={evaluation: {}}") == {}
+    assert evaluation_of(tmp_path, "data.evaluation={}", "data.evaluation.b=b.jsonl") == {"b": "b.jsonl"}
+    assert evaluation_of(tmp_path, "data.evaluation.b=b.jsonl", "data.evaluation={}") == {}
+    assert evaluation_of(tmp_path, text="base: base.yaml\ndata: {evaluation: {}}\n") == {}
+
+
+def test_an_override_that_sets_nothing_is_an_error(tmp_path: Path) -> None:
+    assert problems(tmp_path, REQUIRED, ["optimizer={}"]) == [
+        "--set: optimizer={} sets nothing: name a setting below it"
+    ]
+
+
+def test_every_synonym_leads_to_settings() -> None:
+    for synonym, names in SYNONYMS.items():
+        assert annotation_at((synonym,)) is None
+        assert all(annotation_at(tuple(name.split("."))) is not None for name in names.split(" and "))

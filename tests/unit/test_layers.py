@@ -12,7 +12,8 @@ SOURCE_ROOTS = (ROOT, ROOT / "kernels")
 """Folders whose packages are importable by name."""
 
 CONTRACT = tuple(
-    f"megatron_p2o.{name}" for name in ("types", "config", "interfaces", "files", "processes", "seeds", "terminal")
+    f"megatron_p2o.{name}"
+    for name in ("types", "config", "interfaces", "files", "processes", "seeds", "suggestions", "terminal")
 )
 """What everybody may see."""
 
@@ -30,9 +31,13 @@ ALLOWED = {
     "megatron_p2o.seeds": (),
     "megatron_p2o.terminal": (),
     "megatron_p2o.errors": (),
+    "megatron_p2o.suggestions": (),
     "megatron_p2o.config_yaml": (),
     "megatron_p2o.config_source": ("megatron_p2o.config", "megatron_p2o.config_yaml"),
-    "megatron_p2o.config_file": ("megatron_p2o.config", "megatron_p2o.config_source", "megatron_p2o.config_yaml"),
+    "megatron_p2o.config_names": ("megatron_p2o.config", "megatron_p2o.config_source", "megatron_p2o.suggestions"),
+    "megatron_p2o.config_file": tuple(
+        f"megatron_p2o.{name}" for name in ("config", "config_names", "config_source", "config_yaml", "suggestions")
+    ),
     "megatron_p2o.rl": (*CONTRACT, "p2o_kernels"),
     "megatron_p2o.algorithm": (*CONTRACT, "megatron_p2o.rl"),
     **{f"megatron_p2o.{room}": (*CONTRACT, "megatron_p2o.rl") for room in ROOMS},
