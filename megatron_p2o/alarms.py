@@ -110,6 +110,15 @@ def warn_of_forgotten(step: int, num_forgotten: int, num_mastered: int, alarm: f
         )
 
 
+def warn_of_a_skipped_round(epoch: int, num_hard: int, min_problems: int) -> None:
+    """Say that no prompts evolve after an epoch, numbered from 1, and what would change that."""
+    logger.warning(
+        "epoch %d: no prompts evolve, every problem is asked plainly: %d problems are hard, fewer than "
+        "hard.min_problems=%d: lower it, or raise hard.max_solved, if that is not because the others are solved",
+        *(epoch, num_hard, min_problems),
+    )
+
+
 def stop_where_nothing_was_sampled(step: int, groups: Sequence[Group]) -> None:
     """Raise `NothingSampled` when all rollouts of a step were given up on: it has learnt nothing and the next will not.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_p2o.algorithm import SamplingParts, graded_rollouts
+from megatron_p2o.algorithm import SamplingParts, asked, graded_rollouts
 from megatron_p2o.config import Config, EvaluationConfig
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.evaluation import Evaluation, answer_of, evaluation_of
@@ -44,12 +44,17 @@ def protocol_of(name: str, num_problems: int, settings: EvaluationConfig) -> Pro
 def evaluate(
     name: str, problems: Sequence[Problem], parts: SamplingParts, config: Config, template: Template = PLAIN
 ) -> Evaluation:
-    """Sample answers to each problem of the set `name` under `template` and grade them as in training."""
+    """Sample answers to each problem of the set `name` under `template` and grade them as in training.
+
+    A problem that is too long under `template` is asked plainly, and counted.
+    """
     protocol = protocol_of(name, len(problems), config.evaluation)
-    asked = all_asked(problems, protocol)
     sampling = evaluation_sampling(config, protocol)
-    answers = [answer_of(rollout, sample) for sample, rollout in answered(asked, sampling, parts, template)]
-    return evaluation_of(answers, problems, protocol.num_samples, protocol.temperature)
+    rollouts = list(answered(all_asked(problems, protocol), sampling, parts, template))
+    answers = [answer_of(rollout, sample) for sample, rollout in rollouts]
+    prompts = [rollout.completion.prompt for _, rollout in rollouts]
+    too_long = {prompt.problem.id for prompt in prompts if prompt.is_templated != bool(template.text)}
+    return evaluation_of(answers, problems, protocol.num_samples, protocol.temperature, len(too_long))
 
 
 def all_asked(problems: Sequence[Problem], protocol: Protocol) -> list[tuple[Problem, int]]:
@@ -58,14 +63,14 @@ def all_asked(problems: Sequence[Problem], protocol: Protocol) -> list[tuple[Pro
 
 
 def answered(
-    asked: Sequence[tuple[Problem, int]], sampling: SamplingParams, parts: SamplingParts, template: Template = PLAIN
+    wanted: Sequence[tuple[Problem, int]], sampling: SamplingParams, parts: SamplingParts, template: Template = PLAIN
 ) -> Iterator[tuple[int, Rollout]]:
-    """Yield (index among the problem's answers, rollout) for everything `asked`, as it is sampled and graded.
+    """Yield (index among the problem's answers, rollout) for everything `wanted`, as it is sampled and graded.
 
     On deterministic engines an answer depends on its problem and index, not on what else is asked.
     """
-    prompts = [parts.renderer.render(problem, template) for problem, _ in asked]
-    places = [sample for _, sample in asked]
+    prompts = [asked(problem, template, parts.renderer) for problem, _ in wanted]
+    places = [sample for _, sample in wanted]
     for index, rollout in graded_rollouts(prompts, sampling, parts, places):
         yield places[index], rollout
 

@@ -12,6 +12,7 @@ from megatron_p2o.alarms import (
     MISMATCH,
     MismatchWatch,
     stop_where_nothing_was_sampled,
+    warn_of_a_skipped_round,
     warn_of_forgotten,
     warn_of_skipped_updates,
 )
@@ -27,6 +28,7 @@ from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.runs import read_metrics
 from megatron_p2o.metrics.step import (
+    asked_plainly_metrics,
     epoch_metrics,
     evaluation_metrics,
     forgotten_metrics,
@@ -112,6 +114,7 @@ class RunObserver:
         metrics = {
             **step_metrics(result.groups, result.reports, seconds, phases.peak_bytes),
             "rollout/batches_count": Sum(result.num_batches),
+            **asked_plainly_metrics(result.groups, state.library),
             **self._forgotten(state, entries),
         }
         self._files.metrics.write(state.step, state.epoch, {**metrics, **of_engines})
@@ -138,8 +141,16 @@ class RunObserver:
         return forgotten_metrics(num_forgotten, num_mastered)
 
     def on_epoch(self, state: TrainState, hard: Sequence[Problem]) -> None:
-        self._note_library(state, {**epoch_metrics(hard), **phase_metrics(self._clock.take().seconds)})
+        is_skipped = self._is_round_skipped(state, len(hard))
+        if is_skipped:
+            warn_of_a_skipped_round(state.epoch, len(hard), self._config.hard.min_problems)
+        self._note_library(state, {**epoch_metrics(hard, is_skipped), **phase_metrics(self._clock.take().seconds)})
         self._last_end = time.monotonic()
+
+    def _is_round_skipped(self, state: TrainState, num_hard: int) -> bool | None:
+        """Return whether the hard set is too small for evolution after an epoch; None where none would follow."""
+        is_last = state.epoch >= self._config.schedule.epochs
+        return None if is_last or not self._config.evolution.enabled else num_hard < self._config.hard.min_problems
 
     def _note_library(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
         """Write `metrics` and what is to be said of a library that is new, then measure its best template."""

@@ -62,6 +62,8 @@ class Evaluation:
     """Answers the engines gave up; they count as wrong and are no grading errors."""
     correct_by_problem: Mapping[str, int]
     """Problem id to correct answers, in the order of the set."""
+    num_asked_plainly: int = 0
+    """Problems that were too long under the template of a templated evaluation, and asked without it."""
 
     @property
     def accuracy(self) -> float:
@@ -86,9 +88,16 @@ def answer_of(rollout: Rollout, sample: int, response: str = "") -> Answer:
 
 
 def evaluation_of(
-    answers: Sequence[Answer], problems: Sequence[Problem], samples_per_problem: int, temperature: float
+    answers: Sequence[Answer],
+    problems: Sequence[Problem],
+    samples_per_problem: int,
+    temperature: float,
+    num_asked_plainly: int = 0,
 ) -> Evaluation:
-    """Return what `answers`, `samples_per_problem` to each of `problems` and in any order, amount to."""
+    """Return what `answers`, `samples_per_problem` to each of `problems` and in any order, amount to.
+
+    `num_asked_plainly`: problems that did not fit under the template.
+    """
     assert len(answers) == len(problems) * samples_per_problem, "an answer is missing or twice there"
     correct = dict.fromkeys((problem.id for problem in problems), 0)
     for answer in answers:
@@ -116,6 +125,7 @@ def evaluation_of(
         ),
         num_aborted=sum(is_aborted),
         correct_by_problem=correct,
+        num_asked_plainly=num_asked_plainly,
     )
 
 

@@ -23,6 +23,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.evaluation import Evaluation
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
 from megatron_p2o.types import Group, Problem, Rollout, UpdateReport
@@ -139,9 +140,20 @@ def forgotten_metrics(num_forgotten: int, num_mastered: int) -> dict[str, Metric
     return {"hard/forgotten_share": Mean(num_forgotten, num_mastered)}
 
 
-def epoch_metrics(hard: Sequence[Problem]) -> dict[str, MetricValue]:
-    """Return the state after an epoch: the size of its hard set."""
-    return {"hard/set_size": Last(len(hard))}
+def asked_plainly_metrics(groups: Sequence[Group], library: TemplateLibrary) -> dict[str, MetricValue]:
+    """Return how many rollouts were asked plainly because their template made the prompt too long."""
+    num_templated = sum(rollout.completion.prompt.is_templated for group in groups for rollout in group.rollouts)
+    num_assigned = sum(template.text != "" for group in groups for template in library.assigned(group.problem))
+    return {"rollout/asked_plainly_count": Sum(num_assigned - num_templated)}
+
+
+def epoch_metrics(hard: Sequence[Problem], is_round_skipped: bool | None) -> dict[str, MetricValue]:
+    """Return the state after an epoch: the size of its hard set, and whether it was too small for a round of evolution.
+
+    `is_round_skipped`: None where no round would have followed anyway.
+    """
+    skipped = {} if is_round_skipped is None else {"evolution/skipped_rounds_count": Sum(is_round_skipped)}
+    return {"hard/set_size": Last(len(hard)), **skipped}
 
 
 def library_metrics(library_version: int, num_templates: int, evolution: Mapping[str, float]) -> dict[str, MetricValue]:
@@ -159,11 +171,16 @@ def library_metrics(library_version: int, num_templates: int, evolution: Mapping
 
 
 def evaluation_metrics(outcomes: Mapping[str, Evaluation]) -> dict[str, MetricValue]:
-    """Return `eval/<set>/avg`, correct answers over answers, and `eval/<set>/pass_at_<k>` for k beyond 1."""
+    """Return `eval/<set>/avg`, correct answers over answers, and `eval/<set>/pass_at_<k>` for k beyond 1.
+
+    Where problems were too long under the evaluation's template, `eval/<set>/asked_plainly_count` says how many.
+    """
     metrics: dict[str, MetricValue] = {}
     for name, outcome in outcomes.items():
         metrics[f"eval/{name}/avg"] = Mean(outcome.num_correct, outcome.num_samples)
         metrics |= {f"eval/{name}/pass_at_{k}": Last(share) for k, share in outcome.pass_at.items() if k != "1"}
+        if outcome.num_asked_plainly:
+            metrics[f"eval/{name}/asked_plainly_count"] = Last(outcome.num_asked_plainly)
     return metrics
 
 

@@ -42,14 +42,6 @@ SPARE_FILES = 256
 """Open files of the conducting process that are not connections to engines."""
 
 
-MIN_REQUESTS = 16
-"""Requests from which it cannot be chance that all are given up."""
-
-
-class NothingSampled(RuntimeError):
-    """None of many requests got a token: what is wrong is not one of them."""
-
-
 class RolloutStalled(RuntimeError):
     """Requests are waiting but none has finished for longer than one may take."""
 
@@ -127,7 +119,6 @@ class SglangEngine:
             EnginesLost: no engine is left and none can be started; its message holds their logs' last lines.
             RefreshFailed: the last refresh failed, so the engines' weights are not to be sampled.
             RolloutStalled: nothing finished for too long.
-            NothingSampled: many requests were sent, and all were given up without a token.
         """
         finished: queue.SimpleQueue[tuple[int, Future[Completion]]] = queue.SimpleQueue()
         futures = [
@@ -136,7 +127,7 @@ class SglangEngine:
         ]
         for index, future in enumerate(futures):
             future.add_done_callback(lambda done, index=index: finished.put((index, done)))
-        patience_s, num_given_up = longest_silence_s(self._config.rollout), 0
+        patience_s = longest_silence_s(self._config.rollout)
         try:
             for num_done in range(len(futures)):
                 try:
@@ -146,23 +137,10 @@ class SglangEngine:
                         f"{len(futures) - num_done} of {len(futures)} completions are missing and none came for "
                         f"{patience_s:g} s; see the logs in {self._run_dir / 'engines'}"
                     ) from None
-                completion = future.result()
-                num_given_up += completion.finish_reason == "abort" and len(completion.token_ids) == 0
-                yield index, completion
-            self._check_given_up(num_given_up, len(futures))
+                yield index, future.result()
         finally:
             for future in futures:
                 future.cancel()
-
-    def _check_given_up(self, num_given_up: int, num_requests: int) -> None:
-        """Raise `NothingSampled` when none of many requests got a token: one may be at fault by itself, not all."""
-        if num_given_up == num_requests >= MIN_REQUESTS:
-            reasons = self.broker.given_up.examples()
-            raise NothingSampled(
-                f"all {num_requests} requests were given up without a token"
-                f"{''.join(f'; {reason}: {example}' for reason, example in reasons.items())}; see the logs in "
-                f"{self._run_dir / 'engines'}"
-            )
 
     def release_memory(self) -> None:
         """Lend the memory of weights and KV cache to the trainer, if `rollout.release_memory` says so.

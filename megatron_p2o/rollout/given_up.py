@@ -45,11 +45,6 @@ class GivenUp:
             self._counts[reason] += 1
             self._examples.setdefault(reason, example)
 
-    def examples(self) -> dict[Reason, str]:
-        """Return where each reason was met first since the counts were taken."""
-        with self._lock:
-            return dict(self._examples)
-
     def take(self) -> dict[str, float]:
         """Return `engine/<reason>_count` for every reason, and begin anew; warn, in one sentence, of each there was."""
         with self._lock:

@@ -15,8 +15,10 @@ from megatron_p2o.benchmark import Subject, answer, open_benchmarks, results_of
 from megatron_p2o.config import Config, EvaluationConfig
 from megatron_p2o.evaluate import Protocol, evaluate, protocol_of
 from megatron_p2o.metrics.comparison import compare
+from megatron_p2o.metrics.step import evaluation_metrics
+from megatron_p2o.metrics.values import numbers_of
 from megatron_p2o.testing.fakes import FakeEngine, FakeGrader, FakeRenderer, Reply, fake_config, fake_problem
-from megatron_p2o.types import Prompt
+from megatron_p2o.types import Prompt, Template
 
 MODEL = Subject(path="model", weights_sha256="a" * 64, step=None)
 
@@ -100,6 +102,23 @@ def test_an_evaluation_counts_what_was_answered_and_how() -> None:
     assert outcome.interval.low < 0.5 < outcome.interval.high
     # "yes" and "no" and their end; "no" that was cut off and "?" are shorter.
     assert outcome.mean_tokens == (10 * 4 + 5 * 3 + 2 * 2 + 3 * 2) / 20
+
+
+def test_a_problem_that_is_too_long_under_the_template_is_asked_plainly_and_counted() -> None:
+    problems = [replace(fake_problem(number), question="q" * length) for number, length in enumerate((10, 30, 31, 40))]
+    parts = replace(parts_of(mixed), renderer=FakeRenderer(max_prompt_tokens=40))
+    hint = Template(id=3, text="Think ab", parent=None)
+    config = fake_config({"evaluation.num_samples": 2})
+    outcome = evaluate("aime", problems, parts, config, hint)
+    assert outcome.num_asked_plainly == 2
+    assert outcome.num_samples == 8
+    asked = [(prompt.problem.id, prompt.is_templated) for prompt in parts.engine.prompts]
+    assert asked == [(problem.id, number < 2) for number, problem in enumerate(problems) for _ in range(2)]
+    metrics = numbers_of(evaluation_metrics({"aime": outcome}))
+    assert metrics["eval/aime/asked_plainly_count"] == 2
+    plain = evaluate("aime", problems, parts, config)
+    assert plain.num_asked_plainly == 0
+    assert "eval/aime/asked_plainly_count" not in numbers_of(evaluation_metrics({"aime": plain}))
 
 
 @pytest.mark.parametrize("num_before", [0, 7, 19])

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 
 from megatron_p2o.metrics.evaluation import Answer, evaluation_of
-from megatron_p2o.metrics.step import epoch_metrics, evaluation_metrics, library_metrics, step_metrics
+from megatron_p2o.metrics.step import (
+    asked_plainly_metrics,
+    epoch_metrics,
+    evaluation_metrics,
+    library_metrics,
+    step_metrics,
+)
 from megatron_p2o.metrics.values import merge_metrics, numbers_of
+from megatron_p2o.testing.fakes import FakeLibrary, fake_problem
 from megatron_p2o.types import (
     PLAIN,
     Completion,
@@ -213,7 +220,7 @@ def test_epoch_and_evaluation_metrics_are_named_by_area() -> None:
     ]
     numbers = numbers_of(
         {
-            **epoch_metrics(hard),
+            **epoch_metrics(hard, is_round_skipped=None),
             **library_metrics(2, 5, {"best_score": 0.75}),
             **evaluation_metrics({"heldout_hard": evaluation_of(answers, hard, 4, 0.6)}),
         }
@@ -228,3 +235,14 @@ def test_epoch_and_evaluation_metrics_are_named_by_area() -> None:
         "eval/heldout_hard/pass_at_2": pytest.approx(5 / 6),
         "eval/heldout_hard/pass_at_4": 1.0,
     }
+
+
+def test_rollouts_whose_template_did_not_fit_are_counted() -> None:
+    def group(problem: Problem, *templates: Template) -> Group:
+        rollouts = tuple(rollout(problem, template, correct=False) for template in templates)
+        return Group(problem=problem, rollouts=rollouts, advantages=(0.0,) * len(rollouts))
+
+    fits, does_not, easy = (fake_problem(number) for number in range(3))
+    library = FakeLibrary(assignments={each.id: (HINT, HINT, PLAIN) for each in (fits, does_not)})
+    groups = [group(fits, HINT, HINT, PLAIN), group(does_not, PLAIN, HINT, PLAIN), group(easy, PLAIN, PLAIN, PLAIN)]
+    assert numbers_of(asked_plainly_metrics(groups, library)) == {"rollout/asked_plainly_count": 1}

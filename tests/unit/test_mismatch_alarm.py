@@ -16,7 +16,7 @@ from megatron_p2o.algorithm import StepResult, TrainState
 from megatron_p2o.config import Config, ScoringConfig
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.trend import Rise, rise_of
-from megatron_p2o.metrics.values import Mean
+from megatron_p2o.metrics.values import Mean, numbers_of
 from megatron_p2o.observer import RunObserver
 from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.run_state import RunState
@@ -197,3 +197,36 @@ def test_a_step_of_which_nothing_came_back_ends_the_run_with_the_step_on_record(
         observed_step({}, tmp_path, {}, written, groups=[group("abort", "abort"), group("abort")])
     assert {"metrics", "ledger", "rollouts"} <= set(written)
     observed_step({}, tmp_path, {}, [], groups=[group("abort", "abort"), group("stop")])
+
+
+@pytest.mark.parametrize(
+    ("num_hard", "settings", "epoch", "expected"),
+    [
+        (9, {}, 1, 1),
+        (10, {}, 1, 0),
+        (9, {}, 2, None),
+        (9, {"evolution.enabled": False}, 1, None),
+    ],
+    ids=["too few", "enough", "last epoch", "plain GRPO"],
+)
+def test_a_round_that_is_skipped_for_want_of_hard_problems_is_warned_of_and_counted_each_time(
+    num_hard: int,
+    settings: dict[str, Any],
+    epoch: int,
+    expected: int | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    written: list[Any] = []
+    config = fake_config({"hard.min_problems": 10, "schedule.epochs": 2, **settings})
+    observer = observer_of(config, tmp_path, [])
+    observer._files.metrics.write = lambda *line: written.append(line[2])  # pyright: ignore[reportAttributeAccessIssue]
+    hard = [fake_problem(number) for number in range(num_hard)]
+    observer.on_epoch(TrainState(library=FakeLibrary(), epoch=epoch), hard)
+    (numbers,) = map(numbers_of, written)
+    assert numbers["hard/set_size"] == num_hard
+    assert numbers.get("evolution/skipped_rounds_count") == expected
+    said = (
+        "epoch 1: no prompts evolve, every problem is asked plainly: 9 problems are hard, fewer than hard.min_problems="
+    )
+    assert (said in caplog.text) == (expected == 1)
