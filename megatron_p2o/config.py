@@ -360,6 +360,8 @@ class EvolutionConfig:
     plain_control: bool = False
     """After a round, sample the development problems plainly as often as the round did: what luck alone solves."""
     max_template_tokens: PositiveInt = 1024
+    """What a template may add to a prompt; a longer one is refused and counted. One of 16 times as many characters is
+    not even counted in tokens."""
     round_timeout_s: Seconds = 43200.0
     """A backstop: the budget of rollouts ends a round. One that takes longer is cut off, what it has is used, and the
     log, the metrics and the report say so, because its result then depends on the speed of the machine."""

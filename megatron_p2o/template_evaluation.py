@@ -6,8 +6,9 @@ from concurrent.futures import Future
 from megatron_p2o.algorithm import reward_of
 from megatron_p2o.evaluate import template_of
 from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, FreeScore, Rejection
+from megatron_p2o.evolve.guards import TOO_LONG, is_too_long_to_count
 from megatron_p2o.evolve.publish import RoundStats
-from megatron_p2o.interfaces import Grader, PromptRenderer
+from megatron_p2o.interfaces import Grader, PromptRenderer, PromptTooLongError
 from megatron_p2o.rollout.requests import settle
 from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, Rollout, SamplingParams
 
@@ -21,23 +22,37 @@ class TemplateEvaluator:
     Cancelling the future of an evaluation takes its request from the engine.
     """
 
-    def __init__(self, sample: Sample, renderer: PromptRenderer, grader: Grader) -> None:
+    def __init__(self, sample: Sample, renderer: PromptRenderer, grader: Grader, max_template_tokens: int) -> None:
         self._sample, self._renderer, self._grader = sample, renderer, grader
+        self._max_template_tokens = max_template_tokens
 
     def __call__(
         self, template_text: str, problem: Problem, sampling: SamplingParams
     ) -> Future[Evaluation | Rejection]:
         outcome: Future[Evaluation | Rejection] = Future()
-        try:
-            prompt = self._renderer.render(problem, template_of(template_text))
-        except ValueError as error:
-            outcome.set_result(Rejection(reason=str(error)))
+        prompt = self._prompt(template_text, problem)
+        if isinstance(prompt, Rejection):
+            outcome.set_result(prompt)
             return outcome
         sampled = self._sample(prompt, sampling)
         sampled.add_done_callback(lambda done: self._grade(done, outcome))
         # Nobody waits for a cancelled evaluation: the engine must not go on with it.
         outcome.add_done_callback(lambda done: sampled.cancel() if done.cancelled() else None)
         return outcome
+
+    def _prompt(self, template_text: str, problem: Problem) -> Prompt | Rejection:
+        """Return the prompt; what a template adds to the plain one is its length in tokens."""
+        if is_too_long_to_count(template_text, self._max_template_tokens):
+            return Rejection(reason=TOO_LONG)
+        try:
+            prompt = self._renderer.render(problem, template_of(template_text))
+        except PromptTooLongError:
+            return Rejection(reason="its prompt is too long")
+        except ValueError:  # the model's tokenizer or chat template does not take the text
+            return Rejection(reason="its prompt cannot be rendered")
+        if len(prompt.sampling_ids) - len(prompt.training_ids) > self._max_template_tokens:
+            return Rejection(reason=TOO_LONG)
+        return prompt
 
     def _grade(self, sampled: Future[Completion], outcome: Future[Evaluation | Rejection]) -> None:
         if sampled.cancelled():

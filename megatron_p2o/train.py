@@ -281,7 +281,9 @@ class Conductor:
         def sample(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
             return self.engine.broker.submit(prompt, sampling, priority="evolution")
 
-        evaluator = TemplateEvaluator(sample, self.inputs.renderer, self.grader)
+        evaluator = TemplateEvaluator(
+            sample, self.inputs.renderer, self.grader, self.config.evolution.max_template_tokens
+        )
         url = key = model = None
         if self.config.evolution.reflection.backend == "self":
             url, key = self.engine.start_reflection_server()

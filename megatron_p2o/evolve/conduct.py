@@ -18,6 +18,7 @@ from megatron_p2o.evolve.publish import RoundStats, build_library, round_stats
 from megatron_p2o.evolve.reflection import ReflectionRequest, ReflectionUnavailable
 from megatron_p2o.evolve.reflectors import Reflector
 from megatron_p2o.evolve.round import Round, RoundSpec
+from megatron_p2o.evolve.rules import rules_named
 from megatron_p2o.evolve.score_book import ScoreBook
 from megatron_p2o.evolve.split import Split, split_problems
 
@@ -71,7 +72,7 @@ async def conduct_round(
 
 def core_of(state: Round) -> AsynchronousCore | ReferenceCore:
     """Return the rules `evolution.rules` names."""
-    if state.settings.rules == "reference":
+    if state.rules.is_lock_step:
         return ReferenceCore(state, rollout_budget(state.spec, state.split))
     return AsynchronousCore(state)
 
@@ -124,18 +125,18 @@ def open_round(
 ) -> Round:
     """Return the round with the empty template and the warm ones in its pool.
 
-    The reference rules count rollouts in a unit of their own and reuse no training rollouts.
+    The lock-step rules count rollouts in a unit of their own.
     """
-    is_reference = spec.settings.evolution.rules == "reference"
-    limit = sys.maxsize if is_reference else rollout_budget(spec, split)
+    rules = rules_named(spec.settings.evolution.rules)
+    limit = sys.maxsize if rules.is_lock_step else rollout_budget(spec, split)
     book = ScoreBook(
         evaluator,
         history,
         RolloutBudget(limit, spent=history.num_scored),
         temperature=spec.settings.evolution.evaluation_temperature,
         feedback_ids=split.feedback,
-        free_scores=() if is_reference else spec.free_scores,
-        is_loss_final=is_reference,
+        free_scores=spec.free_scores if rules.reuses_scores else (),
+        is_loss_final=rules.is_lock_step,
     )
     return Round(spec, split, history, book, reflector, notify)
 

@@ -99,8 +99,8 @@ class AsynchronousCore:
             return self._stop("reflection_unavailable")
         except ReflectionRefused as refused:
             return f"refused: {refused}"
-        except TemplateRejected:
-            return "rejected"
+        except TemplateRejected as rejected:
+            return f"rejected: {rejected}"
         except EvaluationFailed:
             return "evaluation failed"
 

@@ -5,9 +5,10 @@
     reflect on all; children on their parents' minibatches; strictly better ones on all development problems
 
 No score is reused, no duplicate is refused. The randomness is one generator seeded by epoch + number of hard problems,
-so a resumed round repeats its decisions from the start; what was measured comes from the journal. Two differences: a
-template whose prompt would be too long is refused, where the authors cut the prompt; a rollout without a verdict is no
-score, where theirs is a failure.
+so a resumed round repeats its decisions from the start; what was measured comes from the journal. Three differences: a
+template whose prompt would be too long is refused, where the authors cut the prompt; so is one that `guards` or the
+reading of the reply (`reply`) refuses, where theirs need only be non-empty; a rollout without a verdict is no score,
+where theirs is a failure.
 """
 
 import asyncio
@@ -102,8 +103,8 @@ class ReferenceCore:
             after = await self._measure(text, picked, "after")
         except ReflectionRefused as refused:
             return f"refused: {refused}"
-        except TemplateRejected:
-            return "rejected"
+        except TemplateRejected as rejected:
+            return f"rejected: {rejected}"
         except EvaluationFailed:
             return "evaluation failed"
         return _Child(picked=picked, text=text, is_better=total_reward(after) > total_reward(before))

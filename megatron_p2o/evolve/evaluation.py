@@ -39,6 +39,7 @@ class Rejection:
     """The template cannot be used, e.g. because the prompt would be too long; it is never cut to fit."""
 
     reason: str
+    """One of few, by which proposals are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -173,7 +173,7 @@ class RoundHistory:
 
 def digest(text: str) -> str:
     """Return a short name for a template's text: 64 bits of its sha256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def event_to_json(event: Event) -> Any:

@@ -72,4 +72,7 @@ def _decode_line(line: bytes) -> tuple[Any] | None:
     parts = line.split(b" ", 2)
     if len(parts) != 3 or parts[0] != b"%d" % len(parts[2]) or parts[1] != b"%08x" % zlib.crc32(parts[2]):
         return None
-    return (json.loads(parts[2]),)
+    try:
+        return (json.loads(parts[2]),)
+    except (ValueError, RecursionError):
+        return None  # whole, but not what this program writes

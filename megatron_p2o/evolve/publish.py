@@ -84,12 +84,10 @@ def build_library(state: Round) -> PublishedLibrary:
     """Return the cover's templates, best first, and their assignment to all hard problems."""
     spec = state.spec
     solved = {candidate.id: state.pool.solved(candidate.id) for candidate in state.pool.qualified()}
-    is_reference = spec.settings.evolution.rules == "reference"
-    if not is_reference:
-        # How often a group asks plainly is assignment.num_plain; the authors leave it to the empty template's luck.
+    if not state.rules.publishes_empty:
         del solved[0]
     cover = [state.pool.template(candidate_id) for candidate_id in greedy_cover(solved)]
-    if not is_reference:
+    if state.rules.reuses_scores:
         solved = {template.id: solved[template.id] | solved_feedback(state, template) for template in cover}
     assignments = assign(
         [problem.id for problem in spec.problems],

@@ -111,7 +111,7 @@ def _lacks_final_answer(evaluation: Evaluation) -> bool:
 
 
 SPECIAL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>")
-"""Chat markup such as <|im_end|>: in a prompt it would be read as the end of the user's turn, not as text."""
+"""Chat markup such as <|im_end|>: what holds it is no instruction but a reply that went on for too long."""
 
 TOKEN = re.compile(r"[A-Za-z]+|\d+|[^\sA-Za-z\d]")
 """Words, numbers and single symbols."""

@@ -23,9 +23,6 @@ FENCE = re.compile(r"^[ \t]*(`{3,})[ \t]*([^`\n]*)$", re.MULTILINE)
 
 INLINE_FENCE = re.compile(r"```([^`\n]+)```")
 
-LABEL = re.compile(r"(:|\*\*|^#.*)\s*\Z", re.MULTILINE)
-"""Ends the text before a fenced block that begins something new: a colon, bold type or a heading."""
-
 DECLINING = re.compile(
     r"(?:unfortunately,?\s+|sorry[,.]?\s+(?:but\s+)?)?"
     r"(?:i(?:['\u2019]m| am) (?:sorry|afraid|unable|not able)|i apologi[sz]e|as an ai\b"
@@ -81,7 +78,7 @@ def template_of(reply: Reply, parent_text: str) -> str:
     if reply.is_declined:
         raise ReflectionRefused(DECLINED, quoted(visible))
     if reply.is_cut or is_thinking:
-        raise ReflectionRefused(CUT if visible.strip() or not has_reasoning else ONLY_REASONING)
+        raise ReflectionRefused(CUT if visible.strip() else ONLY_REASONING)
     if not visible.strip():
         raise ReflectionRefused(NO_ANSWER_AFTER_REASONING if has_reasoning else "empty")
     template = instruction_in(visible, parent_text)
@@ -108,10 +105,16 @@ def instruction_in(text: str, parent_text: str) -> str:
     new = [block for block in written if block.text != parent_text.strip()]
     if not new:
         raise ReflectionRefused(SAME_AS_PARENT if written else "empty")
-    if len(new) > 1 and whole.endswith("```") and new[-1].is_bare and not LABEL.search(whole[: new[-1].start]):
+    if len(new) > 1 and whole.endswith("```") and new[-1].is_bare and not ends_in_label(whole[: new[-1].start]):
         # Either two instructions, or one that holds a fenced part of its own.
         raise ReflectionRefused("unclear where its fenced instruction ends")
     return new[-1].text
+
+
+def ends_in_label(text: str) -> bool:
+    """Return whether what follows `text` is announced: by a colon, bold type or a heading."""
+    last_line = text.rstrip().rpartition("\n")[2]
+    return last_line.endswith((":", "**")) or last_line.lstrip().startswith("#")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 
 from megatron_p2o.config import AssignmentConfig, EvolutionConfig
 from megatron_p2o.evolve.evaluation import Evaluation, FreeScore
+from megatron_p2o.evolve.guards import refusal_of
 from megatron_p2o.evolve.history import Accepted, Disqualified, Ended, Picked, Reflected, RoundHistory
 from megatron_p2o.evolve.json_records import to_json
 from megatron_p2o.evolve.pool import Candidate, CandidatePool, Score
-from megatron_p2o.evolve.reflection import SPECIAL_TOKEN, Example, ReflectionRefused, ReflectionRequest, leaked_answer
+from megatron_p2o.evolve.reflection import Example, ReflectionRefused, ReflectionRequest
 from megatron_p2o.evolve.reflectors import Reflector
+from megatron_p2o.evolve.rules import rules_named
 from megatron_p2o.evolve.score_book import ScoreBook
 from megatron_p2o.evolve.split import Split
+from megatron_p2o.evolve.text import shorten
 from megatron_p2o.types import Problem, Template
+
+MAX_REFUSED_CHARS = 2_000
+"""Kept of a template that was refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +85,7 @@ class Round:
         """`notify` is told what a person should know."""
         self.spec = spec
         self.settings = spec.settings.evolution
+        self.rules = rules_named(self.settings.rules)
         self.split = split
         self.history = history
         self.book = book
@@ -160,21 +167,19 @@ class Round:
             text = (await self._reflector.propose(request)).strip()
         except ReflectionRefused as refused:
             return Reflected(proposal=proposal, text="", refusal=str(refused))
-        return Reflected(proposal=proposal, text=text, refusal=self._refusal(text, parent, examples))
+        refusal = self._refusal(text, parent, examples)
+        return Reflected(proposal=proposal, text=_kept(text) if refusal else text, refusal=refusal)
 
     def _refusal(self, text: str, parent: Candidate, examples: Mapping[str, Evaluation]) -> str:
-        """Return why `text` may not become a candidate; "" when it may. The authors ask for non-empty text only."""
-        if not text:
-            return "empty"
-        if self.settings.rules == "asynchronous" and self.pool.is_known(text):
-            return "duplicate"
-        if self.settings.rules == "asynchronous" and SPECIAL_TOKEN.search(text):
-            return "chat markup"
-        lineage = parent.lineage_problem_ids | examples.keys()
-        answers = [self._problems[key].answer for key in sorted(lineage) if key in self._problems]
-        if self.settings.guard_leaks and leaked_answer(text, answers) is not None:
-            return "leaks an answer"
-        return ""
+        """Return why `text` may not become a candidate; "" when it may."""
+        lineage = parent.lineage_problem_ids | examples.keys() if self.settings.guard_leaks else ()
+        return refusal_of(
+            text,
+            parent_text=parent.text,
+            max_template_tokens=self.settings.max_template_tokens,
+            is_duplicate=self.rules.refuses_duplicates and self.pool.is_known(text),
+            answers=[self._problems[key].answer for key in sorted(lineage) if key in self._problems],
+        )
 
     def _add(self, picked: Picked, text: str) -> Candidate:
         parent = self.pool[picked.parent]
@@ -194,3 +199,8 @@ class Round:
         for template in self.spec.warm_templates:
             if not self.pool.is_known(template.text):
                 self.pool.add(template.text, None, template.lineage_problem_ids)
+
+
+def _kept(text: str) -> str:
+    """Return what is journalled of a refused template: short, and text that any reader of JSON takes."""
+    return shorten(text, MAX_REFUSED_CHARS).encode(errors="replace").decode()

@@ -1,5 +1,7 @@
 """Cutting long text, and quoting text of others."""
 
+from megatron_p2o.terminal import printable
+
 MAX_RESPONSE_CHARS = 16_000
 """Of a response on its way to reflection: more would not fit the prompt beside the other examples."""
 
@@ -23,7 +25,7 @@ MAX_QUOTED_CHARS = 200
 
 
 def quoted(text: str | bytes) -> str:
-    """Return the beginning of `text` on one line, for a message: control characters and the like are escaped."""
+    """Return the beginning of `text` on one line, for a message; what a terminal would obey is escaped."""
     head = text[: 4 * MAX_QUOTED_CHARS]
-    words = " ".join((head.decode(errors="replace") if isinstance(head, bytes) else head).split())[:MAX_QUOTED_CHARS]
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
+    words = (head.decode(errors="replace") if isinstance(head, bytes) else head).split()
+    return printable(" ".join(words))[:MAX_QUOTED_CHARS]

@@ -83,7 +83,7 @@ class KeyPhraseTask:
 
     def answer(self, template_text: str, problem_id: str, temperature: float, sample: int) -> Evaluation | Rejection:
         if len(template_text) > self._max_template_chars:
-            return Rejection(reason=f"{len(template_text)} characters are too many")
+            return Rejection(reason="too many characters")
         keys = KEY_PHRASES[self.problems[problem_id].source]
         rate = self._success_rates[sum(key in template_text for key in keys)]
         is_solved = draw(self._seed, template_text, problem_id, temperature, sample) < rate

@@ -244,7 +244,7 @@ def test_overlong_template_is_rejected_and_never_becomes_a_candidate(tmp_path: P
     task = KeyPhraseTask(PROBLEMS, max_template_chars=len(BOTH_RED))
     script = Script(lambda request: f"{BOTH_RED} And number {request.proposal}.")
     library, stats, _ = run_round(round_spec(PROBLEMS, max_rollouts=300), tmp_path, task, script)
-    assert set(stats.outcomes) == {"rejected"} and stats.num_candidates == 1
+    assert set(stats.outcomes) == {"rejected: too many characters"} and stats.num_candidates == 1
     assert library.templates == ()
 
 

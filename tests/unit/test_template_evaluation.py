@@ -10,9 +10,12 @@ import pytest
 from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, Rejection
 from megatron_p2o.template_evaluation import TemplateEvaluator
 from megatron_p2o.testing.fakes import FakeRenderer, fake_problem
-from megatron_p2o.types import Completion, FinishReason, Grade, Problem, Prompt, SamplingParams
+from megatron_p2o.types import Completion, FinishReason, Grade, Problem, Prompt, SamplingParams, Template
 
 PROBLEM = fake_problem(1)
+MAX_TOKENS = 40
+"""A character is a token of the fake renderer, the blank line below a template two."""
+
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=4)
 
 
@@ -32,7 +35,7 @@ class Parts:
         return self.graded
 
     def evaluation(self, text: str = "Be brave.") -> Future[Evaluation | Rejection]:
-        return TemplateEvaluator(self.sample, FakeRenderer(), self)(text, PROBLEM, SAMPLING)
+        return TemplateEvaluator(self.sample, FakeRenderer(), self, MAX_TOKENS)(text, PROBLEM, SAMPLING)
 
     def finish_sampling(self, reason: FinishReason = "stop") -> None:
         self.sampled.set_result(
@@ -103,3 +106,36 @@ def test_an_engine_that_fails_or_gives_up_is_no_score() -> None:
     parts.finish_sampling("abort")
     with pytest.raises(EvaluationFailed, match="gave the rollout up"):
         outcome.result(0)
+
+
+@pytest.mark.parametrize("num_chars", [MAX_TOKENS - 1, MAX_TOKENS, 17 * MAX_TOKENS, 10_000_000])
+def test_a_template_of_too_many_tokens_is_rejected_by_name_and_never_sampled(num_chars: int) -> None:
+    parts = Parts()
+    outcome = parts.evaluation("z" * num_chars)
+    assert outcome.result(0) == Rejection(reason="longer than evolution.max_template_tokens")
+    assert parts.prompts == []
+
+
+def test_a_template_of_just_the_tokens_allowed_is_sampled() -> None:
+    parts = Parts()
+    parts.evaluation("z" * (MAX_TOKENS - 2))
+    (prompt,) = parts.prompts
+    assert len(prompt.sampling_ids) - len(prompt.training_ids) == MAX_TOKENS
+
+
+def test_a_template_that_leaves_the_question_no_room_is_rejected() -> None:
+    parts = Parts()
+    renderer = FakeRenderer(max_prompt_tokens=len(PROBLEM.question) + 5)
+    outcome = TemplateEvaluator(parts.sample, renderer, parts, MAX_TOKENS)("Be brave.", PROBLEM, SAMPLING)
+    assert outcome.result(0) == Rejection(reason="its prompt is too long")
+    assert parts.prompts == []
+
+
+def test_a_template_that_the_tokenizer_does_not_take_is_rejected() -> None:
+    class Picky(FakeRenderer):
+        def render(self, problem: Problem, template: Template) -> Prompt:
+            raise ValueError("chat markup cannot be taken for text by this model's tokenizer")
+
+    parts = Parts()
+    outcome = TemplateEvaluator(parts.sample, Picky(), parts, MAX_TOKENS)("<|x|>", PROBLEM, SAMPLING)
+    assert outcome.result(0) == Rejection(reason="its prompt cannot be rendered")

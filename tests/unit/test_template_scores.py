@@ -36,7 +36,7 @@ def sampled(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
     ("grader", "reason"), [(FakeGrader(), "the grader could not decide"), (BrokenGrader(), "no worker starts")]
 )
 def test_an_evaluation_without_a_verdict_is_no_score(grader: FakeGrader | BrokenGrader, reason: str) -> None:
-    outcome = TemplateEvaluator(sampled, FakeRenderer(), grader)(HINT.text, PROBLEM, SAMPLING)
+    outcome = TemplateEvaluator(sampled, FakeRenderer(), grader, 1000)(HINT.text, PROBLEM, SAMPLING)
     with pytest.raises(EvaluationFailed, match=reason):
         outcome.result(0)
 
