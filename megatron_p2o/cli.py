@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import ConfigError, dump_config, load_config, missing_paths
 from megatron_p2o.errors import expected_message
-from megatron_p2o.files import write_whole
+from megatron_p2o.files import limit_readers_as, write_whole
 from megatron_p2o.terminal import say, set_up_logging
 
 BAD_INPUT = 2
@@ -159,6 +159,7 @@ def _compare(first: Path, second: Path, output: Path | None) -> int:
     comparison = compare(first, second)
     print_comparison(comparison)
     if output is not None:
+        limit_readers_as(first)
         write_whole(output / "comparison.json", json.dumps(comparison, indent=1, allow_nan=False) + "\n")
     return 0
 
@@ -172,6 +173,7 @@ def _report(options: argparse.Namespace) -> int:
     if missing:
         raise ConfigError(missing)
     folder = options.output or options.runs[0]
+    limit_readers_as(options.runs[0])
     write_report(options.runs, folder / "report.html")
     print_table(write_summary(options.runs, folder / "summary.json"))
     say(f"{folder}/report.html and summary.json written")

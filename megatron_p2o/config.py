@@ -31,6 +31,9 @@ class RunConfig:
     directory: str = "runs"
     seed: Annotated[int, Range(at_least=0, at_most=2**31 - 1)] = 1
     """Seeds problem order, template draws, engine sampling and evolution."""
+    readable_by: Literal["owner", "group", "all"] = "owner"
+    """Whom the run's files are readable by: they hold problems, completions and templates. Logs of engines, which start
+    with secrets, are the owner's in any case."""
 
     @property
     def folder(self) -> Path:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import ConfigError, load_config, missing_paths
+from megatron_p2o.files import limit_readers
 from megatron_p2o.launch import launch, prepare_environment
 from megatron_p2o.run_lock import hold_run
 from megatron_p2o.run_state import STATE_FILE
@@ -83,6 +84,7 @@ def run_evaluation(request: Request, restart: bool) -> int:
         flags = ["--restart"] if restart else []
         return launch(request.config, ["--evaluate", str(request.checkpoint), *flags])
     prepare_environment()
+    limit_readers(request.output, request.config.run.readable_by)
     # Imported here: transformers and the engine's client take seconds that a refused request does not need.
     from megatron_p2o.benchmark import discard_answers, evaluate_directory
 

@@ -1,9 +1,14 @@
-"""Files that readers see whole or not at all, and how to tell that one still is what was written."""
+"""Files that readers see whole or not at all, who may read them, and how to tell that one is still what was written."""
 
 import hashlib
 import os
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+UMASKS: Mapping[str, int] = {"owner": 0o077, "group": 0o027, "all": 0o022}
+"""By the values of `run.readable_by`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,3 +46,19 @@ def write_whole(path: Path, text: str) -> None:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def limit_readers(folder: Path, readable_by: str) -> None:
+    """Have all that this process and its later children make readable by no more than `readable_by` (`UMASKS`).
+
+    Closes `folder` to others too if it is there from before and belongs to this user.
+    """
+    umask = UMASKS[readable_by]
+    os.umask(umask)
+    if folder.is_dir() and folder.stat().st_uid == os.geteuid():
+        folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~umask)
+
+
+def limit_readers_as(folder: Path) -> None:
+    """Have all that this process makes from now on readable by no more than `folder` is."""
+    os.umask(~folder.stat().st_mode & 0o077)
