@@ -19,11 +19,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="megatron_p2o.agent")
     parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
     parser.add_argument("address", help="this node's own, to listen at")
+    parser.add_argument("--parent", type=int, metavar="PID", required=True, help="ends with this process")
     options = parser.parse_args()
-    end_with_parent()
+    end_with_parent(options.parent)
     allow_many_files()
     set_up_logging()
     key = sys.stdin.readline().strip()
+    if not key:
+        sys.exit("no key on standard input")
     config = with_planned_cache(load_config(options.config))
     asyncio.run(serve(config, options.config.parent, key, options.address))
 

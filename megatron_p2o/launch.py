@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -19,20 +19,32 @@ from types import FrameType
 import psutil
 import torch
 from torch.distributed import DistError
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_p2o.config import Config, ParallelConfig
 from megatron_p2o.config_file import dump_config, with_template_date
-from megatron_p2o.files import write_whole
+from megatron_p2o.evolve.reflectors import secrets_of
+from megatron_p2o.files import limit_readers, write_whole
 from megatron_p2o.nodes import Nodes, nodes_of_slurm
+from megatron_p2o.processes import (
+    LOOPBACK_ONLY,
+    PROXY_VARIABLES,
+    SECRET_NAMES_VARIABLE,
+    STORE_FILE_VARIABLE,
+    child_environment,
+)
 from megatron_p2o.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
+from megatron_p2o.rendezvous import BACKEND
 from megatron_p2o.rollout.remote import own_address
+from megatron_p2o.rollout.scratch import Scratch
 from megatron_p2o.run_lock import hold_run
 from megatron_p2o.terminal import say
 
 SHARED_FILE_POLL_S = 0.5
+
+WANDB_SECRETS = ("WANDB_API_KEY", *PROXY_VARIABLES)
 
 REQUEUED_PATIENCE_S = 2.0 * STOP_TIMEOUT_S
 
@@ -50,6 +62,7 @@ def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = 
     nodes = nodes or nodes_of_slurm(os.environ) or this_machine()
     num_ranks = ranks_per_node(config, nodes)
     run_dir = config.run.folder
+    limit_readers(run_dir, config.run.readable_by)
     # Queued again after a lost node, a job may start while what is left of its last start is still ending.
     patience_s = REQUEUED_PATIENCE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
     with hold_run(run_dir, patience_s) if nodes.is_head else nullcontext():
@@ -65,10 +78,13 @@ def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arg
     prepare_gpus(config.parallel)
     prepare_network(nodes)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    ranks = elastic_launch(agent_settings(num_ranks, nodes, config.parallel.timeout_s), sys.executable)
+    secrets = conductor_secrets(config) if nodes.is_head else ()
+    command = ("-m", "megatron_p2o.train", str(resolved), "--parent", str(os.getpid()), *arguments)
     try:
-        with stop_file_on_sigusr1(run_dir / "stop"):
-            ranks("-m", "megatron_p2o.train", str(resolved), *arguments)
+        with stop_file_on_sigusr1(run_dir / "stop"), meeting_file(nodes), withheld_secrets(config) as withheld:
+            given = {name: withheld[name] for name in secrets if name in withheld}
+            settings = agent_settings(num_ranks, nodes, config.parallel.timeout_s, given)
+            elastic_launch(settings, sys.executable)(*command)
     except ChildFailedError as error:
         say(failure_message(error.failures, run_dir, node_name(nodes)), sys.stderr)
         return 1
@@ -85,8 +101,8 @@ def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arg
 
 
 def this_machine() -> Nodes:
-    """Return the nodes of a run that has one: the agent listens at a port that it finds free."""
-    return Nodes(count=1, rank=0, head_address="localhost", head_port=0, launch_id=uuid.uuid4().hex)
+    """Return the nodes of a run that has one. Nobody listens: there is nobody to come."""
+    return Nodes(count=1, rank=0, head_address="127.0.0.1", head_port=0, launch_id=uuid.uuid4().hex)
 
 
 def node_name(nodes: Nodes) -> str:
@@ -143,24 +159,75 @@ def share_settings(config: Config, run_dir: Path, nodes: Nodes) -> Path:
     return path
 
 
-def agent_settings(num_ranks: int, nodes: Nodes, timeout_s: float) -> LaunchConfig:
-    """Return how this node's agent starts `num_ranks` ranks: once, node by node in order."""
-    # Only the static rendezvous keeps the nodes in order: tensor-parallel ranks must be neighbours.
-    is_single = nodes.count == 1
+def agent_settings(
+    num_ranks: int, nodes: Nodes, timeout_s: float, conductor_secrets: Mapping[str, str] | None = None
+) -> LaunchConfig:
+    """Return how this node's agent starts `num_ranks` ranks: once, node by node in order.
+
+    `conductor_secrets`: environment variables of rank 0 alone; on the head only.
+    """
     return LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
         nproc_per_node=num_ranks,
         run_id=nodes.launch_id,
-        rdzv_backend="c10d" if is_single else "static",
-        rdzv_endpoint=f"{nodes.head_address}:{nodes.head_port}",
-        rdzv_configs={} if is_single else {"timeout": timeout_s, "rank": nodes.rank},
-        # The ranks of a single machine meet there too: its host name need not resolve, as in a container.
-        local_addr=nodes.head_address if is_single else None,
+        rdzv_backend=BACKEND,
+        rdzv_configs={"nodes": nodes, "timeout_s": timeout_s},
+        local_addr=nodes.head_address if nodes.count == 1 else None,
         max_restarts=0,
-        # Nothing is redirected: without this the agent leaves an empty folder in /tmp at every start.
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        logs_specs=RankEnvironments(conductor_secrets or {}),
     )
+
+
+class RankEnvironments(DefaultLogsSpecs):
+    """Redirects nothing and gives rank 0 variables of its own: agents ask it, and nothing else, about each rank."""
+
+    def __init__(self, conductor_secrets: Mapping[str, str]) -> None:
+        super().__init__(log_dir=os.devnull)  # without it there is an empty folder in /tmp after each start
+        self._conductor_secrets = conductor_secrets
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        for environment in envs.values():
+            if environment["RANK"] == "0":
+                environment.update(self._conductor_secrets)
+        return super().reify(envs)
+
+
+def conductor_secrets(config: Config) -> tuple[str, ...]:
+    """Return the environment variables that may hold secrets and that rank 0 needs; the other ranks need none."""
+    names = secrets_of(config.evolution.reflection) if config.evolution.enabled else ()
+    return (*names, *(WANDB_SECRETS if config.logging.wandb_project is not None else ()))
+
+
+@contextmanager
+def withheld_secrets(config: Config) -> Iterator[Mapping[str, str]]:
+    """Take the secrets out of this process's environment, which agents pass on to ranks, and yield them."""
+    before = dict(os.environ)
+    named = (before.get(SECRET_NAMES_VARIABLE), config.evolution.reflection.api_key_env)
+    os.environ[SECRET_NAMES_VARIABLE] = ",".join(filter(None, named))
+    withheld = before.keys() - child_environment().keys()
+    for name in withheld:
+        del os.environ[name]
+    try:
+        yield {name: before[name] for name in withheld}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def meeting_file(nodes: Nodes) -> Iterator[None]:
+    """Tell the ranks of a single machine where to meet: in a folder that only this user can enter."""
+    if nodes.count > 1:
+        yield
+        return
+    folder = Scratch()
+    os.environ[STORE_FILE_VARIABLE] = str(folder.path / "store")
+    try:
+        yield
+    finally:
+        del os.environ[STORE_FILE_VARIABLE]
+        folder.remove()
 
 
 def prepare_environment() -> None:
@@ -186,11 +253,16 @@ def prepare_gpus(parallel: ParallelConfig) -> None:
 
 
 def prepare_network(nodes: Nodes) -> None:
-    """Have gloo use the network that leads to the head node, unless it is chosen otherwise.
+    """Have gloo and NCCL stay on loopback where there is one node, and gloo use the network that leads to the head
+    where there are several, unless it is chosen otherwise.
 
-    By itself it takes the address that the host's own name resolves to: on many machines, a loopback one.
+    By itself gloo takes the address that the host's own name resolves to: on many machines of several nodes, a loopback
+    one, and on a single machine one that others reach.
     """
-    interface = None if nodes.count == 1 else interface_to(nodes.head_address)
+    if nodes.count == 1:
+        os.environ |= LOOPBACK_ONLY
+        return
+    interface = interface_to(nodes.head_address)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 

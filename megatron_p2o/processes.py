@@ -27,6 +27,12 @@ URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 SECRET_NAMES_VARIABLE = "P2O_SECRET_NAMES"
 """Environment variable with the names, separated by commas, of others that hold secrets: those that settings name."""
 
+STORE_FILE_VARIABLE = "P2O_STORE_FILE"
+"""Environment variable by which the ranks of a single machine find the file that they meet in."""
+
+LOOPBACK_ONLY = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
+"""Variables that keep gloo and NCCL of processes on one machine away from its networks."""
+
 SHORTEST_SECRET = 8
 """Characters. Switches have names of all kinds, and values like 1 and true."""
 
@@ -50,15 +56,15 @@ def child_environment(needed: Collection[str] = ()) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in needed or not is_secret(name, value)}
 
 
-def end_with_parent(parent_pid: int | None = None) -> None:
+def end_with_parent(parent_pid: int) -> None:
     """Have the kernel kill this process when the thread that started it ends, however it ends.
 
-    `parent_pid`: who should still be the parent; this process ends now when it is gone already.
+    Ends now when `parent_pid`, who started it, is its parent no more: it may have ended before the kernel was asked.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if parent_pid is not None and os.getppid() != parent_pid:
+    if os.getppid() != parent_pid:
         sys.exit("the parent process is gone")
 
 

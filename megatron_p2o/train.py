@@ -5,6 +5,7 @@ The only place where implementations meet. Rank 0 conducts; the others serve its
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -61,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
     parser.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="measure this checkpoint, train nothing")
     parser.add_argument("--restart", action="store_true", help="throw earlier answers of the evaluation away")
+    parser.add_argument("--parent", type=int, metavar="PID", default=os.getppid(), help="ends with this process")
     options = parser.parse_args(arguments)
-    end_with_parent()
+    end_with_parent(options.parent)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     set_up_logging()
     logging.getLogger("megatron_p2o.evolve.session").setLevel(logging.INFO)  # one line a round

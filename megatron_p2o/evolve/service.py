@@ -137,9 +137,10 @@ async def serve_socket(connection: socket.socket, run_dir: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Evolve templates for rank 0; not meant to be started by hand.")
     parser.add_argument("--socket-fd", type=int, required=True, help="inherited end of a socket pair")
+    parser.add_argument("--parent", type=int, metavar="PID", required=True, help="ends with this process")
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()
-    end_with_parent()
+    end_with_parent(arguments.parent)
     set_up_logging(f"%(asctime)s {os.getpid()} %(levelname)s %(message)s")
     connection = socket.socket(fileno=arguments.socket_fd)
     try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -44,7 +45,7 @@ class ServiceProcess:
         ours, theirs = socket.socketpair()
         log = run_dir / "evolution" / "service.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "megatron_p2o.evolve.service"]
+        command = [sys.executable, "-m", "megatron_p2o.evolve.service", "--parent", str(os.getpid())]
         with theirs, log.open("ab") as output:
             process = subprocess.Popen(
                 [*command, "--socket-fd", str(theirs.fileno()), "--run-dir", str(run_dir)],

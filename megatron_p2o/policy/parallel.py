@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_p2o.config import ParallelConfig
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
+from megatron_p2o.processes import STORE_FILE_VARIABLE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,13 +137,22 @@ def _initialize_torch_distributed(parallel: ParallelConfig, timeout: timedelta) 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "RANK" in os.environ:
-        check_world_size(parallel, int(os.environ["WORLD_SIZE"]))
+    is_alone = "RANK" not in os.environ
+    world_size = 1 if is_alone else int(os.environ["WORLD_SIZE"])
+    check_world_size(parallel, world_size)
+    store = dist.HashStore() if is_alone else _meeting_file(world_size)  # pyright: ignore[reportPrivateImportUsage]
+    if store is None:
         dist.init_process_group(backend, timeout=timeout)
-    else:
-        check_world_size(parallel, 1)
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    store.set_timeout(timeout)
+    rank = int(os.environ.get("RANK", "0"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _meeting_file(world_size: int) -> dist.FileStore | None:  # pyright: ignore[reportPrivateImportUsage]
+    """Return the store in which the ranks of a single machine meet; None where they meet over the network."""
+    path = os.environ.get(STORE_FILE_VARIABLE)
+    return dist.FileStore(path, world_size) if path else None  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _device() -> torch.device:

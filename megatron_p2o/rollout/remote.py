@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import secrets
 import select
 import socket
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config import Config
+from megatron_p2o.processes import child_environment
 from megatron_p2o.rollout.client import EngineUnreachable, Mirror
 from megatron_p2o.rollout.server import EngineStartFailed, open_private
 from megatron_p2o.rollout.server_arguments import EnginePlace, engine_places
@@ -32,6 +35,7 @@ ADDRESS_VARIABLE = "P2O_NODE_ADDRESS"
 """Environment variable: where the other nodes reach this one, if that is not where it sends from to the head."""
 
 AGENT_MODULE = "megatron_p2o.agent"
+ADDRESS_FILE = re.compile(r"agent-\d+-[0-9a-f]{32}\.json")
 AGENT_START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 30.0
 READY_POLL_S = 0.5
@@ -162,25 +166,58 @@ class RemoteServer:
 def meet_agents(config: Config, config_path: Path) -> list[AgentAddress]:
     """Start this node's agent if it is this rank's to start; on rank 0 return all agents. All ranks must call.
 
-    A node that has engines but not rank 0 has an agent. Its first rank starts it and leaves word in torch.distributed's
-    store.
+    A node that has engines but not rank 0 has an agent. Its first rank starts it and leaves address and key in a file
+    of the run's folder that only its user can read, and the name of that file in torch.distributed's store, which
+    anybody in the nodes' network can read.
 
     Raises:
         EngineStartFailed: an agent did not come up.
+        TimeoutError: a file is not to be seen here.
     """
     num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     last_node = engine_places(config.rollout.num_engines, num_nodes)[-1].node
     if last_node == 0:
         return []
     store, node = _get_default_store(), int(os.environ["GROUP_RANK"])
+    folder = config_path.parent / "engines"
     if dist.get_rank() == 0:
         keys = [f"{AGENT_MODULE}/{other}" for other in range(1, last_node + 1)]
+        deadline = time.monotonic() + config.parallel.timeout_s
         store.wait(keys, timedelta(seconds=config.parallel.timeout_s))
-        return [AgentAddress(**json.loads(store.get(key))) for key in keys]
+        return [take_address(folder, store.get(key).decode(), deadline) for key in keys]
     if 0 < node <= last_node and os.environ["LOCAL_RANK"] == "0":
         address = start_agent(config_path, node, os.environ["MASTER_ADDR"])[1]
-        store.set(f"{AGENT_MODULE}/{node}", json.dumps(asdict(address)))
+        store.set(f"{AGENT_MODULE}/{node}", leave_address(folder, node, address))
     return []
+
+
+def leave_address(folder: Path, node_rank: int, address: AgentAddress) -> str:
+    """Write how to reach an agent to a new file that only this user can read, and return its name."""
+    name = f"agent-{node_rank}-{secrets.token_hex(16)}.json"
+    with open_private(folder / f".{name}") as file:
+        file.write(json.dumps(asdict(address)).encode())
+    (folder / f".{name}").rename(folder / name)
+    return name
+
+
+def take_address(folder: Path, name: str, deadline: float) -> AgentAddress:
+    """Return what `leave_address` has written, perhaps on another machine, and remove it.
+
+    Raises:
+        TimeoutError: it is not to be seen by `deadline`, in time.monotonic().
+        ValueError: `name` is not one of `leave_address`.
+    """
+    if not ADDRESS_FILE.fullmatch(name):
+        raise ValueError(f"{name!r} in the store of the ranks names no agent: somebody else writes to it")
+    path = folder / name
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path}, written by another node, is not to be seen here: do all nodes share {folder}?")
+        os.listdir(folder)  # has a network filesystem look again
+        time.sleep(READY_POLL_S)
+    address = AgentAddress(**json.loads(path.read_text()))
+    path.unlink()
+    return address
 
 
 def start_agent(config_path: Path, node_rank: int, head_address: str) -> tuple["subprocess.Popen[bytes]", AgentAddress]:
@@ -195,14 +232,15 @@ def start_agent(config_path: Path, node_rank: int, head_address: str) -> tuple["
     address = os.environ.get(ADDRESS_VARIABLE) or own_address(head_address)
     with open_private(log_path) as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", AGENT_MODULE, str(config_path), address],
+            [sys.executable, "-m", AGENT_MODULE, str(config_path), address, "--parent", str(os.getpid())],
+            env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
         )
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(f"{key}\n".encode())
-    process.stdin.close()
+    with suppress(BrokenPipeError), process.stdin as pipe:  # it died: what it printed says why
+        pipe.write(f"{key}\n".encode())
     is_there, _, _ = select.select([process.stdout], [], [], AGENT_START_TIMEOUT_S)
     url = process.stdout.readline().decode().strip() if is_there else ""
     if not url:

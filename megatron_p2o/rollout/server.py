@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from megatron_p2o.processes import child_environment
+from megatron_p2o.processes import LOOPBACK_ONLY, STORE_FILE_VARIABLE, child_environment
 from megatron_p2o.rollout.client import Mirror
 from megatron_p2o.rollout.launcher import EXIT_BAD_ARGUMENT, shared_memory_of
 from megatron_p2o.rollout.scratch import Scratch
@@ -32,11 +32,15 @@ HOST = "127.0.0.1"
 CPU_SITE = Path(__file__).parent / "cpu_site"
 LAUNCHER = "megatron_p2o.rollout.launcher"
 
-OWN_ARGUMENTS = ("host", "port", "nccl_port", "api_key", "admin_api_key", "tokenizer_worker_num")
+OWN_ARGUMENTS = (
+    *("host", "port", "nccl_port", "dist_init_addr", "nnodes", "node_rank"),
+    *("api_key", "admin_api_key", "tokenizer_worker_num"),
+)
 """Not to be set from outside. With several tokenizer workers SGLang 0.5.21 serves without checking keys."""
 
 TORCHRUN_VARIABLES = re.compile(
-    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|TORCH_NCCL_\w+)$"
+    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|TORCH_NCCL_\w+"
+    rf"|{STORE_FILE_VARIABLE})$"
 )
 """Of the trainer's process group: an engine must not join it."""
 
@@ -165,7 +169,7 @@ class EngineServer:
             if time.monotonic() > deadline:
                 raise self._start_error(f"did not answer within rollout.startup_timeout_s={timeout_s:g}")
             time.sleep(START_POLL_S)
-        self._release_ports()
+        self._ports["port"].close()  # the server has it
         self._scratch.note(shared_memory_of(self.pid))
         self._warn_of_a_small_cache()
 
@@ -210,7 +214,7 @@ class EngineServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=engine_environment(arguments, self._scratch.path),
+                env=engine_environment(arguments, self._scratch.path, self._ports["nccl_port"].getsockname()[1]),
                 start_new_session=True,
             )
         assert process.stdin is not None
@@ -284,12 +288,21 @@ def open_private(path: Path) -> IO[bytes]:
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode=0o600), "wb")
 
 
-def engine_environment(arguments: Mapping[str, Any], scratch: Path) -> dict[str, str]:
-    """Return the environment of an engine process: this one's, without secrets and what binds it to ranks."""
+def engine_environment(arguments: Mapping[str, Any], scratch: Path, own_port: int = 0) -> dict[str, str]:
+    """Return the environment of an engine process: this one's, without secrets and what binds it to ranks.
+
+    `own_port`: one that no other engine of this machine has.
+    """
     environment = {name: value for name, value in child_environment().items() if not TORCHRUN_VARIABLES.match(name)}
     environment |= {
         "TMPDIR": str(scratch),  # holds SGLang's ZMQ sockets, which it never removes
         "HF_HUB_OFFLINE": "1",
+        # SGLang's processes meet in a file: torch's store would listen on every address, for everybody.
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{scratch}/store",
+        **LOOPBACK_ONLY,
+        # Nobody listens there. On some CPUs SGLang names shared memory by them, which another engine must not find.
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(own_port),
         # An idle connection that the server closes while the client sends on it would look like the server's death.
         "SGLANG_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
         # The heartbeat sets its own limit; SGLang's would call an engine hung that is busy with a long prefill.

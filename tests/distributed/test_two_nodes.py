@@ -14,6 +14,7 @@ from megatron_p2o.launch import agent_settings
 from megatron_p2o.nodes import nodes_from_options
 from megatron_p2o.rank_errors import failure_message
 
+sys.addaudithook(lambda event, given: print("unpickled", given) if event == "pickle.find_class" else None)
 node_rank, folder = int(sys.argv[1]), sys.argv[2]
 for port, script in zip(sys.argv[3:5], sys.argv[5:]):
     settings = agent_settings(2, nodes_from_options(2, node_rank, f"127.0.0.1:{port}"), timeout_s=60)

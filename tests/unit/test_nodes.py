@@ -10,18 +10,30 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_p2o.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_p2o.config import (
+    Config,
+    DataConfig,
+    EvolutionConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReflectionConfig,
+    RunConfig,
+)
 from megatron_p2o.config_file import load_config
 from megatron_p2o.launch import (
     agent_settings,
+    conductor_secrets,
     interface_to,
     prepare_gpus,
     prepare_network,
     ranks_per_node,
     share_settings,
     this_machine,
+    withheld_secrets,
 )
 from megatron_p2o.nodes import Nodes, first_host, nodes_from_options, nodes_of_slurm
+from megatron_p2o.processes import child_environment
 
 STEP = {
     "SLURM_JOB_ID": "12345",
@@ -118,13 +130,26 @@ def test_ranks_divide_over_the_nodes(tmp_path: Path) -> None:
         ranks_per_node(four, replace(HEAD, count=3))
 
 
-def test_a_single_machine_finds_its_own_port_and_several_nodes_keep_their_order() -> None:
-    alone = agent_settings(4, this_machine(), timeout_s=20)
-    assert (alone.rdzv_backend, alone.rdzv_endpoint, alone.max_nodes) == ("c10d", "localhost:0", 1)
-    assert alone.local_addr == "localhost", "a host name that does not resolve is no obstacle"
-    second = agent_settings(4, replace(HEAD, rank=1), timeout_s=20)
-    assert (second.rdzv_backend, second.rdzv_endpoint, second.max_nodes) == ("static", "head:20001", 2)
-    assert second.rdzv_configs == {"rank": 1, "timeout": 20}
+def test_rank_0_alone_is_given_the_secrets_that_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    teacher = ReflectionConfig(backend="openai", base_url="https://host/v1", model="m", api_key_env="TEACHER_LOGIN")
+    settings = replace(config(tmp_path), evolution=EvolutionConfig(reflection=teacher))
+    secrets = dict.fromkeys(("TEACHER_LOGIN", "WANDB_API_KEY", "HF_TOKEN"), "0123456789")
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    with withheld_secrets(settings) as withheld:
+        assert withheld.items() >= secrets.items() and not secrets.keys() & os.environ.keys()
+        assert not secrets.keys() & child_environment().keys()
+    assert secrets.items() <= os.environ.items()
+
+    assert secrets.keys() & set(conductor_secrets(settings)) == {"TEACHER_LOGIN"}
+    watched = replace(config(tmp_path), logging=LoggingConfig(wandb_project="ours"))
+    assert secrets.keys() & set(conductor_secrets(watched)) == {"WANDB_API_KEY"}
+    environments = {local: {"RANK": str(local + 2)} for local in range(2)}
+    agent_settings(2, HEAD, 20, secrets).logs_specs.reify(environments)
+    assert [len(environment.keys() & secrets) for environment in environments.values()] == [0, 0]
+    environments = {local: {"RANK": str(local)} for local in range(2)}
+    agent_settings(2, HEAD, 20, secrets).logs_specs.reify(environments)
+    assert [len(environment.keys() & secrets) for environment in environments.values()] == [3, 0]
 
 
 @pytest.mark.parametrize(
@@ -202,10 +227,15 @@ def test_gloo_is_told_the_interface_that_leads_to_the_head(monkeypatch: pytest.M
     assert interface_to(address) == name
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set below is forgotten
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    prepare_network(replace(HEAD, count=1, head_address=address))
-    assert "GLOO_SOCKET_IFNAME" not in os.environ
     prepare_network(replace(HEAD, head_address=address))
     assert os.environ["GLOO_SOCKET_IFNAME"] == name
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
     prepare_network(replace(HEAD, head_address=address))
     assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
+
+
+def test_a_single_machine_stays_away_from_its_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    prepare_network(this_machine())
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")

@@ -1,5 +1,6 @@
 """What a process asks of the kernel, asked by a real one, and what its children inherit."""
 
+import os
 import subprocess
 import sys
 
@@ -24,6 +25,17 @@ def test_more_files_can_be_open_than_the_shell_allowed() -> None:
     )
     first, second, allowed, most = map(int, outcome.stdout.split())
     assert first == second == allowed == (65536 if most == -1 else min(65536, most))
+
+
+def test_a_child_whose_parent_ended_while_it_started_ends_too() -> None:
+    program = (
+        "import sys; from megatron_p2o.processes import end_with_parent; end_with_parent(int(sys.argv[1])); print(1)"
+    )
+    outcomes = [
+        subprocess.run([sys.executable, "-c", program, str(parent)], capture_output=True, text=True, timeout=60)
+        for parent in (os.getpid(), os.getppid())
+    ]
+    assert [(each.returncode, each.stdout) for each in outcomes] == [(0, "1\n"), (1, "")]
 
 
 @pytest.mark.parametrize(

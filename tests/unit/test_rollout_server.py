@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.processes import STORE_FILE_VARIABLE
 from megatron_p2o.rollout.client import parse_generation
 from megatron_p2o.rollout.launcher import check_names
 from megatron_p2o.rollout.scratch import Scratch
@@ -118,11 +119,15 @@ def test_reserved_ports_differ() -> None:
 def test_an_engine_does_not_inherit_the_trainer_s_process_group(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+    of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    for name in (*of_ranks, STORE_FILE_VARIABLE, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("RANKING", "kept")
-    environment = engine_environment({"device": "cpu"}, tmp_path)
-    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & environment.keys()
+    environment = engine_environment({"device": "cpu"}, tmp_path, own_port=1234)
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", STORE_FILE_VARIABLE} & environment.keys()
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "1234")
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+    assert environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == f"file://{tmp_path}/store"
     assert environment["RANKING"] == "kept"
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(CPU_SITE)
     assert environment["TMPDIR"] == str(tmp_path)
@@ -138,7 +143,7 @@ def test_names_that_sglang_would_ignore_or_refuse_are_known_to_the_installed_one
     assert [name for name in (*GPU_ARGUMENTS, *CPU_ARGUMENTS) if f'"{name}"' not in fields] == []
     sources = (root / "environ.py").read_text() + (root / "entrypoints/http_server.py").read_text()
     told = [name for name in engine_environment({}, tmp_path) if name.startswith("SGLANG_")]
-    assert len(told) == 3 and [name for name in told if name not in sources] == []
+    assert len(told) == 4 and [name for name in told if name not in sources] == []
 
 
 def test_an_engine_that_gives_memory_away_has_no_growing_segments(
