@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_p2o import __version__
 from megatron_p2o.files import FileDigest, digest_of, write_whole
 from megatron_p2o.interfaces import Policy
 from megatron_p2o.run_state import STATE_FILE, UNREADABLE, CheckpointError, RunState, write_state
@@ -196,7 +197,7 @@ def write_manifest(checkpoint: Path, digests: Mapping[str, FileDigest]) -> None:
     assert not missing, f"nobody vouches for {missing}"
     manifest = {
         "format": FORMAT,
-        "versions": {name: version(name) for name in ("megatron-p2o", "megatron-core", "torch")},
+        "versions": {"megatron-p2o": __version__, **{name: version(name) for name in ("megatron-core", "torch")}},
         "files": {name: asdict(digest) for name, digest in sorted(digests.items())},
     }
     write_whole(checkpoint / MANIFEST_FILE, json.dumps(manifest, indent=1))

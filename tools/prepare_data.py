@@ -17,10 +17,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_p2o import __version__
 from megatron_p2o.config import DataConfig
 from megatron_p2o.data.download import read_download
 from megatron_p2o.data.near_duplicates import MIN_SHARE
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_up_logging()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    made_by = {"command": shlex.join(["tools/prepare_data.py", *arguments]), "version": _version()}
+    made_by = {"command": shlex.join(["tools/prepare_data.py", *arguments]), "version": __version__}
     try:
         options.run(options, made_by)
     except (ValueError, RuntimeError, OSError) as error:
@@ -199,13 +199,6 @@ def _downloaded(source: Source, revision: str | None) -> Path:
             f"`hf download --repo-type dataset {source.hub_repository} --local-dir FOLDER`, then give --input FOLDER"
         ) from error
     return Path(folder)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("megatron-p2o")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _positive(text: str) -> int:

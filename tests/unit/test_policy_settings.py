@@ -28,6 +28,7 @@ def settings_file(folder: Path, path: Path, **sections: Any) -> Path:
         "evolution": {"enabled": False},
         **sections,
         "model": {"path": str(path), "dtype": "float32", **sections.get("model", {})},
+        "rollout": {"max_new_tokens": 64},
     }
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(sections))
