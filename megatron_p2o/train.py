@@ -112,9 +112,10 @@ def evaluate_checkpoint(
     renderer = chat_renderer(config)
     benchmarks = open_benchmarks(subject, renderer, config, output, stack)
     if any(benchmark.missing for benchmark in benchmarks):
-        engine = stack.enter_context(start(renderer.eos_token_ids))
         grader = make_grader(config.grading)
         stack.callback(grader.close)
+        grader.check()
+        engine = stack.enter_context(start(renderer.eos_token_ids))
         policy.load(checkpoint / POLICY_FOLDER)
         engine.refresh(policy.weights(), version=step)
         answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)
@@ -178,9 +179,10 @@ class Conductor:
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
         say(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}")
         say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")
-        self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)
+        self.grader.check()
+        self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
         self.evolution = self._start_evolution(stack) if config.evolution.enabled else None
         evolution: PromptEvolution | None = self.evolution
         if self.evolution and config.evolution.beside_training:
