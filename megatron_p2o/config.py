@@ -170,9 +170,8 @@ class GradingConfig:
 
     num_workers: PositiveInt = 2
     """Processes that run math-verify."""
-    deadline_s: Seconds = 1.0
-    """Processor time, which a busy machine does not use up: a worker that takes more of it for one answer is killed,
-    and the answer is undecided. Answers to hard problems take 0.02 s, at most 0.3 s."""
+    deadline_s: Seconds = 3.0
+    """A worker that takes longer on one answer is killed and replaced; the grade is `error`."""
     memory_limit_mib: Annotated[int, Range(at_least=256, reason="math-verify alone takes about 70")] = 2048
     """Address-space limit of a worker."""
 

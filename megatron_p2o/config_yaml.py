@@ -114,6 +114,16 @@ def construct(loader: SettingsLoader, node: yaml.Node) -> object:
         raise ValueError(error.problem or str(error)) from error
 
 
+def load_yaml(text: str) -> object:
+    """Return what a document holds; None for an empty one.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    loader, root = parse_yaml(text)
+    return None if root is None else construct(loader, root)
+
+
 def dump_yaml(settings: object) -> str:
     """Return a document that `parse_yaml` reads back equal."""
     return yaml.dump(settings, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)

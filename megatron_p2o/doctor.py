@@ -14,10 +14,19 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_p2o.config import Config
+from megatron_p2o.config_source import shown
 from megatron_p2o.memory_plan import GIB, Gpus, num_nodes_for, planned_memory
 from megatron_p2o.policy.layer_choice import choose_layers, import_failure, machine_capabilities
-from megatron_p2o.policy.settings import machine_problems, megatron_summary, policy_settings
+from megatron_p2o.policy.settings import (
+    PolicySettings,
+    check_weights,
+    machine_problems,
+    megatron_summary,
+    policy_settings,
+)
 from megatron_p2o.rollout.outlet import uses_devices
+from megatron_p2o.rollout.server import EngineStartFailed
+from megatron_p2o.rollout.server_arguments import check_arguments
 from megatron_p2o.terminal import say
 
 REQUIRED = {
@@ -48,6 +57,11 @@ MIN_SHARED_MEMORY_BYTES = 1 << 30
 
 MIN_FREE_GPU_SHARE = 0.9
 """Of a GPU's memory before a job starts; less means that another process still holds some."""
+
+
+MAX_GPU_GIB = 10_000
+MAX_GPUS_OF_A_NODE = 1000
+"""More than any machine has, of which a memory plan is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +105,7 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
 
 
 def examine_settings(config: Config, gpus: Gpus | None = None) -> list[Finding]:
-    """Return whether the installed megatron-core takes the policy's settings, this machine can, and its memory does.
+    """Return whether the installed megatron-core and SGLang take the settings, the weights are whole, and memory does.
 
     `gpus`: whose memory to plan instead of this machine's.
     """
@@ -108,11 +122,29 @@ def examine_settings(config: Config, gpus: Gpus | None = None) -> list[Finding]:
             Finding(subject="layers, as set", finding=choice.layers_reason),
             Finding(subject="attention, as set", finding=choice.attention_reason),
         ]
-    findings.append(_weight_transfer(config))
+    findings += [_weights(config, settings), _engines(config), _weight_transfer(config)]
     try:
         return findings + [Finding(subject="plan", finding=line) for line in planned_memory(config, gpus)]
     except ValueError as error:
         return [*findings, Finding(subject="plan", finding=str(error), is_missing=True)]
+
+
+def _weights(config: Config, settings: PolicySettings) -> Finding:
+    subject = "weights"
+    try:
+        check_weights(config, settings)
+    except ValueError as error:
+        return Finding(subject=subject, finding=str(error), is_missing=True)
+    return Finding(subject=subject, finding=f"{config.model.path} holds those of its config.json")
+
+
+def _engines(config: Config) -> Finding:
+    subject = "engines, as set"
+    try:
+        check_arguments(config)
+    except (ValueError, EngineStartFailed) as error:
+        return Finding(subject=subject, finding=str(error), is_missing=True)
+    return Finding(subject=subject, finding=f"SGLang takes {', '.join(config.sglang) or 'no settings of its own'}")
 
 
 def _weight_transfer(config: Config) -> Finding:
@@ -135,8 +167,10 @@ def planned_gpus(config: Config, machine: str) -> Gpus:
     """
     found = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)", machine)
     if found is None:
-        raise ValueError(f"--plan={machine} must be GPUS-OF-A-NODExGIB-OF-EACH, such as 8x80")
+        raise ValueError(f"--plan={shown(machine)} must be GPUS-OF-A-NODExGIB-OF-EACH, such as 8x80")
     count, gib = int(found[1]), float(found[2])
+    if not 0 < gib <= MAX_GPU_GIB or count > MAX_GPUS_OF_A_NODE:
+        raise ValueError(f"--plan={shown(machine)} must be at most {MAX_GPUS_OF_A_NODE}x{MAX_GPU_GIB}")
     return Gpus(count=count, num_bytes=int(gib * GIB), num_nodes=num_nodes_for(config, count))
 
 

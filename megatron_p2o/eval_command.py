@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import ConfigError, load_config, missing_paths
-from megatron_p2o.files import limit_readers
-from megatron_p2o.launch import launch, prepare_environment
+from megatron_p2o.files import limit_readers, read_json_object
+from megatron_p2o.launch import check_engines, launch, prepare_environment
 from megatron_p2o.run_lock import hold_run
 from megatron_p2o.run_state import STATE_FILE
 
@@ -83,6 +83,7 @@ def run_evaluation(request: Request, restart: bool) -> int:
     if request.checkpoint is not None:
         flags = ["--restart"] if restart else []
         return launch(request.config, ["--evaluate", str(request.checkpoint), *flags])
+    check_engines(request.config)
     prepare_environment()
     limit_readers(request.output, request.config.run.readable_by)
     # Imported here: transformers and the engine's client take seconds that a refused request does not need.
@@ -108,8 +109,11 @@ def _pointed_at(target: Path) -> Path:
     """Return the checkpoint that `checkpoints/latest` or `checkpoints/best` names; other targets as they are."""
     if target.name not in POINTERS or target.parent.name != "checkpoints" or not target.is_file():
         return target
-    text = target.read_text(encoding="utf-8").strip()
-    return target.parent / (json.loads(text)["checkpoint"] if text.startswith("{") else text)
+    text = target.read_bytes().strip()
+    name = read_json_object(target).get("checkpoint") if text.startswith(b"{") else text.decode(errors="replace")
+    if not isinstance(name, str) or not name.isprintable() or Path(name).name != name:
+        raise ValueError(f"{target} names no checkpoint beside it: write its name into the file, such as step-000030")
+    return target.parent / name
 
 
 def _with_sets(config: Config, chosen: Sequence[str]) -> Config:

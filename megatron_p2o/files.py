@@ -1,11 +1,13 @@
 """Files that readers see whole or not at all, who may read them, and how to tell that one is still what was written."""
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 UMASKS: Mapping[str, int] = {"owner": 0o077, "group": 0o027, "all": 0o022}
 """By the values of `run.readable_by`."""
@@ -25,6 +27,26 @@ def digest_of(path: Path) -> FileDigest:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return FileDigest(size_bytes=file.tell(), sha256=sha256)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        ValueError: it holds none; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: restore it") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply: restore it") from error
+    except ValueError as error:  # also a number of too many digits
+        raise ValueError(f"{path} is not JSON ({error}): restore it") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object: restore it")
+    return value
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -39,6 +39,8 @@ from megatron_p2o.rank_errors import STOP_TIMEOUT_S, failure_message, forget_err
 from megatron_p2o.rendezvous import BACKEND
 from megatron_p2o.rollout.remote import own_address
 from megatron_p2o.rollout.scratch import Scratch
+from megatron_p2o.rollout.server import EngineStartFailed
+from megatron_p2o.rollout.server_arguments import check_arguments
 from megatron_p2o.run_lock import hold_run
 from megatron_p2o.terminal import say
 
@@ -56,11 +58,12 @@ def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = 
     makes them save and end after the current step.
 
     Raises:
-        ValueError: the ranks cannot be laid out on the nodes, these do not share the run's folder and settings, or
-            another `p2o` works in that folder.
+        ValueError: the ranks cannot be laid out on the nodes, SGLang does not take its settings, the nodes do not share
+            the run's folder and settings, or another `p2o` works in that folder.
     """
     nodes = nodes or nodes_of_slurm(os.environ) or this_machine()
     num_ranks = ranks_per_node(config, nodes)
+    check_engines(config)
     run_dir = config.run.folder
     limit_readers(run_dir, config.run.readable_by)
     # Queued again after a lost node, a job may start while what is left of its last start is still ending.
@@ -98,6 +101,14 @@ def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arg
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def check_engines(config: Config) -> None:
+    """Raise `ValueError` unless the installed SGLang takes the settings of `sglang`. Ranks take minutes to start."""
+    try:
+        check_arguments(config)
+    except EngineStartFailed as error:
+        raise ValueError(str(error)) from error
 
 
 def this_machine() -> Nodes:

@@ -48,6 +48,8 @@ from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import SglangEngine, start_engines
 from megatron_p2o.rollout.outlet import open_outlet
 from megatron_p2o.rollout.remote import meet_agents
+from megatron_p2o.rollout.server import EngineStartFailed
+from megatron_p2o.rollout.server_arguments import check_arguments
 from megatron_p2o.run_state import STATE_FILE, LedgerFile, StopRequest, read_state
 from megatron_p2o.template_evaluation import TemplateEvaluator, free_scores, round_statistics
 from megatron_p2o.terminal import say, set_up_logging
@@ -112,10 +114,9 @@ def evaluate_checkpoint(
     renderer = chat_renderer(config)
     benchmarks = open_benchmarks(subject, renderer, config, output, stack)
     if any(benchmark.missing for benchmark in benchmarks):
+        engine = stack.enter_context(start(renderer.eos_token_ids))
         grader = make_grader(config.grading)
         stack.callback(grader.close)
-        grader.check()
-        engine = stack.enter_context(start(renderer.eos_token_ids))
         policy.load(checkpoint / POLICY_FOLDER)
         engine.refresh(policy.weights(), version=step)
         answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)
@@ -126,7 +127,7 @@ def dry_run(config: Config) -> None:
     """Read everything a run would read and print what was found. Starts nothing.
 
     Raises:
-        ValueError: a file, a row, a prompt or a setting of the policy is bad; the message names it.
+        ValueError: a file, a row, a prompt or a setting of policy or engines is bad; the message names it.
     """
     settings = policy_settings(config)
     check_weights(config, settings)
@@ -140,6 +141,10 @@ def dry_run(config: Config) -> None:
     say(f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens")
     say(f"megatron: {megatron_summary(config)}")
     problems = machine_problems(config, settings, machine_capabilities())
+    try:
+        check_arguments(config)
+    except EngineStartFailed as error:
+        problems.append(str(error))
     try:
         for line in planned_memory(config):
             say(line)
@@ -179,10 +184,9 @@ class Conductor:
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
         say(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}")
         say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")
+        self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)
-        self.grader.check()
-        self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
         self.evolution = self._start_evolution(stack) if config.evolution.enabled else None
         evolution: PromptEvolution | None = self.evolution
         if self.evolution and config.evolution.beside_training:

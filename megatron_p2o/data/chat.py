@@ -1,6 +1,5 @@
 """Turns problems and templates into tokens with the model's own chat template, and tokens back into text."""
 
-import json
 import logging
 import secrets
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from megatron_p2o.config import Config, DataConfig, ModelConfig
 from megatron_p2o.data.markup import Frame, MarkupEncoder
 from megatron_p2o.data.tokenizer import end_of_response_ids, load_tokenizer
+from megatron_p2o.files import read_json_object
 from megatron_p2o.interfaces import PromptRenderer, PromptTooLongError
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, Template, TokenIds
 
@@ -63,7 +63,7 @@ def context_length(config: Config) -> int | None:
         if isinstance(config.sglang.get(name), int):
             return config.sglang[name]
     path = Path(config.model.path) / "config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
+    named = read_json_object(path).get("max_position_embeddings") if path.is_file() else None
     return named if isinstance(named, int) else None
 
 

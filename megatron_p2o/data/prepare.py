@@ -21,7 +21,7 @@ from megatron_p2o.data.origin import Origin, sha256_of
 from megatron_p2o.data.source_rows import SourceRow
 from megatron_p2o.data.sources import DEEPSCALER, Source
 from megatron_p2o.data.splits import SEED, balanced_by_answer_type, deepmath_split, deepscaler_split, type_counts
-from megatron_p2o.files import write_whole
+from megatron_p2o.files import read_json_object, write_whole
 
 MANIFEST = "manifest.json"
 HELD_OUT = "held out"
@@ -141,11 +141,14 @@ def is_prepared(manifest_path: Path, inputs: Mapping[str, Any]) -> bool:
     out = manifest_path.parent
     if not manifest_path.exists():
         return False
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    manifest = read_json_object(manifest_path)
     for key, value in inputs.items():
         if manifest.get(key) != json.loads(json.dumps(value)):
             raise ValueError(f"{manifest_path}: {key} was another: choose another --out, or remove {out}")
-    for name, digest in manifest["files"].items():
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"{manifest_path} is no manifest of this tool: choose another --out, or remove {out}")
+    for name, digest in files.items():
         if not (out / name).exists() or sha256_of(out / name) != digest:
             raise ValueError(f"{out / name} is not what {manifest_path} describes: remove both to make them again")
     return True

@@ -12,6 +12,17 @@ PARQUET_MAGIC = b"PAR1"
 MAX_ROW_BYTES = 16 << 20
 """A longer row is bad: no more of a file than this is in memory at once."""
 
+OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip: gunzip it",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstandard: decompress it",
+    b"\xfd7zXZ": "compressed with xz: decompress it",
+    b"BZh": "compressed with bzip2: decompress it",
+    b"\xff\xfe": "in UTF-16: convert it to UTF-8",
+    b"\xfe\xff": "in UTF-16: convert it to UTF-8",
+}
+"""First bytes of files that are none of ours, and what to do with them."""
+
 CHUNK_CHARACTERS = 1 << 20
 """How much of a JSON array is read at a time."""
 
@@ -46,6 +57,9 @@ def raw_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tup
             head = file.read(64)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    for magic, remedy in OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path} is {remedy}")
     if head.startswith(PARQUET_MAGIC):
         yield from _parquet_rows(path, columns)
     elif head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
@@ -155,7 +169,7 @@ def _with_more(file: TextIO, text: str, place: str) -> str:
 
 def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[tuple[int, object]]:
     try:
-        from pyarrow import ArrowInvalid  # optional dependency
+        from pyarrow import ArrowException  # optional dependency
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise RuntimeError(f"{path} is a parquet file and needs pyarrow: pip install pyarrow") from error
@@ -165,5 +179,5 @@ def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[tuple
             # Solutions of a few hundred kilobytes a row: small batches bound the memory.
             rows = (row for batch in file.iter_batches(batch_size=1024, columns=wanted) for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
-    except ArrowInvalid as error:
+    except (ArrowException, OSError) as error:
         raise ValueError(f"{path} is a damaged parquet file ({error}): write it again") from error

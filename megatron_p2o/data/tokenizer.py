@@ -1,9 +1,10 @@
 """The model's tokenizer: read and checked, and which tokens end a response."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_p2o.files import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,11 +64,7 @@ def _named_ids(path: Path, field: str) -> Sequence[int]:
     """Return the ids a JSON file names under `field`: one, several or none."""
     if not path.is_file():
         return ()
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
-    named = settings.get(field) if isinstance(settings, Mapping) else None
+    named = read_json_object(path).get(field)
     ids: list[Any] = named if isinstance(named, list) else [named]
     return [token for token in ids if isinstance(token, int) and not isinstance(token, bool)]
 

@@ -66,9 +66,17 @@ def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> JsonObject:
 def _sets_in(folder: Path) -> Mapping[str, Any]:
     results = read_object(folder / "results.json")
     sets = (results or {}).get("sets")
-    if not isinstance(sets, dict):
+    if not isinstance(sets, dict) or not all(_is_outcome(outcome) for outcome in sets.values()):
         raise ValueError(f"{folder} holds no results.json of a finished `p2o eval`: name its --output folder")
     return sets
+
+
+def _is_outcome(outcome: object) -> bool:
+    return (
+        isinstance(outcome, dict)
+        and {"samples_per_problem", "accuracy", "problems_sha256"} <= outcome.keys()
+        and isinstance(outcome.get("correct_by_problem"), dict)
+    )
 
 
 def _check_problems(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:

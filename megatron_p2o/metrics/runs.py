@@ -1,14 +1,12 @@
 """A run directory as the report reads it: every part may be missing, and the run may still be writing."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from megatron_p2o.config import RunConfig
+from megatron_p2o.config_yaml import load_yaml
+from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.jsonl import JsonObject, read_lines
 from megatron_p2o.metrics.lineage import JournalledRound, ancestors, read_rounds
 from megatron_p2o.rl.hard_samples import LedgerEntry
@@ -116,12 +114,18 @@ def _arm_and_seed(directory: Path, results: JsonObject | None) -> tuple[str, int
     if results is not None and "arm" in results and "seed" in results:
         return str(results["arm"]), int(results["seed"])
     settings = directory / "config.yaml"
-    recorded = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None
-    match recorded:
+    match _settings_in(settings) if settings.is_file() else None:
         case {"run": {"name": str(name), "seed": int(seed)}}:
             return RunConfig(name=name, seed=seed).arm, seed
         case _:
             return directory.name, None
+
+
+def _settings_in(path: Path) -> object:
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): restore it") from error
 
 
 def read_metrics(path: Path) -> list[MetricLine]:
@@ -165,15 +169,7 @@ def read_object(path: Path) -> JsonObject | None:
     Raises:
         ValueError: it holds something else.
     """
-    if not path.exists():
-        return None
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): restore or remove it") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object: restore or remove it")
-    return value
+    return read_json_object(path) if path.exists() else None
 
 
 def _objects(paths: Sequence[Path]) -> Iterator[JsonObject]:

@@ -1,10 +1,16 @@
 """What a Hugging Face config.json says of a model the trainer computes: sizes, and what its family has."""
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_p2o.files import read_json_object
+
+MAX_LAYERS = 1024
+MAX_EXPERTS = 1024
+"""More than any model has: a config.json that names more is damaged, and its tensors would be listed for hours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,35 +142,59 @@ def read_architecture(directory: Path) -> Architecture:
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"model.path={directory} has no config.json: name a Hugging Face model directory")
-    settings = json.loads(path.read_text())
+    settings = read_json_object(path)
     _check_supported(settings, path)
-    family, rope = FAMILIES[settings["model_type"]], _rope(settings)
-    num_heads = settings["num_attention_heads"]
+    family, rope, sizes = FAMILIES[settings["model_type"]], _rope(settings), _Sizes(settings, path)
+    num_heads, hidden_size = sizes.count("num_attention_heads"), sizes.count("hidden_size")
+    factor = sizes.positive("rope factor", rope.get("factor")) if rope["rope_type"] == "llama3" else None
     return Architecture(
         family=family,
-        num_layers=settings["num_hidden_layers"],
-        hidden_size=settings["hidden_size"],
+        num_layers=sizes.count("num_hidden_layers", at_most=MAX_LAYERS),
+        hidden_size=hidden_size,
         num_heads=num_heads,
-        num_kv_heads=settings.get("num_key_value_heads") or num_heads,
-        head_dim=settings.get("head_dim") or settings["hidden_size"] // num_heads,
-        intermediate_size=settings["intermediate_size"],
-        experts=_experts(settings) if family.has_experts else None,
-        vocab_size=settings["vocab_size"],
-        norm_epsilon=settings["rms_norm_eps"],
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling_factor=float(rope["factor"]) if rope["rope_type"] == "llama3" else None,
-        max_positions=settings["max_position_embeddings"],
+        num_kv_heads=sizes.count("num_key_value_heads", num_heads),
+        head_dim=sizes.count("head_dim", hidden_size // num_heads),
+        intermediate_size=sizes.count("intermediate_size"),
+        experts=_experts(sizes) if family.has_experts else None,
+        vocab_size=sizes.count("vocab_size"),
+        norm_epsilon=sizes.positive("rms_norm_eps", settings.get("rms_norm_eps")),
+        rope_theta=sizes.positive("rope_theta", rope["rope_theta"]),
+        rope_scaling_factor=factor,
+        max_positions=sizes.count("max_position_embeddings"),
         ties_embeddings=bool(settings.get("tie_word_embeddings", False)),
     )
 
 
-def _experts(settings: Mapping[str, Any]) -> Experts:
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """The numbers of a config.json, checked one by one."""
+
+    settings: Mapping[str, Any]
+    path: Path
+
+    def count(self, name: str, default: int | None = None, *, at_most: int = 2**31 - 1) -> int:
+        """Return a whole number of at least 1; `default` where it is missing or null."""
+        value = self.settings.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= at_most:
+            raise ValueError(f"{self.path}: {name} is {value!r:.80}, must be a whole number from 1 to {at_most}")
+        return value
+
+    def positive(self, name: str, value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"{self.path}: {name} is {value!r:.80}, must be a number greater than 0")
+        return float(value)
+
+
+def _experts(sizes: _Sizes) -> Experts:
+    # transformers 5 writes the second name.
+    name = "num_experts" if sizes.settings.get("num_experts") is not None else "num_local_experts"
     return Experts(
-        # transformers 5 writes the second name.
-        num_experts=settings.get("num_experts") or settings["num_local_experts"],
-        num_experts_per_token=settings["num_experts_per_tok"],
-        intermediate_size=settings["moe_intermediate_size"],
-        normalizes_weights=bool(settings.get("norm_topk_prob", False)),
+        num_experts=sizes.count(name, at_most=MAX_EXPERTS),
+        num_experts_per_token=sizes.count("num_experts_per_tok"),
+        intermediate_size=sizes.count("moe_intermediate_size"),
+        normalizes_weights=bool(sizes.settings.get("norm_topk_prob", False)),
     )
 
 
@@ -176,7 +206,10 @@ def _check_supported(settings: Mapping[str, Any], path: Path) -> None:
         if rope["rope_type"] == "llama3" and rope.get(name) != value
     ]
     rules = [
-        (model_type in FAMILIES, f"model_type is {model_type!r}, must be one of {', '.join(sorted(FAMILIES))}"),
+        (
+            isinstance(model_type, str) and model_type in FAMILIES,
+            f"model_type is {model_type!r}, must be one of {', '.join(sorted(FAMILIES))}",
+        ),
         (settings.get("hidden_act") == "silu", f"hidden_act is {settings.get('hidden_act')!r}, must be 'silu'"),
         (not settings.get("attention_bias"), "attention_bias is set"),
         (not settings.get("mlp_bias"), "mlp_bias is set"),
@@ -193,7 +226,8 @@ def _check_supported(settings: Mapping[str, Any], path: Path) -> None:
 
 def _rope(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the rotary settings of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
-    found = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    stated = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    found = dict(stated) if isinstance(stated, Mapping) else {"rope_type": stated}
     found.setdefault("rope_theta", settings.get("rope_theta", 10000.0))
     found["rope_type"] = found.get("rope_type", found.get("type", "default"))
     return found

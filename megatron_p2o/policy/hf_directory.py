@@ -9,9 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from megatron_p2o.files import read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -21,6 +23,12 @@ MAX_FILE_BYTES = 5 * 2**30
 
 REDUNDANT_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
 """Of tensors that a directory may hold although the model computes them from others."""
+
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+"""Types of tensors that hold the weights themselves; of others, quantised ones, the scales would be lost."""
+
+LFS_POINTER = b"version https://git-lfs"
+"""First bytes of what `git clone` leaves of a large file without Git LFS."""
 
 MAX_NAMES = 8
 """Tensors an error names of each kind."""
@@ -52,15 +60,23 @@ class WeightFiles:
         Tensors that a model can do without are passed over: a stored copy of a tied head, old rotary buffers.
 
         Raises:
-            ValueError: tensors are missing, unknown or of another shape; it names them.
+            ValueError: a file is missing or damaged, or tensors are missing, unknown, of another shape or of whole
+                numbers; it names them.
         """
         found = [name for name in self._file_of if name in shapes]
         unknown = [name for name in self._file_of if name not in shapes and not name.endswith(REDUNDANT_SUFFIXES)]
         misshaped = [
             f"{name} {self.shape(name)} instead of {shapes[name]}" for name in found if self.shape(name) != shapes[name]
         ]
+        types = {name: self._slice(name).get_dtype() for name in found}
+        mistyped = [f"{name} ({kind})" for name, kind in types.items() if kind not in FLOAT_TYPES]
         missing = sorted(shapes.keys() - self._file_of.keys())
-        kinds = (("missing", missing), ("unknown", sorted(unknown)), ("of another shape", sorted(misshaped)))
+        kinds = (
+            ("missing", missing),
+            ("unknown", sorted(unknown)),
+            ("of another shape", sorted(misshaped)),
+            ("not of floating point", sorted(mistyped)),
+        )
         complaints = [f"{len(names)} {kind}: {first_of(names)}" for kind, names in kinds if names]
         if complaints:
             raise ValueError(
@@ -88,20 +104,44 @@ class WeightFiles:
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise ValueError(f"model.path={self.directory} has no tensor {name}: the weights do not fit config.json")
-        return self._file(self._file_of[name]).get_slice(name)
+        file_name = self._file_of[name]
+        try:
+            return self._file(file_name).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.directory / file_name} has no tensor {name}, as {INDEX_FILE} says") from error
 
     def _file(self, file_name: str) -> Any:
         if file_name not in self._open:
-            self._open[file_name] = self._files.enter_context(safe_open(self.directory / file_name, framework="pt"))
+            self._open[file_name] = self._files.enter_context(_opened(self.directory / file_name))
         return self._open[file_name]
 
     def _read_index(self) -> Mapping[str, str]:
         index = self.directory / INDEX_FILE
         if index.is_file():
-            return json.loads(index.read_text())["weight_map"]
+            weight_map = read_json_object(index).get("weight_map")
+            # A name with a path could lead out of the directory.
+            if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
+                raise ValueError(f"{index} must map tensors to files beside it in weight_map: download it again")
+            return weight_map
         if not (self.directory / SINGLE_FILE).is_file():
             raise ValueError(f"model.path={self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
         return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
+
+
+def _opened(path: Path) -> Any:
+    """Return an open file of safetensors; its header has been read and compared with its size."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: {INDEX_FILE} names it, download it again") from error
+    except (SafetensorError, OSError) as error:
+        if path.is_file() and path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS instead of the weights: run `git lfs pull`") from error
+        raise ValueError(f"{path} is no whole file of safetensors ({error}): download it again") from error
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
 
 
 def write_hf_directory(
@@ -168,7 +208,7 @@ def _name_files(directory: Path, names_of_files: list[list[str]], total_bytes: i
 
 
 def _write_config(source: Path, directory: Path, dtype: str) -> None:
-    settings = json.loads((source / "config.json").read_text())
+    settings = read_json_object(source / "config.json")
     settings.pop("torch_dtype", None)
     settings["dtype"] = dtype
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -5,7 +5,8 @@ list nor in the environment of its children:
 
     {"parent_pid": 1234, "scratch": "/tmp/...", "arguments": {"model_path": ..., "api_key": ..., ...}}
 
-`scratch` is the private temporary directory of the server; `arguments` are fields of SGLang's ServerArgs. Of this
+`scratch` is the private temporary directory of the server; `arguments` are fields of SGLang's ServerArgs. With
+`--check` only those are read; what is wrong with them is printed as a JSON list, and nothing is started. Of this
 package only this file, `suggestions`, `rollout.weight_loader` and, on the CPU, `rollout.cpu_attention` and
 `rollout.cpu_determinism` run in that process, and sglang is imported nowhere else.
 """
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 
@@ -45,21 +46,20 @@ LEFT_IN_SHARED_MEMORY = re.compile(r"sglang_loads_|sgl_shm_mq_|sem\.mp-")
 
 def main() -> None:
     settings = json.load(sys.stdin)
+    if sys.argv[1:] == ["--check"]:
+        print(json.dumps(argument_problems(settings["arguments"], server_fields())))
+        return
     die_with_parent(settings["parent_pid"], scratch=settings["scratch"])
     arguments: Mapping[str, Any] = settings["arguments"]
     hide_in_logs([arguments["api_key"], arguments["admin_api_key"]])
 
     from sglang.launch_server import run_server
-    from sglang.srt.arg_groups.arg_utils import record_fields
-    from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils import kill_process_tree
 
-    load_plugins()
-    try:
-        check_names(arguments, [field.name for field in record_fields(ServerArgs)])
-    except ValueError as error:
-        print(error, file=sys.stderr, flush=True)
+    problems = argument_problems(arguments, server_fields())
+    if problems:
+        print("; ".join(problems), file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_ARGUMENT)
     if arguments.get("device") == "cpu":
         fork_children()
@@ -78,13 +78,42 @@ def fork_children() -> None:
     multiprocessing.set_start_method = lambda *args, **kwargs: None  # SGLang sets "spawn"
 
 
-def check_names(arguments: Mapping[str, Any], known: list[str]) -> None:
-    """Raise `ValueError` for a setting that this SGLang does not have, with the nearest name."""
-    for name in arguments:
-        if name in known:
+def server_fields() -> dict[str, object]:
+    """Return name and annotated type of every argument of the installed SGLang server."""
+    from sglang.srt.arg_groups.arg_utils import record_fields
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    return {field.name: field.type for field in record_fields(ServerArgs)}
+
+
+def argument_problems(arguments: Mapping[str, Any], fields: Mapping[str, object]) -> list[str]:
+    """Return a sentence for each argument that the server does not have, or whose value it does not take."""
+    problems: list[str] = []
+    for name, value in arguments.items():
+        if name in fields:
+            rule = _broken_rule(value, fields[name])
+            problems += [f"sglang.{name}={value} {rule}"] if rule else []
             continue
-        hint = did_you_mean(name, known, "sglang.")
-        raise ValueError(f"sglang.{name} is not an argument of the installed SGLang server{hint}")
+        hint = did_you_mean(name, list(fields), "sglang.")
+        problems.append(f"sglang.{name} is not an argument of the installed SGLang server{hint}")
+    return problems
+
+
+def _broken_rule(value: object, annotation: object) -> str | None:
+    import msgspec  # SGLang's own, by which its arguments are declared
+
+    choices = next((extra.choices for extra in get_args(annotation)[1:] if getattr(extra, "choices", None)), None)
+    if choices and value is not None and value not in choices:
+        return f"must be one of {', '.join(map(str, choices))}"
+    try:
+        msgspec.convert(value, annotation)
+    except msgspec.ValidationError as error:
+        return f"has the wrong type: {error}"
+    except TypeError:
+        return None  # a type that msgspec does not know
+    return None
 
 
 def die_with_parent(parent_pid: int, scratch: str) -> None:

@@ -1,6 +1,10 @@
 """What an engine is started with: where it stands, and SGLang's arguments."""
 
 import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_p2o.config import Config
-from megatron_p2o.rollout.server import EngineServer
+from megatron_p2o.rollout.server import LAUNCHER, OWN_ARGUMENTS, EngineServer, EngineStartFailed, engine_environment
 from megatron_p2o.rollout.weight_message import LOAD_FORMAT
 
 CPU_ARGUMENTS: Mapping[str, Any] = {
@@ -97,10 +101,7 @@ def server_arguments(config: Config, place: EnginePlace, num_gpus: int) -> dict[
     Raises:
         ValueError: `sglang` holds an argument that another setting decides.
     """
-    given = {name.replace("-", "_"): value for name, value in config.sglang.items()}
-    for name, setting in DECIDED_BY.items():
-        if name in given:
-            raise ValueError(f"sglang.{name} is decided by {setting}: set that instead")
+    given = _given_arguments(config)
     rollout = config.rollout
     first_gpu = {"base_gpu_id": place.slot * rollout.tensor_parallel % num_gpus} if num_gpus else {}
     return {
@@ -121,6 +122,56 @@ def server_arguments(config: Config, place: EnginePlace, num_gpus: int) -> dict[
         "enable_deterministic_inference": is_deterministic(config, num_gpus),
         "enable_memory_saver": does_release_memory(config, num_gpus),
     }
+
+
+def check_arguments(config: Config) -> None:
+    """Ask the installed SGLang whether it takes the settings of `sglang`; starts no server.
+
+    Imports SGLang in a process of its own, for some seconds; only when there are such settings.
+
+    Raises:
+        ValueError: it does not; the message names each.
+        EngineStartFailed: SGLang cannot be asked on this machine.
+    """
+    given = _given_arguments(config)
+    for name in OWN_ARGUMENTS:
+        if name in given:
+            raise ValueError(f"sglang.{name} is decided by the program: remove it")
+    problems = _ask_server(given, config.rollout.startup_timeout_s) if given else []
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _ask_server(given: Mapping[str, Any], timeout_s: float) -> list[str]:
+    device = {} if torch.cuda.is_available() else {"device": "cpu"}
+    with tempfile.TemporaryDirectory(prefix="p2o-check-") as scratch:
+        try:
+            asked = subprocess.run(
+                [sys.executable, "-m", LAUNCHER, "--check"],
+                input=json.dumps({"arguments": given}),
+                capture_output=True,
+                text=True,
+                env=engine_environment(device, Path(scratch)),
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            limit = f"rollout.startup_timeout_s={timeout_s:g} s"
+            raise EngineStartFailed(f"sglang: its settings cannot be checked, no import within {limit}") from error
+    if asked.returncode != 0:
+        last_line = (asked.stderr.strip().splitlines() or [f"status {asked.returncode}"])[-1]
+        raise EngineStartFailed(f"sglang: its settings cannot be checked, SGLang cannot be imported: {last_line}")
+    # What it imports may print lines of its own.
+    return json.loads(asked.stdout.strip().splitlines()[-1])
+
+
+def _given_arguments(config: Config) -> dict[str, Any]:
+    """Return the settings of `sglang` by SGLang's names. Raises `ValueError` for one that another setting decides."""
+    given = {name.replace("-", "_"): value for name, value in config.sglang.items()}
+    for name, setting in DECIDED_BY.items():
+        if name in given:
+            raise ValueError(f"sglang.{name} is decided by {setting}: set that instead")
+    return given
 
 
 def does_release_memory(config: Config, num_gpus: int, *, has_saver: bool | None = None) -> bool:

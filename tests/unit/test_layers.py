@@ -13,7 +13,10 @@ SOURCE_ROOTS = (ROOT, ROOT / "kernels")
 
 CONTRACT = tuple(
     f"megatron_p2o.{name}"
-    for name in ("types", "config", "interfaces", "files", "processes", "seeds", "suggestions", "terminal")
+    for name in (
+        *("types", "config", "config_yaml", "interfaces", "files"),
+        *("processes", "seeds", "suggestions", "terminal"),
+    )
 )
 """What everybody may see."""
 

@@ -4,7 +4,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -12,13 +15,14 @@ import pytest
 from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.processes import STORE_FILE_VARIABLE
 from megatron_p2o.rollout.client import parse_generation
-from megatron_p2o.rollout.launcher import check_names
+from megatron_p2o.rollout.launcher import argument_problems
 from megatron_p2o.rollout.scratch import Scratch
 from megatron_p2o.rollout.server import CPU_SITE, EngineServer, engine_environment, reserve_port
 from megatron_p2o.rollout.server_arguments import (
     CPU_ARGUMENTS,
     GPU_ARGUMENTS,
     EnginePlace,
+    check_arguments,
     engine_places,
     server_arguments,
 )
@@ -95,8 +99,43 @@ def test_a_server_s_address_and_keys_cannot_be_set(tmp_path: Path) -> None:
 
 
 def test_an_unknown_argument_is_named_with_its_nearest() -> None:
-    with pytest.raises(ValueError, match=r"sglang\.max_runing_requests is not .* did you mean sglang\.max_running"):
-        check_names({"dtype": 1, "max_runing_requests": 2}, ["dtype", "max_running_requests"])
+    found = argument_problems({"dtype": "auto", "max_runing_requests": 2}, {"dtype": str, "max_running_requests": int})
+    assert found == [
+        "sglang.max_runing_requests is not an argument of the installed SGLang server: "
+        "did you mean sglang.max_running_requests?"
+    ]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """How SGLang declares an argument."""
+
+    choices: Sequence[str] | None = None
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "rule"),
+    [
+        (Annotated[int | None, "help"], "many", "has the wrong type: Expected `int | null`, got `str`"),
+        (Annotated[int | None, "help"], None, None),
+        (Annotated[bool, Declared()], "on", "has the wrong type: Expected `bool`, got `str`"),
+        (Annotated[float, Declared()], 1, None),
+        (Annotated[str | None, Declared(choices=["triton", "fa3"])], "fa4", "must be one of triton, fa3"),
+        (Annotated[str | None, Declared(choices=["triton", "fa3"])], None, None),
+        (Annotated[set[str] | list[str], "too much for msgspec"], ["a"], None),
+    ],
+)
+def test_an_argument_of_another_type_or_choice_is_named(annotation: object, value: object, rule: str | None) -> None:
+    expected = [] if rule is None else [f"sglang.x={value} {rule}"]
+    assert argument_problems({"x": value}, {"x": annotation}) == expected
+
+
+def test_no_server_is_asked_where_nothing_is_set_or_another_setting_decides() -> None:
+    check_arguments(config_with({}))
+    with pytest.raises(ValueError, match=r"sglang\.tp_size is decided by rollout\.tensor_parallel"):
+        check_arguments(config_with({"tp-size": 2}))
+    with pytest.raises(ValueError, match=r"sglang\.host is decided by the program"):
+        check_arguments(config_with({"host": "0.0.0.0"}))
 
 
 def test_a_reserved_port_is_given_to_nobody_else_and_still_serves() -> None:

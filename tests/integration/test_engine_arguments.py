@@ -1,0 +1,32 @@
+"""Settings of `sglang` are compared with the installed server before anything is started."""
+
+import pytest
+
+from megatron_p2o.rollout.server_arguments import check_arguments
+from megatron_p2o.testing.fakes import fake_config
+
+
+def test_the_installed_server_names_what_it_does_not_take() -> None:
+    wrong = {
+        "no_such_argument": 1,
+        "mem-fraction-statik": 0.5,
+        "chunked_prefill_size": "many",
+        "attention_backend": "dice",
+        "log_requests": "on",
+        "schedule_conservativeness": 2,
+    }
+    with pytest.raises(ValueError) as refused:
+        check_arguments(fake_config({"sglang": wrong}))
+    assert str(refused.value).split("; ") == [
+        "sglang.no_such_argument is not an argument of the installed SGLang server",
+        "sglang.mem_fraction_statik is not an argument of the installed SGLang server: did you mean "
+        "sglang.mem_fraction_static?",
+        "sglang.chunked_prefill_size=many has the wrong type: Expected `int | null`, got `str`",
+        str(refused.value).split("; ")[3],
+        "sglang.log_requests=on has the wrong type: Expected `bool`, got `str`",
+    ]
+    assert str(refused.value).split("; ")[3].startswith("sglang.attention_backend=dice must be one of ")
+
+
+def test_the_installed_server_takes_what_the_examples_set() -> None:
+    check_arguments(fake_config({"sglang": {"mem_fraction_static": 0.7, "chunked-prefill-size": 64}}))
