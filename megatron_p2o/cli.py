@@ -114,8 +114,10 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def _checked_config(path: Path, overrides: Sequence[str]) -> Config:
     """Return the settings, or raise `ConfigError` with everything that is wrong with them and the files they name."""
+    from megatron_p2o.inputs import missing_packages
+
     config = load_config(path, overrides)
-    missing = missing_paths(config)
+    missing = [*missing_paths(config), *missing_packages(config)]
     if missing:
         raise ConfigError(missing)
     return config
@@ -181,7 +183,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_p2o.doctor import examine, examine_settings, planned_gpus, print_findings
+    from megatron_p2o.doctor import examine, examine_inputs, examine_settings, planned_gpus, print_findings
 
     if options.plan and options.config is None:
         raise ValueError("p2o doctor --plan needs a settings file, whose memory to plan")
@@ -189,6 +191,8 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.config is not None:
         config = load_config(options.config, options.overrides)
         findings += examine_settings(config, planned_gpus(config, options.plan) if options.plan else None)
+        if not options.plan:  # a plan is for other machines, where the files are
+            findings += examine_inputs(config)
     print_findings(findings)
     return 1 if options.strict and any(finding.is_missing for finding in findings) else 0
 

@@ -14,7 +14,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_p2o.config import Config
+from megatron_p2o.config_file import missing_paths
 from megatron_p2o.config_source import shown
+from megatron_p2o.inputs import load_inputs, missing_packages, summary_of
 from megatron_p2o.memory_plan import GIB, Gpus, num_nodes_for, planned_memory
 from megatron_p2o.policy.layer_choice import choose_layers, import_failure, machine_capabilities
 from megatron_p2o.policy.settings import (
@@ -145,6 +147,18 @@ def _engines(config: Config) -> Finding:
     except (ValueError, EngineStartFailed) as error:
         return Finding(subject=subject, finding=str(error), is_missing=True)
     return Finding(subject=subject, finding=f"SGLang takes {', '.join(config.sglang) or 'no settings of its own'}")
+
+
+def examine_inputs(config: Config) -> list[Finding]:
+    """Return whether the files that the settings name are there and can be read here, and what a run makes of them."""
+    lacking = [*missing_paths(config), *missing_packages(config)]
+    findings = [Finding(subject="files", finding=sentence, is_missing=True) for sentence in lacking]
+    if findings:
+        return findings
+    try:
+        return [Finding(subject="inputs", finding=line) for line in summary_of(config, load_inputs(config))]
+    except ValueError as error:
+        return [Finding(subject="inputs", finding=str(error), is_missing=True)]
 
 
 def _weight_transfer(config: Config) -> Finding:

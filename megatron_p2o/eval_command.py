@@ -143,7 +143,10 @@ def _of(names: Sequence[str], settings: Mapping[str, Value]) -> dict[str, Value]
 
 
 def _checked(config: Config) -> Config:
-    missing = missing_paths(config, for_training=False)
+    # Imported here: numpy and the readers of problems take a second that a refused target does not need.
+    from megatron_p2o.inputs import missing_packages
+
+    missing = [*missing_paths(config, for_training=False), *missing_packages(config, for_training=False)]
     if missing:
         raise ConfigError(missing)
     return config

@@ -1,12 +1,17 @@
 """What a run reads before it starts anything, and what can be said of it then."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_p2o.config import Config
+from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
 from megatron_p2o.data.problems import load_problems
-from megatron_p2o.types import Problem
+from megatron_p2o.data.raw_rows import missing_package
+from megatron_p2o.metrics import sinks
+from megatron_p2o.types import PLAIN, Problem, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +21,13 @@ class Inputs:
     renderer: ChatRenderer
     train: Sequence[Problem]
     evaluation: Mapping[str, Sequence[Problem]]
+
+
+def missing_packages(config: Config, *, for_training: bool = True) -> list[str]:
+    """Return one sentence for each package that the settings need and this machine lacks: readers of files, sinks."""
+    files = [*([config.data.train] if for_training else []), *config.data.evaluation.values()]
+    readers = [missing_package(Path(file)) for file in dict.fromkeys(files)]
+    return [*filter(None, readers), *(sinks.missing_packages(config.logging) if for_training else ())]
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -31,8 +43,47 @@ def load_inputs(config: Config) -> Inputs:
 
     evaluation = {name: read(path) for name, path in config.data.evaluation.items()}
     inputs = Inputs(renderer=renderer, train=read(config.data.train), evaluation=evaluation)
+    check_vocabulary(config, inputs)
     check_hard_set(config, len(inputs.train))
     return inputs
+
+
+def summary_of(config: Config, inputs: Inputs) -> list[str]:
+    """Return what a run will make of its inputs, one line each.
+
+    Raises:
+        ValueError: there are fewer problems than a step takes.
+    """
+    schedule = config.schedule
+    num_steps = len(epoch_batches(inputs.train, schedule.problems_per_step, config.run.seed, epoch=0))
+    at_most = "at most " if schedule.max_batches_per_step > 1 else ""
+    longest = max(len(token_ids) for token_ids in _plain_prompts(inputs))
+    notice = evolution_notice(config, num_steps)
+    return [
+        f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {schedule.epochs} epochs",
+        *(f"evaluation.{name}: {len(problems)} problems" for name, problems in inputs.evaluation.items()),
+        f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens",
+        f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",
+        *([notice] if notice else []),
+    ]
+
+
+def check_vocabulary(config: Config, inputs: Inputs) -> None:
+    """Raise `ValueError` when a prompt holds a token that the model has no embedding of."""
+    path = Path(config.model.path) / "config.json"
+    size = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
+    largest = max(int(token_ids.max()) for token_ids in _plain_prompts(inputs))
+    if isinstance(size, int) and largest >= size:
+        raise ValueError(
+            f"model.path={config.model.path} has a tokenizer of another model: prompts hold token {largest}, and "
+            f"{path.name} says vocab_size={size}"
+        )
+
+
+def _plain_prompts(inputs: Inputs) -> Iterator[TokenIds]:
+    for problems in (inputs.train, *inputs.evaluation.values()):
+        for problem in problems:
+            yield inputs.renderer.render(problem, PLAIN).training_ids
 
 
 def check_hard_set(config: Config, num_problems: int) -> None:

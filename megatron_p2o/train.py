@@ -25,7 +25,7 @@ from megatron_p2o.data.chat import chat_renderer
 from megatron_p2o.evolve.beside import BesideTraining
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
-from megatron_p2o.inputs import load_inputs
+from megatron_p2o.inputs import Inputs, evolution_notice, load_inputs, summary_of
 from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution, TemplateLibrary
 from megatron_p2o.memory_plan import planned_memory, with_planned_cache
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
@@ -53,7 +53,7 @@ from megatron_p2o.rollout.server_arguments import check_arguments
 from megatron_p2o.run_state import STATE_FILE, LedgerFile, StopRequest, read_state
 from megatron_p2o.template_evaluation import TemplateEvaluator, free_scores, round_statistics
 from megatron_p2o.terminal import say, set_up_logging
-from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, SamplingParams
+from megatron_p2o.types import Completion, Group, Problem, Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run_dir = options.config.parent
     sys.excepthook = partial(report_error, run_dir)
     config = with_planned_cache(load_config(options.config))
+    # Before the weights, which take minutes: whatever is wrong with the problems is said in the first seconds.
+    inputs = load_inputs(config) if os.environ.get("RANK", "0") == "0" and not options.evaluate else None
     policy = build_policy(config)
     agents = meet_agents(config, options.config)
     outlet = open_outlet(config, policy.largest_weight_bytes, policy.meeting)
@@ -90,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 discard_answers(run_dir)
             evaluate_checkpoint(config, run_dir, policy, options.evaluate, start, stack)
         else:
-            Conductor(config, run_dir, policy, latest_checkpoint(run_dir), start, stack).train()
+            assert inputs is not None, "the conductor is rank 0"
+            Conductor(config, run_dir, policy, inputs, latest_checkpoint(run_dir), start, stack).train()
     return 0
 
 
@@ -132,13 +135,8 @@ def dry_run(config: Config) -> None:
     settings = policy_settings(config)
     check_weights(config, settings)
     check_values(config)
-    inputs = load_inputs(config)
-    num_steps = len(epoch_batches(inputs.train, config.schedule.problems_per_step, config.run.seed, epoch=0))
-    at_most = "at most " if config.schedule.max_batches_per_step > 1 else ""
-    say(f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {config.schedule.epochs} epochs")
-    for name, problems in inputs.evaluation.items():
-        say(f"evaluation.{name}: {len(problems)} problems")
-    say(f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens")
+    for line in summary_of(config, load_inputs(config)):
+        say(line)
     say(f"megatron: {megatron_summary(config)}")
     problems = machine_problems(config, settings, machine_capabilities())
     try:
@@ -173,15 +171,19 @@ class Conductor:
         config: Config,
         run_dir: Path,
         policy: MegatronPolicy,
+        inputs: Inputs,
         checkpoint: Path | None,
         start: Callable[[Sequence[int]], SglangEngine],
         stack: ExitStack,
     ) -> None:
         self.config, self.run_dir, self.policy = config, run_dir, policy
-        self.inputs = load_inputs(config)
+        self.inputs = inputs
         self.stop = StopRequest(run_dir)
         self.checkpoint = checkpoint
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
+        notice = evolution_notice(config, len(self.batches_of(0)))
+        if notice is not None:
+            logger.warning(notice)
         say(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}")
         say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")
         self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))

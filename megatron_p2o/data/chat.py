@@ -27,8 +27,8 @@ class PromptLimit:
     """How many tokens a prompt may have, and what decides it."""
 
     num_tokens: int
-    rule: str
-    """What a longer prompt is in conflict with, and the remedy."""
+    source: str
+    remedy: str
 
 
 def prompt_limit(config: Config) -> PromptLimit:
@@ -52,8 +52,8 @@ def prompt_limit(config: Config) -> PromptLimit:
         return own
     return PromptLimit(
         num_tokens=left,
-        rule=f"more than the {left} that rollout.max_new_tokens={max_new_tokens} leaves of the model's {length} "
-        "positions: lower rollout.max_new_tokens",
+        source=f"the {left} that rollout.max_new_tokens={max_new_tokens} leaves of the model's {length} positions",
+        remedy="lower rollout.max_new_tokens",
     )
 
 
@@ -140,8 +140,8 @@ class ChatRenderer:
         if len(token_ids) > self.limit.num_tokens:
             asked = "plainly" if template.id == PLAIN.id else f"through template {template.id}"
             raise PromptTooLongError(
-                f"problem {problem.id} asked {asked} takes {len(token_ids)} tokens, {self.limit.rule}, or leave the "
-                "problem or the template out"
+                f"problem {problem.id} asked {asked} takes {len(token_ids)} tokens, more than {self.limit.source}: "
+                f"{self.limit.remedy}, or leave the problem or the template out"
             )
         array = np.asarray(token_ids, dtype=np.int32)
         array.setflags(write=False)
@@ -188,8 +188,8 @@ def _date_of(model: ModelConfig) -> date:
 
 
 def _own_limit(data: DataConfig) -> PromptLimit:
-    rule = f"more than data.max_prompt_tokens={data.max_prompt_tokens}: raise it"
-    return PromptLimit(num_tokens=data.max_prompt_tokens, rule=rule)
+    source = f"data.max_prompt_tokens={data.max_prompt_tokens}"
+    return PromptLimit(num_tokens=data.max_prompt_tokens, source=source, remedy="raise it")
 
 
 def fitting_problems(problems: Sequence[Problem], renderer: PromptRenderer, skip_bad_rows: bool) -> list[Problem]:

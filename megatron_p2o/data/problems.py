@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_p2o.config import DataConfig
@@ -9,7 +11,13 @@ from megatron_p2o.data.raw_rows import BadRowError, encodable, parsed, raw_rows
 from megatron_p2o.types import Problem
 
 MAX_REPORTED_ROWS = 20
-"""Bad rows an error lists one by one; the rest is a count."""
+"""Rows a message lists one by one; the rest is a count."""
+
+MARK = "####"
+"""Before the final answer in GSM8K's solutions."""
+
+MAX_LIKELY_CHARACTERS = 200
+"""Of a final answer. Long ones are solutions, or prose that cannot be compared."""
 
 logger = logging.getLogger(__name__)
 
@@ -18,16 +26,18 @@ def load_problems(path: str | Path, data: DataConfig) -> list[Problem]:
     """Return the problems of a JSONL, JSON or parquet file in file order.
 
     A problem's id is the row's `data.id_field`, or a hash of the question where the row has none. Columns `level` and
-    `source` are used when present. With `data.skip_bad_rows` bad rows are counted in a warning instead of an error.
+    `source` are used when present. Of a worked solution that ends in "#### 72" (GSM8K's) what follows the mark is the
+    gold answer. With `data.skip_bad_rows` bad rows are counted in a warning instead of an error.
 
     Raises:
-        ValueError: the file has bad rows (named with their lines, duplicates included) or no usable one.
-        RuntimeError: a parquet file without pyarrow installed.
+        ValueError: the file has bad rows (named with their lines, duplicates included) or no usable one, or is parquet
+            without pyarrow installed.
     """
     path = Path(path)
     problems: list[Problem] = []
     bad_rows: list[str] = []
     first_lines: dict[str, int] = {}
+    marked, unlikely = [], []
     for line, row in raw_rows(path):
         try:
             problem = _problem(row, data)
@@ -37,6 +47,12 @@ def load_problems(path: str | Path, data: DataConfig) -> list[Problem]:
             bad_rows.append(f"{path}:{line}: {error}")
             continue
         first_lines[problem.id] = line
+        final = marked_answer(problem.answer)
+        if final is not None:
+            marked.append(line)
+            problem = replace(problem, answer=final)
+        if _is_unlikely(problem.answer):
+            unlikely.append(line)
         problems.append(problem)
     if bad_rows and not data.skip_bad_rows:
         raise ValueError(f"{_listed(bad_rows)}\nCorrect the file, or set data.skip_bad_rows=true to use the other rows")
@@ -44,7 +60,40 @@ def load_problems(path: str | Path, data: DataConfig) -> list[Problem]:
         logger.warning("%s: %d bad rows skipped, %d used\n%s", path, len(bad_rows), len(problems), _listed(bad_rows))
     if not problems:
         raise ValueError(f"{path} holds no problem: give a file with one JSON object or parquet row per problem")
+    _report_answers(path, marked, unlikely)
     return problems
+
+
+def marked_answer(answer: str) -> str | None:
+    """Return what follows "####" at the end of a worked solution, None when `answer` is none."""
+    solution, mark, final = answer.rpartition(MARK)
+    final = final.strip()
+    return final if mark and solution.strip() and final and not _is_unlikely(final) else None
+
+
+def _is_unlikely(answer: str) -> bool:
+    """Whether hardly any response's final answer looks like this."""
+    return len(answer) > MAX_LIKELY_CHARACTERS or "\n" in answer.strip()
+
+
+def _report_answers(path: Path, marked: Sequence[int], unlikely: Sequence[int]) -> None:
+    if marked:
+        logger.warning(
+            '%s: %d answers are solutions that end in "%s": what follows it is the gold answer (%s)',
+            *(path, len(marked), MARK, _rows(marked)),
+        )
+    if unlikely:
+        logger.warning(
+            "%s: %d gold answers have more than %d characters or several lines, which a response's final answer hardly "
+            "ever equals: give the final answer alone (%s)",
+            *(path, len(unlikely), MAX_LIKELY_CHARACTERS, _rows(unlikely)),
+        )
+
+
+def _rows(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:MAX_REPORTED_ROWS]))
+    num_more = len(numbers) - MAX_REPORTED_ROWS
+    return f"rows {shown} and {num_more} more" if num_more > 0 else f"rows {shown}"
 
 
 def _problem(raw_row: object, data: DataConfig) -> Problem:

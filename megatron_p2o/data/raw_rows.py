@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +23,8 @@ OTHER_FORMATS = {
     b"\xfe\xff": "in UTF-16: convert it to UTF-8",
 }
 """First bytes of files that are none of ours, and what to do with them."""
+
+NEEDS_PYARROW = "is a parquet file and needs the package pyarrow: pip install pyarrow, or write it as JSONL"
 
 CHUNK_CHARACTERS = 1 << 20
 """How much of a JSON array is read at a time."""
@@ -49,8 +52,7 @@ def raw_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tup
         columns: all that is needed of a parquet file; None is everything.
 
     Raises:
-        ValueError: the file cannot be read, or is damaged as a whole.
-        RuntimeError: a parquet file without pyarrow installed.
+        ValueError: the file cannot be read, is damaged as a whole, or is parquet without pyarrow installed.
     """
     try:
         with path.open("rb") as file:
@@ -66,6 +68,16 @@ def raw_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tup
         yield from _array_rows(path)
     else:
         yield from _json_lines(path)
+
+
+def missing_package(path: Path) -> str | None:
+    """Return what is to be installed before a file can be read; None when nothing is, or it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+    except OSError:
+        return None
+    return f"{path} {NEEDS_PYARROW}" if is_parquet and find_spec("pyarrow") is None else None
 
 
 def parsed(row: object) -> dict[str, Any]:
@@ -172,7 +184,7 @@ def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[tuple
         from pyarrow import ArrowException  # optional dependency
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise RuntimeError(f"{path} is a parquet file and needs pyarrow: pip install pyarrow") from error
+        raise ValueError(f"{path} {NEEDS_PYARROW}") from error
     try:
         with ParquetFile(path) as file:
             wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]

@@ -72,7 +72,6 @@ def source_rows(files: Sequence[Path], source: Source, boxed_answer: BoxedAnswer
 
     Raises:
         ValueError: a file is damaged, or none of the first rows is a problem: the files are not of this source.
-        RuntimeError: a parquet file without pyarrow installed.
     """
     number, is_right_schema = 0, False
     last_bad: BadRow | None = None

@@ -10,10 +10,34 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+from megatron_p2o.config import LoggingConfig
 from megatron_p2o.metrics.jsonl import keep_lines
+
+NEEDS_TENSORBOARD = (
+    "logging.tensorboard=true needs the package tensorboard: pip install tensorboard, or set logging.tensorboard to "
+    "false"
+)
+NEEDS_WANDB = (
+    "logging.wandb_project={} needs the package wandb: pip install wandb, or set logging.wandb_project to null"
+)
+
+
+def missing_packages(settings: LoggingConfig) -> list[str]:
+    """Return one sentence for each sink that is asked for and whose package is not installed."""
+    wanted = {
+        "tensorboard": NEEDS_TENSORBOARD if settings.tensorboard else None,
+        "wandb": NEEDS_WANDB.format(settings.wandb_project) if settings.wandb_project is not None else None,
+    }
+    return [sentence for name, sentence in wanted.items() if sentence is not None and not _is_installed(name)]
+
+
+def _is_installed(package: str) -> bool:
+    found = find_spec(package)
+    return found is not None and found.origin is not None  # a folder of that name is no package
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +91,7 @@ class TensorBoardSink:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(
-                "logging.tensorboard=true needs the package tensorboard: pip install tensorboard, "
-                "or set logging.tensorboard to false"
-            ) from error
+            raise ValueError(NEEDS_TENSORBOARD) from error
         self._writer = SummaryWriter(log_dir=str(directory))
 
     def write(self, record: StepRecord) -> None:
@@ -89,10 +110,7 @@ class WandbSink:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError(
-                f"logging.wandb_project={project} needs the package wandb: pip install wandb, "
-                "or set logging.wandb_project to null"
-            ) from error
+            raise ValueError(NEEDS_WANDB.format(project)) from error
         # The id makes a resumed run continue its own curve instead of starting another.
         self._run = wandb.init(project=project, name=run_name, id=run_name, resume="allow", dir=str(directory))
 

@@ -147,5 +147,44 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
         monkeypatch.setitem(__import__("sys").modules, module, None)
     path = tmp_path / "problems.parquet"
     path.write_bytes(b"PAR1....")
-    with pytest.raises(RuntimeError, match="pip install pyarrow"):
+    with pytest.raises(ValueError, match=r"problems\.parquet is a parquet file and needs .* pip install pyarrow"):
         load_problems(path, DATA)
+
+
+GSM8K = (
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72 clips altogether.\n#### 72"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        (GSM8K, "72"),
+        ("He has $1,234.\n#### 1,234 ", "1,234"),
+        ("One.\n#### 1\nTwo.\n#### -2", "-2"),
+        ("six times seven #### 42", "42"),
+        ("#### 42", "#### 42"),
+        ("42 ####", "42 ####"),
+        ("First.\n#### A heading\nand more text", "First.\n#### A heading\nand more text"),
+        ("72", "72"),
+    ],
+)
+def test_the_gold_answer_of_a_marked_solution_is_what_follows_the_mark(
+    answer: str, gold: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (problem,) = load_problems(write_lines(tmp_path, row(1, answer=answer)), DATA)
+    assert problem.answer == gold
+    assert ("what follows it is the gold answer (rows 1)" in caplog.text) == (gold != answer)
+
+
+def test_gold_answers_that_nothing_will_equal_are_warned_of_with_their_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = [row(number, answer="so it is " * 30) for number in range(30)]
+    path = write_lines(tmp_path, row(100), *long[:1], row(101, answer="2\n3"), row(102, answer=" 7\n"), *long[1:])
+    problems = load_problems(path, DATA)
+    assert len(problems) == 33 and problems[2].answer == "2\n3"
+    (record,) = caplog.records
+    assert "problems.jsonl: 31 gold answers have more than 200 characters or several lines" in record.message
+    listed = ", ".join(str(number) for number in (2, 3, *range(5, 23)))
+    assert record.message.endswith(f"give the final answer alone (rows {listed} and 11 more)")

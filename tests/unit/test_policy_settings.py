@@ -77,7 +77,7 @@ def test_the_dry_run_and_the_doctor_plan_the_memory_of_this_machine(
     path = str(settings_file(tmp_path, model, model={"dtype": "bfloat16"}))
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     head = f"memory of 1 x {torch.cuda.device_count()} GPUs of {gib:.1f} GiB, engines "
-    too_long = ["--set", "rollout.max_new_tokens=100000000000"]
+    too_long = ["--set", "rollout.max_new_tokens=100000000000", "--set", "sglang.context_length=200000000000"]
     assert main(["doctor", path]) == main(["train", path, "--dry-run"]) == 0
     assert capsys.readouterr().out.count(head) == 2
     assert main(["doctor", path, "--strict", *too_long]) == 1
