@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_p2o.config import Config, DataConfig, ModelConfig
 from megatron_p2o.data.markup import Frame, MarkupEncoder
-from megatron_p2o.data.tokenizer import end_of_response_ids, load_tokenizer
+from megatron_p2o.data.tokenizer import chat_text, end_of_response_ids, load_tokenizer
 from megatron_p2o.files import read_json_object
 from megatron_p2o.interfaces import PromptRenderer, PromptTooLongError
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, Template, TokenIds
@@ -149,27 +149,18 @@ class ChatRenderer:
 
     def _chat(self, content: str) -> str:
         """Return the chat template's text for one user's message. It sees the date of the run, whatever the day is."""
-        text = self.tokenizer.apply_chat_template(
+        return chat_text(
+            self.tokenizer,
             [{"role": "user", "content": content}],
+            self._model.path,
             add_generation_prompt=True,
             enable_thinking=self._model.enable_thinking,
-            tokenize=False,
             strftime_now=self._date.strftime,
         )
-        assert isinstance(text, str), "one conversation is one text"
-        return text
 
     def _frame(self) -> Frame:
-        from jinja2 import TemplateError
-
         mark = f"question{secrets.token_hex(16)}"
-        try:
-            parts = self._chat(mark).split(mark)
-        except (TemplateError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"model.path={self._model.path} has a chat template that fails on a user's message ({error}): correct "
-                "it, or use an instruction-tuned model"
-            ) from error
+        parts = self._chat(mark).split(mark)
         if len(parts) != 2:
             raise ValueError(
                 f"model.path={self._model.path} has a chat template that writes a user's message {len(parts) - 1} "

@@ -1,6 +1,6 @@
 """The model's tokenizer: read and checked, and which tokens end a response."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,14 @@ PROBE = "What is 6 x 7?"
 """A text that every tokenizer of a language model takes."""
 
 PROBE_ANSWER = "It is 42."
+
+
+ERRORS_OF_EXPRESSIONS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a chat template, which is a program, may raise besides jinja's own errors."""
+
+
+class ChatTemplateError(ValueError):
+    """The model's chat template fails on a conversation."""
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
@@ -39,6 +47,31 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def chat_text(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], path: str | Path, **options: Any
+) -> str:
+    """Return what the chat template makes of a conversation.
+
+    Args:
+        path: the model directory that the template comes from; errors name it.
+        options: see `apply_chat_template`.
+
+    Raises:
+        ChatTemplateError: the template fails on it.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+    except (TemplateError, *ERRORS_OF_EXPRESSIONS) as error:
+        raise ChatTemplateError(
+            f"model.path={path} has a chat template that fails on a user's message ({error}): correct it, or use an "
+            "instruction-tuned model"
+        ) from error
+    assert isinstance(text, str), "one conversation is one text"
+    return text
+
+
 def end_of_response_ids(tokenizer: "PreTrainedTokenizerBase", path: Path) -> tuple[int, ...]:
     """Return every token that ends a response, ascending: the one answer for engines, training and evaluation.
 
@@ -54,7 +87,7 @@ def end_of_response_ids(tokenizer: "PreTrainedTokenizerBase", path: Path) -> tup
     }
     if isinstance(tokenizer.eos_token_id, int):
         found.add(tokenizer.eos_token_id)
-    found.update(_end_of_turn(tokenizer))
+    found.update(_end_of_turn(tokenizer, path))
     if not found:
         raise ValueError(f"model.path={path} names no end-of-sequence token: set eos_token in its tokenizer")
     return tuple(sorted(found))
@@ -65,20 +98,19 @@ def _named_ids(path: Path, field: str) -> Sequence[int]:
     if not path.is_file():
         return ()
     named = read_json_object(path).get(field)
-    ids: list[Any] = named if isinstance(named, list) else [named]
-    return [token for token in ids if isinstance(token, int) and not isinstance(token, bool)]
+    ids: list[Any] = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise ValueError(f"{path}: {field} is {named!r:.80}, must be the id of a token or a list of such")
+    return ids
 
 
-def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> Sequence[int]:
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", path: Path) -> Sequence[int]:
     """Return the special token that follows an assistant's message in the chat template; empty where none does."""
-    from jinja2 import TemplateError
-
     chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE_ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, TypeError, ValueError):
+        text = chat_text(tokenizer, chat, path)
+    except ChatTemplateError:
         return ()  # a template of single questions: how it ends a turn is not known
-    assert isinstance(text, str), "one conversation is one text"
     _, found, rest = text.rpartition(PROBE_ANSWER)
     following = tokenizer.encode(rest, add_special_tokens=False) if found else []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

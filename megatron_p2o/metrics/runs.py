@@ -1,6 +1,6 @@
 """A run directory as the report reads it: every part may be missing, and the run may still be writing."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -148,8 +148,7 @@ def read_metrics(path: Path) -> list[MetricLine]:
 def read_libraries(directory: Path) -> list[PublishedLibrary]:
     """Return the published libraries of a run directory, oldest first; empty when the run has none."""
     rounds = {found.version: found for found in read_rounds(directory / "evolution")}
-    contents = _objects(sorted((directory / "templates").glob("library-*.json")))
-    libraries = [_library(content, rounds) for content in contents]
+    libraries = [_library_in(path, rounds) for path in sorted((directory / "templates").glob("library-*.json"))]
     return sorted(libraries, key=lambda library: library.version)
 
 
@@ -172,11 +171,12 @@ def read_object(path: Path) -> JsonObject | None:
     return read_json_object(path) if path.exists() else None
 
 
-def _objects(paths: Sequence[Path]) -> Iterator[JsonObject]:
-    for path in paths:
-        content = read_object(path)
-        if content is not None:
-            yield content
+def _library_in(path: Path, rounds: Mapping[int, JournalledRound]) -> PublishedLibrary:
+    content = read_json_object(path)
+    try:
+        return _library(content, rounds)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no library of templates ({error!r}): restore it") from error
 
 
 def _library(content: JsonObject, rounds: Mapping[int, JournalledRound]) -> PublishedLibrary:
