@@ -7,7 +7,7 @@ from typing import assert_never
 
 from megatron_p2o.config import ScoringConfig
 from megatron_p2o.metrics.trend import Rise, rise_of
-from megatron_p2o.metrics.values import MetricValue, numbers_of
+from megatron_p2o.metrics.values import Mean, MetricValue, numbers_of
 from megatron_p2o.types import Group, UpdateReport
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,17 @@ def warn_of_forgotten(step: int, num_forgotten: int, num_mastered: int, alarm: f
             "assignment.num_plain, lower optimizer.lr, or go back to an earlier checkpoint",
             *(step, num_forgotten, num_mastered, alarm),
         )
+
+
+def warn_of_undecided(step: int, metrics: Mapping[str, MetricValue], alarm: float) -> None:
+    """Warn where the grader could not decide more than the share `alarm` of answers: of a step, or of an evaluation."""
+    for key, share in metrics.items():
+        if key.endswith("/undecided_share") and isinstance(share, Mean) and share.sum > alarm * share.count:
+            logger.warning(
+                "step %d: %s: the grader could not decide %d of %d answers, more than grading.undecided_alarm=%g; they "
+                "count neither way: look at them under rollouts/, or raise grading.deadline_s or memory_limit_mib",
+                *(step, key.removesuffix("/undecided_share"), share.sum, share.count, alarm),
+            )
 
 
 def warn_of_a_skipped_round(epoch: int, num_hard: int, min_problems: int) -> None:

@@ -28,23 +28,26 @@ from megatron_p2o.evaluate import Protocol, all_asked, answered, evaluation_samp
 from megatron_p2o.files import digest_of, write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.answer_file import AnswerFile
-from megatron_p2o.metrics.estimators import CONFIDENCE, NUM_RESAMPLES
+from megatron_p2o.metrics.estimators import NUM_RESAMPLES
 from megatron_p2o.metrics.evaluation import (
     BOOTSTRAP_SEED,
     Evaluation,
+    NothingDecided,
     answer_of,
     evaluation_of,
     evaluation_record,
     problems_digest,
 )
 from megatron_p2o.metrics.evaluation_tables import EvaluationProgress, print_results
+from megatron_p2o.metrics.intervals import CONFIDENCE
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import start_engines
 from megatron_p2o.terminal import say
 from megatron_p2o.types import PLAIN, Problem
 
-FORMAT = 1
+FORMAT = 2
+INTERVALS = "over problems: Clopper-Pearson where all are 0 or 1 or fewer than 6 vary, else percentile bootstrap"
 ANSWERS_FOLDER = "answers"
 RESULTS_FILE = "results.json"
 
@@ -105,9 +108,12 @@ class Benchmark:
         return [(problem, sample) for problem, sample in self.wanted if (problem.id, sample) not in self.file.answers]
 
     def outcome(self) -> Evaluation:
-        """Return what the answers amount to; none may be missing."""
+        """Return what the answers amount to; none may be missing. Raises `NothingDecided`, naming the set."""
         answers = [self.file.answers[problem.id, sample] for problem, sample in self.wanted]
-        return evaluation_of(answers, self.problems, self.protocol.num_samples, self.protocol.temperature)
+        try:
+            return evaluation_of(answers, self.problems, self.protocol.num_samples, self.protocol.temperature)
+        except NothingDecided as error:
+            raise NothingDecided(f"{self.name}: {error}: the same command asks them again") from error
 
 
 def evaluate_directory(config: Config, output: Path) -> None:
@@ -197,7 +203,7 @@ def results_of(benchmarks: Sequence[Benchmark], subject: Subject, config: Config
         "seed": config.run.seed,
         "max_new_tokens": config.rollout.max_new_tokens,
         "intervals": {
-            "method": "percentile bootstrap over problems",
+            "method": INTERVALS,
             "confidence": CONFIDENCE,
             "num_resamples": NUM_RESAMPLES,
             "seed": BOOTSTRAP_SEED,
@@ -209,6 +215,7 @@ def results_of(benchmarks: Sequence[Benchmark], subject: Subject, config: Config
                 "num_problems": len(benchmark.problems),
                 "problems_sha256": problems_digest(benchmark.problems),
                 "correct_by_problem": dict(outcomes[benchmark.name].correct_by_problem),
+                "decided_by_problem": dict(outcomes[benchmark.name].decided_by_problem),
             }
             for benchmark in benchmarks
         },

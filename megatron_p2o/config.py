@@ -172,6 +172,9 @@ class GradingConfig:
     """Processes that run math-verify."""
     deadline_s: Seconds = 3.0
     """A worker that takes longer on one answer is killed and replaced; the grade is `error`."""
+    undecided_alarm: Annotated[float, Range(at_least=0, at_most=1)] = 0.01
+    """Warn when the grader could not decide more than this share of the answers of a step or an evaluation. Undecided
+    answers are not learnt from, and count in no rate."""
     memory_limit_mib: Annotated[int, Range(at_least=256, reason="math-verify alone takes about 70")] = 2048
     """Address-space limit of a worker."""
 

@@ -15,6 +15,7 @@ from megatron_p2o.alarms import (
     warn_of_a_skipped_round,
     warn_of_forgotten,
     warn_of_skipped_updates,
+    warn_of_undecided,
 )
 from megatron_p2o.algorithm import Parts, StepResult, TrainState
 from megatron_p2o.checkpoints import Best, CheckpointSaver, checkpoint_name, read_best
@@ -23,7 +24,7 @@ from megatron_p2o.evaluate import best_template, evaluate, template_of
 from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.clock import PhaseClock
-from megatron_p2o.metrics.evaluation import Evaluation, evaluation_record
+from megatron_p2o.metrics.evaluation import Evaluation, NothingDecided, evaluation_record
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.runs import read_metrics
@@ -125,6 +126,7 @@ class RunObserver:
         if _is_due(state.step, self._config.logging.rollouts_every_steps):
             self._files.rollouts.write(state.step, result.groups, self._parts.renderer.decode)
         warn_of_skipped_updates(state.step, result.reports)
+        warn_of_undecided(state.step, metrics, self._config.grading.undecided_alarm)
         stop_where_nothing_was_sampled(state.step, result.groups)
         self._mismatch.look(state.step, metrics)
         best = None
@@ -215,9 +217,8 @@ class RunObserver:
         settings = self._config.evaluation
         if settings.best_set is None or state.step == 0:
             return None
-        of_set = outcome[settings.best_set]
-        score = of_set.accuracy if settings.best_metric == "avg" else of_set.pass_at[str(of_set.samples_per_problem)]
-        if self._best is not None and score <= self._best.score:
+        score = _score(outcome.get(settings.best_set), settings)
+        if score is None or (self._best is not None and score <= self._best.score):
             return None
         self._best = Best(
             checkpoint=checkpoint_name(state.step),
@@ -250,14 +251,17 @@ class RunObserver:
 
     def _evaluate(self, state: TrainState, template: Template, prefix: str) -> dict[str, Evaluation]:
         self._files.metrics.announce("evaluation")
-        outcome = {
-            name: evaluate(name, problems, self._parts, self._config, template)
-            for name, problems in self._evaluation_sets.items()
-        }
+        outcome: dict[str, Evaluation] = {}
+        for name, problems in self._evaluation_sets.items():
+            try:
+                outcome[name] = evaluate(name, problems, self._parts, self._config, template)
+            except NothingDecided as error:
+                logger.warning("evaluation of %s at step %d: %s: it has no outcome", prefix + name, state.step, error)
         self._clock.take()
         if outcome:
-            named = {prefix + name: each for name, each in outcome.items()}
-            self._files.metrics.write(state.step, state.epoch, evaluation_metrics(named))
+            metrics = evaluation_metrics({prefix + name: each for name, each in outcome.items()})
+            self._files.metrics.write(state.step, state.epoch, metrics)
+            warn_of_undecided(state.step, metrics, self._config.grading.undecided_alarm)
         self._last_end = time.monotonic()
         return outcome
 
@@ -302,6 +306,13 @@ def _earlier_mismatches(run_dir: Path) -> list[float]:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _score(outcome: Evaluation | None, settings: EvaluationConfig) -> float | None:
+    """Return what decides which checkpoint is the best; None where too few answers have a verdict."""
+    if outcome is None or settings.best_metric == "avg":
+        return outcome.accuracy if outcome is not None else None
+    return outcome.pass_at.get(str(outcome.samples_per_problem))
 
 
 def _accuracies(outcome: Mapping[str, Evaluation]) -> dict[str, float]:

@@ -29,10 +29,9 @@ class AnswerFile:
         if lines:
             _check_settings(path, lines[0].get("settings"), settings)
         finished = (Answer(**line) for line in lines[1:])
-        self.answers = {
-            (answer.problem_id, answer.sample): answer for answer in finished if answer.finish_reason != "abort"
-        }
-        """Finished answers by problem id and sample index; not those the engines gave up."""
+        self.answers = {(answer.problem_id, answer.sample): answer for answer in finished if answer.is_decided}
+        """Answers by problem id and sample index; of an earlier evaluation those with a verdict, the others are asked
+        again."""
         self._file = path.open("a", encoding="utf-8")
         if not lines:
             self._write({"settings": dict(settings)})

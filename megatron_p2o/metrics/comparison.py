@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_p2o.metrics.estimators import mcnemar_p_value, mean_interval, sign_permutation_p_value
+from megatron_p2o.metrics.estimators import mcnemar_p_value, sign_permutation_p_value
 from megatron_p2o.metrics.evaluation import BOOTSTRAP_SEED
+from megatron_p2o.metrics.intervals import difference_interval
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.metrics.runs import read_object
 
@@ -16,9 +17,9 @@ MAX_NAMED_PROBLEMS = 5
 def compare(first: Path, second: Path) -> JsonObject:
     """Compare the results in two folders of `p2o eval`, on the sets both have.
 
-    Returns `sets`: name to accuracies, difference (second minus first), its interval, p-value and test; and
-    `only_first`, `only_second`: sets the other lacks. The test is McNemar's where both answered each problem once, else
-    the sign permutation test on the problems' averages.
+    Returns `sets`: name to accuracies, difference (second minus first), its interval, p-value and test, over the
+    problems that both have a verdict on; and `only_first`, `only_second`: sets the other lacks. The test is McNemar's
+    where both answered each problem once, else the sign permutation test on the problems' averages.
 
     Raises:
         ValueError: a folder holds no results, they share no set, or a set's problems differ.
@@ -39,21 +40,33 @@ def compare(first: Path, second: Path) -> JsonObject:
 
 
 def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> JsonObject:
-    """Return the paired difference of two outcomes on the same problems, as results.json holds them."""
-    num_first, num_second = first["samples_per_problem"], second["samples_per_problem"]
-    counts = [(count, second["correct_by_problem"][key]) for key, count in first["correct_by_problem"].items()]
+    """Return the paired difference of two outcomes on the same problems, as results.json holds them.
+
+    Compared are the problems of which both have an answer with a verdict.
+
+    Raises:
+        ValueError: there is none.
+    """
+    counts = [
+        (num_correct, first["decided_by_problem"][key], second["correct_by_problem"][key], num_second)
+        for key, num_correct in first["correct_by_problem"].items()
+        if first["decided_by_problem"][key] and (num_second := second["decided_by_problem"][key])
+    ]
+    if not counts:
+        raise ValueError("no problem has an answer with a verdict in both: run the two evaluations again, which go on")
     # Over a common denominator, so that equal averages give exactly 0.
-    differences = [(b * num_first - a * num_second) / (num_first * num_second) for a, b in counts]
+    differences = [(b * num_a - a * num_b) / (num_a * num_b) for a, num_a, b, num_b in counts]
     num_better, num_worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    is_single = num_first == num_second == 1
+    is_single = first["samples_per_problem"] == second["samples_per_problem"] == 1
     p_value = (
         mcnemar_p_value(num_worse, num_better) if is_single else sign_permutation_p_value(differences, BOOTSTRAP_SEED)
     )
-    interval = mean_interval(differences, BOOTSTRAP_SEED)
+    interval = difference_interval(differences, p_value, BOOTSTRAP_SEED)
     return {
         "num_problems": len(counts),
-        "first_accuracy": first["accuracy"],
-        "second_accuracy": second["accuracy"],
+        "num_undecided_problems": len(first["correct_by_problem"]) - len(counts),
+        "first_accuracy": sum(a / num_a for a, num_a, _, _ in counts) / len(counts),
+        "second_accuracy": sum(b / num_b for _, _, b, num_b in counts) / len(counts),
         "difference": sum(differences) / len(differences),
         "interval": {"low": interval.low, "high": interval.high},
         "num_better": num_better,
@@ -68,6 +81,11 @@ def _sets_in(folder: Path) -> Mapping[str, Any]:
     sets = (results or {}).get("sets")
     if not isinstance(sets, dict) or not all(_is_outcome(outcome) for outcome in sets.values()):
         raise ValueError(f"{folder} holds no results.json of a finished `p2o eval`: name its --output folder")
+    if not all(isinstance(outcome.get("decided_by_problem"), dict) for outcome in sets.values()):
+        raise ValueError(
+            f"{folder / 'results.json'} does not say how many answers to a problem have a verdict: run its `p2o eval` "
+            "again, which keeps the answers"
+        )
     return sets
 
 

@@ -1,35 +1,21 @@
-"""What a sample of answers says about a policy: pass@k, intervals over problems, and tests of paired differences.
+"""What a sample of answers says about a policy: pass@k, and tests of paired differences.
 
 Everything is over problems: they are the sample, answers to one problem are not independent of each other.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 NUM_RESAMPLES = 10_000
 """Bootstrap resamples, and random sign patterns of the permutation test."""
-
-CONFIDENCE = 0.95
 
 EXACT_SIGNS = 16
 """Up to so many problems that differ, the permutation test goes through all sign patterns."""
 
 CHUNK_NUMBERS = 1 << 20
 """Random numbers drawn at once: bounds the memory."""
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A confidence interval at `CONFIDENCE`."""
-
-    low: float
-    high: float
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -46,25 +32,6 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def powers_up_to(num_samples: int) -> list[int]:
     """Return 1, 2, 4, ... and `num_samples` itself: the k of pass@k."""
     return sorted({1 << exponent for exponent in range(num_samples.bit_length())} | {num_samples})
-
-
-def mean_interval(values: Sequence[float], seed: int) -> Interval:
-    """Return the percentile bootstrap interval of the mean: `NUM_RESAMPLES` resamples of the problems, seeded.
-
-    `values` holds one number per problem, at least one.
-    """
-    column = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    rows = max(1, CHUNK_NUMBERS // len(column))
-    means = np.concatenate(
-        [
-            column[generator.integers(len(column), size=(min(rows, NUM_RESAMPLES - start), len(column)))].mean(axis=1)
-            for start in range(0, NUM_RESAMPLES, rows)
-        ]
-    )
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(low=float(low), high=float(high))
 
 
 def sign_permutation_p_value(differences: Sequence[float], seed: int) -> float:

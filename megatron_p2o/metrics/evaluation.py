@@ -2,15 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_p2o.metrics.estimators import Interval, mean_interval, pass_at_k, powers_up_to
+from megatron_p2o.metrics.estimators import pass_at_k, powers_up_to
+from megatron_p2o.metrics.intervals import Interval, mean_interval
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.types import FinishReason, Grade, Problem, Rollout
 
 BOOTSTRAP_SEED = 0
 """The same for every evaluation: two of them differ by their answers alone."""
+
+
+class NothingDecided(RuntimeError):
+    """No answer of a set has a verdict: there is no outcome."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +27,7 @@ class Answer:
     """Index among the problem's answers, from 0."""
     grade: Grade
     finish_reason: FinishReason
-    """"abort": the engine gave it up; it counts as wrong, and an evaluation that is continued samples it again."""
+    """"abort": the engine gave it up."""
     num_tokens: int
     level: str = ""
     source: str = ""
@@ -33,42 +38,52 @@ class Answer:
     def is_correct(self) -> bool:
         return self.grade == "correct"
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether there is a verdict. An answer without one counts neither way, and an evaluation that is continued
+        samples it again."""
+        return self.grade != "error" and self.finish_reason != "abort"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Outcome on one problem set. Intervals are of 95 %, by bootstrap over problems (`estimators.mean_interval`)."""
+    """Outcome on one problem set: of the answers that have a verdict. Intervals are those of `metrics.intervals`."""
 
     num_correct: int
+    num_decided: int
+    """Answers with a verdict."""
     num_samples: int
     """Answers in all: problems times `samples_per_problem`."""
     samples_per_problem: int
     temperature: float
+    accuracy: float
+    """avg@k: the mean over problems of the correct share of their decided answers, as `pass_at["1"]`."""
     interval: Interval
     """Of the accuracy."""
     pass_at: Mapping[str, float]
-    """k to pass@k by the unbiased estimator, for 1, 2, 4, ... and `samples_per_problem`."""
+    """k to pass@k by the unbiased estimator, for 1, 2, 4, ... and `samples_per_problem`: the mean over the problems
+    that have at least k decided answers. Without such problems k is left out."""
     pass_at_intervals: Mapping[str, Interval]
+    pass_at_num_problems: Mapping[str, int]
+    """k to the problems that pass@k is over."""
     by_source: Mapping[str, float]
     """Accuracy by `Problem.source`; empty when the problems name none."""
     by_level: Mapping[str, float]
     """Accuracy by `Problem.level`; empty when the problems name none."""
     mean_tokens: float
-    """Of an answer."""
+    """Of an answer that was not aborted."""
     truncated_share: float
-    """Answers that reached the token limit, over answers."""
+    """Answers that reached the token limit, over those that were not aborted."""
     num_grading_errors: int
-    """Answers the grader could not decide; they count as wrong."""
+    """Answers the grader could not decide."""
     num_aborted: int
-    """Answers the engines gave up; they count as wrong and are no grading errors."""
+    """Answers the engines gave up; they are no grading errors."""
     correct_by_problem: Mapping[str, int]
     """Problem id to correct answers, in the order of the set."""
+    decided_by_problem: Mapping[str, int]
+    """Problem id to answers with a verdict."""
     num_asked_plainly: int = 0
     """Problems that were too long under the template of a templated evaluation, and asked without it."""
-
-    @property
-    def accuracy(self) -> float:
-        """Correct answers over answers: avg@k, as each problem is answered k times."""
-        return self.num_correct / self.num_samples
 
 
 def answer_of(rollout: Rollout, sample: int, response: str = "") -> Answer:
@@ -97,42 +112,64 @@ def evaluation_of(
     """Return what `answers`, `samples_per_problem` to each of `problems` and in any order, amount to.
 
     `num_asked_plainly`: problems that did not fit under the template.
+
+    Raises:
+        NothingDecided: none of them has a verdict.
     """
     assert len(answers) == len(problems) * samples_per_problem, "an answer is missing or twice there"
-    correct = dict.fromkeys((problem.id for problem in problems), 0)
+    decided = dict.fromkeys((problem.id for problem in problems), 0)
+    correct = dict(decided)
     for answer in answers:
-        correct[answer.problem_id] += answer.is_correct
-    solved = {
-        k: [pass_at_k(samples_per_problem, count, k) for count in correct.values()]
-        for k in powers_up_to(samples_per_problem)
-    }
-    averages = [count / samples_per_problem for count in correct.values()]
-    is_aborted = [answer.finish_reason == "abort" for answer in answers]
+        decided[answer.problem_id] += answer.is_decided
+        correct[answer.problem_id] += answer.is_decided and answer.is_correct
+    finished = [answer for answer in answers if answer.finish_reason != "abort"]
+    solved = _solved_in_tries(correct, decided, samples_per_problem)
+    pass_at = {k: sum(values) / len(values) for k, values in solved.items()}
+    intervals = {k: mean_interval(values, BOOTSTRAP_SEED) for k, values in solved.items()}
     return Evaluation(
         num_correct=sum(correct.values()),
+        num_decided=sum(decided.values()),
         num_samples=len(answers),
         samples_per_problem=samples_per_problem,
         temperature=temperature,
-        interval=mean_interval(averages, BOOTSTRAP_SEED),
-        pass_at={str(k): sum(values) / len(values) for k, values in solved.items()},
-        pass_at_intervals={str(k): mean_interval(values, BOOTSTRAP_SEED) for k, values in solved.items()},
-        by_source=_accuracy_by(answers, lambda answer: answer.source),
-        by_level=_accuracy_by(answers, lambda answer: answer.level),
-        mean_tokens=sum(answer.num_tokens for answer in answers) / len(answers),
-        truncated_share=sum(answer.finish_reason == "length" for answer in answers) / len(answers),
-        num_grading_errors=sum(
-            answer.grade == "error" and not aborted for answer, aborted in zip(answers, is_aborted, strict=True)
-        ),
-        num_aborted=sum(is_aborted),
+        accuracy=pass_at["1"],
+        interval=intervals["1"],
+        pass_at=pass_at,
+        pass_at_intervals=intervals,
+        pass_at_num_problems={k: len(values) for k, values in solved.items()},
+        by_source=_accuracy_by({answer.problem_id: answer.source for answer in answers}, correct, decided),
+        by_level=_accuracy_by({answer.problem_id: answer.level for answer in answers}, correct, decided),
+        mean_tokens=sum(answer.num_tokens for answer in finished) / len(finished),
+        truncated_share=sum(answer.finish_reason == "length" for answer in finished) / len(finished),
+        num_grading_errors=len(finished) - sum(decided.values()),
+        num_aborted=len(answers) - len(finished),
         correct_by_problem=correct,
+        decided_by_problem=decided,
         num_asked_plainly=num_asked_plainly,
     )
 
 
+def _solved_in_tries(
+    correct: Mapping[str, int], decided: Mapping[str, int], samples_per_problem: int
+) -> dict[str, list[float]]:
+    """Return k to pass@k of each problem that has k decided answers, for every k that some problem has.
+
+    Raises:
+        NothingDecided: no problem has any.
+    """
+    if not any(decided.values()):
+        raise NothingDecided(f"none of {len(decided) * samples_per_problem} answers has a verdict")
+    return {
+        str(k): [pass_at_k(count, correct[key], k) for key, count in decided.items() if count >= k]
+        for k in powers_up_to(samples_per_problem)
+        if k <= max(decided.values())
+    }
+
+
 def evaluation_record(outcome: Evaluation) -> JsonObject:
     """Return the outcome as it is written to files, but for the single problems."""
-    record = {"accuracy": outcome.accuracy, **asdict(outcome)}
-    del record["correct_by_problem"]
+    record = asdict(outcome)
+    del record["correct_by_problem"], record["decided_by_problem"]
     return record
 
 
@@ -142,7 +179,10 @@ def problems_digest(problems: Sequence[Problem]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _accuracy_by(answers: Sequence[Answer], label_of: Callable[[Answer], str]) -> dict[str, float]:
-    labels = sorted({label_of(answer) for answer in answers} - {""})
-    verdicts = {label: [answer.is_correct for answer in answers if label_of(answer) == label] for label in labels}
-    return {label: sum(correct) / len(correct) for label, correct in verdicts.items()}
+def _accuracy_by(labels: Mapping[str, str], correct: Mapping[str, int], decided: Mapping[str, int]) -> dict[str, float]:
+    """Return the accuracy by label (problem id to label) of the problems that have a decided answer."""
+    shares: dict[str, list[float]] = {}
+    for key, label in labels.items():
+        if label and decided[key]:
+            shares.setdefault(label, []).append(correct[key] / decided[key])
+    return {label: sum(values) / len(values) for label, values in sorted(shares.items())}

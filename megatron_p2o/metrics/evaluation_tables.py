@@ -43,7 +43,7 @@ class EvaluationProgress:
 
 def print_results(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Print results.json: a row per set, then accuracy by level where the problems name levels."""
-    headings = ["set", "problems", "k", "T", "avg@k", "95 % interval", "pass@k", "tokens", "truncated", "errors"]
+    headings = ["set", "problems", "k", "T", "avg@k", "95 % interval", "pass@k", "tokens", "truncated", "undecided"]
     rows = [
         [
             name,
@@ -52,7 +52,7 @@ def print_results(results: Mapping[str, Any], stream: TextIO | None = None) -> N
             f"{outcome['temperature']:g}",
             _percent(outcome["accuracy"]),
             interval_text(outcome["interval"]),
-            _percent(outcome["pass_at"][str(outcome["samples_per_problem"])]),
+            _pass_at_all(outcome),
             f"{outcome['mean_tokens']:.0f}",
             _percent(outcome["truncated_share"]),
             str(outcome["num_grading_errors"] + outcome["num_aborted"]),
@@ -88,6 +88,16 @@ def print_comparison(comparison: Mapping[str, Any], stream: TextIO | None = None
     for side, key in (("first", "only_first"), ("second", "only_second")):
         if comparison[key]:
             _console(stream).print(f"only the {side} has {', '.join(comparison[key])}: not compared", soft_wrap=True)
+
+
+def _pass_at_all(outcome: Mapping[str, Any]) -> str:
+    """Return pass@k for all samples, with the problems it is over where some have too few verdicts."""
+    k = str(outcome["samples_per_problem"])
+    if k not in outcome["pass_at"]:
+        return "-"
+    num_problems = outcome["pass_at_num_problems"][k]
+    over = f" of {num_problems}" if num_problems < outcome["num_problems"] else ""
+    return _percent(outcome["pass_at"][k]) + over
 
 
 def interval_text(interval: Mapping[str, float], sign: str = "") -> str:

@@ -1,30 +1,18 @@
-"""Estimators against enumeration, exact binomial sums and numbers from the literature."""
+"""Estimators against enumeration."""
 
 import math
 from itertools import combinations, product
 
-import numpy as np
 import pytest
 
 from megatron_p2o.metrics.estimators import (
     EXACT_SIGNS,
     NUM_RESAMPLES,
     mcnemar_p_value,
-    mean_interval,
     pass_at_k,
     powers_up_to,
     sign_permutation_p_value,
 )
-
-
-def binomial_quantile(trials: int, p: float, quantile: float) -> int:
-    """Return the smallest count whose cumulated probability reaches `quantile`."""
-    total = 0.0
-    for count in range(trials + 1):
-        total += math.comb(trials, count) * p**count * (1 - p) ** (trials - count)
-        if total >= quantile:
-            return count
-    return trials
 
 
 def enumerated_p_value(differences: list[float]) -> float:
@@ -55,23 +43,6 @@ def test_pass_at_k_refuses_more_tries_than_samples() -> None:
 )
 def test_pass_at_is_given_for_powers_of_two_and_all_samples(num_samples: int, expected: list[int]) -> None:
     assert powers_up_to(num_samples) == expected
-
-
-@pytest.mark.parametrize(("num_problems", "num_solved"), [(50, 15), (500, 440), (3000, 30)])
-def test_interval_of_solved_problems_is_the_binomials(num_problems: int, num_solved: int) -> None:
-    # A resample of zeros and ones is a binomial draw: its quantiles are known exactly.
-    interval = mean_interval([1.0] * num_solved + [0.0] * (num_problems - num_solved), seed=3)
-    share = num_solved / num_problems
-    for end, quantile in ((interval.low, 0.025), (interval.high, 0.975)):
-        # 10,000 resamples place a quantile within 4 standard errors, 0.6 % of probability: a count or two here.
-        counts = [binomial_quantile(num_problems, share, quantile + shift) for shift in (-0.006, 0.006)]
-        assert counts[0] <= round(end * num_problems) <= counts[1]
-
-
-def test_interval_of_one_problem_and_of_equal_ones_is_a_point_and_seeds_repeat() -> None:
-    assert (mean_interval([0.25], 1).low, mean_interval([0.25] * 9, 1).high) == (0.25, 0.25)
-    values = list(np.linspace(0, 1, 31))
-    assert mean_interval(values, 7) == mean_interval(values, 7) != mean_interval(values, 8)
 
 
 @pytest.mark.parametrize(
