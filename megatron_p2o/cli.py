@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -134,11 +135,20 @@ def _train(options: argparse.Namespace) -> int:
 
         dry_run(config)
         return 0
-    from megatron_p2o.launch import launch
-    from megatron_p2o.nodes import nodes_from_options
+    from megatron_p2o.evolve.probe import check_endpoint
+    from megatron_p2o.nodes import nodes_from_options, nodes_of_slurm
 
     explicit = options.num_nodes is not None
-    nodes = nodes_from_options(options.num_nodes, options.node_rank, options.head) if explicit else None
+    nodes = (
+        nodes_from_options(options.num_nodes, options.node_rank, options.head)
+        if explicit
+        else nodes_of_slurm(os.environ)
+    )
+    if nodes is None or nodes.is_head:
+        check_endpoint(config, os.environ)
+    # Imported after the probe: it loads torch, which takes seconds.
+    from megatron_p2o.launch import launch
+
     return launch(config, nodes=nodes)
 
 
@@ -183,7 +193,14 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_p2o.doctor import examine, examine_inputs, examine_settings, planned_gpus, print_findings
+    from megatron_p2o.doctor import (
+        examine,
+        examine_endpoint,
+        examine_inputs,
+        examine_settings,
+        planned_gpus,
+        print_findings,
+    )
 
     if options.plan and options.config is None:
         raise ValueError("p2o doctor --plan needs a settings file, whose memory to plan")
@@ -193,6 +210,8 @@ def _doctor(options: argparse.Namespace) -> int:
         findings += examine_settings(config, planned_gpus(config, options.plan) if options.plan else None)
         if not options.plan:  # a plan is for other machines, where the files are
             findings += examine_inputs(config)
+            if os.environ.get("SLURM_NODEID", "0") == "0":  # evolution runs on the first node of a job
+                findings += examine_endpoint(config, os.environ)
     print_findings(findings)
     return 1 if options.strict and any(finding.is_missing for finding in findings) else 0
 

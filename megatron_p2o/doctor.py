@@ -4,7 +4,7 @@ import importlib.util
 import platform
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import missing_paths
 from megatron_p2o.config_source import shown
+from megatron_p2o.evolve.probe import has_checkpoint, needs_endpoint, probe
 from megatron_p2o.inputs import load_inputs, missing_packages, summary_of
 from megatron_p2o.memory_plan import GIB, Gpus, num_nodes_for, planned_memory
 from megatron_p2o.policy.layer_choice import choose_layers, import_failure, machine_capabilities
@@ -159,6 +160,20 @@ def examine_inputs(config: Config) -> list[Finding]:
         return [Finding(subject="inputs", finding=line) for line in summary_of(config, load_inputs(config))]
     except ValueError as error:
         return [Finding(subject="inputs", finding=str(error), is_missing=True)]
+
+
+def examine_endpoint(config: Config, environment: Mapping[str, str]) -> list[Finding]:
+    """Return whether the reflection endpoint answers one request; nothing when the run needs none.
+
+    It is missing where `p2o train` would not start without it. `environment` holds its key.
+    """
+    if not needs_endpoint(config.evolution):
+        return []
+    trouble = probe(config.evolution.reflection, environment)
+    if trouble is None:
+        return [Finding(subject="reflection", finding=f"{config.evolution.reflection.base_url} answers")]
+    is_missing = not trouble.is_passing and not has_checkpoint(config.run)
+    return [Finding(subject="reflection", finding=trouble.reason, is_missing=is_missing)]
 
 
 def _weight_transfer(config: Config) -> Finding:

@@ -115,11 +115,11 @@ work_here() {
     fi
     export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor" FLASHINFER_WORKSPACE_BASE="$cache"
     export SGLANG_CACHE_DIR="$cache/sglang" TVM_FFI_CACHE_DIR="$cache/tvm-ffi"
-    local checked=()
-    [ "$work" = eval ] || settings_of "$target" "$@"
+    local checked=() run_settings=(--set run.directory="$runs" --set run.name="$SLURM_JOB_NAME")
+    [ "$work" = eval ] || settings_of "$target" "$@" "${run_settings[@]}"
     p2o doctor --strict --gpus "${SLURM_GPUS_ON_NODE:-0}" "${checked[@]}" || fail "p2o doctor found something missing"
     [ "$work" = train ] || exec p2o eval "$target" "$@" --output "$run"
-    exec p2o train "$target" "$@" --set run.directory="$runs" --set run.name="$SLURM_JOB_NAME"
+    exec p2o train "$target" "$@" "${run_settings[@]}"
 }
 
 settings_of() {

@@ -117,8 +117,10 @@ class ChatCompletions:
         except APIStatusError as error:
             raise self._failure(error.response) from error
         except APITimeoutError as error:
-            detail = f"no answer within evolution.reflection.timeout_s={self._config.timeout_s:g}"
-            raise ReflectionUnavailable(f"{self._url}: {detail} ({num_tries} tries)") from error
+            is_reached = not isinstance(error.__cause__, httpx.ConnectTimeout)
+            what = "answer" if is_reached else "connection"
+            detail = f"no {what} within evolution.reflection.timeout_s={self._config.timeout_s:g}"
+            raise ReflectionUnavailable(f"{self._url}: {detail} ({num_tries} tries)", is_passing=is_reached) from error
         except APIConnectionError as error:
             detail = f"{type(error.__cause__).__name__}: {error.__cause__}"
             raise ReflectionUnavailable(f"{self._url}: {self._quotable(detail)} ({num_tries} tries)") from error
@@ -147,7 +149,8 @@ class ChatCompletions:
         status = response.status_code
         detail = f"status {status}: {self._quotable(response.content)}"
         if status >= 500 or status in TRANSIENT_STATUSES:
-            return ReflectionUnavailable(f"{self._url}: {detail} ({self._config.max_retries + 1} tries)")
+            tries = f" ({self._config.max_retries + 1} tries)"
+            return ReflectionUnavailable(f"{self._url}: {detail}{tries}", is_passing=True)
         if status < 400 or status in PERMANENT_STATUSES:
             return ReflectionUnavailable(f"{self._url}: {detail}{self._key_hint(status)}")
         self._num_refused += 1

@@ -49,6 +49,11 @@ class ReflectionRefused(Exception):
 class ReflectionUnavailable(Exception):
     """Nobody can reflect now; evolution stops proposing until the next round."""
 
+    def __init__(self, reason: str, *, is_passing: bool = False) -> None:
+        """`is_passing`: busy or slow, so that a later request may fare better."""
+        super().__init__(reason)
+        self.is_passing = is_passing
+
 
 def reflection_prompt(request: ReflectionRequest, max_chars: int = MAX_PROMPT_CHARS) -> str:
     """Return the user message that asks for a new template, in the shape of GEPA's instruction proposal."""

@@ -40,8 +40,8 @@ def test_every_node_trains_once_after_its_doctor(submit: Submit, checkout: Path)
     log = submit('echo "$SLURMD_NODENAME $*" >> calls.txt; test -n "$TRITON_CACHE_DIR"')
     assert "ended well" in log
     calls = sorted((checkout / "calls.txt").read_text().splitlines())
-    train = "train config.yaml --set optimizer.lr=1e-3 --set run.directory=runs --set run.name=first"
-    doctor = "doctor --strict --gpus 8 config.yaml --set optimizer.lr=1e-3"
+    settings = "config.yaml --set optimizer.lr=1e-3 --set run.directory=runs --set run.name=first"
+    train, doctor = f"train {settings}", f"doctor --strict --gpus 8 {settings}"
     assert calls == [f"{node} {what}" for node in ("node1", "node2") for what in (doctor, train)]
 
 
