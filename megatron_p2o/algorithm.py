@@ -44,8 +44,8 @@ Item = TypeVar("Item")
 NUM_PROBED = 4
 """Samples that stand for a step whose groups all agree: it has no training pass that would show a mismatch."""
 
-GRADING_TIMEOUT_S = 600.0
-"""Longest wait for a verdict after the last completion; the grader's own deadline per answer is far shorter."""
+GRADING_TIMEOUT_S = 3600.0
+"""Longest wait for a verdict; beyond, the grader hangs and the run ends. A busy machine takes nothing like it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -131,9 +131,10 @@ def evaluate_directory(config: Config, output: Path) -> None:
     with ExitStack() as stack:
         benchmarks = open_benchmarks(subject, renderer, config, output, stack)
         if any(benchmark.missing for benchmark in benchmarks):
-            engine = stack.enter_context(start_engines(config, output, renderer.eos_token_ids))
             grader = make_grader(config.grading)
             stack.callback(grader.close)
+            grader.check()
+            engine = stack.enter_context(start_engines(config, output, renderer.eos_token_ids))
             answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)
         write_results(benchmarks, subject, config, output)
 

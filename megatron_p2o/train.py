@@ -117,9 +117,10 @@ def evaluate_checkpoint(
     renderer = chat_renderer(config)
     benchmarks = open_benchmarks(subject, renderer, config, output, stack)
     if any(benchmark.missing for benchmark in benchmarks):
-        engine = stack.enter_context(start(renderer.eos_token_ids))
         grader = make_grader(config.grading)
         stack.callback(grader.close)
+        grader.check()
+        engine = stack.enter_context(start(renderer.eos_token_ids))
         policy.load(checkpoint / POLICY_FOLDER)
         engine.refresh(policy.weights(), version=step)
         answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)
@@ -186,9 +187,10 @@ class Conductor:
             logger.warning(notice)
         say(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}")
         say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")
-        self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)
+        self.grader.check()
+        self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
         self.evolution = self._start_evolution(stack) if config.evolution.enabled else None
         evolution: PromptEvolution | None = self.evolution
         if self.evolution and config.evolution.beside_training:

@@ -38,7 +38,8 @@ class MathGrader:
     def submit(self, problem: Problem, text: str) -> Future[Grade]:
         """Grade the last boxed answer of `text` against `problem.answer`.
 
-        "error" when a worker was killed, crashed or ran out of memory; the future never raises.
+        "error" when two workers were lost over it, or one used up its processor time. The future raises `GraderFailed`
+        when no worker works any more.
 
         Raises:
             RuntimeError: the grader is closed and the answer needs a worker.
@@ -50,6 +51,10 @@ class MathGrader:
         if isinstance(undecided, bool):
             return self._decided("correct" if undecided else "incorrect", "quick")
         return self._pool.submit(without_unit(_normal_gold(problem.answer)), undecided)
+
+    def check(self) -> None:
+        """Start a worker and have it grade a known answer. Raises `GraderFailed` when nothing could be graded."""
+        self._pool.check()
 
     def close(self) -> None:
         """Kill the workers; what they have not answered is graded "error"."""
