@@ -1,97 +1,78 @@
-"""Looks at answers as LaTeX text, without evaluating them."""
+"""Brackets in LaTeX: where they close, how deep they go, what stands between separators outside of them."""
 
 import re
+from collections.abc import Iterator
 
 OPENING = "([{"
 CLOSING = ")]}"
 
-_REWRITES = (
-    (re.compile(r"\\[()\[\]]|\\\$|\$|\\displaystyle(?![A-Za-z])|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])"), ""),
-    (re.compile(r"\\[,;:!> ]|~|\\q?quad(?![A-Za-z])|\\thinspace(?![A-Za-z])"), " "),
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile("[\u2212\u2013]"), "-"),
-    (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"),
-    (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
-    (re.compile(r"\\(?:text|mathrm)\{\s*percent\s*\}"), r"\\%"),
-    (re.compile(r"\s+"), " "),
-    (re.compile(r"(?<=[^\w]) | (?=[^\w])"), ""),
-)
-"""Spellings that do not change an answer. A space stays between two word characters: `12 45` is not `1245`."""
-
-_BRACKET = re.compile(r"\\[{}]|\\.|[()\[\]{}]")
-
-
-def normal_form(text: str) -> str:
-    """Return an answer with one spelling of spacing, fractions, minus signs and brackets, without a final full stop."""
-    # A double backslash ends a row of a matrix: its second half does not belong to what follows.
-    rows = [_rewritten(row) for row in text.split(r"\\")]
-    return r"\\".join(rows).strip().removesuffix(".").strip()
-
-
-def _rewritten(text: str) -> str:
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    return text.strip()
+_BRACKET = re.compile(r"\\[{}]|\\[A-Za-z]+|\\.|[()\[\]{}]", re.DOTALL)
 
 
 def nesting_depth(text: str) -> int:
     """Return how deeply brackets of any kind are nested; unclosed ones count."""
-    depth = deepest = 0
-    for token in _BRACKET.finditer(text):
-        bracket = token.group()[-1]
-        if bracket in OPENING:
-            depth += 1
-            deepest = max(deepest, depth)
-        elif bracket in CLOSING:
-            depth -= 1
-    return deepest
+    return max((depth for _, depth in _brackets(text)), default=0)
 
 
-def split_list(text: str) -> tuple[str, list[str]]:
-    r"""Return the kind of brackets around a list ("()", "[)", "{}", "" for none) and its comma-separated parts.
+def closing_brace(text: str, start: int) -> int | None:
+    r"""Return where the brace opened before `start` is closed, None if it is not; `\{` and `\}` are text."""
+    depth = 1
+    for token in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+        if depth == 0:
+            return token.start()
+    return None
 
-    Text without a comma outside of inner brackets is one part without brackets, brackets or not: `(5)` is 5.
+
+def outer_brackets(text: str) -> tuple[str, str]:
+    """Return the two characters of the brackets that enclose all of `text` and what they enclose.
+
+    "" and the text itself when nothing does. Plain braces group in LaTeX and are taken off.
     """
-    kind, inner = _outer_brackets(text)
-    parts = split_at(inner, ",")
-    if len(parts) > 1:
-        return kind, parts
-    parts = split_at(text, ",")
-    return "", parts if len(parts) > 1 else [inner]
-
-
-def split_at(text: str, separator: str) -> list[str]:
-    """Return the parts between separators that stand outside all brackets, without surrounding blanks."""
-    parts: list[str] = []
-    start = depth = 0
-    for token in re.finditer(rf"{_BRACKET.pattern}|{re.escape(separator)}", text):
-        bracket = token.group()[-1]
-        if token.group() == separator:
-            if depth == 0:
-                parts.append(text[start : token.start()].strip())
-                start = token.end()
-        elif bracket in OPENING:
-            depth += 1
-        elif bracket in CLOSING:
-            depth -= 1
-    return [*parts, text[start:].strip()]
-
-
-def _outer_brackets(text: str) -> tuple[str, str]:
-    """Return the two characters of the brackets that enclose all of `text` ("" for none) and what they enclose."""
-    depth = 0
+    while text.startswith("{") and closing_brace(text, 1) == len(text) - 1:
+        text = text[1:-1].strip()
     first = _BRACKET.match(text)
     if first is None or first.group()[-1] not in OPENING or first.group() == "{":
         return "", text
+    for token, depth in _brackets(text):
+        if depth == 0:
+            if token.end() < len(text) or token.group() == "}":
+                return "", text
+            return first.group()[-1] + token.group()[-1], text[first.end() : token.start()].strip()
+    return "", text
+
+
+def split_at(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
+    """Return the parts between separators outside all brackets and environments, and the separators."""
+    if not separator.search(text):
+        return [text.strip()], []
+    parts: list[str] = []
+    separators: list[str] = []
+    start = 0
+    for found in separator.finditer(text):
+        before = text[start : found.start()]
+        if _is_closed(before):
+            parts.append(before.strip())
+            separators.append(found.group())
+            start = found.end()
+    return [*parts, text[start:].strip()], separators
+
+
+def _is_closed(text: str) -> bool:
+    depths = [depth for _, depth in _brackets(text)]
+    return (not depths or depths[-1] <= 0) and text.count(r"\begin{") == text.count(r"\end{")
+
+
+def _brackets(text: str) -> Iterator[tuple[re.Match[str], int]]:
+    """Yield each bracket and how many are open after it."""
+    depth = 0
     for token in _BRACKET.finditer(text):
         bracket = token.group()[-1]
+        if len(token.group()) > 2:
+            continue
         if bracket in OPENING:
             depth += 1
+            yield token, depth
         elif bracket in CLOSING:
             depth -= 1
-            if depth == 0:
-                if token.end() < len(text) or token.group() == "}":
-                    return "", text
-                return first.group()[-1] + bracket, text[first.end() : token.start()].strip()
-    return "", text
+            yield token, depth

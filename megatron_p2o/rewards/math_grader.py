@@ -1,19 +1,24 @@
 """Grades responses to mathematical problems: the last boxed answer, compared by text, by number, or by algebra."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 
 from megatron_p2o.config import GradingConfig
+from megatron_p2o.rewards.exact import ExactJudge
 from megatron_p2o.rewards.extract import last_boxed
-from megatron_p2o.rewards.latex import normal_form
+from megatron_p2o.rewards.match import verdict
 from megatron_p2o.rewards.pool import WorkerPool
-from megatron_p2o.rewards.quick_match import quick_verdict, sides_to_check
+from megatron_p2o.rewards.quick_match import quick_verdict
 from megatron_p2o.rewards.refusals import is_refused, is_too_long
-from megatron_p2o.rewards.units import units_agree, without_unit
+from megatron_p2o.rewards.spelling import normal_form
 from megatron_p2o.types import Grade, Problem
+
+_ASKS_PERCENT = re.compile(r"\bper ?cent(?:age)?\b|%", re.IGNORECASE)
 
 
 class MathGrader:
@@ -38,8 +43,8 @@ class MathGrader:
     def submit(self, problem: Problem, text: str) -> Future[Grade]:
         """Grade the last boxed answer of `text` against `problem.answer`.
 
-        "error" when two workers were lost over it, or one used up its processor time. The future raises `GraderFailed`
-        when no worker works any more.
+        A question for a percentage may be answered by `20` and by `20\\%`. "error" when two workers were lost over it,
+        or one used up its processor time. The future raises `GraderFailed` when no worker works any more.
 
         Raises:
             RuntimeError: the grader is closed and the answer needs a worker.
@@ -47,10 +52,10 @@ class MathGrader:
         answer = last_boxed(text)
         if answer is None:
             return self._decided("incorrect", "no_answer")
-        undecided = undecided_sides(problem.answer, answer)
-        if isinstance(undecided, bool):
-            return self._decided("correct" if undecided else "incorrect", "quick")
-        return self._pool.submit(without_unit(_normal_gold(problem.answer)), undecided)
+        local = local_verdict(problem, answer)
+        if isinstance(local, bool):
+            return self._decided("correct" if local else "incorrect", "quick")
+        return self._pool.submit(local.gold, [local.answer])
 
     def check(self) -> None:
         """Start a worker and have it grade a known answer. Raises `GraderFailed` when nothing could be graded."""
@@ -68,24 +73,31 @@ class MathGrader:
         return future
 
 
-def undecided_sides(gold: str, answer: str) -> bool | tuple[str, ...]:
-    """Return the verdict when no algebra is needed, else the parts of the answer that must equal the gold one."""
-    if is_too_long(gold, answer):
+@dataclass(frozen=True, slots=True)
+class OpenComparison:
+    """What only algebra decides, in normal form."""
+
+    gold: str
+    answer: str
+
+
+def local_verdict(problem: Problem, answer: str) -> bool | OpenComparison:
+    """Return the verdict on a boxed answer, or what is left to algebra. Takes little time for any input."""
+    if is_too_long(problem.answer, answer):
         return False
-    gold, answer = _normal_gold(gold), normal_form(answer)
-    if gold == answer:
-        return True
-    undecided: list[str] = []
-    for side in sides_to_check(gold, answer):
-        if not units_agree(gold, side):
-            return False
-        bare_gold, bare_side = without_unit(gold), without_unit(side)
-        verdict = quick_verdict(bare_gold, bare_side)
-        if verdict is False or (verdict is None and is_refused(bare_gold, bare_side)):
-            return False
-        if verdict is None:
-            undecided.append(bare_side)
-    return tuple(undecided) or True
+    gold, answer = _normal_gold(problem.answer), normal_form(answer)
+    is_equal = _verdict(gold, answer)
+    if is_equal is False and answer.endswith(r"\%") and "%" not in gold and _ASKS_PERCENT.search(problem.question):
+        answer = answer.removesuffix(r"\%")
+        is_equal = _verdict(gold, answer)
+    return OpenComparison(gold, answer) if is_equal is None else is_equal
+
+
+def _verdict(gold: str, answer: str) -> bool | None:
+    is_equal = quick_verdict(gold, answer)
+    if is_equal is None and is_refused(gold, answer):
+        return False
+    return verdict(gold, answer, ExactJudge()) if is_equal is None else is_equal
 
 
 @lru_cache(maxsize=65536)

@@ -1,8 +1,8 @@
-"""Refuses answers that algebra must not see: endless ones, and ones that math-verify accepts although they differ."""
+"""Refuses answers that algebra must not see: they are endless, or may be."""
 
 import re
 
-from megatron_p2o.rewards.latex import nesting_depth, split_list
+from megatron_p2o.rewards.latex import nesting_depth
 
 MAX_ANSWER_CHARACTERS = 400
 """Longest answer that is looked at, unless the gold answer is long too."""
@@ -36,12 +36,4 @@ def is_refused(gold: str, answer: str) -> bool:
         return True
     if nesting_depth(answer) > max(MAX_NESTING, 2 * nesting_depth(gold)):
         return True
-    if any(form.search(answer) and not form.search(gold) for form in COSTLY_FORMS):
-        return True
-    return not _brackets_agree(gold, answer)
-
-
-def _brackets_agree(gold: str, answer: str) -> bool:
-    """A point is no set, an open interval no closed one. A list without brackets is let pass."""
-    gold_brackets, answer_brackets = split_list(gold)[0], split_list(answer)[0]
-    return not gold_brackets or not answer_brackets or gold_brackets == answer_brackets
+    return any(form.search(answer) and not form.search(gold) for form in COSTLY_FORMS)

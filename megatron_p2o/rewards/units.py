@@ -1,49 +1,209 @@
-"""Units after an answer: most gold answers have none, two different ones make a different answer.
-
-math-verify would strip them itself, but takes the variables c, d, g, h, l, m, o, s and t for units as well.
-"""
+r"""What words beside a number say: a unit, a factor such as million, a thing that is counted, or something else."""
 
 import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
-_NAMES = (
-    *(("mm", "millimeter"), ("cm", "centimeter"), ("m", "meter"), ("km", "kilometer"), ("in", "inch", "inche")),
-    *(("ft", "foot", "feet"), ("yd", "yard"), ("mi", "mile"), ("mg", "milligram"), ("g", "gram"), ("kg", "kilogram")),
-    *(("lb", "pound"), ("oz", "ounce"), ("ml", "milliliter"), ("l", "liter"), ("s", "sec", "second")),
-    *(("min", "minute"), ("h", "hr", "hour"), ("day",), ("week",), ("month",), ("year",), ("cent",), ("dollar",)),
-    *(("degree",), ("unit",), ("mph",)),
+_PREFIXES = {"k": "kilo", "M": "mega", "G": "giga", "m": "milli", "c": "centi", "d": "deci", "n": "nano", "T": "tera"}
+_PREFIXED = {
+    **{"m": "meter", "g": "gram", "L": "liter", "l": "liter", "s": "second", "N": "newton", "J": "joule", "W": "watt"},
+    **{"V": "volt", "A": "ampere", "Hz": "hertz", "eV": "electronvolt", "Pa": "pascal", "K": "kelvin", "C": "coulomb"},
+    **{"mol": "mole", "cal": "calorie", "F": "farad", "T": "tesla", "erg": "erg", "pc": "parsec", "bar": "bar"},
+}
+_SYMBOLS = {
+    **_PREFIXED,
+    **{prefix + unit: _PREFIXES[prefix] + name for prefix in _PREFIXES for unit, name in _PREFIXED.items()},
+    **{"in": "inch", "ft": "foot", "yd": "yard", "mi": "mile", "lb": "pound", "oz": "ounce", "gal": "gallon"},
+    **{"sec": "second", "min": "minute", "h": "hour", "hr": "hour", "hrs": "hour", "cc": "centimeter^3"},
+    **{"mph": "mile/hour", "kph": "kilometer/hour", "kmh": "kilometer/hour", "rpm": "revolution/minute"},
+    **{"rad": "radian", "deg": "degree", "AU": "astronomicalunit", "ly": "lightyear", "yr": "year", "wk": "week"},
+    **{"sq": "square", "cu": "cubic", "ml": "milliliter", "amu": "dalton", "cents": "cent", "USD": "dollar"},
+}
+_IRREGULAR = {
+    **{"feet": "foot", "inches": "inch", "metre": "meter", "litre": "liter", "henries": "henry", "people": "person"},
+    **{"children": "child", "men": "man", "women": "woman", "mice": "mouse", "sheep": "sheep", "fish": "fish"},
+    **{"dice": "die", "vertices": "vertex", "indices": "index", "oclock": "clock", "buck": "dollar", "deg": "degree"},
+}
+_METRIC = "meter gram liter second newton joule watt volt ampere hertz electronvolt pascal kelvin mole calorie"
+_OTHER_UNITS = (
+    "inch foot yard mile pound ounce gallon quart pint cup ton tonne acre hectare minute hour day week month year cent "
+    "dollar euro rupee yen degree radian unit coulomb farad tesla ohm erg parsec bar angstrom lightyear revolution "
+    "astronomicalunit dalton celsius fahrenheit decade century fortnight knot"
 )
-_UNIT_OF = {name + plural: names[0] for names in _NAMES for name in names for plural in ("", "s")}
+_NAMES = frozenset(
+    [
+        *_OTHER_UNITS.split(),
+        *_METRIC.split(),
+        *(prefix + name for prefix in (*_PREFIXES.values(), "micro") for name in _METRIC.split()),
+    ]
+)
+"""Units by name, in the singular."""
 
-_TEXT_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}0-9]*)\}(?:\^\{?\d\}?)?$")
-_BARE_UNIT = re.compile(rf"(?<=[\d }}])(?:{'|'.join(name for name in _UNIT_OF if len(name) > 1)})(?:\^\{{?\d\}}?)?$")
-_HAS_LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]|\\(?:text|mathrm|mbox)")
+FACTORS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+"""Words that multiply the number before them."""
+
+_CHANGING = (
+    "a an the one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty half halves "
+    "third thirds fourth fourths quarter fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth "
+    "tenths hundredths thousandths tens ones twos threes squared cubed plus minus times less more fewer than not isnt "
+    "no nor or and is are was were has as its this thus points percents at least most over under above below about "
+    "except but if when where for exactly only to from with without by wrong false answer answers mod modulo remainder "
+    "remainders north south east west left right up down am pm dozens pairs hundreds thousands millions billions "
+    "trillions negatives inverse reciprocals always divided factorial base bases digits powers roots squares cubes "
+    "multiples decimals does each per"
+)
+_SPEAKING = frozenset(_CHANGING.split())
+"""Words that change what a number says: with one of them it is no count of things."""
+
+_COUNTED = frozenset(_IRREGULAR.values()) | {"time"}
+MAX_WORDS = 3
+
+_WORD = re.compile(r"[A-Za-z]+")
+_FACTOR = re.compile(r"(?P<slash>/)|\^\{?(?P<exponent>-?\d+)\}?|\\text\{(?P<text>[^{}]*)\}")
+_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_AFTER = {"squared": 2, "cubed": 3}
 
 
-def units_agree(gold: str, answer: str) -> bool:
-    """Whether two answers in normal form do not end in two different known units."""
-    gold_unit, answer_unit = _unit(gold), _unit(answer)
-    return gold_unit is None or answer_unit is None or gold_unit == answer_unit
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Words beside a number, read."""
+
+    kind: Literal["none", "unit", "thing", "clock", "other"]
+    """`thing` is what is counted (apples), `clock` a.m. or p.m., `other` anything that may change the value."""
+    name: str = ""
+    """One spelling for all that mean the same; of a unit its factors with exponents."""
+    factor: int = 1
+    """What the number is multiplied by: 1000 for thousand."""
 
 
-def without_unit(text: str) -> str:
-    r"""Return an answer in normal form without the unit at its end.
+NO_LABEL = Label("none")
 
-    Words in \text and bare units such as `cm` are taken off numbers only: `H_2\text{O}` is no number of O, and after a
-    variable `cm` is a product. A known unit in \text is taken off anything but other text.
+
+def labels_agree(gold: Label, answer: Label) -> bool:
+    """Return whether the words beside the answer say the same as those beside the gold one.
+
+    A unit or counted thing may be left out or added; a unit is not another, nor are words that change a value dropped.
     """
-    found = _TEXT_UNIT.search(text) or _BARE_UNIT.search(text)
-    if found is None:
-        return text
-    rest = text[: found.start()].rstrip()
-    is_number = re.search(r"\d", rest) is not None and not _HAS_LETTER.search(rest)
-    is_known_unit = _unit(text) is not None and rest != "" and r"\text" not in rest
-    return rest if is_number or is_known_unit else text
+    if answer == gold or answer.name == gold.name:
+        return True
+    if gold.kind == "none":
+        return answer.kind != "other"
+    if answer.kind == "none":
+        return gold.kind in ("unit", "thing")
+    if gold.kind == answer.kind == "thing":
+        return set(gold.name.split()) <= set(answer.name.split()) or set(answer.name.split()) <= set(gold.name.split())
+    return False
+
+
+def is_unit_symbol(text: str) -> bool:
+    """Return whether letters without \\text, after a number, are a unit: two or more letters that are no product."""
+    return len(text) > 1 and (text in _SYMBOLS or _singular(text.lower()) in _NAMES) and text not in ("mg", "cm/g")
+
+
+@lru_cache(maxsize=4096)
+def read_label(text: str) -> Label:
+    r"""Return what `text` says: one or more \text, with exponents, `\cdot` or `/` between them; "" for no words."""
+    if not text:
+        return NO_LABEL
+    factor, text = _split_factor(text)
+    if not text:
+        return Label("none", factor=factor)
+    clock = re.fullmatch(r"\\text\{([ap])\.?\s?m\.?\}", text.lower())
+    if clock:
+        return Label("clock", clock[1] + "m", factor)
+    unit = _unit(text)
+    if unit is not None:
+        return Label("unit", unit, factor)
+    words = re.fullmatch(r"\\text\{([^{}]*)\}", text)
+    name = " ".join(_singular(word) for word in _WORD.findall(words[1].lower())) if words else text
+    return Label("thing" if words and _is_counted(words[1]) else "other", name, factor)
+
+
+def _split_factor(text: str) -> tuple[int, str]:
+    r"""Return the factor that the words begin with, such as million, and the words after it."""
+    found = re.match(r"\\text\{\s*([A-Za-z]+)\s*(?:of )?([^{}]*)\}(.*)", text)
+    if found is None or found[1].lower() not in FACTORS:
+        return 1, text
+    rest = found[2].strip()
+    again, following = _split_factor(rf"\text{{{rest}}}" if rest else found[3])
+    return FACTORS[found[1].lower()] * again, following + (found[3] if rest else "")
+
+
+def _is_counted(text: str) -> bool:
+    """Return whether words name things: few, none that changes a number, the last in the plural."""
+    words = text.strip(" .").lower().split()
+    if not 0 < len(words) <= MAX_WORDS or not all(re.fullmatch("[a-z-]+", word) for word in words):
+        return False
+    if any(word in _SPEAKING or word in FACTORS for word in words):
+        return False
+    last = words[-1]
+    return last in _IRREGULAR or _singular(last) in _COUNTED or (len(last) > 3 and last.endswith("s"))
+
+
+def _singular(word: str) -> str:
+    word = word.strip(".")
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    bare = word.removesuffix("s") if len(word) > 2 and not word.endswith("ss") else word
+    return _IRREGULAR.get(bare, bare)
 
 
 def _unit(text: str) -> str | None:
-    """Return the short name of the unit in \\text at the end, None for none or an unknown one."""
-    found = _TEXT_UNIT.search(text)
-    if found is None:
-        return None
-    name = found[1].strip(" .")
-    return _UNIT_OF.get(name if len(name) == 1 else name.lower())
+    """Return a product of known units as `meter^1 second^-2`, None if a factor is unknown."""
+    exponents: dict[str, int] = {}
+    sign = 1
+    last: list[tuple[str, int]] = []
+    for token in _FACTOR.finditer(text):
+        if token["slash"]:
+            sign = -1
+        elif token["exponent"]:
+            for name, power in last:
+                exponents[name] += power * (int(token["exponent"]) - 1)
+        else:
+            factors = _unit_words(token["text"])
+            if factors is None:
+                return None
+            last = [(name, sign * power) for name, power in factors]
+            for name, power in last:
+                exponents[name] = exponents.get(name, 0) + power
+            last = last[-1:]
+    return " ".join(f"{name}^{power}" for name, power in sorted(exponents.items()) if power)
+
+
+def _unit_words(text: str) -> list[tuple[str, int]] | None:
+    """Return the units in words such as "square feet", "miles per hour", "kg m/s^2" with their exponents."""
+    words = re.findall(r"[A-Za-z]+(?:\^?-?\d)?|/|\d", re.sub(r"\bper\b", "/", text.replace(".", "")))
+    factors: list[tuple[str, int]] = []
+    sign, power = 1, 1
+    for word in words:
+        if word == "/":
+            sign = -1
+            continue
+        name, _, exponent = re.sub(r"\^?(-?\d)$", r"^\1", word).partition("^")
+        if name.lower() in _AFTER and factors:
+            factors[-1] = (factors[-1][0], factors[-1][1] * _AFTER[name.lower()])
+        elif name.lower() in _BEFORE:
+            power = _BEFORE[name.lower()]
+        else:
+            known = _known(name)
+            if known is None:
+                return None
+            top, _, bottom = known.partition("/")
+            base, _, own = top.partition("^")
+            factors.append((base, sign * power * int(own or 1) * int(exponent or 1)))
+            if bottom:
+                factors.append((bottom, -sign))
+            power = 1
+    return factors or None
+
+
+def _known(name: str) -> str | None:
+    """Return the one name of a unit; symbols keep their case: mW is not MW."""
+    if name in _SYMBOLS:
+        return _SYMBOLS[name]
+    singular = _singular(name.lower())
+    if singular in _NAMES:
+        return singular
+    lowered = name.lower()
+    return _SYMBOLS.get(lowered) if len(name) > 2 and lowered in ("cms", "kms", "hrs", "mins", "secs", "lbs") else None

@@ -21,7 +21,8 @@ from megatron_p2o.rewards.extract import last_boxed
         (r"\boxed{}", ""),
         (r"} } \boxed{3} {", "3"),
         (r"\boxed{1 { \boxed{2}", "2"),
-        (r"\boxed{4} and then \boxed{5", "4"),
+        ("thoughts that the prompt opened \\boxed{1}</think> \\boxed{2}", "2"),
+        ("<think>a</think>\\boxed{1}<think>b</think>\\boxed{2}", "2"),
         ("<think>\\boxed{1}</think> is \\boxed{2}", "2"),
         ("\\boxed{1}</think>\\boxed{2}</think>\\boxed{3}", "3"),
     ],
@@ -41,9 +42,14 @@ def test_last_balanced_box_is_the_answer(text: str, answer: str) -> None:
         r"boxed{42}",
         r"\boxed{4\}",
         "\\boxed{1}</think> done",
+        r"\boxed{42}. Wait, I forgot a case: \boxed{17",
+        r"\boxed{42} or rather \boxed{\frac{1}{2}",
+        r"\boxed{1} \boxed{2 { \boxed{3}} \boxed{",
+        r"<think>perhaps \boxed{42}, but",
+        r"<think>a</think>\boxed{42}<think>or \boxed{43}",
     ],
 )
-def test_response_without_a_closed_box_after_thinking_has_no_answer(text: str) -> None:
+def test_response_that_is_cut_off_or_boxes_nothing_after_thinking_has_no_answer(text: str) -> None:
     assert last_boxed(text) is None
 
 

@@ -21,7 +21,7 @@ from megatron_p2o.types import Problem
 PATIENCE_S = 120.0
 """Longest wait for anything here; passing tests take a fraction of a second on an idle machine."""
 
-ENDLESS = ("2^{100000000000}", "2^{100000000001}")
+ENDLESS = (r"\sum_{k=0}^{0}2^{100000000000}", r"\sum_{k=0}^{0}2^{100000000001}")
 """Gold and answer of the same costly form: no guard refuses the answer, and algebra does not end."""
 
 MANY_CHARACTERS = 4_000_000
@@ -142,7 +142,10 @@ def test_worker_that_died_idle_costs_no_grade() -> None:
 
 def test_answer_that_needs_too_much_memory_is_an_error() -> None:
     with pool_of(memory_limit_mib=224) as pool:
-        futures = [pool.submit("2^{2000000000}", ["4^{1000000000}"]), pool.submit("x+1", ["1+x"])]
+        futures = [
+            pool.submit(r"\sum_{k=0}^{0}2^{2000000000}", [r"\sum_{k=0}^{0}4^{1000000000}"]),
+            pool.submit("x+1", ["1+x"]),
+        ]
         assert [future.result(PATIENCE_S) for future in futures] == ["error", "correct"]
         assert pool.counts == {"tried_again": 1, "out_of_memory": 1, "correct": 1}
 
@@ -209,7 +212,7 @@ def test_workers_start_with_all_that_algebra_imports() -> None:
     )
     completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
     warm, first = completed.stdout.splitlines()
-    assert warm == str([True] * 12 + [False])
+    assert warm == str([True] * 13 + [False])
     assert first == "[True, True, True, True] set()"
 
 
@@ -225,9 +228,9 @@ def run_parent(script: str) -> subprocess.Popen[str]:
 
 
 def test_no_worker_outlives_a_parent_that_is_killed() -> None:
-    gold, answer = ENDLESS
+    gold, answer = ENDLESS[0], rf"\boxed{{{ENDLESS[1]}}}"
     script = (
-        f"endless = submit({gold!r}, r'\\boxed{{{answer}}}')\n"
+        f"endless = submit({gold!r}, {answer!r})\n"
         "import time\n"
         "while not grader.worker_pids: time.sleep(0.02)\n"
         "print(*grader.worker_pids, flush=True)\n"

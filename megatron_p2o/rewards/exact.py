@@ -1,0 +1,122 @@
+"""Evaluates expressions of rational numbers exactly, within bounds that keep every step short."""
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+
+from megatron_p2o.rewards.expression import Node
+
+TOLERANCE = Fraction(1, 1_000_000)
+"""Decimals agree within this, relative to the smaller of 1 and the gold answer: 1/3 is 0.333333, 1e-9 is not 0."""
+
+MAX_BITS = 20_000
+"""Larger numbers are not computed here."""
+
+MAX_FACTORIAL = 1000
+
+
+@lru_cache(maxsize=16384)
+def exact_value(node: Node) -> Fraction | None:
+    """Return the value of an expression of rational numbers; None if it has anything else or grows too long."""
+    if node.kind == "number":
+        return node.value
+    values = [exact_value(part) for part in node.parts]
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    value = _operation(node.kind, known)
+    return value if value is not None and _bits(value) <= MAX_BITS else None
+
+
+def is_rounded(node: Node) -> bool:
+    """Return whether an expression has a number with a decimal point."""
+    return any(part.is_decimal for part in node.walk())
+
+
+def agree(gold: Fraction, answer: Fraction, gold_is_rounded: bool, answer_is_rounded: bool) -> bool:
+    """Return whether two values agree: exactly, or within the tolerance if one is a decimal.
+
+    A gold integer is no measurement: nothing but the integer equals it.
+    """
+    if gold == answer:
+        return True
+    if not (gold_is_rounded or answer_is_rounded) or (gold.denominator == 1 and not gold_is_rounded):
+        return False
+    return abs(gold - answer) <= TOLERANCE * min(Fraction(1), abs(gold))
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _operation(kind: str, values: list[Fraction]) -> Fraction | None:
+    first = values[0]
+    if kind == "sum":
+        return sum(values, Fraction(0))
+    if kind == "negative":
+        return -first
+    if kind == "product":
+        return math.prod(values, start=Fraction(1))
+    if kind == "quotient":
+        return first / values[1] if values[1] else None
+    if kind == "power":
+        return _power(first, values[1])
+    if kind == "abs":
+        return abs(first)
+    if kind in ("floor", "ceil"):
+        return Fraction(math.floor(first) if kind == "floor" else math.ceil(first))
+    if kind in ("max", "min"):
+        return max(values) if kind == "max" else min(values)
+    return _whole_operation(kind, values)
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction | None:
+    if exponent.denominator != 1 or (base == 0 and exponent <= 0):
+        return None
+    if base not in (0, 1, -1) and abs(exponent) * _bits(base) > MAX_BITS:
+        return None
+    return base ** (int(exponent) if base not in (1, -1) else int(exponent) % 2)
+
+
+def _whole_operation(kind: str, values: list[Fraction]) -> Fraction | None:
+    """Return the result of an operation on whole numbers, None for others."""
+    if any(value.denominator != 1 or value < 0 for value in values):
+        return None
+    whole = [int(value) for value in values]
+    if kind == "factorial" and whole[0] <= MAX_FACTORIAL:
+        return Fraction(math.factorial(whole[0]))
+    if kind == "binomial" and whole[0] <= MAX_FACTORIAL:
+        return Fraction(math.comb(*whole))
+    if kind == "gcd":
+        return Fraction(math.gcd(*whole))
+    return Fraction(math.lcm(*whole)) if kind == "lcm" else None
+
+
+class ExactJudge:
+    """Decides what exact arithmetic on rational numbers decides; safe for any input. A `Judge`."""
+
+    def is_equal(self, gold: Node, answer: Node, tolerance: Fraction | None = None) -> bool | None:
+        if gold == answer:
+            return True
+        signs = _infinity(gold), _infinity(answer)
+        if signs != (0, 0):
+            return signs[0] == signs[1]
+        value, other = exact_value(gold), exact_value(answer)
+        if value is None or other is None:
+            return None
+        if tolerance is not None:
+            return abs(value - other) <= tolerance * abs(value)
+        return agree(value, other, is_rounded(gold), is_rounded(answer))
+
+    def is_same_equation(self, gold: tuple[Node, Node], answer: tuple[Node, Node], sign: str) -> bool | None:
+        return True if gold == answer else None
+
+    def is_equal_text(self, gold: str, answer: str) -> bool | None:
+        return None
+
+
+def _infinity(node: Node) -> int:
+    """Return 1 and -1 for plus and minus infinity, 0 for anything else."""
+    if node.kind == "negative":
+        return -_infinity(node.parts[0])
+    return int(node.kind == "constant" and node.name == "infinity")
