@@ -1,6 +1,5 @@
 """What a run reads before it starts anything, and what can be said of it then."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.data.raw_rows import missing_package
+from megatron_p2o.evolve.phrasebook import Phrasebook
+from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics import sinks
 from megatron_p2o.types import PLAIN, Problem, TokenIds
 
@@ -45,6 +46,7 @@ def load_inputs(config: Config) -> Inputs:
     inputs = Inputs(renderer=renderer, train=read(config.data.train), evaluation=evaluation)
     check_vocabulary(config, inputs)
     check_hard_set(config, len(inputs.train))
+    check_phrases(config)
     return inputs
 
 
@@ -71,7 +73,7 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
 def check_vocabulary(config: Config, inputs: Inputs) -> None:
     """Raise `ValueError` when a prompt holds a token that the model has no embedding of."""
     path = Path(config.model.path) / "config.json"
-    size = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
+    size = read_json_object(path).get("vocab_size")
     largest = max(int(token_ids.max()) for token_ids in _plain_prompts(inputs))
     if isinstance(size, int) and largest >= size:
         raise ValueError(
@@ -95,6 +97,13 @@ def check_hard_set(config: Config, num_problems: int) -> None:
             f"hard.min_problems={config.hard.min_problems} must be at most the {num_asked} problems of data.train that "
             "an epoch asks, or prompts never evolve: lower it, or set evolution.enabled to false"
         )
+
+
+def check_phrases(config: Config) -> None:
+    """Raise `ValueError` when the phrases that prompts are to evolve from cannot be read."""
+    reflection = config.evolution.reflection
+    if config.evolution.enabled and reflection.backend == "phrasebook" and reflection.phrases is not None:
+        Phrasebook.from_file(Path(reflection.phrases), config.run.seed)
 
 
 def evolution_notice(config: Config, num_steps_per_epoch: int) -> str | None:

@@ -11,9 +11,9 @@ from megatron_p2o.evolve.reflection import ReflectionRefused, ReflectionRequest
 DEFAULT_MAX_PHRASES = 4
 """Of a template; a file may say otherwise in a line `# max_phrases: 3`."""
 
-MAX_PHRASES_LINE = re.compile(r"#\s*max_phrases\s*:\s*(\d+)\s*")
+MAX_PHRASES_LINE = re.compile(r"#\s*max_phrases\s*:\s*(\d{1,9})\s*")
 
-HELD_OUT_LINE = re.compile(r"#\s*held_out_wordings\s*:\s*1/(\d+)\s*")
+HELD_OUT_LINE = re.compile(r"#\s*held_out_wordings\s*:\s*1/(\d{1,9})\s*")
 """A line `# held_out_wordings: 1/4`: of the templates of two phrases or more, only those whose SHA-256 (its first eight
 bytes, big-endian) divides by 4 are proposed. A policy whose supervision avoided these has seen none of them."""
 
@@ -38,13 +38,23 @@ class Phrasebook:
 
     @classmethod
     def from_file(cls, path: Path, seed: int) -> "Phrasebook":
-        """Read one phrase per line; blank lines and lines beginning with # are skipped. Raise `ValueError` if none."""
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        """Read one phrase per line; blank lines and lines beginning with # are skipped.
+
+        Raises:
+            ValueError: there is none, or a line about them holds no number they can have.
+        """
+        setting = f"evolution.reflection.phrases={path}"
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{setting} must be a file of UTF-8 text, one phrase per line: convert it") from error
         phrases = [line for line in lines if line and not line.startswith("#")]
         if not phrases:
-            raise ValueError(f"evolution.reflection.phrases={path} holds no phrase: write one per line")
+            raise ValueError(f"{setting} holds no phrase: write one per line")
         limits = [int(match[1]) for line in lines if (match := MAX_PHRASES_LINE.fullmatch(line))]
         divisors = [int(match[1]) for line in lines if (match := HELD_OUT_LINE.fullmatch(line))]
+        if 0 in (*limits, *divisors):
+            raise ValueError(f"{setting} says 0 in a line that begins with #: write at least 1")
         return cls(phrases, seed, (limits or [DEFAULT_MAX_PHRASES])[-1], (divisors or [1])[-1])
 
     async def propose(self, request: ReflectionRequest) -> str:

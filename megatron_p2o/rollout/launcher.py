@@ -11,6 +11,7 @@ package only this file, `suggestions`, `rollout.weight_loader` and, on the CPU, 
 `rollout.cpu_determinism` run in that process, and sglang is imported nowhere else.
 """
 
+import argparse
 import contextlib
 import json
 import logging
@@ -22,9 +23,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import psutil
 
@@ -78,17 +80,30 @@ def fork_children() -> None:
     multiprocessing.set_start_method = lambda *args, **kwargs: None  # SGLang sets "spawn"
 
 
-def server_fields() -> dict[str, object]:
-    """Return name and annotated type of every argument of the installed SGLang server."""
+@dataclass(frozen=True, slots=True)
+class ServerField:
+    """What an argument of the server may be."""
+
+    type: object
+    choices: Collection[object] = ()
+    """Empty: every value of the type."""
+
+
+def server_fields() -> dict[str, ServerField]:
+    """Return the arguments of the installed SGLang server by name."""
     from sglang.srt.arg_groups.arg_utils import record_fields
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
     load_plugins()
-    return {field.name: field.type for field in record_fields(ServerArgs)}
+    # Only the command line knows the choices that plugins and other modules have registered.
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    choices = {action.dest: action.choices for action in parser._actions if action.choices}
+    return {field.name: ServerField(field.type, choices.get(field.name, ())) for field in record_fields(ServerArgs)}
 
 
-def argument_problems(arguments: Mapping[str, Any], fields: Mapping[str, object]) -> list[str]:
+def argument_problems(arguments: Mapping[str, Any], fields: Mapping[str, ServerField]) -> list[str]:
     """Return a sentence for each argument that the server does not have, or whose value it does not take."""
     problems: list[str] = []
     for name, value in arguments.items():
@@ -101,14 +116,14 @@ def argument_problems(arguments: Mapping[str, Any], fields: Mapping[str, object]
     return problems
 
 
-def _broken_rule(value: object, annotation: object) -> str | None:
+def _broken_rule(value: object, field: ServerField) -> str | None:
     import msgspec  # SGLang's own, by which its arguments are declared
 
-    choices = next((extra.choices for extra in get_args(annotation)[1:] if getattr(extra, "choices", None)), None)
-    if choices and value is not None and value not in choices:
-        return f"must be one of {', '.join(map(str, choices))}"
+    chosen = value if isinstance(value, list) else [] if value is None else [value]
+    if field.choices and not all(item in field.choices for item in chosen):
+        return f"must be one of {', '.join(sorted(map(str, field.choices)))}"
     try:
-        msgspec.convert(value, annotation)
+        msgspec.convert(value, field.type)
     except msgspec.ValidationError as error:
         return f"has the wrong type: {error}"
     except TypeError:

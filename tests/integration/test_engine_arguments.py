@@ -12,6 +12,7 @@ def test_the_installed_server_names_what_it_does_not_take() -> None:
         "mem-fraction-statik": 0.5,
         "chunked_prefill_size": "many",
         "attention_backend": "dice",
+        "sampling_backend": "dice",
         "log_requests": "on",
         "schedule_conservativeness": 2,
     }
@@ -22,10 +23,11 @@ def test_the_installed_server_names_what_it_does_not_take() -> None:
         "sglang.mem_fraction_statik is not an argument of the installed SGLang server: did you mean "
         "sglang.mem_fraction_static?",
         "sglang.chunked_prefill_size=many has the wrong type: Expected `int | null`, got `str`",
-        str(refused.value).split("; ")[3],
+        *str(refused.value).split("; ")[3:5],
         "sglang.log_requests=on has the wrong type: Expected `bool`, got `str`",
     ]
-    assert str(refused.value).split("; ")[3].startswith("sglang.attention_backend=dice must be one of ")
+    for told, name in zip(str(refused.value).split("; ")[3:5], ("attention_backend", "sampling_backend"), strict=True):
+        assert told.startswith(f"sglang.{name}=dice must be one of ")
 
 
 def test_the_installed_server_takes_what_the_examples_set() -> None:

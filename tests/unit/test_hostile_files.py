@@ -230,6 +230,24 @@ def test_a_setting_that_cannot_be_used_is_named(
     assert message in dry_run(capsys, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "must be a file of UTF-8 text"),
+        (b"# only a comment\n", "holds no phrase"),
+        (b"# held_out_wordings: 1/0\nthink.\n", "says 0 in a line that begins with #"),
+    ],
+)
+def test_phrases_that_cannot_be_used_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    (folder / "phrases.txt").write_bytes(content)
+    evolution = {"enabled": "true", "reflection.backend": "phrasebook", "reflection.phrases": "phrases.txt"}
+    overrides = [f"evolution.{name}={value}" for name, value in evolution.items()]
+    told = dry_run(capsys, *overrides, "hard.min_problems=1")
+    assert f"evolution.reflection.phrases=phrases.txt {message}" in told
+
+
 RUN_FOLDERS: dict[str, tuple[Change, str, str]] = {
     "under a file": (lambda root: None, "problems.jsonl", "problems.jsonl/first: Not a directory: a file stands where"),
     "a file": (lambda root: (root / "first").touch(), "runs", "runs/first: File exists: something else stands where"),

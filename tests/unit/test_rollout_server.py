@@ -4,8 +4,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +13,7 @@ import pytest
 from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.processes import STORE_FILE_VARIABLE
 from megatron_p2o.rollout.client import parse_generation
-from megatron_p2o.rollout.launcher import argument_problems
+from megatron_p2o.rollout.launcher import ServerField, argument_problems
 from megatron_p2o.rollout.scratch import Scratch
 from megatron_p2o.rollout.server import CPU_SITE, EngineServer, engine_environment, reserve_port
 from megatron_p2o.rollout.server_arguments import (
@@ -98,36 +96,34 @@ def test_a_server_s_address_and_keys_cannot_be_set(tmp_path: Path) -> None:
         EngineServer("engine 0", {"host": "0.0.0.0"}, tmp_path / "log")
 
 
+FIELDS = {"dtype": ServerField(str), "max_running_requests": ServerField(int | None)}
+
+
 def test_an_unknown_argument_is_named_with_its_nearest() -> None:
-    found = argument_problems({"dtype": "auto", "max_runing_requests": 2}, {"dtype": str, "max_running_requests": int})
+    found = argument_problems({"dtype": "auto", "max_runing_requests": 2}, FIELDS)
     assert found == [
         "sglang.max_runing_requests is not an argument of the installed SGLang server: "
         "did you mean sglang.max_running_requests?"
     ]
 
 
-@dataclass(frozen=True)
-class Declared:
-    """How SGLang declares an argument."""
-
-    choices: Sequence[str] | None = None
-
-
 @pytest.mark.parametrize(
-    ("annotation", "value", "rule"),
+    ("field", "value", "rule"),
     [
-        (Annotated[int | None, "help"], "many", "has the wrong type: Expected `int | null`, got `str`"),
-        (Annotated[int | None, "help"], None, None),
-        (Annotated[bool, Declared()], "on", "has the wrong type: Expected `bool`, got `str`"),
-        (Annotated[float, Declared()], 1, None),
-        (Annotated[str | None, Declared(choices=["triton", "fa3"])], "fa4", "must be one of triton, fa3"),
-        (Annotated[str | None, Declared(choices=["triton", "fa3"])], None, None),
-        (Annotated[set[str] | list[str], "too much for msgspec"], ["a"], None),
+        (ServerField(Annotated[int | None, "help"]), "many", "has the wrong type: Expected `int | null`, got `str`"),
+        (ServerField(Annotated[int | None, "help"]), None, None),
+        (ServerField(bool), "on", "has the wrong type: Expected `bool`, got `str`"),
+        (ServerField(float), 1, None),
+        (ServerField(str | None, {"triton", "fa3"}), "fa4", "must be one of fa3, triton"),
+        (ServerField(str | None, {"triton", "fa3"}), "fa3", None),
+        (ServerField(str | None, {"triton", "fa3"}), None, None),
+        (ServerField(list[str], ["qkv", "mlp"]), ["mlp", "head"], "must be one of mlp, qkv"),
+        (ServerField(set[str] | list[str]), ["a"], None),
     ],
 )
-def test_an_argument_of_another_type_or_choice_is_named(annotation: object, value: object, rule: str | None) -> None:
+def test_an_argument_of_another_type_or_choice_is_named(field: ServerField, value: object, rule: str | None) -> None:
     expected = [] if rule is None else [f"sglang.x={value} {rule}"]
-    assert argument_problems({"x": value}, {"x": annotation}) == expected
+    assert argument_problems({"x": value}, {"x": field}) == expected
 
 
 def test_no_server_is_asked_where_nothing_is_set_or_another_setting_decides() -> None:
