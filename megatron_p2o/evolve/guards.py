@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from megatron_p2o.evolve.reflection import SPECIAL_TOKEN, leaked_answer
+from megatron_p2o.evolve.leaks import leaked_answer
+from megatron_p2o.evolve.reflection import SPECIAL_TOKEN
 from megatron_p2o.evolve.reply import SAME_AS_PARENT
 
 MAX_CHARS_PER_TOKEN = 16

@@ -1,7 +1,6 @@
 """Asking for a better template: what reflection is shown, how its answer is read, and which answers are refused."""
 
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_p2o.evolve.evaluation import Evaluation
@@ -117,34 +116,3 @@ def _lacks_final_answer(evaluation: Evaluation) -> bool:
 
 SPECIAL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>")
 """Chat markup such as <|im_end|>: what holds it is no instruction but a reply that went on for too long."""
-
-TOKEN = re.compile(r"[A-Za-z]+|\d+|[^\sA-Za-z\d]")
-"""Words, numbers and single symbols."""
-
-IGNORED_SYMBOLS = frozenset("$\\,;{}()[]. ")
-"""Typesetting that may differ between an answer and its mention."""
-
-MIN_LEAK_CHARACTERS = 3
-"""An answer with fewer letters and digits ("7", "x") stands in any instruction by chance."""
-
-
-def leaked_answer(template: str, answers: Iterable[str]) -> str | None:
-    """Return the first non-trivial answer that `template` contains as a run of tokens; None when there is none."""
-    tokens = _tokens(template)
-    for answer in answers:
-        wanted = _tokens(answer)
-        if _is_telling(wanted) and any(
-            tokens[start : start + len(wanted)] == wanted for start in range(len(tokens) - len(wanted) + 1)
-        ):
-            return answer
-    return None
-
-
-def _tokens(text: str) -> list[str]:
-    return [token for token in TOKEN.findall(text.lower()) if token not in IGNORED_SYMBOLS]
-
-
-def _is_telling(tokens: Sequence[str]) -> bool:
-    """Return whether finding these tokens says something: not a short number, not a single word such as "none"."""
-    is_word = len(tokens) == 1 and tokens[0].isalpha()
-    return not is_word and sum(len(token) for token in tokens if token.isalnum()) >= MIN_LEAK_CHARACTERS

@@ -13,7 +13,6 @@ from megatron_p2o.evolve.reflection import (
     Example,
     ReflectionRefused,
     ReflectionRequest,
-    leaked_answer,
     reflection_prompt,
 )
 from megatron_p2o.types import Problem
@@ -83,41 +82,6 @@ def test_response_without_final_answer_is_shown_briefly() -> None:
     prompt = reflection_prompt(request(answered(response_text="a" * 5_000 + "b" * 5_000)))
     assert prompt.count("a" * 400) == 1 and prompt.count("b" * 400) == 1
     assert "a" * 401 not in prompt and "b" * 401 not in prompt
-
-
-# Leaks
-
-
-@pytest.mark.parametrize(
-    ("template", "answer"),
-    [
-        ("The sum is 1234, remember.", "1234"),
-        ("For such triangles answer \\frac{17}{42}.", "\\frac{17}{42}"),
-        ("Often $\\dfrac {17} {42}$ is close, so \\frac {17} {42}.", "\\frac{17}{42}"),
-        ("The pair (12, 85) is typical.", "12, 85"),
-        ("Remember X^2 + 12.", "x^2+12"),
-        ("It is Monday morning.", "monday morning"),
-    ],
-)
-def test_answer_in_a_template_is_found(template: str, answer: str) -> None:
-    assert leaked_answer(template, ["999999", answer]) == answer
-
-
-@pytest.mark.parametrize(
-    ("template", "answer"),
-    [
-        ("Work in 7 steps, and check step 7 twice.", "7"),
-        ("At most 12 lines.", "12"),
-        ("If there is no solution, say none.", "none"),
-        ("The year 12345 is far.", "1234"),
-        ("Write 12 first and 85 later.", "12, 85"),
-        ("Think.", ""),
-        ("", "1234"),
-        ("Use x^2.", "x^2 + 12"),
-    ],
-)
-def test_trivial_or_absent_answers_are_no_leak(template: str, answer: str) -> None:
-    assert leaked_answer(template, [answer]) is None
 
 
 # Phrasebook
