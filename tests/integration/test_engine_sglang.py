@@ -186,6 +186,43 @@ def test_a_completion_stops_at_the_end_token_or_at_its_length(engine: SglangEngi
         assert completion.finish_reason == "stop" or len(completion.token_ids) == 48
 
 
+def test_logprobs_under_top_p_are_those_of_the_whole_distribution(engine: SglangEngine, trainer: Any) -> None:
+    # Why `rollout.top_p` must be 1: the tokens are drawn from another distribution than this.
+    assert_matches(trainer, sample(engine, prompts(12), top_p=0.5))
+
+
+def test_a_response_ends_at_any_of_the_tokens_that_end_one(engine: SglangEngine) -> None:
+    server, others = engine._supervisor.servers[0], list(range(40, 60))
+    broker = Broker(slots_per_engine=32, request_timeout_s=WAIT_S, stall_timeout_s=WAIT_S)
+    stop_at = [EOS, *others]
+    try:
+        broker.add_engine(
+            "engine 0", lambda: EngineClient(server.base_url, server.api_key, server.admin_key, stop_at, WAIT_S), str
+        )
+        sampling = SamplingParams(temperature=1.0, max_new_tokens=48)
+        futures = [broker.submit(asked, replace(sampling, seed=seed)) for seed, asked in enumerate(prompts(32))]
+        completions = [future.result(WAIT_S) for future in futures]
+    finally:
+        broker.close()
+    assert {int(completion.token_ids[-1]) for completion in completions} & set(others)
+    for completion in completions:
+        assert not set(stop_at) & set(completion.token_ids[:-1].tolist())
+        assert (completion.token_ids[-1] in stop_at) == (completion.finish_reason == "stop")
+
+
+def test_a_request_that_is_too_long_for_the_model_is_given_up_alone(
+    engine: SglangEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_positions = 2048
+    fits, too_long = prompts(1, length=num_positions - 24), prompts(1, length=num_positions - 23)
+    completions = sample(engine, [*fits, *too_long, *too_long, *prompts(2)])
+    assert [len(completion.token_ids) > 0 for completion in completions] == [True, False, False, True, True]
+    assert [completion.finish_reason == "abort" for completion in completions] == [False, True, True, False, False]
+    assert engine.metrics()["engine/refused_count"] == 2
+    assert "2 completions were refused by their engine" in caplog.text
+    assert "maximum context length of 2048 tokens" in caplog.text
+
+
 def test_leaving_the_iterator_early_frees_the_engine(engine: SglangEngine) -> None:
     for _ in engine.generate(prompts(40), SamplingParams(temperature=1.0, max_new_tokens=200)):
         break
