@@ -26,7 +26,7 @@ class MismatchAlarm(RuntimeError):
     """Engine and trainer differ too much; `scoring.mismatch_alarm_action` is stop."""
 
 
-class NothingSampled(RuntimeError):
+class StepGivenUp(RuntimeError):
     """Every rollout of a step was given up on."""
 
 
@@ -131,13 +131,13 @@ def warn_of_a_skipped_round(epoch: int, num_hard: int, min_problems: int) -> Non
 
 
 def stop_where_nothing_was_sampled(step: int, groups: Sequence[Group]) -> None:
-    """Raise `NothingSampled` when all rollouts of a step were given up on: it has learnt nothing and the next will not.
+    """Raise `StepGivenUp` when all rollouts of a step were given up on: it has learnt nothing and the next will not.
 
     A step without rollouts passes.
     """
     reasons = [rollout.completion.finish_reason for group in groups for rollout in group.rollouts]
     if reasons and all(reason == "abort" for reason in reasons):
-        raise NothingSampled(
+        raise StepGivenUp(
             f"step {step}: all {len(reasons)} rollouts were given up on: where engines gave no usable answer a warning "
             "before says why, else they took longer than rollout.request_timeout_s"
         )

@@ -74,7 +74,7 @@ class RunObserver:
         observe_groups: Callable[[Sequence[Group]], None],
         keep_library: Callable[[TemplateLibrary], None],
         take_round_statistics: Callable[[], RoundStatistics],
-        engine_metrics: Callable[[], Mapping[str, float]],
+        process_metrics: Callable[[Mapping[str, int]], Mapping[str, float]],
         resumed: RunState | None,
     ) -> None:
         self._config, self._parts, self._files, self._clock, self._stop = config, parts, files, clock, stop
@@ -82,7 +82,7 @@ class RunObserver:
         self._observe_groups = observe_groups
         self._keep_library = keep_library
         self._take_round_statistics = take_round_statistics
-        self._engine_metrics = engine_metrics
+        self._process_metrics = process_metrics
         self._num_rollouts_train = resumed.num_rollouts_train if resumed else 0
         self._num_rollouts_evolution = resumed.num_rollouts_evolution if resumed else 0
         self._wall_s_before = resumed.wall_s if resumed else 0.0
@@ -110,7 +110,7 @@ class RunObserver:
         now = time.monotonic()
         phases = self._clock.take()
         seconds = {**phases.seconds, "step": now - self._last_end}
-        of_engines = {name: Last(value) for name, value in self._engine_metrics().items()}
+        of_processes = {name: Last(value) for name, value in self._process_metrics(phases.peak_bytes).items()}
         entries = [ledger_entry(group, state.epoch, state.step) for group in result.groups]
         metrics = {
             **step_metrics(result.groups, result.reports, seconds, phases.peak_bytes),
@@ -118,7 +118,7 @@ class RunObserver:
             **asked_plainly_metrics(result.groups, state.library),
             **self._forgotten(state, entries),
         }
-        self._files.metrics.write(state.step, state.epoch, {**metrics, **of_engines})
+        self._files.metrics.write(state.step, state.epoch, {**metrics, **of_processes})
         self._files.ledger.append(entries)
         self._observe_groups(result.groups)
         self._note_library(state, {})

@@ -25,12 +25,13 @@ from megatron_p2o.data.chat import chat_renderer
 from megatron_p2o.evolve.beside import BesideTraining
 from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.session import EvolutionSession
+from megatron_p2o.host_memory import host_memory_of
 from megatron_p2o.inputs import Inputs, evolution_notice, load_inputs, summary_of
 from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution, TemplateLibrary
 from megatron_p2o.memory_plan import planned_memory, with_planned_cache
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
-from megatron_p2o.metrics.memory import peak_meter
+from megatron_p2o.metrics.memory import ProcessMemory, peak_meter
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.observer import RunFiles, RunObserver
 from megatron_p2o.policy.layer_choice import machine_capabilities
@@ -196,6 +197,7 @@ class Conductor:
         if self.evolution and config.evolution.beside_training:
             evolution = BesideTraining(self.evolution)
         self.clock = PhaseClock(peak_meter())
+        self.memory = ProcessMemory()
         self.parts = Parts(
             policy=TimedPolicy(policy, self.clock),
             engine=TimedEngine(self.engine, self.clock),
@@ -262,9 +264,17 @@ class Conductor:
             observe_groups=self._observe_groups,
             keep_library=self._keep_library,
             take_round_statistics=self._take_round_statistics,
-            engine_metrics=self.engine.metrics,
+            process_metrics=self._process_metrics,
             resumed=self.resumed,
         )
+
+    def _process_metrics(self, phase_peak_bytes: Mapping[str, int]) -> Mapping[str, float]:
+        """Return what the engines did and what the run's processes hold; `phase_peak_bytes`: of this one."""
+        others = {"graders": host_memory_of(self.grader.worker_pids)}
+        if self.evolution is not None and self.evolution.service_process_id is not None:
+            others["evolution"] = host_memory_of([self.evolution.service_process_id])
+        ranks, engines = self.policy.memory(), self.engine.host_memory()
+        return {**self.engine.metrics(), **self.memory.metrics(ranks, engines, others, phase_peak_bytes)}
 
     def _initial_state(self) -> TrainState:
         resumed = self.resumed

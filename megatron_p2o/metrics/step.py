@@ -14,6 +14,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     train/empty_updates_count           updates without a gradient: the rollouts of every group had one outcome
     train/non_finite_updates_count      updates that were skipped because their gradient was not finite
     memory/<phase>_peak_bytes           of the conducting rank: tensors on its GPU; without one, resident memory
+    memory/*_host*_bytes                resident pages of ranks, engines, graders, evolution (`memory.ProcessMemory`)
     hard/forgotten_share                problems of the step that were mastered: solved plainly at least half the time
     mismatch/*_mean                     tokens of plain rollouts with an advantage: engine and trainer, same prompt
     mismatch/importance_capped_share    tokens with an importance weight: it was truncated at scoring.importance_cap

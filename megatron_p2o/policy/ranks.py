@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config import Config
 from megatron_p2o.files import FileDigest
+from megatron_p2o.host_memory import RankMemory
 from megatron_p2o.interfaces import NamedWeights, PolicyDiverged
 from megatron_p2o.policy.checkpoint import check_checkpoint
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
@@ -35,7 +36,7 @@ from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 ERROR_KEY = "megatron_p2o/policy_error"
 """Where the first rank that fails leaves its error for the others, in torch.distributed's store."""
 
-Method = Literal["update", "skip", "score", "diverged", "export", "deliver", "save", "load", "close"]
+Method = Literal["update", "skip", "score", "diverged", "memory", "export", "deliver", "save", "load", "close"]
 
 
 class PolicyError(RuntimeError):
@@ -201,6 +202,10 @@ class MegatronPolicy:
                 yield from iter(functools.partial(self._next_weight, stream), None)
         finally:
             self._finish_export()
+
+    def memory(self) -> list[RankMemory]:
+        """Return what each rank holds, by rank."""
+        return self._everywhere("memory")
 
     def export_hf(self, directory: Path) -> None:
         """Write the weights as a Hugging Face model directory, with `model.path`'s configuration and tokenizer."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config import Config
+from megatron_p2o.host_memory import RankMemory, own_host_memory
 from megatron_p2o.policy.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_p2o.policy.forward import (
     Denominator,
@@ -119,6 +120,11 @@ class PolicyShard:
     def diverged(self) -> list[str]:
         """Return the Hugging Face names of this rank's weights that are not finite."""
         return diverged_weights(self.models)
+
+    def memory(self) -> RankMemory:
+        """Return what this rank holds."""
+        has_gpu = self.ranks.device.type == "cuda"
+        return RankMemory(host=own_host_memory(), gpu_peak_bytes=torch.cuda.max_memory_allocated() if has_gpu else 0)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on every rank; see `export_hf_weights`.

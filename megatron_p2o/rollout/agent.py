@@ -152,6 +152,7 @@ class Agent:
                 "is_alive": engine.server.is_alive(),
                 "log_tail": engine.server.log_tail(),
                 "pid": engine.server.pid,
+                "host_memory": asdict(engine.server.host_memory()),
             }
         )
 

@@ -15,6 +15,7 @@ from typing import Self
 import torch
 
 from megatron_p2o.config import Config, RolloutConfig
+from megatron_p2o.host_memory import HostMemory
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.processes import allow_many_files
 from megatron_p2o.rollout.broker import Broker
@@ -193,6 +194,10 @@ class SglangEngine:
         """
         restarts = {"engine/restarts_count": float(self._supervisor.num_restarts)}
         return {**self._stats, **restarts, **self.broker.given_up.take()}
+
+    def host_memory(self) -> list[HostMemory]:
+        """Return what each engine holds, and the reflection server if there is one."""
+        return [server.host_memory() for server in (*self._supervisor.servers, *self._reflection_servers)]
 
     def start_reflection_server(self) -> tuple[str, str]:
         """Serve the frozen initial policy; see `start_reflection_server`. It ends with this engine."""

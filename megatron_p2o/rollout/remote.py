@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config import Config
+from megatron_p2o.host_memory import HostMemory
 from megatron_p2o.processes import child_environment
 from megatron_p2o.rollout.client import EngineUnreachable, Mirror
 from megatron_p2o.rollout.server import EngineStartFailed, open_private
@@ -149,6 +150,12 @@ class RemoteServer:
             return self._address.call("GET", self._path)["log_tail"]
         except OSError as error:
             return f"the agent of its node does not answer: {error}"
+
+    def host_memory(self) -> HostMemory:
+        try:
+            return HostMemory(**self._address.call("GET", self._path)["host_memory"])
+        except OSError:
+            return HostMemory()
 
     def stop(self) -> None:
         try:

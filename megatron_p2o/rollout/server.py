@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from megatron_p2o.host_memory import HostMemory, host_memory_of_family
 from megatron_p2o.processes import LOOPBACK_ONLY, STORE_FILE_VARIABLE, child_environment
 from megatron_p2o.rollout.client import Mirror
 from megatron_p2o.rollout.launcher import EXIT_BAD_ARGUMENT, shared_memory_of
@@ -104,6 +105,10 @@ class Server(Protocol):
         """Return the last lines of the log."""
         ...
 
+    def host_memory(self) -> HostMemory:
+        """Return what the server and all it started hold; nothing when it is gone."""
+        ...
+
     def stop(self) -> None:
         """Kill the server and all it started. Idempotent; from any thread."""
         ...
@@ -179,6 +184,9 @@ class EngineServer:
             log.seek(max(0, self.log_path.stat().st_size - LOG_TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
         return "\n".join([line for line in lines if not LOG_NOISE.search(line)][-LOG_TAIL_LINES:])
+
+    def host_memory(self) -> HostMemory:
+        return host_memory_of_family(self.pid)
 
     def stop(self) -> None:
         """Kill the server and all it started: it holds nothing worth the seconds of an orderly end.

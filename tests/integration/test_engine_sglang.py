@@ -388,6 +388,16 @@ def test_nobody_without_the_keys_samples_or_changes_weights(
     assert listening.count("127.0.0.2") == 1, "only the agent is there for other nodes"
 
 
+def test_the_host_memory_of_every_engine_is_known_whatever_node_it_is_on(engine: SglangEngine) -> None:
+    for server, memory in zip(engine._supervisor.servers, engine.host_memory(), strict=True):
+        launcher = psutil.Process(server.pid)
+        resident = [process.memory_info().rss for process in (launcher, *launcher.children(recursive=True))]
+        assert len(resident) > 1
+        # Nothing is sampled meanwhile.
+        assert memory.resident_bytes == pytest.approx(sum(resident), rel=0.05)
+        assert memory.peak_bytes >= memory.resident_bytes
+
+
 def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(
     engine: SglangEngine, trainer: Any, versions: Versions
 ) -> None:

@@ -14,7 +14,7 @@ SOURCE_ROOTS = (ROOT, ROOT / "kernels")
 CONTRACT = tuple(
     f"megatron_p2o.{name}"
     for name in (
-        *("types", "config", "config_yaml", "interfaces", "files"),
+        *("types", "config", "config_yaml", "interfaces", "files", "host_memory"),
         *("processes", "seeds", "suggestions", "terminal"),
     )
 )
@@ -30,6 +30,7 @@ ALLOWED = {
     "megatron_p2o.config": ("megatron_p2o.config_ranges",),
     "megatron_p2o.interfaces": ("megatron_p2o.types", "megatron_p2o.files"),
     "megatron_p2o.files": (),
+    "megatron_p2o.host_memory": (),
     "megatron_p2o.processes": (),
     "megatron_p2o.seeds": (),
     "megatron_p2o.terminal": (),

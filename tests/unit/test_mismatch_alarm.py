@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_p2o.alarms import MISMATCH, MismatchAlarm, MismatchWatch, NothingSampled
+from megatron_p2o.alarms import MISMATCH, MismatchAlarm, MismatchWatch, StepGivenUp
 from megatron_p2o.algorithm import StepResult, TrainState
 from megatron_p2o.config import Config, ScoringConfig
 from megatron_p2o.metrics.clock import PhaseClock
@@ -54,7 +54,7 @@ def observer_of(config: Config, run_dir: Path, written: list[str], resumed: RunS
         observe_groups=remember("groups"),
         keep_library=remember("library"),
         take_round_statistics=dict,
-        engine_metrics=dict,
+        process_metrics=lambda _: {},
         resumed=resumed,
     )
 
@@ -193,7 +193,7 @@ def test_a_step_of_which_nothing_came_back_ends_the_run_with_the_step_on_record(
         return Group(problem=fake_problem(1), rollouts=rollouts, advantages=(0.0,) * len(rollouts))
 
     written: list[str] = []
-    with pytest.raises(NothingSampled, match=r"step 0: all 3 rollouts were given up on"):
+    with pytest.raises(StepGivenUp, match=r"step 0: all 3 rollouts were given up on"):
         observed_step({}, tmp_path, {}, written, groups=[group("abort", "abort"), group("abort")])
     assert {"metrics", "ledger", "rollouts"} <= set(written)
     observed_step({}, tmp_path, {}, [], groups=[group("abort", "abort"), group("stop")])
