@@ -107,7 +107,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """Return an untrained float32 Qwen3 of 0.2 million parameters."""
+    """Return an untrained float32 Qwen3 of 194,944 parameters."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(

@@ -13,7 +13,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("plain", "rollout/reward_plain", ".3f"),
     ("templated", "rollout/reward_templated", ".3f"),
     ("hard", "hard/set_size", ".0f"),
-    ("templates", "library/num_templates", ".0f"),
+    ("templates in force", "library/num_templates", ".0f"),
     ("loss", "train/loss", "+.4f"),
     ("grad", "train/grad_norm", ".3g"),
     ("flat", "rollout/zero_advantage_groups_share", ".0%"),

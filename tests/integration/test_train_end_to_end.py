@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from megatron_p2o.data.generated import PHRASES
 
@@ -92,14 +94,32 @@ def test_an_interrupted_run_asks_every_problem_once_an_epoch(p2o_run: Path) -> N
 
 
 def test_the_engine_and_the_trainer_agree_at_every_step(p2o_run: Path) -> None:
-    mismatches = [
-        line["metrics"]["mismatch/logprob_abs_max"]
-        for line in lines(p2o_run / "metrics.jsonl")
-        if "mismatch/logprob_abs_max" in line["metrics"]
+    steps = [
+        line["metrics"] for line in lines(p2o_run / "metrics.jsonl") if "rollout/rollouts_count" in line["metrics"]
     ]
+    mismatches = [step["mismatch/logprob_abs_max"] for step in steps]
     assert mismatches
     # float32 on both sides, other reduction orders; log-probs reach -15 nats.
     assert max(mismatches) < 1e-4
+
+
+def test_every_step_says_what_its_processes_hold(p2o_run: Path) -> None:
+    steps = [
+        line["metrics"] for line in lines(p2o_run / "metrics.jsonl") if "rollout/rollouts_count" in line["metrics"]
+    ]
+    names = ("rank_host_peak", "ranks_host", "engine_host_peak", "engines_host", "graders_host")
+    for name in names:
+        # A Python process with torch takes at least so much, and none of these a tenth of the tests' machine.
+        assert all(2**25 < step[f"memory/{name}_bytes"] < 2**34 for step in steps), name
+    assert all(step["memory/rank_host_peak_bytes"] >= step["memory/train_peak_bytes"] for step in steps)
+    assert "memory/rank_gpu_peak_bytes" not in steps[0] or torch.cuda.is_available()
+
+
+def test_the_folder_of_a_run_holds_what_the_readme_says(p2o_run: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (paragraph,) = re.findall(r"A run directory holds.*?\n\n", readme, flags=re.DOTALL)
+    listed = {name.rstrip("/") for name in re.findall(r"`([\w.-]+/?)`", paragraph)}
+    assert listed <= {path.name for path in p2o_run.iterdir()}
 
 
 def test_evolution_publishes_templates_that_the_second_epoch_is_asked_through(p2o_run: Path) -> None:

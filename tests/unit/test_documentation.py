@@ -1,0 +1,154 @@
+"""What README and docs claim and a program can check: names, commands, files and counts are those of the code."""
+
+import ast
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_p2o.cli import _parser  # pyright: ignore[reportPrivateUsage]
+from megatron_p2o.config import Config
+from megatron_p2o.config_source import annotation_at
+from megatron_p2o.data.chat import MAX_REPORTED_PROBLEMS
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").rglob("*.md")])
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+SOURCES = sorted((ROOT / "megatron_p2o").rglob("*.py"))
+
+AREAS = ("rollout", "train", "perf", "memory", "mismatch", "hard", "library", "evolution", "eval", "engine", "refresh")
+"""What a metric's key begins with."""
+
+FILE_ENDINGS = ("py", "sh", "yaml", "md", "txt", "toml")
+
+
+def quoted(text: str) -> list[str]:
+    """Return what stands in backticks on one line, outside blocks of code."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def commands(text: str) -> Iterator[str]:
+    """Yield every command line of `p2o`, in blocks of code and in backticks."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *quoted(text)]:
+        found = re.match(r"\s*(?:\S+ )*?(p2o (?:train|eval|report|doctor)\b[^#|]*)", line)
+        if found:
+            yield found[1].strip()
+
+
+COMMANDS = sorted({(page, command) for page, text in TEXTS.items() for command in commands(text)})
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
+def test_a_command_can_be_called_as_it_is_shown(page: str, command: str) -> None:
+    shown = re.sub(r"\[(\S+)\]", r"\1", command).replace(" N ", " 8 ").replace(" ...", "")
+    _, *arguments = shlex.split(shown)
+    if all(argument.startswith("-") for argument in arguments[1:]):
+        arguments.append("config.yaml")  # the command is spoken of, not shown
+    _parser().parse_args(arguments)
+
+
+def settings(text: str) -> set[str]:
+    """Return what looks like a setting: `section.name`, alone or with a value."""
+    sections = "|".join(Config.__dataclass_fields__)
+    pattern = re.compile(rf"((?:{sections})(?:\.[a-z_0-9A-Z]+)+)(?:[=: ].*)?$")
+    return {found[1] for name in quoted(text) if (found := pattern.match(name)) and not is_file(found[1])}
+
+
+def is_file(name: str) -> bool:
+    return name.rpartition(".")[2] in (*FILE_ENDINGS, "jsonl", "json")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_setting_that_is_named_exists(page: str) -> None:
+    unknown = {name for name in settings(TEXTS[page]) if annotation_at(tuple(name.split("."))) is None}
+    assert not unknown
+
+
+def key_patterns() -> list[re.Pattern[str]]:
+    """Return a pattern for every string of the package that begins like a key, whatever is filled into it."""
+    patterns: set[str] = set()
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else None for part in node.values]
+                patterns.add("".join(r"[\w<>]+" if part is None else re.escape(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "/" in node.value:
+                patterns.add(re.escape(node.value))
+    return [
+        re.compile(pattern) for pattern in sorted(patterns) if pattern.startswith(tuple(f"{area}/" for area in AREAS))
+    ]
+
+
+KEYS = key_patterns()
+
+
+METRIC = re.compile(rf"(?:{'|'.join(AREAS)})/[a-zA-Z_0-9<>]+(?:/[a-zA-Z_0-9<>]+)?")
+
+
+def metrics(text: str) -> set[str]:
+    return {name for name in quoted(text) if METRIC.fullmatch(name)}
+
+
+def test_names_are_found_where_they_stand() -> None:
+    text = (
+        "`train/loss` and `optimizer.lr=1e-6`, `tools/x.py`, `config.py`\n```bash\nsrun p2o train a.yaml  # so\n```\n"
+    )
+    assert (metrics(text), settings(text), list(commands(text))) == (
+        {"train/loss"},
+        {"optimizer.lr"},
+        ["p2o train a.yaml"],
+    )
+    assert not any(pattern.fullmatch("train/lost") for pattern in KEYS)
+    everywhere = "\n".join(TEXTS.values())
+    assert len(metrics(everywhere)) > 5 and len(settings(everywhere)) > 50 and len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_metric_that_is_named_is_written_by_the_code(page: str) -> None:
+    assert not {name for name in metrics(TEXTS[page]) if not any(pattern.fullmatch(name) for pattern in KEYS)}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_file_of_the_repository_that_is_named_exists(page: str) -> None:
+    folders = ("megatron_p2o", "kernels", "docs", "examples", "tools", "tests", "requirements")
+    text = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)
+    linked = {target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target}
+    missing = {target for target in linked - {""} if not (ROOT / page).parent.joinpath(target).exists()}
+    named = {name.split()[0] for name in quoted(text) if name.startswith(tuple(f"{folder}/" for folder in folders))}
+    plain = {name for name in named if re.fullmatch(r"[\w./-]+", name)}
+    missing |= {name for name in plain if not ((ROOT / name).exists() or (ROOT / page).parent.joinpath(name).exists())}
+    assert not missing
+
+
+def test_the_files_of_a_run_are_called_as_the_readme_says() -> None:
+    (paragraph,) = re.findall(r"A run directory holds.*?\n\n", README, flags=re.DOTALL)
+    names = [name.rstrip("/") for name in re.findall(r"`([\w.-]+/?)`", paragraph)]
+    assert len(names) >= 8
+    strings = {
+        node.value.split("/")[0]
+        for source in SOURCES
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert set(names) <= strings
+
+
+def test_the_dry_run_names_as_many_problems_as_the_data_page_says() -> None:
+    assert f"names the first {MAX_REPORTED_PROBLEMS} problems whose prompt exceeds" in TEXTS["docs/data.md"]
+
+
+def test_the_tiny_policy_has_as_many_parameters_as_is_said() -> None:
+    tool = ROOT / "tools" / "make_tiny_policy.py"
+    specification = importlib.util.spec_from_file_location("make_tiny_policy", tool)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    said = f"{module.build_policy(module.build_tokenizer(), seed=1).num_parameters():,} parameters"
+    for path in (ROOT / "README.md", ROOT / "examples" / "tiny_cpu" / "base.yaml", tool):
+        assert said in " ".join(path.read_text(encoding="utf-8").split()), path
