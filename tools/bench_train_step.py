@@ -149,7 +149,7 @@ def measure(
     else:
         gate = {"loss": [fused.loss, loss], "grad_norm": [fused.grad_norm, grad_norm]}
         for name, (ours, theirs) in gate.items():
-            if abs(ours - theirs) > RELATIVE_GATE[device.type] * max(abs(theirs), 1e-3):
+            if not abs(ours - theirs) <= RELATIVE_GATE[device.type] * max(abs(theirs), 1e-3):
                 raise SystemExit(f"the arms disagree: {name} is {ours} fused and {theirs} plain; nothing was timed")
     passes = {name: token_passes(policy, arms[name]) for name in ("fused", "score")}
     times = dict(zip(arms, time_interleaved(list(arms.values()), repeats, device), strict=True))

@@ -93,6 +93,11 @@ def test_an_interrupted_run_asks_every_problem_once_an_epoch(p2o_run: Path) -> N
     assert len(entries) == 32 * len(steps)
 
 
+def step_metrics_of(run: Path) -> list[dict[str, float]]:
+    """Return the metrics of every step; other lines speak of evaluations and libraries."""
+    return [line["metrics"] for line in lines(run / "metrics.jsonl") if "rollout/rollouts_count" in line["metrics"]]
+
+
 def test_the_engine_and_the_trainer_agree_at_every_step(p2o_run: Path) -> None:
     steps = [
         line["metrics"] for line in lines(p2o_run / "metrics.jsonl") if "rollout/rollouts_count" in line["metrics"]

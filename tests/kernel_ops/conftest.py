@@ -151,6 +151,7 @@ def _fix_bfloat16(builder: type) -> None:
 def bench(monkeypatch):
     """The folder of the benchmark as a package."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "kernels"))
+    import bench.advantage
     import bench.cases
     import bench.measure
     import bench.providers

@@ -140,3 +140,18 @@ def test_the_readme_shows_the_committed_results_and_nothing_else(bench):
         shown = text.partition(f"<!-- results: {marker} -->\n")[2].partition("<!-- end of results -->")[0]
         tables = [bench.tables.table(json.loads(file.read_text())) for file in bench.tables.result_files(marker)]
         assert shown == ("\n\n".join(tables) + "\n" if tables else "(empty: no run yet)\n")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_advantages_that_are_no_numbers_are_not_timed(bench, monkeypatch, place):
+    right = bench.advantage._run
+
+    def poisoned(arguments, implementation):
+        advantages_R = right(arguments, implementation)
+        advantages_R[place] = torch.nan
+        return advantages_R
+
+    assert bench.advantage.bench_grouped_advantage([16], 1, CPU)[0]["max_error"] < 1e-5
+    monkeypatch.setattr(bench.advantage, "_run", poisoned)
+    with pytest.raises(RuntimeError, match=r"advantages are off by \[nan\]"):
+        bench.advantage.bench_grouped_advantage([16], 1, CPU)
