@@ -1,13 +1,16 @@
-"""The rules between settings, and the reference preset."""
+"""The rules between settings, their readers, and the reference preset."""
 
+import ast
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
+import megatron_p2o
 from megatron_p2o.config import REFERENCE_PRESET, Config, RunConfig, problems_of
 from megatron_p2o.config_ranges import LONGEST_WAIT_S, UNBOUNDED, Range, range_of, range_problems
 from megatron_p2o.testing.fakes import fake_config
@@ -31,8 +34,21 @@ def is_numeric(annotation: Any) -> bool:
     return annotation in (int, float) or any(is_numeric(option) for option in get_args(annotation))
 
 
+PACKAGE = Path(megatron_p2o.__file__).parent
 SETTINGS = dotted_types(Config)
 RANGES = {name: range_of(kind) for name, kind in dotted_types(Config, has_ranges=True).items() if is_numeric(kind)}
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    read = {
+        node.attr
+        for source in PACKAGE.rglob("*.py")
+        if not source.name.startswith("config") and "testing" not in source.parts
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    # The preset has done its work once the settings are read.
+    assert [name for name in SETTINGS if name.rpartition(".")[2] not in read] == ["preset"]
 
 
 def test_a_sensible_run_breaks_no_rule() -> None:
