@@ -13,6 +13,10 @@ from megatron_p2o.cli import _parser  # pyright: ignore[reportPrivateUsage]
 from megatron_p2o.config import Config
 from megatron_p2o.config_source import annotation_at
 from megatron_p2o.data.chat import MAX_REPORTED_PROBLEMS
+from megatron_p2o.evolve.publish import RoundStats
+from megatron_p2o.host_memory import HostMemory, RankMemory
+from megatron_p2o.metrics.memory import ProcessMemory
+from megatron_p2o.template_evaluation import round_statistics
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").rglob("*.md")])
@@ -88,6 +92,8 @@ def key_patterns() -> list[re.Pattern[str]]:
 KEYS = key_patterns()
 
 
+ROUND = RoundStats(epoch=0, library_version=1, ended_by="budget", num_hard=2, plain_coverage=0.5, outcomes={})
+
 METRIC = re.compile(rf"(?:{'|'.join(AREAS)})/[a-zA-Z_0-9<>]+(?:/[a-zA-Z_0-9<>]+)?")
 
 
@@ -112,6 +118,20 @@ def test_names_are_found_where_they_stand() -> None:
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_metric_that_is_named_is_written_by_the_code(page: str) -> None:
     assert not {name for name in metrics(TEXTS[page]) if not any(pattern.fullmatch(name) for pattern in KEYS)}
+
+
+def test_every_metric_is_explained() -> None:
+    page = metrics(TEXTS["docs/metrics.md"])
+    keys = {pattern.pattern for pattern in KEYS if not pattern.pattern.endswith(("/", "_"))}
+    written = {key for key in keys if "[" not in key}
+    assert written <= page
+    # A key with a part that is filled in is explained by a name, or by all the names it becomes.
+    filled = {key for key in keys if "[" in key}
+    assert not {key for key in filled if not any(re.fullmatch(key, name) for name in page)}
+    assert {f"evolution/{name}" for name in round_statistics(ROUND)} <= page
+    memory = RankMemory(host=HostMemory(resident_bytes=1, peak_bytes=1), gpu_peak_bytes=1)
+    others = {"graders": memory.host, "evolution": memory.host}
+    assert set(ProcessMemory().metrics([memory], [memory.host], others, {})) <= page
 
 
 @pytest.mark.parametrize("page", TEXTS)
