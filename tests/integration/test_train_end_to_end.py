@@ -169,7 +169,7 @@ def test_a_checkpoint_evaluates_to_what_training_measured(p2o_run: Path) -> None
 
 def test_a_run_resumes_after_its_templates_were_cleared(tiny: Path, tmp_path: Path) -> None:
     small = ["schedule.problems_per_step=224", "schedule.problems_per_update=224", "rollout.group_size=2"]
-    cleared = ["assignment.num_plain=1", "schedule.epochs=3", "hard.min_problems=1000"]
+    cleared = ["assignment.num_plain=1", "schedule.epochs=3", "hard.min_problems=448"]
     command = p2o("train", "p2o.yaml", [*settings(tiny, tmp_path, "cleared"), *small, *cleared])
     first = run([*command, "--set", "schedule.max_steps=3"])
     assert first.returncode == 0, first.stdout + first.stderr
