@@ -11,7 +11,7 @@ import socket
 import sys
 from datetime import timedelta
 
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_p2o.config import ParallelConfig
 from megatron_p2o.policy.cpu_compat import cuda_stand_ins
+from megatron_p2o.policy.safe_pickle import refuse_code_of_peers
 from megatron_p2o.processes import STORE_FILE_VARIABLE
 
 
@@ -47,6 +48,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
     Raises:
         ValueError: the number of processes is not the product of the parallel sizes.
     """
+    refuse_code_of_peers()
     timeout = timedelta(seconds=parallel.timeout_s)
     owns_distributed = not dist.is_initialized()
     if owns_distributed:

@@ -1,5 +1,10 @@
-"""Loading a checkpoint without running what is in it: megatron-core and torch keep part of it as pickles."""
+"""Unpickling without running what is in it: checkpoints are pickles in part, and so is what ranks tell one another.
 
+Of the peers of a rank nothing is known but that they have connected: gloo checks nobody.
+"""
+
+import dataclasses
+import io
 import os
 import pickle
 from collections.abc import Iterator
@@ -7,6 +12,9 @@ from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.distributed import distributed_c10d
 
 CHECKPOINT_METADATA = "torch.distributed.checkpoint.metadata"
 
@@ -31,8 +39,22 @@ DATA_TYPES = frozenset(
 )
 
 
+RECORD_PACKAGES = ("megatron_p2o", "megatron.core", "torch.distributed.checkpoint")
+"""Packages whose records, enumerations and errors ranks may tell one another."""
+
+PEER_ALLOWED = ALLOWED | {
+    *(("builtins", name) for name in ("set", "frozenset", "slice", "complex", "bytearray", "range")),
+    *(("collections", name) for name in ("OrderedDict", "deque")),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+    *(("torch._utils", f"_rebuild_{kind}") for kind in ("tensor_v2", "parameter")),
+    *(("traceback", name) for name in ("StackSummary", "FrameSummary")),
+}
+"""What else they may: containers, arrays, tensors, and where an error came from."""
+
+
 class RefusedPickle(ValueError):
-    """A pickle names something that has no place in a checkpoint."""
+    """A pickle names something that has no place in it."""
 
 
 def _member(kind: Any, name: str) -> Any:
@@ -50,6 +72,52 @@ class _RestrictedUnpickler(pickle.Unpickler):
         if not is_data_type and (module_name, global_name) not in ALLOWED:
             raise RefusedPickle(f"{module_name}.{global_name}")
         return super().find_class(module_name, global_name)
+
+
+class _PeerUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        name = (module_name, global_name)
+        if name == ("builtins", "getattr"):
+            return _member
+        if name == ("torch.storage", "_load_from_bytes"):
+            return _load_storage
+        is_of_records = any(f"{module_name}.".startswith(f"{package}.") for package in RECORD_PACKAGES)
+        is_data_type = module_name == "torch" and global_name in DATA_TYPES
+        # Nothing is imported for the question, and no attribute of what is allowed can be reached.
+        if "." not in global_name and (
+            is_of_records or module_name == "builtins" or is_data_type or name in PEER_ALLOWED
+        ):
+            found = super().find_class(module_name, global_name)
+            if is_data_type or name in PEER_ALLOWED or _is_record(found, module_name):
+                return found
+        raise RefusedPickle(
+            f"a peer of this rank sent {module_name}.{global_name}, which ranks do not tell one another: it is not made"
+        )
+
+
+def _is_record(kind: object, module_name: str) -> bool:
+    """Return whether `kind` is a class of that module without effects when it is made."""
+    if not isinstance(kind, type) or kind.__module__ != module_name:
+        return False
+    is_named_tuple = issubclass(kind, tuple) and hasattr(kind, "_fields")
+    return is_named_tuple or dataclasses.is_dataclass(kind) or issubclass(kind, (Enum, BaseException))
+
+
+def _load_storage(content: bytes) -> Any:
+    """Stand in for torch's own function, which would unpickle anything."""
+    with weights_only_loading():
+        return torch.load(io.BytesIO(content))
+
+
+def refuse_code_of_peers() -> None:
+    """Have the object collectives of this process, Megatron's too, make nothing but records and tensors.
+
+    Raises:
+        RuntimeError: the installed torch unpickles in another way than is known here.
+    """
+    if not hasattr(distributed_c10d, "_unpickler"):
+        raise RuntimeError(f"torch {torch.__version__} has no distributed_c10d._unpickler to restrict: use torch 2.13")
+    distributed_c10d._unpickler = _PeerUnpickler
 
 
 def check_pickle(path: Path) -> None:
