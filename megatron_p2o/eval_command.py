@@ -84,7 +84,7 @@ def run_evaluation(request: Request, restart: bool) -> int:
         flags = ["--restart"] if restart else []
         return launch(request.config, ["--evaluate", str(request.checkpoint), *flags])
     check_engines(request.config)
-    prepare_environment()
+    prepare_environment(request.config)
     limit_readers(request.output, request.config.run.readable_by)
     # Imported here: transformers and the engine's client take seconds that a refused request does not need.
     from megatron_p2o.benchmark import discard_answers, evaluate_directory

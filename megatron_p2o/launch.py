@@ -77,14 +77,14 @@ def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arg
     if nodes.is_head:
         forget_errors(run_dir)  # before the settings, which the other nodes wait for
     resolved = share_settings(config, run_dir, nodes)
-    prepare_environment()
+    prepare_environment(config)
     prepare_gpus(config.parallel)
     prepare_network(nodes)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     secrets = conductor_secrets(config) if nodes.is_head else ()
     command = ("-m", "megatron_p2o.train", str(resolved), "--parent", str(os.getpid()), *arguments)
     try:
-        with stop_file_on_sigusr1(run_dir / "stop"), meeting_file(nodes), withheld_secrets(config) as withheld:
+        with stop_file_on_sigusr1(run_dir / "stop"), meeting_file(nodes), withheld_secrets() as withheld:
             given = {name: withheld[name] for name in secrets if name in withheld}
             settings = agent_settings(num_ranks, nodes, config.parallel.timeout_s, given)
             elastic_launch(settings, sys.executable)(*command)
@@ -211,19 +211,15 @@ def conductor_secrets(config: Config) -> tuple[str, ...]:
 
 
 @contextmanager
-def withheld_secrets(config: Config) -> Iterator[Mapping[str, str]]:
+def withheld_secrets() -> Iterator[Mapping[str, str]]:
     """Take the secrets out of this process's environment, which agents pass on to ranks, and yield them."""
-    before = dict(os.environ)
-    named = (before.get(SECRET_NAMES_VARIABLE), config.evolution.reflection.api_key_env)
-    os.environ[SECRET_NAMES_VARIABLE] = ",".join(filter(None, named))
-    withheld = before.keys() - child_environment().keys()
+    withheld = {name: os.environ[name] for name in os.environ.keys() - child_environment().keys()}
     for name in withheld:
         del os.environ[name]
     try:
-        yield {name: before[name] for name in withheld}
+        yield withheld
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(withheld)
 
 
 @contextmanager
@@ -241,14 +237,17 @@ def meeting_file(nodes: Nodes) -> Iterator[None]:
         folder.remove()
 
 
-def prepare_environment() -> None:
-    """Set what every rank inherits: one OpenMP thread unless chosen, and no imports from the working folder.
+def prepare_environment(config: Config) -> None:
+    """Set what every child inherits: one OpenMP thread unless chosen, no imports from the working folder, and which
+    variable the settings say holds a key.
 
     Several processes with a thread per core each slow one another down by an order of magnitude.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["PYTHONSAFEPATH"] = "1"
+    named = os.environ.get(SECRET_NAMES_VARIABLE, "").split(",")
+    os.environ[SECRET_NAMES_VARIABLE] = ",".join({*filter(None, named), config.evolution.reflection.api_key_env})
     # For the agent. torch 2.11 has neither this variable nor the setting that later versions have, and waits 30 s.
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_TIMEOUT_S)
 

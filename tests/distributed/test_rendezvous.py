@@ -24,7 +24,8 @@ sys.addaudithook(lambda event, given: print("unpickled", given) if event == "pic
 nodes = this_machine()
 prepare_network(nodes)
 with meeting_file(nodes):
-    elastic_launch(agent_settings(2, nodes, timeout_s=60), sys.executable)("-c", sys.argv[1], sys.argv[2])
+    settings = agent_settings(2, nodes, timeout_s=60, conductor_secrets={"WANDB_API_KEY": "0123456789"})
+    elastic_launch(settings, sys.executable)("-c", sys.argv[1], sys.argv[2])
 """
 
 RANK = """
@@ -48,6 +49,7 @@ def listening(process):
 folder = Path(os.environ["P2O_STORE_FILE"]).parent
 told = {
     **{"sum": rank.item(), "first": first, "of agent": listening(psutil.Process().parent())},
+    "key": psutil.Process().environ().get("WANDB_API_KEY"),
     **{"of rank": listening(psutil.Process()), "mode": folder.stat().st_mode & 0o777, "folder": str(folder)},
 }
 Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps(told))
@@ -66,6 +68,7 @@ def test_ranks_of_a_single_machine_meet_behind_a_closed_door(tmp_path: Path) -> 
     assert {address for each in told for address in each["of rank"]} <= {"127.0.0.1"}, "gloo's"
     assert [each["mode"] for each in told] == [0o700, 0o700]
     assert not Path(told[0]["folder"]).exists()
+    assert [each["key"] for each in told] == ["0123456789", None], "rank 0 alone is given secrets"
 
 
 def free_port() -> int:

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_p2o.config import (
@@ -418,9 +419,14 @@ def test_evaluations_that_raise_are_counted_and_end_with_plain_prompts(
     assert sessions[0].num_service_losses == 0
 
 
-def test_served_model_reflects_for_a_round(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:
+def test_served_model_reflects_for_a_round(
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bodies: list[dict[str, Any]] = []
     keys: set[str | None] = set()
+    held: list[dict[str, str]] = []
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    monkeypatch.setenv("P2O_REFLECTION_API_KEY", "of another endpoint")
 
     class Model(BaseHTTPRequestHandler):
         """Suggests both red key phrases, worded anew each time."""
@@ -429,6 +435,8 @@ def test_served_model_reflects_for_a_round(tmp_path: Path, phrases: Path, sessio
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             keys.add(self.headers["Authorization"])
             template = f"{' '.join(KEY_PHRASES['red'])} Variant {len(bodies)}."
+            assert sessions[0].service_process_id is not None
+            held.append(psutil.Process(sessions[0].service_process_id).environ())
             answer = {"choices": [{"message": {"content": f"Better:\n```\n{template}\n```"}}]}
             content = json.dumps(answer).encode()
             self.send_response(200)
@@ -453,6 +461,8 @@ def test_served_model_reflects_for_a_round(tmp_path: Path, phrases: Path, sessio
         server.shutdown()
     assert library.templates and all("red" in families_served(template.text) for template in library.templates)
     assert keys == {"Bearer sk-of-this-run"}
+    assert held and all(each["P2O_REFLECTION_API_KEY"] == "sk-of-this-run" for each in held)
+    assert not any("WANDB_API_KEY" in each for each in held)
     assert {body["model"] for body in bodies} == {"initial-policy"}
     prompt = bodies[0]["messages"][0]["content"]
     assert "Please: " in prompt and "The correct final answer is " in prompt, "as the policy was asked, with the answer"

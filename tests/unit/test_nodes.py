@@ -25,6 +25,7 @@ from megatron_p2o.launch import (
     agent_settings,
     conductor_secrets,
     interface_to,
+    prepare_environment,
     prepare_gpus,
     prepare_network,
     ranks_per_node,
@@ -33,7 +34,7 @@ from megatron_p2o.launch import (
     withheld_secrets,
 )
 from megatron_p2o.nodes import Nodes, first_host, nodes_from_options, nodes_of_slurm
-from megatron_p2o.processes import child_environment
+from megatron_p2o.processes import SECRET_NAMES_VARIABLE, child_environment
 
 STEP = {
     "SLURM_JOB_ID": "12345",
@@ -136,7 +137,11 @@ def test_rank_0_alone_is_given_the_secrets_that_it_needs(monkeypatch: pytest.Mon
     secrets = dict.fromkeys(("TEACHER_LOGIN", "WANDB_API_KEY", "HF_TOKEN"), "0123456789")
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    with withheld_secrets(settings) as withheld:
+    monkeypatch.setenv(SECRET_NAMES_VARIABLE, "OTHER")
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # what is set below is forgotten
+    prepare_environment(settings)
+    assert set(os.environ[SECRET_NAMES_VARIABLE].split(",")) == {"OTHER", "TEACHER_LOGIN"}
+    with withheld_secrets() as withheld:
         assert withheld.items() >= secrets.items() and not secrets.keys() & os.environ.keys()
         assert not secrets.keys() & child_environment().keys()
     assert secrets.items() <= os.environ.items()
