@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an `OSError` raised inside name `path`: a write that fails does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write `text` (UTF-8) under a temporary name, flush it to disk and rename it: readers see the old or the new file.
 
@@ -57,15 +68,11 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with naming(path), partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        # A write that fails does not say of which file.
-        error.filename = error.filename or str(path)
-        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from megatron_p2o.files import naming
 from megatron_p2o.terminal import say
 
 LOCK_FILE = "lock"
@@ -39,9 +40,10 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
                 f"{run_dir}/stop to have training save and end, or choose another run.name (p2o eval: --output). If it "
                 f"is gone and its machine never said so, remove {path}"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with naming(path):
+            file.truncate(0)
+            # Past the buffer, which would be written again when the file is closed, and fail again without a name.
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

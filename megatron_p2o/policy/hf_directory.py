@@ -130,13 +130,15 @@ class WeightFiles:
 
 def _opened(path: Path) -> Any:
     """Return an open file of safetensors; its header has been read and compared with its size."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {INDEX_FILE} names it, download it again")
+    # safetensors calls every file missing that it may not read.
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS instead of the weights: run `git lfs pull`")
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: {INDEX_FILE} names it, download it again") from error
     except (SafetensorError, OSError) as error:
-        if path.is_file() and path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} is a pointer of Git LFS instead of the weights: run `git lfs pull`") from error
         raise ValueError(f"{path} is no whole file of safetensors ({error}): download it again") from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o.checkpoints import POLICY_FOLDER, CheckpointSaver, latest_checkpoint
+from megatron_p2o.cli import BAD_INPUT, main
 from megatron_p2o.policy.ranks import build_policy
 from megatron_p2o.run_state import CheckpointError, RunState
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
@@ -61,6 +62,20 @@ def test_a_full_disk_is_named_and_training_resumes_once_there_is_space(
         saver.begin(state(2))
         saver.finish()
         assert latest_checkpoint(small_disk) == small_disk / "checkpoints" / "step-000002"
+
+
+def test_a_disk_that_is_full_at_the_start_is_named(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_qwen3(tmp_path / "model")
+    (tmp_path / "problems.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    fill(small_disk / "ballast", 0)
+    named = {"run.name": "first", "run.directory": small_disk, "model.path": tmp_path / "model"}
+    named |= {"model.dtype": "float32", "data.train": tmp_path / "problems.jsonl", "evolution.enabled": "false"}
+    (tmp_path / "run.yaml").touch()
+    overrides = [part for name, value in named.items() for part in ("--set", f"{name}={value}")]
+    assert main(["train", str(tmp_path / "run.yaml"), *overrides]) == BAD_INPUT
+    assert f"{small_disk}/first/lock: No space left on device: free some space" in capsys.readouterr().err
 
 
 def fill(path: Path, num_free_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -271,6 +272,31 @@ def test_a_run_folder_that_cannot_be_used_is_named(folder: Path, capsys: pytest.
     (folder / "runs").mkdir()
     change(folder / "runs")
     assert message in refusal(capsys, "train", "run.yaml", "--set", f"run.directory={directory}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("run.yaml", "run.yaml: the file cannot be read (Permission denied)"),
+        ("problems.jsonl", "problems.jsonl cannot be read (Permission denied)"),
+        ("model/config.json", "model/config.json: Permission denied: check its owner and permissions"),
+        (f"model/{WEIGHTS}", f"model/{WEIGHTS}: Permission denied: check its owner and permissions"),
+        ("model/tokenizer.json", "model.path=model holds no tokenizer"),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    (folder / name).chmod(0)
+    assert message in dry_run(capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_a_folder_that_may_not_be_written_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "runs").mkdir(mode=0o500)
+    told = refusal(capsys, "train", "run.yaml")
+    assert "runs/first: Permission denied: check its owner and permissions" in told
 
 
 REPORTS: dict[str, tuple[str, str | bytes, str]] = {
