@@ -16,6 +16,10 @@ from megatron_p2o.files import naming
 from megatron_p2o.terminal import say
 
 LOCK_FILE = "lock"
+FILES = (LOCK_FILE, "config.yaml", "hard_samples.jsonl", "metrics.jsonl", "results.json")
+FOLDERS = ("answers", "checkpoints", "engines", "evaluations", "evolution", "rollouts", "templates")
+"""What runs and evaluations write into their folder."""
+
 POLL_S = 0.5
 
 logger = logging.getLogger(__name__)
@@ -28,9 +32,10 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
     `patience_s`: how long to wait for another process to let it go.
 
     Raises:
-        ValueError: another process holds it; the message says which.
+        ValueError: another process holds it; the message says which. Or something in it is of the wrong kind.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    _check_kinds(run_dir)
     path = run_dir / LOCK_FILE
     with path.open("a+", encoding="utf-8") as file:
         if not _lock(file, time.monotonic() + patience_s):
@@ -45,6 +50,16 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
             # Past the buffer, which would be written again when the file is closed, and fail again without a name.
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
+
+
+def _check_kinds(run_dir: Path) -> None:
+    """Raise `ValueError` for a folder where a run writes a file, and the reverse: a rank would say so after minutes."""
+    for name in FILES:
+        if (run_dir / name).is_dir():
+            raise ValueError(f"{run_dir / name} is a folder where a file belongs: move it away")
+    for name in FOLDERS:
+        if (run_dir / name).exists() and not (run_dir / name).is_dir():
+            raise ValueError(f"{run_dir / name} is a file where a folder belongs: move it away")
 
 
 def _lock(file: IO[str], deadline: float) -> bool:

@@ -27,8 +27,7 @@ def hold(path: Path) -> None:
         (lambda tmp: hold(tmp / "file"), "{tmp}/file: File exists: something else stands where it belongs"),
         (lambda tmp: hold(tmp / ("x" * 300)), "{tmp}/xxx"),
         (lambda tmp: hold(tmp / ("x" * 300)), "xxx...: File name too long: choose a shorter one"),
-        (lambda tmp: hold(tmp / "locked"), "{tmp}/locked/lock: Is a directory: a folder stands where a file belongs"),
-        (lambda tmp: write_whole(tmp / "locked", "text"), "{tmp}/locked: Is a directory: a folder stands where"),
+        (lambda tmp: write_whole(tmp / "folder", "text"), "{tmp}/folder: Is a directory: a folder stands where"),
         (lambda tmp: Path("/proc/p2o").mkdir(), "/proc/p2o: No such file or directory: check the path"),
         (lambda tmp: (tmp / "circle").read_text(), "{tmp}/circle: Too many levels of symbolic links: its"),
         (lambda tmp: os.stat(os.fsencode(tmp / "gone")), "{tmp}/gone: No such file or directory: check the path"),
@@ -39,7 +38,7 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason_and_a_remedy(
     tmp_path: Path, attempt: Callable[[Path], None], told: str
 ) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "locked" / "lock").mkdir(parents=True)
+    (tmp_path / "folder").mkdir()
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with pytest.raises(OSError) as caught:
         attempt(tmp_path)

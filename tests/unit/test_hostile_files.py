@@ -254,10 +254,20 @@ RUN_FOLDERS: dict[str, tuple[Change, str, str]] = {
     "a file": (lambda root: (root / "first").touch(), "runs", "runs/first: File exists: something else stands where"),
     "a dangling link": (lambda root: (root / "first").symlink_to("/gone/x"), "runs", "runs/first: File exists"),
     "too long": (lambda root: None, "x" * 300, "File name too long: choose a shorter one"),
-    "lock a folder": (lambda root: (root / "first/lock").mkdir(parents=True), "runs", "first/lock: Is a directory"),
-    "settings a folder": (
-        lambda root: (root / "first/config.yaml").mkdir(parents=True), "runs", "first/config.yaml: Is a directory"
-    ),
+    **{
+        f"{name} a folder": (
+            lambda root, name=name: (root / "first" / name).mkdir(parents=True), "runs",
+            f"runs/first/{name} is a folder where a file belongs: move it away",
+        )
+        for name in ("lock", "config.yaml", "metrics.jsonl", "hard_samples.jsonl")
+    },
+    **{
+        f"{name} a file": (
+            lambda root, name=name: ((root / "first").mkdir(), (root / "first" / name).touch()), "runs",
+            f"runs/first/{name} is a file where a folder belongs: move it away",
+        )
+        for name in ("checkpoints", "engines", "rollouts", "evolution", "templates")
+    },
     "word a folder": (
         lambda root: (root / "first/error-rank-0.txt").mkdir(parents=True), "runs", "error-rank-0.txt: Is a directory"
     ),
