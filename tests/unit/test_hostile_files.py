@@ -310,7 +310,6 @@ def test_a_folder_that_may_not_be_written_is_named(folder: Path, capsys: pytest.
 
 
 REPORTS: dict[str, tuple[str, str | bytes, str]] = {
-    "metrics no JSON": ("metrics.jsonl", "{\n", "metrics.jsonl:1 is not JSON"),
     "results deep": ("results.json", "[" * 100_000, "results.json is nested too deeply"),
     "results binary": ("results.json", b"\xff\xfe", "results.json is not UTF-8"),
     "results a list": ("results.json", "[]", "results.json must hold a JSON object"),
