@@ -21,10 +21,12 @@ from megatron_p2o.algorithm import Parts, StepResult, TrainState
 from megatron_p2o.checkpoints import Best, CheckpointSaver, checkpoint_name, read_best
 from megatron_p2o.config import Config, EvaluationConfig
 from megatron_p2o.evaluate import best_template, evaluate, template_of
+from megatron_p2o.evolve.publish import rounds_path
 from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.evaluation import Evaluation, NothingDecided, evaluation_record
+from megatron_p2o.metrics.jsonl import read_lines
 from megatron_p2o.metrics.log import MetricsLog
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.runs import read_metrics
@@ -242,6 +244,7 @@ class RunObserver:
             "templated_accuracy_when_published": self._published_accuracy,
             "best_template": self._best_template.text,
             "first_round": dict(self._first_round),
+            "rounds": list(read_lines(rounds_path(self._files.run_dir))),
             "pass_at_n_plain": self._first_round.get("pass_at_n_plain"),
             "num_internalised": len(self.ledger.internalised()),
             "num_rollouts_train": run_state.num_rollouts_train,

@@ -11,6 +11,7 @@ from megatron_p2o.evolve.history import EndedBy
 from megatron_p2o.evolve.json_records import to_json
 from megatron_p2o.evolve.library import PublishedLibrary
 from megatron_p2o.evolve.round import Round
+from megatron_p2o.files import write_whole
 from megatron_p2o.types import Template
 
 
@@ -68,16 +69,19 @@ class RoundStats:
 
 
 def rounds_path(run_dir: Path) -> Path:
-    """Return the file of all rounds of a run: a `RoundStats` a line. Of an epoch told twice the later line counts."""
+    """Return the file of a run's rounds: a `RoundStats` a line, each epoch's last one."""
     return run_dir / "evolution" / "rounds.jsonl"
 
 
-def append_round(run_dir: Path, stats: RoundStats) -> None:
-    """Add a round that is over to the run's file of rounds. Raises `OSError`."""
+def keep_round(run_dir: Path, stats: RoundStats) -> None:
+    """Write a round that is over to the run's file of rounds, in the place of one of the same epoch.
+
+    Raises `OSError` when it cannot, `ValueError` when the file is damaged.
+    """
     path = rounds_path(run_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(to_json(stats)) + "\n")
+    written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in written if json.loads(line)["epoch"] != stats.epoch]
+    write_whole(path, "\n".join([*kept, json.dumps(to_json(stats))]) + "\n")
 
 
 def build_library(state: Round) -> PublishedLibrary:

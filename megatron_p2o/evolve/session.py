@@ -18,7 +18,7 @@ from megatron_p2o.evolve.evaluation import FreeScore
 from megatron_p2o.evolve.history import EndedBy, ForeignJournal
 from megatron_p2o.evolve.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.messages import EvaluateRequest, FinishRound, Notice, RoundPublished, StartRound
-from megatron_p2o.evolve.publish import RoundStats, append_round
+from megatron_p2o.evolve.publish import RoundStats, keep_round, rounds_path
 from megatron_p2o.evolve.reflectors import check_settings, secrets_of
 from megatron_p2o.evolve.round import RoundSettings, RoundSpec
 from megatron_p2o.evolve.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
@@ -166,10 +166,16 @@ class EvolutionSession:
             published = await self._published(spec, problems)
             library, stats = self._collected(spec, split, published)
         stats = replace(stats, num_restarts=self.num_service_losses - num_losses, duration_s=time.monotonic() - started)
-        logger.log(logging.INFO if stats.is_success else logging.WARNING, "evolution: %s", stats.summary())
-        append_round(self._run_dir, stats)
         self.last_round = stats
+        self._tell(stats)
         return library
+
+    def _tell(self, stats: RoundStats) -> None:
+        logger.log(logging.INFO if stats.is_success else logging.WARNING, "evolution: %s", stats.summary())
+        try:
+            keep_round(self._run_dir, stats)
+        except (OSError, ValueError) as error:
+            logger.warning("evolution: round %d is not in %s: %s", stats.epoch, rounds_path(self._run_dir), error)
 
     async def _published(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> RoundStats | None:
         """Return what the service says of the round it published; None when it was lost for good."""

@@ -17,6 +17,7 @@ from megatron_p2o.metrics.report_figures import (
     time_section,
     training_section,
 )
+from megatron_p2o.metrics.report_rounds import rounds_section
 from megatron_p2o.metrics.report_templates import examples_section, templates_section
 from megatron_p2o.metrics.runs import Run, read_run
 
@@ -43,6 +44,7 @@ def render(runs: Sequence[Run]) -> str:
         overview_section(runs, styles),
         training_section(runs, styles),
         effectiveness_section(runs, styles),
+        rounds_section(runs),
         templates_section(runs),
         examples_section(runs),
         ledger_section(runs, styles),

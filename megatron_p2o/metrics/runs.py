@@ -68,6 +68,8 @@ class Run:
     libraries: Sequence[PublishedLibrary]
     """Oldest first; empty for a run without evolution."""
     ledger: Sequence[LedgerEntry]
+    rounds: Sequence[JsonObject]
+    """Of evolution, `evolution/rounds.jsonl`: why each ended and how its proposals did."""
     results: JsonObject | None
     """`results.json`, which is written at the end; None while the run is in progress or when it was ended early."""
 
@@ -105,6 +107,7 @@ def read_run(directory: Path) -> Run:
         lines=read_metrics(directory / "metrics.jsonl"),
         libraries=read_libraries(directory),
         ledger=read_ledger(directory / "hard_samples.jsonl"),
+        rounds=list(read_lines(directory / "evolution" / "rounds.jsonl")),
         results=results,
     )
 

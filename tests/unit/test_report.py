@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_p2o.evolve.evaluation import Evaluation
 from megatron_p2o.evolve.history import Accepted, Opened, Picked, Published, Reflected, Scored, event_to_json
 from megatron_p2o.evolve.journal import Journal
 from megatron_p2o.evolve.library import PublishedLibrary
+from megatron_p2o.evolve.publish import RoundStats, keep_round
 from megatron_p2o.metrics.examples import find_examples, shortened, spread
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.report import duration_text, write_report
@@ -342,6 +343,26 @@ def test_long_answers_keep_their_beginning_and_their_end() -> None:
 def test_spread_picks_distinct_items_evenly() -> None:
     assert spread(["a", "a", "b", "c", "d", "d", "e", "f"], 3) == ["a", "c", "e"]
     assert spread(["a"], 3) == ["a"]
+
+
+def test_every_round_tells_why_it_ended_and_how_its_proposals_did(tmp_path: Path) -> None:
+    run = p2o_run(tmp_path)
+    stats = RoundStats(
+        epoch=0,
+        library_version=1,
+        ended_by="deadline",
+        num_hard=2,
+        num_rollouts=2456,
+        outcomes={"accepted": 3, "refused: the endpoint refuses with status <400>": 17},
+    )
+    keep_round(run, replace(stats, ended_by="service_lost", num_rollouts=1))
+    keep_round(run, stats)
+    keep_round(run, replace(stats, epoch=1, ended_by="budget", num_rollouts=4000, outcomes={"not better": 2}))
+    text = report_of(tmp_path, run).text
+    assert "CUT OFF by evolution.round_timeout_s: depends on the machine's speed" in text
+    assert "17 refused: the endpoint refuses with status <400>, 3 accepted" in text
+    assert "2456" in text and "4000" in text and "its budget was spent" in text
+    assert "its process was lost" not in text, "of a round that was run twice the last counts"
 
 
 def test_a_run_in_progress_is_reported_up_to_its_last_whole_line(tmp_path: Path) -> None:
