@@ -135,7 +135,8 @@ class ChatCompletions:
         config = self._config
         async with self._client.chat.completions.with_streaming_response.create(
             model=self._model,
-            messages=[{"role": "user", "content": prompt}],
+            # Half of a surrogate pair, which a file of problems may hold, cannot be sent.
+            messages=[{"role": "user", "content": prompt.encode(errors="replace").decode()}],
             temperature=omit if config.temperature is None else config.temperature,
             max_tokens=omit if config.max_tokens is None else config.max_tokens,
             # A deterministic engine answers every request without a seed from one and the same.

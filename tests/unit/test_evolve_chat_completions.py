@@ -73,6 +73,7 @@ def proposals(
     num_proposals: int,
     *replies: Reply,
     key: str | None = KEY,
+    request: ReflectionRequest = REQUEST,
     build: Callable[[ReflectionConfig], Reflector] | None = None,
     **config: Any,
 ) -> tuple[list[str | Exception], Seen]:
@@ -108,7 +109,7 @@ def proposals(
         try:
             for _ in range(num_proposals):
                 try:
-                    outcomes.append(await client.propose(REQUEST))
+                    outcomes.append(await client.propose(request))
                 except (ReflectionRefused, ReflectionUnavailable) as error:
                     outcomes.append(error)
         finally:
@@ -338,6 +339,12 @@ def test_redirect_is_not_followed_with_the_key() -> None:
     outcome, seen = propose(json_reply({}, 307, Location="http://127.0.0.1:9/steal"))
     assert isinstance(outcome, ReflectionUnavailable) and "status 307" in str(outcome)
     assert len(seen.bodies) == 1
+
+
+def test_text_that_cannot_be_sent_is_replaced() -> None:
+    outcome, seen = propose(GOOD, request=ReflectionRequest(proposal=1, parent_text="half \ud83d a pair", examples=()))
+    assert outcome == "Draw it."
+    assert "half ? a pair" in seen.bodies[0]["messages"][0]["content"]
 
 
 @pytest.mark.parametrize(
