@@ -25,6 +25,9 @@ DIGITS = 120
 MATCHING_DIGITS = 100
 """Digits in which equal values agree; the rest is for rounding."""
 
+MAX_EXACT_BITS = 100_000
+"""Rational numbers up to this size are compared exactly."""
+
 MAX_EXPONENT = 10**15
 """Larger exponents are not computed."""
 
@@ -33,29 +36,24 @@ class NumericJudge:
     """Decides everything, with arithmetic that belongs into a worker process. A `Judge`."""
 
     def is_equal(self, gold: Node, answer: Node, tolerance: Fraction | None = None) -> bool:
-        known = ExactJudge().is_equal(gold, answer, tolerance)
+        known = ExactJudge(MAX_EXACT_BITS).is_equal(gold, answer, tolerance)
         if known is not None:
             return known
         is_exact_integer = (value := exact_value(gold)) is not None and value.denominator == 1 and not is_rounded(gold)
         if tolerance is None and (is_rounded(gold) or is_rounded(answer)) and not is_exact_integer:
             tolerance = TOLERANCE
-        for point in points(gold, answer):
-            one, other = value_at(gold, point), value_at(answer, point)
-            if one is None or other is None or not _is_close(one, other, tolerance):
-                return False
-        return True
+        pairs = values_at_points(gold, answer)
+        return pairs is not None and all(_is_close(one, other, tolerance) for one, other in pairs)
 
     def is_same_equation(self, gold: tuple[Node, Node], answer: tuple[Node, Node], sign: str) -> bool:
         """Equations say the same when their differences of sides are proportional."""
         differences = [Node("sum", (left, Node("negative", (right,)))) for left, right in (gold, answer)]
-        ratios: list[Any] = []
-        for point in points(*differences):
-            one, other = value_at(differences[0], point), value_at(differences[1], point)
-            if one is None or other is None:
-                return False
-            if one == 0 or other == 0 or _is_close(one, 0, None) or _is_close(other, 0, None):
-                return all(self.is_equal(*pair) for pair in zip(gold, answer, strict=True))
-            ratios.append(other / one)
+        pairs = values_at_points(*differences)
+        if pairs is None:
+            return False
+        if any(_is_close(value, 0, None) for pair in pairs for value in pair):
+            return all(self.is_equal(*pair) for pair in zip(gold, answer, strict=True))
+        ratios = [other / one for one, other in pairs]
         tolerance = TOLERANCE if any(is_rounded(each) for each in differences) else None
         is_constant = all(_is_close(ratios[0], ratio, tolerance) for ratio in ratios)
         has_letters = any(part.kind in ("symbol", "opaque") for part in differences[0].walk())
@@ -67,17 +65,24 @@ class NumericJudge:
         return is_equal_by_math_verify(gold, answer)
 
 
-def points(*nodes: Node) -> tuple[int, ...]:
-    """Return the numbers of the points at which to compare.
+def values_at_points(gold: Node, answer: Node) -> list[tuple[Any, Any]] | None:
+    """Return the values of two expressions at the points; None if there is one at which they cannot be compared.
 
-    One without letters. Letters are positive, as lengths, masses and arguments of roots and logarithms are; where signs
-    matter (absolute values, roundings) every second point, of odd number, has letters of both signs.
+    One point without letters. Letters are positive first, as lengths, masses and arguments of roots and logarithms are.
+    Then they have both signs, and points where either expression is not real on the way to its value are left out: |x|
+    is not x, but ln(ab) is ln a + ln b.
     """
-    kinds = {part.kind for node in nodes for part in node.walk()}
+    kinds = {part.kind for node in (gold, answer) for part in node.walk()}
     if not kinds & {"symbol", "opaque"}:
-        return (0,)
-    has_signs = kinds & {"abs", "floor", "ceil", "max", "min"}
-    return tuple(range(2 * NUM_POINTS)) if has_signs else tuple(range(0, 2 * NUM_POINTS, 2))
+        pairs = [(value_at(gold, 0), value_at(answer, 0))]
+    else:
+        pairs = [(value_at(gold, point), value_at(answer, point)) for point in range(NUM_POINTS)]
+    if any(value is None for pair in pairs for value in pair):
+        return None
+    if len(pairs) == 1 or any(part.name == "i" for node in (gold, answer) for part in node.walk()):
+        return pairs
+    signed = [(value_at(gold, -point), value_at(answer, -point)) for point in range(1, NUM_POINTS + 1)]
+    return pairs + [pair for pair in signed if None not in pair]
 
 
 def _is_close(gold: Any, answer: Any, tolerance: Fraction | None) -> bool:
@@ -89,7 +94,10 @@ def _is_close(gold: Any, answer: Any, tolerance: Fraction | None) -> bool:
 
 @lru_cache(maxsize=4096)
 def value_at(node: Node, point: int) -> Any:
-    """Return the complex value of an expression at a random point, None where it has none."""
+    """Return the complex value of an expression at a random point, None where it has none.
+
+    At a point of negative number, letters have both signs, and an expression with a part that is not real has no value.
+    """
     with mp.workdps(DIGITS):
         try:
             value = _value(node, point)
@@ -102,15 +110,13 @@ def _random(name: str, point: int) -> Any:
     """Return the value of a name at a point, of size 0.3 to 3.3: the same in every process."""
     digest = hashlib.sha256(f"{point} {name}".encode()).digest()
     size = mp.mpf(int.from_bytes(digest)) / (1 << 256) * 3 + mp.mpf("0.3")
-    return -size if point % 2 and digest[0] % 2 else size
+    return -size if point < 0 and digest[0] % 2 else size
 
 
 def _value(node: Node, point: int) -> Any:
     exact = exact_value(node)
     if exact is not None:
         return mp.mpf(exact.numerator) / exact.denominator
-    if node.kind == "number":
-        return mp.mpf(node.value.numerator) / node.value.denominator
     if node.kind == "symbol":
         return _random(node.name, point)
     if node.kind == "constant":
@@ -118,7 +124,7 @@ def _value(node: Node, point: int) -> Any:
     values = [_value(part, point) for part in node.parts]
     if node.kind == "opaque":
         return _random(f"{node.name}({mp.nstr(values[0], 30)})", point)
-    return _OPERATIONS[node.kind](*values)
+    return (_real if point < 0 else mp.convert)(_OPERATIONS[node.kind](*values))
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -143,7 +149,7 @@ def _factorial(value: Any) -> Any:
 
 def _real(value: Any) -> Any:
     if mp.im(value) != 0:
-        raise ValueError("an order of complex numbers")
+        raise ValueError("not real")
     return mp.re(value)
 
 
@@ -154,7 +160,7 @@ def _log(value: Any, base: Any = 10) -> Any:
 _CIRCULAR = "sin cos tan cot sec csc sinh cosh tanh"
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "sum": lambda *values: mp.fsum(values),
-    "product": lambda left, right: left * right,
+    "product": lambda *values: mp.fprod(values),
     "quotient": lambda left, right: left / right,
     "negative": lambda value: -value,
     "power": _power,

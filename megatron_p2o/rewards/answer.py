@@ -100,10 +100,15 @@ _FRACTION_OF_UNITS = re.compile(rf"\\frac\{{({_TEXT})\}}\{{({_TEXT})\}}$")
 _TEMPERATURE = re.compile(r"\\degree ?(?:\\text\{([CF])\}|([CF]))$")
 _TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
 _BARE_UNIT = re.compile(r"(?<=[\d }])([A-Za-z]+)((?:\^\{?\d\}?)?)$")
+_BARE_WORDS = re.compile(r"^([^A-Za-z\\]*\d) ?((?<= )[A-Za-z]{3}[A-Za-z ]*|[AaPp]\.?[Mm]\.?)$")
+"""Words without \\text after a number: `5 apples`, `3 PM`."""
+
 _CURRENCY = re.compile(r"^([+-]?)(\\\$|€|£|¥)(?=.)|(\\\$|€|£|¥)$")
 _CURRENCIES = {"\\$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen"}
 _COMPOUND = re.compile(rf"(?:[\d.]+{_TEXT}){{2,}}")
-_APPROXIMATELY = re.compile(r"^(?:\\approx|\\sim|\\simeq|~)(?![A-Za-z])|^\\text\{(?:about|approximately|approx\.?)\}")
+_APPROXIMATELY = re.compile(
+    r"^=|^(?:\\approx|\\sim|\\simeq|~)(?![A-Za-z])|^\\text\{(?:about|approximately|approx\.?)\}"
+)
 _PREAMBLE = re.compile(r"^\\text\{(?:the )?(?:final )?answer(?: is)?:?\}:?", re.IGNORECASE)
 _AMBIGUOUS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d])(?!,\d)|(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d])")
 _E_MINUS = re.compile(r"(?<=\d)e(?=[+-]\d)")
@@ -251,6 +256,7 @@ def split_label(text: str) -> tuple[str, Label]:
 
     Words in \text after a lone letter or other words are no label: `\triangle\text{ABC}` is a name.
     """
+    text = _BARE_WORDS.sub(r"\1\\text{\2}", text)
     currency = _CURRENCY.search(text)
     if currency:
         core, label = split_label(currency[1] + text[currency.end() :] if currency[2] else text[: currency.start()])

@@ -20,7 +20,7 @@ OPAQUE_FUNCTIONS = frozenset("fgFG")
 _SYMBOL_NAMES = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
     "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega "
-    "ell hbar partial triangle angle emptyset"
+    "ell hbar partial triangle emptyset"
 )
 _SYMBOLS = frozenset(_SYMBOL_NAMES.split())
 _ACCENT_NAMES = "vec hat bar overline tilde dot ddot widehat overrightarrow mathbb mathcal mathfrak"
@@ -121,7 +121,7 @@ class _Parser:
             token = self.peek()
             if token in ("*", r"\cdot", r"\times", r"\ast"):
                 self.take()
-                node = Node("product", (node, self._signed(self._power)))
+                node = _product_of(node, self._signed(self._power))
             elif token in ("/", r"\div"):
                 self.take()
                 node = Node("quotient", (node, self._signed(self._power)))
@@ -138,7 +138,7 @@ class _Parser:
             return Node("sum", (node, factor))  # a mixed number
         if factor.kind == "number" or (node.kind == "number" and self._tokens[start][0].isdigit()):
             raise NotUnderstoodError("a number after a factor")
-        return Node("product", (node, factor))
+        return _product_of(node, factor)
 
     def _starts_factor(self, token: str) -> bool:
         if token == "|":
@@ -252,11 +252,20 @@ class _Parser:
             return self._function(name)
         if name in _SYMBOLS:
             return self._symbol(f"\\{name}")
+        if name == "angle":
+            return self._angle()
         if name in _ACCENTS:
             return self._symbol(f"\\{name}{{{self._raw()}}}")
         if name == "text":
             return self._text_symbol()
         raise NotUnderstoodError(f"\\{name}")
+
+    def _angle(self) -> Node:
+        """Return an angle as one name: ABC is another angle than BAC."""
+        points: list[str] = []
+        while self.peek().isalpha():
+            points.append(self.take())
+        return Node("symbol", name="\\angle " + "".join(points))
 
     def _text_symbol(self) -> Node:
         text = self._raw()
@@ -341,3 +350,8 @@ class _Parser:
     def _starts_next_factor(self) -> bool:
         token = self.peek()
         return token in ("(", "[", "{", "|") or token.removeprefix("\\") in (*FUNCTIONS, "sqrt", "text")
+
+
+def _product_of(node: Node, factor: Node) -> Node:
+    """Return a product, without brackets around a product on its left: a long one stays shallow."""
+    return Node("product", (*(node.parts if node.kind == "product" else (node,)), factor))

@@ -6,6 +6,7 @@ START_OF_THINKING = "<think>"
 END_OF_THINKING = "</think>"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_CUT_OFF = re.compile(r"\\(?:boxed|fbox)\s*\Z")
 _TOKEN = re.compile(rf"(?P<box>{_BOX.pattern})|\\.|[{{}}]", re.DOTALL)
 """A box opens, an escaped character (an escaped brace is text), a brace."""
 
@@ -19,7 +20,7 @@ def last_boxed(text: str) -> str | None:
     """
     response = text.rpartition(END_OF_THINKING)[2]
     first = _BOX.search(response)
-    if first is None or START_OF_THINKING in response:
+    if first is None or START_OF_THINKING in response or _CUT_OFF.search(response):
         return None
     box_starts: list[int | None] = []
     latest, last_start, last_end = -1, -1, -1

@@ -61,6 +61,13 @@ class Judge(Protocol):
 
 def verdict(gold: str, answer: str, judge: Judge) -> bool | None:
     """Return whether an answer equals the gold one, both in normal form; None when that takes more than `judge`."""
+    try:
+        return _verdict(gold, answer, judge)
+    except RecursionError:
+        return False
+
+
+def _verdict(gold: str, answer: str, judge: Judge) -> bool | None:
     if gold == answer:
         return True
     has_point = re.search(r"\d\.\d", gold) is not None

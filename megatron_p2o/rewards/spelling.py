@@ -40,6 +40,9 @@ _ONLY_TEXT = re.compile(r"[A-Za-z\s.,;:'!?&/()°%$~-]*")
 LIST_SEPARATOR = "\x01"
 """Stands between parts of a list where that is certain: for "and", "or", `81, 256`."""
 
+_UNITS = re.compile(r"\s*[A-Za-z]+(?:\^-?\d)?(?:[\s/]+[A-Za-z]+(?:\^-?\d)?)+\s*|\s*[A-Za-z]{2,}\^-?\d\s*")
+"""Several units with their exponents in \\mathrm."""
+
 _PERCENT = "(?:percent(?:age)?|per cent|pct)"
 _GROUP = r"(?<![\d.,])([1-9]\d{0,2}(?:SEPARATOR\d{3})+)(?!\d)(?!SEPARATOR\d)"
 _CERTAIN_GROUPS = [
@@ -58,6 +61,7 @@ _REWRITES = tuple(
         (rf"\\(?:rangle|rparen){_END}", ")"),
         (rf"\\(?:[lr]?vert|mid){_END}|\\\|", "|"),
         (rf"\\[dtc]frac{_END}", r"\\frac"),
+        (rf"\{{([^{{}}]*)\\over{_END}([^{{}}]*)\}}", r"\\frac{\1}{\2}"),
         (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ{_END})|\^\s*\\degree{_END}", r"\\degree "),
         (rf"\^\s*(?:\{{\s*\\prime\s*\}}|\\prime{_END})", "'"),
         (rf"\\text\{{\s*{_PERCENT}\s*\}}|(?<=[\d}}]) ?{_PERCENT}{_END}|(?<!\\)%", r"\\%"),
@@ -72,6 +76,7 @@ _REWRITES = tuple(
         (rf"\\colon{_END}", ":"),
         (rf"\\lt{_END}", "<"),
         (rf"\\gt{_END}", ">"),
+        (r"(?<![\d.,/])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
         (rf"\\varnothing{_END}|\\\{{\s*\\\}}", r"\\emptyset "),
         (r"\{\}", ""),
         (r"\s+", " "),
@@ -87,6 +92,9 @@ _DOUBLED = re.compile(
     r"\\\\(?=(?:left|right|[dt]?frac|sqrt|pi|le|ge|leq|geq|text|in|cup|infty|cdot|times)(?![A-Za-z]))"
 )
 """A backslash that was escaped once too often; other double backslashes end a line."""
+
+_SYSTEM = re.compile(r"\\begin\{(cases|aligned)\}([^&]*)\\end\{\1\}")
+"""Equations below one another."""
 
 _QUAD = re.compile(rf"\\q?quad{_END}")
 _EQUALS = re.compile(r"(?<![<>!:])=")
@@ -104,6 +112,7 @@ def normal_form(text: str) -> str:
         text = _without_fonts(text)
         separator = LIST_SEPARATOR if len(_EQUALS.findall(text)) > 1 else " "
         text = _QUAD.sub(separator, text)
+        text = _SYSTEM.sub(lambda found: found[2].replace(r"\\", LIST_SEPARATOR), text)
         if r"\begin" in text:
             # A double backslash ends a row of a matrix: its second half does not belong to what follows.
             return _bare(r"\\".join(_rewritten(row) for row in text.split(r"\\")))
@@ -158,4 +167,7 @@ def _out_of_font(font: str, content: str) -> str:
     is_text = re.fullmatch(_TEXT_FONTS, font) and _ONLY_TEXT.fullmatch(content)
     if is_text and re.search("[A-Za-z]", content):
         return rf"\text{{{' '.join(content.replace('~', ' ').split())}}}"
+    unit = re.sub(r"\^\{?(-?\d)\}?", r"^\1", re.sub(r"\\[,;: ]|~|\\cdot", " ", content))
+    if font == "mathrm" and _UNITS.fullmatch(unit):
+        return rf"\text{{{' '.join(unit.split())}}}"
     return "{" + _without_fonts(content) + "}" if len(name) > 1 else f" {name}"
