@@ -172,7 +172,7 @@ class GradingConfig:
     """Processes that run math-verify."""
     deadline_s: Seconds = 1.0
     """Processor time, which a busy machine does not use up: a worker that takes more of it for one answer is killed,
-    and the answer is undecided. Answers to hard problems take 0.02 s, at most 0.3 s."""
+    and the answer is undecided. Most take a thousandth of a second, those that need math-verify up to 0.3 s."""
     undecided_alarm: Annotated[float, Range(at_least=0, at_most=1)] = 0.01
     """Warn when the grader could not decide more than this share of the answers of a step or an evaluation. Undecided
     answers are not learnt from, and count in no rate."""

@@ -120,6 +120,7 @@ def round_statistics(stats: RoundStats | None) -> dict[str, float]:
         "num_rollouts": stats.num_rollouts,
         "num_templates": stats.num_templates,
         "num_restarts": stats.num_restarts,
+        "num_failed_evaluations": stats.num_failed_evaluations,
         "num_proposals": stats.num_proposals,
         "num_accepted": stats.outcomes.get("accepted", 0),
         "num_refused": stats.num_refused,

@@ -43,6 +43,8 @@ class RoundStats:
     """Proposals by how they ended."""
     num_restarts: int = 0
     """Times the service was lost and resumed."""
+    num_failed_evaluations: int = 0
+    """Rollouts without a verdict, of templates and of the plain control: they are no scores."""
     duration_s: float = 0.0
 
     @property

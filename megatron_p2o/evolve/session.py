@@ -158,14 +158,19 @@ class EvolutionSession:
 
     async def _run_round(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> PublishedLibrary:
         started = time.monotonic()
-        num_losses = self.num_service_losses
+        num_losses, num_failed = self.num_service_losses, self.num_failed_evaluations
         split = split_of(spec)
         if split is None:
             library, stats = self._nothing(spec, "too_few_hard")
         else:
             published = await self._published(spec, problems)
             library, stats = self._collected(spec, split, published)
-        stats = replace(stats, num_restarts=self.num_service_losses - num_losses, duration_s=time.monotonic() - started)
+        stats = replace(
+            stats,
+            num_restarts=self.num_service_losses - num_losses,
+            num_failed_evaluations=self.num_failed_evaluations - num_failed,
+            duration_s=time.monotonic() - started,
+        )
         self.last_round = stats
         self._tell(stats)
         return library

@@ -54,7 +54,7 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
         "template": completion.prompt.template.text,
         "is_templated": completion.prompt.is_templated,
         "grade": rollout.grade,
-        "reward": rollout.reward,
+        "reward": rollout.reward if rollout.is_decided else None,
         "advantage": advantage,
         "response": response,
         "num_prompt_tokens": len(completion.prompt.sampling_ids),

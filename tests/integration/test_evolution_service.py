@@ -416,6 +416,8 @@ def test_evaluations_that_raise_are_counted_and_end_with_plain_prompts(
     assert stats is not None and stats.num_rollouts == 0 and stats.ended_by == "no_progress"
     assert library == PublishedLibrary(version=1)
     assert sessions[0].num_failed_evaluations == next(numbers) > 0
+    last_round = sessions[0].last_round
+    assert last_round is not None and last_round.num_failed_evaluations == sessions[0].num_failed_evaluations
     assert sessions[0].num_service_losses == 0
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,13 @@ def test_rollout_lines_say_what_was_asked_how_and_what_came_of_it(tmp_path: Path
     assert templated["response"] == "réponse\n1"
     assert (templated["num_prompt_tokens"], templated["num_response_tokens"]) == (17, 4)
     assert templated["weight_versions"] == [4, 5]
+
+
+def test_a_rollout_without_a_verdict_has_no_reward_in_the_file(tmp_path: Path) -> None:
+    group = group_of(Problem(id="h1", question="2+2?", answer="4"), [PLAIN])
+    undecided = replace(group, rollouts=tuple(replace(rollout, grade="error") for rollout in group.rollouts))
+    (line,) = read_lines(RolloutWriter(tmp_path).write(1, [undecided], lambda completion: "?"))
+    assert (line["grade"], line["reward"]) == ("error", None)
 
 
 def test_a_resumed_run_moves_the_rollouts_of_later_steps_away(tmp_path: Path) -> None:

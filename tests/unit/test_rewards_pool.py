@@ -103,7 +103,7 @@ def test_an_answer_whose_worker_is_killed_is_graded_by_another() -> None:
 @pytest.mark.parametrize("num_characters", [1, MANY_CHARACTERS])
 def test_an_answer_whose_worker_is_stopped_is_graded_by_another(num_characters: int) -> None:
     # Long enough for a busy machine, on which a worker that may run does run now and then.
-    with pool_of(stall_timeout_s=2.5) as pool:
+    with pool_of(stall_timeout_s=1.5) as pool:
         assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == "correct"
         (stopped,) = pool.worker_pids
         kill(stopped, signal.SIGSTOP)
@@ -141,7 +141,7 @@ def test_worker_that_died_idle_costs_no_grade() -> None:
 
 
 def test_answer_that_needs_too_much_memory_is_an_error() -> None:
-    with pool_of(memory_limit_mib=224) as pool:
+    with pool_of(memory_limit_mib=160) as pool:
         futures = [
             pool.submit(r"\sum_{k=0}^{0}2^{2000000000}", [r"\sum_{k=0}^{0}4^{1000000000}"]),
             pool.submit("x+1", ["1+x"]),
