@@ -60,16 +60,17 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) under a temporary name, flush it to disk and rename it: readers see the old or the new file.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `content` under a temporary name, flush it to disk and rename it: readers see the old or the new file.
 
-    Makes the folders above `path`. Raises `OSError` when the disk is full; the old file is intact then.
+    Text is written as UTF-8. Makes the folders above `path`. Raises `OSError` when the disk is full; the old file is
+    intact then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with naming(path), partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with naming(path), partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_p2o.files import write_whole
-from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
+from megatron_p2o.metrics.jsonl import keep_lines, read_records
+from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, entry_from
 
 STATE_FILE = "run_state.json"
 
@@ -56,17 +57,23 @@ class LedgerFile:
     """The hard-sample ledger on disk: appended to after each step."""
 
     def __init__(self, path: Path, num_entries: int) -> None:
-        """Open `path` and keep its first `num_entries` lines.
+        """Open `path` and keep its first `num_entries` entries; later ones move to `<name>.discarded` beside it.
+
+        A damaged one is named in a warning, stays where it is and counts for nothing: its problem's success rate is
+        that of its other tries.
 
         Raises:
             CheckpointError: the file holds fewer entries than the checkpoint says.
         """
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = lines[:num_entries]
-        if len(kept) < num_entries:
-            raise CheckpointError(f"{path} holds {len(lines)} ledger entries where the checkpoint counts {num_entries}")
-        write_whole(path, "".join(kept))
-        self.ledger = HardSampleLedger([LedgerEntry(**json.loads(line)) for line in kept])
+        found = keep_lines(path, num_entries)
+        if found < num_entries:
+            raise CheckpointError(
+                f"{path} holds {found} ledger entries where the checkpoint counts {num_entries}: restore the file, or "
+                "write the name of an earlier checkpoint into checkpoints/latest"
+            )
+        self.ledger = HardSampleLedger(list(read_records(path, entry_from)))
+        self.num_entries = num_entries
+        """In the file, damaged ones included."""
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, entries: Sequence[LedgerEntry]) -> None:
@@ -74,6 +81,7 @@ class LedgerFile:
         for entry in entries:
             self.ledger.record(entry)
             self._file.write(json.dumps(asdict(entry)) + "\n")
+            self.num_entries += 1
         self._file.flush()
 
     def close(self) -> None:

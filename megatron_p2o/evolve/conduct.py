@@ -12,7 +12,7 @@ from megatron_p2o.evolve.core_async import AsynchronousCore
 from megatron_p2o.evolve.core_reference import ReferenceCore
 from megatron_p2o.evolve.evaluation import Evaluation, EvaluationFailed, Evaluator, Rejection
 from megatron_p2o.evolve.history import ForeignJournal, Published, RoundHistory
-from megatron_p2o.evolve.journal import Journal, read_journal
+from megatron_p2o.evolve.journal import Journal, free_name, read_journal
 from megatron_p2o.evolve.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.publish import RoundStats, build_library, round_stats
 from megatron_p2o.evolve.reflection import ReflectionRequest, ReflectionUnavailable
@@ -96,16 +96,12 @@ def open_journal(path: Path, fingerprint: str, notify: Callable[[str], None]) ->
     try:
         RoundHistory(records, lambda _: None, fingerprint)
     except ForeignJournal as error:
-        aside = next(
-            candidate
-            for number in range(1_000_000)
-            if not (candidate := path.with_name(f"{path.name}.superseded-{number}")).exists()
-        )
+        aside = free_name(path, "superseded")
         path.rename(aside)
         notify(f"{error}; it is kept as {aside.name} and the round starts afresh")
     journal = Journal(path)
-    if journal.num_dropped_bytes:
-        notify(f"{path}: dropped {journal.num_dropped_bytes} damaged bytes after {len(journal.records)} records")
+    if journal.damage:
+        notify(journal.damage)
     return journal
 
 

@@ -1,7 +1,9 @@
 """An append-only file of JSON records that survives a kill at any byte: each line carries its length and checksum."""
 
+import itertools
 import json
 import os
+import shutil
 import zlib
 from pathlib import Path
 from types import TracebackType
@@ -12,14 +14,20 @@ class Journal:
     """Records of one round on disk. One process writes; each record is one `write` call, in order."""
 
     def __init__(self, path: Path) -> None:
-        """Open for appending and cut off a torn or corrupted tail. Raises `OSError`."""
+        """Open for appending and cut off what follows the last record that counts.
+
+        Each record refers to those before it, so that none counts behind a damaged one: the file is then kept whole
+        under another name. A last line that a kill has torn is no damage. Raises `OSError`.
+        """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.records, num_good_bytes = read_journal(path)
         """What the file held when it was opened, oldest first."""
+        self.damage = _set_aside(path, len(self.records), num_good_bytes)
+        """What was wrong with the file, and where it is kept; "" when nothing was."""
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self.num_dropped_bytes = os.fstat(self._descriptor).st_size - num_good_bytes
-        """Damaged bytes at the end of the file, now cut off."""
+        """Bytes at the end of the file that are now cut off: damaged, or torn by a kill."""
         if self.num_dropped_bytes > 0:
             os.ftruncate(self._descriptor, num_good_bytes)
 
@@ -43,6 +51,27 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _set_aside(path: Path, num_records: int, num_good_bytes: int) -> str:
+    """Copy a journal that is damaged before its last line; return what is to be said of it, "" of another."""
+    rest = path.read_bytes()[num_good_bytes:] if path.exists() else b""
+    if b"\n" not in rest:
+        return ""
+    aside = free_name(path, "damaged")
+    shutil.copyfile(path, aside)
+    lines = rest.split(b"\n")[1:]
+    num_lost = sum(_decode_line(line) is not None for line in lines)
+    return (
+        f"{path}:{num_records + 1} is damaged: the {num_records} records before it count, the {num_lost} whole ones "
+        f"after it refer to it and do not; the file is kept as {aside.name}"
+    )
+
+
+def free_name(path: Path, why: str) -> Path:
+    """Return a name beside `path`, `<name>.<why>-<number>`, that is not taken."""
+    names = (path.with_name(f"{path.name}.{why}-{number}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def encode_line(record: Any) -> bytes:

@@ -64,15 +64,19 @@ def library_path(run_dir: Path, version: int) -> Path:
     return run_dir / "templates" / f"library-{version}.json"
 
 
+WAYS_OUT = "restore it, or move it away: a run that resumes then asks plainly until the next round of prompt evolution"
+"""Of a library that is damaged."""
+
+
 def load_library(path: Path) -> PublishedLibrary:
     """Read what `PublishedLibrary.save` wrote. Raise `ValueError` when it was altered, `OSError` when it is missing."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         expected = content.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a template library: {error!r}") from error
+        raise ValueError(f"{path} is not a template library ({error!r}): {WAYS_OUT}") from error
     if checksum(content) != expected:
-        raise ValueError(f"{path} does not match its checksum: it was altered or damaged; remove it to ask plainly")
+        raise ValueError(f"{path} does not match its checksum, it was altered or damaged: {WAYS_OUT}")
     stored = from_json(_LibraryFile, content)
     by_id = {template.id: template for template in stored.templates} | {PLAIN.id: PLAIN}
     return PublishedLibrary(

@@ -8,13 +8,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_p2o.metrics.evaluation import Answer
-from megatron_p2o.metrics.jsonl import JsonObject, keep_lines, read_lines
+from megatron_p2o.metrics.jsonl import JsonObject, keep_lines, read_lines, read_records
 
 
 class AnswerFile:
     """`<set>.jsonl`: a first line {"settings": ...} of what the answers depend on, then one `Answer` a line.
 
-    Used in `with`. A line that a kill has torn is dropped. Written by one process.
+    Used in `with`. A line that a kill has torn is dropped, a damaged one passed over: it is answered again. Written by
+    one process.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -24,16 +25,18 @@ class AnswerFile:
             ValueError: it holds answers given under other settings; the message names them.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        keep_lines(path, lambda line: True)
-        lines = list(read_lines(path))
-        if lines:
-            _check_settings(path, lines[0].get("settings"), settings)
-        finished = (Answer(**line) for line in lines[1:])
-        self.answers = {(answer.problem_id, answer.sample): answer for answer in finished if answer.is_decided}
+        keep_lines(path)
+        first = next(read_lines(path), None)
+        if first is not None:
+            _check_settings(path, first.get("settings"), settings)
+        answers = read_records(path, lambda line: None if "settings" in line else Answer(**line))
+        self.answers = {
+            (answer.problem_id, answer.sample): answer for answer in answers if answer is not None and answer.is_decided
+        }
         """Answers by problem id and sample index; of an earlier evaluation those with a verdict, the others are asked
         again."""
         self._file = path.open("a", encoding="utf-8")
-        if not lines:
+        if first is None:
             self._write({"settings": dict(settings)})
 
     def append(self, answer: Answer) -> None:

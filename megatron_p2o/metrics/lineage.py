@@ -73,7 +73,7 @@ def _round(path: Path) -> JournalledRound | None:
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the events of `<bytes> <checksum> <JSON>` lines up to the first that is damaged or still being written."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             body = line.split(" ", 2)[-1]
             # Scores are most of a journal and hold whole responses; a lineage needs none of them.

@@ -1,15 +1,15 @@
 """A run directory as the report reads it: every part may be missing, and the run may still be writing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_p2o.config import RunConfig
 from megatron_p2o.config_yaml import load_yaml
 from megatron_p2o.files import read_json_object
-from megatron_p2o.metrics.jsonl import JsonObject, read_lines
+from megatron_p2o.metrics.jsonl import JsonObject, read_lines, read_records
 from megatron_p2o.metrics.lineage import JournalledRound, ancestors, read_rounds
-from megatron_p2o.rl.hard_samples import LedgerEntry
+from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
 
 Points = list[tuple[float, float]]
 """(x, y), x ascending."""
@@ -134,18 +134,31 @@ def _settings_in(path: Path) -> object:
 def read_metrics(path: Path) -> list[MetricLine]:
     """Return the lines of `metrics.jsonl` merged by step, in order of step."""
     merged: dict[int, MetricLine] = {}
-    for line in read_lines(path):
-        step = int(line["step"])
-        earlier = merged.get(step)
-        finite = {key: float(number) for key, number in line["metrics"].items() if number is not None}
-        merged[step] = MetricLine(
-            step=step,
-            epoch=earlier.epoch if earlier else int(line["epoch"]),
-            time=str(line["time"]),
-            metrics={**(earlier.metrics if earlier else {}), **finite},
-            num_not_finite=(earlier.num_not_finite if earlier else 0) + len(line["metrics"]) - len(finite),
+    for line in read_records(path, _metric_line):
+        earlier = merged.get(line.step)
+        merged[line.step] = (
+            line
+            if earlier is None
+            else replace(
+                line,
+                epoch=earlier.epoch,
+                metrics={**earlier.metrics, **line.metrics},
+                num_not_finite=earlier.num_not_finite + line.num_not_finite,
+            )
         )
     return [merged[step] for step in sorted(merged)]
+
+
+def _metric_line(line: JsonObject) -> MetricLine:
+    metrics = dict(line["metrics"])
+    finite = {key: float(number) for key, number in metrics.items() if number is not None}
+    return MetricLine(
+        step=int(line["step"]),
+        epoch=int(line["epoch"]),
+        time=str(line["time"]),
+        metrics=finite,
+        num_not_finite=len(metrics) - len(finite),
+    )
 
 
 def read_libraries(directory: Path) -> list[PublishedLibrary]:
@@ -157,10 +170,8 @@ def read_libraries(directory: Path) -> list[PublishedLibrary]:
 
 def read_ledger(path: Path) -> list[LedgerEntry]:
     """Return the ledger's entries in order; of a group recorded twice, the later record."""
-    names = {field.name for field in fields(LedgerEntry)}
     entries: dict[tuple[int, int, str], LedgerEntry] = {}
-    for line in read_lines(path):
-        entry = LedgerEntry(**{name: value for name, value in line.items() if name in names})
+    for entry in read_records(path, entry_from):
         entries[entry.epoch, entry.step, entry.problem_id] = entry
     return list(entries.values())
 

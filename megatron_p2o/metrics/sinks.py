@@ -5,7 +5,6 @@
 speak of one step (an evaluation, the end of an epoch). A number that is not finite is written as null.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -70,8 +69,7 @@ class JsonlSink:
         default, 0, starts afresh.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        numbers = itertools.count()
-        keep_lines(path, lambda _: next(numbers) < num_kept)
+        keep_lines(path, num_kept)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: StepRecord) -> None:

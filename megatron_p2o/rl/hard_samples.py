@@ -1,8 +1,8 @@
 """Hard samples: which problems fail, and the ledger of every problem's plain and templated tries."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, assert_never
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, assert_never
 
 from megatron_p2o.types import Group, Problem
 
@@ -44,6 +44,23 @@ class LedgerEntry:
     plain_solved: int
     templated_tries: int
     templated_solved: int
+
+
+def entry_from(line: Mapping[str, Any]) -> LedgerEntry:
+    """Return the entry in a line of the ledger; further fields are passed over.
+
+    Raises:
+        KeyError, TypeError, ValueError: the line is damaged.
+    """
+    if not isinstance(line["problem_id"], str):
+        raise TypeError("the id of a problem is text")
+    entry = LedgerEntry(**{field.name: line[field.name] for field in fields(LedgerEntry)})
+    counts = (entry.plain_solved, entry.plain_tries, entry.templated_solved, entry.templated_tries)
+    if not all(type(number) is int and number >= 0 for number in (entry.epoch, entry.step, *counts)):
+        raise ValueError("a count is none")
+    if entry.plain_solved > entry.plain_tries or entry.templated_solved > entry.templated_tries:
+        raise ValueError("more solved than tried")
+    return entry
 
 
 def ledger_entry(group: Group, epoch: int, step: int) -> LedgerEntry:

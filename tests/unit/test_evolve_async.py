@@ -508,10 +508,13 @@ def test_damaged_journal_is_cut_with_a_notice_and_continued(tmp_path: Path) -> N
     run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS))
     path = journal_path(tmp_path, 0)
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:50]) + lines[50][:-9])
+    path.write_bytes(b"".join([*lines[:50], lines[50].replace(b"e", b"E", 1), *lines[51:]]))
     notices: list[str] = []
     run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), None, notices)
-    assert len(notices) == 1 and "damaged bytes after 50 records" in notices[0]
+    assert len(notices) == 1 and "journal-0000.jsonl:51 is damaged: the 50 records before it count" in notices[0]
+    path.write_bytes(path.read_bytes()[:-9])  # what a kill leaves is no damage
+    run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), None, notices)
+    assert len(notices) == 1
 
 
 def test_journal_holds_no_development_response(tmp_path: Path) -> None:

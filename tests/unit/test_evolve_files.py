@@ -130,6 +130,16 @@ def test_journal_drops_everything_from_a_corrupted_byte_on(tmp_path: Path) -> No
         records, num_bytes = read_journal(path)
         assert records == [{"number": number} for number in range(line)]
         assert num_bytes == sum(map(len, lines[:line]))
+        with Journal(path) as journal:
+            aside = [each for each in tmp_path.iterdir() if ".damaged-" in each.name]
+            if damaged.find(b"\n", num_bytes) < 0:  # the newline itself: what a kill leaves
+                assert (journal.damage, aside) == ("", [])
+                continue
+            assert f"j.jsonl:{line + 1} is damaged: the {line} records before it count" in journal.damage
+            assert [each.read_bytes() for each in aside] == [bytes(damaged)]
+            assert aside[0].name in journal.damage
+            aside[0].unlink()
+        assert read_journal(path) == (records, num_bytes)
 
 
 # History
