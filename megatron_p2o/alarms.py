@@ -18,6 +18,9 @@ MISMATCH = "mismatch/logprob_abs_mean"
 MISMATCH_FLOOR = 1e-3
 """Nats a token below which a rising mismatch is rounding: float32 stays below 1e-4."""
 
+MAX_SICK_STEPS = 3
+"""Steps on end without one finite gradient after which a run ends."""
+
 MIN_MASTERED = 10
 """Mastered problems in a step below which their failures are no alarm."""
 
@@ -28,6 +31,30 @@ class MismatchAlarm(RuntimeError):
 
 class StepGivenUp(RuntimeError):
     """Every rollout of a step was given up on."""
+
+
+class NothingLearnt(RuntimeError):
+    """No gradient of several steps on end was finite."""
+
+
+class HealthWatch:
+    """Tells a step whose numbers are none from one that is well, and ends a run that has only such steps."""
+
+    def __init__(self) -> None:
+        self._num_sick = 0
+
+    def is_healthy(self, step: int, groups: Sequence[Group], reports: Sequence[UpdateReport]) -> bool:
+        """Return whether the policy before this step could be sampled and learnt from.
+
+        Raises:
+            NothingLearnt: no update of `MAX_SICK_STEPS` steps on end had a finite gradient.
+        """
+        outcomes = [report.outcome for report in reports if report.outcome != "empty"]
+        self._num_sick = self._num_sick + 1 if outcomes and set(outcomes) == {"non_finite"} else 0
+        if self._num_sick == MAX_SICK_STEPS:
+            raise NothingLearnt(f"step {step}: no gradient of the last {MAX_SICK_STEPS} steps was finite")
+        is_sampled = any(not rollout.completion.is_aborted for group in groups for rollout in group.rollouts)
+        return is_sampled and outcomes[:1] != ["non_finite"]
 
 
 class MismatchWatch:

@@ -2,6 +2,7 @@
 
 runs/<name>/checkpoints/step-000030/policy/          weights, optimizer and random states
                                     run_state.json   where training stands, see `run_state.RunState`
+                                    made_with.json   settings, problems and files, see `made_with.MadeWith`
                                     manifest.json    size and sha256 of every other file, written last
 runs/<name>/checkpoints/latest                       name of the newest checkpoint, written once it is there
 runs/<name>/checkpoints/best                         name and score of the best one, see `evaluation.best_set`
@@ -23,6 +24,7 @@ from pathlib import Path
 from megatron_p2o import __version__
 from megatron_p2o.files import FileDigest, digest_of, write_whole
 from megatron_p2o.interfaces import Policy
+from megatron_p2o.made_with import MADE_WITH_FILE, MadeWith, made_with_text
 from megatron_p2o.run_state import STATE_FILE, UNREADABLE, CheckpointError, RunState, write_state
 
 POLICY_FOLDER = "policy"
@@ -62,19 +64,30 @@ class Best:
 class CheckpointSaver:
     """Saves the checkpoints of a run, one at a time, from rank 0."""
 
-    def __init__(self, run_dir: Path, policy: Policy, keep_last: int, resumed: Path | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        policy: Policy,
+        keep_last: int,
+        resumed: Path | None = None,
+        record: MadeWith | None = None,
+    ) -> None:
         """`keep_last`: checkpoints to keep, the one just written included. `resumed`: what the run goes on from.
 
-        Later ones than that, damaged or of a history given up, count for nothing and go when they are passed.
+        Later ones than `resumed`, damaged or of a history given up, count for nothing and go when they are passed.
+        `record` goes into every checkpoint.
         """
         self._folder = run_dir / "checkpoints"
         self._policy = policy
         self._keep_last = keep_last
+        self._record = record
         self._saving: Future[Path] | None = None
         restore_replaced(self._folder)
         found = [path.name for path in self._folder.glob("step-*")]
         self._own = {name for name in found if resumed is not None and name <= resumed.name}
         """Names of this history's checkpoints."""
+        self._healthy_until = 0
+        """The newest step that was sampled and learnt from with numbers."""
 
     def begin(self, state: RunState, best: Best | None = None) -> None:
         """Return once the state is copied; the files are written beside training. Waits for the checkpoint before.
@@ -92,12 +105,40 @@ class CheckpointSaver:
                 shutil.rmtree(left)
             (partial / POLICY_FOLDER).mkdir(parents=True)
             write_state(partial / STATE_FILE, state)
+            if self._record is not None:
+                write_whole(partial / MADE_WITH_FILE, made_with_text(self._record))
             written = self._policy.save(partial / POLICY_FOLDER)
         except (OSError, RuntimeError) as error:  # a rank that fails is a RuntimeError here
             raise self._failure(name, error) from error
         self._saving = saving = Future()
         work = (name, written, saving, best)
         threading.Thread(target=self._complete, args=work, daemon=True, name="checkpoint").start()
+
+    def confirm(self, step: int) -> None:
+        """Note that `step` was healthy: so were the weights before it. The newest checkpoint of such weights stays."""
+        self._healthy_until = step
+
+    @property
+    def newest_healthy(self) -> str:
+        """Name of the newest checkpoint that was sampled and trained well since; "" before there is one."""
+        return max((name for name in self._own if name < checkpoint_name(self._healthy_until)), default="")
+
+    def way_back(self, is_newest_good: bool) -> str:
+        """Return which checkpoint to go back to when the policy has diverged, and how.
+
+        `is_newest_good`: whether the newest is known to be, although no step has ended since.
+        """
+        if not self._own:
+            return "there is no checkpoint yet: start the run again with a lower optimizer.lr"
+        newest = max(self._own)
+        healthy = newest if is_newest_good else self.newest_healthy
+        lower = "start the run again with a lower optimizer.lr, which it takes from there"
+        if healthy == newest:
+            return f"{self._folder / newest} is good, nothing was saved since: {lower}"
+        pointer = self._folder / LATEST_FILE
+        if healthy:
+            return f"{self._folder / healthy} is the newest that is good: write {healthy} into {pointer} and {lower}"
+        return f"no checkpoint is known to be good: write the name of an earlier one into {pointer} and {lower}"
 
     def check(self) -> None:
         """Raise `CheckpointError` when the last checkpoint has failed meanwhile. Does not wait."""
@@ -120,7 +161,8 @@ class CheckpointSaver:
         partial, final = self._folder / f"{PARTIAL}{name}", self._folder / name
         try:
             digests = {f"{POLICY_FOLDER}/{file}": digest for file, digest in written.result(WRITE_TIMEOUT_S).items()}
-            write_manifest(partial, {STATE_FILE: digest_of(partial / STATE_FILE), **digests})
+            small = [name for name in (STATE_FILE, MADE_WITH_FILE) if (partial / name).exists()]
+            write_manifest(partial, {**digests, **{name: digest_of(partial / name) for name in small}})
             put_in_place(partial, final)
             write_whole(self._folder / LATEST_FILE, name)
             if best is not None:
@@ -142,10 +184,10 @@ class CheckpointSaver:
         )
 
     def _prune(self, newest: str) -> None:
-        """Remove what is older than `newest` but the `keep_last` newest of this history and the best."""
+        """Remove what is older than `newest` but the `keep_last` newest of this history, the best and the healthy."""
         best = read_best(self._folder.parent)
         self._own.add(newest)
-        kept = {*sorted(self._own)[-self._keep_last :], best.checkpoint if best else ""}
+        kept = {*sorted(self._own)[-self._keep_last :], best.checkpoint if best else "", self.newest_healthy}
         for name in sorted(path.name for path in self._folder.glob("step-*")):
             if name < newest and name not in kept:
                 shutil.rmtree(self._folder / name)
@@ -255,18 +297,6 @@ def pointed_name(folder: Path) -> str:
             f"{folder / LATEST_FILE} must hold the name of a checkpoint and cannot be read ({error}): write the newest "
             "one's into it"
         ) from error
-
-
-def way_back(run_dir: Path) -> str:
-    """Return what to do about a policy that has diverged: which checkpoint is good, and how to go on from it."""
-    folder = run_dir / "checkpoints"
-    names = [path.name for path in folder.glob("step-*") if path.name <= pointed_name(folder)]
-    if not names:
-        return "there is no checkpoint yet: start the run again with a lower optimizer.lr"
-    return (
-        f"nothing was saved since {folder / max(names)}, which is good: start the run again with a lower optimizer.lr, "
-        f"which it takes from there, or write the name of an earlier checkpoint into {folder / LATEST_FILE}"
-    )
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

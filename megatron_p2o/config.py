@@ -306,7 +306,8 @@ class ScheduleConfig:
     save_every_steps: NonNegativeInt = 30
     """0 saves only at the end."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints kept on disk, the newest included."""
+    """Checkpoints kept on disk, the newest included. The newest that a later step has sampled and learnt from is kept
+    besides: the last may be of a policy that has just diverged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,6 +37,7 @@ from megatron_p2o.processes import (
 )
 from megatron_p2o.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
 from megatron_p2o.rendezvous import BACKEND
+from megatron_p2o.resume_check import check_resume
 from megatron_p2o.rollout.remote import own_address
 from megatron_p2o.rollout.scratch import Scratch
 from megatron_p2o.rollout.server import EngineStartFailed
@@ -76,6 +77,8 @@ def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arg
     """Run the ranks of this node to their end; see `launch`."""
     if nodes.is_head:
         forget_errors(run_dir)  # before the settings, which the other nodes wait for
+        if not arguments:  # it trains: what a checkpoint cannot go on with must not become the run's settings
+            check_resume(with_template_date(config, run_dir / "config.yaml"), run_dir)
     resolved = share_settings(config, run_dir, nodes)
     prepare_environment(config)
     prepare_gpus(config.parallel)

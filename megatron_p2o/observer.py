@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_p2o.alarms import (
     MISMATCH,
+    HealthWatch,
     MismatchWatch,
     stop_where_nothing_was_sampled,
     warn_of_a_skipped_round,
@@ -96,6 +97,7 @@ class RunObserver:
         # An empty library, after everything was internalised, does not make the last template worth less.
         self._best_template = template_of(resumed.best_template) if resumed else PLAIN
         self._library_version = resumed.library_version if resumed else 0
+        self._health = HealthWatch()
         self._mismatch = MismatchWatch(config.scoring, _earlier_mismatches(files.run_dir) if resumed else [])
 
     @property
@@ -129,6 +131,8 @@ class RunObserver:
             self._files.rollouts.write(state.step, result.groups, self._parts.renderer.decode)
         warn_of_skipped_updates(state.step, result.reports)
         warn_of_undecided(state.step, metrics, self._config.grading.undecided_alarm)
+        if self._health.is_healthy(state.step, result.groups, result.reports):
+            self._files.checkpoints.confirm(state.step)
         stop_where_nothing_was_sampled(state.step, result.groups)
         self._mismatch.look(state.step, metrics)
         best = None
@@ -189,12 +193,13 @@ class RunObserver:
             self._keep_library(state.library)
             self._files.checkpoints.begin(self._run_state(state), best)
 
-    def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and log its failure: the run ends anyway."""
+    def way_back(self, is_newest_good: bool) -> str:
+        """Return `CheckpointSaver.way_back`; waits for the last checkpoint, whose failure is logged: the run ends."""
         try:
             self._files.checkpoints.finish()
         except CheckpointError as error:
             logger.warning("%s", error)
+        return self._files.checkpoints.way_back(is_newest_good)
 
     def save_last(self, state: TrainState) -> None:
         """Write a checkpoint of `state` and wait until it is whole. Raises `CheckpointError`."""
@@ -276,7 +281,7 @@ class RunObserver:
             batch=state.batch,
             hard_problem_ids=tuple(problem.id for problem in state.hard),
             library_version=state.library.version,
-            num_ledger_entries=self.ledger.num_entries,
+            num_ledger_entries=self._files.ledger.num_entries,
             num_metrics_lines=self._files.metrics.num_lines,
             first_round=self._first_round,
             published_accuracy=self._published_accuracy,

@@ -11,23 +11,26 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from megatron_p2o.alarms import NothingLearnt, StepGivenUp
 from megatron_p2o.algorithm import Parts, SamplingParts, TrainState, train
 from megatron_p2o.benchmark import answer, checkpoint_subject, discard_answers, open_benchmarks, write_results
-from megatron_p2o.checkpoints import LATEST_FILE, POLICY_FOLDER, CheckpointSaver, checked, latest_checkpoint, way_back
+from megatron_p2o.checkpoints import LATEST_FILE, POLICY_FOLDER, CheckpointSaver, checked, latest_checkpoint
 from megatron_p2o.config import Config
 from megatron_p2o.config_file import load_config
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import chat_renderer
 from megatron_p2o.evolve.beside import BesideTraining
-from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path
 from megatron_p2o.evolve.session import EvolutionSession
 from megatron_p2o.host_memory import host_memory_of
 from megatron_p2o.inputs import Inputs, evolution_notice, load_inputs, summary_of
 from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution, TemplateLibrary
+from megatron_p2o.made_with import made_with, note_start, read_made_with
 from megatron_p2o.memory_plan import planned_memory, with_planned_cache
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
@@ -45,13 +48,14 @@ from megatron_p2o.policy.settings import (
 )
 from megatron_p2o.processes import end_with_parent
 from megatron_p2o.rank_errors import report_error
+from megatron_p2o.resume_check import Change, check_resume, of_ids, resumed_library, resumption
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import SglangEngine, start_engines
 from megatron_p2o.rollout.outlet import open_outlet
 from megatron_p2o.rollout.remote import meet_agents
 from megatron_p2o.rollout.server import EngineStartFailed
 from megatron_p2o.rollout.server_arguments import check_arguments
-from megatron_p2o.run_state import STATE_FILE, LedgerFile, StopRequest, read_state
+from megatron_p2o.run_state import STATE_FILE, LedgerFile, RunState, StopRequest, read_state
 from megatron_p2o.template_evaluation import TemplateEvaluator, free_scores, round_statistics
 from megatron_p2o.terminal import say, set_up_logging
 from megatron_p2o.types import Completion, Group, Problem, Prompt, SamplingParams
@@ -140,6 +144,9 @@ def dry_run(config: Config) -> None:
     for line in summary_of(config, load_inputs(config)):
         say(line)
     say(f"megatron: {megatron_summary(config)}")
+    resumed = check_resume(config, config.run.folder)
+    for change in resumed.changes if resumed else ():
+        say(f"changed since the checkpoint: {change}")
     problems = machine_problems(config, settings, machine_capabilities())
     try:
         check_arguments(config)
@@ -183,6 +190,10 @@ class Conductor:
         self.stop = StopRequest(run_dir)
         self.checkpoint = checkpoint
         self.resumed = read_state(checkpoint / STATE_FILE) if checkpoint else None
+        self.made_with = made_with(config, self.inputs.train)
+        self.made_before = read_made_with(checkpoint) if checkpoint else None
+        self.changes: Sequence[Change] = ()
+        self.state = self._initial_state()
         notice = evolution_notice(config, len(self.batches_of(0)))
         if notice is not None:
             logger.warning(notice)
@@ -205,7 +216,6 @@ class Conductor:
             renderer=self.inputs.renderer,
             evolution=TimedEvolution(evolution, self.clock) if evolution else None,
         )
-        self.state = self._initial_state()
         if checkpoint:
             load_finite(policy, checkpoint)
         # Also a fresh run: from the first rollout on, what the engines serve has been compared with the trainer.
@@ -217,13 +227,16 @@ class Conductor:
         config, state = self.config, self.state
         stop = self.stop
         observer = self._observer(stop)
+        note_start(self.run_dir, self.made_with, state.step, [asdict(change) for change in self.changes])
         observer.on_start(state)
         self._begin_unfinished_round()
         try:
             state = train(self.batches_of, state, observer.ledger, self.parts, observer, config)
-        except PolicyDiverged as error:
-            observer.finish_saving()
-            raise PolicyDiverged(f"{error}; {way_back(self.run_dir)}") from error
+        except PolicyDiverged as error:  # by a step whose gradient was finite, at the weights of the newest checkpoint
+            raise PolicyDiverged(f"{error}; {observer.way_back(is_newest_good=True)}") from error
+        except (NothingLearnt, StepGivenUp) as error:
+            way = observer.way_back(is_newest_good=False)
+            raise type(error)(f"{error}; if the policy has diverged: {way}") from error
         if stop.is_made():
             observer.save_last(state)
             stop.clear()
@@ -250,7 +263,7 @@ class Conductor:
             ledger=ledger,
             metrics=self._stack.enter_context(metrics),
             checkpoints=CheckpointSaver(
-                self.run_dir, self.policy, self.config.schedule.keep_checkpoints, self.checkpoint
+                self.run_dir, self.policy, self.config.schedule.keep_checkpoints, self.checkpoint, self.made_with
             ),
             rollouts=RolloutWriter(self.run_dir / "rollouts", self.resumed.step if self.resumed else -1),
         )
@@ -280,23 +293,36 @@ class Conductor:
         resumed = self.resumed
         if resumed is None:
             return TrainState(library=EMPTY_LIBRARY)
-        by_id = {problem.id: problem for problem in self.inputs.train}
+        assert self.checkpoint is not None, "it was resumed from there"
         return TrainState(
-            library=load_library(library_path(self.run_dir, resumed.library_version))
-            if resumed.library_version
-            else EMPTY_LIBRARY,
+            library=resumed_library(self.run_dir, resumed.library_version, self.config.rollout.group_size),
             step=resumed.step,
             epoch=resumed.epoch,
-            batch=resumed.batch,
-            hard=tuple(by_id[problem_id] for problem_id in resumed.hard_problem_ids),
+            batch=self._batch(resumed, self.checkpoint),
+            hard=tuple(self._problems(resumed.hard_problem_ids)),
         )
+
+    def _batch(self, resumed: RunState, checkpoint: Path) -> int:
+        """Return the data cursor. Says what has changed since the checkpoint, or raises `ResumeRefused`."""
+        if self.made_before is None:
+            say(f"{checkpoint} does not say what it was made with: settings, data and model count as they are now")
+            return resumed.batch
+        how = resumption(self.made_before, self.made_with, resumed, checkpoint)
+        self.changes = how.changes
+        for change in how.changes:
+            say(f"changed since {checkpoint.name}: {change}")
+        return how.batch
+
+    def _problems(self, ids: Sequence[str]) -> Sequence[Problem]:
+        """Return the problems of a list in the checkpoint."""
+        assert self.checkpoint is not None, "it was resumed from there"
+        return of_ids(ids, self.inputs.train, self.made_before, self.checkpoint)
 
     def _begin_unfinished_round(self) -> None:
         """Go on with the round that ran beside training when the checkpoint was written; its journal knows how far."""
         resumed, evolution = self.resumed, self.parts.evolution
         if resumed and evolution and resumed.round_problem_ids:
-            by_id = {problem.id: problem for problem in self.inputs.train}
-            hard = [by_id[problem_id] for problem_id in resumed.round_problem_ids]
+            hard = self._problems(resumed.round_problem_ids)
             evolution.evolve(hard, self.state.library, resumed.round_epoch)
 
     def _start_evolution(self, stack: ExitStack) -> EvolutionSession:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.checkpoints import Best, CheckpointSaver, checked, damage_of, latest_checkpoint, read_best, way_back
+from megatron_p2o.checkpoints import Best, CheckpointSaver, checked, damage_of, latest_checkpoint, read_best
 from megatron_p2o.files import FileDigest
 from megatron_p2o.run_state import STATE_FILE, CheckpointError, RunState, read_state
 from megatron_p2o.testing.fakes import FakePolicy
@@ -154,11 +154,28 @@ def test_a_pointer_that_is_no_name_is_an_error_with_its_path(tmp_path: Path) -> 
         latest_checkpoint(tmp_path)
 
 
-def test_the_way_back_from_a_diverged_policy_names_the_newest_checkpoint(tmp_path: Path) -> None:
-    assert "no checkpoint yet" in way_back(tmp_path)
-    saved(tmp_path, 1, 2, 3)
-    (tmp_path / "checkpoints" / "latest").write_text("step-000002")
-    assert f"{tmp_path}/checkpoints/step-000002, which is good" in way_back(tmp_path)
+def test_the_newest_checkpoint_that_a_healthy_step_has_shown_good_is_kept_and_is_the_way_back(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    saver = CheckpointSaver(tmp_path, FakePolicy(), keep_last=1)
+    assert "no checkpoint yet" in saver.way_back(is_newest_good=False)
+    for step in (1, 2, 3):
+        saver.confirm(step)
+        saver.begin(state(step))
+        saver.finish()
+    assert names(tmp_path) == ["latest", "step-000002", "step-000003"], "step 3 was healthy, so were the weights of 2"
+    for step in (4, 5, 6):  # their gradients are not finite
+        saver.begin(state(step))
+        saver.finish()
+    assert names(tmp_path) == ["latest", "step-000002", "step-000006"]
+    assert f"{folder}/step-000002 is the newest that is good: write step-000002" in saver.way_back(is_newest_good=False)
+    assert f"{folder}/step-000006 is good" in saver.way_back(is_newest_good=True)
+    saver.confirm(7)
+    assert f"{folder}/step-000006 is good" in saver.way_back(is_newest_good=False)
+    saver.begin(state(7))
+    saver.finish()
+    assert names(tmp_path) == ["latest", "step-000006", "step-000007"]
+    again = CheckpointSaver(tmp_path, FakePolicy(), keep_last=1, resumed=folder / "step-000007")
+    assert "no checkpoint is known to be good" in again.way_back(is_newest_good=False)
 
 
 class SlowPolicy(FakePolicy):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_p2o.alarms import MISMATCH, MismatchAlarm, MismatchWatch, StepGivenUp
+from megatron_p2o.alarms import MISMATCH, HealthWatch, MismatchAlarm, MismatchWatch, NothingLearnt, StepGivenUp
 from megatron_p2o.algorithm import StepResult, TrainState
 from megatron_p2o.config import Config, ScoringConfig
 from megatron_p2o.metrics.clock import PhaseClock
@@ -35,7 +35,7 @@ def observer_of(config: Config, run_dir: Path, written: list[str], resumed: RunS
     def remember(name: str) -> Callable[..., None]:
         return lambda *_: written.append(name)
 
-    nothing = SimpleNamespace(check=lambda: None, save=remember("checkpoint"))
+    nothing = SimpleNamespace(check=lambda: None, confirm=lambda _: None, save=remember("checkpoint"))
     files: Any = SimpleNamespace(
         run_dir=run_dir,
         checkpoints=nothing,
@@ -230,3 +230,25 @@ def test_a_round_that_is_skipped_for_want_of_hard_problems_is_warned_of_and_coun
         "epoch 1: no prompts evolve, every problem is asked plainly: 9 problems are hard, fewer than hard.min_problems="
     )
     assert (said in caplog.text) == (expected == 1)
+
+
+def test_a_run_without_one_finite_gradient_for_steps_on_end_is_ended_and_vouches_for_no_weights() -> None:
+    def reports(*outcomes: UpdateOutcome) -> list[UpdateReport]:
+        return [UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, outcome=outcome) for outcome in outcomes]
+
+    def group(*reasons: FinishReason) -> Group:
+        rollouts = tuple(fake_rollout(fake_problem(1), reward=0, finish_reason=reason) for reason in reasons)
+        return Group(problem=fake_problem(1), rollouts=rollouts, advantages=(0.0,) * len(rollouts))
+
+    watch, sampled = HealthWatch(), [group("stop", "abort")]
+    assert watch.is_healthy(1, sampled, reports("empty", "applied"))
+    assert watch.is_healthy(2, sampled, reports("empty", "empty")), "all groups agreed: nothing to learn, and no fault"
+    assert not watch.is_healthy(3, [group("abort", "abort")], reports("empty"))
+    assert watch.is_healthy(4, sampled, reports("applied", "non_finite")), "the first update speaks for the weights"
+    for step in (5, 6):
+        assert not watch.is_healthy(step, sampled, reports("non_finite", "non_finite", "empty"))
+    assert not watch.is_healthy(7, sampled, reports("non_finite", "applied"))
+    for step in (8, 9):
+        assert not watch.is_healthy(step, sampled, reports("non_finite"))
+    with pytest.raises(NothingLearnt, match="step 10: no gradient of the last 3 steps was finite"):
+        watch.is_healthy(10, sampled, reports("non_finite"))
