@@ -20,7 +20,7 @@ POLL_S = 0.02
 
 AS_TEXT: dict[str, Any] = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
-ENGINE, GRADER, EVOLUTION = ("sglang::scheduler", "sglang::detokenizer"), "rewards/worker.py", "evolve.service"
+ENGINE, GRADER, EVOLUTION = ("sglang::scheduler", "sglang::detokenizer"), "rewards/fork_server.py", "evolve.service"
 """Parts of command lines."""
 
 pytestmark = pytest.mark.slow

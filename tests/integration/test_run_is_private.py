@@ -26,7 +26,7 @@ SECRETS = {
 }
 """The last is a secret only because `evolution.reflection.api_key_env` says so."""
 
-PARTS = ("megatron_p2o.train", "rollout.launcher", "sglang::scheduler", "rewards/worker.py", "evolve.service")
+PARTS = ("megatron_p2o.train", "rollout.launcher", "sglang::scheduler", "rewards/fork_server.py", "evolve.service")
 """Of command lines: what a run consists of."""
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 def test_nothing_listens_where_another_machine_could_reach_it(watched: tuple[Watch, Path, str]) -> None:
     watch, _, _ = watched
     assert {address for address, _ in watch.listening} == {"127.0.0.1"}, watch.listening
-    assert not [line for _, line in watch.listening if "rewards/worker.py" in line or "evolve.service" in line]
+    assert not [line for _, line in watch.listening if "rewards/fork_server.py" in line or "evolve.service" in line]
 
 
 def test_no_process_of_a_run_holds_a_secret_that_it_does_not_need(watched: tuple[Watch, Path, str]) -> None:
