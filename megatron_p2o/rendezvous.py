@@ -5,6 +5,7 @@ may have left there. The ranks of a single machine meet in a file that only thei
 meet at the address of the head that the other nodes are told; nothing that is read there is unpickled.
 """
 
+import errno
 import ipaddress
 import os
 import socket
@@ -99,33 +100,51 @@ def meet_at_head(nodes: Nodes, timeout: timedelta) -> TCPStore:
 def head_listener(nodes: Nodes) -> socket.socket:
     """Return a socket that listens at the head's address in the nodes' network and at no other.
 
-    Where the head's name is a loopback address on the head itself, as Debian sets it up, the network cannot be told
-    from it: it listens everywhere then, and says so.
-
     Raises:
         ValueError: this machine cannot listen there.
     """
-    wanted = os.environ.get(ADDRESS_VARIABLE) or nodes.head_address
     try:
-        found = socket.getaddrinfo(wanted, nodes.head_port, type=socket.SOCK_STREAM)
-        family, *_, place = found[0]
-        if is_loopback(str(place[0])) and not is_address(wanted):
-            say(
-                f"p2o: {wanted} is {place[0]} here, which other nodes do not reach: listening on every address. Set "
-                f"{HEAD_VARIABLE} to this node's address in the network of the nodes",
-                sys.stderr,
-            )
-            place = (EVERY_ADDRESS[family == socket.AF_INET6], *place[1:])
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        return listener_at(nodes.head_address, nodes.head_port)
+    except OSError as error:
+        elsewhere = os.environ.get(ADDRESS_VARIABLE)
+        if elsewhere is not None and error.errno == errno.EADDRNOTAVAIL:
+            return listener_at(elsewhere, nodes.head_port)
+        raise ValueError(
+            f"the head node cannot listen at {nodes.head_address}:{nodes.head_port} ({error}): name the head by an "
+            f"address of its own ({HEAD_VARIABLE} under srun, or --head), or set {ADDRESS_VARIABLE} there to one, if "
+            "the others know it by none"
+        ) from error
+
+
+def listener_at(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at one address of `host`, this machine.
+
+    Where its name is a loopback address on the machine itself, as Debian sets it up, its network cannot be told from
+    it: it listens everywhere then, and says so. Raises `OSError`.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, *_, place = min(found, key=lambda known: distance(known[0], str(known[4][0])))
+    if is_loopback(str(place[0])) and not is_address(host):
+        say(
+            f"p2o: {host} is {place[0]} here, which other nodes do not reach: listening on every address. Set "
+            f"{HEAD_VARIABLE} to this node's address in the network of the nodes",
+            sys.stderr,
+        )
+        place = (EVERY_ADDRESS[family == socket.AF_INET6], *place[1:])
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
         listener.listen(LISTEN_BACKLOG)
-    except OSError as error:
-        raise ValueError(
-            f"the head node cannot listen at {wanted}:{nodes.head_port} ({error}): name the head by an address of its "
-            f"own ({HEAD_VARIABLE} under srun, or --head), or set {ADDRESS_VARIABLE} there if others reach it elsewhere"
-        ) from error
+    except OSError:
+        listener.close()
+        raise
     return listener
+
+
+def distance(family: int, address: str) -> tuple[bool, bool]:
+    """Return the key that puts first what other nodes reach: networks before loopback, then IPv4, which all have."""
+    return is_loopback(address), family != socket.AF_INET
 
 
 def is_address(text: str) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import DistError, TCPStore
 
 from megatron_p2o.nodes import Nodes, nodes_from_options
-from megatron_p2o.rendezvous import head_listener, meet_at_head
+from megatron_p2o.rendezvous import distance, head_listener, meet_at_head
 
 ALONE = """
 import sys
@@ -109,6 +109,9 @@ def test_a_head_that_cannot_listen_at_its_address_says_so(monkeypatch: pytest.Mo
     monkeypatch.setenv("P2O_NODE_ADDRESS", "127.0.0.1")
     with head_listener(elsewhere) as listener:
         assert listener.getsockname() == ("127.0.0.1", port)
+    monkeypatch.setenv("P2O_NODE_ADDRESS", "127.0.0.3")  # of its agent, where the others know the head well
+    with head_listener(nodes_from_options(2, 0, f"127.0.0.2:{port}")) as listener:
+        assert listener.getsockname() == ("127.0.0.2", port)
 
 
 def test_a_head_whose_name_is_a_loopback_address_listens_everywhere_and_says_so(
@@ -118,3 +121,10 @@ def test_a_head_whose_name_is_a_loopback_address_listens_everywhere_and_says_so(
     with head_listener(named) as listener:
         assert listener.getsockname()[0] in ("0.0.0.0", "::")
     assert "listening on every address. Set P2O_HEAD_ADDRESS" in capsys.readouterr().err
+
+
+def test_of_a_name_s_addresses_the_one_that_others_reach_comes_first() -> None:
+    v4, v6 = socket.AF_INET, socket.AF_INET6
+    known = [(v6, "::1"), (v6, "fe80::1%eth0"), (v4, "127.0.1.1"), (v4, "10.0.0.7")]
+    ordered = sorted(known, key=lambda each: distance(*each))
+    assert [address for _, address in ordered] == ["10.0.0.7", "fe80::1%eth0", "127.0.1.1", "::1"]
