@@ -29,7 +29,7 @@ from megatron_p2o.seeds import seed_of
 PERMANENT_STATUSES = frozenset({401, 402, 403, 404, 405})
 """Wrong key, no money, no permission, wrong address: the next request would fare no better. Redirects are the same."""
 
-TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
+TRANSIENT_STATUSES = frozenset({408, 409, 429})
 """Of those below 500; from there on all are. The client has tried them again."""
 
 MAX_REFUSED_REQUESTS = 5
@@ -61,18 +61,18 @@ class ChatCompletions:
     ) -> None:
         """`extra_body` goes into every request, beneath `config.extra_body`.
 
-        Raises `ValueError` when the endpoint is not named, or a proxy of the environment cannot be used.
+        Raises `ValueError` when the endpoint is not named, or the key or a proxy of the environment cannot be used.
         """
         base_url, model = endpoint_of(config)
         self._config = config
         self._url = base_url.rstrip("/") + "/chat/completions"
         self._model = model
-        self._api_key = api_key
+        self._api_key = _checked_key(api_key, config.api_key_env)
         self._seed = seed
         self._extra_body = {**(extra_body or {}), **config.extra_body}
         self._client = AsyncOpenAI(
             base_url=base_url,
-            api_key=api_key or "",
+            api_key=self._api_key,
             timeout=config.timeout_s,
             max_retries=config.max_retries,
             default_headers={"Accept-Encoding": "identity"},
@@ -167,6 +167,14 @@ class ChatCompletions:
         """Return the beginning of a message of others without the key, which some endpoints echo."""
         text = content if isinstance(content, str) else content.decode(errors="replace")
         return quoted(text.replace(self._api_key, "***") if self._api_key else text)
+
+
+def _checked_key(api_key: str | None, variable: str) -> str:
+    """Return the key as a header can carry it, "" without one. Raises `ValueError`, which does not tell the key."""
+    key = (api_key or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"${variable} must hold a key of printable ASCII characters")
+    return key
 
 
 def is_loopback(url: str) -> bool:

@@ -447,3 +447,22 @@ def test_backend_without_an_endpoint_is_refused_at_the_start() -> None:
         build_reflector(ReflectionConfig(backend="self"), 1, {})
     with pytest.raises(ValueError, match=r"backend=phrasebook needs evolution\.reflection\.phrases"):
         build_reflector(ReflectionConfig(backend="phrasebook"), 1, {})
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "host/v1", "ftp://host", "http://", "http://[::1", "http://h:port"]
+)
+def test_address_that_is_none_is_refused_at_the_start(url: str) -> None:
+    with pytest.raises(ValueError, match=r"evolution\.reflection\.base_url='.*' must be an address such as https://"):
+        build_reflector(ReflectionConfig(backend="openai", base_url=url, model="m"), 1, {})
+
+
+@pytest.mark.parametrize("key", ["sk-sécret", "sk-two\nlines", "sk-\x1bescape"])
+def test_key_that_no_header_can_carry_is_refused_and_not_told(key: str) -> None:
+    with pytest.raises(ValueError, match=r"^\$P2O_REFLECTION_API_KEY must hold a key of printable ASCII characters$"):
+        ChatCompletions(ReflectionConfig(backend="openai", base_url="http://h/v1", model="m"), key, seed=1)
+
+
+def test_line_end_after_a_key_is_no_part_of_it() -> None:
+    _, seen = propose(GOOD, key=f"{KEY}\n")
+    assert seen.headers[0]["Authorization"] == f"Bearer {KEY}"
