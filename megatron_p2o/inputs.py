@@ -113,7 +113,7 @@ def evolution_notice(config: Config, num_steps_per_epoch: int) -> str | None:
         return None
     if schedule.epochs == 1:
         return "prompts do not evolve: rounds run between epochs, and schedule.epochs=1"
-    if schedule.max_steps is not None and schedule.max_steps < num_steps_per_epoch:
+    if schedule.max_steps is not None and schedule.max_steps <= num_steps_per_epoch:
         return (
             f"prompts do not evolve: rounds run between epochs, and schedule.max_steps={schedule.max_steps} ends the "
             f"run in the first, of {num_steps_per_epoch} steps"

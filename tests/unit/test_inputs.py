@@ -30,6 +30,7 @@ def settings_file(tmp_path: Path, model: Path) -> Path:
     for name in ("train", "held"):
         rows = ({"id": f"{name}{number}", "question": f"{number}+1", "answer": "2"} for number in range(NUM_PROBLEMS))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "phrases.txt").write_text("Think.\n")
     sections: dict[str, Any] = {
         "run": {"name": "test", "directory": str(tmp_path)},
         "model": {"path": str(model), "dtype": "float32"},
@@ -41,7 +42,7 @@ def settings_file(tmp_path: Path, model: Path) -> Path:
         "schedule": {"problems_per_step": 3, "problems_per_update": 3, "epochs": 2},
         "rollout": {"max_new_tokens": 100},
         "hard": {"min_problems": 6},
-        "evolution": {"reflection": {"backend": "openai", "base_url": "http://127.0.0.1:9/v1", "model": "any"}},
+        "evolution": {"reflection": {"backend": "phrasebook", "phrases": str(tmp_path / "phrases.txt")}},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(sections))
@@ -117,10 +118,10 @@ def test_hard_problems_are_counted_among_those_that_an_epoch_asks() -> None:
         ({"schedule.epochs": 1}, "schedule.epochs=1"),
         ({"schedule.epochs": 1, "evolution.enabled": False}, None),
         (
-            {"schedule.epochs": 2, "schedule.max_steps": 9},
-            "schedule.max_steps=9 ends the run in the first, of 10 steps",
+            {"schedule.epochs": 2, "schedule.max_steps": 10},
+            "schedule.max_steps=10 ends the run in the first, of 10 steps",
         ),
-        ({"schedule.epochs": 2, "schedule.max_steps": 10}, None),
+        ({"schedule.epochs": 2, "schedule.max_steps": 11}, None),
     ],
 )
 def test_a_schedule_on_which_no_prompts_evolve_is_said(settings: dict[str, Any], said: str | None) -> None:
