@@ -79,7 +79,9 @@ class RunObserver:
         take_round_statistics: Callable[[], RoundStatistics],
         process_metrics: Callable[[Mapping[str, int]], Mapping[str, float]],
         resumed: RunState | None,
+        is_measured_otherwise: bool = False,
     ) -> None:
+        """`is_measured_otherwise`: scores on `evaluation.best_set` cannot be compared with those before the resume."""
         self._config, self._parts, self._files, self._clock, self._stop = config, parts, files, clock, stop
         self._evaluation_sets = evaluation_sets
         self._observe_groups = observe_groups
@@ -93,7 +95,7 @@ class RunObserver:
         self._first_round: RoundStatistics = resumed.first_round if resumed else {}
         self._published_accuracy: Mapping[str, float] = resumed.published_accuracy if resumed else {}
         self._is_resumed = resumed is not None
-        self._best = _best_of_history(files.run_dir, config.evaluation, resumed)
+        self._best = None if is_measured_otherwise else _best_of_history(files.run_dir, config.evaluation, resumed)
         # An empty library, after everything was internalised, does not make the last template worth less.
         self._best_template = template_of(resumed.best_template) if resumed else PLAIN
         self._library_version = resumed.library_version if resumed else 0

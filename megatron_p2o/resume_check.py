@@ -27,6 +27,9 @@ MAX_VALUE_CHARS = 60
 
 NEW_RUN = "begin another run (run.name) from this one's weights (tools/convert_checkpoint.py)"
 
+CONTENT = "content "
+"""Begins how a file's content is quoted."""
+
 PER_STEP = "schedule.problems_per_step"
 
 logger = logging.getLogger(__name__)
@@ -162,6 +165,16 @@ def resumed_library(run_dir: Path, version: int, group_size: int) -> PublishedLi
     return library
 
 
+def is_measured_otherwise(changes: Sequence[Change], evaluation_set: str | None) -> bool:
+    """Return whether scores on a set of `data.evaluation` cannot be compared with those before the changes."""
+    measures = ("evaluation.num_samples", "evaluation.temperature")
+    names = (f"data.evaluation.{evaluation_set}", *measures, *(f"{each}_of.{evaluation_set}" for each in measures))
+    # The path of a file may change while its content does not.
+    return any(
+        change.name in names and (change.name != names[0] or str(change.old).startswith(CONTENT)) for change in changes
+    )
+
+
 def of_ids(ids: Sequence[str], problems: Sequence[Problem], made: MadeWith | None, checkpoint: Path) -> list[Problem]:
     """Return the problems of a checkpoint's lists of ids, less those that `data.train` holds no more.
 
@@ -199,7 +212,7 @@ def _file_differences(old: MadeWith, new: MadeWith) -> Iterator[_Difference]:
     for name in sorted(old.files.keys() & new.files.keys() - {"data.train"}):
         pair = (old.files[name], new.files[name])
         if pair[0] != pair[1]:
-            before, after = (f"content {digest[:8]}" for digest in pair)
+            before, after = (f"{CONTENT}{digest[:8]}" for digest in pair)
             yield _Difference(name=name, old=before, new=after, effect=effect_of_file(name))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 Effect = Literal["none", "step", "round", "evaluation", "order", "problems", "refused"]
-"""`none`: no result depends on it. `step`, `round`, `evaluation`: takes effect with the next one. `order`: the order in
+"""`none`: no result depends on it. `step`, `evaluation`: takes effect with the next one. `round`: in
+rounds of prompt evolution. `order`: the order in
 which an epoch asks its problems depends on it, so it takes effect where that can be said exactly and is refused
 elsewhere. `problems`: what counts is the problems it leads to, and those are compared. `refused`: what the checkpoint
 holds means nothing else under another value."""
@@ -15,7 +16,7 @@ holds means nothing else under another value."""
 WHEN: Mapping[Effect, str] = {
     "none": "no result depends on it",
     "step": "from the next step on",
-    "round": "from the next round of prompt evolution on; one that has begun begins anew where its rules change",
+    "round": "in prompt evolution from now on; a round that has begun begins anew where its rules change",
     "evaluation": "from the next evaluation on",
     "problems": "through the problems that it leads to",
 }

@@ -48,7 +48,7 @@ from megatron_p2o.policy.settings import (
 )
 from megatron_p2o.processes import end_with_parent
 from megatron_p2o.rank_errors import report_error
-from megatron_p2o.resume_check import Change, check_resume, of_ids, resumed_library, resumption
+from megatron_p2o.resume_check import Change, check_resume, is_measured_otherwise, of_ids, resumed_library, resumption
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import SglangEngine, start_engines
 from megatron_p2o.rollout.outlet import open_outlet
@@ -279,6 +279,7 @@ class Conductor:
             take_round_statistics=self._take_round_statistics,
             process_metrics=self._process_metrics,
             resumed=self.resumed,
+            is_measured_otherwise=is_measured_otherwise(self.changes, self.config.evaluation.best_set),
         )
 
     def _process_metrics(self, phase_peak_bytes: Mapping[str, int]) -> Mapping[str, float]:

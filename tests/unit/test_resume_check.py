@@ -19,6 +19,7 @@ from megatron_p2o.resume_check import (
     ResumeRefused,
     Resumption,
     check_resume,
+    is_measured_otherwise,
     of_ids,
     resumed_library,
     resumption,
@@ -113,7 +114,7 @@ def test_the_same_settings_and_files_change_nothing(tmp_path: Path, model: Path)
         ("schedule.max_steps=40", "schedule.max_steps: none -> 40: from step 3 on"),
         (
             "evolution.dev_size=12",
-            "evolution.dev_size: 300 -> 12: from the next round of prompt evolution on; one that",
+            "evolution.dev_size: 300 -> 12: in prompt evolution from now on; a round that",
         ),
         ("evaluation.every_steps=7", "evaluation.every_steps: 30 -> 7: from the next evaluation on"),
         ("logging.console=false", "logging.console: True -> False: no result depends on it"),
@@ -304,6 +305,26 @@ def test_the_history_of_a_run_tells_what_changed_at_which_step(tmp_path: Path, m
     assert (first["step"], last["step"], last["changes"][0]["new"]) == (0, 40, 1e-7)
     assert first["made_with"]["settings"] == settings_of(config_of(tmp_path, model))
     assert first["made_with"]["problems"]["count"] == 24
+
+
+def test_a_best_score_counts_no_more_when_its_set_is_measured_otherwise(tmp_path: Path, model: Path) -> None:
+    sets = {name: tmp_path / f"{name}.jsonl" for name in ("hard", "easy", "copy")}
+    for path in sets.values():
+        write_problems(path, PROBLEMS[:4])
+    given = [f"data.evaluation.{name}={sets[name]}" for name in ("hard", "easy")]
+    before = made_with(config_of(tmp_path, model, *given), PROBLEMS)
+
+    def is_other(*overrides: str) -> bool:
+        after = made_with(config_of(tmp_path, model, *given, *overrides), PROBLEMS)
+        return is_measured_otherwise(resumption(before, after, state(2, 2), tmp_path).changes, "hard")
+
+    assert not is_other() and not is_other("evaluation.num_samples_of={easy: 3}", "evaluation.every_steps=4")
+    assert is_other("evaluation.num_samples_of={hard: 3}") and is_other("evaluation.temperature=0.1")
+    assert not is_other(f"data.evaluation.hard={sets['copy']}"), "the same problems elsewhere"
+    write_problems(sets["easy"], PROBLEMS[:5])
+    assert not is_other()
+    write_problems(sets["hard"], PROBLEMS[:5])
+    assert is_other()
 
 
 def test_settings_are_compared_as_a_file_gives_them_back(tmp_path: Path, model: Path) -> None:
