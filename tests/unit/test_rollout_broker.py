@@ -11,6 +11,8 @@ import pytest
 from megatron_p2o.rollout.broker import Broker, BrokerClosed, EnginesLost
 from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable, Generation, RequestRefused
 from megatron_p2o.rollout.requests import EVERYONE, NOBODY, Priority, StoppableClock
+from megatron_p2o.template_evaluation import TemplateEvaluator
+from megatron_p2o.testing.fakes import FakeGrader, FakeRenderer, fake_problem
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8)
@@ -423,6 +425,26 @@ def test_cancelling_a_future_aborts_the_request_and_frees_its_slot() -> None:
         last = broker.submit(prompt(3), SAMPLING)
         settled(broker)
         assert queued.cancel() and running.cancel()
+        settled(broker)
+        client.release()
+        last.result(WAIT_S)
+    assert client.served == [3]
+    assert len(client.aborted) == 1
+
+
+def test_an_evaluation_that_is_cancelled_leaves_the_engine_and_its_slot() -> None:
+    """A round of evolution that is cut off cancels what it waits for."""
+    with broker_with(slots=1) as (broker, (client,)):
+        evaluate = TemplateEvaluator(
+            lambda asked, sampling: broker.submit(asked, sampling, priority="evolution"),
+            FakeRenderer(),
+            FakeGrader(),
+            max_template_tokens=100,
+        )
+        running, queued = (evaluate(f"Template {number}.", fake_problem(number), SAMPLING) for number in (1, 2))
+        settled(broker)
+        assert running.cancel() and queued.cancel()
+        last = broker.submit(prompt(3), SAMPLING)
         settled(broker)
         client.release()
         last.result(WAIT_S)
