@@ -395,6 +395,25 @@ def test_a_refused_request_is_given_up_alone_and_named_once(caplog: pytest.LogCa
     assert record.message == "100 completions were refused by their engine; the first: engine 0 on problem p0: 400 no"
 
 
+@pytest.mark.parametrize("error", [EngineUnreachable("cut"), EngineRefused("500 no")])
+def test_aborts_that_find_the_engine_gone_say_nothing(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    with broker_with(slots=50) as (broker, (client,)):
+
+        async def fail(request_id: str) -> None:
+            raise error
+
+        client.abort = fail  # pyright: ignore[reportAttributeAccessIssue]
+        futures = [broker.submit(prompt(number), SAMPLING) for number in range(50)]
+        settled(broker)
+        for future in futures:
+            future.cancel()
+        settled(broker)
+        while broker._chores - {engine.heartbeat for engine in broker._engines}:
+            settled(broker)
+    warned = [record for record in caplog.records if "could not abort" in record.message]
+    assert len(warned) == (0 if isinstance(error, EngineUnreachable) else 50)
+
+
 def test_an_engine_that_refuses_everybody_is_an_error() -> None:
     with broker_with() as (broker, (client,)):
         client.release()
