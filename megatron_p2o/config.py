@@ -169,7 +169,7 @@ class GradingConfig:
     """Answer checking."""
 
     num_workers: PositiveInt = 2
-    """Processes that run math-verify."""
+    """Processes that compare answers by algebra."""
     deadline_s: Seconds = 1.0
     """Processor time, which a busy machine does not use up: a worker that takes more of it for one answer is killed,
     and the answer is undecided. Most take a thousandth of a second, those that need math-verify up to 0.3 s."""

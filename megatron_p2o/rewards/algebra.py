@@ -1,4 +1,4 @@
-"""Compares expressions at random points, and with math-verify.
+"""Compares expressions at random points, and with math-verify what has no expression.
 
 Two expressions that agree to a hundred digits at several random points are the same function; no simplification is
 needed, none can hang, and nothing that an expression holds is lost on the way. What `expression` does not read

@@ -136,7 +136,7 @@ def readings(text: str, has_decimal_comma: bool = False) -> tuple[Answer, ...]:
 def read(text: str) -> Answer:
     """Return the structure of an answer in normal form; never raises."""
     try:
-        return _read(_PREAMBLE.sub("", text).strip(" .") or text)
+        return _read(_PREAMBLE.sub("", text).strip().rstrip(".") or text)
     except (NotUnderstoodError, RecursionError):
         return Unread(text)
 
@@ -144,7 +144,7 @@ def read(text: str) -> Answer:
 def _read(text: str) -> Answer:
     whole = _WHOLE_TEXT.fullmatch(text)
     if whole:
-        return _read_text(whole[1].strip(" ."))
+        return _read_text(whole[1].strip().rstrip(". "))
     spaced = _SPACED_NUMBERS.fullmatch(text)
     if spaced:
         return _items("", text.split(" "), is_ordered=True)

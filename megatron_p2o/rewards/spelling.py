@@ -96,6 +96,9 @@ _DOUBLED = re.compile(
 _SYSTEM = re.compile(r"\\begin\{(cases|aligned)\}([^&]*)\\end\{\1\}")
 """Equations below one another."""
 
+_PLAIN_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+"""Most answers: in normal form already."""
+
 _QUAD = re.compile(rf"\\q?quad{_END}")
 _EQUALS = re.compile(r"(?<![<>!:])=")
 
@@ -106,6 +109,8 @@ def normal_form(text: str) -> str:
     Fonts that say nothing are gone; words stay in \\text. Thousands are joined where the spelling leaves no doubt;
     what `1,234` means is left open.
     """
+    if _PLAIN_NUMBER.fullmatch(text):
+        return text
     if not text.isascii():
         text = _ascii(text)
     if "\\" in text or "$" in text:

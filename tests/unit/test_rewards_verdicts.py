@@ -60,6 +60,7 @@ RIGHT_SEVERAL_VALUES_RELATIONS = [
 ]
 
 RIGHT_NUMBERS = [
+    ("0.5", "x=.5"),
     ("7e37", r"7 \times 10^{37}"),
     ("8.7e8", "870000000"),
     ("1.6e-19", r"1.6\times10^{-19}"),
@@ -259,6 +260,8 @@ WRONG_SEVERAL_VALUES_RELATIONS = [
 ]
 
 WRONG_NUMBERS = [
+    ("5", "x=.5"),
+    ("3", r"3.\overline{3}"),
     ("3e8", "24e"),
     ("-56", "-56_{7}"),
     ("3e6", "3000001"),
@@ -361,6 +364,8 @@ WRONG_EXPRESSIONS = [
 ]
 
 WRONG_WORDS_AND_UNITS = [
+    (r"47\%", r"47^\circ"),
+    (r"47\%", r"47\text{ cm}"),
     ("7", r"3+4\mathrm{i}"),
     ("5", r"5\text{ million}"),
     ("5", r"5\text{ squared}"),
