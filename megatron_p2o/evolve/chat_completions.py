@@ -22,7 +22,7 @@ from megatron_p2o.evolve.reflection import (
     reflection_prompt,
 )
 from megatron_p2o.evolve.reflectors import endpoint_of
-from megatron_p2o.evolve.reply import read_reply, template_of
+from megatron_p2o.evolve.reply import Reply, read_reply, template_of
 from megatron_p2o.evolve.text import quoted
 from megatron_p2o.seeds import seed_of
 
@@ -86,7 +86,7 @@ class ChatCompletions:
     async def propose(self, request: ReflectionRequest) -> str:
         """Raises `ReflectionUnavailable` for what the next request would meet as well, or after too many bad ones."""
         try:
-            reply = read_reply(await self._complete(reflection_prompt(request), request.proposal))
+            reply = await self._reply_to(reflection_prompt(request), request.proposal)
             self._num_refused = 0
             template = template_of(reply, request.parent_text)
         except ReflectionRefused as refused:
@@ -103,10 +103,17 @@ class ChatCompletions:
 
     async def probe(self) -> None:
         """Ask for one word, as for a template. Raises `ReflectionUnavailable` or `ReflectionRefused`."""
-        read_reply(await self._complete("Reply with the word ready.", 0))
+        await self._reply_to("Reply with the word ready.", 0)
 
     async def close(self) -> None:
         await self._client.close()
+
+    async def _reply_to(self, prompt: str, proposal: int) -> Reply:
+        body = await self._complete(prompt, proposal)
+        try:
+            return read_reply(body)
+        except ReflectionRefused as refused:
+            raise ReflectionRefused(str(refused), self._quotable(body)) from refused
 
     async def _complete(self, prompt: str, proposal: int) -> bytes:
         """Return the body of a reply. Raises `ReflectionUnavailable` or `ReflectionRefused`."""

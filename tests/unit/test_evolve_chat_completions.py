@@ -281,6 +281,11 @@ def test_a_bad_reply_costs_itself(bad: Reply) -> None:
     assert len(seen.bodies) == 2
 
 
+def test_a_page_that_echoes_the_key_is_quoted_without_it() -> None:
+    outcome, _ = propose(text_reply(f"<html>signed in with {KEY}</html>"))
+    assert isinstance(outcome, ReflectionRefused) and outcome.detail == "<html>signed in with ***</html>"
+
+
 # Size
 
 
