@@ -125,7 +125,7 @@ class WorkerPool:
                 job.future.set_result("error")
             except (
                 Exception
-            ) as error:  # the border of a thread: whatever it is, who waits for the grade must hear of it
+            ) as error:  # the border of a thread: who waits for the grade must hear of it, whatever it is
                 job.future.set_exception(error)
             else:
                 job.future.set_result(grade)

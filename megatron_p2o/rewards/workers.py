@@ -117,7 +117,8 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return self._socket.fileno() >= 0 and not _events(self._socket, 0, 0.0) & select.POLLHUP
+        descriptor = self._socket.fileno()  # its thread may close it at any time
+        return descriptor >= 0 and not _events(descriptor, 0, 0.0) & (select.POLLHUP | select.POLLNVAL)
 
     def ask(self, request: bytes) -> str:
         """Return its verdict on a line: "correct", "incorrect" or "out_of_memory". Raises `WorkerLost`."""
@@ -233,7 +234,7 @@ def wait_for(connection: socket.socket, event: int, pid: int, stall_timeout_s: f
     is stopped, or waits for what never comes.
     """
     used_s = -1.0
-    while not _events(connection, event, stall_timeout_s):
+    while not _events(connection.fileno(), event, stall_timeout_s):
         used_before_s, used_s = used_s, _processor_seconds(pid)
         if used_s == used_before_s:
             raise WorkerLost("stalled")
@@ -249,9 +250,9 @@ def _received(connection: socket.socket) -> bytes:
     return received
 
 
-def _events(connection: socket.socket, event: int, timeout_s: float) -> int:
+def _events(descriptor: int, event: int, timeout_s: float) -> int:
     poll = select.poll()
-    poll.register(connection, event)
+    poll.register(descriptor, event)
     return sum(events for _, events in poll.poll(timeout_s * 1000))
 
 
