@@ -17,8 +17,8 @@ from megatron_p2o.terminal import SafeConsole
 
 SPENT: tuple[tuple[str, str], ...] = (
     ("plain pass@N", "pass_at_n_plain"),
-    ("rollouts", "num_rollouts_train"),
-    ("of evolution", "num_rollouts_evolution"),
+    ("training rollouts", "num_rollouts_train"),
+    ("evolution rollouts", "num_rollouts_evolution"),
     ("seconds", "wall_s"),
 )
 """Heading and key of the table's last columns. `plain pass@N`: of the problems that chose the first round's templates,

@@ -93,7 +93,7 @@ def test_every_set_has_a_column_whatever_it_is_called(tmp_path: Path) -> None:
     print_table(summarize(runs), stream)
     header, *rows = ([cell.strip() for cell in re.split(r"  +", line)] for line in stream.getvalue().splitlines())
     accuracies = ["aime24", "math500", "amc", "aime24, best template"]
-    assert header == ["arm", "seed", *accuracies, "rollouts", "of evolution", "seconds"]
+    assert header == ["arm", "seed", *accuracies, "training rollouts", "evolution rollouts", "seconds"]
     assert rows[0] == ["p2o_qwen3_4b", "1", "0.590", "0.900", "-", "0.590", "2304", "0", "181"]
     assert rows[1] == ["grpo", "1", "-", "0.500", "0.250", "-", "2304", "0", "181"]
 
