@@ -111,7 +111,7 @@ def observed_evaluation(answer: str, run_dir: Path, written: list[Mapping[str, M
         observe_groups=lambda groups: None,
         keep_library=lambda library: None,
         take_round_statistics=dict,
-        engine_metrics=dict,
+        process_metrics=lambda _: {},
         resumed=None,
     )
     result = StepResult(groups=step_of(2, 0), hard=[], reports=[], num_batches=1)
