@@ -14,7 +14,7 @@ elsewhere. `problems`: what counts is the problems it leads to, and those are co
 holds means nothing else under another value."""
 
 WHEN: Mapping[Effect, str] = {
-    "none": "no result depends on it",
+    "none": "no result depends on it, or rounding alone",
     "step": "from the next step on",
     "round": "in prompt evolution from now on; a round that has begun begins anew where its rules change",
     "evaluation": "from the next evaluation on",

@@ -145,7 +145,7 @@ def test_a_model_of_another_size_or_vocabulary_is_refused_and_another_chat_templ
         resumed_with(tmp_path, model, state(2, 2), f"model.path={larger}")
     same = write_tiny_qwen3(tmp_path / "same")
     (moved,) = resumed_with(tmp_path, model, state(2, 2), f"model.path={same}").changes
-    assert str(moved).endswith("no result depends on it")
+    assert str(moved).endswith("no result depends on it, or rounding alone")
     template = next(path for path in same.iterdir() if "<|im_start|>" in path.read_text(errors="ignore"))
     template = same / "chat_template.jinja" if (same / "chat_template.jinja").exists() else template
     template.write_text(template.read_text().replace("assistant", "helper"))
