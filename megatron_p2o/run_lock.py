@@ -16,7 +16,7 @@ from megatron_p2o.files import naming
 from megatron_p2o.terminal import say
 
 LOCK_FILE = "lock"
-FILES = (LOCK_FILE, "config.yaml", "hard_samples.jsonl", "metrics.jsonl", "results.json")
+FILES = (LOCK_FILE, "config.yaml", "hard_samples.jsonl", "history.jsonl", "metrics.jsonl", "results.json", "stop")
 FOLDERS = ("answers", "checkpoints", "engines", "evaluations", "evolution", "rollouts", "templates")
 """What runs and evaluations write into their folder."""
 

@@ -259,7 +259,7 @@ RUN_FOLDERS: dict[str, tuple[Change, str, str]] = {
             lambda root, name=name: (root / "first" / name).mkdir(parents=True), "runs",
             f"runs/first/{name} is a folder where a file belongs: move it away",
         )
-        for name in ("lock", "config.yaml", "metrics.jsonl", "hard_samples.jsonl")
+        for name in ("lock", "config.yaml", "metrics.jsonl", "hard_samples.jsonl", "history.jsonl", "stop")
     },
     **{
         f"{name} a file": (
