@@ -85,6 +85,10 @@ def print_comparison(comparison: Mapping[str, Any], stream: TextIO | None = None
         for name, pair in comparison["sets"].items()
     ]
     _print_table(headings, rows, stream, footer=f"first: {comparison['first']}\nsecond: {comparison['second']}")
+    for name, pair in comparison["sets"].items():
+        if pair["num_undecided_problems"]:
+            left_out = f"{name}: {pair['num_undecided_problems']} problems have no verdict in one of the two: left out"
+            _console(stream).print(left_out, soft_wrap=True)
     for side, key in (("first", "only_first"), ("second", "only_second")):
         if comparison[key]:
             _console(stream).print(f"only the {side} has {', '.join(comparison[key])}: not compared", soft_wrap=True)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_p2o.config import Config, EvaluationConfig
 from megatron_p2o.evaluate import Protocol, evaluate, protocol_of
 from megatron_p2o.metrics.comparison import compare
 from megatron_p2o.metrics.evaluation import NothingDecided
+from megatron_p2o.metrics.evaluation_tables import print_comparison, print_results
 from megatron_p2o.metrics.step import evaluation_metrics
 from megatron_p2o.metrics.values import numbers_of
 from megatron_p2o.testing.fakes import FakeEngine, FakeGrader, FakeRenderer, Reply, fake_config, fake_problem
@@ -155,6 +157,14 @@ def test_answers_without_a_verdict_change_no_rate() -> None:
     assert outcome.pass_at == alone.pass_at == {"1": 0.25, "2": 0.5}, "nobody has four verdicts"
     assert (outcome.num_grading_errors, outcome.num_aborted, outcome.num_decided) == (4, 4, 4)
     assert outcome.mean_tokens == pytest.approx((4 + 3 + 3 + 3 + 4 * 2) / 8), "of the eight that were not aborted"
+
+
+def test_a_table_says_how_many_answers_have_no_verdict(tmp_path: Path) -> None:
+    printed = StringIO()
+    print_results(evaluated(sets_config(tmp_path), parts_of(mixed), tmp_path), printed)
+    heading, row = printed.getvalue().splitlines()[:2]
+    assert heading.split()[-1] == "undecided" and row.split()[-1] == "3"
+    assert "100.0 of 2" in row, "pass@4 is over the two problems with four verdicts"
 
 
 def test_a_set_without_any_verdict_has_no_outcome(tmp_path: Path) -> None:
@@ -300,6 +310,9 @@ def test_comparison_leaves_out_problems_without_a_verdict(tmp_path: Path) -> Non
     assert (pair["num_problems"], pair["num_undecided_problems"]) == (3, 1)
     assert pair["first_accuracy"] == pytest.approx((1 + 2 + 3) / 12)
     assert pair["difference"] == pytest.approx((1 / 4 + 2 / 4 + 0) / 3)
+    printed = StringIO()
+    print_comparison(compare(first, second), printed)
+    assert "aime: 1 problems have no verdict in one of the two: left out" in printed.getvalue()
     outcome["decided_by_problem"] = dict.fromkeys(outcome["decided_by_problem"], 0)
     (second / "results.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="no problem has an answer with a verdict in both"):
