@@ -82,6 +82,10 @@ def template_of(reply: Reply, parent_text: str) -> str:
     if not visible.strip():
         raise ReflectionRefused(NO_ANSWER_AFTER_REASONING if has_reasoning else "empty")
     template = instruction_in(visible, parent_text)
+    if not template:
+        raise ReflectionRefused("empty")
+    if template == parent_text.strip():
+        raise ReflectionRefused(SAME_AS_PARENT)
     if DECLINING.match(template):
         raise ReflectionRefused(DECLINED, quoted(template))
     return template
@@ -90,7 +94,7 @@ def template_of(reply: Reply, parent_text: str) -> str:
 def instruction_in(text: str, parent_text: str) -> str:
     """Return the new instruction: the last fenced block that does not quote the parent; without fences, all of `text`.
 
-    Raises `ReflectionRefused` when a fence is not closed, no block is new, or it is not clear where the block ends.
+    Raises `ReflectionRefused` when a fence is not closed, or it is not clear where the block ends.
     """
     whole = text.strip()
     inline = INLINE_FENCE.fullmatch(whole)
@@ -104,7 +108,7 @@ def instruction_in(text: str, parent_text: str) -> str:
     written = [block for block in blocks if block.text]
     new = [block for block in written if block.text != parent_text.strip()]
     if not new:
-        raise ReflectionRefused(SAME_AS_PARENT if written else "empty")
+        return written[-1].text if written else ""
     if len(new) > 1 and whole.endswith("```") and new[-1].is_bare and not ends_in_label(whole[: new[-1].start]):
         # Either two instructions, or one that holds a fenced part of its own.
         raise ReflectionRefused("unclear where its fenced instruction ends")

@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_p2o.evolve.reflection import ReflectionRefused
 from megatron_p2o.evolve.reply import (
@@ -202,3 +204,35 @@ def test_quotes_of_others_are_short_and_hold_no_control_characters() -> None:
     assert quoted("a\nb\tc") == "a b c"
     assert quoted("\x1b[2J\u202eabc\ud800é") == "\\x1b[2J\\u202eabc\\ud800é"
     assert quoted(b"\xff" * 10_000) == "�" * 200
+
+
+PIECES = st.sampled_from(
+    ["```", "````", "```python", "\n", " ", "word", "Ask.", ":", "# x", "<think>", "</think>", "I'm sorry"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["text", "length"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["choices", "message", "content", "text", "type"]) | st.text(), inner, max_size=3
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.lists(PIECES, max_size=14).map("".join), st.sampled_from([None, "stop", "length"]))
+def test_any_text_gives_a_part_of_it_or_a_refusal(text: str, finish_reason: str | None) -> None:
+    try:
+        read = template(text, finish_reason)
+    except ReflectionRefused:
+        return
+    assert read and read == read.strip() and read in text and read != PARENT
+
+
+@given(VALUES | st.builds(lambda message: {"choices": [{"message": message}]}, VALUES))
+def test_any_json_is_a_reply_or_a_refusal(value: Any) -> None:
+    try:
+        template_of(read_reply(json.dumps(value).encode()), PARENT)
+    except ReflectionRefused:
+        return
