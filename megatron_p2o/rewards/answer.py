@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from megatron_p2o.rewards.expression import Node, NotUnderstoodError, parse_expression
+from megatron_p2o.rewards.expression import FUNCTIONS, Node, NotUnderstoodError, parse_expression
 from megatron_p2o.rewards.latex import outer_brackets, split_at
 from megatron_p2o.rewards.spelling import LIST_SEPARATOR
 from megatron_p2o.rewards.units import NO_LABEL, Label, is_unit_symbol, read_label
@@ -215,7 +215,7 @@ def _read_text(text: str) -> Answer:
 
 
 def _read_one(text: str) -> Answer:
-    if _WORDS.fullmatch(text) and (" " in text or len(text) >= MIN_WORD_LETTERS):
+    if _WORDS.fullmatch(text) and _has_a_word(text):
         return Words(text)
     based = _BASED.fullmatch(text)
     if based:
@@ -237,6 +237,12 @@ def _read_one(text: str) -> Answer:
     return _quantity(text, 1)
 
 
+def _has_a_word(text: str) -> bool:
+    """Return whether letters are words: `infinitely many`, not `m g h` or `x sin x`."""
+    words = text.split()
+    return any(len(word) >= MIN_WORD_LETTERS - (len(words) > 1) for word in words) and FUNCTIONS.isdisjoint(words)
+
+
 def _quantity(text: str, factor: int) -> Answer:
     parts, _ = split_at(text, _COLON)
     if len(parts) > 1 and factor == 1:
@@ -244,6 +250,8 @@ def _quantity(text: str, factor: int) -> Answer:
     is_percent = text.endswith(r"\%")
     text = outer_brackets(text.removesuffix(r"\%").strip())[1]
     if len(split_at(text, _SEPARATOR)[0]) > 1:
+        if factor != 1:
+            raise NotUnderstoodError("a factor of several values")
         return _read(text)
     expression = parse_expression(text)
     if factor != 1:

@@ -15,7 +15,8 @@ _FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh l
 FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 CONSTANTS = {r"\pi": "pi", "e": "e", "i": "i", r"\imath": "i", r"\infty": "infinity"}
 OPAQUE_FUNCTIONS = frozenset("fgFG")
-"""Letters that name a function when a bracket follows: f(2) is not 2f. Other letters are factors."""
+"""Letters that name a function when a bracket follows: f(x) is not xf. Others do when a number is in it, else they are
+factors."""
 
 _SYMBOL_NAMES = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
@@ -136,7 +137,7 @@ class _Parser:
         is_fraction = self._tokens[start] == r"\frac" and all(part.kind == "number" for part in factor.parts)
         if node.kind == "number" and not node.is_decimal and is_fraction:
             return Node("sum", (node, factor))  # a mixed number
-        if factor.kind == "number" or (node.kind == "number" and self._tokens[start][0].isdigit()):
+        if self._tokens[start][0].isdigit():
             raise NotUnderstoodError("a number after a factor")
         return _product_of(node, factor)
 
@@ -214,9 +215,14 @@ class _Parser:
             name += "_" + self._raw()
         while self.peek() == "'":
             name += self.take()
-        if self.peek() == "(" and name.rstrip("'") in OPAQUE_FUNCTIONS:
+        if self.peek() == "(" and (name.rstrip("'") in OPAQUE_FUNCTIONS or self._is_number_in_brackets()):
             return Node("opaque", (self._group("(", ")"),), name=name)
         return Node("symbol", name=name)
+
+    def _is_number_in_brackets(self) -> bool:
+        """Return whether `(0)` follows: I(0) is the value of I at 0, not 0."""
+        _, number, closing, *_ = [*self._tokens[self._next : self._next + 3], "", ""]
+        return number[:1].isdigit() and closing == ")"
 
     def _raw(self) -> str:
         """Return the text of a group or of one token as it stands: an index, the content of an accent."""

@@ -134,11 +134,21 @@ def same_words(gold: str, answer: str) -> bool:
     gold, answer = (re.sub(r"[\s{}]+", " ", text).strip() for text in (gold, answer))
     if gold == answer:
         return True
-    return gold.lower() == answer.lower() and _is_word(gold) and _is_word(answer)
+    words, others = gold.split(), answer.split()
+    if len(words) == 1 or len(others) == 1:
+        return gold.lower() == answer.lower() and _is_word(gold) and _is_word(answer)
+    return len(words) == len(others) and all(map(_is_same_word, words, others, range(len(words))))
+
+
+def _is_same_word(gold: str, answer: str, position: int) -> bool:
+    """Return whether two words of a phrase are the same: `option a` is not `option A`, but `a line` is `A line`."""
+    if gold == answer:
+        return True
+    return gold.lower() == answer.lower() and (len(gold) > 1 or (position == 0 and gold in "aA"))
 
 
 def _is_word(text: str) -> bool:
-    if text.lower() in _SHORT_WORDS or " " in text:
+    if text.lower() in _SHORT_WORDS:
         return True
     is_plain = text.islower() or text.isupper() or text.istitle()
     return is_plain and len(text) >= MIN_FOLDED_LETTERS and len(set(text.lower()) & set("aeiouy")) > 1

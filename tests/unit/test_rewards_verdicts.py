@@ -128,6 +128,10 @@ RIGHT_WORDS_AND_UNITS = [
 ]
 
 RIGHT_EXPRESSIONS = [
+    ("m g h", "mgh"),
+    ("x sin x", r"x\sin x"),
+    (r"I(0)e^{-t}", r"e^{-t}I(0)"),
+    (r"\text{a right triangle}", r"\text{A right triangle}"),
     (r"\frac12", r"\mathbf{\frac{1}{2}}"),
     (r"\frac12", "½"),
     ("630", r"\approx 630"),
@@ -307,6 +311,14 @@ WRONG_NUMBERS = [
 ]
 
 WRONG_EXPRESSIONS = [
+    ("m g h", "M g h"),
+    ("x sin x", "X sin X"),
+    (r"I(0)e^{-t}", r"i(0)e^{-t}"),
+    (r"I(0)e^{-t}", "0"),
+    (r"I(0)e^{-t}", r"I(1)e^{-t}"),
+    (r"\text{option A}", r"\text{option a}"),
+    (r"\angle ABC", r"\angle BAC"),
+    ("(3,4)", r"(3,4)\text{ million}"),
     (r"\frac{r}{R}", "1"),
     (r"\frac{m}{m+M}", r"\frac{M}{m+M}"),
     ("3", r"x\ge 3"),
