@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_p2o.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_p2o.interfaces import PolicyDiverged
 from megatron_p2o.memory_plan import trainer_memory
 from megatron_p2o.policy.architecture import read_architecture
 from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
@@ -251,3 +252,27 @@ def test_weights_of_later_stages_reach_rank_0_even_when_the_first_iteration_is_c
     assert name == "model.embed_tokens.weight"
     assert set(exported) == set(weights)
     assert all(torch.equal(torch.from_numpy(exported[name]), tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2, "pipeline": 1}, {"tensor": 1, "pipeline": 2}], ids=["tensor", "pipeline"]
+)
+def test_a_weight_that_is_not_finite_on_another_rank_is_found_and_the_ranks_stay_in_step(
+    tmp_path: Path, layout: dict[str, int]
+):
+    directory = write_tiny_qwen3(tmp_path / "model", vocab_size=VOCAB_SIZE)
+
+    def diverge(config: Any) -> Any:
+        policy = build_policy(config)
+        if not policy.is_conductor:
+            with torch.no_grad():
+                policy._shard.models[0].decoder.layers[-1].mlp.linear_fc2.weight[0, 0] = float("nan")
+            return policy.serve()
+        with pytest.raises(PolicyDiverged, match=r"1 of its weight tensors .* model\.layers\.1\.mlp\.down_proj"):
+            policy.weights()
+        with pytest.raises(PolicyDiverged):
+            policy.save(tmp_path / "checkpoint")
+        policy.close()
+
+    run_gloo_ranks(diverge, 2, policy_config(directory, parallel=ParallelConfig(**layout)), timeout_s=60)
+    assert not (tmp_path / "checkpoint").exists()
