@@ -1,6 +1,8 @@
 """Evaluates expressions of rational numbers exactly, within bounds that keep every step short."""
 
 import math
+import operator
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 
@@ -19,12 +21,12 @@ MAX_FACTORIAL = 1000
 def exact_value(node: Node, max_bits: int = MAX_BITS) -> Fraction | None:
     """Return the value of an expression of rational numbers; None if it has anything else or exceeds `max_bits`."""
     if node.kind == "number":
-        return node.value
+        return node.value if _bits(node.value) <= max_bits else None
     values = [exact_value(part, max_bits) for part in node.parts]
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
-    value = _power(known[0], known[1], max_bits) if node.kind == "power" else _operation(node.kind, known)
+    value = _operation(node.kind, known, max_bits)
     return value if value is not None and _bits(value) <= max_bits else None
 
 
@@ -49,14 +51,14 @@ def _bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
-def _operation(kind: str, values: list[Fraction]) -> Fraction | None:
+def _operation(kind: str, values: list[Fraction], max_bits: int) -> Fraction | None:
     first = values[0]
-    if kind == "sum":
-        return sum(values, Fraction(0))
+    if kind in ("sum", "product"):
+        return _accumulated(values, operator.add if kind == "sum" else operator.mul, max_bits)
+    if kind == "power":
+        return _power(first, values[1], max_bits)
     if kind == "negative":
         return -first
-    if kind == "product":
-        return math.prod(values, start=Fraction(1))
     if kind == "quotient":
         return first / values[1] if values[1] else None
     if kind == "abs":
@@ -66,6 +68,18 @@ def _operation(kind: str, values: list[Fraction]) -> Fraction | None:
     if kind in ("max", "min"):
         return max(values) if kind == "max" else min(values)
     return _whole_operation(kind, values)
+
+
+def _accumulated(
+    values: list[Fraction], operation: Callable[[Fraction, Fraction], Fraction], max_bits: int
+) -> Fraction | None:
+    """Return the sum or product of values; None as soon as it exceeds `max_bits`."""
+    total = values[0]
+    for value in values[1:]:
+        total = operation(total, value)
+        if _bits(total) > max_bits:
+            return None
+    return total
 
 
 def _power(base: Fraction, exponent: Fraction, max_bits: int) -> Fraction | None:

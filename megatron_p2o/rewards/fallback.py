@@ -55,5 +55,5 @@ def _keeps_letters(latex: str, form: Any) -> bool:
     if any(command and command not in _COMMANDS for command, _ in found) or "'" in latex:
         return False
     written = {letter for _, letter in found if letter} - _CONSTANTS
-    kept = {letter for symbol in form.atoms(sympy.Symbol) for letter in symbol.name if letter.isalpha()} - _CONSTANTS
+    kept = {letter for symbol in form.atoms(sympy.Symbol) for letter in str(symbol) if letter.isalpha()} - _CONSTANTS
     return written == kept

@@ -188,6 +188,36 @@ def test_hostile_megabytes_are_refused_before_they_are_read() -> None:
     assert verdict("42", "(" * 1_000_000) is False
 
 
+LONG_WORK = {
+    "huge factors": "*".join(["1e9999"] * 57),
+    "long factors": "*".join(["1e1200"] * 57),
+    "long denominators": "+".join(["1/3^{2000}"] * 36),
+    "tiny terms": "+".join(["1e-9999"] * 50),
+    "squares of squares": "(" * 20 + "9" * 300 + ")^2" * 20,
+    "tower": "^".join(["2"] * 150),
+    "factorials": "!".join(["9"] * 100),
+    "binomials": r"\binom{999}{500}" * 20,
+    "letters": "x" * 399,
+    "list": "1," * 199 + "1",
+    "signs": "-" * 399,
+    "braces": "{" * 399,
+    "both signs": r"\pm " * 99,
+    "fractions of nothing": r"\frac" * 70,
+    "roots": r"\sqrt" * 70 + "2",
+    "tuples": "(1,2)" * 70,
+    "equations": "x=1;" * 90,
+    "thousands": "1,000" * 70,
+    "unions": r"\cup" * 90,
+}
+
+
+@pytest.mark.parametrize("name", LONG_WORK)
+@pytest.mark.parametrize("gold", ["42", "1,2,3", r"\frac{1}{3}", "x=1", r"(1,2)\cup(3,4)", r"5\text{ cm}"])
+def test_no_answer_takes_the_conducting_process_long(gold: str, name: str) -> None:
+    # Each was chosen because a plain evaluation or comparison takes seconds to hours.
+    assert verdict(gold, LONG_WORK[name]) is not True
+
+
 @given(value=st.fractions(max_denominator=10**6), factor=st.integers(min_value=1, max_value=50))
 def test_fraction_is_read_exactly_however_it_is_expanded(value: Fraction, factor: int) -> None:
     number = parse_number(rf"\frac{{{value.numerator * factor}}}{{{value.denominator * factor}}}")

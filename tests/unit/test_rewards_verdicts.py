@@ -128,6 +128,12 @@ RIGHT_WORDS_AND_UNITS = [
 ]
 
 RIGHT_EXPRESSIONS = [
+    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}"),
+    (r"\sum_{k=1}^{n} k", r"\sum_{j=1}^{n} j"),
+    (r"\int_0^1 x dx", r"\frac{1}{2}"),
+    (r"\lim_{x\to 0}\frac{\sin x}{x}", "1"),
+    (r"\sum_{n=1}^{\infty}\frac{1}{n^2}", r"\frac{\pi^2}{6}"),
+    (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "-2"),
     ("m g h", "mgh"),
     ("x sin x", r"x\sin x"),
     (r"I(0)e^{-t}", r"e^{-t}I(0)"),
@@ -311,6 +317,9 @@ WRONG_NUMBERS = [
 ]
 
 WRONG_EXPRESSIONS = [
+    (r"\sum_{k=1}^{10} k", "56"),
+    (r"\det A", r"\det B"),
+    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}\text{ million}"),
     ("m g h", "M g h"),
     ("x sin x", "X sin X"),
     (r"I(0)e^{-t}", r"i(0)e^{-t}"),
