@@ -110,7 +110,7 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
 def examine_settings(config: Config, gpus: Gpus | None = None) -> list[Finding]:
     """Return whether the installed megatron-core and SGLang take the settings, the weights are whole, and memory does.
 
-    `gpus`: whose memory to plan instead of this machine's.
+    `gpus`: whose memory to plan instead of this machine's, which then need not hold weights or SGLang.
     """
     try:
         settings = policy_settings(config)
@@ -125,7 +125,9 @@ def examine_settings(config: Config, gpus: Gpus | None = None) -> list[Finding]:
             Finding(subject="layers, as set", finding=choice.layers_reason),
             Finding(subject="attention, as set", finding=choice.attention_reason),
         ]
-    findings += [_weights(config, settings), _engines(config), _weight_transfer(config)]
+    if gpus is None:
+        findings += [_weights(config, settings), _engines(config)]
+    findings.append(_weight_transfer(config))
     try:
         return findings + [Finding(subject="plan", finding=line) for line in planned_memory(config, gpus)]
     except ValueError as error:
