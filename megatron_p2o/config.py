@@ -469,6 +469,7 @@ Rule = tuple[bool, str]
 def problems_of(config: Config) -> list[str]:
     """Return every rule the settings break, one sentence each with the remedy; empty when the run can start."""
     rules = [
+        *_run_rules(config),
         *_sampling_rules(config),
         *_objective_rules(config),
         *_process_rules(config),
@@ -534,13 +535,14 @@ def _evaluation_rules(config: Config) -> list[Rule]:
     ]
 
 
-def _process_rules(config: Config) -> list[Rule]:
+def _run_rules(config: Config) -> list[Rule]:
     name = Path(config.run.name)
+    is_below = bool(name.parts) and not name.is_absolute() and ".." not in name.parts
+    return [(is_below, f"run.name={config.run.name} must name a folder below run.directory: write it like first")]
+
+
+def _process_rules(config: Config) -> list[Rule]:
     return [
-        (
-            bool(name.parts) and not name.is_absolute() and ".." not in name.parts,
-            f"run.name={config.run.name} must name a folder below run.directory: write it like first",
-        ),
         (
             not config.parallel.sequence or config.parallel.tensor > 1,
             "parallel.sequence needs parallel.tensor > 1: set parallel.sequence to false",

@@ -8,6 +8,7 @@ change the title or set the clipboard. Everything that is printed or logged goes
 import logging
 import re
 import sys
+import threading
 import traceback
 from types import TracebackType
 from typing import Any, TextIO
@@ -59,7 +60,13 @@ def set_up_logging(layout: str = "%(levelname)s %(name)s: %(message)s") -> None:
     logging.setLogRecordFactory(_SafeRecord)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.excepthook = _print_traceback
+    threading.excepthook = _print_traceback_of_thread
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), sys.stderr)
+
+
+def _print_traceback_of_thread(ended: threading.ExceptHookArgs) -> None:
+    if ended.exc_value is not None:
+        _print_traceback(ended.exc_type, ended.exc_value, ended.exc_traceback)

@@ -82,7 +82,7 @@ def test_the_progress_of_a_run_shows_what_evolution_quotes(is_terminal: bool) ->
 
 
 LOGGER = """
-import logging, sys
+import logging, sys, threading
 from megatron_p2o.terminal import set_up_logging
 set_up_logging()
 hostile = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
@@ -95,6 +95,11 @@ try:
     raise RuntimeError(hostile)
 except RuntimeError:
     logging.getLogger("ours").exception("caught")
+def fail():
+    raise RuntimeError(hostile)
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
 raise RuntimeError(hostile)
 """
 
@@ -111,7 +116,7 @@ def test_logs_of_every_library_and_tracebacks_are_safe() -> None:
     lines = found.stderr.decode()
     assert found.returncode == 1
     assert f"of {ESCAPED}\n" in lines and f"WARNING ours: of {ESCAPED}\n" in lines
-    assert lines.count(f"RuntimeError: {ESCAPED}") == 2
+    assert lines.count(f"RuntimeError: {ESCAPED}") == 3
     assert printable(lines) == lines
 
 
