@@ -70,6 +70,6 @@ def test_what_a_resume_is_told_is_done_or_refused_and_a_diverged_policy_costs_no
     assert [step["train/learning_rate"] for step in steps_done(run)] == pytest.approx([1e-4, 1e-4, 1e-5])
     assert load_config(run / "config.yaml").optimizer.lr == 1e-5
     starts = whole_lines(run / "history.jsonl")
-    assert [(start["step"], len(start["changes"])) for start in starts] == [(0, 0), (2, 2), (2, 3)]
+    assert [(start["step"], len(start["changes"])) for start in starts] == [(0, 0), (2, 3), (2, 3)]
     kept = json.loads((run / "checkpoints" / "step-000003" / "made_with.json").read_text())
     assert kept["settings"]["optimizer.lr"] == 1e-5 and len(kept["problems"]) == 32
