@@ -137,18 +137,23 @@ def check_arguments(config: Config) -> None:
     for name in OWN_ARGUMENTS:
         if name in given:
             raise ValueError(f"sglang.{name} is decided by the program: remove it")
-    problems = _ask_server(given, config.rollout.startup_timeout_s) if given else []
+    problems = ask_server(given, config.rollout.startup_timeout_s) if given else []
     if problems:
         raise ValueError("; ".join(problems))
 
 
-def _ask_server(given: Mapping[str, Any], timeout_s: float) -> list[str]:
+def ask_server(arguments: Mapping[str, Any], timeout_s: float) -> list[str]:
+    """Return a sentence for each field of ServerArgs that the installed SGLang would refuse.
+
+    Raises:
+        EngineStartFailed: it cannot be imported on this machine, or not within `timeout_s`.
+    """
     device = {} if torch.cuda.is_available() else {"device": "cpu"}
     with tempfile.TemporaryDirectory(prefix="p2o-check-") as scratch:
         try:
             asked = subprocess.run(
                 [sys.executable, "-m", LAUNCHER, "--check"],
-                input=json.dumps({"arguments": given}),
+                input=json.dumps({"arguments": arguments}),
                 capture_output=True,
                 text=True,
                 env=engine_environment(device, Path(scratch)),

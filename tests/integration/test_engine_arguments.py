@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_p2o.rollout.server_arguments import check_arguments
+from megatron_p2o.rollout.server_arguments import EnginePlace, ask_server, check_arguments, server_arguments
 from megatron_p2o.testing.fakes import fake_config
 
 
@@ -30,5 +30,8 @@ def test_the_installed_server_names_what_it_does_not_take() -> None:
         assert told.startswith(f"sglang.{name}=dice must be one of ")
 
 
-def test_the_installed_server_takes_what_the_examples_set() -> None:
-    check_arguments(fake_config({"sglang": {"mem_fraction_static": 0.7, "chunked-prefill-size": 64}}))
+@pytest.mark.parametrize("num_gpus", [0, 8])
+def test_the_installed_server_takes_what_the_program_and_the_examples_set(num_gpus: int) -> None:
+    config = fake_config({"sglang": {"mem_fraction_static": 0.7, "chunked-prefill-size": 64}})
+    arguments = server_arguments(config, EnginePlace(index=0, node=0, slot=0), num_gpus)
+    assert ask_server(arguments, timeout_s=300) == []
