@@ -83,9 +83,9 @@ def observed_evaluation(answer: str, run_dir: Path, written: list[Mapping[str, M
     )
     files: Any = SimpleNamespace(
         run_dir=run_dir,
-        checkpoints=SimpleNamespace(check=lambda: None, begin=lambda state, best: None),
+        checkpoints=SimpleNamespace(check=lambda: None, begin=lambda *_: None, confirm=lambda step: None),
         metrics=metrics,
-        ledger=SimpleNamespace(append=lambda entries: None, ledger=HardSampleLedger()),
+        ledger=SimpleNamespace(append=lambda entries: None, ledger=HardSampleLedger(), num_entries=0),
     )
     parts = Parts(
         engine=FakeEngine(reply=lambda prompt, index: Reply(text=answer)),
