@@ -1,9 +1,13 @@
 """Two agents of `p2o` on this machine, as on two nodes: their ranks stand in node order, and fail as one run."""
 
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from megatron_p2o.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config_file import dump_config
 
 AGENT = """
 import sys
@@ -68,3 +72,70 @@ def test_ranks_of_two_nodes_stand_in_node_order_and_both_nodes_name_the_one_that
     assert names == {f"{rank}": f"{rank // 2} {rank} {rank % 2} 4 127.0.0.1 {ports[0]}" for rank in range(4)}
     told = f"p2o: rank 3 on host1 was ended by SIGKILL; the run is in {tmp_path}\np2o: the kernel sends SIGKILL"
     assert [each[: len(told)] for each in printed] == [told, told]
+
+
+AGENT_OF_ENGINES = """
+import sys
+from torch.distributed.launcher.api import elastic_launch
+from megatron_p2o.launch import agent_settings
+from megatron_p2o.nodes import nodes_from_options
+
+nodes = nodes_from_options(2, int(sys.argv[1]), f"127.0.0.1:{sys.argv[2]}")
+elastic_launch(agent_settings(1, nodes, timeout_s=60), sys.executable)("-c", *sys.argv[3:])
+"""
+
+MEETS_AGENTS = """
+import sys, urllib.error
+from dataclasses import replace
+from pathlib import Path
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+from megatron_p2o.config_file import load_config
+from megatron_p2o.rollout.remote import meet_agents
+
+def refusal(agent):
+    try:
+        agent.call("GET", "/servers/1")
+    except urllib.error.HTTPError as error:
+        return error.code
+
+dist.init_process_group("gloo")
+path = Path(sys.argv[1])
+agents = meet_agents(load_config(path), path)
+if dist.get_rank() == 0:
+    (agent,) = agents
+    store = _get_default_store()
+    told = [key for key in store.list_keys() if b"agent-" in store.get(key) or agent.key.encode() in store.get(key)]
+    values = [store.get(key).decode() for key in told]
+    print(refusal(agent), refusal(replace(agent, key="another")), agent.key in str(values), values)
+dist.barrier()
+"""
+
+
+def test_the_key_of_a_node_s_agent_reaches_rank_0_and_is_not_in_the_store(tmp_path: Path) -> None:
+    config = Config(
+        run=RunConfig(name="run"),
+        model=ModelConfig(path="model"),
+        data=DataConfig(train="unused"),
+        rollout=RolloutConfig(num_engines=2, max_total_tokens=4096),
+        parallel=ParallelConfig(data=2, timeout_s=60),
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        port = str(holder.getsockname()[1])
+    command = [sys.executable, "-c", AGENT_OF_ENGINES]
+    nodes = [
+        subprocess.Popen(
+            [*command, str(node), port, MEETS_AGENTS, str(tmp_path / "config.yaml")], stdout=subprocess.PIPE, text=True
+        )
+        for node in (1, 0)
+    ]
+    try:
+        printed = [node.communicate(timeout=120)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    # With its key the agent looks for an engine that nobody has started; without, it does not look.
+    assert re.fullmatch(r"500 401 False \['agent-1-[0-9a-f]{32}\.json'\]\n", "".join(printed)), printed
+    assert [path.name for path in (tmp_path / "engines").iterdir()] == ["agent-1.log"]
