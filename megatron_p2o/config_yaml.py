@@ -129,6 +129,10 @@ def dump_yaml(settings: object) -> str:
     return yaml.dump(settings, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
+def _int(loader: SettingsLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
 def _float(loader: SettingsLoader, node: yaml.ScalarNode) -> float:
     # .inf and .nan are the names of YAML, inf and nan those of Python.
     return float(re.sub(r"\.(?=inf|nan)", "", loader.construct_scalar(node).lower()))
@@ -139,9 +143,6 @@ for _tag, _form, _first in PLAIN_VALUES:
     for _class in (SettingsLoader, SettingsDumper):
         _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_form})$"), _firsts)
 
-SettingsLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-SettingsLoader.add_constructor("tag:yaml.org,2002:float", _float)
-for _name in ("null", "bool", "str", "seq", "map"):
-    _tag = f"tag:yaml.org,2002:{_name}"
-    SettingsLoader.add_constructor(_tag, yaml.SafeLoader.yaml_constructors[_tag])
-SettingsLoader.add_constructor(None, yaml.SafeLoader.yaml_constructors[None])
+SettingsLoader.yaml_constructors |= {"tag:yaml.org,2002:int": _int, "tag:yaml.org,2002:float": _float}
+for _tag in (*(f"tag:yaml.org,2002:{_name}" for _name in ("null", "bool", "str", "seq", "map")), None):
+    SettingsLoader.yaml_constructors[_tag] = yaml.SafeLoader.yaml_constructors[_tag]

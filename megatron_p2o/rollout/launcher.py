@@ -99,7 +99,7 @@ def server_fields() -> dict[str, ServerField]:
     # Only the command line knows the choices that plugins and other modules have registered.
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    choices = {action.dest: action.choices for action in parser._actions if action.choices}
+    choices = {action.dest: list(action.choices) for action in parser._actions if action.choices}
     return {field.name: ServerField(field.type, choices.get(field.name, ())) for field in record_fields(ServerArgs)}
 
 
