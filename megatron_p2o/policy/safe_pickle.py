@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def _member(kind: Any, name: str) -> Any:
     raise RefusedPickle("builtins.getattr")
 
 
+class ErrorOfPeer(Exception):
+    """An error of another rank whose class is not made here: the name of the class, then the arguments of the error."""
+
+    def __str__(self) -> str:
+        name, *told = self.args
+        return f"{name}: {', '.join(map(str, told))}"
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) == ("builtins", "getattr"):
@@ -90,6 +99,8 @@ class _PeerUnpickler(pickle.Unpickler):
             found = super().find_class(module_name, global_name)
             if is_data_type or name in PEER_ALLOWED or _is_record(found, module_name):
                 return found
+        if global_name.isidentifier() and global_name.endswith(("Error", "Exception")):
+            return partial(ErrorOfPeer, global_name)
         raise RefusedPickle(
             f"a peer of this rank sent {module_name}.{global_name}, which ranks do not tell one another: it is not made"
         )

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_p2o.policy.safe_pickle import (
+    ErrorOfPeer,
     RefusedPickle,
     _PeerUnpickler,
     check_pickle,
@@ -77,6 +78,10 @@ def received(value: object) -> Any:
     return run_gloo_ranks(tell, 2)[1]
 
 
+class NoSuchPeerError(Exception):
+    """Of a package that is not ours."""
+
+
 def test_peers_tell_one_another_records_arrays_tensors_and_errors() -> None:
     address = MemoryAddress(path="/proc/1/fd/2", buffer_id="b", num_bytes=256)
     ids = np.arange(5, dtype=np.int32)
@@ -87,6 +92,15 @@ def test_peers_tell_one_another_records_arrays_tensors_and_errors() -> None:
     assert got["ids"].dtype == np.int32 and got["ids"].tolist() == ids.tolist()
     error = received(FileNotFoundError(2, "gone", "a/b"))
     assert isinstance(error, FileNotFoundError) and error.filename == "a/b"
+
+
+@pytest.mark.parametrize(
+    "error", [pickle.UnpicklingError("bad"), torch.OutOfMemoryError("of 80 GiB"), NoSuchPeerError(7)]
+)
+def test_an_error_of_a_class_that_is_not_made_keeps_its_name_and_its_words(error: Exception) -> None:
+    got = received({"on rank 1": error})["on rank 1"]
+    assert isinstance(got, ErrorOfPeer) and got.args == (type(error).__name__, *error.args)
+    assert str(got) == f"{type(error).__name__}: {error}"
 
 
 @pytest.mark.parametrize(
