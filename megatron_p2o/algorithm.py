@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from megatron_p2o.config import Config
+from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import (
     Grader,
     Policy,

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_p2o.config import Config
-from megatron_p2o.config_file import ConfigError, dump_config, load_config, missing_paths
+from megatron_p2o.config.read import ConfigError, dump_config, load_config, missing_paths
+from megatron_p2o.config.tree import Config
 from megatron_p2o.errors import expected_message
 from megatron_p2o.files import limit_readers_as, write_whole
 from megatron_p2o.terminal import say, set_up_logging
@@ -115,7 +115,7 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def _checked_config(path: Path, overrides: Sequence[str]) -> Config:
     """Return the settings, or raise `ConfigError` with everything that is wrong with them and the files they name."""
-    from megatron_p2o.inputs import missing_packages
+    from megatron_p2o.run.inputs import missing_packages
 
     config = load_config(path, overrides)
     missing = [*missing_paths(config), *missing_packages(config)]
@@ -131,12 +131,12 @@ def _train(options: argparse.Namespace) -> int:
     config = _checked_config(options.config, options.overrides)
     if options.dry_run:
         # Imported here: it loads Megatron, which takes seconds that no other command needs.
-        from megatron_p2o.train import dry_run
+        from megatron_p2o.run.train import dry_run
 
         dry_run(config)
         return 0
-    from megatron_p2o.evolve.probe import check_endpoint
-    from megatron_p2o.nodes import nodes_from_options, nodes_of_slurm
+    from megatron_p2o.evolve.reflection.probe import check_endpoint
+    from megatron_p2o.machine.nodes import nodes_from_options, nodes_of_slurm
 
     explicit = options.num_nodes is not None
     nodes = (
@@ -147,7 +147,7 @@ def _train(options: argparse.Namespace) -> int:
     if nodes is None or nodes.is_head:
         check_endpoint(config, os.environ)
     # Imported after the probe: it loads torch, which takes seconds.
-    from megatron_p2o.launch import launch
+    from megatron_p2o.run.launch import launch
 
     return launch(config, nodes=nodes)
 
@@ -158,15 +158,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.compare is not None:
         first, second = options.compare
         return _compare(first, second, options.output)
-    from megatron_p2o.eval_command import request_of, run_evaluation
+    from megatron_p2o.run.evaluation import request_of, run_evaluation
 
     request = request_of(options.target, options.config, options.overrides, options.benchmarks, options.output)
     return run_evaluation(request, options.restart)
 
 
 def _compare(first: Path, second: Path, output: Path | None) -> int:
-    from megatron_p2o.metrics.comparison import compare
-    from megatron_p2o.metrics.evaluation_tables import print_comparison
+    from megatron_p2o.evaluation.comparison import compare
+    from megatron_p2o.evaluation.tables import print_comparison
 
     comparison = compare(first, second)
     print_comparison(comparison)
@@ -178,8 +178,8 @@ def _compare(first: Path, second: Path, output: Path | None) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     # Imported here: a run does not need the charts, and a report does not need torch.
-    from megatron_p2o.metrics.report import write_report
-    from megatron_p2o.metrics.summary import print_table, write_summary
+    from megatron_p2o.report.page import write_report
+    from megatron_p2o.report.summary import print_table, write_summary
 
     missing = [f"{run}: no such run folder" for run in options.runs if not run.is_dir()]
     if missing:
@@ -193,7 +193,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_p2o.doctor import (
+    from megatron_p2o.machine.doctor import (
         examine,
         examine_endpoint,
         examine_inputs,

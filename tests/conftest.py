@@ -44,7 +44,7 @@ def nan_empty() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with model/ and problems/ as tools/make_tiny_policy.py writes them; supervising takes a minute.
+    """Return a folder with model/ and problems/ as megatron_p2o/tiny/policy.py writes them; supervising takes a minute.
 
     P2O_TINY_POLICY names one that was made before. Workers that run tests side by side share one.
     """
@@ -56,6 +56,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shared / "tiny"
     with FileLock(shared / "tiny.lock", timeout=SUPERVISION_TIMEOUT_S):
         if not (folder / "card.json").exists():
-            command = [sys.executable, str(ROOT / "tools" / "make_tiny_policy.py"), "--out", str(folder), "--seed", "1"]
+            command = [sys.executable, "-m", "megatron_p2o.tiny.policy", "--out", str(folder), "--seed", "1"]
             subprocess.run(command, check=True, timeout=SUPERVISION_TIMEOUT_S)
     return folder

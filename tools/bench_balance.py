@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH
 
 from random_policy import QWEN3, SHAPES, write_result  # isort: skip; makes ours importable
 
-from megatron_p2o.policy.architecture import Architecture, read_architecture
+from megatron_p2o.policy.model.architecture import Architecture, read_architecture
 from megatron_p2o.rl.packing import plan_micro_batches
 
 Plan = list[list[list[int]]]

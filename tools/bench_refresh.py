@@ -41,15 +41,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH
 
 from random_policy import SHAPES, bench_config, measured_on, write_random_model, write_result  # isort: skip; makes ours importable
 
-from megatron_p2o.config import Config, RolloutConfig
+from megatron_p2o.config.tree import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
-from megatron_p2o.policy.hf_directory import write_hf_directory
-from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
+from megatron_p2o.policy.weights.hf_directory import write_hf_directory
 from megatron_p2o.rollout.broker import Broker
-from megatron_p2o.rollout.client import EngineClient
 from megatron_p2o.rollout.engine import SglangEngine, start_engines
-from megatron_p2o.rollout.outlet import open_outlet
-from megatron_p2o.rollout.weight_sync import WeightSync
+from megatron_p2o.rollout.refresh.outlet import open_outlet
+from megatron_p2o.rollout.refresh.weight_sync import WeightSync
+from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.types import SamplingParams
 
 T = TypeVar("T")

@@ -33,11 +33,11 @@ from random_policy import SHAPES, bench_config, measured_on, write_config, write
 from bench.cases import Shape
 from bench.measure import matmul_ceiling, peak_bytes, time_interleaved
 
-from megatron_p2o.memory_plan import GIB, trainer_memory
-from megatron_p2o.policy.architecture import Architecture, read_architecture
-from megatron_p2o.policy.attention import pack_layout, sample_positions
-from megatron_p2o.policy.cpu_compat import cuda_stand_ins
-from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.machine.memory_plan import GIB, trainer_memory
+from megatron_p2o.policy.model.architecture import Architecture, read_architecture
+from megatron_p2o.policy.model.attention import pack_layout, sample_positions
+from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
+from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.rl.packing import pack
 from megatron_p2o.types import TrainSample
 

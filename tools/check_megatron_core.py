@@ -100,8 +100,8 @@ def continued(what: str, folder: Path) -> Continued:
     """Save a checkpoint in `folder` after an update, or load it; return two more updates, with either optimizer."""
     from contextlib import closing
 
-    from megatron_p2o.config import ParallelConfig
-    from megatron_p2o.policy.ranks import build_policy
+    from megatron_p2o.config.tree import ParallelConfig
+    from megatron_p2o.policy.training.ranks import build_policy
     from megatron_p2o.testing.policy_oracle import policy_config, random_samples
     from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 

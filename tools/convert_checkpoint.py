@@ -6,7 +6,7 @@
 `to-hf` takes the type of the weights, the configuration and the tokenizer from the run's config.yaml and its
 `model.path`. `from-hf` writes weights, fresh optimizer state and schedule: what the policy of a run with these settings
 loads. One process, on the CPU even where there is a GPU; the weights must fit into host memory (see
-`megatron_p2o.policy.conversion`).
+`megatron_p2o.policy.weights.conversion`).
 """
 
 import argparse
@@ -17,12 +17,12 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
-from megatron_p2o.checkpoints import POLICY_FOLDER, checked
-from megatron_p2o.config_file import load_config
+from megatron_p2o.config.read import load_config
 from megatron_p2o.errors import expected_message
-from megatron_p2o.policy.conversion import checkpoint_to_hf, hf_to_checkpoint
-from megatron_p2o.policy.ranks import PolicyError
-from megatron_p2o.run_state import CheckpointError
+from megatron_p2o.policy.training.ranks import PolicyError
+from megatron_p2o.policy.weights.conversion import checkpoint_to_hf, hf_to_checkpoint
+from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, checked
+from megatron_p2o.run_folder.state import CheckpointError
 from megatron_p2o.terminal import printable, say, set_up_logging
 
 

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_p2o import __version__
-from megatron_p2o.config import DataConfig
-from megatron_p2o.data.download import read_download
-from megatron_p2o.data.near_duplicates import MIN_SHARE
-from megatron_p2o.data.origin import origin_of, sha256_of
-from megatron_p2o.data.prepare import (
+from megatron_p2o.config.tree import DataConfig
+from megatron_p2o.data.problems import load_problems
+from megatron_p2o.data.published.download import read_download
+from megatron_p2o.data.published.near_duplicates import MIN_SHARE
+from megatron_p2o.data.published.origin import origin_of, sha256_of
+from megatron_p2o.data.published.prepare import (
     MANIFEST,
     EvaluationSet,
     TrainingRequest,
@@ -36,10 +37,9 @@ from megatron_p2o.data.prepare import (
     prepare_training,
     training_inputs,
 )
-from megatron_p2o.data.problems import load_problems
-from megatron_p2o.data.source_rows import row_files
-from megatron_p2o.data.sources import DEEPMATH, DEEPSCALER, EVALUATION_SETS, Source, any_source
-from megatron_p2o.data.splits import MIN_DIFFICULTY
+from megatron_p2o.data.published.source_rows import row_files
+from megatron_p2o.data.published.sources import DEEPMATH, DEEPSCALER, EVALUATION_SETS, Source, any_source
+from megatron_p2o.data.published.splits import MIN_DIFFICULTY
 from megatron_p2o.errors import expected_message
 from megatron_p2o.rewards.extract import last_boxed
 from megatron_p2o.terminal import say, set_up_logging

@@ -15,9 +15,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from bench.measure import environment  # noqa: E402
 
-from megatron_p2o.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig  # noqa: E402
-from megatron_p2o.policy.architecture import read_architecture  # noqa: E402
-from megatron_p2o.policy.hf_directory import write_hf_directory  # noqa: E402
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig  # noqa: E402
+from megatron_p2o.policy.model.architecture import read_architecture  # noqa: E402
+from megatron_p2o.policy.weights.hf_directory import write_hf_directory  # noqa: E402
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -20,7 +20,7 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
 runs=()
 for seed in $seeds; do
     tiny="runs/tiny-seed$seed"
-    [ -f "$tiny/card.json" ] || python tools/make_tiny_policy.py --out "$tiny" --seed "$seed"
+    [ -f "$tiny/card.json" ] || python -m megatron_p2o.tiny.policy --out "$tiny" --seed "$seed"
     for arm in $arms; do
         name="$arm-seed$seed"
         runs+=("$output/$name")

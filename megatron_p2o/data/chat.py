@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_p2o.config import Config, DataConfig, ModelConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig
 from megatron_p2o.data.markup import Frame, MarkupEncoder
 from megatron_p2o.data.tokenizer import chat_text, end_of_response_ids, load_tokenizer
 from megatron_p2o.files import read_json_object

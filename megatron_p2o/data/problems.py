@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_p2o.config import DataConfig
+from megatron_p2o.config.tree import DataConfig
 from megatron_p2o.data.raw_rows import BadRowError, encodable, parsed, raw_rows
 from megatron_p2o.types import Problem
 

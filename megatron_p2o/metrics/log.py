@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from megatron_p2o.config import LoggingConfig
+from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.metrics.console import ConsoleSink
 from megatron_p2o.metrics.sinks import JsonlSink, MetricSink, StepRecord, TensorBoardSink, WandbSink
 from megatron_p2o.metrics.values import MetricValue, numbers_of

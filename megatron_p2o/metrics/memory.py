@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_p2o.host_memory import HostMemory, RankMemory, own_host_memory
+from megatron_p2o.processes import HostMemory, RankMemory, own_host_memory
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"

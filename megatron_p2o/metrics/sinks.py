@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from megatron_p2o.config import LoggingConfig
+from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.metrics.jsonl import keep_lines
 
 NEEDS_TENSORBOARD = (

@@ -25,7 +25,6 @@ templated rollouts in a plain step) is left out rather than reported as zero.
 from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_p2o.interfaces import TemplateLibrary
-from megatron_p2o.metrics.evaluation import Evaluation
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
 from megatron_p2o.types import Group, Problem, Rollout, UpdateReport
 
@@ -169,25 +168,6 @@ def library_metrics(library_version: int, num_templates: int, evolution: Mapping
         "library/num_templates": Last(num_templates),
         **{f"evolution/{name}": Last(number) for name, number in evolution.items()},
     }
-
-
-def evaluation_metrics(outcomes: Mapping[str, Evaluation]) -> dict[str, MetricValue]:
-    """Return `eval/<set>/avg`, the accuracy, `eval/<set>/pass_at_<k>` for k beyond 1, and `eval/<set>/undecided_share`
-    and `aborted_count`: answers that the grader could not decide, over those it was given, and that engines gave up.
-
-    Where problems were too long under the evaluation's template, `eval/<set>/asked_plainly_count` says how many.
-    """
-    metrics: dict[str, MetricValue] = {}
-    for name, outcome in outcomes.items():
-        num_problems = outcome.pass_at_num_problems["1"]
-        metrics[f"eval/{name}/avg"] = Mean(outcome.accuracy * num_problems, num_problems)
-        num_graded = outcome.num_samples - outcome.num_aborted
-        metrics[f"eval/{name}/undecided_share"] = Mean(outcome.num_grading_errors, num_graded)
-        metrics[f"eval/{name}/aborted_count"] = Sum(outcome.num_aborted)
-        metrics |= {f"eval/{name}/pass_at_{k}": Last(share) for k, share in outcome.pass_at.items() if k != "1"}
-        if outcome.num_asked_plainly:
-            metrics[f"eval/{name}/asked_plainly_count"] = Last(outcome.num_asked_plainly)
-    return metrics
 
 
 def _mean_reward(rollouts: Iterable[Rollout]) -> Mean:

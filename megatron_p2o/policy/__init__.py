@@ -2,7 +2,7 @@
 
 import warnings
 
-from megatron_p2o.policy.layer_choice import transformer_engine_failure
+from megatron_p2o.policy.model.layer_choice import transformer_engine_failure
 
 # Each import of megatron-core lists the optional packages it does without; `p2o doctor` says it once.
 warnings.filterwarnings("ignore", message=".*not installed.*", category=UserWarning)

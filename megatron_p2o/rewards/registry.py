@@ -2,8 +2,8 @@
 
 from importlib.util import find_spec
 
-from megatron_p2o.config import GradingConfig
-from megatron_p2o.rewards.math_grader import MathGrader
+from megatron_p2o.config.tree import GradingConfig
+from megatron_p2o.rewards.math.grader import MathGrader
 
 
 def make_grader(config: GradingConfig) -> MathGrader:

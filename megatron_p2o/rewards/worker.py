@@ -1,7 +1,7 @@
 """Compares answers by algebra. Runs in the processes of `fork_server` alone, which may be killed at any time."""
 
-from megatron_p2o.rewards.algebra import NumericJudge
-from megatron_p2o.rewards.match import verdict
+from megatron_p2o.rewards.math.algebra import NumericJudge
+from megatron_p2o.rewards.math.match import verdict
 
 
 def is_match(answers: list[str], gold: str) -> bool:

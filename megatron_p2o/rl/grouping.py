@@ -6,7 +6,7 @@ from typing import assert_never
 
 import torch
 
-from megatron_p2o.config import AdvantageConfig, ObjectiveConfig
+from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
 from megatron_p2o.rl.objective import takes_gradient_on_bare_prompt
 from megatron_p2o.types import Group, Rollout, TrainSample
 from p2o_kernels import grouped_advantage

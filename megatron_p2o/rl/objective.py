@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_p2o.config import ObjectiveConfig
+from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
 from p2o_kernels import LossRule, PolicyLoss
 

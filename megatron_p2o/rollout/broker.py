@@ -14,7 +14,6 @@ from concurrent.futures import Future, wait
 from itertools import count
 from typing import Any, TypeVar
 
-from megatron_p2o.rollout.client import EngineClient, EngineUnreachable, Generation, RequestRefused
 from megatron_p2o.rollout.given_up import GivenUp, are_logprobs
 from megatron_p2o.rollout.heartbeat import EngineStalled, watch
 from megatron_p2o.rollout.requests import (
@@ -27,6 +26,7 @@ from megatron_p2o.rollout.requests import (
     nothing_generated,
     settle,
 )
+from megatron_p2o.rollout.servers.client import EngineClient, EngineUnreachable, Generation, RequestRefused
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
 ABORT_GRACE_S = 10.0

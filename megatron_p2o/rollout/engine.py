@@ -14,17 +14,17 @@ from typing import Self
 
 import torch
 
-from megatron_p2o.config import Config, RolloutConfig
-from megatron_p2o.host_memory import HostMemory
+from megatron_p2o.config.tree import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
-from megatron_p2o.processes import allow_many_files
+from megatron_p2o.processes import HostMemory, allow_many_files
 from megatron_p2o.rollout.broker import Broker
-from megatron_p2o.rollout.client import EngineClient
-from megatron_p2o.rollout.outlet import WeightOutlet
-from megatron_p2o.rollout.remote import AgentAddress, NodeMirror, RemoteServer
+from megatron_p2o.rollout.refresh.outlet import WeightOutlet
+from megatron_p2o.rollout.refresh.weight_sync import WeightSync
 from megatron_p2o.rollout.requests import NOBODY
-from megatron_p2o.rollout.server import EngineServer, Server
-from megatron_p2o.rollout.server_arguments import (
+from megatron_p2o.rollout.servers.client import EngineClient
+from megatron_p2o.rollout.servers.remote import AgentAddress, NodeMirror, RemoteServer
+from megatron_p2o.rollout.servers.server import EngineServer, Server
+from megatron_p2o.rollout.servers.server_arguments import (
     EnginePlace,
     does_release_memory,
     engine_log,
@@ -33,7 +33,6 @@ from megatron_p2o.rollout.server_arguments import (
     start_server,
 )
 from megatron_p2o.rollout.supervisor import Supervisor, stop_all
-from megatron_p2o.rollout.weight_sync import WeightSync
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from megatron_p2o.rollout.client import EngineClient, Generation
+from megatron_p2o.rollout.servers.client import EngineClient, Generation
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
 Outcome = TypeVar("Outcome")

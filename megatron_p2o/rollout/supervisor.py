@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from functools import partial
 
 from megatron_p2o.rollout.broker import EnginesLost
-from megatron_p2o.rollout.client import EngineRefused, EngineUnreachable
-from megatron_p2o.rollout.refresh_verdict import RefreshFailed
-from megatron_p2o.rollout.server import EngineStartFailed, Server
+from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
+from megatron_p2o.rollout.servers.client import EngineRefused, EngineUnreachable
+from megatron_p2o.rollout.servers.server import EngineStartFailed, Server
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from megatron_p2o.config import AssignmentConfig, EvolutionConfig
-from megatron_p2o.evolve.evaluation import Evaluation, Rejection
-from megatron_p2o.evolve.round import RoundSettings, RoundSpec
+from megatron_p2o.config.tree import AssignmentConfig, EvolutionConfig
+from megatron_p2o.evolve.search.round import RoundSettings, RoundSpec
+from megatron_p2o.evolve.trial import Evaluation, Rejection
 from megatron_p2o.types import Problem, SamplingParams, Template
 
 KEY_PHRASES: Mapping[str, tuple[str, str]] = {

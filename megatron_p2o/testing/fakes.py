@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_p2o.config import Config, DataConfig, HardConfig, ModelConfig, RolloutConfig, RunConfig, ScheduleConfig
+from megatron_p2o.config.tree import (
+    Config,
+    DataConfig,
+    HardConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    ScheduleConfig,
+)
 from megatron_p2o.files import FileDigest, digest_of
 from megatron_p2o.interfaces import NamedWeights, PromptTooLongError, TemplateLibrary
 from megatron_p2o.types import (

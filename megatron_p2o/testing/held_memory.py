@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from megatron_p2o.policy.ranks import MegatronPolicy
+from megatron_p2o.policy.training.ranks import MegatronPolicy
 
 
 def held_bytes(policy: MegatronPolicy) -> dict[str, int]:

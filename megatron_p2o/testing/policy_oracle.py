@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_p2o.config import (
+from megatron_p2o.config.tree import (
     Config,
     DataConfig,
     ModelConfig,

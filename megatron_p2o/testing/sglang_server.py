@@ -16,7 +16,7 @@ import torch
 from aiohttp import web
 from torch import Tensor, nn
 
-from megatron_p2o.rollout import weight_loader
+from megatron_p2o.rollout.inside_sglang import weight_loader
 
 START_TIMEOUT_S = 20.0
 POLL_S = 0.01

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_p2o.rollout import weight_loader
-from megatron_p2o.rollout.client import EngineRefused
-from megatron_p2o.rollout.staging import StagingBuffer
-from megatron_p2o.rollout.weight_message import MemoryAddress
+from megatron_p2o.rollout.buckets.staging import StagingBuffer
+from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
+from megatron_p2o.rollout.inside_sglang import weight_loader
+from megatron_p2o.rollout.servers.client import EngineRefused
 from megatron_p2o.testing.sglang_server import FusedModel
 
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_p2o.rollout.device_memory import (
+from megatron_p2o.rollout.buckets.device_memory import (
     DeviceMemory,
     can_share_device_memory,
     close_device_memory,
     open_device_memory,
 )
-from megatron_p2o.rollout.weight_message import MemoryAddress
+from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
 
 TIMEOUT_S = 120
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_p2o.config import ParallelConfig
-from megatron_p2o.policy.ranks import PolicyError, build_policy
-from megatron_p2o.rank_errors import error_file, failure_message, host_name, report_error
+from megatron_p2o.config.tree import ParallelConfig
+from megatron_p2o.policy.training.ranks import PolicyError, build_policy
+from megatron_p2o.run.rank_errors import error_file, failure_message, host_name, report_error
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3

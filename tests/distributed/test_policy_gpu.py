@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_p2o.config import Config, OptimizerConfig
-from megatron_p2o.policy.attention import _attend_on_cpu, _attend_on_cuda, pack_layout
-from megatron_p2o.policy.layer_choice import machine_capabilities
-from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.config.tree import Config, OptimizerConfig
+from megatron_p2o.policy.model.attention import _attend_on_cpu, _attend_on_cuda, pack_layout
+from megatron_p2o.policy.model.layer_choice import machine_capabilities
+from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.rl.packing import context_positions
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
 from megatron_p2o.testing.tiny_model import write_kernel_sized_qwen3

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_p2o.config import Config, OptimizerConfig, ParallelConfig
-from megatron_p2o.policy.ranks import build_policy
+from megatron_p2o.config.tree import Config, OptimizerConfig, ParallelConfig
+from megatron_p2o.policy.training.ranks import build_policy
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_p2o.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_p2o.config.tree import ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_p2o.interfaces import PolicyDiverged
-from megatron_p2o.memory_plan import trainer_memory
-from megatron_p2o.policy.architecture import read_architecture
-from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.machine.memory_plan import trainer_memory
+from megatron_p2o.policy.model.architecture import read_architecture
+from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.held_memory import held_bytes
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples

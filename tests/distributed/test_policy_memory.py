@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_p2o.config import ParallelConfig
-from megatron_p2o.host_memory import RankMemory
-from megatron_p2o.policy.ranks import build_policy
+from megatron_p2o.config.tree import ParallelConfig
+from megatron_p2o.policy.training.ranks import build_policy
+from megatron_p2o.processes import RankMemory
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import policy_config
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3

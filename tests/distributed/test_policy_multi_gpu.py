@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_p2o.config import Config, OptimizerConfig, ParallelConfig
-from megatron_p2o.policy.ranks import build_policy
+from megatron_p2o.config.tree import Config, OptimizerConfig, ParallelConfig
+from megatron_p2o.policy.training.ranks import build_policy
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
 from megatron_p2o.testing.tiny_model import write_kernel_sized_qwen3
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.config import Config, OptimizerConfig, ParallelConfig
-from megatron_p2o.policy.layer_choice import Capabilities
-from megatron_p2o.policy.ranks import MegatronPolicy, build_policy
+from megatron_p2o.config.tree import Config, OptimizerConfig, ParallelConfig
+from megatron_p2o.policy.model.layer_choice import Capabilities
+from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
 from megatron_p2o.testing.tiny_families import write_tiny_family

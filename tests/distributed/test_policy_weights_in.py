@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_p2o.config import ParallelConfig
-from megatron_p2o.policy.hf_directory import WeightFiles
-from megatron_p2o.policy.hf_weights import load_hf_weights
-from megatron_p2o.policy.ranks import build_policy
+from megatron_p2o.config.tree import ParallelConfig
+from megatron_p2o.policy.training.ranks import build_policy
+from megatron_p2o.policy.weights.hf_directory import WeightFiles
+from megatron_p2o.policy.weights.hf_weights import load_hf_weights
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
 from megatron_p2o.testing.tiny_families import write_tiny_family

@@ -12,12 +12,12 @@ import psutil
 import pytest
 from torch.distributed import DistError, TCPStore
 
-from megatron_p2o.nodes import Nodes, nodes_from_options
-from megatron_p2o.rendezvous import distance, head_listener, meet_at_head
+from megatron_p2o.machine.nodes import Nodes, nodes_from_options
+from megatron_p2o.machine.rendezvous import distance, head_listener, meet_at_head
 
 ALONE = """
 import sys
-from megatron_p2o.launch import agent_settings, meeting_file, prepare_network, this_machine
+from megatron_p2o.run.launch import agent_settings, meeting_file, prepare_network, this_machine
 from torch.distributed.launcher.api import elastic_launch
 
 sys.addaudithook(lambda event, given: print("unpickled", given) if event == "pickle.find_class" else None)
@@ -34,8 +34,8 @@ from pathlib import Path
 import psutil, torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
-from megatron_p2o.config import ParallelConfig
-from megatron_p2o.policy.parallel import initialize_parallel
+from megatron_p2o.config.tree import ParallelConfig
+from megatron_p2o.policy.model.parallel import initialize_parallel
 
 initialize_parallel(ParallelConfig(tensor=2, timeout_s=60), seed=1)
 rank = torch.tensor([float(dist.get_rank())])

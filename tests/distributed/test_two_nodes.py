@@ -6,17 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_p2o.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
-from megatron_p2o.config_file import dump_config
+from megatron_p2o.config.read import dump_config
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
 
 AGENT = """
 import sys
 from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
-from megatron_p2o.launch import agent_settings
-from megatron_p2o.nodes import nodes_from_options
-from megatron_p2o.rank_errors import failure_message
+from megatron_p2o.run.launch import agent_settings
+from megatron_p2o.machine.nodes import nodes_from_options
+from megatron_p2o.run.rank_errors import failure_message
 
 sys.addaudithook(lambda event, given: print("unpickled", given) if event == "pickle.find_class" else None)
 node_rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -77,8 +77,8 @@ def test_ranks_of_two_nodes_stand_in_node_order_and_both_nodes_name_the_one_that
 AGENT_OF_ENGINES = """
 import sys
 from torch.distributed.launcher.api import elastic_launch
-from megatron_p2o.launch import agent_settings
-from megatron_p2o.nodes import nodes_from_options
+from megatron_p2o.run.launch import agent_settings
+from megatron_p2o.machine.nodes import nodes_from_options
 
 nodes = nodes_from_options(2, int(sys.argv[1]), f"127.0.0.1:{sys.argv[2]}")
 elastic_launch(agent_settings(1, nodes, timeout_s=60), sys.executable)("-c", *sys.argv[3:])
@@ -90,8 +90,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
-from megatron_p2o.config_file import load_config
-from megatron_p2o.rollout.remote import meet_agents
+from megatron_p2o.config.read import load_config
+from megatron_p2o.rollout.servers.remote import meet_agents
 
 def refusal(agent):
     try:

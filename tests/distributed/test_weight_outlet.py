@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_p2o.config import Config, ParallelConfig
+from megatron_p2o.config.tree import Config, ParallelConfig
 from megatron_p2o.interfaces import NamedWeights
-from megatron_p2o.policy.ranks import PolicyError, build_policy
-from megatron_p2o.rollout.client import EngineRefused
-from megatron_p2o.rollout.outlet import WeightOutlet, engine_devices, open_outlet
-from megatron_p2o.rollout.refresh_verdict import RefreshFailed
-from megatron_p2o.rollout.weight_message import LoadMessage, parse
-from megatron_p2o.rollout.weight_sync import WeightSync
+from megatron_p2o.policy.training.ranks import PolicyError, build_policy
+from megatron_p2o.rollout.buckets.weight_message import LoadMessage, parse
+from megatron_p2o.rollout.refresh.outlet import WeightOutlet, engine_devices, open_outlet
+from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
+from megatron_p2o.rollout.refresh.weight_sync import WeightSync
+from megatron_p2o.rollout.servers.client import EngineRefused
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.fakes import fake_config
 from megatron_p2o.testing.policy_oracle import policy_config

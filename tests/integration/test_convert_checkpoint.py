@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_p2o.checkpoints import write_manifest
-from megatron_p2o.config_file import dump_config
-from megatron_p2o.policy.ranks import build_policy
+from megatron_p2o.config.read import dump_config
+from megatron_p2o.policy.training.ranks import build_policy
+from megatron_p2o.run_folder.checkpoints import write_manifest
 from megatron_p2o.testing.policy_oracle import policy_config
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_p2o.checkpoints import POLICY_FOLDER, CheckpointSaver, latest_checkpoint
 from megatron_p2o.cli import BAD_INPUT, main
-from megatron_p2o.policy.ranks import build_policy
-from megatron_p2o.run_state import CheckpointError, RunState
+from megatron_p2o.policy.training.ranks import build_policy
+from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, CheckpointSaver, latest_checkpoint
+from megatron_p2o.run_folder.state import CheckpointError, RunState
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 

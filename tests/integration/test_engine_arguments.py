@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_p2o.rollout.server_arguments import EnginePlace, ask_server, check_arguments, server_arguments
+from megatron_p2o.rollout.servers.server_arguments import EnginePlace, ask_server, check_arguments, server_arguments
 from megatron_p2o.testing.fakes import fake_config
 
 

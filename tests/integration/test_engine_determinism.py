@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.rollout.engine import SglangEngine, own_sampling, start_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams

@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.rollout.engine import start_engines
-from megatron_p2o.rollout.launcher import shared_memory_of
-from megatron_p2o.rollout.scratch import Scratch
-from megatron_p2o.rollout.server import EngineStartFailed
+from megatron_p2o.rollout.inside_sglang.launcher import shared_memory_of
+from megatron_p2o.rollout.servers.scratch import Scratch
+from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def test_an_engine_that_is_too_slow_is_given_up_and_ended(tmp_path: Path) -> Non
 OWNER = """
 import json, sys, time
 from pathlib import Path
-from megatron_p2o.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.rollout.engine import start_reflection_server
 
 config = Config(

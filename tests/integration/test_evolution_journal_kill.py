@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_p2o.evolve.journal import Journal, read_journal
+from megatron_p2o.evolve.record.journal import Journal, read_journal
 
 WRITER = """
 import sys
 from pathlib import Path
-from megatron_p2o.evolve.journal import Journal
+from megatron_p2o.evolve.record.journal import Journal
 
 journal = Journal(Path(sys.argv[1]))
 number = len(journal.records)

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_p2o.config import (
+from megatron_p2o.config.tree import (
     Config,
     DataConfig,
     EvolutionConfig,
@@ -28,17 +28,17 @@ from megatron_p2o.config import (
     RolloutConfig,
     RunConfig,
 )
-from megatron_p2o.evolve.beside import BesideTraining
-from megatron_p2o.evolve.conduct import journal_path
-from megatron_p2o.evolve.evaluation import Evaluation, FreeScore, Rejection
-from megatron_p2o.evolve.history import digest
-from megatron_p2o.evolve.journal import read_journal
-from megatron_p2o.evolve.json_records import to_json
-from megatron_p2o.evolve.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
-from megatron_p2o.evolve.publish import rounds_path
-from megatron_p2o.evolve.session import EvolutionSession
+from megatron_p2o.evolve.process.beside import BesideTraining
+from megatron_p2o.evolve.process.conduct import journal_path
+from megatron_p2o.evolve.process.session import EvolutionSession
+from megatron_p2o.evolve.record.history import digest
+from megatron_p2o.evolve.record.journal import read_journal
+from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.search.publish import rounds_path
+from megatron_p2o.evolve.trial import Evaluation, FreeScore, Rejection
 from megatron_p2o.interfaces import RoundInterrupted
-from megatron_p2o.template_evaluation import round_statistics
+from megatron_p2o.records import to_json
+from megatron_p2o.run.templates import round_statistics
 from megatron_p2o.testing.evolution import KEY_PHRASES, PHRASES, KeyPhraseTask, families_served, make_problems
 from megatron_p2o.types import Problem, SamplingParams, Template
 
@@ -536,8 +536,7 @@ def test_service_dies_with_rank_0(tmp_path: Path, phrases: Path) -> None:
 
 
 def test_service_holds_no_torch() -> None:
-    program = (
-        "import sys, megatron_p2o.evolve.service; print({'torch', 'megatron', 'openai', 'httpx'} & set(sys.modules))"
-    )
+    named = "{'torch', 'megatron', 'openai', 'httpx'}"
+    program = f"import sys, megatron_p2o.evolve.process.service; print({named} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=LIMIT_S).stdout
     assert printed.strip() == b"set()"

@@ -20,7 +20,11 @@ POLL_S = 0.02
 
 AS_TEXT: dict[str, Any] = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
-ENGINE, GRADER, EVOLUTION = ("sglang::scheduler", "sglang::detokenizer"), "rewards/fork_server.py", "evolve.service"
+ENGINE, GRADER, EVOLUTION = (
+    ("sglang::scheduler", "sglang::detokenizer"),
+    "rewards/fork_server.py",
+    "evolve.process.service",
+)
 """Parts of command lines."""
 
 pytestmark = pytest.mark.slow
@@ -76,7 +80,7 @@ class Run:
 
     def ranks(self) -> dict[int, psutil.Process]:
         children = psutil.Process(self.process.pid).children()
-        ranks = [child for child in children if "megatron_p2o.train" in child.cmdline()]
+        ranks = [child for child in children if "megatron_p2o.run.train" in child.cmdline()]
         return {int(rank.environ()["RANK"]): rank for rank in ranks}
 
 

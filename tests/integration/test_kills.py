@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_p2o.run_state import read_state
+from megatron_p2o.run_folder.state import read_state
 from megatron_p2o.testing.run_files import repeatable_numbers, steps_done, whole_lines
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_p2o.config_file import load_config
+from megatron_p2o.config.read import load_config
 from megatron_p2o.testing.run_files import steps_done, whole_lines
 
 ROOT = Path(__file__).parents[2]

@@ -26,7 +26,13 @@ SECRETS = {
 }
 """The last is a secret only because `evolution.reflection.api_key_env` says so."""
 
-PARTS = ("megatron_p2o.train", "rollout.launcher", "sglang::scheduler", "rewards/fork_server.py", "evolve.service")
+PARTS = (
+    "megatron_p2o.run.train",
+    "rollout.inside_sglang.launcher",
+    "sglang::scheduler",
+    "rewards/fork_server.py",
+    "evolve.process.service",
+)
 """Of command lines: what a run consists of."""
 
 pytestmark = pytest.mark.slow
@@ -99,7 +105,9 @@ def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 def test_nothing_listens_where_another_machine_could_reach_it(watched: tuple[Watch, Path, str]) -> None:
     watch, _, _ = watched
     assert {address for address, _ in watch.listening} == {"127.0.0.1"}, watch.listening
-    assert not [line for _, line in watch.listening if "rewards/fork_server.py" in line or "evolve.service" in line]
+    assert not [
+        line for _, line in watch.listening if "rewards/fork_server.py" in line or "evolve.process.service" in line
+    ]
 
 
 def test_no_process_of_a_run_holds_a_secret_that_it_does_not_need(watched: tuple[Watch, Path, str]) -> None:
@@ -148,7 +156,7 @@ def test_a_run_that_is_killed_while_it_starts_leaves_nothing_behind(tiny: Path, 
                 start_new_session=True,
             )
         deadline = time.monotonic() + RUN_TIMEOUT_S
-        while not any("megatron_p2o.train" in " ".join(member.cmdline()) for member in marked(mark)):
+        while not any("megatron_p2o.run.train" in " ".join(member.cmdline()) for member in marked(mark)):
             assert process.poll() is None and time.monotonic() < deadline, "no rank was started"
             time.sleep(POLL_S)
         time.sleep(LATEST_KILL_S * (kill + rng.random()) / NUM_EARLY_KILLS)

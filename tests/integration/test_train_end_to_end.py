@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_p2o.data.generated import PHRASES
+from megatron_p2o.tiny.problems import PHRASES
 
 ROOT = Path(__file__).parents[2]
 P2O = [sys.executable, "-m", "megatron_p2o.cli"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.nodes import first_host
+from megatron_p2o.machine.nodes import first_host
 
 pytestmark = pytest.mark.slow
 

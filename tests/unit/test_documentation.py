@@ -1,7 +1,6 @@
 """What README and docs claim and a program can check: names, commands, files and counts are those of the code."""
 
 import ast
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o.cli import _parser  # pyright: ignore[reportPrivateUsage]
-from megatron_p2o.config import Config
-from megatron_p2o.config_source import annotation_at
+from megatron_p2o.config.source import annotation_at
+from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import MAX_REPORTED_PROBLEMS
-from megatron_p2o.evolve.publish import RoundStats
-from megatron_p2o.host_memory import HostMemory, RankMemory
+from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.metrics.memory import ProcessMemory
-from megatron_p2o.template_evaluation import round_statistics
+from megatron_p2o.processes import HostMemory, RankMemory
+from megatron_p2o.run.templates import round_statistics
+from megatron_p2o.tiny.policy import build_policy, build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").rglob("*.md")])
@@ -164,11 +164,10 @@ def test_the_dry_run_names_as_many_problems_as_the_data_page_says() -> None:
 
 
 def test_the_tiny_policy_has_as_many_parameters_as_is_said() -> None:
-    tool = ROOT / "tools" / "make_tiny_policy.py"
-    specification = importlib.util.spec_from_file_location("make_tiny_policy", tool)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    said = f"{module.build_policy(module.build_tokenizer(), seed=1).num_parameters():,} parameters"
-    for path in (ROOT / "README.md", ROOT / "examples" / "tiny_cpu" / "base.yaml", tool):
+    said = f"{build_policy(build_tokenizer(), seed=1).num_parameters():,} parameters"
+    for path in (
+        ROOT / "README.md",
+        ROOT / "examples" / "tiny_cpu" / "base.yaml",
+        ROOT / "megatron_p2o" / "tiny" / "policy.py",
+    ):
         assert said in " ".join(path.read_text(encoding="utf-8").split()), path

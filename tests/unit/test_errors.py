@@ -10,7 +10,7 @@ import pytest
 
 from megatron_p2o.errors import expected_message
 from megatron_p2o.files import write_whole
-from megatron_p2o.run_lock import hold_run
+from megatron_p2o.run_folder.lock import hold_run
 
 
 def hold(path: Path) -> None:

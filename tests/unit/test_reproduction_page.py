@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.config import Config
-from megatron_p2o.config_file import load_config
+from megatron_p2o.config.read import load_config
+from megatron_p2o.config.tree import Config
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")

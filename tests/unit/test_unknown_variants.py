@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_p2o.config import AdvantageConfig, ObjectiveConfig
-from megatron_p2o.policy.forward import Denominator
+from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
+from megatron_p2o.policy.training.forward import Denominator
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import hard_problems
 from megatron_p2o.rl.objective import TokenStats, compares_with_sampling

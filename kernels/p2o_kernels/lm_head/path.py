@@ -7,17 +7,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from p2o_kernels.lm_head.shard import HeadShard, SoftmaxChunk
+from p2o_kernels.lm_head.shard import HeadShard, SoftmaxChunk, WeightGrad
 from p2o_kernels.lm_head.torch_path import TorchHead
 
 _TORCH_ON_CUDA = "run torch on CUDA by path=TorchHead() (setting head.kernel: torch)"
 
 _CUDA_CHUNK_BYTES = 2**30
 """A chunk of the torch path on CUDA: each reads the whole weight, and small products leave the device idle."""
-
-WeightGrad = Literal["fast", "precise"]
-"""Of the Triton path: the weight gradient by one product, or by two that halve its error at most states of a policy and
-keep it below 1e-3 at all (README.md, "Rounding")."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,12 +4,17 @@ Legend: T tokens, C tokens of a chunk, D hidden size, V vocabulary columns of th
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_world_size
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+WeightGrad = Literal["fast", "precise"]
+"""Of the Triton path: the weight gradient by one product, or by two that halve its error at most states of a policy and
+keep it below 1e-3 at all (README.md, "Rounding")."""
 
 
 @dataclass(frozen=True, slots=True)

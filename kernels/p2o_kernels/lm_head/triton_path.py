@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
 from p2o_kernels.lm_head import triton_kernels as kernels
-from p2o_kernels.lm_head.path import WeightGrad
-from p2o_kernels.lm_head.shard import HeadShard, SoftmaxChunk
+from p2o_kernels.lm_head.shard import HeadShard, SoftmaxChunk, WeightGrad
 
 _DESCRIPTOR_ALIGNMENT = 8
 """bfloat16 elements in the 16 bytes that a tensor descriptor's row stride must be a multiple of."""

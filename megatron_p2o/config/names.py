@@ -1,0 +1,66 @@
+"""What to write instead of a name that is no setting."""
+
+from collections.abc import Iterator, Mapping
+from typing import get_type_hints
+
+from megatron_p2o.config.source import NamePath, annotation_at, is_section
+from megatron_p2o.config.suggestions import nearest
+from megatron_p2o.config.tree import Config
+
+MAX_SHOWN = 3
+"""Settings of one name that are offered."""
+
+SYNONYMS: Mapping[str, str] = {
+    **{"reward": "grading", "rewards": "grading", "grader": "grading", "algorithm": "advantage", "loss": "objective"},
+    **{"engine": "rollout", "trainer": "schedule", "gepa": "evolution", "dataset": "data"},
+    **{"learning_rate": "optimizer.lr", "max_grad_norm": "optimizer.clip_grad", "adam_eps": "optimizer.eps"},
+    **{"num_generations": "rollout.group_size", "n_samples_per_prompt": "rollout.group_size"},
+    **{"max_tokens": "rollout.max_new_tokens", "max_response_length": "rollout.max_new_tokens"},
+    **{"max_prompt_length": "data.max_prompt_tokens", "train_batch_size": "schedule.problems_per_step"},
+    **{"batch_size": "schedule.problems_per_step", "mini_batch_size": "schedule.problems_per_update"},
+    **{"total_epochs": "schedule.epochs", "num_epochs": "schedule.epochs"},
+    **{
+        "save_interval": "schedule.save_every_steps",
+        "eval_interval": "evaluation.every_steps",
+        "tensor_model_parallel_size": "parallel.tensor",
+    },
+    **{"cliprange": "objective.clip_low and objective.clip_high"},
+}
+"""What other trainers call a setting, or its section."""
+
+
+def suggestion(name: NamePath) -> str:
+    """Return the end of "... is not a setting:".
+
+    Looked for are settings with the like name in the same section, of the same name elsewhere, what others call so, and
+    settings with a like name elsewhere; else the section's settings are listed.
+    """
+    known = list(_all_settings())
+    if ".".join(name) in known:
+        section, _, leaf = ".".join(name).rpartition(".")
+        return f"nest it: write `{leaf}:` indented below `{section}:`"
+    *parents, leaf = next(name[:depth] for depth in range(1, len(name) + 1) if annotation_at(name[:depth]) is None)
+    by_leaf: dict[str, list[str]] = {}
+    for other in known:
+        by_leaf.setdefault(other.rpartition(".")[2], []).append(other)
+    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == ".".join(parents)}
+    near = nearest(leaf, siblings)
+    if near is not None:
+        return f"did you mean {siblings[near]}?"
+    if leaf in by_leaf or leaf in SYNONYMS:
+        return f"did you mean {' or '.join(by_leaf.get(leaf, [SYNONYMS.get(leaf, '')])[:MAX_SHOWN])}?"
+    near = nearest(leaf, by_leaf)
+    if near is not None:
+        return f"did you mean {' or '.join(by_leaf[near][:MAX_SHOWN])}?"
+    return f"known here are {', '.join(siblings.values()) or 'none'}"
+
+
+def _all_settings() -> Iterator[str]:
+    return (".".join(path) for path in _paths(Config, ()))
+
+
+def _paths(cls: type, name: NamePath) -> Iterator[NamePath]:
+    for key, annotation in get_type_hints(cls).items():
+        yield (*name, key)
+        if is_section(annotation):
+            yield from _paths(annotation, (*name, key))

@@ -1,0 +1,271 @@
+"""Reads the settings of a run from YAML: strict, typed, and with every problem reported at once.
+
+    base: other.yaml            # optional; read first, relative to this file
+    preset: reference           # optional; changes defaults only
+    run: {name: first}
+    optimizer: {lr: 1e-6}
+
+Settings win in this order: `--set`, the file, its base, the preset, the defaults of `config.tree`. Mappings merge key
+by key; an empty one (`data.evaluation={}`) takes away what was there. Values are those of YAML 1.2 (`yaml_reader`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+from megatron_p2o.config.names import suggestion
+from megatron_p2o.config.source import (
+    ConfigError,
+    ConfigProblem,
+    NamePath,
+    Setting,
+    Settings,
+    annotation_at,
+    is_mapping,
+    is_section,
+    over,
+    problem,
+    read_overrides,
+    read_with_bases,
+)
+from megatron_p2o.config.suggestions import did_you_mean
+from megatron_p2o.config.tree import REFERENCE_PRESET, Config, problems_of
+from megatron_p2o.config.yaml_reader import dump_yaml
+
+__all__ = ["ConfigError", "ConfigProblem", "dump_config", "load_config", "missing_paths", "with_template_date"]
+
+SECRET_KEY = re.compile(r"(^|[_-])(key|token|password|secret)$", re.IGNORECASE)
+"""Keys of the pass-through sections that would hold a credential."""
+
+
+class _RefusedError(Exception):
+    """A value breaks the rule of its field; the message is the rule and the remedy."""
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Return the settings of the file at `path`, if any, with `overrides` ("optimizer.lr=1e-6") on top.
+
+    Raises:
+        ConfigError: with all problems; only an unreadable file hides the ones behind it.
+    """
+    problems: list[ConfigProblem] = []
+    source = "--set" if path is None else str(path)
+    settings = read_overrides(overrides, problems)
+    if path is not None:
+        settings = over(read_with_bases(path, problems), settings)
+    preset = settings.get(("preset",))
+    if preset is not None and preset.value == "reference":
+        settings = over(_reference_settings(), settings)
+    problems += _unknown_names(settings)
+    config = _build(Config, (), settings, problems, source=source)
+    refused = {problem.name for problem in problems if annotation_at(tuple(problem.name.split("."))) is not None}
+    for sentence in [*_secrets_in(config), *problems_of(config)]:
+        if not any(_names(sentence, name) for name in refused):
+            problems.append(_located(sentence, settings, source=source))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """Return all settings as YAML that `load_config` reads back to an equal tree.
+
+    Raises:
+        ValueError: a setting holds a credential, which `load_config` refuses too.
+    """
+    secrets = _secrets_in(config)
+    if secrets:
+        raise ValueError("; ".join(secrets))
+    return dump_yaml(dataclasses.asdict(config))
+
+
+def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
+    """Return one sentence for each file or directory the settings name that is not there.
+
+    Relative paths count from the current directory. What only training reads does not count without `for_training`.
+    """
+    files = {"data.train": config.data.train} if for_training else {}
+    files |= {f"data.evaluation.{name}": file for name, file in config.data.evaluation.items()}
+    if for_training and config.evolution.reflection.phrases is not None:
+        files["evolution.reflection.phrases"] = config.evolution.reflection.phrases
+    missing = [
+        f"{name}={file} must be an existing file: correct the path (relative to {Path.cwd()})"
+        for name, file in files.items()
+        if not Path(file).is_file()
+    ]
+    if not Path(config.model.path).is_dir():
+        missing.insert(
+            0,
+            f"model.path={config.model.path} must be an existing Hugging Face directory: "
+            f"correct the path (relative to {Path.cwd()})",
+        )
+    return missing
+
+
+def with_template_date(config: Config, recorded: Path) -> Config:
+    """Return `config` with a date for chat templates: its own, else that of `recorded`, else today's.
+
+    Args:
+        recorded: resolved settings of an earlier start of the run; need not exist.
+    """
+    if config.model.template_date is not None:
+        return config
+    day = _recorded_date(recorded) or date.today().isoformat()
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, template_date=day))
+
+
+def _recorded_date(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    try:
+        found = read_with_bases(path, []).get(("model", "template_date"))
+    except ConfigError:
+        return None  # it is about to be written anew
+    return found.value if found is not None and isinstance(found.value, str) else None
+
+
+def _reference_settings() -> Settings:
+    return {
+        tuple(name.split(".")): Setting(value=value, text=str(value), where="preset: reference")
+        for name, value in REFERENCE_PRESET.items()
+    }
+
+
+def _build(cls: type, name: NamePath, settings: Settings, problems: list[ConfigProblem], source: str) -> Any:
+    """Return the section `cls` from the settings under `name`.
+
+    A field that is missing or refused is reported and keeps its default ("" where there is none), so that the
+    remaining rules can still be checked.
+    """
+    values: dict[str, object] = {}
+    for field in dataclasses.fields(cls):
+        field_name = (*name, field.name)
+        annotation = get_type_hints(cls)[field.name]
+        own = settings.get(field_name)
+        is_nested = is_section(annotation) or is_mapping(annotation)
+        if is_nested and own is not None and not own.is_clearing:
+            rule = "must be a mapping: write its settings below it, indented"
+            problems.append(problem(own.where, ".".join(field_name), own.text, rule))
+        if is_section(annotation):
+            values[field.name] = _build(cast(type, annotation), field_name, settings, problems, source)
+        elif is_mapping(annotation):
+            values[field.name] = _build_mapping(annotation, field_name, settings, problems)
+        elif own is not None:
+            try:
+                values[field.name] = _typed(own.value, annotation)
+            except _RefusedError as error:
+                problems.append(problem(own.where, ".".join(field_name), own.text, str(error)))
+        elif _is_required(field):
+            sentence = f"{'.'.join(field_name)} is missing: it has no default, set it"
+            problems.append(ConfigProblem(name=".".join(field_name), where=source, sentence=sentence))
+        if field.name not in values and _is_required(field):
+            values[field.name] = ""
+    return cls(**values)
+
+
+def _build_mapping(
+    annotation: object, name: NamePath, settings: Settings, problems: list[ConfigProblem]
+) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for key_name, setting in settings.items():
+        if key_name[:-1] == name:
+            try:
+                values[key_name[-1]] = _typed(setting.value, get_args(annotation)[1])
+            except _RefusedError as error:
+                problems.append(problem(setting.where, ".".join(key_name), setting.text, str(error)))
+    return values
+
+
+def _typed(value: object, annotation: object) -> object:
+    """Return `value` as the field's type or raise `_RefusedError`. A boolean is no number, whole numbers are floats."""
+    origin, options = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        others = [option for option in options if option is not type(None)]
+        assert len(others) == 1, f"{annotation}: a union of two types has no single rule"
+        return None if value is None else _typed(value, others[0])
+    if annotation is Any:
+        return value
+    if value is None:
+        raise _RefusedError("is empty: give a value or delete the line")
+    if origin is Literal:
+        return _choice(value, options)
+    if annotation is bool and isinstance(value, bool):
+        return value
+    if annotation is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _float(value)
+    if annotation is str and isinstance(value, str):
+        return value
+    raise _RefusedError(_TYPE_RULES[cast(type, annotation)])
+
+
+_TYPE_RULES: Mapping[type, str] = {
+    bool: "must be true or false",
+    int: "must be a whole number: write it in digits",
+    float: "must be a number: write it like 0.5 or 1e-6",
+    str: "is no text in YAML: put it in quotes",
+}
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise _RefusedError("must be below 1e308 in size: write it like 0.5 or 1e-6") from error
+
+
+def _choice(value: object, choices: tuple[object, ...]) -> object:
+    if value in choices and not isinstance(value, bool):
+        return value
+    hint = did_you_mean(str(value), [str(choice) for choice in choices]) or ": choose one"
+    raise _RefusedError(f"must be one of {', '.join(map(str, choices))}{hint}")
+
+
+def _unknown_names(settings: Settings) -> Iterator[ConfigProblem]:
+    for name, setting in settings.items():
+        if annotation_at(name) is None:
+            dotted = ".".join(name)
+            yield ConfigProblem(
+                name=dotted, where=setting.where, sentence=f"{dotted} is not a setting: {suggestion(name)}"
+            )
+
+
+def _secrets_in(config: Config) -> list[str]:
+    """Return a sentence, without the value, for every setting that holds a credential."""
+    reflection = config.evolution.reflection
+    remedy = "keep it out of the settings, they are written beside every run"
+    found = [
+        f"{section}.{key} is a credential: {remedy}"
+        for section, mapping in (("sglang", config.sglang), ("megatron", config.megatron))
+        for key in mapping
+        if SECRET_KEY.search(key)
+    ]
+    if reflection.base_url is not None and "@" in urlsplit(reflection.base_url).netloc:
+        found.append(f"evolution.reflection.base_url holds a user or password: {remedy}")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", reflection.api_key_env):
+        found.append(
+            "evolution.reflection.api_key_env must be the name of an environment variable: "
+            "letters, digits and underscores; the key itself stays in the environment"
+        )
+    return found
+
+
+def _located(sentence: str, settings: Settings, source: str) -> ConfigProblem:
+    """Return a broken cross-check with the places of the settings it names."""
+    named = [name for name in settings if _names(sentence, ".".join(name))]
+    where = ", ".join(dict.fromkeys(settings[name].where for name in named)) or source
+    return ConfigProblem(name=".".join(named[0]) if named else "", where=where, sentence=sentence)
+
+
+def _names(sentence: str, name: str) -> bool:
+    return re.search(rf"(?<!\w)(?<!\w\.){re.escape(name)}(?!\w)", sentence) is not None
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

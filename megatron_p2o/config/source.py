@@ -1,0 +1,286 @@
+"""Reads YAML files and `--set` overrides into a flat table of settings that remembers where each was written."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+import yaml
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.config.yaml_reader import MAX_BYTES, NULL, SettingsLoader, YamlError, construct, parse_yaml
+
+NamePath = tuple[str, ...]
+"""A dotted name in parts: ("optimizer", "lr")."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigProblem:
+    """One thing wrong with the settings."""
+
+    name: str
+    """Dotted name of the setting; "" when the file as a whole is wrong."""
+    where: str
+    """`file:line`, or `--set`; "" for what was found outside the settings."""
+    sentence: str
+    """Name, value, rule and remedy."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.sentence}" if self.where else self.sentence
+
+
+class ConfigError(ValueError):
+    """The settings cannot be used; `problems` holds everything that is wrong with them."""
+
+    def __init__(self, problems: Sequence[ConfigProblem | str]) -> None:
+        located = [
+            problem if isinstance(problem, ConfigProblem) else ConfigProblem(name="", where="", sentence=problem)
+            for problem in problems
+        ]
+        self.problems = tuple(sorted(located, key=_place))
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"{count} in the settings:", *map(str, self.problems)]))
+
+
+def _place(problem: ConfigProblem) -> tuple[str, int]:
+    """Return the key that lists problems by file and line."""
+    source, _, line = problem.where.rpartition(":")
+    return (source, int(line)) if line.isdigit() else (problem.where, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """A value as it was written, and where."""
+
+    value: object
+    """What YAML made of it."""
+    text: str
+    """How it is quoted in messages."""
+    where: str
+    is_clearing: bool = False
+    """Whether it is the empty mapping, which takes away what a setting of lower rank put into it."""
+
+
+Settings = dict[NamePath, Setting]
+
+
+def over(lower: Settings, upper: Settings) -> Settings:
+    """Return `upper` with what it leaves open taken from `lower`."""
+    cleared = [name for name, setting in upper.items() if setting.is_clearing]
+    kept = {name: setting for name, setting in lower.items() if not any(name[: len(c)] == c for c in cleared)}
+    return kept | upper
+
+
+def read_with_bases(path: Path, problems: list[ConfigProblem]) -> Settings:
+    """Return the settings of a file over those of its bases, nearest first; add what is wrong to `problems`.
+
+    Raises:
+        ConfigError: a file cannot be read as a mapping at all.
+    """
+    chain: list[Settings] = []
+    visited: list[Path] = []
+    next_path: Path | None = path
+    while next_path is not None:
+        visited.append(next_path.resolve())
+        settings = _read_file(next_path, problems)
+        chain.append(settings)
+        base = settings.pop(("base",), None)
+        if base is None:
+            break
+        if not isinstance(base.value, str):
+            raise ConfigError([problem(base.where, "base", base.text, "must be the path of a settings file")])
+        next_path = next_path.parent / base.value
+        if next_path.resolve() in visited:
+            rule = "leads back to a file that inherits from it: remove one of the two"
+            raise ConfigError([problem(base.where, "base", base.text, rule)])
+        if not next_path.is_file():
+            rule = f"must be an existing settings file: there is no {next_path}"
+            raise ConfigError([problem(base.where, "base", base.text, rule)])
+    merged: Settings = {}
+    for settings in reversed(chain):
+        merged = over(merged, settings)
+    return merged
+
+
+def _read_file(path: Path, problems: list[ConfigProblem]) -> Settings:
+    def fail(sentence: str, line: int | None = None) -> ConfigError:
+        where = str(path) if line is None else f"{path}:{line}"
+        return ConfigError([ConfigProblem(name="", where=where, sentence=sentence)])
+
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise fail(f"the file cannot be read ({error.strerror}): check the path and its permissions") from error
+    if len(raw) > MAX_BYTES:
+        raise fail(f"the file is larger than {MAX_BYTES} bytes: give a settings file")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise fail("the file must be UTF-8: convert it", raw.count(b"\n", 0, error.start) + 1) from error
+    try:
+        loader, root = parse_yaml(text)
+    except YamlError as error:
+        raise fail(str(error), error.line) from error
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise fail("the file must be a mapping of sections: write `run:`, `model:`, ...", root.start_mark.line + 1)
+    problems += _key_problems(root, (), str(path))
+    return dict(_flatten(_Reader(loader=loader, source=str(path), problems=problems), root, Config, ()))
+
+
+def read_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> Settings:
+    """Return the settings of "name=value" strings, values in YAML."""
+    settings: Settings = {}
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        name = _override_path(dotted.strip())
+        if not equals:
+            sentence = f"{override} must have the form name=value"
+            problems.append(ConfigProblem(name=dotted, where="--set", sentence=sentence))
+            continue
+        try:
+            loader, root = parse_yaml(text)
+        except YamlError as error:
+            problems.append(problem("--set", dotted, shown(text), f"must be a YAML value ({error}): quote it"))
+            continue
+        node = root or yaml.ScalarNode(NULL, "")
+        problems += _key_problems(node, name, None)
+        reader = _Reader(loader=loader, source=None, problems=problems)
+        if is_section(annotation_at(name)) and isinstance(node, yaml.MappingNode) and not node.value:
+            problems.append(problem("--set", dotted, "{}", "sets nothing: name a setting below it"))
+        settings = over(settings, dict(_flatten(reader, node, annotation_at(name), name)))
+    return settings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reader:
+    """What turns nodes of one document into settings."""
+
+    loader: SettingsLoader
+    source: str | None
+    """The file; None for `--set`."""
+    problems: list[ConfigProblem]
+
+    def where(self, node: yaml.Node) -> str:
+        return _where(self.source, node)
+
+
+def _where(source: str | None, node: yaml.Node) -> str:
+    return "--set" if source is None else f"{source}:{node.start_mark.line + 1}"
+
+
+def _flatten(
+    reader: _Reader, node: yaml.Node, annotation: object, name: NamePath
+) -> Iterator[tuple[NamePath, Setting]]:
+    """Yield the leaves under `node`, going down only where the tree of settings does."""
+    if is_section(annotation) or is_mapping(annotation):
+        if isinstance(node, yaml.MappingNode):
+            if is_mapping(annotation) and not node.value:
+                yield name, Setting(value={}, text="{}", where=reader.where(node), is_clearing=True)
+            for key_node, value_node in node.value:
+                key = _key_text(key_node)
+                if _is_merge(key_node):
+                    continue  # a problem by itself
+                yield from _flatten(reader, value_node, child_annotation(annotation, key), (*name, key))
+            return
+        # A section whose lines are all commented out is an empty one. "null" is a value, and no section has it.
+        if reader.source is not None and node.tag == NULL and not node.value:
+            return
+    text = _quote(node)
+    try:
+        value = construct(reader.loader, node)
+    except ValueError as error:
+        reader.problems.append(problem(reader.where(node), ".".join(name), text, f"cannot be read ({error}): quote it"))
+        return
+    yield name, Setting(value=value, text=text, where=reader.where(node))
+
+
+def _key_problems(root: yaml.Node, name: NamePath, source: str | None) -> Iterator[ConfigProblem]:
+    """Yield what is wrong with the keys below a node: those that stand twice, and merges."""
+    waiting: list[tuple[NamePath, yaml.Node]] = [(name, root)]
+    visited: set[int] = set()
+    while waiting:
+        name, node = waiting.pop()
+        if id(node) in visited:
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(name, item) for item in node.value]
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        first_lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = _key_text(key_node), key_node.start_mark.line + 1
+            dotted = ".".join((*name, key))
+            if key in first_lines:
+                sentence = f"{dotted} is set twice (first on line {first_lines[key]}): keep one"
+                yield ConfigProblem(name=dotted, where=_where(source, key_node), sentence=sentence)
+            if _is_merge(key_node):
+                sentence = f"{dotted}: YAML 1.2 has no merge: write the settings out, or share a file with `base:`"
+                yield ConfigProblem(name=dotted, where=_where(source, key_node), sentence=sentence)
+            first_lines.setdefault(key, line)
+            waiting.append(((*name, key), value_node))
+
+
+def problem(where: str, name: str, text: str, rule: str) -> ConfigProblem:
+    """Return the problem that the setting `name`, written as `text`, breaks `rule` (which ends with the remedy)."""
+    return ConfigProblem(name=name, where=where, sentence=f"{name}={text} {rule}")
+
+
+def _override_path(dotted: str) -> NamePath:
+    """Split at the dots; below a mapping field the rest is one key, dots included."""
+    parts = tuple(dotted.split("."))
+    for depth in range(1, len(parts)):
+        if is_mapping(annotation_at(parts[:depth])):
+            return (*parts[:depth], ".".join(parts[depth:]))
+    return parts
+
+
+def annotation_at(name: NamePath) -> object:
+    """Return the type of a setting, None when there is no such setting."""
+    annotation: object = Config
+    for part in name:
+        annotation = child_annotation(annotation, part)
+    return annotation
+
+
+def child_annotation(annotation: object, key: str) -> object:
+    """Return the type of `key` in a section or mapping, None when it has no such key."""
+    if is_mapping(annotation):
+        return get_args(annotation)[1]
+    return get_type_hints(annotation).get(key) if is_section(annotation) else None
+
+
+def is_section(annotation: object) -> bool:
+    """Whether the type is a dataclass of the tree."""
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+
+
+def is_mapping(annotation: object) -> bool:
+    """Whether the type is a Mapping with free keys."""
+    return get_origin(annotation) is Mapping
+
+
+def _is_merge(key: yaml.Node) -> bool:
+    """Whether YAML 1.1 takes a key for a merge of mappings. In quotes it is text."""
+    return isinstance(key, yaml.ScalarNode) and key.value == "<<" and key.style is None
+
+
+def _key_text(node: yaml.Node) -> str:
+    """Return a key as written, so that `on:` is not read as a boolean."""
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else _quote(node)
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """Return how messages show a text: its beginning."""
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _quote(node: yaml.Node) -> str:
+    """Return how messages show a value."""
+    if isinstance(node, yaml.ScalarNode):
+        return shown(str(node.value))
+    return "(a mapping)" if isinstance(node, yaml.MappingNode) else "(a list)"

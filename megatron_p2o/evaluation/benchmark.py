@@ -1,0 +1,240 @@
+"""`p2o eval`: answers sets of problems on engines, keeps every answer, and writes what they amount to.
+
+<output>/answers/<set>.jsonl   every answer as it arrived; an evaluation that was interrupted goes on from here
+<output>/results.json          what they amount to, see docs/evaluation.md
+<output>/config.yaml, engines/ the resolved settings and the engines' logs
+"""
+
+import hashlib
+import json
+import shutil
+import signal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from urllib.parse import quote
+
+import torch
+
+from megatron_p2o.algorithm import SamplingParts
+from megatron_p2o.config.read import dump_config, with_template_date
+from megatron_p2o.config.tree import Config
+from megatron_p2o.data.chat import chat_renderer, fitting_problems
+from megatron_p2o.data.problems import load_problems
+from megatron_p2o.evaluation.answer_file import AnswerFile
+from megatron_p2o.evaluation.estimators import NUM_RESAMPLES
+from megatron_p2o.evaluation.intervals import CONFIDENCE
+from megatron_p2o.evaluation.outcome import (
+    BOOTSTRAP_SEED,
+    Evaluation,
+    NothingDecided,
+    answer_of,
+    evaluation_of,
+    evaluation_record,
+    problems_digest,
+)
+from megatron_p2o.evaluation.protocol import Protocol, all_asked, answered, evaluation_sampling, protocol_of
+from megatron_p2o.evaluation.tables import EvaluationProgress, print_results
+from megatron_p2o.files import digest_of, write_whole
+from megatron_p2o.interfaces import PromptRenderer
+from megatron_p2o.metrics.jsonl import JsonObject
+from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rollout.engine import start_engines
+from megatron_p2o.run_folder.checkpoints import MANIFEST_FILE, POLICY_FOLDER
+from megatron_p2o.terminal import say
+from megatron_p2o.types import PLAIN, Problem
+
+FORMAT = 2
+INTERVALS = "over problems: Clopper-Pearson where all are 0 or 1 or fewer than 6 vary, else percentile bootstrap"
+ANSWERS_FOLDER = "answers"
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """Whose answers these are."""
+
+    path: str
+    """Checkpoint or model directory."""
+    weights_sha256: str
+    step: int | None
+    """Of training; None for a model directory."""
+
+
+def discard_answers(output: Path) -> None:
+    """Forget an earlier evaluation in `output`."""
+    shutil.rmtree(output / ANSWERS_FOLDER, ignore_errors=True)
+    (output / RESULTS_FILE).unlink(missing_ok=True)
+
+
+def directory_subject(directory: Path) -> Subject:
+    """Return a Hugging Face directory as the subject of an evaluation; reads all its weights once.
+
+    Raises:
+        ValueError: it holds no safetensors.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory} holds no *.safetensors: give a Hugging Face model directory")
+    return Subject(
+        path=str(directory), weights_sha256=_digest({file.name: digest_of(file).sha256 for file in files}), step=None
+    )
+
+
+def checkpoint_subject(checkpoint: Path, step: int) -> Subject:
+    """Return a whole checkpoint of a run as the subject of an evaluation, by the hashes in its manifest."""
+    files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    weights = {name: digest["sha256"] for name, digest in files.items() if name.startswith(f"{POLICY_FOLDER}/")}
+    return Subject(path=str(checkpoint), weights_sha256=_digest(weights), step=step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """A set of problems, how they are answered, and the answers there are."""
+
+    name: str
+    problems: Sequence[Problem]
+    protocol: Protocol
+    file: AnswerFile
+
+    @property
+    def wanted(self) -> list[tuple[Problem, int]]:
+        return all_asked(self.problems, self.protocol)
+
+    @property
+    def missing(self) -> list[tuple[Problem, int]]:
+        return [(problem, sample) for problem, sample in self.wanted if (problem.id, sample) not in self.file.answers]
+
+    def outcome(self) -> Evaluation:
+        """Return what the answers amount to; none may be missing. Raises `NothingDecided`, naming the set."""
+        answers = [self.file.answers[problem.id, sample] for problem, sample in self.wanted]
+        try:
+            return evaluation_of(answers, self.problems, self.protocol.num_samples, self.protocol.temperature)
+        except NothingDecided as error:
+            raise NothingDecided(f"{self.name}: {error}: the same command asks them again") from error
+
+
+def evaluate_directory(config: Config, output: Path) -> None:
+    """Evaluate the model in `model.path` on engines of this machine alone; no trainer is started.
+
+    Raises:
+        ValueError: a problem file, the model directory or earlier answers in `output` are not usable.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    config = replace(config, rollout=replace(config.rollout, num_engines=_engines_here(config)))
+    config = with_template_date(config, output / "config.yaml")
+    subject = directory_subject(Path(config.model.path))
+    renderer = chat_renderer(config)
+    write_whole(output / "config.yaml", dump_config(config))
+    with ExitStack() as stack:
+        benchmarks = open_benchmarks(subject, renderer, config, output, stack)
+        if any(benchmark.missing for benchmark in benchmarks):
+            grader = make_grader(config.grading)
+            stack.callback(grader.close)
+            grader.check()
+            engine = stack.enter_context(start_engines(config, output, renderer.eos_token_ids))
+            answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)
+        write_results(benchmarks, subject, config, output)
+
+
+def open_benchmarks(
+    subject: Subject, renderer: PromptRenderer, config: Config, output: Path, stack: ExitStack
+) -> list[Benchmark]:
+    """Read every set of `data.evaluation` and the answers there already are; `stack` closes their files.
+
+    Raises:
+        ValueError: a problem file is bad, or `output` holds answers of other weights or settings.
+    """
+    benchmarks: list[Benchmark] = []
+    for name, path in config.data.evaluation.items():
+        problems = fitting_problems(load_problems(path, config.data), renderer, config.data.skip_bad_rows)
+        protocol = protocol_of(name, len(problems), config.evaluation)
+        settings = answer_settings(problems, protocol, subject, renderer, config)
+        file = stack.enter_context(AnswerFile(output / ANSWERS_FOLDER / f"{quote(name, safe='')}.jsonl", settings))
+        benchmarks.append(Benchmark(name=name, problems=problems, protocol=protocol, file=file))
+    return benchmarks
+
+
+def answer(benchmarks: Sequence[Benchmark], parts: SamplingParts, config: Config) -> None:
+    """Have everything answered that is still missing, and keep each answer as it arrives."""
+    for benchmark in benchmarks:
+        missing = benchmark.missing
+        counts = {"num_wanted": len(benchmark.wanted), "num_missing": len(missing)}
+        sampling = evaluation_sampling(config, benchmark.protocol)
+        with EvaluationProgress(benchmark.name, **asdict(benchmark.protocol), **counts) as progress:
+            for sample, rollout in answered(missing, sampling, parts):
+                benchmark.file.append(answer_of(rollout, sample, parts.renderer.decode(rollout.completion)))
+                progress.advance()
+
+
+def write_results(benchmarks: Sequence[Benchmark], subject: Subject, config: Config, output: Path) -> None:
+    """Write results.json of answered benchmarks, and print it as a table."""
+    results = results_of(benchmarks, subject, config)
+    write_whole(output / RESULTS_FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    print_results(results)
+    say(f"{output}: {RESULTS_FILE} and {ANSWERS_FOLDER}/ written")
+
+
+def answer_settings(
+    problems: Sequence[Problem], protocol: Protocol, subject: Subject, renderer: PromptRenderer, config: Config
+) -> JsonObject:
+    """Return what the answers to a set depend on, all of it; not their number, which may be raised later."""
+    prompts = {problem.id: renderer.render(problem, PLAIN).sampling_ids.tolist() for problem in problems}
+    sampling = evaluation_sampling(config, protocol)
+    return {
+        "weights": subject.weights_sha256,
+        "problems": problems_digest(problems),
+        "prompts": _digest(prompts),
+        "model.dtype": config.model.dtype,
+        "temperature": sampling.temperature,
+        "rollout.max_new_tokens": sampling.max_new_tokens,
+        "run.seed": config.run.seed,
+    }
+
+
+def results_of(benchmarks: Sequence[Benchmark], subject: Subject, config: Config) -> JsonObject:
+    """Return results.json; docs/evaluation.md explains its fields."""
+    outcomes = {benchmark.name: benchmark.outcome() for benchmark in benchmarks}
+    accuracies = [outcome.accuracy for outcome in outcomes.values()]
+    return {
+        "format": FORMAT,
+        **{"model": subject.path, "weights_sha256": subject.weights_sha256, "step": subject.step},
+        "seed": config.run.seed,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "intervals": {
+            "method": INTERVALS,
+            "confidence": CONFIDENCE,
+            "num_resamples": NUM_RESAMPLES,
+            "seed": BOOTSTRAP_SEED,
+        },
+        "average_accuracy": sum(accuracies) / len(accuracies),
+        "sets": {
+            benchmark.name: {
+                **evaluation_record(outcomes[benchmark.name]),
+                "num_problems": len(benchmark.problems),
+                "problems_sha256": problems_digest(benchmark.problems),
+                "correct_by_problem": dict(outcomes[benchmark.name].correct_by_problem),
+                "decided_by_problem": dict(outcomes[benchmark.name].decided_by_problem),
+            }
+            for benchmark in benchmarks
+        },
+    }
+
+
+def _engines_here(config: Config) -> int:
+    """Return how many of the run's engines this machine holds, each with GPUs of its own."""
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 0:
+        return config.rollout.num_engines
+    return max(1, min(config.rollout.num_engines, num_gpus // config.rollout.tensor_parallel))
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    # An exception unwinds the exit stack, which ends the engines and the graders.
+    raise SystemExit(128 + number)

@@ -1,0 +1,208 @@
+"""Graded answers to a set of problems, and what they amount to."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_p2o.evaluation.estimators import pass_at_k, powers_up_to
+from megatron_p2o.evaluation.intervals import Interval, mean_interval
+from megatron_p2o.metrics.jsonl import JsonObject
+from megatron_p2o.metrics.values import Last, Mean, MetricValue, Sum
+from megatron_p2o.types import FinishReason, Grade, Problem, Rollout
+
+BOOTSTRAP_SEED = 0
+"""The same for every evaluation: two of them differ by their answers alone."""
+
+
+class NothingDecided(RuntimeError):
+    """No answer of a set has a verdict: there is no outcome."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One graded answer. A set holds one per problem and sample index."""
+
+    problem_id: str
+    sample: int
+    """Index among the problem's answers, from 0."""
+    grade: Grade
+    finish_reason: FinishReason
+    """"abort": the engine gave it up."""
+    num_tokens: int
+    level: str = ""
+    source: str = ""
+    response: str = ""
+    """Empty where texts are not kept."""
+
+    @property
+    def is_correct(self) -> bool:
+        return self.grade == "correct"
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether there is a verdict. An answer without one counts neither way, and an evaluation that is continued
+        samples it again."""
+        return self.grade != "error" and self.finish_reason != "abort"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Outcome on one problem set: of the answers that have a verdict. Intervals are those of `evaluation.intervals`."""
+
+    num_correct: int
+    num_decided: int
+    """Answers with a verdict."""
+    num_samples: int
+    """Answers in all: problems times `samples_per_problem`."""
+    samples_per_problem: int
+    temperature: float
+    accuracy: float
+    """avg@k: the mean over problems of the correct share of their decided answers, as `pass_at["1"]`."""
+    interval: Interval
+    """Of the accuracy."""
+    pass_at: Mapping[str, float]
+    """k to pass@k by the unbiased estimator, for 1, 2, 4, ... and `samples_per_problem`: the mean over the problems
+    that have at least k decided answers. Without such problems k is left out."""
+    pass_at_intervals: Mapping[str, Interval]
+    pass_at_num_problems: Mapping[str, int]
+    """k to the problems that pass@k is over."""
+    by_source: Mapping[str, float]
+    """Accuracy by `Problem.source`; empty when the problems name none."""
+    by_level: Mapping[str, float]
+    """Accuracy by `Problem.level`; empty when the problems name none."""
+    mean_tokens: float
+    """Of an answer that was not aborted."""
+    truncated_share: float
+    """Answers that reached the token limit, over those that were not aborted."""
+    num_grading_errors: int
+    """Answers the grader could not decide."""
+    num_aborted: int
+    """Answers the engines gave up; they are no grading errors."""
+    correct_by_problem: Mapping[str, int]
+    """Problem id to correct answers, in the order of the set."""
+    decided_by_problem: Mapping[str, int]
+    """Problem id to answers with a verdict."""
+    num_asked_plainly: int = 0
+    """Problems that were too long under the template of a templated evaluation, and asked without it."""
+
+
+def answer_of(rollout: Rollout, sample: int, response: str = "") -> Answer:
+    """Return a rollout as the `sample`-th answer to its problem."""
+    completion = rollout.completion
+    problem = completion.prompt.problem
+    return Answer(
+        problem_id=problem.id,
+        sample=sample,
+        grade=rollout.grade,
+        finish_reason=completion.finish_reason,
+        num_tokens=len(completion.token_ids),
+        level=problem.level,
+        source=problem.source,
+        response=response,
+    )
+
+
+def evaluation_of(
+    answers: Sequence[Answer],
+    problems: Sequence[Problem],
+    samples_per_problem: int,
+    temperature: float,
+    num_asked_plainly: int = 0,
+) -> Evaluation:
+    """Return what `answers`, `samples_per_problem` to each of `problems` and in any order, amount to.
+
+    `num_asked_plainly`: problems that did not fit under the template.
+
+    Raises:
+        NothingDecided: none of them has a verdict.
+    """
+    assert len(answers) == len(problems) * samples_per_problem, "an answer is missing or twice there"
+    decided = dict.fromkeys((problem.id for problem in problems), 0)
+    correct = dict(decided)
+    for answer in answers:
+        decided[answer.problem_id] += answer.is_decided
+        correct[answer.problem_id] += answer.is_decided and answer.is_correct
+    finished = [answer for answer in answers if answer.finish_reason != "abort"]
+    solved = _solved_in_tries(correct, decided, samples_per_problem)
+    pass_at = {k: sum(values) / len(values) for k, values in solved.items()}
+    intervals = {k: mean_interval(values, BOOTSTRAP_SEED) for k, values in solved.items()}
+    return Evaluation(
+        num_correct=sum(correct.values()),
+        num_decided=sum(decided.values()),
+        num_samples=len(answers),
+        samples_per_problem=samples_per_problem,
+        temperature=temperature,
+        accuracy=pass_at["1"],
+        interval=intervals["1"],
+        pass_at=pass_at,
+        pass_at_intervals=intervals,
+        pass_at_num_problems={k: len(values) for k, values in solved.items()},
+        by_source=_accuracy_by({answer.problem_id: answer.source for answer in answers}, correct, decided),
+        by_level=_accuracy_by({answer.problem_id: answer.level for answer in answers}, correct, decided),
+        mean_tokens=sum(answer.num_tokens for answer in finished) / len(finished),
+        truncated_share=sum(answer.finish_reason == "length" for answer in finished) / len(finished),
+        num_grading_errors=len(finished) - sum(decided.values()),
+        num_aborted=len(answers) - len(finished),
+        correct_by_problem=correct,
+        decided_by_problem=decided,
+        num_asked_plainly=num_asked_plainly,
+    )
+
+
+def _solved_in_tries(
+    correct: Mapping[str, int], decided: Mapping[str, int], samples_per_problem: int
+) -> dict[str, list[float]]:
+    """Return k to pass@k of each problem that has k decided answers, for every k that some problem has.
+
+    Raises:
+        NothingDecided: no problem has any.
+    """
+    if not any(decided.values()):
+        raise NothingDecided(f"none of {len(decided) * samples_per_problem} answers has a verdict")
+    return {
+        str(k): [pass_at_k(count, correct[key], k) for key, count in decided.items() if count >= k]
+        for k in powers_up_to(samples_per_problem)
+        if k <= max(decided.values())
+    }
+
+
+def evaluation_record(outcome: Evaluation) -> JsonObject:
+    """Return the outcome as it is written to files, but for the single problems."""
+    record = asdict(outcome)
+    del record["correct_by_problem"], record["decided_by_problem"]
+    return record
+
+
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """Return a hash of ids, questions and gold answers in whatever order: two evaluations of one set agree in it."""
+    rows = sorted([problem.id, problem.question, problem.answer] for problem in problems)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _accuracy_by(labels: Mapping[str, str], correct: Mapping[str, int], decided: Mapping[str, int]) -> dict[str, float]:
+    """Return the accuracy by label (problem id to label) of the problems that have a decided answer."""
+    shares: dict[str, list[float]] = {}
+    for key, label in labels.items():
+        if label and decided[key]:
+            shares.setdefault(label, []).append(correct[key] / decided[key])
+    return {label: sum(values) / len(values) for label, values in sorted(shares.items())}
+
+
+def evaluation_metrics(outcomes: Mapping[str, Evaluation]) -> dict[str, MetricValue]:
+    """Return `eval/<set>/avg`, the accuracy, `eval/<set>/pass_at_<k>` for k beyond 1, and `eval/<set>/undecided_share`
+    and `aborted_count`: answers that the grader could not decide, over those it was given, and that engines gave up.
+
+    Where problems were too long under the evaluation's template, `eval/<set>/asked_plainly_count` says how many.
+    """
+    metrics: dict[str, MetricValue] = {}
+    for name, outcome in outcomes.items():
+        num_problems = outcome.pass_at_num_problems["1"]
+        metrics[f"eval/{name}/avg"] = Mean(outcome.accuracy * num_problems, num_problems)
+        num_graded = outcome.num_samples - outcome.num_aborted
+        metrics[f"eval/{name}/undecided_share"] = Mean(outcome.num_grading_errors, num_graded)
+        metrics[f"eval/{name}/aborted_count"] = Sum(outcome.num_aborted)
+        metrics |= {f"eval/{name}/pass_at_{k}": Last(share) for k, share in outcome.pass_at.items() if k != "1"}
+        if outcome.num_asked_plainly:
+            metrics[f"eval/{name}/asked_plainly_count"] = Last(outcome.num_asked_plainly)
+    return metrics

@@ -1,0 +1,96 @@
+"""Measuring a policy on problems: what it answers plainly, and what a template adds."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_p2o.algorithm import SamplingParts, asked, graded_rollouts
+from megatron_p2o.config.tree import Config, EvaluationConfig
+from megatron_p2o.evaluation.outcome import Evaluation, answer_of, evaluation_of
+from megatron_p2o.interfaces import TemplateLibrary
+from megatron_p2o.seeds import seed_of
+from megatron_p2o.types import PLAIN, Problem, Rollout, SamplingParams, Template
+
+UNNUMBERED = -1
+"""Id of a template outside any library; published templates are numbered from 0."""
+
+SMALL_SET = 100
+"""Problems below which the paper averages over `SMALL_SET_SAMPLES` answers."""
+
+SMALL_SET_SAMPLES = 16
+SAMPLING_TEMPERATURE = 0.6
+"""The paper's, where a problem is answered more than once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """How the problems of one set are answered."""
+
+    num_samples: int
+    """Answers to each problem."""
+    temperature: float
+    """0 is greedy."""
+
+
+def protocol_of(name: str, num_problems: int, settings: EvaluationConfig) -> Protocol:
+    """Return how the set `name` is answered: as set for it, as set for all, else as in the paper, by its size."""
+    by_size = SMALL_SET_SAMPLES if num_problems < SMALL_SET else 1
+    num_samples = settings.num_samples_of.get(name, settings.num_samples) or by_size
+    temperature = settings.temperature_of.get(name, settings.temperature)
+    if temperature is None:
+        temperature = SAMPLING_TEMPERATURE if num_samples > 1 else 0.0
+    return Protocol(num_samples=num_samples, temperature=temperature)
+
+
+def evaluate(
+    name: str, problems: Sequence[Problem], parts: SamplingParts, config: Config, template: Template = PLAIN
+) -> Evaluation:
+    """Sample answers to each problem of the set `name` under `template` and grade them as in training.
+
+    A problem that is too long under `template` is asked plainly, and counted.
+    """
+    protocol = protocol_of(name, len(problems), config.evaluation)
+    sampling = evaluation_sampling(config, protocol)
+    rollouts = list(answered(all_asked(problems, protocol), sampling, parts, template))
+    answers = [answer_of(rollout, sample) for sample, rollout in rollouts]
+    prompts = [rollout.completion.prompt for _, rollout in rollouts]
+    too_long = {prompt.problem.id for prompt in prompts if prompt.is_templated != bool(template.text)}
+    return evaluation_of(answers, problems, protocol.num_samples, protocol.temperature, len(too_long))
+
+
+def all_asked(problems: Sequence[Problem], protocol: Protocol) -> list[tuple[Problem, int]]:
+    """Return (problem, index among its answers) for every answer the protocol wants."""
+    return [(problem, sample) for problem in problems for sample in range(protocol.num_samples)]
+
+
+def answered(
+    wanted: Sequence[tuple[Problem, int]], sampling: SamplingParams, parts: SamplingParts, template: Template = PLAIN
+) -> Iterator[tuple[int, Rollout]]:
+    """Yield (index among the problem's answers, rollout) for everything `wanted`, as it is sampled and graded.
+
+    On deterministic engines an answer depends on its problem and index, not on what else is asked.
+    """
+    prompts = [asked(problem, template, parts.renderer) for problem, _ in wanted]
+    places = [sample for _, sample in wanted]
+    for index, rollout in graded_rollouts(prompts, sampling, parts, places):
+        yield places[index], rollout
+
+
+def evaluation_sampling(config: Config, protocol: Protocol) -> SamplingParams:
+    """Return how answers are sampled; not by `rollout.top_p`, which is for training."""
+    return SamplingParams(
+        temperature=protocol.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        # The same at every step: two evaluations differ by the policy, not by luck.
+        seed=seed_of(config.run.seed, "evaluation"),
+    )
+
+
+def best_template(library: TemplateLibrary) -> Template:
+    """Return the template with the highest development score, PLAIN when the library has none."""
+    templated = [template for template in library.templates if template.text]
+    return max(templated, key=lambda template: template.score, default=PLAIN)
+
+
+def template_of(text: str) -> Template:
+    """Return a template that is in no library, to ask problems through; PLAIN for ""."""
+    return Template(id=UNNUMBERED, text=text, parent=None) if text else PLAIN

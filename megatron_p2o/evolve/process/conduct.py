@@ -1,0 +1,173 @@
+"""A round from its request to its library: used by the service, and by rank 0 for a round whose service is lost."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_p2o.evolve.record.history import ForeignJournal, Published, RoundHistory
+from megatron_p2o.evolve.record.journal import Journal, free_name, read_journal
+from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.reflection.reflection import ReflectionRequest, ReflectionUnavailable
+from megatron_p2o.evolve.reflection.reflectors import Reflector
+from megatron_p2o.evolve.search.budget import RolloutBudget, Split, automatic_budget, split_problems
+from megatron_p2o.evolve.search.control import plain_coverage
+from megatron_p2o.evolve.search.core_async import AsynchronousCore
+from megatron_p2o.evolve.search.core_reference import ReferenceCore
+from megatron_p2o.evolve.search.publish import RoundStats, build_library, round_stats
+from megatron_p2o.evolve.search.round import Round, RoundSpec
+from megatron_p2o.evolve.search.rules import rules_named
+from megatron_p2o.evolve.search.score_book import ScoreBook
+from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, Evaluator, Rejection
+
+Result = TypeVar("Result")
+
+
+def journal_path(run_dir: Path, epoch: int) -> Path:
+    """Return where the round after `epoch` is journalled."""
+    return run_dir / "evolution" / f"journal-{epoch:04d}.jsonl"
+
+
+def split_of(spec: RoundSpec) -> Split | None:
+    """Return the round's split; None when there are too few hard problems for a round."""
+    problem_ids = [problem.id for problem in spec.problems]
+    return split_problems(problem_ids, spec.settings.evolution.dev_size, spec.settings.min_problems, spec.rng("split"))
+
+
+async def conduct_round(
+    spec: RoundSpec,
+    split: Split,
+    run_dir: Path,
+    evaluator: Evaluator,
+    reflector: Reflector,
+    finish: asyncio.Event,
+    notify: Callable[[str], None],
+) -> RoundStats:
+    """Run the round or go on with it, write its library, and return its numbers.
+
+    `finish` ends it early with what there is. `notify` is told what a person should know. Raises `OSError` when
+    journal or library cannot be written.
+    """
+    with open_journal(journal_path(run_dir, spec.epoch), spec.fingerprint(), notify) as journal:
+        history = RoundHistory(journal.records, journal.append, spec.fingerprint())
+        state = open_round(spec, split, history, evaluator, reflector, notify)
+        library = published_library(history, run_dir)
+        if library is not None:
+            state.restore_candidates()
+        else:
+            ended_by = await run_until(core_of(state).run(), finish) or "deadline"
+            state.book.cancel()
+            library = build_library(state)
+            library.save(run_dir)
+            history.add(Published(version=library.version, ended_by=ended_by))
+            journal.sync()
+        control = None
+        if spec.settings.evolution.plain_control and not finish.is_set():
+            control = await run_until(plain_coverage(state, evaluator), finish)
+        assert history.published is not None, "set above or before"
+        return round_stats(state, library, history.published.ended_by, control)
+
+
+def core_of(state: Round) -> AsynchronousCore | ReferenceCore:
+    """Return the rules `evolution.rules` names."""
+    if state.rules.is_lock_step:
+        return ReferenceCore(state, rollout_budget(state.spec, state.split))
+    return AsynchronousCore(state)
+
+
+async def run_until(work: Coroutine[Any, Any, Result], finish: asyncio.Event) -> Result | None:
+    """Return the result of `work`, or None when `finish` was set before it was done."""
+    working = asyncio.ensure_future(work)
+    finishing = asyncio.ensure_future(finish.wait())
+    await asyncio.wait([working, finishing], return_when=asyncio.FIRST_COMPLETED)
+    finishing.cancel()
+    if working.done():
+        return working.result()
+    working.cancel()
+    await asyncio.wait([working])
+    return None
+
+
+def open_journal(path: Path, fingerprint: str, notify: Callable[[str], None]) -> Journal:
+    """Return the round's journal; one of another round is set aside under another name."""
+    records, _ = read_journal(path)
+    try:
+        RoundHistory(records, lambda _: None, fingerprint)
+    except ForeignJournal as error:
+        aside = free_name(path, "superseded")
+        path.rename(aside)
+        notify(f"{error}; it is kept as {aside.name} and the round starts afresh")
+    journal = Journal(path)
+    if journal.damage:
+        notify(journal.damage)
+    return journal
+
+
+def rollout_budget(spec: RoundSpec, split: Split) -> int:
+    """Return `evolution.max_rollouts`, or GEPA's automatic budget."""
+    settings = spec.settings.evolution
+    return settings.max_rollouts or automatic_budget(settings.budget, len(split.dev))
+
+
+def open_round(
+    spec: RoundSpec,
+    split: Split,
+    history: RoundHistory,
+    evaluator: Evaluator,
+    reflector: Reflector,
+    notify: Callable[[str], None],
+) -> Round:
+    """Return the round with the empty template and the warm ones in its pool.
+
+    The lock-step rules count rollouts in a unit of their own.
+    """
+    rules = rules_named(spec.settings.evolution.rules)
+    limit = sys.maxsize if rules.is_lock_step else rollout_budget(spec, split)
+    book = ScoreBook(
+        evaluator,
+        history,
+        RolloutBudget(limit, spent=history.num_scored),
+        temperature=spec.settings.evolution.evaluation_temperature,
+        feedback_ids=split.feedback,
+        free_scores=spec.free_scores if rules.reuses_scores else (),
+        is_loss_final=rules.is_lock_step,
+    )
+    return Round(spec, split, history, book, reflector, notify)
+
+
+def published_library(history: RoundHistory, run_dir: Path) -> PublishedLibrary | None:
+    """Return the library this round has already written, if it is there and whole."""
+    if history.published is None:
+        return None
+    try:
+        return load_library(library_path(run_dir, history.published.version))
+    except (OSError, ValueError):
+        return None
+
+
+def salvage(spec: RoundSpec, split: Split, run_dir: Path) -> tuple[PublishedLibrary, RoundStats]:
+    """Return what the journal of a lost round is good for, without writing to it.
+
+    Raises `ForeignJournal` when it is not of this round, `OSError` when it cannot be read.
+    """
+    records, _ = read_journal(journal_path(run_dir, spec.epoch))
+    history = RoundHistory(records, lambda _: None, spec.fingerprint())
+    state = open_round(spec, split, history, Nobody(), Nobody(), lambda _: None)
+    state.restore_candidates()
+    library = build_library(state)
+    return library, round_stats(state, library, "service_lost")
+
+
+class Nobody:
+    """Evaluator and reflector of a round that is only read."""
+
+    async def evaluate(
+        self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
+    ) -> Evaluation | Rejection:
+        raise EvaluationFailed("this round is only read")
+
+    async def propose(self, request: ReflectionRequest) -> str:
+        raise ReflectionUnavailable("this round is only read")
+
+    async def close(self) -> None: ...

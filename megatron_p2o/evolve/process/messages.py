@@ -1,0 +1,85 @@
+"""What rank 0 and the evolution service tell each other: one JSON object per line over an inherited socket pair."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, cast
+
+from megatron_p2o.evolve.search.publish import RoundStats
+from megatron_p2o.evolve.search.round import RoundSpec
+from megatron_p2o.evolve.trial import Evaluation
+from megatron_p2o.records import from_json, to_json
+
+MAX_LINE_BYTES = 1 << 30
+"""A round with all its problems is one line; a stream without line ends is a bug."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartRound:
+    """Rank 0: run this round, or go on with it."""
+
+    spec: RoundSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishRound:
+    """Rank 0: time is up, publish what there is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateRequest:
+    """Service: sample and grade one rollout."""
+
+    request: int
+    template_text: str
+    problem_id: str
+    temperature: float
+    sample: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateReply:
+    """Rank 0: the answer to a request; exactly one of the three is there."""
+
+    request: int
+    evaluation: Evaluation | None = None
+    rejection: str | None = None
+    """Why the template cannot be used."""
+    failure: str | None = None
+    """Why there is no score."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundPublished:
+    """Service: the library file of `stats.library_version` is there."""
+
+    stats: RoundStats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notice:
+    """Service: something a person should know."""
+
+    text: str
+
+
+Message = StartRound | FinishRound | EvaluateRequest | EvaluateReply | RoundPublished | Notice
+MESSAGE_KINDS: dict[str, type[Message]] = {
+    kind.__name__: kind for kind in (StartRound, FinishRound, EvaluateRequest, EvaluateReply, RoundPublished, Notice)
+}
+
+
+def encode(message: Message) -> bytes:
+    """Return one line."""
+    return json.dumps({"kind": type(message).__name__, **to_json(message)}).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """Return the message of one line. Raise `ValueError` when it is none."""
+    fields: Any = json.loads(line)
+    if not isinstance(fields, dict) or "kind" not in fields:
+        raise ValueError(f"not a message: {line[:80]!r}")
+    fields = cast(dict[str, Any], fields)
+    kind = MESSAGE_KINDS.get(fields.pop("kind"))
+    if kind is None:
+        raise ValueError(f"unknown message: {line[:80]!r}")
+    return from_json(kind, fields)

@@ -1,0 +1,192 @@
+"""What has happened in a round: every event is journalled before it counts, and replayed after a kill."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from megatron_p2o.evolve.trial import Evaluation
+from megatron_p2o.records import from_json, to_json
+
+EndedBy = Literal["budget", "no_progress", "deadline", "reflection_unavailable", "too_few_hard", "service_lost"]
+"""Why a round stopped. `no_progress`: proposals led to no new score any more; `deadline`: `round_timeout_s`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """First event of a round."""
+
+    fingerprint: str
+    """Of the problems and settings; events of another fingerprint mean something else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """A rollout was graded."""
+
+    template: str
+    """`digest` of the template's text."""
+    problem_id: str
+    occasion: str
+    """Tells repeated measurements of a pair apart; "" is the one that is reused."""
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picked:
+    """A proposal began."""
+
+    proposal: int
+    parent: int
+    """Candidate id."""
+    minibatch: tuple[str, ...]
+    """Feedback problems."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reflected:
+    """Reflection wrote a template, or one that was refused."""
+
+    proposal: int
+    text: str
+    refusal: str = ""
+    """Why the text is not used; "" when it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accepted:
+    """A proposal became a candidate."""
+
+    proposal: int
+    candidate: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disqualified:
+    """A candidate turned out to be unusable."""
+
+    candidate: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """A proposal is over."""
+
+    proposal: int
+    outcome: str
+    """"accepted", or why not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """The library was written; the round is over."""
+
+    version: int
+    ended_by: EndedBy
+
+
+Event = Opened | Scored | Picked | Reflected | Accepted | Disqualified | Ended | Published
+EVENT_KINDS: dict[str, type[Event]] = {
+    kind.__name__: kind for kind in (Opened, Scored, Picked, Reflected, Accepted, Disqualified, Ended, Published)
+}
+
+CONTROL_OCCASION = "control/"
+"""Begins the occasion of the plain control's scores."""
+
+ScoreKey = tuple[str, str, str]
+"""(template digest, problem id, occasion)"""
+
+
+class ForeignJournal(ValueError):
+    """The journal belongs to another round or another version of this program."""
+
+
+class RoundHistory:
+    """Events of one round, on disk and folded into what the cores ask about."""
+
+    def __init__(self, records: Iterable[Any], append: Callable[[Any], None], fingerprint: str) -> None:
+        """Replay `records`; `append` keeps new ones. Raise `ForeignJournal` when they are not of this round."""
+        self._append = append
+        self._fingerprint = fingerprint
+        self._is_opened = False
+        self.evaluations: dict[ScoreKey, Evaluation] = {}
+        """Latest by key."""
+        self.num_scored = 0
+        """Rollouts through candidates; the plain control's are not counted."""
+        self.num_tokens = 0
+        self.picks: dict[int, Picked] = {}
+        self.reflections: dict[int, Reflected] = {}
+        self.candidate_of: dict[int, int] = {}
+        """Proposal to candidate id."""
+        self.disqualified: dict[int, str] = {}
+        self.outcomes: dict[int, str] = {}
+        """Of ended proposals."""
+        self.published: Published | None = None
+        for record in records:
+            self._apply(event_from_json(record))
+        if not self._is_opened:
+            self.add(Opened(fingerprint=fingerprint))
+
+    def add(self, event: Event) -> None:
+        """Journal `event`, then count it."""
+        self._append(event_to_json(event))
+        self._apply(event)
+
+    def open_proposals(self) -> list[int]:
+        """Return proposals that began and did not end, oldest first."""
+        return sorted(set(self.picks) - set(self.outcomes))
+
+    def outcome_counts(self) -> dict[str, int]:
+        return dict(sorted(Counter(self.outcomes.values()).items()))
+
+    def _apply(self, event: Event) -> None:
+        match event:
+            case Opened():
+                self._check(event.fingerprint)
+            case Scored():
+                self.evaluations[event.template, event.problem_id, event.occasion] = event.evaluation
+                if not event.occasion.startswith(CONTROL_OCCASION):
+                    self.num_scored += 1
+                    self.num_tokens += event.evaluation.num_tokens
+            case Picked():
+                self.picks[event.proposal] = event
+            case Reflected():
+                self.reflections[event.proposal] = event
+            case Accepted():
+                self.candidate_of[event.proposal] = event.candidate
+            case Disqualified():
+                self.disqualified[event.candidate] = event.reason
+            case Ended():
+                self.outcomes[event.proposal] = event.outcome
+            case Published():
+                self.published = event
+
+    def _check(self, fingerprint: str) -> None:
+        if fingerprint != self._fingerprint:
+            raise ForeignJournal(
+                f"the journal is of round {fingerprint}, not {self._fingerprint}: problems or settings changed"
+            )
+        self._is_opened = True
+
+
+def digest(text: str) -> str:
+    """Return a short name for a template's text: 64 bits of its sha256."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def event_to_json(event: Event) -> Any:
+    return {"event": type(event).__name__, **to_json(event)}
+
+
+def event_from_json(record: Any) -> Event:
+    """Raise `ForeignJournal` for a record that this version of the program does not write."""
+    fields: dict[str, Any] = dict(cast(dict[str, Any], record)) if isinstance(record, dict) else {}
+    kind = EVENT_KINDS.get(str(fields.pop("event", None)))
+    if kind is None:
+        raise ForeignJournal(f"the journal holds an unknown event: {record!r:.80}")
+    try:
+        return from_json(kind, fields)
+    except ValueError as error:
+        raise ForeignJournal(f"the journal was written by another version: {error}") from error

@@ -1,0 +1,98 @@
+"""The outcome of a round: which templates the next epoch asks through. An immutable, versioned, checksummed file."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_p2o.files import write_whole
+from megatron_p2o.records import from_json, to_json
+from megatron_p2o.types import PLAIN, Problem, Template
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LibraryFile:
+    """Layout of the JSON file, less its checksum."""
+
+    version: int
+    templates: tuple[Template, ...]
+    assignments: Mapping[str, tuple[int, ...]]
+    """Problem id to one template id per rollout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedLibrary:
+    """A `TemplateLibrary` (see `megatron_p2o.interfaces`)."""
+
+    version: int
+    templates: tuple[Template, ...] = ()
+    """Those that came into question for assignment, best first; the next round may begin with them."""
+    assignments: Mapping[str, tuple[Template, ...]] = field(default_factory=dict[str, tuple[Template, ...]])
+    """Problem id to one template per rollout."""
+
+    def assigned(self, problem: Problem) -> Sequence[Template]:
+        return self.assignments.get(problem.id, ())
+
+    def cleared(self) -> "PublishedLibrary":
+        return PublishedLibrary(version=self.version + 1)
+
+    def save(self, run_dir: Path) -> Path:
+        """Write `templates/library-<version>.json` under `run_dir`, whole or not at all; return its path."""
+        content = to_json(
+            _LibraryFile(
+                version=self.version,
+                templates=self.templates,
+                assignments={
+                    problem_id: tuple(template.id for template in templates)
+                    for problem_id, templates in self.assignments.items()
+                },
+            )
+        )
+        path = library_path(run_dir, self.version)
+        write_whole(path, json.dumps({"checksum": checksum(content), **content}, indent=1) + "\n")
+        return path
+
+
+EMPTY_LIBRARY = PublishedLibrary(version=0)
+"""Before the first round: everything is asked plainly."""
+
+
+def library_path(run_dir: Path, version: int) -> Path:
+    """Return where version `version` of a run's library lies."""
+    return run_dir / "templates" / f"library-{version}.json"
+
+
+WAYS_OUT = "restore it, or move it away: a run that resumes then asks plainly until the next round of prompt evolution"
+"""Of a library that is damaged."""
+
+
+def load_library(path: Path) -> PublishedLibrary:
+    """Read what `PublishedLibrary.save` wrote. Raise `ValueError` when it was altered, `OSError` when it is missing."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        expected = content.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a template library ({error!r}): {WAYS_OUT}") from error
+    if checksum(content) != expected:
+        raise ValueError(f"{path} does not match its checksum, it was altered or damaged: {WAYS_OUT}")
+    stored = from_json(_LibraryFile, content)
+    by_id = {template.id: template for template in stored.templates} | {PLAIN.id: PLAIN}
+    return PublishedLibrary(
+        version=stored.version,
+        templates=stored.templates,
+        assignments={key: _looked_up(ids, by_id, path) for key, ids in stored.assignments.items()},
+    )
+
+
+def checksum(content: Any) -> str:
+    """Return the sha256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _looked_up(ids: Iterable[int], by_id: Mapping[int, Template], path: Path) -> tuple[Template, ...]:
+    try:
+        return tuple(by_id[template_id] for template_id in ids)
+    except KeyError as error:
+        raise ValueError(f"{path} assigns template {error}, which it does not hold") from error

@@ -1,0 +1,147 @@
+"""Asking for a better template: what reflection is shown, how its answer is read, and which answers are refused."""
+
+import re
+from dataclasses import dataclass
+
+from megatron_p2o.evolve.trial import Evaluation
+from megatron_p2o.terminal import printable
+from megatron_p2o.types import Problem
+
+MAX_PROMPT_CHARS = 90_000
+"""Of a whole reflection prompt: about 30,000 tokens of mathematical English, which with the answer fits the context
+of 32,768 that Qwen3 was trained on. The authors count tokens; this process holds no tokenizer."""
+
+EXAMPLE_FRAME_CHARS = 160
+"""Headings and cut marks around an example."""
+
+MAX_FORMAT_FAILURE_CHARS = 800
+"""Of a response without a final answer: its beginning and end show what went wrong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One problem the parent template was tried on."""
+
+    problem: Problem
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReflectionRequest:
+    """What a reflector is given."""
+
+    proposal: int
+    """Number of the proposal within the round: keys all randomness."""
+    parent_text: str
+    examples: tuple[Example, ...]
+
+
+class ReflectionRefused(Exception):
+    """Reflection answered, but with nothing usable; the next proposal may do better."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        """`reason` is one of few, by which proposals are counted; `detail` quotes what came."""
+        super().__init__(reason)
+        self.detail = detail
+
+
+class ReflectionUnavailable(Exception):
+    """Nobody can reflect now; evolution stops proposing until the next round."""
+
+    def __init__(self, reason: str, *, is_passing: bool = False) -> None:
+        """`is_passing`: busy or slow, so that a later request may fare better."""
+        super().__init__(reason)
+        self.is_passing = is_passing
+
+
+def reflection_prompt(request: ReflectionRequest, max_chars: int = MAX_PROMPT_CHARS) -> str:
+    """Return the user message that asks for a new template, in the shape of GEPA's instruction proposal."""
+    longest = max(map(len, re.findall("`+", request.parent_text)), default=0)
+    shown = {"parent": request.parent_text, "fence": "`" * max(3, longest + 1)}
+    frame = PROMPT.format(**shown, examples="")
+    share = max(0, max_chars - len(frame)) // max(1, len(request.examples))
+    examples = "\n\n".join(_example_text(index + 1, item, share) for index, item in enumerate(request.examples))
+    return PROMPT.format(**shown, examples=examples)
+
+
+PROMPT = """\
+A language model answers questions. In front of each question it is given this instruction, which may be empty:
+
+{fence}
+{parent}
+{fence}
+
+Below are questions it was asked with that instruction, what it answered, and a judgement of each answer.
+
+{examples}
+
+Write a better instruction for the model.
+
+Work out from the questions what kind of task this is and what a good answer must look like. Study the judgements: \
+where an answer is wrong, find the step at which the reasoning leaves the right path, and what the model would have \
+had to know or to do there. Put into the instruction the facts of the field and the ways of working that help on \
+questions of this kind, also those the model used with success. The instruction will be put in front of other \
+questions than these, so do not repeat these questions or their answers in it.
+
+Reply with the new instruction between a line of three backticks and another line of three backticks. If the \
+instruction itself contains such lines, put it between lines of four.
+"""
+
+
+def _example_text(number: int, example: Example, max_chars: int) -> str:
+    """Return one example in at most about `max_chars`; the response gives way first, then the question."""
+    verdict = _verdict(example)
+    question = shorten(example.problem.question, max(200, max_chars // 2))
+    room = max(200, max_chars - len(question) - len(verdict) - EXAMPLE_FRAME_CHARS)
+    if _lacks_final_answer(example.evaluation):
+        room = min(room, MAX_FORMAT_FAILURE_CHARS)
+    response = shorten(example.evaluation.response_text, room)
+    return f"# Example {number}\n## Question\n{question}\n## Answer of the model\n{response}\n## Judgement\n{verdict}"
+
+
+def _verdict(example: Example) -> str:
+    gold = f"The correct final answer is {example.problem.answer}."
+    if example.evaluation.is_solved:
+        return f"Correct. {gold}"
+    if example.evaluation.finish_reason == "length":
+        return f"Wrong: the answer was cut off at the length limit before it was complete. {gold}"
+    if _lacks_final_answer(example.evaluation):
+        return f"Wrong: there is no final answer inside \\boxed{{}}. {gold}"
+    return f"Wrong: the final answer does not match. {gold}"
+
+
+def _lacks_final_answer(evaluation: Evaluation) -> bool:
+    return not evaluation.is_solved and "\\boxed" not in evaluation.response_text
+
+
+SPECIAL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>")
+"""Chat markup such as <|im_end|>: what holds it is no instruction but a reply that went on for too long."""
+
+
+MAX_RESPONSE_CHARS = 16_000
+"""Of a response on its way to reflection: more would not fit the prompt beside the other examples."""
+
+HEAD_SHARE = 0.5
+"""Of what is kept; the rest is tail."""
+
+
+def shorten(text: str, max_chars: int) -> str:
+    """Return `text`, its middle replaced by a note of what is missing when it is longer than `max_chars`."""
+    if len(text) <= max_chars:
+        return text
+    num_head = int(max_chars * HEAD_SHARE)
+    num_tail = max_chars - num_head
+    missing = len(text) - num_head - num_tail
+    tail = text[len(text) - num_tail :]
+    return f"{text[:num_head]}\n[... {missing} characters left out ...]\n{tail}"
+
+
+MAX_QUOTED_CHARS = 200
+"""Of what others wrote, in a message."""
+
+
+def quoted(text: str | bytes) -> str:
+    """Return the beginning of `text` on one line, for a message; what a terminal would obey is escaped."""
+    head = text[: 4 * MAX_QUOTED_CHARS]
+    words = (head.decode(errors="replace") if isinstance(head, bytes) else head).split()
+    return printable(" ".join(words))[:MAX_QUOTED_CHARS]

@@ -1,0 +1,154 @@
+"""How the reply of a reflection model is read: which text in it is the new template, or why there is none."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+
+from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, quoted
+
+CUT_REASONS = frozenset({"length", "max_tokens"})
+"""Finish reasons of a reply that its limit of tokens ended."""
+
+CUT = "cut off: raise evolution.reflection.max_tokens"
+ONLY_REASONING = "reasoning used up evolution.reflection.max_tokens: raise it, or turn the model's reasoning down"
+NO_ANSWER_AFTER_REASONING = "reasoning without an answer"
+DECLINED = "the model declines"
+SAME_AS_PARENT = "same as its parent"
+
+FENCE = re.compile(r"^[ \t]*(`{3,})[ \t]*([^`\n]*)$", re.MULTILINE)
+"""A fence on a line of its own, with an optional language tag."""
+
+INLINE_FENCE = re.compile(r"```([^`\n]+)```")
+
+DECLINING = re.compile(
+    r"(?:unfortunately,?\s+|sorry[,.]?\s+(?:but\s+)?)?"
+    r"(?:i(?:['\u2019]m| am) (?:sorry|afraid|unable|not able)|i apologi[sz]e|as an ai\b"
+    r"|i (?:can(?:not| not|['\u2019]t)|won['\u2019]t|will not|must decline))",
+    re.IGNORECASE,
+)
+"""Begins what is no instruction to another model but an apology to the person who asks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """The first choice of a chat completion."""
+
+    text: str
+    """What the model says; reasoning may precede it between <think> and </think>."""
+    has_reasoning: bool
+    """Whether reasoning came in a field of its own."""
+    is_cut: bool
+    is_declined: bool
+    """The endpoint itself marks the reply as a refusal."""
+
+
+def read_reply(content: bytes) -> Reply:
+    """Return the reply in the body of a chat completion. Raises `ReflectionRefused` when it is none."""
+    try:
+        answer: Any = orjson.loads(content)  # refuses lone surrogates and deep nesting
+        choice: Any = answer["choices"][0]
+        message: Any = choice["message"]
+        text, reason = _text_of(message.get("content")), str(choice.get("finish_reason"))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ReflectionRefused("not a chat completion", quoted(content)) from error
+    return Reply(
+        text=text,
+        has_reasoning=bool(message.get("reasoning_content") or message.get("reasoning")),
+        is_cut=reason.lower() in CUT_REASONS,
+        is_declined=bool(message.get("refusal")) or reason == "content_filter",
+    )
+
+
+def _text_of(content: Any) -> str:
+    """Return the text of a message, which may come in parts of several types."""
+    if isinstance(content, list):
+        return "".join(str(part["text"]) for part in cast(list[Any], content) if part.get("type") == "text")
+    return content if isinstance(content, str) else ""
+
+
+def template_of(reply: Reply, parent_text: str) -> str:
+    """Return the new template that `reply` proposes. Raises `ReflectionRefused` when there is none in it."""
+    _, has_thought, tail = reply.text.rpartition("</think>")
+    is_thinking = not has_thought and "<think>" in reply.text
+    visible = "" if is_thinking else tail
+    has_reasoning = reply.has_reasoning or is_thinking or bool(has_thought)
+    if reply.is_declined:
+        raise ReflectionRefused(DECLINED, quoted(visible))
+    if reply.is_cut or is_thinking:
+        raise ReflectionRefused(CUT if visible.strip() else ONLY_REASONING)
+    if not visible.strip():
+        raise ReflectionRefused(NO_ANSWER_AFTER_REASONING if has_reasoning else "empty")
+    template = instruction_in(visible, parent_text)
+    if not template:
+        raise ReflectionRefused("empty")
+    if template == parent_text.strip():
+        raise ReflectionRefused(SAME_AS_PARENT)
+    if DECLINING.match(template):
+        raise ReflectionRefused(DECLINED, quoted(template))
+    return template
+
+
+def instruction_in(text: str, parent_text: str) -> str:
+    """Return the new instruction: the last fenced block that does not quote the parent; without fences, all of `text`.
+
+    Raises `ReflectionRefused` when a fence is not closed, or it is not clear where the block ends.
+    """
+    whole = text.strip()
+    inline = INLINE_FENCE.fullmatch(whole)
+    if inline:
+        return inline[1].strip()
+    blocks = fenced_blocks(whole)
+    if not blocks:
+        if "```" in whole:
+            raise ReflectionRefused("fence not closed")
+        return whole
+    written = [block for block in blocks if block.text]
+    new = [block for block in written if block.text != parent_text.strip()]
+    if not new:
+        return written[-1].text if written else ""
+    if len(new) > 1 and whole.endswith("```") and new[-1].is_bare and not ends_in_label(whole[: new[-1].start]):
+        # Either two instructions, or one that holds a fenced part of its own.
+        raise ReflectionRefused("unclear where its fenced instruction ends")
+    return new[-1].text
+
+
+def ends_in_label(text: str) -> bool:
+    """Return whether what follows `text` is announced: by a colon, bold type or a heading."""
+    last_line = text.rstrip().rpartition("\n")[2]
+    return last_line.endswith((":", "**")) or last_line.lstrip().startswith("#")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FencedBlock:
+    """A fenced block that lies in no other."""
+
+    text: str
+    start: int
+    """Of its opening fence in the whole text."""
+    is_bare: bool
+    """Whether the opening fence is three backticks and nothing else, as any closing fence is."""
+
+
+def fenced_blocks(text: str) -> list[FencedBlock]:
+    """Return the outermost fenced blocks, in order.
+
+    As in Markdown a fence is closed by one of its length or longer, without a tag. Unlike there one with a tag opens an
+    inner block: models put code into an instruction they fence. Raises `ReflectionRefused` when a fence is not closed.
+    """
+    blocks: list[FencedBlock] = []
+    opened: list[re.Match[str]] = []
+    for fence in FENCE.finditer(text):
+        is_tagged = bool(fence[2].strip())
+        if not opened or (is_tagged and len(fence[1]) >= len(opened[-1][1])):
+            opened.append(fence)
+        elif len(fence[1]) >= len(opened[-1][1]):
+            start = opened.pop()
+            if not opened:
+                inside = text[start.end() : fence.start()].strip()
+                is_bare = len(start[1]) == 3 and not start[2].strip()
+                blocks.append(FencedBlock(text=inside, start=start.start(), is_bare=is_bare))
+    if opened:
+        raise ReflectionRefused("fence not closed")
+    return blocks

@@ -1,0 +1,56 @@
+"""What luck alone would have solved: plain samples of the development problems, as many as the round took."""
+
+import asyncio
+import sys
+
+from megatron_p2o.evolve.record.history import CONTROL_OCCASION
+from megatron_p2o.evolve.search.budget import RolloutBudget
+from megatron_p2o.evolve.search.round import Round
+from megatron_p2o.evolve.search.score_book import ScoreBook
+from megatron_p2o.evolve.trial import EvaluationFailed, Evaluator
+
+
+async def plain_coverage(state: Round, evaluator: Evaluator) -> float | None:
+    """Return the share of development problems solved plainly within as many samples as they had evaluations.
+
+    Sampled at the training temperature: greedy repeats would all be alike. A sample without a verdict is replaced by
+    another; the denominator leaves out problems for which too many have none. None when that are all.
+    """
+    book = ScoreBook(
+        evaluator,
+        state.history,
+        RolloutBudget(sys.maxsize),
+        temperature=state.spec.settings.sampling_temperature,
+        feedback_ids=(),
+    )
+    num_samples = {
+        problem_id: sum(problem_id in state.pool.scores(candidate_id) for candidate_id in range(1, len(state.pool)))
+        for problem_id in state.split.dev
+    }
+    try:
+        outcomes = await asyncio.gather(*(_is_solved(book, key, number) for key, number in num_samples.items()))
+    finally:
+        book.cancel()
+    decided = [is_solved for is_solved in outcomes if is_solved is not None]
+    if len(decided) < len(outcomes):
+        state.notify(f"pass@N leaves out {len(outcomes) - len(decided)} of {len(outcomes)} problems: too few verdicts")
+    return sum(decided) / len(decided) if decided else None
+
+
+async def _is_solved(book: ScoreBook, problem_id: str, num_samples: int) -> bool | None:
+    """Sample one at a time, so that the first success saves the rest; None when half of the samples and more are lost.
+
+    A lost sample is replaced: without it the control would have fewer tries than the templates had.
+    """
+    num_decided = 0
+    for sample in range(2 * num_samples):
+        if num_decided == num_samples:
+            break
+        try:
+            evaluations = await book.measure("", [problem_id], occasion=f"{CONTROL_OCCASION}{sample}")
+        except EvaluationFailed:
+            continue
+        if evaluations[0].is_solved:
+            return True
+        num_decided += 1
+    return False if num_decided == num_samples else None

@@ -1,0 +1,203 @@
+"""From the pool of a round to the library of the next epoch, and the numbers a report needs."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_p2o.config.tree import AssignmentConfig
+from megatron_p2o.evolve.record.history import EndedBy
+from megatron_p2o.evolve.record.library import PublishedLibrary
+from megatron_p2o.evolve.search.round import Round
+from megatron_p2o.files import write_whole
+from megatron_p2o.records import to_json
+from megatron_p2o.types import PLAIN, Template
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundStats:
+    """What a round did."""
+
+    epoch: int
+    library_version: int
+    ended_by: EndedBy
+    num_hard: int
+    num_dev: int = 0
+    num_feedback: int = 0
+    num_candidates: int = 0
+    """With those it began with."""
+    num_templates: int = 0
+    """Published."""
+    num_rollouts: int = 0
+    """Evaluations of templates, in this round."""
+    num_tokens: int = 0
+    """Sampled by them."""
+    best_score: float = 0.0
+    """Highest mean development reward of a published template."""
+    coverage: float = 0.0
+    """Share of the development problems that some published template solved: what the round claims."""
+    plain_coverage: float | None = None
+    """Share that as many plain samples solve (`evolution.plain_control`): what luck alone would have claimed."""
+    outcomes: Mapping[str, int]
+    """Proposals by how they ended."""
+    num_restarts: int = 0
+    """Times the service was lost and resumed."""
+    num_failed_evaluations: int = 0
+    """Rollouts without a verdict, of templates and of the plain control: they are no scores."""
+    duration_s: float = 0.0
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the round ran to its own end and published something."""
+        return self.ended_by in ("budget", "no_progress") and self.num_templates > 0
+
+    @property
+    def num_proposals(self) -> int:
+        return sum(self.outcomes.values())
+
+    @property
+    def num_refused(self) -> int:
+        """Proposals whose template was not tried: reflection gave none, or one that may not be used."""
+        return sum(count for outcome, count in self.outcomes.items() if outcome.startswith(("refused", "rejected")))
+
+    def summary(self) -> str:
+        """Return one line for the log: why the round ended, what it found and how its proposals ended."""
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items()) or "none"
+        return (
+            f"round {self.epoch} ended by {self.ended_by} after {self.num_rollouts} rollouts: {self.num_templates} "
+            f"templates of {self.num_candidates} candidates, coverage {self.coverage:.2f}; proposals: {outcomes}"
+        )
+
+
+def rounds_path(run_dir: Path) -> Path:
+    """Return the file of a run's rounds: a `RoundStats` a line, each epoch's last one."""
+    return run_dir / "evolution" / "rounds.jsonl"
+
+
+def keep_round(run_dir: Path, stats: RoundStats) -> None:
+    """Write a round that is over to the run's file of rounds, in the place of one of the same epoch.
+
+    Raises `OSError` when it cannot, `ValueError` when the file is damaged.
+    """
+    path = rounds_path(run_dir)
+    written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in written if json.loads(line)["epoch"] != stats.epoch]
+    write_whole(path, "\n".join([*kept, json.dumps(to_json(stats))]) + "\n")
+
+
+def build_library(state: Round) -> PublishedLibrary:
+    """Return the cover's templates, best first, and their assignment to all hard problems."""
+    spec = state.spec
+    solved = {candidate.id: state.pool.solved(candidate.id) for candidate in state.pool.qualified()}
+    if not state.rules.publishes_empty:
+        del solved[0]
+    cover = [state.pool.template(candidate_id) for candidate_id in greedy_cover(solved)]
+    if state.rules.reuses_scores:
+        solved = {template.id: solved[template.id] | solved_feedback(state, template) for template in cover}
+    assignments = assign(
+        [problem.id for problem in spec.problems],
+        cover,
+        solved,
+        spec.settings.group_size,
+        spec.settings.assignment,
+        spec.rng("assignment"),
+        guard_leaks=spec.settings.evolution.guard_leaks,
+    )
+    return PublishedLibrary(
+        version=spec.library_version,
+        templates=tuple(sorted(cover, key=lambda template: (-template.score, template.id))),
+        assignments=assignments,
+    )
+
+
+def solved_feedback(state: Round, template: Template) -> frozenset[str]:
+    """Return the feedback problems `template` is known to solve: from minibatches of its children, and from training.
+
+    Those its own lineage was reflected on prove nothing. The authors score templates on development problems only.
+    """
+    evaluations = {
+        problem_id: state.book.known(template.text, problem_id)
+        for problem_id in state.split.feedback
+        if problem_id not in template.lineage_problem_ids
+    }
+    return frozenset(key for key, evaluation in evaluations.items() if evaluation is not None and evaluation.is_solved)
+
+
+def round_stats(state: Round, library: PublishedLibrary, ended_by: EndedBy, plain: float | None = None) -> RoundStats:
+    """Return the numbers of a round that published `library`; `plain` is the control's coverage."""
+    covered = frozenset[str]().union(*(state.pool.solved(template.id) for template in library.templates))
+    return RoundStats(
+        epoch=state.spec.epoch,
+        library_version=library.version,
+        ended_by=ended_by,
+        num_hard=len(state.spec.problems),
+        num_dev=len(state.split.dev),
+        num_feedback=len(state.split.feedback),
+        num_candidates=len(state.pool),
+        num_templates=len(library.templates),
+        num_rollouts=state.history.num_scored,
+        num_tokens=state.history.num_tokens,
+        best_score=max((template.score for template in library.templates), default=0.0),
+        coverage=len(covered) / len(state.split.dev),
+        plain_coverage=plain,
+        outcomes=state.history.outcome_counts(),
+    )
+
+
+def greedy_cover(solved: Mapping[int, frozenset[str]]) -> list[int]:
+    """Return candidates in the order chosen: each adds most newly solved problems, ties to the lowest id.
+
+    Empty when nobody solves anything: the next epoch then asks plainly.
+    """
+    cover: list[int] = []
+    covered: frozenset[str] = frozenset()
+    while True:
+        gains = {candidate: len(solved[candidate] - covered) for candidate in sorted(solved)}
+        best = max(gains, key=lambda candidate: (gains[candidate], -candidate), default=None)
+        if best is None or gains[best] == 0:
+            return cover
+        cover.append(best)
+        covered |= solved[best]
+
+
+SMALLEST_WEIGHT = 1e-6
+"""Weight of a template with mean reward 0: still possible when it is alone."""
+
+
+def assign(
+    problem_ids: Sequence[str],
+    cover: Sequence[Template],
+    solved: Mapping[int, frozenset[str]],
+    group_size: int,
+    config: AssignmentConfig,
+    rng: random.Random,
+    *,
+    guard_leaks: bool,
+) -> dict[str, tuple[Template, ...]]:
+    """Return one template per rollout for every problem that has any; a problem left out is asked plainly.
+
+    Templates of `cover` that solve the problem come into question, else all of `cover`; under `guard_leaks` never one
+    whose lineage saw the problem's answer. Drawn with replacement, weighted by mean development reward. `solved` maps
+    template ids to the problems they are known to solve: the authors know of development problems only.
+    """
+    assignments: dict[str, tuple[Template, ...]] = {}
+    for problem_id in problem_ids:
+        allowed = [z for z in cover if not (guard_leaks and problem_id in z.lineage_problem_ids)]
+        solvers = [z for z in allowed if problem_id in solved[z.id]]
+        if allowed:
+            assignments[problem_id] = _draw(solvers or allowed, group_size, config, rng)
+    return assignments
+
+
+def _draw(
+    templates: Sequence[Template], group_size: int, config: AssignmentConfig, rng: random.Random
+) -> tuple[Template, ...]:
+    weights = [template.score if template.score > 0 else SMALLEST_WEIGHT for template in templates]
+    num_templated = group_size - config.num_plain
+    if config.same_template_in_group:
+        drawn = rng.choices(templates, weights) * num_templated
+    else:
+        drawn = rng.choices(templates, weights, k=num_templated)
+    asked = [PLAIN if template.id == PLAIN.id else template for template in drawn]
+    return (*asked, *(PLAIN,) * config.num_plain)

@@ -1,0 +1,205 @@
+"""One round of evolution: what it is given, and what both sets of rules (asynchronous, reference) work on."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_p2o.config.tree import AssignmentConfig, EvolutionConfig
+from megatron_p2o.evolve.record.history import Accepted, Disqualified, Ended, Picked, Reflected, RoundHistory
+from megatron_p2o.evolve.reflection.guards import refusal_of
+from megatron_p2o.evolve.reflection.reflection import Example, ReflectionRefused, ReflectionRequest, shorten
+from megatron_p2o.evolve.reflection.reflectors import Reflector
+from megatron_p2o.evolve.search.budget import Split
+from megatron_p2o.evolve.search.pool import Candidate, CandidatePool, Score
+from megatron_p2o.evolve.search.rules import rules_named
+from megatron_p2o.evolve.search.score_book import ScoreBook
+from megatron_p2o.evolve.trial import Evaluation, FreeScore
+from megatron_p2o.records import to_json
+from megatron_p2o.types import Problem, Template
+
+MAX_REFUSED_CHARS = 2_000
+"""Kept of a template that was refused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundSettings:
+    """The part of the configuration that evolution depends on."""
+
+    evolution: EvolutionConfig
+    assignment: AssignmentConfig
+    group_size: int
+    sampling_temperature: float
+    """Of training rollouts: the plain control samples like them."""
+    min_problems: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundSpec:
+    """What rank 0 asks the service for."""
+
+    epoch: int
+    library_version: int
+    """Of the library to publish."""
+    problems: tuple[Problem, ...]
+    """Hard ones, each once; `question` is the user message as the policy sees it without a template."""
+    warm_templates: tuple[Template, ...]
+    """To begin with beside the empty template."""
+    settings: RoundSettings
+    free_scores: tuple[FreeScore, ...] = ()
+    """Lost when the trainer restarts, so not part of the round's identity."""
+
+    def fingerprint(self) -> str:
+        """Return what a journal must agree on to be continued: everything that events refer to."""
+        evolution = self.settings.evolution
+        identity = [
+            [self.epoch, self.library_version],
+            to_json(self.problems),
+            [template.text for template in self.warm_templates],
+            [evolution.rules, evolution.dev_size, evolution.minibatch_size, evolution.num_lineages],
+            [evolution.evaluation_temperature, evolution.guard_leaks, evolution.reflection.backend],
+            [self.settings.min_problems, self.settings.seed],
+        ]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+    def rng(self, purpose: str) -> random.Random:
+        """Return a generator that depends on the run's seed, the round and `purpose` only."""
+        return random.Random(f"{self.settings.seed}/{self.epoch}/{purpose}")
+
+
+class Round:
+    """The state of a round in progress, rebuilt from its history when it is resumed."""
+
+    def __init__(
+        self,
+        spec: RoundSpec,
+        split: Split,
+        history: RoundHistory,
+        book: ScoreBook,
+        reflector: Reflector,
+        notify: Callable[[str], None],
+    ) -> None:
+        """`notify` is told what a person should know."""
+        self.spec = spec
+        self.settings = spec.settings.evolution
+        self.rules = rules_named(self.settings.rules)
+        self.split = split
+        self.history = history
+        self.book = book
+        self.pool = CandidatePool(split.dev)
+        self._problems = {problem.id: problem for problem in spec.problems}
+        self._reflector = reflector
+        self.notify = notify
+        self._add_seeds()
+
+    def begin(self, picked: Picked) -> None:
+        """Journal a proposal, unless it was before a kill."""
+        if picked.proposal not in self.history.picks:
+            self.history.add(picked)
+
+    async def reflect(self, proposal: int, parent: Candidate, examples: Mapping[str, Evaluation]) -> str:
+        """Return the template reflection wrote for a proposal; asked once, journalled.
+
+        `examples` maps the minibatch's problem ids to how the parent did. Raises `ReflectionRefused` when the answer
+        is useless or unsafe, `ReflectionUnavailable` when there is none.
+        """
+        reflected = self.history.reflections.get(proposal)
+        if reflected is None:
+            reflected = await self._ask(proposal, parent, examples)
+            self.history.add(reflected)
+        if reflected.refusal:
+            raise ReflectionRefused(reflected.refusal)
+        return reflected.text
+
+    def accept(self, picked: Picked, text: str) -> Candidate:
+        """Add the proposal's candidate to the pool and return it."""
+        candidate = self._add(picked, text)
+        if picked.proposal not in self.history.candidate_of:
+            self.history.add(Accepted(proposal=picked.proposal, candidate=candidate.id))
+        return candidate
+
+    def end(self, proposal: int, outcome: str) -> None:
+        if proposal not in self.history.outcomes:
+            self.history.add(Ended(proposal=proposal, outcome=outcome))
+
+    async def score(self, candidate: Candidate, problem_ids: Sequence[str]) -> None:
+        """Evaluate a candidate on development problems and set the scores there are. Raises as `ScoreBook.measure`."""
+        try:
+            await self.book.measure(candidate.text, problem_ids)
+        finally:
+            self._record_known(candidate, problem_ids)
+
+    def disqualify(self, candidate: Candidate, reason: str) -> None:
+        """Take a candidate out of the running: its template cannot be used."""
+        if candidate.id not in self.history.disqualified:
+            self.history.add(Disqualified(candidate=candidate.id, reason=reason))
+        self.pool.disqualify(candidate.id)
+
+    def restore_candidates(self) -> None:
+        """Bring the pool to where the history ends: candidates, scores, disqualifications."""
+        for proposal, candidate_id in sorted(self.history.candidate_of.items(), key=lambda item: item[1]):
+            added = self._add(self.history.picks[proposal], self.history.reflections[proposal].text)
+            assert added.id == candidate_id, f"the journal says candidate {candidate_id}, replay gives {added.id}"
+        for candidate in self.pool.qualified():
+            self._record_known(candidate, self.dev_ids(candidate))
+        for candidate_id in self.history.disqualified:
+            self.pool.disqualify(candidate_id)
+
+    def dev_ids(self, candidate: Candidate) -> list[str]:
+        """Return the development problems it may be scored on: none whose answer its lineage has seen."""
+        if not self.settings.guard_leaks:
+            return list(self.split.dev)
+        return [problem_id for problem_id in self.split.dev if problem_id not in candidate.lineage_problem_ids]
+
+    async def _ask(self, proposal: int, parent: Candidate, examples: Mapping[str, Evaluation]) -> Reflected:
+        request = ReflectionRequest(
+            proposal=proposal,
+            parent_text=parent.text,
+            examples=tuple(
+                Example(problem=self._problems[problem_id], evaluation=evaluation)
+                for problem_id, evaluation in examples.items()
+            ),
+        )
+        try:
+            text = (await self._reflector.propose(request)).strip()
+        except ReflectionRefused as refused:
+            return Reflected(proposal=proposal, text="", refusal=str(refused))
+        refusal = self._refusal(text, parent, examples)
+        return Reflected(proposal=proposal, text=_kept(text) if refusal else text, refusal=refusal)
+
+    def _refusal(self, text: str, parent: Candidate, examples: Mapping[str, Evaluation]) -> str:
+        """Return why `text` may not become a candidate; "" when it may."""
+        lineage = parent.lineage_problem_ids | examples.keys() if self.settings.guard_leaks else ()
+        return refusal_of(
+            text,
+            parent_text=parent.text,
+            max_template_tokens=self.settings.max_template_tokens,
+            is_duplicate=self.rules.refuses_duplicates and self.pool.is_known(text),
+            answers=[self._problems[key].answer for key in sorted(lineage) if key in self._problems],
+        )
+
+    def _add(self, picked: Picked, text: str) -> Candidate:
+        parent = self.pool[picked.parent]
+        is_blind = self.settings.reflection.backend == "phrasebook"  # it is shown feedback but does not look at it
+        seen = frozenset[str]() if is_blind else frozenset(picked.minibatch)
+        return self.pool.add(text, parent.id, parent.lineage_problem_ids | seen)
+
+    def _record_known(self, candidate: Candidate, problem_ids: Sequence[str]) -> None:
+        for problem_id in problem_ids:
+            evaluation = self.book.known(candidate.text, problem_id)
+            if evaluation is not None and evaluation.finish_reason != "abort":
+                score = Score(reward=evaluation.reward, weight_version=evaluation.weight_version)
+                self.pool.record(candidate.id, problem_id, score)
+
+    def _add_seeds(self) -> None:
+        self.pool.add("", None)
+        for template in self.spec.warm_templates:
+            if not self.pool.is_known(template.text):
+                self.pool.add(template.text, None, template.lineage_problem_ids)
+
+
+def _kept(text: str) -> str:
+    """Return what is journalled of a refused template: short, and text that any reader of JSON takes."""
+    return shorten(text, MAX_REFUSED_CHARS).encode(errors="replace").decode()

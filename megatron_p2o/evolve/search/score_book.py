@@ -1,0 +1,131 @@
+"""Every rollout of a round goes through here: asked for once, journalled, then remembered."""
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from megatron_p2o.evolve.record.history import RoundHistory, Scored, ScoreKey, digest
+from megatron_p2o.evolve.reflection.reflection import MAX_RESPONSE_CHARS, shorten
+from megatron_p2o.evolve.search.budget import RolloutBudget
+from megatron_p2o.evolve.trial import (
+    Evaluation,
+    EvaluationFailed,
+    Evaluator,
+    FreeScore,
+    Rejection,
+    TemplateRejected,
+)
+from megatron_p2o.seeds import seed_of
+
+LOST = Evaluation(reward=0.0, response_text="", finish_reason="abort", num_tokens=0, weight_version=0)
+"""What a journal keeps of a rollout without a verdict, where it must not be asked again. It is no score."""
+
+
+class BudgetSpent(Exception):
+    """The rollouts asked for would exceed the round's budget."""
+
+
+class ScoreBook:
+    """Measures templates on problems, and knows what was measured already."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        history: RoundHistory,
+        budget: RolloutBudget,
+        *,
+        temperature: float,
+        feedback_ids: Collection[str],
+        free_scores: Sequence[FreeScore] = (),
+        is_loss_final: bool = False,
+    ) -> None:
+        """Responses are kept for `feedback_ids` only: reflection sees no others, and the journal stays small.
+
+        `is_loss_final` journals a rollout without a verdict, so that a resumed round repeats its decisions; otherwise
+        it may be asked again.
+        """
+        self._evaluator = evaluator
+        self._history = history
+        self._budget = budget
+        self._temperature = temperature
+        self._feedback_ids = frozenset(feedback_ids)
+        self._free = {(digest(free.template_text), free.problem_id, ""): free.evaluation for free in free_scores}
+        self._is_loss_final = is_loss_final
+        self._in_flight: dict[ScoreKey, asyncio.Task[Evaluation]] = {}
+
+    def known(self, text: str, problem_id: str, *, occasion: str = "", min_version: int = 0) -> Evaluation | None:
+        """Return what was measured for the pair on policy version `min_version` or later."""
+        key = (digest(text), problem_id, occasion)
+        evaluation = self._history.evaluations.get(key) or self._free.get(key)
+        return evaluation if evaluation is not None and evaluation.weight_version >= min_version else None
+
+    async def measure(
+        self,
+        text: str,
+        problem_ids: Sequence[str],
+        *,
+        occasion: str = "",
+        min_version: int = 0,
+    ) -> list[Evaluation]:
+        """Return one evaluation per problem, in order; only what is not known is sampled.
+
+        `occasion` tells rollouts of one pair apart. Waits for all of them, then raises `TemplateRejected` or
+        `EvaluationFailed` if one did. Raises `BudgetSpent` before anything is sampled.
+        """
+        known = [self.known(text, key, occasion=occasion, min_version=min_version) for key in problem_ids]
+        keys = [(digest(text), problem_id, occasion) for problem_id in problem_ids]
+        num_new = sum(e is None and key not in self._in_flight for e, key in zip(known, keys, strict=True))
+        if not self._budget.try_spend(num_new):
+            raise BudgetSpent(f"{self._budget.spent} of {self._budget.limit} rollouts are used")
+        outcomes = await asyncio.gather(
+            *(
+                asyncio.shield(self._sampling(key, text))
+                for key, evaluation in zip(keys, known, strict=True)
+                if evaluation is None
+            ),
+            return_exceptions=True,
+        )
+        fresh: list[Evaluation] = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            fresh.append(outcome)
+        sampled = iter(fresh)
+        evaluations = [evaluation if evaluation is not None else next(sampled) for evaluation in known]
+        if any(evaluation.finish_reason == "abort" for evaluation in evaluations):
+            raise EvaluationFailed("a rollout has no verdict")
+        return evaluations
+
+    def cancel(self) -> None:
+        """Forget what is in flight: nobody waits for it any more, and the history is about to be closed."""
+        for task in list(self._in_flight.values()):
+            task.cancel()
+
+    def _sampling(self, key: ScoreKey, text: str) -> asyncio.Task[Evaluation]:
+        """Return the rollout another lineage is already waiting for, or a new one."""
+        if key not in self._in_flight:
+            task = asyncio.ensure_future(self._sample(key, text))
+            self._in_flight[key] = task
+            task.add_done_callback(lambda _: self._in_flight.pop(key))
+        return self._in_flight[key]
+
+    async def _sample(self, key: ScoreKey, text: str) -> Evaluation:
+        template, problem_id, occasion = key
+        answer = await self._ask(text, problem_id, seed_of(occasion) if occasion else 0)
+        kept = shorten(answer.response_text, MAX_RESPONSE_CHARS) if problem_id in self._feedback_ids else ""
+        evaluation = replace(answer, response_text=kept)
+        self._history.add(Scored(template=template, problem_id=problem_id, occasion=occasion, evaluation=evaluation))
+        return evaluation
+
+    async def _ask(self, text: str, problem_id: str, sample: int) -> Evaluation:
+        try:
+            answer = await self._evaluator.evaluate(text, problem_id, temperature=self._temperature, sample=sample)
+            if isinstance(answer, Rejection):
+                raise TemplateRejected(answer.reason)
+            if answer.finish_reason == "abort":
+                raise EvaluationFailed(f"the engine gave up on problem {problem_id}")
+        except EvaluationFailed:
+            if not self._is_loss_final:
+                raise
+            return LOST
+        return answer

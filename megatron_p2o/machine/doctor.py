@@ -1,0 +1,343 @@
+"""`p2o doctor`: what this machine offers and what is missing, before anything is started."""
+
+import importlib.util
+import platform
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
+
+from megatron_p2o.config.read import missing_paths
+from megatron_p2o.config.source import shown
+from megatron_p2o.config.tree import Config
+from megatron_p2o.evolve.reflection.probe import has_checkpoint, needs_endpoint, probe
+from megatron_p2o.machine.memory_plan import GIB, Gpus, num_nodes_for, planned_memory
+from megatron_p2o.policy.model.layer_choice import choose_layers, import_failure, machine_capabilities
+from megatron_p2o.policy.training.settings import (
+    PolicySettings,
+    check_weights,
+    machine_problems,
+    megatron_summary,
+    policy_settings,
+)
+from megatron_p2o.rollout.refresh.outlet import uses_devices
+from megatron_p2o.rollout.servers.server import EngineStartFailed
+from megatron_p2o.rollout.servers.server_arguments import check_arguments
+from megatron_p2o.run.inputs import load_inputs, missing_packages, summary_of
+from megatron_p2o.terminal import say
+
+REQUIRED = {
+    "torch": ">=2.11",
+    "megatron-core": ">=0.16.1,<0.20",
+    "sglang": ">=0.5.21",  # older ones unpickle whatever a weight update holds
+    "transformers": ">=5",
+    "tokenizers": "",
+    "safetensors": "",
+    "math-verify": "",
+    "aiohttp": "",
+    "openai": ">=2.6",
+    "orjson": "",
+}
+"""Distributions without which no run starts, and the versions it takes."""
+
+REQUIRED_ON_GPU = ("triton", "sglang-kernel", "flashinfer-python")
+"""Distributions without which SGLang does not serve, or the fused kernels do not run, on a GPU."""
+
+OPTIONAL_ON_GPU = ("transformer-engine", "flash-attn", "torch-memory-saver")
+"""Distributions that a run on a GPU does without."""
+
+IMPORTED_ON_GPU = {"transformer-engine": "transformer_engine.pytorch", "flash-attn": "flash_attn"}
+"""Distributions compiled against one version of torch, and the module that shows whether it is this one."""
+
+MIN_SHARED_MEMORY_BYTES = 1 << 30
+"""Of /dev/shm, through which weights are handed over and NCCL talks; containers often have 64 MiB."""
+
+MIN_FREE_GPU_SHARE = 0.9
+"""Of a GPU's memory before a job starts; less means that another process still holds some."""
+
+
+MAX_GPU_GIB = 10_000
+MAX_GPUS_OF_A_NODE = 1000
+"""More than any machine has, of which a memory plan is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    finding: str
+    is_missing: bool = False
+    """True when runs cannot start without it."""
+
+
+def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
+    """Return what was found, most basic first.
+
+    Args:
+        num_gpus: how many GPUs a job expects here, all to itself; 0 expects none.
+        required: further requirements ("flash-attn", "torch==2.13.0").
+
+    Raises:
+        ValueError: one of `required` is no requirement.
+    """
+    num_visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    is_gpu_build = torch.version.cuda is not None
+    findings = [_lane(num_visible), Finding(subject="python", finding=platform.python_version())]
+    accepted: dict[str, str | None] = {**REQUIRED, **dict.fromkeys(OPTIONAL_ON_GPU)}
+    accepted |= dict.fromkeys(REQUIRED_ON_GPU, "" if is_gpu_build else None)
+    findings += [package_finding(name, versions) for name, versions in {**accepted, **_versions(required)}.items()]
+    if num_visible:
+        findings += _compiled_packages()
+    if num_gpus or num_visible:
+        findings += _gpus(num_visible, num_gpus)
+    findings.append(_shared_memory(is_expected=num_gpus > 0))
+    choice = choose_layers("auto", machine_capabilities())
+    findings.append(Finding(subject="layers", finding=choice.layers_reason))
+    findings.append(Finding(subject="attention", finding=choice.attention_reason))
+    capability = torch.cuda.get_device_capability() if num_visible else None
+    findings += kernel_findings(capability, has_triton=importlib.util.find_spec("triton") is not None)
+    findings.append(Finding(subject="apex", finding=_apex()))
+    return findings
+
+
+def examine_settings(config: Config, gpus: Gpus | None = None) -> list[Finding]:
+    """Return whether the installed megatron-core and SGLang take the settings, the weights are whole, and memory does.
+
+    `gpus`: whose memory to plan instead of this machine's, which then need not hold weights or SGLang.
+    """
+    try:
+        settings = policy_settings(config)
+    except ValueError as error:
+        return [Finding(subject="settings", finding=str(error), is_missing=True)]
+    problems = machine_problems(config, settings, machine_capabilities())
+    findings = [Finding(subject="settings", finding=problem, is_missing=True) for problem in problems]
+    if not problems:
+        choice = choose_layers(config.model.layer_backend, machine_capabilities())
+        findings = [
+            Finding(subject="megatron", finding=megatron_summary(config)),
+            Finding(subject="layers, as set", finding=choice.layers_reason),
+            Finding(subject="attention, as set", finding=choice.attention_reason),
+        ]
+    if gpus is None:
+        findings += [_weights(config, settings), _engines(config)]
+    findings.append(_weight_transfer(config))
+    try:
+        return findings + [Finding(subject="plan", finding=line) for line in planned_memory(config, gpus)]
+    except ValueError as error:
+        return [*findings, Finding(subject="plan", finding=str(error), is_missing=True)]
+
+
+def _weights(config: Config, settings: PolicySettings) -> Finding:
+    subject = "weights"
+    try:
+        check_weights(config, settings)
+    except ValueError as error:
+        return Finding(subject=subject, finding=str(error), is_missing=True)
+    return Finding(subject=subject, finding=f"{config.model.path} holds those of its config.json")
+
+
+def _engines(config: Config) -> Finding:
+    subject = "engines, as set"
+    try:
+        check_arguments(config)
+    except (ValueError, EngineStartFailed) as error:
+        return Finding(subject=subject, finding=str(error), is_missing=True)
+    return Finding(subject=subject, finding=f"SGLang takes {', '.join(config.sglang) or 'no settings of its own'}")
+
+
+def examine_inputs(config: Config) -> list[Finding]:
+    """Return whether the files that the settings name are there and can be read here, and what a run makes of them."""
+    lacking = [*missing_paths(config), *missing_packages(config)]
+    findings = [Finding(subject="files", finding=sentence, is_missing=True) for sentence in lacking]
+    if findings:
+        return findings
+    try:
+        return [Finding(subject="inputs", finding=line) for line in summary_of(config, load_inputs(config))]
+    except ValueError as error:
+        return [Finding(subject="inputs", finding=str(error), is_missing=True)]
+
+
+def examine_endpoint(config: Config, environment: Mapping[str, str]) -> list[Finding]:
+    """Return whether the reflection endpoint answers one request; nothing when the run needs none.
+
+    It is missing where `p2o train` would not start without it. `environment` holds its key.
+    """
+    if not needs_endpoint(config.evolution):
+        return []
+    trouble = probe(config.evolution.reflection, environment)
+    if trouble is None:
+        return [Finding(subject="reflection", finding=f"{config.evolution.reflection.base_url} answers")]
+    is_missing = not trouble.is_passing and not has_checkpoint(config.run)
+    return [Finding(subject="reflection", finding=trouble.reason, is_missing=is_missing)]
+
+
+def _weight_transfer(config: Config) -> Finding:
+    """Return how the engines would get weights here, as far as one process can tell."""
+    subject = "weights to engines"
+    try:
+        if uses_devices(config):
+            way = "CUDA IPC" if torch.cuda.is_available() else "memory files, without CUDA"
+            return Finding(subject=subject, finding=f"on the engines' own devices: {way}")
+    except ValueError as error:
+        return Finding(subject=subject, finding=str(error), is_missing=True)
+    return Finding(subject=subject, finding="through host memory")
+
+
+def planned_gpus(config: Config, machine: str) -> Gpus:
+    """Return the GPUs that `machine` describes, "8x80" for nodes of 8 GPUs of 80 GiB: as many nodes as the run takes.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)", machine)
+    if found is None:
+        raise ValueError(f"--plan={shown(machine)} must be GPUS-OF-A-NODExGIB-OF-EACH, such as 8x80")
+    count, gib = int(found[1]), float(found[2])
+    if not 0 < gib <= MAX_GPU_GIB or count > MAX_GPUS_OF_A_NODE:
+        raise ValueError(f"--plan={shown(machine)} must be at most {MAX_GPUS_OF_A_NODE}x{MAX_GPU_GIB}")
+    return Gpus(count=count, num_bytes=int(gib * GIB), num_nodes=num_nodes_for(config, count))
+
+
+def print_findings(findings: list[Finding], write: Callable[[str], None] = say) -> None:
+    """Write one aligned line per finding."""
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        mark = "MISSING " if finding.is_missing else ""
+        write(f"{finding.subject:<{width}}  {mark}{finding.finding}")
+
+
+def _lane(num_visible: int) -> Finding:
+    if num_visible:
+        lane = f"GPU ({num_visible} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda})"
+    elif torch.version.cuda is not None:
+        lane = f"GPU packages (CUDA {torch.version.cuda}), but no GPU is visible"
+    else:
+        lane = "CPU (gloo, float32)"
+    return Finding(subject="lane", finding=lane)
+
+
+def _versions(requirements: Collection[str]) -> dict[str, str]:
+    """Return the versions each requirement accepts, by distribution."""
+    try:
+        parsed = [Requirement(requirement) for requirement in requirements]
+    except InvalidRequirement as error:
+        raise ValueError(f"--require: {error}") from error
+    return {requirement.name: str(requirement.specifier) for requirement in parsed}
+
+
+def package_finding(name: str, accepted: str | None) -> Finding:
+    """Return whether a distribution is installed in an accepted version ("" accepts all, None does without)."""
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        if accepted is None:
+            return Finding(subject=name, finding="not installed (optional, GPU only)")
+        return Finding(subject=name, finding=f'pip install "{name}{accepted}"', is_missing=True)
+    if not SpecifierSet(accepted or "").contains(installed, prereleases=True):
+        return Finding(subject=name, finding=f"{installed}, but must be {accepted}", is_missing=True)
+    return Finding(subject=name, finding=installed)
+
+
+def _compiled_packages() -> list[Finding]:
+    """Return the installed packages that cannot be imported: they were compiled for another torch or CUDA."""
+    broken: list[Finding] = []
+    for name, module in IMPORTED_ON_GPU.items():
+        failure = import_failure(module)
+        if failure is not None:
+            finding = f"cannot be imported, install it for torch {torch.__version__}: {failure}"
+            broken.append(Finding(subject=name, finding=finding, is_missing=True))
+    return broken
+
+
+def _gpus(num_visible: int, num_expected: int) -> list[Finding]:
+    """Return whether the expected number is there, and for each whether it computes and has its memory to itself."""
+    if num_visible < num_expected:
+        finding = (
+            f"{num_visible} of {num_expected} are visible: see nvidia-smi, CUDA_VISIBLE_DEVICES and the job's GRES"
+            f"{_cuda_complaint()}"
+        )
+        return [Finding(subject="gpus", finding=finding, is_missing=True)]
+    return [_gpu(index, is_expected=index < num_expected) for index in range(num_visible)]
+
+
+def _cuda_complaint() -> str:
+    """Return why torch cannot use any GPU, such as a driver older than its CUDA; "" when it can."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"; torch says: {error}"
+    return ""
+
+
+def _gpu(index: int, *, is_expected: bool) -> Finding:
+    subject = f"gpu {index}"
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        ones = torch.ones(16, 16, device=f"cuda:{index}", dtype=torch.bfloat16)
+        is_right = bool(((ones @ ones) == 16).all())
+    except RuntimeError as error:
+        return Finding(subject=subject, finding=f"does not compute: {error}", is_missing=True)
+    memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    if not is_right:
+        return Finding(subject=subject, finding="computes wrongly: 16 ones do not add up to 16", is_missing=True)
+    if is_expected and free < MIN_FREE_GPU_SHARE * total:
+        return Finding(subject=subject, finding=f"{memory}: another process holds memory", is_missing=True)
+    return Finding(subject=subject, finding=memory)
+
+
+def _shared_memory(*, is_expected: bool) -> Finding:
+    path = Path("/dev/shm")
+    free = shutil.disk_usage(path).free if path.exists() else 0
+    is_short = free < MIN_SHARED_MEMORY_BYTES
+    remedy = f", a job with GPUs needs {MIN_SHARED_MEMORY_BYTES >> 20}: raise --shm-size" if is_short else ""
+    return Finding(subject="/dev/shm", finding=f"{free >> 20} MiB free{remedy}", is_missing=is_short and is_expected)
+
+
+HOPPER = (9, 0)
+"""Compute capability the Triton kernels are written for."""
+
+HEAD_OPERATIONS = ("linear_policy_loss", "linear_logprob")
+"""Fused operations that multiply by the LM head; `head.kernel` chooses among their forms on a GPU."""
+
+OTHER_OPERATIONS = ("grouped_advantage", "active_token_index")
+"""Fused operations that are passes over memory."""
+
+
+def kernel_findings(capability: tuple[int, int] | None, *, has_triton: bool) -> list[Finding]:
+    """Return for each fused operation which path runs on which device, and why.
+
+    Args:
+        capability: compute capability of the GPU; None without one.
+    """
+    head, other = _kernel_paths(capability, has_triton=has_triton)
+    return [
+        *(Finding(subject=name, finding=head) for name in HEAD_OPERATIONS),
+        *(Finding(subject=name, finding=other) for name in OTHER_OPERATIONS),
+    ]
+
+
+def _kernel_paths(capability: tuple[int, int] | None, *, has_triton: bool) -> tuple[str, str]:
+    if capability is None:
+        here = "torch on the CPU: no GPU is visible"
+        return here, here
+    if not has_triton:
+        refused = "none: CUDA tensors are refused without triton, which is not installed"
+        return f"{refused} (head.kernel: torch runs without it)", refused
+    if capability == HOPPER:
+        return "triton on the GPU, a Hopper: bfloat16 models; float32 ones need head.kernel: torch", "triton on the GPU"
+    here, meant = (f"{major}.{minor}" for major, minor in (capability, HOPPER))
+    untried = f"triton on the GPU: written for compute capability {meant}, untried on {here}"
+    return f"{untried}; should it fail, set head.kernel to plain or torch", "triton on the GPU"
+
+
+def _apex() -> str:
+    # The distribution called apex on PyPI is an unrelated web toolkit; NVIDIA's is known by its extension.
+    found = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return "fused weight gradients" if found else "not installed (optional)"

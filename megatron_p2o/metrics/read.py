@@ -1,0 +1,61 @@
+"""Reads the numbers of a run back from its files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_p2o.files import read_json_object
+from megatron_p2o.metrics.jsonl import JsonObject, read_records
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricLine:
+    """What `metrics.jsonl` says about one step, its lines merged; the later number of a key wins."""
+
+    step: int
+    epoch: int
+    """Of the first line: the epoch the step was part of."""
+    time: str
+    metrics: Mapping[str, float]
+    """Finite numbers only."""
+    num_not_finite: int
+    """Numbers that were nan or infinite and are written as null."""
+
+
+def read_metrics(path: Path) -> list[MetricLine]:
+    """Return the lines of `metrics.jsonl` merged by step, in order of step."""
+    merged: dict[int, MetricLine] = {}
+    for line in read_records(path, _metric_line):
+        earlier = merged.get(line.step)
+        merged[line.step] = (
+            line
+            if earlier is None
+            else replace(
+                line,
+                epoch=earlier.epoch,
+                metrics={**earlier.metrics, **line.metrics},
+                num_not_finite=earlier.num_not_finite + line.num_not_finite,
+            )
+        )
+    return [merged[step] for step in sorted(merged)]
+
+
+def _metric_line(line: JsonObject) -> MetricLine:
+    metrics = dict(line["metrics"])
+    finite = {key: float(number) for key, number in metrics.items() if number is not None}
+    return MetricLine(
+        step=int(line["step"]),
+        epoch=int(line["epoch"]),
+        time=str(line["time"]),
+        metrics=finite,
+        num_not_finite=len(metrics) - len(finite),
+    )
+
+
+def read_object(path: Path) -> JsonObject | None:
+    """Return the JSON object in `path`, or None when there is no such file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    return read_json_object(path) if path.exists() else None

@@ -1,0 +1,184 @@
+"""Megatron's optimizer and schedule as this trainer uses them: AdamW, linear warm-up then constant, guarded steps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_p2o.config.tree import OptimizerConfig
+from megatron_p2o.policy.model.model import PolicyModel
+from megatron_p2o.policy.training.megatron_settings import NO_OVERRIDES, MegatronOverrides
+from megatron_p2o.types import UpdateOutcome
+
+CONSTANT_FOREVER = 2**31 - 1
+"""Steps of the schedule's constant part, which has no end."""
+
+GROUP_STATE = ("params", "step")
+"""What a group of Adam's parameters holds besides settings; a fused Adam keeps its step there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutcome:
+    """What became of one optimizer step; the same on every rank."""
+
+    grad_norm: float
+    """Of the whole gradient, before clipping."""
+    outcome: UpdateOutcome
+
+
+class Optimization:
+    """The model under data parallelism with its optimizer and schedule; owns gradients and optimizer state."""
+
+    def __init__(
+        self,
+        models: Sequence[PolicyModel],
+        config: TransformerConfig,
+        settings: OptimizerConfig,
+        *,
+        is_sharded: bool,
+        overrides: MegatronOverrides = NO_OVERRIDES,
+    ) -> None:
+        """Wrap this rank's stages. Collective.
+
+        Their weights must be loaded already, because the optimizer's float32 copies are made here.
+
+        Args:
+            is_sharded: `parallel.distributed_optimizer`.
+            overrides: what `megatron` says about data parallelism and the optimizer.
+        """
+        self.modules = _data_parallel(models, config, is_sharded=is_sharded, overrides=overrides)
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+            megatron_optimizer_config(settings, config, is_sharded=is_sharded, overrides=overrides),
+            list(self.modules),
+        )
+        # The schedule is also what exempts the norms from weight decay.
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=settings.lr / (settings.warmup_steps + 1),
+            max_lr=settings.lr,
+            min_lr=settings.lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=CONSTANT_FOREVER,
+            lr_decay_style="constant",
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=CONSTANT_FOREVER,
+            wd_incr_style="constant",
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Return the settings of each parameter group: rates, decay, betas and eps, without parameters and step."""
+        return [
+            {name: value for name, value in group.items() if name not in GROUP_STATE}
+            for group in self.optimizer.param_groups
+        ]
+
+    def resume(self, settings: Sequence[Mapping[str, Any]], num_steps: int) -> None:
+        """Go on after `num_steps` steps with this run's settings, whatever a checkpoint has put in their place.
+
+        `settings`: of `settings`, taken before the optimizer's state was loaded. Warm-up counts from the run's first
+        step.
+        """
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        self.scheduler.num_steps = num_steps
+        self.scheduler.step(increment=0)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate the next step uses: step k of W warm-up steps (from 0) uses lr * (k + 1) / (W + 1)."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def clear_gradients(self) -> None:
+        for module in self.modules:
+            module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> StepOutcome:
+        """Apply the accumulated gradient unless it is not finite, and advance the schedule. Collective."""
+        with torch.no_grad():
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+        is_finite = math.isfinite(grad_norm)
+        if is_finite:
+            self.optimizer.step()
+        self.skip()
+        return StepOutcome(grad_norm=grad_norm, outcome="applied" if is_finite else "non_finite")
+
+    def gather_weights(self) -> None:
+        """Make the weights whole, for whoever reads them outside a forward pass. Collective.
+
+        With `megatron.overlap_param_gather` a step leaves each data-parallel rank with its own part updated, and the
+        next forward pass gathers the rest.
+        """
+        for module in self.modules:
+            if module.ddp_config.overlap_param_gather:
+                module.start_param_sync(force_sync=True)
+
+    def skip(self) -> None:
+        """Advance the schedule without a step."""
+        self.scheduler.step(increment=1)
+
+
+def megatron_optimizer_config(
+    settings: OptimizerConfig, config: TransformerConfig, *, is_sharded: bool, overrides: MegatronOverrides
+) -> MegatronOptimizerConfig:
+    """Return Megatron's configuration of AdamW; `is_sharded` is `parallel.distributed_optimizer`.
+
+    Raises:
+        RuntimeError: what `overrides` ask for is not installed here.
+    """
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        params_dtype=config.params_dtype,
+        bf16=config.bf16,
+        use_distributed_optimizer=is_sharded,
+        **overrides.optimizer,
+    )
+
+
+def data_parallel_config(*, is_sharded: bool, overrides: MegatronOverrides) -> DistributedDataParallelConfig:
+    """Return Megatron's configuration of the gradients' reduction, in float32 unless `overrides` say otherwise."""
+    return DistributedDataParallelConfig(
+        **{"grad_reduce_in_fp32": True, "use_distributed_optimizer": is_sharded, **overrides.data_parallel}
+    )
+
+
+def _data_parallel(
+    models: Sequence[PolicyModel], config: TransformerConfig, *, is_sharded: bool, overrides: MegatronOverrides
+) -> Sequence[DistributedDataParallel]:
+    """Return the stages with gradient buffers, and tell the pipeline schedule how it may overlap their reduction."""
+    reduction = data_parallel_config(is_sharded=is_sharded, overrides=overrides)
+    modules = [
+        DistributedDataParallel(
+            config,
+            reduction,
+            Float16Module(config, model) if config.bf16 else model,
+            # The later chunks' gradients are ready at another time on each stage: one bucket each.
+            disable_bucketing=chunk > 0,
+        )
+        for chunk, model in enumerate(models)
+    ]
+
+    def each(functions: list[Any]) -> Any:
+        return functions if len(functions) > 1 else functions[0]
+
+    if reduction.overlap_grad_reduce:
+        config.no_sync_func = each([module.no_sync for module in modules])
+    return modules

@@ -1,0 +1,367 @@
+"""Rank 0 conducts: its `MegatronPolicy` is the Policy of the algorithm, and every other rank follows its commands.
+
+A command is one collective method of `PolicyShard`, with each rank's share of the samples; ranks of one data-parallel
+replica get the same share. The answers come back in one gather, so a command has ended everywhere when it returns.
+"""
+
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.files import FileDigest
+from megatron_p2o.interfaces import NamedWeights, PolicyDiverged
+from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
+from megatron_p2o.policy.model.layer_choice import Capabilities, LayerChoice, machine_capabilities
+from megatron_p2o.policy.model.parallel import Ranks, data_rank_of, end_parallel, initialize_parallel
+from megatron_p2o.policy.training.checkpoint import check_checkpoint
+from megatron_p2o.policy.training.forward import PassResult
+from megatron_p2o.policy.training.shard import PolicyShard, UpdateReply
+from megatron_p2o.policy.training.shares import Share, check_samples, shares_of
+from megatron_p2o.policy.weights.hf_directory import first_of, write_hf_directory
+from megatron_p2o.processes import RankMemory
+from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
+
+ERROR_KEY = "megatron_p2o/policy_error"
+"""Where the first rank that fails leaves its error for the others, in torch.distributed's store."""
+
+Method = Literal["update", "skip", "score", "diverged", "memory", "export", "deliver", "save", "load", "close"]
+
+
+class PolicyError(RuntimeError):
+    """A rank failed inside a collective call of the policy; the message names the rank, the call and the error.
+
+    The trainer's ranks are then out of step: the only way on is to end the run and resume it.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """What one rank is to do next."""
+
+    method: Method
+    arguments: tuple[Any, ...] = ()
+
+
+def build_policy(config: Config, capabilities: Capabilities | None = None) -> "MegatronPolicy":
+    """Return this rank's handle on the policy loaded from `model.path`. All ranks must call.
+
+    Starts torch.distributed when it is not running. Afterwards rank 0 (`is_conductor`) uses the handle as the Policy,
+    and every other rank calls `serve()`.
+
+    Args:
+        capabilities: what the choice of layers goes by; None asks the machine.
+
+    Raises:
+        ValueError: the configuration does not fit the model, the number of processes or what is installed.
+    """
+    if config.model.dtype == "float32" and torch.cuda.is_available():
+        raise ValueError("model.dtype=float32 is for machines without CUDA, whose attention needs bfloat16: set that")
+    ranks = initialize_parallel(config.parallel, config.run.seed)
+    with cuda_stand_ins():
+        shard = PolicyShard(config, ranks, capabilities or machine_capabilities())
+    return MegatronPolicy(config, ranks, shard)
+
+
+class MegatronPolicy:
+    """The Policy of `megatron_p2o.interfaces`, trained by Megatron on all ranks.
+
+    Its methods but `serve` are for rank 0. They raise `ValueError` for samples that cannot be trained on, before any
+    rank has begun, and `PolicyError` when a rank fails; no wait exceeds `parallel.timeout_s`, `serve`'s
+    for a command `parallel.command_timeout_s`.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, shard: PolicyShard) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._shard = shard
+        self._export: Iterator[tuple[str, Tensor]] | None = None
+        self._is_delivery = False
+        self._take: Callable[[NamedWeights], None] | None = None
+        self._is_broken = False
+        self._is_checked = False
+        """No weight has changed since all were seen to be finite."""
+
+    @property
+    def is_conductor(self) -> bool:
+        return self._ranks.is_conductor
+
+    @property
+    def layers(self) -> LayerChoice:
+        """Whose layers were built, and why."""
+        return self._shard.layers
+
+    @property
+    def vocab_size(self) -> int:
+        return self._shard.architecture.vocab_size
+
+    @property
+    def largest_weight_bytes(self) -> int:
+        """Size of the largest tensor that `weights` yields."""
+        shapes = self._shard.architecture.weight_shapes().values()
+        return max(math.prod(shape) for shape in shapes) * (4 if self._config.model.dtype == "float32" else 2)
+
+    def deliver_to(self, take: Callable[[NamedWeights], None]) -> None:
+        """From now on `weights` also gives every other rank's copy to `take` on that rank, which must exhaust it.
+
+        All ranks must call. Until the call returns on a rank, what it has not taken yet holds rank 0's iterator up.
+        """
+        self._take = take
+
+    def meeting(self) -> AbstractContextManager[None]:
+        """Return a context for what all ranks do together while `deliver_to` has them take weights.
+
+        An error inside it, on whatever rank it began, is a `PolicyError` that names that, here and for `weights`.
+        """
+        return self._named_errors("deliver")
+
+    def wait_for_ranks(self) -> None:
+        """Return when every rank has taken from its GPU what it keeps, and nothing more: engines measure what is left.
+
+        All ranks must call.
+        """
+        self._shard.empty_cache()
+        with self._named_errors("wait_for_ranks"):
+            dist.barrier(group=self._ranks.control)
+
+    def update(
+        self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
+    ) -> UpdateReport:
+        """Take one optimizer step; see `interfaces.Policy`.
+
+        Without samples, or when the gradient is not finite, no weight changes (see `UpdateOutcome`) but the
+        learning-rate schedule advances.
+        """
+        check_samples(samples, old_logprobs, self.vocab_size)
+        num_response_tokens = sum(len(sample.response_ids) for sample in samples)
+        if num_loss_tokens < num_response_tokens:
+            raise ValueError(
+                f"num_loss_tokens={num_loss_tokens} must count the {num_response_tokens} response tokens of the samples"
+            )
+        if not samples:
+            learning_rate = self._everywhere("skip")[0]
+            return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=learning_rate, outcome="empty")
+        shares = self._shares(samples, old_logprobs)
+        replies = cast(
+            list[UpdateReply],
+            self._conduct("update", [(share, num_loss_tokens, len(samples)) for share in shares]),
+        )
+        # Forward, and twice as much backward.
+        flops = 3 * sum(self._shard.architecture.forward_flops(s.num_tokens, len(s.response_ids)) for s in samples)
+        return _update_report(replies, flops / self._ranks.world_size)
+
+    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        """Return log pi(response | context_ids) at the sampling temperature, [R] float32 each, without gradient."""
+        check_samples(samples, None, self.vocab_size)
+        if not samples:
+            return []
+        shares = self._shares(samples, None)
+        replies = cast(list[dict[int, Logprobs]], self._conduct("score", [(share,) for share in shares]))
+        by_index = {index: row for reply in replies for index, row in reply.items()}
+        return [by_index[index] for index in range(len(samples))]
+
+    def check_finite(self) -> None:
+        """Raise `PolicyDiverged` unless all weights are finite; looks at them once between two changes."""
+        if self._is_checked:
+            return
+        names = sorted({name for names in self._everywhere("diverged") for name in names})
+        if names:
+            raise PolicyDiverged(
+                f"the policy has diverged: {len(names)} of its weight tensors hold NaN or infinite values: "
+                f"{first_of(names)}"
+            )
+        self._is_checked = True
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (Hugging Face name, full tensor); the receiver may keep them.
+
+        Every rank takes part until the end: when the iterator is closed early, the rest is gathered and discarded.
+        Raises `PolicyDiverged` at once, on rank 0 alone, when a weight is not finite.
+        """
+        self.check_finite()
+        return self._weights("export" if self._take is None else "deliver")
+
+    def _weights(self, method: Literal["export", "deliver"]) -> Iterator[tuple[str, Tensor]]:
+        self._send([Command(method=method)] * self._ranks.world_size)
+        self._is_delivery = method == "deliver"
+        self._export = stream = self._shard.export()
+        try:
+            with self._named_errors(method):
+                # Not from the stream itself, which closing this generator must not close: it has to be finished.
+                yield from iter(functools.partial(self._next_weight, stream), None)
+        finally:
+            self._finish_export()
+
+    def memory(self) -> list[RankMemory]:
+        """Return what each rank holds, by rank."""
+        return self._everywhere("memory")
+
+    def export_hf(self, directory: Path) -> None:
+        """Write the weights as a Hugging Face model directory, with `model.path`'s configuration and tokenizer."""
+        self.check_finite()
+        write_hf_directory(self._weights("export"), Path(self._config.model.path), directory)
+
+    def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
+        """Begin to write weights, optimizer and random states into `directory`, which all ranks must see.
+
+        Returns when the state has been copied to host memory; see `interfaces.Policy`.
+        """
+        self.check_finite()
+        self._everywhere("save", directory)
+        return self._shard.writer.written
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote; the parallel sizes may differ.
+
+        Raises:
+            ValueError: `directory` holds no checkpoint.
+        """
+        check_checkpoint(directory)
+        self._everywhere("load", directory)
+
+    def close(self) -> None:
+        """End the followers' `serve` and the process groups. The policy cannot be used afterwards.
+
+        After a `PolicyError` there is no one left to talk to, and this does nothing.
+        """
+        if self._is_broken:
+            return
+        self._finish_export()
+        self._send([Command(method="close")] * self._ranks.world_size)
+        self._shard.writer.wait()
+        end_parallel(self._ranks)
+
+    def serve(self) -> None:
+        """Follow rank 0's commands until it closes the policy. For every rank but 0.
+
+        Raises:
+            PolicyError: a rank failed, or rank 0 ended without closing the policy.
+        """
+        assert not self.is_conductor, "rank 0 conducts"
+        while True:
+            command = self._receive()
+            if command.method == "close":
+                self._shard.writer.wait()
+                end_parallel(self._ranks)
+                return
+            with self._named_errors(command.method):
+                reply = self._execute(command)
+                if command.method != "deliver":
+                    self._gather(reply)
+
+    def _next_weight(self, stream: Iterator[tuple[str, Tensor]]) -> tuple[str, Tensor] | None:
+        """Return what the stream yields next, None at its end."""
+        if self._is_broken:
+            raise ConnectionError("the ranks did not meet")
+        return next(stream, None)
+
+    def _finish_export(self) -> None:
+        """Take part in what is left of an export that was not consumed to the end."""
+        if self._export is None or self._is_broken:
+            return
+        stream, self._export = self._export, None
+        with self._named_errors("export"):
+            deque(stream, maxlen=0)
+            # Who takes weights on other ranks keeps step with whoever asked for them here, and may end later.
+            if not self._is_delivery:
+                self._gather(None)
+
+    def _shares(self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None) -> list[Share]:
+        micro_batch_tokens = self._config.optimizer.micro_batch_tokens
+        return shares_of(samples, old_logprobs, self._config.parallel, micro_batch_tokens, self._shard.architecture)
+
+    def _everywhere(self, method: Method, *arguments: Any) -> list[Any]:
+        """Run a method with the same arguments on all ranks; returns their answers by rank."""
+        return self._conduct(method, [arguments] * self._config.parallel.data)
+
+    def _conduct(self, method: Method, arguments_by_data_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        commands = [
+            Command(method=method, arguments=arguments_by_data_rank[data_rank_of(rank, self._config.parallel)])
+            for rank in range(self._ranks.world_size)
+        ]
+        self._send(commands)
+        with self._named_errors(method):
+            return self._gather(self._execute(commands[0]))
+
+    def _send(self, commands: list[Command]) -> None:
+        assert self.is_conductor, "rank 0 conducts: the other ranks serve"
+        self._is_checked &= commands[0].method not in ("update", "load")
+        if self._export is not None:
+            raise RuntimeError(f"policy.weights() must be consumed to the end before policy.{commands[0].method}")
+        with self._named_errors(commands[0].method):
+            dist.scatter_object_list([None], commands, src=0, group=self._ranks.commands)
+
+    def _receive(self) -> Command:
+        received: list[Any] = [None]
+        with self._named_errors("serve"):
+            try:
+                dist.scatter_object_list(received, None, src=0, group=self._ranks.commands)
+            except RuntimeError as error:
+                raise ConnectionError(
+                    "no command from rank 0: it ended without closing the policy, or was silent for "
+                    f"parallel.command_timeout_s={self._config.parallel.command_timeout_s:g} s"
+                ) from error
+        return received[0]
+
+    def _execute(self, command: Command) -> Any:
+        with cuda_stand_ins():
+            if command.method == "deliver":
+                assert self._take is not None, "every rank calls `deliver_to` or none does"
+                self._take(self._shard.export())
+                return None
+            result = getattr(self._shard, command.method)(*command.arguments)
+            if command.method == "export":
+                deque(result, maxlen=0)  # unlike a loop, holds no weight when the last has come
+                return None
+            return result
+
+    def _gather(self, reply: Any) -> list[Any]:
+        """Return every rank's reply on rank 0, nothing elsewhere."""
+        replies: list[Any] | None = [None] * self._ranks.world_size if self.is_conductor else None
+        dist.gather_object(reply, replies, dst=0, group=self._ranks.control)
+        return replies or []
+
+    @contextmanager
+    def _named_errors(self, method: str) -> Iterator[None]:
+        """Turn whatever ends a collective call into a `PolicyError` that names the rank that failed first."""
+        try:
+            yield
+        except PolicyError:
+            raise
+        except Exception as error:
+            # A single rank cannot be out of step.
+            self._is_broken = self._ranks.world_size > 1
+            raise PolicyError(self._first_error(method, error)) from error
+
+    def _first_error(self, method: str, error: Exception) -> str:
+        """Publish this rank's error unless another rank has been first, and return the first."""
+        own = f"policy.{method} failed on rank {self._ranks.rank}: {type(error).__name__}: {error}"
+        try:
+            first = _get_default_store().compare_set(ERROR_KEY, "", own).decode()
+        except (RuntimeError, ValueError):  # the store is gone with the rank that hosted it
+            return own
+        return first if first == own else f"{first} (seen on rank {self._ranks.rank} as {type(error).__name__})"
+
+
+def _update_report(replies: Sequence[UpdateReply], flops_per_rank: float) -> UpdateReport:
+    results = [reply.result for reply in replies if reply.result is not None]
+    total = functools.reduce(PassResult.merge, results, PassResult.zero())
+    return UpdateReport(
+        loss=float(total.loss) / max(int(total.divisor), 1),
+        grad_norm=replies[0].outcome.grad_norm,
+        learning_rate=replies[0].learning_rate,
+        outcome=replies[0].outcome.outcome,
+        sums=total.stats.as_dict(),
+        flops_per_rank=flops_per_rank,
+    )

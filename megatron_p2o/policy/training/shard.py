@@ -1,0 +1,168 @@
+"""This rank's part of the policy: model, optimizer and what is done with them. Every method is collective."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.policy.model.layer_choice import Capabilities, choose_layers
+from megatron_p2o.policy.model.model import build_models
+from megatron_p2o.policy.model.parallel import Ranks
+from megatron_p2o.policy.training.checkpoint import CheckpointWriter, load_checkpoint
+from megatron_p2o.policy.training.forward import (
+    Denominator,
+    MicroBatch,
+    PassResult,
+    forward_backward,
+    length_multiple,
+    make_micro_batches,
+    score,
+)
+from megatron_p2o.policy.training.optimizer import Optimization, StepOutcome
+from megatron_p2o.policy.training.settings import machine_problems, policy_settings
+from megatron_p2o.policy.training.shares import Share
+from megatron_p2o.policy.weights.hf_directory import WeightFiles
+from megatron_p2o.policy.weights.hf_weights import diverged_weights, export_hf_weights, load_hf_weights
+from megatron_p2o.processes import RankMemory, own_host_memory
+from megatron_p2o.types import Logprobs
+from p2o_kernels import HeadOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateReply:
+    """A rank's account of one update."""
+
+    outcome: StepOutcome
+    learning_rate: float
+    result: PassResult | None
+    """None but on the ranks that speak for their data-parallel replica."""
+
+
+class PolicyShard:
+    """Built from `model.path`; must be constructed on all ranks, inside `cuda_stand_ins`."""
+
+    def __init__(self, config: Config, ranks: Ranks, capabilities: Capabilities) -> None:
+        settings = policy_settings(config)
+        problems = machine_problems(config, settings, capabilities)
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.config = config
+        self.layers = choose_layers(config.model.layer_backend, capabilities)
+        self.ranks = ranks
+        self.architecture = settings.architecture
+        head = HeadOptions(kernel=config.head.kernel, weight_grad=config.head.weight_grad)
+        temperature = config.rollout.temperature
+        self.models = build_models(self.architecture, settings.transformer, temperature, self.layers.layers, head)
+        with WeightFiles(Path(config.model.path)) as files:
+            load_hf_weights(self.models, files, self.architecture)
+        self.optimization = Optimization(
+            self.models,
+            settings.transformer,
+            config.optimizer,
+            is_sharded=config.parallel.distributed_optimizer,
+            overrides=settings.overrides,
+        )
+        self._dead_share = 0.0
+        self._num_updates = 0
+        self.writer = CheckpointWriter(config.parallel.timeout_s)
+        # The last stage holds the results; its tensor ranks all know the same, its context ranks each their part.
+        self.speaks = ranks.tensor_rank == 0 and ranks.pipeline_rank == config.parallel.pipeline - 1
+
+    def update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
+        """Take one optimizer step on the shares of all data-parallel ranks."""
+        self._num_updates += 1
+        with traced(self._trace_path()):
+            return self._update(share, num_loss_tokens, num_samples)
+
+    def _trace_path(self) -> Path | None:
+        number = self._num_updates
+        if number != self.config.logging.profile_update:
+            return None
+        return self.config.run.folder / "profile" / f"update-{number}-rank-{self.ranks.rank}.json.gz"
+
+    def _update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
+        optimization = self.optimization
+        batches = self._micro_batches(share)
+        denominator = Denominator(
+            objective=self.config.objective,
+            num_loss_tokens=num_loss_tokens,
+            num_samples=num_samples,
+            counts_here=self.ranks.data_rank == 0 and self.ranks.context_rank == 0,
+        )
+        learning_rate = optimization.learning_rate
+        optimization.clear_gradients()
+        result = forward_backward(optimization.modules, batches, denominator, self._dead_share)
+        self._dead_share = result.stats.dead_share(otherwise=self._dead_share)
+        outcome = optimization.step()
+        return UpdateReply(
+            outcome=outcome, learning_rate=learning_rate, result=result.on_cpu() if self.speaks else None
+        )
+
+    def skip(self) -> float:
+        """Let an update without samples pass; returns the learning rate it would have used."""
+        learning_rate = self.optimization.learning_rate
+        self.optimization.skip()
+        return learning_rate
+
+    def score(self, share: Share) -> dict[int, Logprobs]:
+        """Return the responses' log-probs by place in the caller's list, for the ranks that speak."""
+        batches = self._micro_batches(share)
+        logprobs = score(self.optimization.modules, batches)
+        return {share.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
+
+    def _micro_batches(self, share: Share) -> list[MicroBatch]:
+        return make_micro_batches(share, self.ranks.device, length_multiple(self.models[0].config))
+
+    def diverged(self) -> list[str]:
+        """Return the Hugging Face names of this rank's weights that are not finite."""
+        return diverged_weights(self.models)
+
+    def memory(self) -> RankMemory:
+        """Return what this rank holds."""
+        has_gpu = self.ranks.device.type == "cuda"
+        return RankMemory(host=own_host_memory(), gpu_peak_bytes=torch.cuda.max_memory_allocated() if has_gpu else 0)
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights on every rank; see `export_hf_weights`.
+
+        What the allocator keeps of training, and of this, is given back to the GPU: engines on it ask for their memory.
+        """
+        self.empty_cache()
+        self.optimization.gather_weights()
+        yield from export_hf_weights(self.models, self.architecture)
+        self.empty_cache()
+
+    def save(self, directory: Path) -> None:
+        """Begin to write; see `CheckpointWriter`."""
+        self.optimization.gather_weights()
+        self.writer.begin(self.models, self.optimization, directory, self.ranks.control)
+
+    def load(self, directory: Path) -> None:
+        self.writer.wait()
+        load_checkpoint(self.models, self.optimization, directory)
+
+    def empty_cache(self) -> None:
+        """Give the GPU back what the allocator keeps and no tensor is in."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def traced(path: Path | None) -> Iterator[None]:
+    """Write what runs inside as a Chrome trace to `path`, a .json.gz; without a path nothing is recorded.
+
+    CPU operators, and CUDA kernels where there are any. Opens in Perfetto or chrome://tracing.
+    """
+    if path is None:
+        yield
+        return
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as recorded:
+        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(path))

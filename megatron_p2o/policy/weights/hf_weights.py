@@ -1,0 +1,257 @@
+"""Weights between Hugging Face names and this rank's part of the Megatron model; exact in both directions.
+
+A Megatron parameter is made of one or several Hugging Face tensors. Each is cut over the tensor ranks along one
+dimension, or whole on every rank, and the cut parts are joined on the rank.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_p2o.policy.model.architecture import Architecture
+from megatron_p2o.policy.model.model import PolicyModel
+from megatron_p2o.policy.model.parallel import pipeline_group, tensor_group
+from megatron_p2o.policy.weights.hf_directory import WeightFiles, first_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Which Hugging Face tensors a parameter is made of."""
+
+    names: tuple[str, ...]
+    cut_dimension: int | None
+    """Dimension cut over the tensor ranks; None: every rank holds all of it."""
+    joined: Literal["alone", "stacked", "grouped"] = "alone"
+    """`stacked`: one after the other. `grouped`: for each key/value group its query heads, key head and value head."""
+
+
+def _whole(name: str) -> Origin:
+    return Origin(names=(name,), cut_dimension=None)
+
+
+def _grouped(suffix: str) -> Origin:
+    names = tuple(f"self_attn.{part}_proj.{suffix}" for part in "qkv")
+    return Origin(names=names, cut_dimension=0, joined="grouped")
+
+
+def _gate_and_up(prefix: str) -> Origin:
+    names = (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
+    return Origin(names=names, cut_dimension=0, joined="stacked")
+
+
+MODEL_ORIGINS = {
+    "embedding.word_embeddings.weight": Origin(names=("model.embed_tokens.weight",), cut_dimension=0),
+    "output_layer.weight": Origin(names=("lm_head.weight",), cut_dimension=0),
+    "decoder.final_layernorm.weight": _whole("model.norm.weight"),
+}
+"""Parameters outside the layers."""
+
+LAYER_ORIGINS = {
+    "input_layernorm.weight": _whole("input_layernorm.weight"),
+    "self_attention.linear_qkv.layer_norm_weight": _whole("input_layernorm.weight"),
+    "self_attention.linear_qkv.weight": _grouped("weight"),
+    "self_attention.linear_qkv.bias": _grouped("bias"),
+    "self_attention.q_layernorm.weight": _whole("self_attn.q_norm.weight"),
+    "self_attention.k_layernorm.weight": _whole("self_attn.k_norm.weight"),
+    "self_attention.linear_proj.weight": Origin(names=("self_attn.o_proj.weight",), cut_dimension=1),
+    "pre_mlp_layernorm.weight": _whole("post_attention_layernorm.weight"),
+    "mlp.linear_fc1.layer_norm_weight": _whole("post_attention_layernorm.weight"),
+    "mlp.linear_fc1.weight": _gate_and_up("mlp"),
+    "mlp.linear_fc2.weight": Origin(names=("mlp.down_proj.weight",), cut_dimension=1),
+    "mlp.router.weight": _whole("mlp.gate.weight"),
+    "mlp.experts.local_experts.{expert}.linear_fc1.weight": _gate_and_up("mlp.experts.{expert}"),
+    "mlp.experts.linear_fc1.weight{expert}": _gate_and_up("mlp.experts.{expert}"),
+    "mlp.experts.local_experts.{expert}.linear_fc2.weight": Origin(
+        names=("mlp.experts.{expert}.down_proj.weight",), cut_dimension=1
+    ),
+    "mlp.experts.linear_fc2.weight{expert}": Origin(names=("mlp.experts.{expert}.down_proj.weight",), cut_dimension=1),
+}
+"""Parameters of a Megatron layer, with the names inside a Hugging Face layer: every family, and both the layers of
+megatron-core alone and those of Transformer Engine (norms inside the linear layers, experts in one module)."""
+
+
+def origin_of(parameter_name: str, layer_offset: int, ties_embeddings: bool) -> Origin:
+    """Return where a parameter of this pipeline stage comes from; `layer_offset` is the stage's first layer."""
+    if parameter_name == "output_layer.weight" and ties_embeddings:
+        return MODEL_ORIGINS["embedding.word_embeddings.weight"]
+    if parameter_name in MODEL_ORIGINS:
+        return MODEL_ORIGINS[parameter_name]
+    layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter_name)
+    assert layer is not None, parameter_name
+    expert = re.search(r"(?<=local_experts\.)\d+|(?<=\.weight)\d+$", layer[2])
+    place = layer[2] if expert is None else f"{layer[2][: expert.start()]}{{expert}}{layer[2][expert.end() :]}"
+    origin = LAYER_ORIGINS[place]
+    prefix = f"model.layers.{int(layer[1]) + layer_offset}"
+    number = "" if expert is None else expert[0]
+    return replace(origin, names=tuple(f"{prefix}.{name.replace('{expert}', number)}" for name in origin.names))
+
+
+def join_parts(parts: Sequence[Tensor], origin: Origin, num_groups: int) -> Tensor:
+    """Return the parameter made of this rank's cut of each part; `num_groups` key/value groups are on this rank."""
+    if origin.joined == "grouped":
+        return torch.cat([part.unflatten(0, (num_groups, -1)) for part in parts], dim=1).flatten(0, 1)
+    return torch.cat(list(parts))
+
+
+def split_parts(parameter: Tensor, origin: Origin, num_groups: int, head_dim: int) -> list[Tensor]:
+    """Return the parts that `join_parts` was given."""
+    if origin.joined == "grouped":
+        grouped = parameter.unflatten(0, (num_groups, -1))
+        sizes = [grouped.shape[1] - 2 * head_dim, head_dim, head_dim]
+        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
+    return list(parameter.chunk(len(origin.names)))
+
+
+@torch.no_grad()
+def load_hf_weights(models: Sequence[PolicyModel], files: WeightFiles, architecture: Architecture) -> None:
+    """Copy the weights of a Hugging Face directory into this rank's stages. Local to the rank.
+
+    Reads the headers of all files, so that what is wrong anywhere is the same error on every rank, but of the weights
+    only this rank's cuts.
+
+    Raises:
+        ValueError: the tensors are not those of config.json, or hold a value that is not finite.
+    """
+    num_groups = _groups_per_rank(models[0])
+    files.check(architecture.weight_shapes())
+    for parameter_name, parameter, origin in _parameters(models):
+        parts = [_read_cut(files, name, origin.cut_dimension) for name in origin.names]
+        check_finite(files.directory, dict(zip(origin.names, parts, strict=True)))
+        joined = join_parts(parts, origin, num_groups)
+        assert joined.shape == parameter.shape, parameter_name
+        parameter.copy_(joined)
+
+
+def diverged_weights(models: Sequence[PolicyModel]) -> list[str]:
+    """Return the Hugging Face names of this rank's parameters that are not finite everywhere. Local to the rank."""
+    names = [origin.names for _, _, origin in _parameters(models)]
+    are_finite = _are_finite([parameter for _, parameter, _ in _parameters(models)])
+    return [name for group, is_finite in zip(names, are_finite, strict=True) if not is_finite for name in group]
+
+
+def check_finite(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` that names the tensors of `directory` which are not finite everywhere."""
+    are_finite = _are_finite(list(tensors.values()))
+    broken = [name for name, is_finite in zip(tensors, are_finite, strict=True) if not is_finite]
+    if broken:
+        raise ValueError(
+            f"model.path={directory}: {first_of(broken)} must be finite and holds NaN or infinite values: take a copy "
+            "of the model that is whole"
+        )
+
+
+@torch.no_grad()
+def _are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Return which tensors are finite everywhere; the device is waited for once."""
+    # Smallest and largest value are NaN where any is. Unlike isfinite this takes no memory.
+    extremes = [torch.stack(torch.aminmax(tensor.detach())) for tensor in tensors]
+    return torch.stack(extremes).isfinite().all(dim=1).tolist() if extremes else []
+
+
+def export_hf_weights(models: Sequence[PolicyModel], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, full tensor) of the whole model, on every rank alike.
+
+    Collective: every rank must exhaust its iterator. One tensor at a time is gathered over the tensor ranks of its
+    pipeline stage, which sends it to the other stages. The receiver may keep the tensors.
+    """
+    stages = pipeline_group()
+    for stage in range(stages.size()):
+        if stages.size() == 1:
+            yield from _gathered(models)
+        elif stage == stages.rank():
+            yield from _sent(models, stages)
+        else:
+            yield from _received(stage, models[0], stages, architecture)
+
+
+def _sent(models: Sequence[PolicyModel], stages: ProcessGroup) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full tensors of this stage and send them to the others."""
+    source = dist.get_rank()
+    names = [name for _, origin in _exported(models) for name in origin.names]
+    dist.broadcast_object_list([names], source, group=stages)
+    for name, tensor in _gathered(models):
+        dist.broadcast(tensor, source, group=stages)
+        yield name, tensor
+
+
+def _received(
+    stage: int, model: PolicyModel, stages: ProcessGroup, architecture: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full tensors of another stage."""
+    source = dist.get_global_rank(stages, stage)
+    shapes, like = architecture.weight_shapes(), next(model.parameters())
+    received: list[list[str]] = [[]]
+    dist.broadcast_object_list(received, source, group=stages)
+    for name in received[0]:
+        tensor = like.new_empty(shapes[name], requires_grad=False)
+        dist.broadcast(tensor, source, group=stages)
+        yield name, tensor
+
+
+def _gathered(models: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full tensors of this stage on every tensor rank."""
+    num_groups, head_dim = _groups_per_rank(models[0]), models[0].config.kv_channels
+    assert head_dim is not None
+    for parameter, origin in _exported(models):
+        for name, part in zip(origin.names, split_parts(parameter.data, origin, num_groups, head_dim), strict=True):
+            full = _gather(part.contiguous(), origin.cut_dimension)
+            is_vocabulary = name in ("model.embed_tokens.weight", "lm_head.weight")
+            yield name, full[: models[0].real_vocab_size].contiguous() if is_vocabulary else full
+
+
+def _exported(models: Sequence[PolicyModel]) -> Iterator[tuple[Tensor, Origin]]:
+    """Yield the parameters of this stage but the last stage's copy of a tied embedding."""
+    is_tied = models[0].share_embeddings_and_output_weights
+    for name, parameter, origin in _parameters(models):
+        if not (is_tied and name == "output_layer.weight"):
+            yield parameter, origin
+
+
+def _gather(part: Tensor, cut_dimension: int | None) -> Tensor:
+    """Return a new tensor joined over the tensor ranks."""
+    group = tensor_group()
+    if cut_dimension is None or group.size() == 1:
+        return part.clone()
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part, group=group)
+    return torch.cat(parts, dim=cut_dimension)
+
+
+def _parameters(models: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor, Origin]]:
+    for model in models:
+        offset = get_transformer_layer_offset(model.config, model.vp_stage)
+        for name, parameter in model.named_parameters():
+            yield name, parameter, origin_of(name, offset, model.share_embeddings_and_output_weights)
+
+
+def _read_cut(files: WeightFiles, name: str, cut_dimension: int | None) -> Tensor:
+    """Return this rank's cut; the last ranks' share of a vocabulary that does not divide ends in zeros."""
+    if cut_dimension is None:
+        return files.read(name)
+    num_ranks = parallel_state.get_tensor_model_parallel_world_size()
+    full = files.shape(name)[cut_dimension]
+    share = -(-full // num_ranks)
+    start = min(share * parallel_state.get_tensor_model_parallel_rank(), full)
+    end = min(start + share, full)
+    cut = files.read(name, cut_dimension, start, end)
+    missing = share - (end - start)
+    if missing == 0:
+        return cut
+    padding_shape = list(cut.shape)
+    padding_shape[cut_dimension] = missing
+    return torch.cat([cut, cut.new_zeros(padding_shape)], dim=cut_dimension)
+
+
+def _groups_per_rank(model: PolicyModel) -> int:
+    num_groups = model.config.num_query_groups
+    assert num_groups is not None
+    return num_groups // parallel_state.get_tensor_model_parallel_world_size()

@@ -1,0 +1,138 @@
+"""A few problems with the answers they got plainly and through a template, picked by the hard-sample ledger."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_p2o.metrics.jsonl import JsonObject, read_lines
+from megatron_p2o.metrics.rollouts import step_files
+from megatron_p2o.report.runs import Run
+from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
+
+NUM_EXAMPLES = 4
+"""Problems shown per run."""
+
+HEAD_CHARACTERS, TAIL_CHARACTERS = 1500, 700
+"""What is shown of a longer answer; the boxed answer stands at its end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One response."""
+
+    label: str
+    """When and how it was asked."""
+    text: str
+    is_correct: bool
+    num_tokens: int
+    template: str
+    """Text of the template; "" asked plainly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """A problem and up to three of its answers, oldest first."""
+
+    problem_id: str
+    level: str
+    question: str
+    gold: str
+    is_internalised: bool
+    answers: Sequence[Answer]
+
+
+def find_examples(run: Run, limit: int = NUM_EXAMPLES) -> list[Example]:
+    """Return problems that templates helped, internalised ones first; for a run without templates, any of its problems.
+
+    Opens only the rollout files of the steps in question; problems whose steps were not written out are passed over.
+    """
+    reader = RolloutReader(run)
+    internalised = HardSampleLedger(run.ledger).internalised()
+    helped = [entry.problem_id for entry in run.ledger if entry.templated_solved]
+    candidates = list(dict.fromkeys([*spread(internalised, limit), *spread(helped, limit), *internalised, *helped]))
+    if not candidates:
+        candidates = spread([entry.problem_id for entry in run.ledger], limit)
+    examples: list[Example] = []
+    for problem_id in candidates[: 4 * limit]:
+        example = _example(problem_id, run.ledger, reader, problem_id in internalised)
+        if example is not None:
+            examples.append(example)
+        if len(examples) == limit:
+            break
+    return examples
+
+
+class RolloutReader:
+    """Looks rollouts up by step and problem; reads each file once."""
+
+    def __init__(self, run: Run) -> None:
+        self._paths = dict(step_files(run.directory / "rollouts"))
+        self._lines: dict[int, list[JsonObject]] = {}
+
+    def find(self, step: int, problem_id: str, fits: Callable[[JsonObject], bool]) -> JsonObject | None:
+        """Return the first fitting rollout of the problem in that step, or None."""
+        if step in self._paths and step not in self._lines:
+            self._lines[step] = list(read_lines(self._paths[step]))
+        lines = self._lines.get(step, [])
+        return next((line for line in lines if line["problem_id"] == problem_id and fits(line)), None)
+
+
+def spread(items: Sequence[str], limit: int) -> list[str]:
+    """Return up to `limit` distinct items, evenly spaced over the distinct ones."""
+    distinct = list(dict.fromkeys(items))
+    stride = max(1, len(distinct) // limit)
+    return distinct[::stride][:limit]
+
+
+def shortened(text: str) -> str:
+    """Return the text, or its beginning and end around a note of what was left out."""
+    omitted = len(text) - HEAD_CHARACTERS - TAIL_CHARACTERS
+    if omitted <= 0:
+        return text
+    return f"{text[:HEAD_CHARACTERS]}\n[… {omitted} characters …]\n{text[-TAIL_CHARACTERS:]}"
+
+
+def _example(
+    problem_id: str, ledger: Iterable[LedgerEntry], reader: RolloutReader, is_internalised: bool
+) -> Example | None:
+    history = [entry for entry in ledger if entry.problem_id == problem_id]
+    helped = next((entry for entry in history if entry.templated_solved), None)
+    wanted: list[tuple[str, LedgerEntry, bool, bool]] = []
+    if helped is None:
+        wanted += [("asked plainly", entry, False, entry.plain_solved > 0) for entry in history[:1]]
+    else:
+        failed = next((e for e in history if e.plain_tries > e.plain_solved and e.step <= helped.step), None)
+        wanted += [("asked plainly", failed, False, False)] if failed else []
+        wanted.append(("through the template", helped, True, True))
+        later = next((e for e in reversed(history) if e.plain_solved and e.step > helped.step), None)
+        wanted += [("later, asked plainly", later, False, True)] if later else []
+    found = [
+        (label, entry, line)
+        for label, entry, is_templated, is_correct in wanted
+        if (line := reader.find(entry.step, problem_id, _fits(is_templated, is_correct))) is not None
+    ]
+    if not found:
+        return None
+    any_line = found[0][2]
+    return Example(
+        problem_id=problem_id,
+        level=str(any_line["level"]),
+        question=str(any_line["question"]),
+        gold=str(any_line["answer"]),
+        is_internalised=is_internalised,
+        answers=[_answer(f"Step {entry.step}, {label}", line) for label, entry, line in found],
+    )
+
+
+def _fits(is_templated: bool, is_correct: bool) -> Callable[[JsonObject], bool]:
+    wanted = "correct" if is_correct else "incorrect"
+    return lambda line: line["is_templated"] == is_templated and line["grade"] == wanted
+
+
+def _answer(label: str, line: JsonObject) -> Answer:
+    return Answer(
+        label=label,
+        text=shortened(str(line["response"])),
+        is_correct=line["grade"] == "correct",
+        num_tokens=int(line["num_response_tokens"]),
+        template=str(line["template"]),
+    )

@@ -1,0 +1,127 @@
+"""The outcome of several finished runs as one table: every arm, every seed."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TextIO
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from megatron_p2o.files import write_whole
+from megatron_p2o.metrics.jsonl import JsonObject
+from megatron_p2o.metrics.read import read_object
+from megatron_p2o.terminal import SafeConsole
+
+SPENT: tuple[tuple[str, str], ...] = (
+    ("plain pass@N", "pass_at_n_plain"),
+    ("training rollouts", "num_rollouts_train"),
+    ("evolution rollouts", "num_rollouts_evolution"),
+    ("seconds", "wall_s"),
+)
+"""Heading and key of the table's last columns. `plain pass@N`: of the problems that chose the first round's templates,
+the share that as many plain samples solved as the round took (`evolution.plain_control`)."""
+
+PLAIN_TEXT_WIDTH = 1000
+"""Columns of the table where there is no terminal whose width would count: no row is folded."""
+
+
+def summarize(run_dirs: Sequence[Path]) -> JsonObject:
+    """Return the results of finished runs.
+
+    `runs` has one object per run, ordered by arm as first named and by seed: `accuracy` of every set of problems asked
+    plainly, `template_accuracy` of every set asked through the run's best template, null for a number it does not have;
+    `arms` the mean, lowest and highest of each over an arm's seeds; `unfinished` the runs without results.json.
+
+    Raises:
+        ValueError: a results.json is damaged or says neither arm nor seed.
+    """
+    found = {directory: read_object(directory / "results.json") for directory in run_dirs}
+    rows = [_row(directory, results) for directory, results in found.items() if results is not None]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    rows.sort(key=lambda row: (arms.index(row["arm"]), row["seed"]))
+    return {
+        "runs": rows,
+        "arms": {arm: _over_seeds([row for row in rows if row["arm"] == arm]) for arm in arms},
+        "unfinished": [directory.name for directory, results in found.items() if results is None],
+    }
+
+
+def write_summary(run_dirs: Sequence[Path], output: Path) -> JsonObject:
+    """Write `summarize(run_dirs)` to `output` in one rename, and return it."""
+    summary = summarize(run_dirs)
+    write_whole(output, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return summary
+
+
+def print_table(summary: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Print every run as a row: drawn on a terminal, aligned plain text anywhere else."""
+    target = stream or sys.stdout
+    is_terminal = target.isatty()
+    width = None if is_terminal else PLAIN_TEXT_WIDTH
+    console = SafeConsole(file=target, width=width, highlight=False, markup=False)
+    table = Table(box=SIMPLE if is_terminal else None, pad_edge=False)
+    columns = list(_columns(summary["runs"]))
+    for heading, _ in columns:
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for row in summary["runs"]:
+        table.add_row(*(cell_of(row) for _, cell_of in columns))
+    console.print(table)
+    for name in summary["unfinished"]:
+        console.print(f"{name} has not finished: it wrote no results.json", soft_wrap=True)
+
+
+def _columns(rows: Sequence[JsonObject]) -> Iterator[tuple[str, Callable[[JsonObject], str]]]:
+    """Yield heading and cell of each column: one for every set that a run measured, plainly or by its best template."""
+    yield "arm", lambda row: row["arm"]
+    yield "seed", lambda row: str(row["seed"])
+    for asked, suffix in (("accuracy", ""), ("template_accuracy", ", best template")):
+        for name in _sets(rows, asked):
+            yield name + suffix, lambda row, asked=asked, name=name: _cell(name, row[asked].get(name))
+    for heading, key in SPENT:
+        if any(row[key] is not None for row in rows):
+            yield heading, lambda row, key=key: _cell(key, row[key])
+
+
+def _sets(rows: Sequence[JsonObject], asked: str) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row[asked]))
+
+
+def _row(directory: Path, results: JsonObject) -> JsonObject:
+    if "arm" not in results or "seed" not in results:
+        raise ValueError(f"{directory / 'results.json'} must name arm and seed: run the training again")
+    evaluation = results.get("evaluation") or {}
+    return {
+        "arm": str(results["arm"]),
+        "seed": int(results["seed"]),
+        "accuracy": _accuracies(evaluation),
+        "template_accuracy": _accuracies(results.get("templated_evaluation") or {}),
+        **{key: results.get(key) for _, key in SPENT},
+        "evaluation": evaluation,
+    }
+
+
+def _accuracies(evaluation: Mapping[str, JsonObject]) -> dict[str, float]:
+    return {name: outcome["accuracy"] for name, outcome in evaluation.items()}
+
+
+def _over_seeds(rows: Sequence[JsonObject]) -> JsonObject:
+    spreads = {
+        asked: {name: _spread([row[asked][name] for row in rows if name in row[asked]]) for name in _sets(rows, asked)}
+        for asked in ("accuracy", "template_accuracy")
+    }
+    return {"seeds": [row["seed"] for row in rows], **spreads}
+
+
+def _spread(values: Sequence[float]) -> JsonObject:
+    return {"mean": fmean(values), "lowest": min(values), "highest": max(values)}
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key == "wall_s":
+        return f"{value:.0f}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

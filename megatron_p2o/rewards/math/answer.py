@@ -1,0 +1,291 @@
+"""Reads an answer in normal form: what it is (quantity, words, items, equation) and what it consists of."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+from megatron_p2o.rewards.math.expression import FUNCTIONS, Node, NotUnderstoodError, parse_expression
+from megatron_p2o.rewards.math.latex import outer_brackets, split_at
+from megatron_p2o.rewards.math.spelling import LIST_SEPARATOR
+from megatron_p2o.rewards.math.units import NO_LABEL, Label, is_unit_symbol, read_label
+
+MIN_WORD_LETTERS = 4
+"""Letters without \\text are a word from this length on, a product of variables below it."""
+
+MAX_ITEMS = 200
+"""More parts than this are not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """An expression, perhaps a percentage."""
+
+    expression: Node
+    text: str
+    is_percent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Words, or a single letter such as a choice."""
+
+    text: str
+    """Case as written, spaces joined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Based:
+    """A numeral with its base: 120_8."""
+
+    sign: str
+    digits: str
+    base: int
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Several answers: a list, set, tuple, interval, ratio, union, matrix, or hours and minutes."""
+
+    kind: str
+    """The brackets, such as "()" or "[)"; "" for none; or "union", "ratio", "compound", "matrix"."""
+    parts: tuple["Answer", ...]
+    is_ordered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """An answer and the words beside it."""
+
+    value: "Answer"
+    label: Label
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """Two or more sides, as text, and the signs between them."""
+
+    sides: tuple[str, ...]
+    signs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """An answer of a form that is not read here."""
+
+    text: str
+
+
+Answer = Quantity | Words | Based | Items | Labelled | Relation | Unread
+
+_END = r"(?![A-Za-z])"
+_SEPARATOR = re.compile(f"[,;{LIST_SEPARATOR}]")
+_INNER_SEPARATOR = re.compile(f"[,{LIST_SEPARATOR}]")
+_OUTER_SEPARATOR = re.compile(";")
+_RELATION = re.compile(
+    r":=|[=<>]|\\(?:ne|[lg]e|approx|simeq|sim|equiv|in|notin|to|rightarrow|Rightarrow|implies|iff|mapsto|propto|cong|"
+    rf"subset|subseteq|supset|supseteq|Leftrightarrow|longrightarrow|perp|parallel|ll|gg){_END}"
+)
+_UNION = re.compile(rf"\\cup{_END}")
+_PLUS_MINUS = re.compile(rf"\\(?:pm|mp){_END}")
+_COLON = re.compile(":")
+_BASED = re.compile(r"([+-]?)\(?(\d[0-9A-F]*)\)?_\{?(\d{1,3})\}?")
+_SPACED_NUMBERS = re.compile(r"-?\d+(?: -?\d+)+")
+_WHOLE_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_WORDS = re.compile(r"[A-Za-z](?:[A-Za-z '-]*[A-Za-z'])?")
+_MATRIX = re.compile(r"\\begin\{([bp]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_TEXT = r"\\text\{[^{}]*\}(?:\^\{?-?\d+\}?)?"
+_LABEL = re.compile(rf"(?:(?<!^)(?:\\cdot|/)?{_TEXT})(?:(?:\\cdot|/|\\times)?{_TEXT})*$")
+_FRACTION_OF_UNITS = re.compile(rf"\\frac\{{({_TEXT})\}}\{{({_TEXT})\}}$")
+_TEMPERATURE = re.compile(r"\\degree ?(?:\\text\{([CF])\}|([CF]))$")
+_TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
+_BARE_UNIT = re.compile(r"(?<=[\d }])([A-Za-z]+)((?:\^\{?\d\}?)?)$")
+_BARE_WORDS = re.compile(r"^([^A-Za-z\\]*\d) ?((?<= )[A-Za-z]{3}[A-Za-z ]*|[AaPp]\.?[Mm]\.?)$")
+"""Words without \\text after a number: `5 apples`, `3 PM`."""
+
+_CURRENCY = re.compile(r"^([+-]?)(\\\$|€|£|¥)(?=.)|(\\\$|€|£|¥)$")
+_CURRENCIES = {"\\$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen"}
+_COMPOUND = re.compile(rf"(?:[\d.]+{_TEXT}){{2,}}")
+_APPROXIMATELY = re.compile(
+    r"^=|^(?:\\approx|\\sim|\\simeq|~)(?![A-Za-z])|^\\text\{(?:about|approximately|approx\.?)\}"
+)
+_PREAMBLE = re.compile(r"^\\text\{(?:the )?(?:final )?answer(?: is)?:?\}:?", re.IGNORECASE)
+_AMBIGUOUS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d])(?!,\d)|(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d])")
+_E_MINUS = re.compile(r"(?<=\d)e(?=[+-]\d)")
+
+
+@lru_cache(maxsize=16384)
+def readings(text: str, has_decimal_comma: bool = False) -> tuple[Answer, ...]:
+    """Return what an answer in normal form may mean: `81,256` is a number or two of them, `2e-1` 0.2 or 2e - 1.
+
+    With `has_decimal_comma` also 3.14 for `3,14`.
+    """
+    if not text:
+        return ()
+    texts = [text]
+    if _AMBIGUOUS.search(text):
+        joined = _AMBIGUOUS.sub(lambda found: re.sub("[, ]", "", found.group()), text)
+        if outer_brackets(text)[0] == "" or "," in joined:
+            texts.insert(0, joined)
+    texts += [_E_MINUS.sub(" e", each) for each in texts if _E_MINUS.search(each)]
+    if has_decimal_comma and re.fullmatch(r"-?\d+,\d+", text):
+        texts.append(text.replace(",", "."))
+    return tuple(read(each) for each in texts)
+
+
+def read(text: str) -> Answer:
+    """Return the structure of an answer in normal form; never raises."""
+    try:
+        return _read(_PREAMBLE.sub("", text).strip().rstrip(".") or text)
+    except (NotUnderstoodError, RecursionError):
+        return Unread(text)
+
+
+def _read(text: str) -> Answer:
+    whole = _WHOLE_TEXT.fullmatch(text)
+    if whole:
+        return _read_text(whole[1].strip().rstrip(". "))
+    spaced = _SPACED_NUMBERS.fullmatch(text)
+    if spaced:
+        return _items("", text.split(" "), is_ordered=True)
+    relation = _relation(text)
+    if relation is not None:
+        return relation
+    parts, _ = split_at(text, _OUTER_SEPARATOR)
+    if len(parts) > 1 and any(len(split_at(part, _INNER_SEPARATOR)[0]) > 1 for part in parts):
+        return _items("", [part if outer_brackets(part)[0] else f"({part})" for part in parts], is_ordered=False)
+    brackets, inner = outer_brackets(text)
+    parts, _ = split_at(inner, _SEPARATOR)
+    if len(parts) > 1:
+        return _items(brackets, parts, is_ordered=brackets not in ("", "{}"))
+    parts, _ = split_at(text, _SEPARATOR)
+    if len(parts) > 1:
+        return _items("", parts, is_ordered=False)
+    if brackets == "{}":
+        return Items("{}", (_read(inner),), is_ordered=False)
+    return _read_one(inner if brackets else text)
+
+
+def _items(kind: str, parts: list[str], is_ordered: bool) -> Items:
+    if len(parts) > MAX_ITEMS or "" in parts:
+        raise NotUnderstoodError("an empty or an endless list")
+    spread = [each for part in parts for each in _both_signs(part)]
+    return Items(kind, tuple(_read(part) for part in spread), is_ordered)
+
+
+def _both_signs(text: str) -> list[str]:
+    r"""Return the two texts that \pm and \mp stand for, or the text itself."""
+    if not _PLUS_MINUS.search(text):
+        return [text]
+    upper, lower = (
+        re.sub(rf"\\pm{_END} ?", first, re.sub(rf"\\mp{_END} ?", second, text)) for first, second in ("+-", "-+")
+    )
+    return [upper, lower]
+
+
+def _relation(text: str) -> Answer | None:
+    sides, signs = split_at(text, _SEPARATOR)
+    if signs:
+        return None
+    approximately = _APPROXIMATELY.match(text)
+    if approximately:
+        return _read(text[approximately.end() :])
+    sides, signs = split_at(text, _RELATION)
+    if not signs:
+        return None
+    if "" in sides:
+        raise NotUnderstoodError("a relation without a side")
+    if len(_both_signs(text)) == 2:
+        return Items("", tuple(_read(each) for each in _both_signs(text)), is_ordered=False)
+    return Relation(tuple(sides), tuple(signs))
+
+
+def _read_text(text: str) -> Answer:
+    """Read the content of a \\text that is the whole answer: words, a choice, or an answer typed as text."""
+    bare = text[1:-1].strip() if re.fullmatch(r"\([A-Za-z]\)", text) else text
+    if _WORDS.fullmatch(bare):
+        parts = re.split(r" (?:and|or) ", bare)
+        if len(parts) > 1 and all(len(part) == 1 for part in parts):
+            return _items("", parts, is_ordered=False)
+        return Words(" ".join(bare.split()))
+    words = re.search(r"[A-Za-z]{2}[A-Za-z ./]*$", bare)
+    if words and re.search(r"\d\s*$", bare[: words.start()]):
+        return _read(rf"{bare[: words.start()].strip()}\text{{{words.group()}}}")
+    return _read(bare)
+
+
+def _read_one(text: str) -> Answer:
+    if _WORDS.fullmatch(text) and _has_a_word(text):
+        return Words(text)
+    based = _BASED.fullmatch(text)
+    if based:
+        return Based(based[1].replace("+", ""), based[2], int(based[3]))
+    if _COMPOUND.fullmatch(text):
+        return Items("compound", tuple(_read(part) for part in re.findall(rf"[\d.]+{_TEXT}", text)), is_ordered=True)
+    matrix = _MATRIX.fullmatch(text)
+    if matrix:
+        rows = [row.split("&") for row in matrix[2].strip().removesuffix("\\\\").split(r"\\")]
+        return Items("matrix", tuple(_items("row", row, is_ordered=True) for row in rows), is_ordered=True)
+    if len(_both_signs(text)) == 2:
+        return Items("", tuple(_read(each) for each in _both_signs(text)), is_ordered=False)
+    parts, _ = split_at(text, _UNION)
+    if len(parts) > 1:
+        return Items("union", tuple(_read(part) for part in parts), is_ordered=False)
+    core, label = split_label(text)
+    if label != NO_LABEL:
+        return Labelled(_quantity(core, label.factor), label)
+    return _quantity(text, 1)
+
+
+def _has_a_word(text: str) -> bool:
+    """Return whether letters are words: `infinitely many`, not `m g h` or `x sin x`."""
+    words = text.split()
+    return any(len(word) >= MIN_WORD_LETTERS - (len(words) > 1) for word in words) and FUNCTIONS.isdisjoint(words)
+
+
+def _quantity(text: str, factor: int) -> Answer:
+    parts, _ = split_at(text, _COLON)
+    if len(parts) > 1 and factor == 1:
+        return _items("ratio", parts, is_ordered=True)
+    is_percent = text.endswith(r"\%")
+    text = outer_brackets(text.removesuffix(r"\%").strip())[1]
+    if len(split_at(text, _SEPARATOR)[0]) > 1:
+        if factor != 1:
+            raise NotUnderstoodError("a factor of several values")
+        return _read(text)
+    expression = parse_expression(text)
+    if factor != 1:
+        expression = Node("product", (Node("number", value=Fraction(factor)), expression))
+    return Quantity(expression, text, is_percent)
+
+
+def split_label(text: str) -> tuple[str, Label]:
+    r"""Return an answer without the words, unit or currency beside it, and what they say.
+
+    Words in \text after a lone letter or other words are no label: `\triangle\text{ABC}` is a name.
+    """
+    text = _BARE_WORDS.sub(r"\1\\text{\2}", text)
+    currency = _CURRENCY.search(text)
+    if currency:
+        core, label = split_label(currency[1] + text[currency.end() :] if currency[2] else text[: currency.start()])
+        name = _CURRENCIES[currency[2] or currency[3]]
+        return core, Label("unit", f"{name}^1", label.factor) if label.kind in ("none", "unit") else label
+    temperature = _TEMPERATURE.search(text)
+    if temperature:
+        return text[: temperature.start()], Label("unit", _TEMPERATURES[temperature[1] or temperature[2]])
+    text = _FRACTION_OF_UNITS.sub(r"\1/\2", text)
+    found = _LABEL.search(text)
+    if found and found.start() > 0 and re.search(r"\d|\\pi|[A-Za-z](?![{}])", text[: found.start()]):
+        core, words = text[: found.start()].strip(), found.group()
+        if re.search(r"[\d)}\]%A-Za-z!]$", core) and not re.search(r"\\text|[_^]$", core):
+            label = read_label(words.removeprefix(r"\cdot"))
+            has_letters = re.search(r"(?<![\\A-Za-z])[A-Za-z]|\\(?:triangle|angle)", core)
+            if label.kind == "unit" or not has_letters:
+                return core, label
+    bare = _BARE_UNIT.search(text)
+    if bare and is_unit_symbol(bare[1]) and not re.search(r"(?<![\\A-Za-z])[A-Za-z]", text[: bare.start()]):
+        return text[: bare.start()].strip(), read_label(rf"\text{{{bare[1]}}}{bare[2]}")
+    degree = re.fullmatch(r"(-?[\d.]+|-?\\frac\{\d+\}\{\d+\})\\degree", text)
+    if degree:
+        return degree[1], Label("unit", "degree^1")
+    return text, NO_LABEL

@@ -1,0 +1,104 @@
+"""Grades responses to mathematical problems: the last boxed answer, compared by text, by number, or by algebra."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+
+from megatron_p2o.config.tree import GradingConfig
+from megatron_p2o.rewards.extract import last_boxed
+from megatron_p2o.rewards.math.exact import ExactJudge, quick_verdict
+from megatron_p2o.rewards.math.latex import is_refused, is_too_long
+from megatron_p2o.rewards.math.match import verdict
+from megatron_p2o.rewards.math.spelling import normal_form
+from megatron_p2o.rewards.pool import WorkerPool
+from megatron_p2o.types import Grade, Problem
+
+_ASKS_PERCENT = re.compile(r"\bper ?cent(?:age)?\b|%", re.IGNORECASE)
+
+
+class MathGrader:
+    """The `Grader` for answers in LaTeX. What needs algebra goes to worker processes, started when first needed."""
+
+    def __init__(self, config: GradingConfig) -> None:
+        self._pool = WorkerPool(config.num_workers, config.deadline_s, config.memory_limit_mib)
+        self._counts: Counter[str] = Counter()
+        self._lock = Lock()
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Answers so far: no_answer (no box), quick (decided here), and the outcomes of `WorkerPool.counts`."""
+        with self._lock:
+            return {**self._counts, **self._pool.counts}
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers alive."""
+        return self._pool.worker_pids
+
+    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+        """Grade the last boxed answer of `text` against `problem.answer`.
+
+        A question for a percentage may be answered by `20` and by `20\\%`. "error" when two workers were lost over it,
+        or one used up its processor time. The future raises `GraderFailed` when no worker works any more.
+
+        Raises:
+            RuntimeError: the grader is closed and the answer needs a worker.
+        """
+        answer = last_boxed(text)
+        if answer is None:
+            return self._decided("incorrect", "no_answer")
+        local = local_verdict(problem, answer)
+        if isinstance(local, bool):
+            return self._decided("correct" if local else "incorrect", "quick")
+        return self._pool.submit(local.gold, [local.answer])
+
+    def check(self) -> None:
+        """Start a worker and have it grade a known answer. Raises `GraderFailed` when nothing could be graded."""
+        self._pool.check()
+
+    def close(self) -> None:
+        """Kill the workers; what they have not answered is graded "error"."""
+        self._pool.close()
+
+    def _decided(self, grade: Grade, count: str) -> Future[Grade]:
+        with self._lock:
+            self._counts[count] += 1
+        future: Future[Grade] = Future()
+        future.set_result(grade)
+        return future
+
+
+@dataclass(frozen=True, slots=True)
+class OpenComparison:
+    """What only algebra decides, in normal form."""
+
+    gold: str
+    answer: str
+
+
+def local_verdict(problem: Problem, answer: str) -> bool | OpenComparison:
+    """Return the verdict on a boxed answer, or what is left to algebra. Takes little time for any input."""
+    if is_too_long(problem.answer, answer):
+        return False
+    gold, answer = _normal_gold(problem.answer), normal_form(answer)
+    is_equal = _verdict(gold, answer)
+    if is_equal is False and answer.endswith(r"\%") and "%" not in gold and _ASKS_PERCENT.search(problem.question):
+        answer = answer.removesuffix(r"\%")
+        is_equal = _verdict(gold, answer)
+    return OpenComparison(gold, answer) if is_equal is None else is_equal
+
+
+def _verdict(gold: str, answer: str) -> bool | None:
+    is_equal = quick_verdict(gold, answer)
+    if is_equal is None and is_refused(gold, answer):
+        return False
+    return verdict(gold, answer, ExactJudge()) if is_equal is None else is_equal
+
+
+@lru_cache(maxsize=65536)
+def _normal_gold(answer: str) -> str:
+    return normal_form(answer)

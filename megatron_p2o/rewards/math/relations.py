@@ -1,0 +1,132 @@
+"""What equations and inequalities say by their form: names, values, intervals; and the letters in expressions."""
+
+import re
+
+from megatron_p2o.rewards.math.answer import Answer, Items, Labelled, Quantity, Relation, Unread, Words, read
+from megatron_p2o.rewards.math.expression import CONSTANTS, FUNCTIONS
+
+_NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?"
+LONE_NAME = re.compile(rf"({_NAME})('*)(?:\(.*\))?|\\text\{{[^{{}}]*\}}")
+_POINTS = r"(?:\\(?:angle|triangle) ?)?(?:[A-Z]'?(?:_(?:\w|\{[^{}]*\}))?)+"
+_MEASURED = re.compile(
+    rf"\|?{_POINTS}\|?|{_POINTS}[:/]{_POINTS}|\\frac\{{{_POINTS}\}}\{{{_POINTS}\}}|\({_NAME}(?:,{_NAME})+\)"
+)
+"""What an equation may give besides an unknown: a length AB, a ratio of two, a point (x,y)."""
+_LETTER = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[^{}]*\}")
+_SPELLED_NAMES = r"\frac \sqrt \cdot \times \div \pm \mp \infty \degree \binom"
+_SPELLED = frozenset(_SPELLED_NAMES.split())
+_LESS, _MORE = ("<", r"\le"), (">", r"\ge")
+MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
+
+
+def as_union(items: Items) -> Items:
+    """Return `x<1 or x>2` as a union of intervals, anything else as it is."""
+    intervals = [interval_of(part) if isinstance(part, Relation) else None for part in items.parts]
+    found = [interval for interval in intervals if interval is not None]
+    if items.kind or len(found) < len(intervals) or len({unknown for unknown, _ in found}) != 1:
+        return items
+    return Items("union", tuple(interval for _, interval in found), is_ordered=False)
+
+
+def names_of(items: Items) -> list[str]:
+    """Return the name that each part is assigned to, [] unless all are assignments `x=...`."""
+    names = [name_of(part) for part in items.parts]
+    return [name for name in names if name] if all(names) else []
+
+
+def name_of(answer: Answer) -> str:
+    """Return the left side of `x=...`, `f(x)=...`, `x\\in...`; "" for anything else."""
+    if not isinstance(answer, Relation) or len(answer.sides) != 2 or answer.signs[0] not in ("=", r"\in", ":="):
+        return ""
+    side = answer.sides[0]
+    return side if LONE_NAME.fullmatch(side) or _MEASURED.fullmatch(side) else ""
+
+
+def stem(name: str) -> str:
+    """Return a name without its index or arguments: x of x_1."""
+    return name.partition("_")[0].partition("(")[0]
+
+
+def as_values(items: Items, names: list[str], is_gold: bool) -> Items:
+    """Values of different unknowns are a tuple: as the gold answer lists them, else in the order of the letters.
+
+    `y=2,x=1` answers (1, 2). Several values of one unknown are a set.
+    """
+    if not names or len({stem(name) for name in names}) == 1:
+        return _without_repeated_points(items)
+    parts = items.parts
+    if not is_gold and all(len(name) == 1 for name in names):
+        parts = tuple(in_order_of_names(items, names))
+    return Items(items.kind, parts, is_ordered=True)
+
+
+def _without_repeated_points(items: Items) -> Items:
+    if items.is_ordered or not all(isinstance(part, Items) for part in items.parts):
+        return items
+    return Items(items.kind, tuple(dict.fromkeys(items.parts)), is_ordered=False)
+
+
+def in_order_of_names(items: Items, names: list[str]) -> list[Answer]:
+    """Return the parts of a list sorted by `names`, one for each."""
+    return [part for _, part in sorted(zip(names, items.parts, strict=True), key=lambda pair: pair[0])]
+
+
+def value_of(assignment: Answer) -> Answer:
+    """Return the last side of an equation, read; anything else as it is."""
+    return read(assignment.sides[-1]) if isinstance(assignment, Relation) else assignment
+
+
+def mirrored(relation: Relation) -> Relation | None:
+    """Return `3>x` for `x<3`; None for signs that cannot be turned."""
+    if not all(sign in MIRRORED for sign in relation.signs):
+        return None
+    return Relation(relation.sides[::-1], tuple(MIRRORED[sign] for sign in reversed(relation.signs)))
+
+
+def interval_of(relation: Relation) -> tuple[str, Items] | None:
+    """Return the unknown and the interval that an inequality such as `0<x<1` or `x>2` gives it."""
+    sides, signs = relation.sides, relation.signs
+    if signs == (r"\in",) and isinstance(items := read(sides[1]), Items):
+        return sides[0], items
+    if all(sign in _MORE for sign in signs):
+        sides, signs = sides[::-1], tuple(MIRRORED[sign] for sign in reversed(signs))
+    if not all(sign in _LESS for sign in signs) or len(sides) > 3:
+        return None
+    unknown = [index for index, side in enumerate(sides) if re.fullmatch(rf"{_NAME}(?:\({_NAME}\))?", side)]
+    if len(unknown) != 1 or (len(sides) == 3 and unknown != [1]):
+        return None
+    index = unknown[0]
+    bounds = [side for side in sides if side != sides[index]]
+    if len(bounds) != len(sides) - 1 or any(letters(side) for side in bounds):
+        return None
+    lower = sides[index - 1] if index > 0 else r"-\infty"
+    upper = sides[index + 1] if index + 1 < len(sides) else r"\infty"
+    left = "[" if index > 0 and signs[index - 1] == r"\le" else "("
+    right = "]" if index + 1 < len(sides) and signs[index] == r"\le" else ")"
+    return sides[index], Items(left + right, (read(lower), read(upper)), is_ordered=True)
+
+
+def without_modulus(side: str) -> str:
+    """Return the side of a congruence without the modulus behind it."""
+    return re.sub(r"\\pmod\{?[\w^{}]+\}?$|\(\\mod ?\w+\)$", "", side).strip()
+
+
+def letters(text: str) -> set[str]:
+    """Return the letters, Greek letters and words in an expression that are not constants, functions or units."""
+    found = {token.replace(" ", "") for token in _LETTER.findall(_ENVIRONMENT.sub("", text))}
+    names = set(CONSTANTS) | _SPELLED | {f"\\{name}" for name in FUNCTIONS}
+    return {token for token in found - names if not token.startswith("\\text")} | {
+        token for token in found if token.startswith("\\text") and len(token) > 7 and not any(c.isdigit() for c in text)
+    }
+
+
+def text_of(answer: Answer) -> str:
+    """Return all expressions in an answer, as text."""
+    if isinstance(answer, Quantity | Words | Unread):
+        return answer.text
+    if isinstance(answer, Labelled):
+        return text_of(answer.value)
+    if isinstance(answer, Items):
+        return " ".join(text_of(part) for part in answer.parts)
+    return " ".join(answer.sides) if isinstance(answer, Relation) else ""

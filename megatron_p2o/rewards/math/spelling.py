@@ -1,0 +1,178 @@
+"""Writes answers with one spelling: characters, fonts, spaces, brackets, thousands."""
+
+# ruff: noqa: RUF001  # characters that look like others are the subject
+
+import re
+
+from megatron_p2o.rewards.math.latex import closing_brace
+
+_GREEK_LETTERS = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
+_GREEK_NAMES = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+)
+_CHARACTERS = {
+    **{letter: rf"\{name} " for letter, name in zip(_GREEK_LETTERS, _GREEK_NAMES.split(), strict=True)},
+    **{"\u2212": "-", "\u2013": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "°": r"\degree "},
+    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "±": r"\pm ", "∓": r"\mp "},
+    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "√": r"\sqrt "},
+    **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
+    **{"⅕": r"\frac{1}{5}", "⅙": r"\frac{1}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}"},
+    **{"⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}", "⅚": r"\frac{5}{6}", "⅞": r"\frac{7}{8}"},
+    **{"′": "'", "″": "''", "’": "'", "，": ",", "∨": r"\lor ", "∧": r"\land ", "→": r"\to ", "∂": r"\partial "},
+    **{"\u00a0": " ", "\u2009": " ", "\u202f": " "},
+}
+_TRANSLATION = str.maketrans(_CHARACTERS)
+
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
+_RAISED_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_LOWERED_DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_UNBRACED_ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?)")
+
+_FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min det lim sqrt"
+_END = r"(?![A-Za-z])"
+_TEXT_FONTS = "text|textbf|textit|textrm|textnormal|textsf|texttt|textup|mbox|hbox|emph|mathrm|operatorname\\*?|rm"
+_MATH_FONTS = "mathbf|boldsymbol|bm|mathit|mathsf|mathtt|mathnormal|pmb"
+_FONT = re.compile(rf"\\(?P<name>{_TEXT_FONTS}|{_MATH_FONTS})\s*\{{")
+_ONLY_TEXT = re.compile(r"[A-Za-z\s.,;:'!?&/()°%$~-]*")
+
+LIST_SEPARATOR = "\x01"
+"""Stands between parts of a list where that is certain: for "and", "or", `81, 256`."""
+
+_UNITS = re.compile(r"\s*[A-Za-z]+(?:\^-?\d)?(?:[\s/]+[A-Za-z]+(?:\^-?\d)?)+\s*|\s*[A-Za-z]{2,}\^-?\d\s*")
+"""Several units with their exponents in \\mathrm."""
+
+_PERCENT = "(?:percent(?:age)?|per cent|pct)"
+_GROUP = r"(?<![\d.,])([1-9]\d{0,2}(?:SEPARATOR\d{3})+)(?!\d)(?!SEPARATOR\d)"
+_CERTAIN_GROUPS = [
+    (re.compile(_GROUP.replace("SEPARATOR", re.escape(separator))), separator) for separator in ("{,}", r"\,")
+]
+_REWRITES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r",\\!\s*", "{,}"),
+        (r"\\!", ""),
+        (rf"\\(?:left|right)\s*\.|\\[()\[\]]|(?<!\\)\$|\\(?:display|text|script)style{_END}", ""),
+        (rf"\\(?:left|right|middle|[bB]igg?[lrm]?|limits|nolimits){_END}", ""),
+        (rf"\\(?:lbrace){_END}", r"\\{"),
+        (rf"\\(?:rbrace){_END}", r"\\}"),
+        (rf"\\(?:langle|lparen){_END}", "("),
+        (rf"\\(?:rangle|rparen){_END}", ")"),
+        (rf"\\(?:[lr]?vert|mid){_END}|\\\|", "|"),
+        (rf"\\[dtc]frac{_END}", r"\\frac"),
+        (rf"\{{([^{{}}]*)\\over{_END}([^{{}}]*)\}}", r"\\frac{\1}{\2}"),
+        (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ{_END})|\^\s*\\degree{_END}", r"\\degree "),
+        (rf"\^\s*(?:\{{\s*\\prime\s*\}}|\\prime{_END})", "'"),
+        (rf"\\text\{{\s*{_PERCENT}\s*\}}|(?<=[\d}}]) ?{_PERCENT}{_END}|(?<!\\)%", r"\\%"),
+        (r"\\text\{[\s,]*(?:and|or)[\s,]*\}|(?<=[^A-Za-z\s]) *\b(?:and|or)\b *(?=[^A-Za-z\s]|[A-Za-z]\b)", "\x01"),
+        (rf"\\(?:lor|vee|land|wedge){_END}", "\x01"),
+        (r"(?<![\d.,])(\d{1,3}),\s+(?=\d{3}(?!\d))", "\\1\x01"),
+        (r"\bd([a-z])/d([a-z])\b", r"\\frac{d\1}{d\2}"),
+        (r"\\[,;:> ]|~|\\(?:thinspace|enspace|hspace\{[^{}]*\}|hfill)(?![A-Za-z])", " "),
+        (rf"\\neq{_END}|!=", r"\\ne "),
+        (rf"\\leq(?:slant)?{_END}|<=", r"\\le "),
+        (rf"\\geq(?:slant)?{_END}|>=", r"\\ge "),
+        (rf"\\colon{_END}", ":"),
+        (rf"\\lt{_END}", "<"),
+        (rf"\\gt{_END}", ">"),
+        (r"(?<![\d.,/])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
+        (rf"\\varnothing{_END}|\\\{{\s*\\\}}", r"\\emptyset "),
+        (r"\{\}", ""),
+        (r"\s+", " "),
+        (r"(?<=[^\w]) | (?=[^\w])", ""),
+        (r"[,\x01]*\x01[,\x01]*", "\x01"),
+    )
+)
+"""Spellings that do not change an answer; `;` separates the parts of a list for certain.
+
+A space stays between two word characters: `12 45` is not `1245`."""
+
+_DOUBLED = re.compile(
+    r"\\\\(?=(?:left|right|[dt]?frac|sqrt|pi|le|ge|leq|geq|text|in|cup|infty|cdot|times)(?![A-Za-z]))"
+)
+"""A backslash that was escaped once too often; other double backslashes end a line."""
+
+_SYSTEM = re.compile(r"\\begin\{(cases|aligned)\}([^&]*)\\end\{\1\}")
+"""Equations below one another."""
+
+_PLAIN_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+"""Most answers: in normal form already."""
+
+_QUAD = re.compile(rf"\\q?quad{_END}")
+_EQUALS = re.compile(r"(?<![<>!:])=")
+
+
+def normal_form(text: str) -> str:
+    """Return an answer with one spelling of characters, fonts, spaces, fractions and brackets, without a full stop.
+
+    Fonts that say nothing are gone; words stay in \\text. Thousands are joined where the spelling leaves no doubt;
+    what `1,234` means is left open.
+    """
+    if _PLAIN_NUMBER.fullmatch(text):
+        return text
+    if not text.isascii():
+        text = _ascii(text)
+    if "\\" in text or "$" in text:
+        text = _without_fonts(text)
+        separator = LIST_SEPARATOR if len(_EQUALS.findall(text)) > 1 else " "
+        text = _QUAD.sub(separator, text)
+        text = _SYSTEM.sub(lambda found: found[2].replace(r"\\", LIST_SEPARATOR), text)
+        if r"\begin" in text:
+            # A double backslash ends a row of a matrix: its second half does not belong to what follows.
+            return _bare(r"\\".join(_rewritten(row) for row in text.split(r"\\")))
+        text = _DOUBLED.sub(r"\\", text).replace(r"\\", separator)
+    return _bare(_rewritten(text))
+
+
+def _bare(text: str) -> str:
+    """Return `text` without a full stop and without braces around all of it."""
+    text = text.strip().removesuffix(".").strip()
+    while text.startswith("{") and closing_brace(text, 1) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
+
+
+def _ascii(text: str) -> str:
+    text = _RAISED.sub(lambda found: f"^{{{found.group().translate(_RAISED_DIGITS)}}}", text)
+    text = _LOWERED.sub(lambda found: f"_{{{found.group().translate(_LOWERED_DIGITS)}}}", text)
+    return _UNBRACED_ROOT.sub(r"\\sqrt{\1}", text).translate(_TRANSLATION)
+
+
+def _rewritten(text: str) -> str:
+    for pattern, separator in _CERTAIN_GROUPS:
+        text = pattern.sub(lambda found, separator=separator: found[1].replace(separator, ""), text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    for pattern, separator in _CERTAIN_GROUPS[:1]:
+        text = pattern.sub(lambda found, separator=separator: found[1].replace(separator, ""), text)
+    return re.sub(r"(?<=\d)\{,\}(?=\d)", ".", text).replace("{,}", ",").strip(" ;\x01")
+
+
+def _without_fonts(text: str) -> str:
+    r"""Return `text` with words in \text, functions as commands, and everything else out of its font."""
+    parts: list[str] = []
+    start = 0
+    while found := _FONT.search(text, start):
+        end = closing_brace(text, found.end())
+        if end is None:
+            break
+        content = text[found.end() : end]
+        parts += text[start : found.start()], _out_of_font(found["name"], content)
+        start = end + 1
+    return "".join([*parts, text[start:]])
+
+
+def _out_of_font(font: str, content: str) -> str:
+    name = content.strip()
+    if name in _FUNCTIONS.split() and not font.startswith("text"):
+        return rf"\{name} "
+    if name in ("i", "e") and not font.startswith("text"):
+        return f" {name}"
+    is_text = re.fullmatch(_TEXT_FONTS, font) and _ONLY_TEXT.fullmatch(content)
+    if is_text and re.search("[A-Za-z]", content):
+        return rf"\text{{{' '.join(content.replace('~', ' ').split())}}}"
+    unit = re.sub(r"\^\{?(-?\d)\}?", r"^\1", re.sub(r"\\[,;: ]|~|\\cdot", " ", content))
+    if font == "mathrm" and _UNITS.fullmatch(unit):
+        return rf"\text{{{' '.join(unit.split())}}}"
+    return "{" + _without_fonts(content) + "}" if len(name) > 1 else f" {name}"

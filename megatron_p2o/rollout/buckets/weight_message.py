@@ -1,0 +1,145 @@
+"""What trainer and engine say to each other during a weight refresh. Imports torch and the standard library only.
+
+SGLang passes a list of (name, tensor) to a custom weight loader. The name carries one message as JSON and the tensor is
+empty: weights travel in memory that both processes map, a file of the machine's or a span of a GPU's, so that neither
+torch's sharing daemon nor the size of /dev/shm is involved.
+"""
+
+import base64
+import json
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOAD_FORMAT = "megatron_p2o.rollout.inside_sglang.weight_loader.load"
+"""Import path of the loader: the value of SGLang's `custom_weight_loader` and `load_format`."""
+
+ALIGNMENT_BYTES = 16
+"""Of tensors in a bucket: views need the alignment of their element type."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryAddress:
+    """Where an engine finds a bucket on its own machine."""
+
+    path: str
+    """Of the memory file, as the engine can open it; of memory on a GPU "", which has the two at the end."""
+    buffer_id: str
+    """Unique; memory never changes its size."""
+    num_bytes: int
+    """A multiple of `ALIGNMENT_BYTES`."""
+    ipc_handle: str = ""
+    """CUDA's, in hexadecimal digits."""
+    gpu_uuid: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One weight in a bucket."""
+
+    name: str
+    """Hugging Face name."""
+    dtype: str
+    """Name in the torch module, e.g. bfloat16."""
+    shape: tuple[int, ...]
+    offset_bytes: int
+    """From the start of the bucket."""
+
+    def view(self, bucket: Tensor) -> Tensor:
+        """Return the weight as a view of the bucket's bytes."""
+        dtype = getattr(torch, self.dtype)
+        count = 1
+        for size in self.shape:
+            count *= size
+        start = self.offset_bytes
+        return bucket[start : start + count * dtype.itemsize].view(dtype).view(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadMessage:
+    """Load a bucket."""
+
+    index: int
+    """Of the bucket in this refresh; 0 starts a refresh."""
+    address: MemoryAddress
+    """Of the bucket."""
+    entries: tuple[TensorEntry, ...]
+    checksums: tuple[int, ...] | None
+    """Of the trainer's tensors, same order; None when the refresh is not verified."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishMessage:
+    """All buckets are sent: check what lies in the model and write a `RefreshReport` to `report_path`.rank."""
+
+    report_path: str
+    verify: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefreshReport:
+    """One engine rank's account of a refresh."""
+
+    num_tensors: int
+    """Weights received."""
+    num_verified: int
+    """Parameter slices whose checksum was computed and compared."""
+    corrupted: tuple[str, ...]
+    """Weights that lie in the model otherwise than in the trainer."""
+    ignored: tuple[str, ...]
+    """Weights this rank took nothing from, twins of used weights excepted."""
+    unwritten: tuple[str, ...]
+    """Parameters of the model that no weight filled completely."""
+    unopened: str
+    """Why a bucket's memory could not be opened, and the rest is as it was; "" when all could."""
+
+
+def serialize(message: LoadMessage | FinishMessage) -> str:
+    """Return the payload of one tensor-parallel rank for /update_weights_from_tensor."""
+    text = json.dumps({"kind": type(message).__name__, **asdict(message)})
+    return base64.b64encode(pickle.dumps([(text, _EmptyTensor())])).decode()
+
+
+def parse(text: str) -> LoadMessage | FinishMessage:
+    """Undo `serialize`, given the name that SGLang hands to the loader."""
+    fields: dict[str, Any] = json.loads(text)
+    kind = fields.pop("kind")
+    if kind == FinishMessage.__name__:
+        return FinishMessage(**fields)
+    checksums = fields.pop("checksums")
+    return LoadMessage(
+        index=fields["index"],
+        address=MemoryAddress(**fields["address"]),
+        entries=tuple(TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in fields["entries"]),
+        checksums=None if checksums is None else tuple(checksums),
+    )
+
+
+def write_report(report: RefreshReport, path: Path) -> None:
+    """Write under a temporary name and rename, so that a reader sees all of it or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(asdict(report)))
+    temporary.replace(path)
+
+
+def read_report(path: Path) -> RefreshReport:
+    fields: dict[str, Any] = json.loads(path.read_text())
+    return RefreshReport(
+        num_tensors=fields["num_tensors"],
+        num_verified=fields["num_verified"],
+        corrupted=tuple(fields["corrupted"]),
+        ignored=tuple(fields["ignored"]),
+        unwritten=tuple(fields["unwritten"]),
+        unopened=fields["unopened"],
+    )
+
+
+class _EmptyTensor:
+    """Pickles as `torch.ByteTensor()`, one of the constructors that SGLang's unpickler allows by name."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return torch.ByteTensor, ()

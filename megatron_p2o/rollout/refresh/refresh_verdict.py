@@ -1,0 +1,68 @@
+"""What the ranks of an engine say at the end of a refresh, and what is wrong with it by that."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_p2o.rollout.buckets.weight_message import RefreshReport, read_report
+
+MAX_NAMES_SHOWN = 5
+
+
+class RefreshFailed(RuntimeError):
+    """The engines do not hold the weights they were sent; they serve nothing until a refresh succeeds."""
+
+
+class MemoryOutOfReach(RefreshFailed):
+    """An engine could not open the memory in which a trainer rank or this process left weights."""
+
+
+def take_report(path: Path) -> RefreshReport:
+    """Read a report and remove its file."""
+    report = read_report(path)
+    path.unlink()
+    return report
+
+
+def judge(subject: str, reports: Sequence[RefreshReport], *, verify: bool) -> None:
+    """Raise what is wrong with an engine's weights, given the reports of its ranks.
+
+    Args:
+        subject: what the error begins with.
+
+    Raises:
+        MemoryOutOfReach: a rank could not open a bucket.
+        RefreshFailed: weights are missing, superfluous or different; only with `verify`.
+    """
+    for rank, report in enumerate(reports):
+        if report.unopened:
+            raise MemoryOutOfReach(f"{subject} (rank {rank}) could not open a bucket: {report.unopened}")
+    complaint = complaint_of(reports)
+    if verify and complaint:
+        raise RefreshFailed(f"{subject} {complaint}")
+
+
+def complaint_of(reports: Sequence[RefreshReport]) -> str:
+    """Return what is wrong with an engine's weights, given the reports of its ranks, or ""."""
+    for rank, report in enumerate(reports):
+        if report.corrupted:
+            return (
+                f"(rank {rank}) holds {len(report.corrupted)} weights that differ from the trainer's: "
+                f"{shorten(report.corrupted)}"
+            )
+        if report.unwritten:
+            return (
+                f"(rank {rank}) has {len(report.unwritten)} parameters that no traceable copy filled: "
+                f"{shorten(report.unwritten)}; either the policy left weights out, or this model cannot be verified: "
+                "set rollout.verify_every to 0"
+            )
+        if report.num_verified == 0:
+            return f"(rank {rank}) compared nothing"
+    ignored = set.intersection(*(set(report.ignored) for report in reports))
+    if ignored:
+        return f"has no use for {len(ignored)} weights it was sent: {shorten(tuple(sorted(ignored)))}"
+    return ""
+
+
+def shorten(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:MAX_NAMES_SHOWN])
+    return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown}, ..."

@@ -1,0 +1,177 @@
+"""The engines' agent on a node that rank 0 is not on: starts engines there, passes requests on, holds weights for them.
+
+That node's first rank starts it (`run.agent`); rank 0 talks to it through `rollout.servers.remote`. It is the one
+process of a run that listens at an address other machines reach, and only in runs of several nodes: the engines stay on
+loopback behind it, because SGLang's weight routes unpickle what they are sent.
+"""
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import aiohttp
+from aiohttp import web
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.rollout.buckets.staging import MemoryFile
+from megatron_p2o.rollout.servers.client import GONE
+from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed
+from megatron_p2o.rollout.servers.server_arguments import EnginePlace, start_server
+
+USER_ROUTES = frozenset({"generate", "health_generate"})
+"""Opened by an engine's user key; the others need its admin key."""
+
+MAX_REQUEST_BYTES = 1 << 28
+"""Of what is passed on to an engine; weights come through /staging, in pieces."""
+
+CONNECT_TIMEOUT_S = 60.0
+"""To an engine. For its answer rank 0 sets the limits: it knows when the engine is not to sample."""
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(slots=True)
+class HostedEngine:
+    """A server of this node and how far it is."""
+
+    server: EngineServer
+    state: Literal["starting", "ready", "failed"] = "starting"
+    error: str = ""
+    """Why it failed."""
+
+
+@dataclass(slots=True)
+class Agent:
+    """What this node holds for the run."""
+
+    config: Config
+    run_dir: Path
+    key: str
+    session: aiohttp.ClientSession
+    """To the engines."""
+    engines: dict[str, HostedEngine] = field(default_factory=dict[str, HostedEngine])
+    staging: dict[int, MemoryFile] = field(default_factory=dict[int, MemoryFile])
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32))
+    """Starting and ending servers takes seconds to minutes."""
+
+    def application(self) -> web.Application:
+        """Return the routes, all of which check the key."""
+        app = web.Application(middlewares=[self._check_key], client_max_size=MAX_REQUEST_BYTES)
+        app.add_routes(
+            [
+                web.post("/servers/{index}", self._start),
+                web.get("/servers/{index}", self._describe),
+                web.delete("/servers/{index}", self._stop),
+                web.put("/staging/{slot}", self._stage),
+                web.route("*", "/engines/{index}/{path}", self._forward),
+            ]
+        )
+        return app
+
+    def close(self) -> None:
+        """End the engines."""
+        for engine in self.engines.values():
+            engine.server.stop()
+        self.pool.shutdown()
+
+    @web.middleware
+    async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
+            return web.Response(status=401, text="wrong key")
+        return await handler(request)
+
+    async def _start(self, request: web.Request) -> web.Response:
+        """Start an engine, in the place of one that was started before, and do not wait until it is ready."""
+        wanted = await request.json()
+        place = EnginePlace(**wanted["place"])
+        old = self.engines.pop(request.match_info["index"], None)
+        if old is not None:
+            await self._in_thread(old.server.stop)
+        server = await self._in_thread(lambda: start_server(self.config, self.run_dir, place, wanted["restart"]))
+        engine = self.engines[request.match_info["index"]] = HostedEngine(server)
+        self.pool.submit(self._wait_until_ready, engine)
+        return self._description(engine)
+
+    async def _describe(self, request: web.Request) -> web.Response:
+        return self._description(self.engines[request.match_info["index"]])
+
+    async def _stop(self, request: web.Request) -> web.Response:
+        engine = self.engines[request.match_info["index"]]
+        await self._in_thread(engine.server.stop)
+        return self._description(engine)
+
+    async def _stage(self, request: web.Request) -> web.Response:
+        """Take a bucket of weights; the memory is kept for the next one of this slot if that fits."""
+        slot, num_bytes = int(request.match_info["slot"]), int(request.headers["X-Capacity"])
+        memory = self.staging.get(slot)
+        if memory is None or memory.address.num_bytes < num_bytes:
+            if memory is not None:
+                memory.close()
+            memory = self.staging[slot] = MemoryFile(num_bytes)
+        room = memory.content.numpy().data
+        offset = 0
+        async for piece in request.content.iter_any():
+            room[offset : offset + len(piece)] = piece
+            offset += len(piece)
+        return web.json_response(asdict(memory.address))
+
+    async def _forward(self, request: web.Request) -> web.Response:
+        """Pass a request on to an engine, under the engine's own key."""
+        path = request.match_info["path"]
+        server = self.engines[request.match_info["index"]].server
+        key = server.api_key if path in USER_ROUTES else server.admin_key
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        body = await request.read()
+        try:
+            async with self.session.request(
+                request.method, f"{server.base_url}/{path}", data=body or None, headers=headers
+            ) as answer:
+                return web.Response(status=answer.status, body=await answer.read(), content_type=answer.content_type)
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            return web.Response(status=GONE, text=repr(error))
+
+    def _wait_until_ready(self, engine: HostedEngine) -> None:
+        try:
+            engine.server.wait_until_ready(self.config.rollout.startup_timeout_s)
+            engine.state = "ready"
+        except (EngineStartFailed, ValueError) as error:
+            engine.error = str(error)
+            engine.state = "failed"
+
+    def _description(self, engine: HostedEngine) -> web.Response:
+        return web.json_response(
+            {
+                "state": engine.state,
+                "error": engine.error,
+                "is_alive": engine.server.is_alive(),
+                "log_tail": engine.server.log_tail(),
+                "pid": engine.server.pid,
+                "host_memory": asdict(engine.server.host_memory()),
+            }
+        )
+
+    def _in_thread(self, call: Callable[[], T]) -> "asyncio.Future[T]":
+        return asyncio.get_running_loop().run_in_executor(self.pool, call)
+
+
+async def serve(config: Config, run_dir: Path, key: str, address: str) -> None:
+    """Listen at a free port of `address`, print the URL, and go on until the process is ended."""
+    limit = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limit) as session:
+        agent = Agent(config=config, run_dir=run_dir, key=key, session=session)
+        runner = web.AppRunner(agent.application(), access_log=None, shutdown_timeout=0)
+        await runner.setup()
+        site = web.TCPSite(runner, address, 0)
+        await site.start()
+        print(f"http://{address}:{runner.addresses[0][1]}", flush=True)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+            agent.close()

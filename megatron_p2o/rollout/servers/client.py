@@ -1,0 +1,226 @@
+"""The routes of one SGLang server, with tokens in and tokens out. Lives on the broker's event loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import aiohttp
+import numpy as np
+import orjson
+
+from megatron_p2o.rollout.buckets.staging import StagingBuffer
+from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
+from megatron_p2o.types import FinishReason, Logprobs, SamplingParams, TokenIds
+
+WEIGHTS, KV_CACHE = "weights", "kv_cache"
+"""What a server can give the memory of away; SGLang's names."""
+
+GONE = 502
+"""Status with which a node's agent says that the engine behind it is gone; SGLang has no use for it."""
+
+
+NOT_THE_REQUEST = (401, 403, 404, 405)
+"""Of the statuses that blame the request, those that say that this is not our server or not our key."""
+
+
+class EngineUnreachable(RuntimeError):
+    """The connection was refused, reset or cut: the server is gone."""
+
+
+class EngineRefused(RuntimeError):
+    """The server answered with an error: the request is at fault, or the server's state is."""
+
+
+class RequestRefused(EngineRefused):
+    """The request is at fault: another one may be served."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """What a server sampled."""
+
+    token_ids: TokenIds
+    """[R]"""
+    logprobs: Logprobs
+    """[R] at the sampling temperature; of the unscaled distribution for greedy sampling. Not renormalised for top_p."""
+    finish_reason: FinishReason
+    weight_versions: tuple[int, ...]
+    """Oldest first."""
+
+
+class Mirror(Protocol):
+    """Copies of the trainer's buckets on another machine."""
+
+    async def place(self, bucket: StagingBuffer) -> MemoryAddress:
+        """Return where the bucket lies there, after bringing it there.
+
+        Raises:
+            EngineUnreachable, TimeoutError
+        """
+        ...
+
+
+class EngineClient:
+    """HTTP client of one server. Create and use it on one event loop."""
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str,
+        admin_key: str,
+        stop_token_ids: Sequence[int],
+        answer_timeout_s: float,
+        mirror: Mirror | None = None,
+    ) -> None:
+        """Args:
+        stop_token_ids: end-of-sequence ids of the model.
+        answer_timeout_s: longest wait for the answer to anything but a generation.
+        mirror: of an engine on another machine, where it finds the weights.
+        """
+        self._base_url = base_url
+        self._user = {"Authorization": f"Bearer {api_key}"}
+        self._admin = {"Authorization": f"Bearer {admin_key}"}
+        self._stop_token_ids = list(stop_token_ids)
+        self._answer_timeout_s = answer_timeout_s
+        self._mirror = mirror
+        self._released: set[str] = set()
+        # The broker bounds the requests in flight; the connector must not bound them a second time.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+    async def generate(
+        self, token_ids: TokenIds, sampling: SamplingParams, request_id: str, timeout_s: float | None = None
+    ) -> Generation:
+        """Sample one continuation.
+
+        `sampling.seed` is honoured by servers with `enable_deterministic_inference`. Without `timeout_s` it is for the
+        caller to give up.
+
+        Raises:
+            TimeoutError: no answer within `timeout_s`; the server may still be at work on it, see `abort`.
+            RequestRefused: this request, for instance one that is too long for the model.
+            EngineUnreachable, EngineRefused
+        """
+        parameters: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop_token_ids": self._stop_token_ids,
+        }
+        if sampling.seed is not None:
+            parameters["sampling_seed"] = sampling.seed
+        request = {
+            "rid": request_id,
+            "input_ids": token_ids.tolist(),
+            "sampling_params": parameters,
+            "return_logprob": True,
+        }
+        return parse_generation(await self._post("/generate", request, self._user, timeout_s))
+
+    async def abort(self, request_id: str) -> None:
+        """Ask the server to finish a request with what it has; `generate` then returns it as "abort"."""
+        await self._post("/abort_request", {"rid": request_id}, self._admin, self._answer_timeout_s)
+
+    async def probe(self, timeout_s: float) -> None:
+        """Return once the engine has sampled something after this call; one that has nothing to do samples a token.
+
+        Raises:
+            TimeoutError, EngineRefused: it has not, within `timeout_s`.
+            EngineUnreachable
+        """
+        await self._ask("GET", "/health_generate", None, self._user, timeout_s)
+
+    async def pause(self) -> None:
+        """Stop decoding; running requests lose their KV cache and are computed anew after `resume`."""
+        await self._post("/pause_generation", {"mode": "retract"}, self._admin, self._answer_timeout_s)
+
+    async def resume(self) -> None:
+        """Go on with the requests that `pause` stopped."""
+        await self._post("/continue_generation", {}, self._admin, self._answer_timeout_s)
+
+    async def release_memory(self) -> None:
+        """Give the memory of weights and KV cache away, their content with it. Only while paused.
+
+        SGLang ends itself when it is asked to with requests at work, and without its memory saver keeps the memory.
+        """
+        parts = (KV_CACHE, WEIGHTS)
+        # Noted first: what became of a request that got no answer is not known.
+        self._released.update(parts)
+        await self._post("/release_memory_occupation", {"tags": parts}, self._admin, self._answer_timeout_s)
+
+    async def resume_memory(self, part: str) -> None:
+        """Take the memory of one part back, with nothing in it. Does nothing unless this client has released it.
+
+        SGLang ends itself when it is asked for memory that it has.
+        """
+        if part in self._released:
+            await self._post("/resume_memory_occupation", {"tags": [part]}, self._admin, self._answer_timeout_s)
+            self._released.discard(part)
+
+    async def place(self, bucket: StagingBuffer) -> MemoryAddress:
+        """Return where the engine finds a bucket of weights, after bringing it there."""
+        return bucket.address if self._mirror is None else await self._mirror.place(bucket)
+
+    async def begin_weight_update(self) -> None:
+        await self._update("/begin_weight_update", {})
+
+    async def update_weights(self, payloads: Sequence[str], load_format: str | None, flush_cache: bool) -> None:
+        """Hand one serialized payload to each tensor-parallel rank. Only inside begin/end."""
+        request = {
+            "serialized_named_tensors": list(payloads),
+            "load_format": load_format,
+            "flush_cache": flush_cache,
+        }
+        await self._update("/update_weights_from_tensor", request)
+
+    async def end_weight_update(self) -> None:
+        await self._update("/end_weight_update", {})
+
+    async def set_weight_version(self, version: int) -> None:
+        """From now on tokens are marked with `version`."""
+        request = {"new_version": str(version), "abort_all_requests": False}
+        await self._update("/update_weight_version", request)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def _update(self, path: str, request: dict[str, Any]) -> None:
+        answer = await self._post(path, request, self._admin, self._answer_timeout_s)
+        if not answer["success"]:
+            raise EngineRefused(f"{self._base_url}{path}: {answer['message']}")
+
+    async def _post(self, path: str, request: dict[str, Any], headers: dict[str, str], timeout_s: float | None) -> Any:
+        return await self._ask("POST", path, request, headers, timeout_s)
+
+    async def _ask(
+        self, method: str, path: str, request: dict[str, Any] | None, headers: dict[str, str], timeout_s: float | None
+    ) -> Any:
+        """Return the JSON of the answer, None when it has another type."""
+        url = self._base_url + path
+        limit = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.request(method, url, json=request, headers=headers, timeout=limit) as response:
+                if response.status == GONE:
+                    raise EngineUnreachable(f"{url}: {await response.text()}")
+                if response.status != 200:
+                    is_at_fault = 400 <= response.status < 500 and response.status not in NOT_THE_REQUEST
+                    refusal = RequestRefused if is_at_fault else EngineRefused
+                    raise refusal(f"{url}: {response.status} {(await response.text())[:500]}")
+                # A long response is half a megabyte of numbers, which the standard library takes 25 ms for.
+                return orjson.loads(await response.read()) if response.content_type == "application/json" else None
+        except TimeoutError:
+            raise TimeoutError(f"{url}: no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            raise EngineUnreachable(f"{url}: {error!r}") from error
+
+
+def parse_generation(answer: dict[str, Any]) -> Generation:
+    """Read the JSON of /generate; a log-prob that is null, as JSON writes nan, is nan."""
+    meta = answer["meta_info"]
+    token_logprobs = meta["output_token_logprobs"] or []
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
+    return Generation(
+        token_ids=np.array([token for _, token, _ in token_logprobs], dtype=np.int32),
+        logprobs=np.array([logprob for logprob, _, _ in token_logprobs], dtype=np.float32),
+        finish_reason=meta["finish_reason"]["type"],
+        weight_versions=tuple(dict.fromkeys(int(span["version"]) for span in spans)),
+    )

@@ -1,0 +1,265 @@
+"""Engines on other nodes, as rank 0 sees them: through the agent of their node."""
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import select
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.processes import HostMemory, child_environment
+from megatron_p2o.rollout.buckets.staging import StagingBuffer
+from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
+from megatron_p2o.rollout.servers.client import EngineUnreachable, Mirror
+from megatron_p2o.rollout.servers.server import EngineStartFailed, open_private
+from megatron_p2o.rollout.servers.server_arguments import EnginePlace, engine_places
+
+ADDRESS_VARIABLE = "P2O_NODE_ADDRESS"
+"""Environment variable: where the other nodes reach this one, if that is not where it sends from to the head."""
+
+AGENT_MODULE = "megatron_p2o.run.agent"
+ADDRESS_FILE = re.compile(r"agent-\d+-[0-9a-f]{32}\.json")
+AGENT_START_TIMEOUT_S = 120.0
+CALL_TIMEOUT_S = 30.0
+READY_POLL_S = 0.5
+PIECE_BYTES = 1 << 22
+"""Of weights on their way to another node."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgentAddress:
+    """How to reach the agent of a node."""
+
+    url: str
+    key: str
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the agent's answer.
+
+        Raises:
+            OSError: it is gone, silent, or refuses.
+        """
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, content, headers, method=method)
+        with urllib.request.urlopen(request, timeout=CALL_TIMEOUT_S) as response:
+            return json.load(response)
+
+
+class NodeMirror:
+    """Implements `client.Mirror`: sends each bucket to a node once, however many engines it has."""
+
+    def __init__(self, address: AgentAddress, timeout_s: float) -> None:
+        self._address = address
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._placed: dict[int, tuple[int, asyncio.Task[MemoryAddress]]] = {}
+
+    async def place(self, bucket: StagingBuffer) -> MemoryAddress:
+        """Return where the bucket lies on the node; see `client.Mirror`."""
+        filling, task = self._placed.get(bucket.slot, (None, None))
+        has_failed = task is not None and task.done() and (task.cancelled() or task.exception() is not None)
+        if task is None or filling != bucket.num_fillings or has_failed:
+            task = asyncio.get_running_loop().create_task(self._send(bucket))
+            self._placed[bucket.slot] = (bucket.num_fillings, task)
+        return await asyncio.shield(task)
+
+    async def _send(self, bucket: StagingBuffer) -> MemoryAddress:
+        url = f"{self._address.url}/staging/{bucket.slot}"
+        headers = {
+            "Authorization": f"Bearer {self._address.key}",
+            "X-Capacity": str(bucket.address.num_bytes),
+        }
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=self._timeout) as session,
+                session.put(url, data=pieces_of(bucket), headers=headers) as response,
+            ):
+                response.raise_for_status()
+                return MemoryAddress(**await response.json())
+        except TimeoutError:
+            raise TimeoutError(f"{url}: weights were not taken within {self._timeout.total:g} s") from None
+        except aiohttp.ClientError as error:
+            raise EngineUnreachable(f"{url}: {error!r}") from error
+
+
+async def pieces_of(bucket: StagingBuffer) -> AsyncIterator[bytes]:
+    """Yield the bytes of a bucket."""
+    content = bucket.content.numpy().data
+    for start in range(0, len(content), PIECE_BYTES):
+        yield bytes(content[start : start + PIECE_BYTES])
+
+
+class RemoteServer:
+    """Implements `server.Server` for an engine of another node. Its keys are the agent's, which knows the engine's."""
+
+    def __init__(self, address: AgentAddress, place: EnginePlace, restart: int, log_path: Path, mirror: Mirror) -> None:
+        """Have the agent start the engine and return without waiting.
+
+        Raises:
+            EngineStartFailed: the agent is gone.
+        """
+        self.name = f"engine {place.index}"
+        self.log_path = log_path
+        self.base_url = f"{address.url}/engines/{place.index}"
+        self.api_key = self.admin_key = address.key
+        self.mirror: Mirror | None = mirror
+        self._address = address
+        self._path = f"/servers/{place.index}"
+        self._call("POST", {"place": asdict(place), "restart": restart})
+
+    @property
+    def pid(self) -> int:
+        """Process id of the launcher, on its node."""
+        return self._call("GET")["pid"]
+
+    def is_alive(self) -> bool:
+        try:
+            return self._address.call("GET", self._path)["is_alive"]
+        except OSError:
+            return False
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while (description := self._call("GET"))["state"] != "ready":
+            if description["state"] == "failed":
+                raise EngineStartFailed(description["error"])
+            if time.monotonic() > deadline:
+                raise EngineStartFailed(f"{self.name} was not ready within rollout.startup_timeout_s={timeout_s:g}")
+            time.sleep(READY_POLL_S)
+
+    def log_tail(self) -> str:
+        try:
+            return self._address.call("GET", self._path)["log_tail"]
+        except OSError as error:
+            return f"the agent of its node does not answer: {error}"
+
+    def host_memory(self) -> HostMemory:
+        try:
+            return HostMemory(**self._address.call("GET", self._path)["host_memory"])
+        except OSError:
+            return HostMemory()
+
+    def stop(self) -> None:
+        try:
+            self._address.call("DELETE", self._path)
+        except OSError:
+            return  # the agent is gone, and its engines with it
+
+    def _call(self, method: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            return self._address.call(method, self._path, body)
+        except OSError as error:
+            raise EngineStartFailed(f"{self.name}: the agent of its node at {self._address.url}: {error}") from error
+
+
+def meet_agents(config: Config, config_path: Path) -> list[AgentAddress]:
+    """Start this node's agent if it is this rank's to start; on rank 0 return all agents. All ranks must call.
+
+    A node that has engines but not rank 0 has an agent. Its first rank starts it and leaves address and key in a file
+    of the run's folder that only its user can read, and the name of that file in torch.distributed's store, which
+    anybody in the nodes' network can read.
+
+    Raises:
+        EngineStartFailed: an agent did not come up.
+        TimeoutError: a file is not to be seen here.
+    """
+    num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    last_node = engine_places(config.rollout.num_engines, num_nodes)[-1].node
+    if last_node == 0:
+        return []
+    store, node = _get_default_store(), int(os.environ["GROUP_RANK"])
+    folder = config_path.parent / "engines"
+    if dist.get_rank() == 0:
+        keys = [f"{AGENT_MODULE}/{other}" for other in range(1, last_node + 1)]
+        deadline = time.monotonic() + config.parallel.timeout_s
+        store.wait(keys, timedelta(seconds=config.parallel.timeout_s))
+        return [take_address(folder, store.get(key).decode(), deadline) for key in keys]
+    if 0 < node <= last_node and os.environ["LOCAL_RANK"] == "0":
+        address = start_agent(config_path, node, os.environ["MASTER_ADDR"])[1]
+        store.set(f"{AGENT_MODULE}/{node}", leave_address(folder, node, address))
+    return []
+
+
+def leave_address(folder: Path, node_rank: int, address: AgentAddress) -> str:
+    """Write how to reach an agent to a new file that only this user can read, and return its name."""
+    name = f"agent-{node_rank}-{secrets.token_hex(16)}.json"
+    with open_private(folder / f".{name}") as file:
+        file.write(json.dumps(asdict(address)).encode())
+    (folder / f".{name}").rename(folder / name)
+    return name
+
+
+def take_address(folder: Path, name: str, deadline: float) -> AgentAddress:
+    """Return what `leave_address` has written, perhaps on another machine, and remove it.
+
+    Raises:
+        TimeoutError: it is not to be seen by `deadline`, in time.monotonic().
+        ValueError: `name` is not one of `leave_address`.
+    """
+    if not ADDRESS_FILE.fullmatch(name):
+        raise ValueError(f"{name!r} in the store of the ranks names no agent: somebody else writes to it")
+    path = folder / name
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path}, written by another node, is not to be seen here: do all nodes share {folder}?")
+        os.listdir(folder)  # has a network filesystem look again
+        time.sleep(READY_POLL_S)
+    address = AgentAddress(**json.loads(path.read_text()))
+    path.unlink()
+    return address
+
+
+def start_agent(config_path: Path, node_rank: int, head_address: str) -> tuple["subprocess.Popen[bytes]", AgentAddress]:
+    """Start the agent of this node as a child process that ends with the calling thread.
+
+    Raises:
+        EngineStartFailed: it did not come up.
+    """
+    key = secrets.token_urlsafe(32)
+    log_path = config_path.parent / "engines" / f"agent-{node_rank}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    address = os.environ.get(ADDRESS_VARIABLE) or own_address(head_address)
+    with open_private(log_path) as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", AGENT_MODULE, str(config_path), address, "--parent", str(os.getpid())],
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(BrokenPipeError), process.stdin as pipe:  # it died: what it printed says why
+        pipe.write(f"{key}\n".encode())
+    is_there, _, _ = select.select([process.stdout], [], [], AGENT_START_TIMEOUT_S)
+    url = process.stdout.readline().decode().strip() if is_there else ""
+    if not url:
+        process.kill()
+        raise EngineStartFailed(
+            f"the engines' agent of node {node_rank} did not listen at {address} within {AGENT_START_TIMEOUT_S:g} s; "
+            f"set {ADDRESS_VARIABLE} if that is not this node's address; log: {log_path}\n{log_path.read_text()}"
+        )
+    return process, AgentAddress(url=url, key=key)
+
+
+def own_address(head_address: str) -> str:
+    """Return the address this machine sends from when it talks to the head."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((head_address, 9))  # a datagram socket sends nothing to connect
+        return probe.getsockname()[0]

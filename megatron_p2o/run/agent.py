@@ -1,0 +1,35 @@
+"""The process of `rollout.servers.agent`: `python -m megatron_p2o.run.agent CONFIG ADDRESS`, the key on standard input.
+
+Prints the URL it listens at as its only line.
+"""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from megatron_p2o.config.read import load_config
+from megatron_p2o.machine.memory_plan import with_planned_cache
+from megatron_p2o.processes import allow_many_files, end_with_parent
+from megatron_p2o.rollout.servers.agent import serve
+from megatron_p2o.terminal import set_up_logging
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="megatron_p2o.run.agent")
+    parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
+    parser.add_argument("address", help="this node's own, to listen at")
+    parser.add_argument("--parent", type=int, metavar="PID", required=True, help="ends with this process")
+    options = parser.parse_args()
+    end_with_parent(options.parent)
+    allow_many_files()
+    set_up_logging()
+    key = sys.stdin.readline().strip()
+    if not key:
+        sys.exit("no key on standard input")
+    config = with_planned_cache(load_config(options.config))
+    asyncio.run(serve(config, options.config.parent, key, options.address))
+
+
+if __name__ == "__main__":
+    main()

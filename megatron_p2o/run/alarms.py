@@ -1,0 +1,170 @@
+"""What a step's numbers ring at: a warning, or the end of the run with the step on record."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import assert_never
+
+from megatron_p2o.config.tree import ScoringConfig
+from megatron_p2o.metrics.trend import Rise, rise_of
+from megatron_p2o.metrics.values import Mean, MetricValue, numbers_of
+from megatron_p2o.types import Group, UpdateReport
+
+logger = logging.getLogger(__name__)
+
+MISMATCH = "mismatch/logprob_abs_mean"
+"""Metric key of what engine and trainer differ by."""
+
+MISMATCH_FLOOR = 1e-3
+"""Nats a token below which a rising mismatch is rounding: float32 stays below 1e-4."""
+
+MAX_SICK_STEPS = 3
+"""Steps on end without one finite gradient after which a run ends."""
+
+MIN_MASTERED = 10
+"""Mastered problems in a step below which their failures are no alarm."""
+
+
+class MismatchAlarm(RuntimeError):
+    """Engine and trainer differ too much; `scoring.mismatch_alarm_action` is stop."""
+
+
+class StepGivenUp(RuntimeError):
+    """Every rollout of a step was given up on."""
+
+
+class NothingLearnt(RuntimeError):
+    """No gradient of several steps on end was finite."""
+
+
+class HealthWatch:
+    """Tells a step whose numbers are none from one that is well, and ends a run that has only such steps."""
+
+    def __init__(self) -> None:
+        self._num_sick = 0
+
+    def is_healthy(self, step: int, groups: Sequence[Group], reports: Sequence[UpdateReport]) -> bool:
+        """Return whether the policy before this step could be sampled and learnt from.
+
+        Raises:
+            NothingLearnt: no update of `MAX_SICK_STEPS` steps on end had a finite gradient.
+        """
+        outcomes = [report.outcome for report in reports if report.outcome != "empty"]
+        self._num_sick = self._num_sick + 1 if outcomes and set(outcomes) == {"non_finite"} else 0
+        if self._num_sick == MAX_SICK_STEPS:
+            raise NothingLearnt(f"step {step}: no gradient of the last {MAX_SICK_STEPS} steps was finite")
+        is_sampled = any(not rollout.completion.is_aborted for group in groups for rollout in group.rollouts)
+        return is_sampled and outcomes[:1] != ["non_finite"]
+
+
+class MismatchWatch:
+    """Compares what engine and trainer differ by with a limit and with the run's own first steps."""
+
+    def __init__(self, scoring: ScoringConfig, earlier: Sequence[float]) -> None:
+        """`earlier`: the mean of each step before, oldest first; of a resumed run those of its checkpoint."""
+        self._scoring = scoring
+        self._means = list(earlier)
+        self._is_risen = self._rise() is not None
+
+    def look(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
+        """Take in a step's metrics (`step_metrics`); warn, or stop, where the difference is too large or has risen.
+
+        A rise is warned of once, until it is over. What is no number is too large.
+
+        Raises:
+            MismatchAlarm: settings say stop.
+        """
+        numbers = numbers_of(metrics)
+        mean = numbers.get(MISMATCH)
+        if mean is None:
+            return
+        if not mean <= self._scoring.mismatch_alarm:
+            self._ring(
+                f"step {step}: engine and trainer differ by {mean:.3g} nats a token (worst token "
+                f"{numbers['mismatch/logprob_abs_max']:.3g}, KL estimate {numbers['mismatch/kl_mean']:.3g}), more than "
+                f"scoring.mismatch_alarm={self._scoring.mismatch_alarm:g}: set scoring.recompute and "
+                "scoring.importance_cap, or look for a difference in precision or weights"
+            )
+        if math.isfinite(mean):
+            self._means.append(mean)
+        self._look_at_rise(step)
+
+    def _look_at_rise(self, step: int) -> None:
+        rise, was_risen = self._rise(), self._is_risen
+        self._is_risen = rise is not None
+        if rise is not None and (not was_risen or self._scoring.mismatch_alarm_action == "stop"):
+            self._ring(
+                f"step {step}: engine and trainer differ by {rise.last:.3g} nats a token, {rise.first:.3g} when the "
+                f"run began, more than scoring.mismatch_rise_alarm={self._scoring.mismatch_rise_alarm:g} times as much"
+                ": lower optimizer.lr, set scoring.recompute and scoring.importance_cap, or go back to an earlier "
+                "checkpoint"
+            )
+
+    def _rise(self) -> Rise | None:
+        return rise_of(self._means, times=self._scoring.mismatch_rise_alarm, floor=MISMATCH_FLOOR)
+
+    def _ring(self, message: str) -> None:
+        match self._scoring.mismatch_alarm_action:
+            case "stop":
+                raise MismatchAlarm(message)
+            case "warn":
+                logger.warning(message)
+            case _:
+                assert_never(self._scoring.mismatch_alarm_action)
+
+
+def warn_of_skipped_updates(step: int, reports: Sequence[UpdateReport]) -> None:
+    """Warn of updates whose gradient was not finite; one without samples is no fault."""
+    num_skipped = sum(report.outcome == "non_finite" for report in reports)
+    if num_skipped:
+        logger.warning(
+            "step %d: the gradient of %d of %d updates was not finite, their rollouts were not learnt from: lower "
+            "optimizer.lr, or go back to an earlier checkpoint",
+            *(step, num_skipped, len(reports)),
+        )
+
+
+def warn_of_forgotten(step: int, num_forgotten: int, num_mastered: int, alarm: float) -> None:
+    """Warn where more than the share `alarm` of a step's mastered problems fails plainly.
+
+    See `HardSampleLedger.forgotten`; fewer than `MIN_MASTERED` say nothing.
+    """
+    if num_mastered >= MIN_MASTERED and num_forgotten > alarm * num_mastered:
+        logger.warning(
+            "step %d: %d of %d mastered problems fail without a template, more than hard.forgotten_alarm=%g: raise "
+            "assignment.num_plain, lower optimizer.lr, or go back to an earlier checkpoint",
+            *(step, num_forgotten, num_mastered, alarm),
+        )
+
+
+def warn_of_undecided(step: int, metrics: Mapping[str, MetricValue], alarm: float) -> None:
+    """Warn where the grader could not decide more than the share `alarm` of answers: of a step, or of an evaluation."""
+    for key, share in metrics.items():
+        if key.endswith("/undecided_share") and isinstance(share, Mean) and share.sum > alarm * share.count:
+            logger.warning(
+                "step %d: %s: the grader could not decide %d of %d answers, more than grading.undecided_alarm=%g; they "
+                "count neither way: look at them under rollouts/, or raise grading.deadline_s or memory_limit_mib",
+                *(step, key.removesuffix("/undecided_share"), share.sum, share.count, alarm),
+            )
+
+
+def warn_of_a_skipped_round(epoch: int, num_hard: int, min_problems: int) -> None:
+    """Say that no prompts evolve after an epoch, numbered from 1, and what would change that."""
+    logger.warning(
+        "epoch %d: no prompts evolve, every problem is asked plainly: %d problems are hard, fewer than "
+        "hard.min_problems=%d: lower it, or raise hard.max_solved, if that is not because the others are solved",
+        *(epoch, num_hard, min_problems),
+    )
+
+
+def stop_where_nothing_was_sampled(step: int, groups: Sequence[Group]) -> None:
+    """Raise `StepGivenUp` when all rollouts of a step were given up on: it has learnt nothing and the next will not.
+
+    A step without rollouts passes.
+    """
+    reasons = [rollout.completion.finish_reason for group in groups for rollout in group.rollouts]
+    if reasons and all(reason == "abort" for reason in reasons):
+        raise StepGivenUp(
+            f"step {step}: all {len(reasons)} rollouts were given up on: where engines gave no usable answer a warning "
+            "before says why, else they took longer than rollout.request_timeout_s"
+        )

@@ -1,0 +1,157 @@
+"""What `p2o eval` is asked for: whose answers, to which problems, under which settings, and where they go."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_p2o.config.read import ConfigError, load_config, missing_paths
+from megatron_p2o.config.tree import Config
+from megatron_p2o.files import limit_readers, read_json_object
+from megatron_p2o.run.launch import check_engines, launch, prepare_environment
+from megatron_p2o.run_folder.lock import hold_run
+from megatron_p2o.run_folder.state import STATE_FILE
+
+Value = TypeVar("Value")
+
+EVALUATIONS_FOLDER = "evaluations"
+"""Of a run: where its evaluations go unless `--output` says otherwise."""
+
+POINTERS = ("latest", "best")
+"""Files under `checkpoints` that name one of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One evaluation, ready to start."""
+
+    config: Config
+    """With the chosen sets only, of a run that is the output folder."""
+    checkpoint: Path | None
+    """None: the model in `model.path`."""
+    output: Path
+
+
+def request_of(
+    target: Path, settings_file: Path | None, overrides: Sequence[str], benchmarks: Sequence[str], output: Path | None
+) -> Request:
+    """Return what is to be evaluated: a settings file's initial policy, a checkpoint or a Hugging Face directory.
+
+    Args:
+        target: any of the three, or `checkpoints/latest` or `checkpoints/best` of a run.
+        settings_file: for a directory; a checkpoint has those of its run, a model the defaults.
+        overrides: "name=value" settings, which win.
+        benchmarks: "name=file" to add a set, "name" to choose one of `data.evaluation`; empty chooses all.
+
+    Raises:
+        ValueError: the target is none of these, settings are wrong, or files are missing.
+    """
+    named = {name: file for name, _, file in (benchmark.partition("=") for benchmark in benchmarks)}
+    files = [_override(f"data.evaluation.{name}", file) for name, file in named.items() if file]
+    target = _pointed_at(target)
+    checkpoint = None
+    if target.is_file():
+        config = load_config(target, [*files, *overrides])
+        default = config.run.folder / EVALUATIONS_FOLDER / "initial"
+    elif (target / STATE_FILE).is_file():
+        checkpoint = target.resolve()
+        run_dir = checkpoint.parent.parent
+        config = load_config(settings_file or run_dir / "config.yaml", [*files, *overrides])
+        default = run_dir / EVALUATIONS_FOLDER / checkpoint.name
+    elif (target / "config.json").is_file():
+        model = _override("model.path", str(target))
+        own = [model] if settings_file else [model, "run.name=evaluation", 'data.train=""']
+        config = load_config(settings_file, [*own, *files, *overrides])
+        default = Path(config.run.directory) / EVALUATIONS_FOLDER / target.resolve().name
+    else:
+        raise ValueError(
+            f"{target} is no settings file, no checkpoint (it has no {STATE_FILE}) and no Hugging Face model directory "
+            "(it has no config.json)"
+        )
+    config = _checked(_with_sets(config, list(named)))
+    place = (output or default).absolute()
+    return Request(config=own_run(config, place), checkpoint=checkpoint, output=place)
+
+
+def run_evaluation(request: Request, restart: bool) -> int:
+    """Evaluate and return the exit status. A checkpoint needs the run's ranks, a model directory only engines.
+
+    Args:
+        restart: throw earlier answers in the output folder away.
+    """
+    if request.checkpoint is not None:
+        flags = ["--restart"] if restart else []
+        return launch(request.config, ["--evaluate", str(request.checkpoint), *flags])
+    check_engines(request.config)
+    prepare_environment(request.config)
+    limit_readers(request.output, request.config.run.readable_by)
+    # Imported here: transformers and the engine's client take seconds that a refused request does not need.
+    from megatron_p2o.evaluation.benchmark import discard_answers, evaluate_directory
+
+    with hold_run(request.output):
+        if restart:
+            discard_answers(request.output)
+        evaluate_directory(request.config, request.output)
+    return 0
+
+
+def own_run(config: Config, output: Path) -> Config:
+    """Return the settings of a run that is `output`: nothing of an evaluation is written elsewhere, nothing evolves."""
+    return replace(
+        config,
+        run=replace(config.run, directory=str(output.parent), name=output.name),
+        evolution=replace(config.evolution, enabled=False),
+    )
+
+
+def _pointed_at(target: Path) -> Path:
+    """Return the checkpoint that `checkpoints/latest` or `checkpoints/best` names; other targets as they are."""
+    if target.name not in POINTERS or target.parent.name != "checkpoints" or not target.is_file():
+        return target
+    text = target.read_bytes().strip()
+    name = read_json_object(target).get("checkpoint") if text.startswith(b"{") else text.decode(errors="replace")
+    if not isinstance(name, str) or not name.isprintable() or Path(name).name != name:
+        raise ValueError(f"{target} names no checkpoint beside it: write its name into the file, such as step-000030")
+    return target.parent / name
+
+
+def _with_sets(config: Config, chosen: Sequence[str]) -> Config:
+    """Return `config` with the chosen sets alone; all of them when none is chosen."""
+    known = config.data.evaluation
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ValueError(
+            f"--benchmark {unknown[0]} names no set of data.evaluation ({', '.join(known) or 'none'}): "
+            f"write --benchmark {unknown[0]}=FILE"
+        )
+    names = list(chosen) or list(known)
+    if not names:
+        raise ValueError("there is nothing to evaluate: give --benchmark NAME=FILE, or set data.evaluation")
+
+    evaluation = replace(
+        config.evaluation,
+        num_samples_of=_of(names, config.evaluation.num_samples_of),
+        temperature_of=_of(names, config.evaluation.temperature_of),
+        best_set=None,
+    )
+    return replace(config, data=replace(config.data, evaluation=_of(names, known)), evaluation=evaluation)
+
+
+def _of(names: Sequence[str], settings: Mapping[str, Value]) -> dict[str, Value]:
+    return {name: settings[name] for name in names if name in settings}
+
+
+def _checked(config: Config) -> Config:
+    # Imported here: numpy and the readers of problems take a second that a refused target does not need.
+    from megatron_p2o.run.inputs import missing_packages
+
+    missing = [*missing_paths(config, for_training=False), *missing_packages(config, for_training=False)]
+    if missing:
+        raise ConfigError(missing)
+    return config
+
+
+def _override(name: str, text: str) -> str:
+    # JSON is YAML: a path stays text whatever it looks like.
+    return f"{name}={json.dumps(text)}"

@@ -1,0 +1,121 @@
+"""What a run reads before it starts anything, and what can be said of it then."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.data.batches import epoch_batches
+from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
+from megatron_p2o.data.problems import load_problems
+from megatron_p2o.data.raw_rows import missing_package
+from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
+from megatron_p2o.files import read_json_object
+from megatron_p2o.metrics import sinks
+from megatron_p2o.types import PLAIN, Problem, TokenIds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """The problems of a run and how they become tokens."""
+
+    renderer: ChatRenderer
+    train: Sequence[Problem]
+    evaluation: Mapping[str, Sequence[Problem]]
+
+
+def missing_packages(config: Config, *, for_training: bool = True) -> list[str]:
+    """Return one sentence for each package that the settings need and this machine lacks: readers of files, sinks."""
+    files = [*([config.data.train] if for_training else []), *config.data.evaluation.values()]
+    readers = [missing_package(Path(file)) for file in dict.fromkeys(files)]
+    return [*filter(None, readers), *(sinks.missing_packages(config.logging) if for_training else ())]
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Read problems and tokenizer.
+
+    Raises:
+        ValueError: a file, a row or a prompt is bad, or prompt evolution could never begin; the message names it.
+    """
+    renderer = chat_renderer(config)
+
+    def read(path: str) -> Sequence[Problem]:
+        return fitting_problems(load_problems(path, config.data), renderer, config.data.skip_bad_rows)
+
+    evaluation = {name: read(path) for name, path in config.data.evaluation.items()}
+    inputs = Inputs(renderer=renderer, train=read(config.data.train), evaluation=evaluation)
+    check_vocabulary(config, inputs)
+    check_hard_set(config, len(inputs.train))
+    check_phrases(config)
+    return inputs
+
+
+def summary_of(config: Config, inputs: Inputs) -> list[str]:
+    """Return what a run will make of its inputs, one line each.
+
+    Raises:
+        ValueError: there are fewer problems than a step takes.
+    """
+    schedule = config.schedule
+    num_steps = len(epoch_batches(inputs.train, schedule.problems_per_step, config.run.seed, epoch=0))
+    at_most = "at most " if schedule.max_batches_per_step > 1 else ""
+    longest = max(len(token_ids) for token_ids in _plain_prompts(inputs))
+    notice = evolution_notice(config, num_steps)
+    return [
+        f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {schedule.epochs} epochs",
+        *(f"evaluation.{name}: {len(problems)} problems" for name, problems in inputs.evaluation.items()),
+        f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens",
+        f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",
+        *([notice] if notice else []),
+    ]
+
+
+def check_vocabulary(config: Config, inputs: Inputs) -> None:
+    """Raise `ValueError` when a prompt holds a token that the model has no embedding of."""
+    path = Path(config.model.path) / "config.json"
+    size = read_json_object(path).get("vocab_size")
+    largest = max(int(token_ids.max()) for token_ids in _plain_prompts(inputs))
+    if isinstance(size, int) and largest >= size:
+        raise ValueError(
+            f"model.path={config.model.path} has a tokenizer of another model: prompts hold token {largest}, and "
+            f"{path.name} says vocab_size={size}"
+        )
+
+
+def _plain_prompts(inputs: Inputs) -> Iterator[TokenIds]:
+    for problems in (inputs.train, *inputs.evaluation.values()):
+        for problem in problems:
+            yield inputs.renderer.render(problem, PLAIN).training_ids
+
+
+def check_hard_set(config: Config, num_problems: int) -> None:
+    """Raise `ValueError` when an epoch over `num_problems` never has enough hard ones for a round of evolution."""
+    size = config.schedule.problems_per_step
+    num_asked = num_problems // size * size  # none: `epoch_batches` says so
+    if config.evolution.enabled and 0 < num_asked < config.hard.min_problems:
+        raise ValueError(
+            f"hard.min_problems={config.hard.min_problems} must be at most the {num_asked} problems of data.train that "
+            "an epoch asks, or prompts never evolve: lower it, or set evolution.enabled to false"
+        )
+
+
+def check_phrases(config: Config) -> None:
+    """Raise `ValueError` when the phrases that prompts are to evolve from cannot be read."""
+    reflection = config.evolution.reflection
+    if config.evolution.enabled and reflection.backend == "phrasebook" and reflection.phrases is not None:
+        Phrasebook.from_file(Path(reflection.phrases), config.run.seed)
+
+
+def evolution_notice(config: Config, num_steps_per_epoch: int) -> str | None:
+    """Return why no round of evolution can begin on the schedule; None when one can, or none is wanted."""
+    schedule = config.schedule
+    if not config.evolution.enabled:
+        return None
+    if schedule.epochs == 1:
+        return "prompts do not evolve: rounds run between epochs, and schedule.epochs=1"
+    if schedule.max_steps is not None and schedule.max_steps <= num_steps_per_epoch:
+        return (
+            f"prompts do not evolve: rounds run between epochs, and schedule.max_steps={schedule.max_steps} ends the "
+            f"run in the first, of {num_steps_per_epoch} steps"
+        )
+    return None

@@ -1,0 +1,133 @@
+"""How templates are tried out: rendered, sampled on the training engines and graded, on behalf of prompt evolution."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from megatron_p2o.algorithm import reward_of
+from megatron_p2o.evaluation.protocol import template_of
+from megatron_p2o.evolve.reflection.guards import TOO_LONG, is_too_long_to_count
+from megatron_p2o.evolve.search.publish import RoundStats
+from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, FreeScore, Rejection
+from megatron_p2o.interfaces import Grader, PromptRenderer, PromptTooLongError
+from megatron_p2o.rollout.requests import settle
+from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, Rollout, SamplingParams
+
+Sample = Callable[[Prompt, SamplingParams], Future[Completion]]
+"""Submits one rollout to the engines at evolution's priority."""
+
+
+class TemplateEvaluator:
+    """Implements `evolve.process.session.Evaluate`. Calls may come from any thread; nothing blocks.
+
+    Cancelling the future of an evaluation takes its request from the engine.
+    """
+
+    def __init__(self, sample: Sample, renderer: PromptRenderer, grader: Grader, max_template_tokens: int) -> None:
+        self._sample, self._renderer, self._grader = sample, renderer, grader
+        self._max_template_tokens = max_template_tokens
+
+    def __call__(
+        self, template_text: str, problem: Problem, sampling: SamplingParams
+    ) -> Future[Evaluation | Rejection]:
+        outcome: Future[Evaluation | Rejection] = Future()
+        prompt = self._prompt(template_text, problem)
+        if isinstance(prompt, Rejection):
+            outcome.set_result(prompt)
+            return outcome
+        sampled = self._sample(prompt, sampling)
+        sampled.add_done_callback(lambda done: self._grade(done, outcome))
+        # Nobody waits for a cancelled evaluation: the engine must not go on with it.
+        outcome.add_done_callback(lambda done: sampled.cancel() if done.cancelled() else None)
+        return outcome
+
+    def _prompt(self, template_text: str, problem: Problem) -> Prompt | Rejection:
+        """Return the prompt; what a template adds to the plain one is its length in tokens."""
+        if is_too_long_to_count(template_text, self._max_template_tokens):
+            return Rejection(reason=TOO_LONG)
+        try:
+            prompt = self._renderer.render(problem, template_of(template_text))
+        except PromptTooLongError:
+            return Rejection(reason="its prompt is too long")
+        except ValueError:  # the model's tokenizer or chat template does not take the text
+            return Rejection(reason="its prompt cannot be rendered")
+        if len(prompt.sampling_ids) - len(prompt.training_ids) > self._max_template_tokens:
+            return Rejection(reason=TOO_LONG)
+        return prompt
+
+    def _grade(self, sampled: Future[Completion], outcome: Future[Evaluation | Rejection]) -> None:
+        if sampled.cancelled():
+            outcome.cancel()
+            return
+        error = sampled.exception()
+        if error is not None:
+            settle(outcome, EvaluationFailed(str(error)))
+            return
+        completion = sampled.result()
+        if completion.is_aborted:
+            settle(outcome, EvaluationFailed("the engine gave the rollout up"))
+            return
+        text = self._renderer.decode(completion)
+        graded = self._grader.submit(completion.prompt.problem, text)
+        graded.add_done_callback(lambda done: _judge(completion, text, done, outcome))
+
+
+def _judge(completion: Completion, text: str, graded: Future[Grade], outcome: Future[Evaluation | Rejection]) -> None:
+    """Set the outcome of a graded rollout; one without a verdict is no score."""
+    error = graded.exception()
+    if error is not None:
+        settle(outcome, EvaluationFailed(str(error)))
+    elif graded.result() == "error":
+        settle(outcome, EvaluationFailed("the grader could not decide"))
+    else:
+        settle(outcome, _evaluation(completion, reward_of(graded.result()), text))
+
+
+def _evaluation(completion: Completion, reward: float, text: str) -> Evaluation:
+    return Evaluation(
+        reward=reward,
+        response_text=text,
+        finish_reason=completion.finish_reason,
+        num_tokens=len(completion.token_ids),
+        weight_version=completion.weight_versions[-1],
+    )
+
+
+def free_scores(groups: Sequence[Group], decode: Callable[[Completion], str]) -> list[FreeScore]:
+    """Return what training rollouts already say about each (template, problem): the mean reward of those
+    that were decided, and one answer."""
+    scores: list[FreeScore] = []
+    for group in groups:
+        by_template: dict[str, list[Rollout]] = {}
+        for rollout in group.rollouts:
+            if rollout.is_decided:
+                by_template.setdefault(rollout.completion.prompt.template.text, []).append(rollout)
+        for text, rollouts in by_template.items():
+            shown = rollouts[0].completion
+            mean_reward = sum(rollout.reward for rollout in rollouts) / len(rollouts)
+            evaluation = _evaluation(shown, mean_reward, decode(shown))
+            scores.append(FreeScore(template_text=text, problem_id=group.problem.id, evaluation=evaluation))
+    return scores
+
+
+def round_statistics(stats: RoundStats | None) -> dict[str, float]:
+    """Return the numbers of a round for the metrics `evolution/<name>`; empty when none ran."""
+    if stats is None:
+        return {}
+    numbers: dict[str, float] = {
+        "pool_size": stats.num_candidates,
+        "best_score": stats.best_score,
+        "coverage": stats.coverage,
+        "num_rollouts": stats.num_rollouts,
+        "num_templates": stats.num_templates,
+        "num_restarts": stats.num_restarts,
+        "num_failed_evaluations": stats.num_failed_evaluations,
+        "num_proposals": stats.num_proposals,
+        "num_accepted": stats.outcomes.get("accepted", 0),
+        "num_refused": stats.num_refused,
+        "is_cut_off": stats.ended_by == "deadline",
+        "is_reflection_lost": stats.ended_by == "reflection_unavailable",
+        "round_s": stats.duration_s,
+    }
+    if stats.plain_coverage is not None:
+        numbers["pass_at_n_plain"] = stats.plain_coverage
+    return numbers

@@ -1,0 +1,111 @@
+"""What becomes of each setting, and of each file behind the settings, that a resume changes: one table.
+
+`run.resume` applies it. A setting that is in no class fails a test.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+Effect = Literal["none", "step", "round", "evaluation", "order", "problems", "refused"]
+"""`none`: no result depends on it. `step`, `evaluation`: takes effect with the next one. `round`: in
+rounds of prompt evolution. `order`: the order in
+which an epoch asks its problems depends on it, so it takes effect where that can be said exactly and is refused
+elsewhere. `problems`: what counts is the problems it leads to, and those are compared. `refused`: what the checkpoint
+holds means nothing else under another value."""
+
+WHEN: Mapping[Effect, str] = {
+    "none": "no result depends on it, or rounding alone",
+    "step": "from the next step on",
+    "round": "in prompt evolution from now on; a round that has begun begins anew where its rules change",
+    "evaluation": "from the next evaluation on",
+    "problems": "through the problems that it leads to",
+}
+
+
+def _in(section: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names.split())
+
+
+MAPPINGS = (
+    "sglang",
+    "megatron",
+    "data.evaluation",
+    "evaluation.num_samples_of",
+    "evaluation.temperature_of",
+    "evolution.reflection.extra_body",
+)
+"""Settings whose keys are free."""
+
+OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
+    "none": (
+        *("preset", "model.path", "model.layer_backend", "grading.num_workers"),
+        *_in("run", "name directory readable_by"),
+        *_in("parallel", "tensor pipeline virtual_pipeline context data sequence timeout_s command_timeout_s"),
+        *_in("rollout", "num_engines tensor_parallel max_running_requests max_total_tokens startup_timeout_s"),
+        *_in("rollout", "max_restarts refresh_bucket_mib weight_transfer verify_every release_memory stall_timeout_s"),
+        *_in("head", "kernel weight_grad"),
+        *_in("schedule", "save_every_steps keep_checkpoints"),
+        *_in("logging", "console wandb_project tensorboard rollouts_every_steps profile_update"),
+    ),
+    "step": (
+        *_in("model", "enable_thinking template_date"),
+        *_in("data", "question_format max_prompt_tokens"),
+        *_in("rollout", "group_size temperature top_p max_new_tokens request_timeout_s deterministic"),
+        *_in("grading", "deadline_s memory_limit_mib undecided_alarm"),
+        *_in("hard", "max_solved counted forgotten_alarm"),
+        *_in("advantage", "estimator baseline"),
+        *_in("objective", "context ratio_low ratio_high ratio_form clip_low clip_high dual_clip denominator"),
+        *_in("objective", "normalization drop_zero_advantage drop_failed_templated"),
+        *_in("scoring", "recompute importance_cap mismatch_alarm mismatch_rise_alarm mismatch_alarm_action"),
+        *_in("optimizer", "lr beta1 beta2 eps weight_decay warmup_steps clip_grad micro_batch_tokens"),
+        *_in("schedule", "problems_per_update max_batches_per_step epochs max_steps"),
+        *("sglang", "megatron"),
+    ),
+    "round": (
+        *("hard.min_problems", "assignment.num_plain", "assignment.same_template_in_group"),
+        *_in("evolution", "enabled beside_training max_version_gap rules budget max_rollouts dev_size num_lineages"),
+        *_in("evolution", "minibatch_size evaluation_temperature warm_start guard_leaks plain_control"),
+        *_in("evolution", "max_template_tokens round_timeout_s"),
+        *_in("evolution.reflection", "backend base_url model api_key_env phrases temperature max_tokens timeout_s"),
+        *_in("evolution.reflection", "max_retries extra_body"),
+    ),
+    "evaluation": (
+        "data.evaluation",
+        *_in("evaluation", "every_steps num_samples num_samples_of temperature temperature_of at_start"),
+        *_in("evaluation", "with_best_template best_set best_metric"),
+    ),
+    "order": ("run.seed", "schedule.problems_per_step"),
+    "problems": _in("data", "train id_field question_field answer_field skip_bad_rows"),
+    "refused": ("model.dtype", "parallel.distributed_optimizer"),
+}
+"""Every setting by class. A mapping with free keys (`sglang`, `data.evaluation`) stands for all of them."""
+
+TOKENIZER = "tokenizer"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat template"
+GENERATION = "generation_config.json"
+
+OF_FILE: Mapping[str, Effect] = {
+    TOKENIZER: "refused",
+    TOKENIZER_SETTINGS: "step",
+    CHAT_TEMPLATE: "step",
+    GENERATION: "step",
+    "data.train": "problems",
+    "data.evaluation": "evaluation",
+    "evolution.reflection.phrases": "round",
+}
+"""The same of files: those of `model.path`, and those that settings name. Its sizes are compared one by one,
+its weights are not: a resumed run has the checkpoint's."""
+
+_EFFECTS: Mapping[str, Effect] = {name: effect for effect, names in OF_CLASS.items() for name in names}
+
+
+def effect_of(name: str) -> Effect:
+    """Return the class of a setting by its dotted name. Raises `KeyError` when it is in none."""
+    mapping = next((known for known in MAPPINGS if name.startswith(f"{known}.")), name)
+    return _EFFECTS[mapping]
+
+
+def effect_of_file(name: str) -> Effect:
+    """Return the class of a file by its name in `made_with.MadeWith.files`."""
+    return OF_FILE["data.evaluation" if name.startswith("data.evaluation.") else name]

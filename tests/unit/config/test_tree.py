@@ -1,0 +1,238 @@
+"""The rules between settings, their readers, and the reference preset."""
+
+import ast
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pytest
+
+import megatron_p2o
+from megatron_p2o.config.ranges import LONGEST_WAIT_S, UNBOUNDED, Range, range_of, range_problems
+from megatron_p2o.config.tree import REFERENCE_PRESET, Config, RunConfig, problems_of
+from megatron_p2o.testing.fakes import fake_config
+
+
+def dotted_types(section: type, prefix: str = "", *, has_ranges: bool = False) -> dict[str, Any]:
+    """Return the type of every setting under its dotted name."""
+    hints, found = get_type_hints(section, include_extras=has_ranges), {}
+    for field in fields(section):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            found |= dotted_types(kind, f"{prefix}{field.name}.", has_ranges=has_ranges)
+        else:
+            found[prefix + field.name] = kind
+    return found
+
+
+def is_numeric(annotation: Any) -> bool:
+    """Return whether a value of the type, or of a mapping to it, may be a number."""
+    return annotation in (int, float) or any(is_numeric(option) for option in get_args(annotation))
+
+
+PACKAGE = Path(megatron_p2o.__file__).parent
+SETTINGS = dotted_types(Config)
+RANGES = {name: range_of(kind) for name, kind in dotted_types(Config, has_ranges=True).items() if is_numeric(kind)}
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    read = {
+        node.attr
+        for source in PACKAGE.rglob("*.py")
+        if not source.name.startswith("config") and "testing" not in source.parts
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    # The preset has done its work once the settings are read.
+    assert [name for name in SETTINGS if name.rpartition(".")[2] not in read] == ["preset"]
+
+
+def test_a_sensible_run_breaks_no_rule() -> None:
+    assert problems_of(fake_config()) == []
+
+
+def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
+    assert set(REFERENCE_PRESET) <= set(SETTINGS)
+    for name, value in REFERENCE_PRESET.items():
+        choices = get_args(SETTINGS[name]) if get_origin(SETTINGS[name]) is not None else None
+        assert value in choices if choices else isinstance(value, SETTINGS[name]), name
+    assert problems_of(fake_config(REFERENCE_PRESET)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"schedule.problems_per_step": 128, "schedule.problems_per_update": 48}, "schedule.problems_per_update=48"),
+        ({"schedule.problems_per_step": 4, "schedule.problems_per_update": 8}, "schedule.problems_per_update=8"),
+        ({"assignment.num_plain": -1}, "assignment.num_plain=-1"),
+        ({"assignment.num_plain": 5, "rollout.group_size": 4}, "assignment.num_plain=5"),
+        ({"assignment.num_plain": 0, "rollout.group_size": 1}, "rollout.group_size=1"),
+        (
+            {"evolution.beside_training": False, "evolution.round_timeout_s": 60.0, "parallel.command_timeout_s": 60.0},
+            "evolution.round_timeout_s=60 must be less than parallel.command_timeout_s=60",
+        ),
+        ({"objective.ratio_low": 0.0}, "objective.ratio_low=0.0"),
+        ({"objective.ratio_low": 1.5}, "objective.ratio_low=1.5"),
+        ({"objective.ratio_high": 0.5}, "objective.ratio_high=0.5"),
+        ({"objective.clip_low": 1.0}, "objective.clip_low=1.0"),
+        ({"objective.clip_low": -0.1}, "objective.clip_low=-0.1"),
+        ({"objective.clip_high": -0.1}, "objective.clip_high=-0.1"),
+        ({"objective.dual_clip": 1.0}, "objective.dual_clip=1.0"),
+        ({"rollout.temperature": 0.0}, "rollout.temperature=0.0"),
+        ({"parallel.sequence": True}, "parallel.sequence"),
+        ({"parallel.tensor": 0}, "parallel.tensor"),
+        ({"parallel.pipeline": 0}, "parallel.pipeline"),
+        ({"parallel.data": -1}, "parallel.data"),
+        ({"objective.normalization": "micro_batch", "objective.denominator": "kept"}, "objective.normalization"),
+        ({"evolution.reflection.backend": "openai"}, "evolution.reflection.base_url"),
+        (
+            {"evolution.reflection.backend": "openai", "evolution.reflection.base_url": "https://host/v1"},
+            "evolution.reflection.base_url and .model",
+        ),
+        ({"evolution.reflection.backend": "phrasebook"}, "evolution.reflection.phrases"),
+        ({"data.question_format": "Answer."}, "data.question_format"),
+        *(({"run.name": name}, f"run.name={name} must name a folder below") for name in (".", "..", "/tmp", "a/../..")),
+    ],
+)
+def test_each_broken_rule_is_named_and_alone(settings: dict[str, Any], named: str) -> None:
+    problems = problems_of(fake_config(settings))
+    assert len(problems) == 1
+    assert named in problems[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule.problems_per_step": 128, "schedule.problems_per_update": 128},
+        {"assignment.num_plain": 0},
+        {"evolution.beside_training": True, "evolution.round_timeout_s": 9e4},
+        {"evolution.beside_training": False, "evolution.round_timeout_s": 59.0, "parallel.command_timeout_s": 60.0},
+        {"assignment.num_plain": 4},
+        {"objective.ratio_low": 1.0, "objective.ratio_high": 1.0},
+        {"objective.clip_low": 0.0, "objective.clip_high": 0.0},
+        {"parallel.sequence": True, "parallel.tensor": 2},
+        {"objective.denominator": "kept"},
+        {"evolution.reflection.backend": "openai", "evolution.enabled": False},
+        {"evolution.reflection.backend": "phrasebook", "evolution.enabled": False},
+        {"evolution.reflection.backend": "phrasebook", "evolution.reflection.phrases": "phrases.txt"},
+        {
+            "evolution.reflection.backend": "openai",
+            "evolution.reflection.base_url": "https://host/v1",
+            "evolution.reflection.model": "teacher",
+        },
+    ],
+)
+def test_the_edge_of_a_rule_is_allowed(settings: dict[str, Any]) -> None:
+    assert problems_of(fake_config(settings)) == []
+
+
+def test_every_numeric_setting_has_a_range() -> None:
+    """A number without bounds says so: `Annotated[int, UNBOUNDED]`."""
+    assert {"rollout.max_total_tokens", "evaluation.temperature_of", "run.seed"} <= set(RANGES)
+    assert [name for name, bounds in RANGES.items() if bounds is None] == []
+
+
+def numbers_outside(bounds: Range, *, is_float: bool) -> list[float]:
+    """Return the nearest numbers beyond each end of a range and, for floats, those that are not finite."""
+    step = 1e-7 if is_float else 1
+    ends = [(bounds.above, 0), (bounds.at_least, -step), (bounds.below, 0), (bounds.at_most, step)]
+    outside = [end + beyond for end, beyond in ends if end is not None]
+    return [float(number) for number in outside] + [math.inf, -math.inf, math.nan] if is_float else outside
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_beyond_its_range_is_refused_by_name(name: str) -> None:
+    bounds = RANGES[name]
+    assert bounds is not None
+    is_mapping = get_origin(SETTINGS[name]) is Mapping
+    is_float = float in (SETTINGS[name], *get_args(SETTINGS[name]))
+    for number in numbers_outside(bounds, is_float=is_float):
+        value, shown = ({"math": number}, f"{name}.math") if is_mapping else (number, name)
+        assert any(text.startswith(f"{shown}={number} must be ") for text in range_problems(fake_config({name: value})))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside"),
+    [
+        (Range(above=0), [1e-300, 1e300, 10**400], [0.0, -0.0, -1]),
+        (Range(at_least=0, below=1), [0, 0.0, 0.999], [-1e-300, 1, 1.0]),
+        (Range(above=0, at_most=LONGEST_WAIT_S), [0.1, LONGEST_WAIT_S], [0, LONGEST_WAIT_S + 1]),
+        (UNBOUNDED, [-1e300, 0], [math.inf, -math.inf, math.nan]),
+    ],
+)
+def test_a_range_includes_and_excludes_its_ends_as_written(
+    bounds: Range, inside: list[float], outside: list[float]
+) -> None:
+    assert [bounds.broken_rule(number) for number in inside] == [None] * len(inside)
+    assert all(bounds.broken_rule(number) is not None for number in outside)
+
+
+def test_a_broken_range_is_told_in_words() -> None:
+    assert range_problems(fake_config({"optimizer.beta1": 2.0, "optimizer.lr": math.inf, "rollout.group_size": 1})) == [
+        "rollout.group_size=1 must be at least 2: a group of one has no baseline",
+        "optimizer.lr=inf must be a finite number",
+        "optimizer.beta1=2.0 must be at least 0 and less than 1",
+    ]
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    problems = problems_of(fake_config({"rollout.temperature": 0.0, "objective.dual_clip": 0.5, "schedule.epochs": 0}))
+    assert len(problems) == 3
+
+
+def test_the_world_is_the_product_of_the_parallel_sizes() -> None:
+    config = fake_config({"parallel.tensor": 2, "parallel.pipeline": 3, "parallel.data": 5})
+    assert config.parallel.world_size == 30
+
+
+def test_the_defaults_are_the_papers() -> None:
+    defaults = Config(run=fake_config().run, model=fake_config().model, data=fake_config().data)
+    published = {
+        "rollout.group_size": 6,
+        "rollout.temperature": 0.6,
+        "rollout.max_new_tokens": 12288,
+        "data.max_prompt_tokens": 4096,
+        "schedule.problems_per_step": 128,
+        "schedule.problems_per_update": 64,
+        "schedule.epochs": 10,
+        "optimizer.lr": 1e-6,
+        "optimizer.weight_decay": 0.01,
+        "optimizer.clip_grad": 1.0,
+        "objective.clip_low": 0.2,
+        "objective.clip_high": 0.2,
+        "objective.dual_clip": 3.0,
+        "objective.ratio_low": 0.01,
+        "objective.ratio_high": 10.0,
+        "hard.max_solved": 1,
+        "hard.min_problems": 100,
+        "evolution.budget": "heavy_4",
+        "evolution.dev_size": 300,
+        "evolution.num_lineages": 16,
+        "evolution.minibatch_size": 3,
+    }
+    assert {name: attrgetter(name)(defaults) for name in published} == published
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "arm"),
+    [
+        ("grpo_n6-seed2", 2, "grpo_n6"),
+        ("grpo_seed2", 2, "grpo"),
+        ("grpo-seed-02", 2, "grpo"),
+        ("grpo_seed2", 1, "grpo_seed2"),
+        ("p2o_qwen3_4b", 4, "p2o_qwen3_4b"),
+        ("-seed2", 2, "-seed2"),
+    ],
+)
+def test_an_arm_is_the_name_without_a_mark_of_the_run_s_own_seed(name: str, seed: int, arm: str) -> None:
+    assert RunConfig(name=name, seed=seed).arm == arm
+
+
+def test_a_set_is_not_called_like_the_templated_measure_of_another() -> None:
+    config = fake_config({"data.evaluation": {"templated_hard": "a.jsonl", "hard": "b.jsonl"}})
+    (sentence,) = problems_of(config)
+    assert sentence.startswith("data.evaluation.templated_hard must not begin with templated_")

@@ -1,0 +1,123 @@
+"""Groups and training samples from graded rollouts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
+from megatron_p2o.rl.grouping import make_groups, train_samples
+from megatron_p2o.testing.fakes import encode, fake_problem, fake_rollout
+from megatron_p2o.types import PLAIN, Group, Rollout, Template
+from p2o_kernels.advantage.reference import group_advantages_reference
+
+HINT = Template(id=1, text="Go on.", parent=0)
+PROBLEM = fake_problem(1)
+
+
+def credits(rewards: list[float], estimator: str) -> tuple[float, ...]:
+    return tuple(group_advantages_reference(rewards, [True] * len(rewards), estimator)[0])
+
+
+def make_group(siblings: list[Rollout], advantage: AdvantageConfig, plain_success_rate: float) -> Group:
+    (group,) = make_groups([siblings], advantage, [plain_success_rate])
+    return group
+
+
+def rollouts(*, plain: list[float], templated: list[float] | None = None) -> list[Rollout]:
+    """Return the rollouts of one problem by reward, templated ones first."""
+    return [fake_rollout(PROBLEM, reward=reward, template=HINT, num_tokens=2) for reward in templated or []] + [
+        fake_rollout(PROBLEM, reward=reward, num_tokens=3) for reward in plain
+    ]
+
+
+def test_templated_and_plain_rollouts_share_one_baseline() -> None:
+    group = make_group(rollouts(templated=[1, 1, 0, 1], plain=[0, 0]), AdvantageConfig(), plain_success_rate=0.7)
+    assert group.problem == PROBLEM
+    assert group.advantages == pytest.approx(credits([1, 1, 0, 1, 0, 0], "grpo"))
+
+
+def test_only_templated_groups_are_anchored() -> None:
+    anchored = AdvantageConfig(baseline="plain_anchored", estimator="dr_grpo")
+    templated = make_group(rollouts(templated=[1, 1], plain=[0, 1]), anchored, plain_success_rate=0.25)
+    assert templated.advantages == pytest.approx([0.5, 0.5, -0.5, 0.5])  # mean of (3 + 4 * 0.25) / 8
+    plain = make_group(rollouts(plain=[1, 1, 0, 1]), anchored, plain_success_rate=0.25)
+    assert plain.advantages == pytest.approx(credits([1, 1, 0, 1], "dr_grpo"))
+
+
+def test_a_rollout_that_was_given_up_on_shapes_no_baseline() -> None:
+    siblings = rollouts(plain=[1, 0, 0])
+    aborted = fake_rollout(PROBLEM, reward=0, finish_reason="abort")
+    group = make_group([siblings[0], aborted, *siblings[1:]], AdvantageConfig(), plain_success_rate=0.0)
+    first, second, third = credits([1, 0, 0], "grpo")
+    assert group.advantages == pytest.approx((first, 0.0, second, third))
+    assert len(group.rollouts) == 4
+
+
+@pytest.mark.parametrize("baseline", ["group", "plain_anchored"])
+def test_a_group_that_was_given_up_on_has_no_credit(baseline) -> None:
+    lost = [fake_rollout(PROBLEM, reward=0, template=HINT, finish_reason="abort") for _ in range(3)]
+    group = make_group(lost, AdvantageConfig(baseline=baseline), plain_success_rate=0.5)
+    assert group.advantages == (0.0, 0.0, 0.0)
+    assert train_samples([group], ObjectiveConfig()) == []
+
+
+@pytest.mark.parametrize("context", ["replace", "importance", "ratio_mask"])
+def test_distilling_samples_stand_on_the_bare_prompt(context) -> None:
+    group = make_group(rollouts(templated=[1, 0], plain=[0]), AdvantageConfig(), plain_success_rate=0.0)
+    samples = train_samples([group], ObjectiveConfig(context=context))
+    assert [sample.context_ids.tolist() for sample in samples] == [encode(PROBLEM.question).tolist()] * 3
+    assert [sample.is_templated for sample in samples] == [True, True, False]
+    assert tuple(sample.advantage for sample in samples) == group.advantages
+    for sample, rollout in zip(samples, group.rollouts, strict=True):
+        assert np.array_equal(sample.response_ids, rollout.completion.token_ids)
+        assert np.array_equal(sample.sampling_logprobs, rollout.completion.logprobs)
+
+
+def test_without_distillation_samples_stand_on_the_prompt_they_were_sampled_with() -> None:
+    group = make_group(rollouts(templated=[1], plain=[0]), AdvantageConfig(), plain_success_rate=0.0)
+    samples = train_samples([group], ObjectiveConfig(context="sampling"))
+    assert samples[0].context_ids.tolist() == encode("Go on.\n\n" + PROBLEM.question).tolist()
+    assert samples[1].context_ids.tolist() == encode(PROBLEM.question).tolist()
+    assert [sample.is_templated for sample in samples] == [False, False]
+
+
+def test_failed_templated_rollouts_can_be_dropped_and_still_shape_the_baseline() -> None:
+    group = make_group(rollouts(templated=[1, 0, 1], plain=[0, 1]), AdvantageConfig(), plain_success_rate=0.0)
+    whole = train_samples([group], ObjectiveConfig())
+    samples = train_samples([group], ObjectiveConfig(drop_failed_templated=True))
+    kept = [0, 2, 3, 4]
+    assert [sample.advantage for sample in samples] == [whole[index].advantage for index in kept]
+    assert [sample.is_templated for sample in samples] == [True, True, False, False]
+
+
+def test_an_empty_response_is_credited_but_cannot_be_trained_on() -> None:
+    empty = fake_rollout(PROBLEM, reward=0, num_tokens=0)
+    group = make_group([empty, *rollouts(plain=[1, 1])], AdvantageConfig(), plain_success_rate=0.0)
+    assert group.advantages == pytest.approx(credits([0, 1, 1], "grpo"))
+    assert len(train_samples([group], ObjectiveConfig())) == 2
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("baseline", ["group", "plain_anchored"])
+def test_an_undecided_answer_shapes_no_baseline_and_is_no_sample(estimator, baseline) -> None:
+    undecided = replace(fake_rollout(PROBLEM, reward=0, template=HINT, num_tokens=9), grade="error")
+    config = AdvantageConfig(estimator=estimator, baseline=baseline)
+    siblings = rollouts(templated=[1, 0], plain=[1, 0, 0])
+    alone = make_group(siblings, config, plain_success_rate=0.25)
+    group = make_group([*siblings[:1], undecided, *siblings[1:]], config, plain_success_rate=0.25)
+    assert group.advantages == (alone.advantages[0], 0.0, *alone.advantages[1:])
+    assert len(train_samples([group], ObjectiveConfig())) == 5
+
+
+def test_five_correct_answers_and_an_undecided_one_agree() -> None:
+    undecided = replace(fake_rollout(PROBLEM, reward=0), grade="error")
+    group = make_group([*rollouts(plain=[1] * 5), undecided], AdvantageConfig(), plain_success_rate=0.0)
+    assert group.advantages == (0.0,) * 6
+
+
+def test_zero_advantage_samples_are_still_samples() -> None:
+    group = make_group(rollouts(plain=[0, 0]), AdvantageConfig(), plain_success_rate=0.0)
+    samples = train_samples([group], ObjectiveConfig())
+    assert [(sample.advantage, len(sample.response_ids)) for sample in samples] == [(0.0, 3), (0.0, 3)]
+    assert all(rollout.completion.prompt.template == PLAIN for rollout in group.rollouts)

@@ -1,0 +1,317 @@
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pytest
+
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.processes import STORE_FILE_VARIABLE
+from megatron_p2o.rollout.inside_sglang.launcher import ServerField, argument_problems
+from megatron_p2o.rollout.servers.client import parse_generation
+from megatron_p2o.rollout.servers.scratch import Scratch
+from megatron_p2o.rollout.servers.server import CPU_SITE, EngineServer, engine_environment, reserve_port
+from megatron_p2o.rollout.servers.server_arguments import (
+    CPU_ARGUMENTS,
+    GPU_ARGUMENTS,
+    EnginePlace,
+    check_arguments,
+    engine_places,
+    server_arguments,
+)
+
+PLACE = EnginePlace(index=1, node=0, slot=1)
+
+
+def config_with(sglang: dict | None = None, **rollout) -> Config:
+    return Config(
+        run=RunConfig(name="test", seed=10),
+        model=ModelConfig(path="/models/policy", dtype="float32"),
+        data=DataConfig(train="train.jsonl"),
+        rollout=RolloutConfig(**rollout),
+        sglang=sglang or {},
+    )
+
+
+def test_server_arguments_follow_the_settings() -> None:
+    arguments = server_arguments(
+        config_with({"chunked-prefill-size": 64}, max_running_requests=32, max_total_tokens=999), PLACE, num_gpus=0
+    )
+    assert arguments["model_path"] == "/models/policy"
+    assert arguments["dtype"] == "float32"
+    assert arguments["device"] == "cpu"
+    assert arguments["max_running_requests"] == 32
+    assert arguments["max_total_tokens"] == 999
+    assert arguments["chunked_prefill_size"] == 64
+    assert arguments["random_seed"] == 11, "engines of one run must not sample alike"
+
+
+def test_engines_on_gpus_follow_each_other() -> None:
+    arguments = server_arguments(config_with(tensor_parallel=2), EnginePlace(index=11, node=1, slot=3), num_gpus=8)
+    assert arguments["base_gpu_id"] == 6
+    assert arguments["tp_size"] == 2
+    assert "device" not in arguments
+    assert arguments["max_total_tokens"] is None
+    assert arguments["cuda_graph_backend_prefill"] == "disabled"
+    chosen = config_with({"cuda-graph-backend-prefill": "full"})
+    assert server_arguments(chosen, PLACE, num_gpus=8)["cuda_graph_backend_prefill"] == "full"
+    assert "cuda_graph_backend_prefill" not in server_arguments(config_with(), PLACE, num_gpus=0)
+    fifth = EnginePlace(index=12, node=1, slot=4)
+    assert server_arguments(config_with(tensor_parallel=2), fifth, num_gpus=8)["base_gpu_id"] == 0
+
+
+@pytest.mark.parametrize(
+    ("num_engines", "num_nodes", "nodes", "slots"),
+    [
+        (1, 1, [0], [0]),
+        (1, 4, [0], [0]),
+        (2, 4, [0, 1], [0, 0]),
+        (4, 2, [0, 0, 1, 1], [0, 1, 0, 1]),
+        (5, 2, [0, 0, 0, 1, 1], [0, 1, 2, 0, 1]),
+    ],
+)
+def test_engines_are_spread_over_the_nodes(num_engines: int, num_nodes: int, nodes: list, slots: list) -> None:
+    places = engine_places(num_engines, num_nodes)
+    assert [place.index for place in places] == list(range(num_engines))
+    assert [place.node for place in places] == nodes
+    assert [place.slot for place in places] == slots
+
+
+def test_the_sglang_section_wins_over_our_choices_for_the_cpu() -> None:
+    assert server_arguments(config_with({"sleep_on_idle": False}), PLACE, num_gpus=0)["sleep_on_idle"] is False
+
+
+def test_arguments_that_other_settings_decide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sglang\.tp_size is decided by rollout\.tensor_parallel"):
+        server_arguments(config_with({"tp-size": 2}), PLACE, num_gpus=0)
+
+
+def test_a_server_s_address_and_keys_cannot_be_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sglang\.host is decided by the program"):
+        EngineServer("engine 0", {"host": "0.0.0.0"}, tmp_path / "log")
+
+
+FIELDS = {"dtype": ServerField(str), "max_running_requests": ServerField(int | None)}
+
+
+def test_an_unknown_argument_is_named_with_its_nearest() -> None:
+    found = argument_problems({"dtype": "auto", "max_runing_requests": 2}, FIELDS)
+    assert found == [
+        "sglang.max_runing_requests is not an argument of the installed SGLang server: "
+        "did you mean sglang.max_running_requests?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        (ServerField(Annotated[int | None, "help"]), "many", "has the wrong type: Expected `int | null`, got `str`"),
+        (ServerField(Annotated[int | None, "help"]), None, None),
+        (ServerField(bool), "on", "has the wrong type: Expected `bool`, got `str`"),
+        (ServerField(float), 1, None),
+        (ServerField(str | None, {"triton", "fa3"}), "fa4", "must be one of fa3, triton"),
+        (ServerField(str | None, {"triton", "fa3"}), "fa3", None),
+        (ServerField(str | None, {"triton", "fa3"}), None, None),
+        (ServerField(list[str], ["qkv", "mlp"]), ["mlp", "head"], "must be one of mlp, qkv"),
+        (ServerField(set[str] | list[str]), ["a"], None),
+    ],
+)
+def test_an_argument_of_another_type_or_choice_is_named(field: ServerField, value: object, rule: str | None) -> None:
+    expected = [] if rule is None else [f"sglang.x={value} {rule}"]
+    assert argument_problems({"x": value}, {"x": field}) == expected
+
+
+def test_no_server_is_asked_where_nothing_is_set_or_another_setting_decides() -> None:
+    check_arguments(config_with({}))
+    with pytest.raises(ValueError, match=r"sglang\.tp_size is decided by rollout\.tensor_parallel"):
+        check_arguments(config_with({"tp-size": 2}))
+    with pytest.raises(ValueError, match=r"sglang\.host is decided by the program"):
+        check_arguments(config_with({"host": "0.0.0.0"}))
+
+
+def test_a_reserved_port_is_given_to_nobody_else_and_still_serves() -> None:
+    with reserve_port() as holder:
+        port = holder.getsockname()[1]
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)):
+            server.settimeout(5)
+            server.accept()[0].close()
+
+
+def test_reserved_ports_differ() -> None:
+    holders = [reserve_port() for _ in range(50)]
+    assert len({holder.getsockname()[1] for holder in holders}) == 50
+    for holder in holders:
+        holder.close()
+
+
+def test_an_engine_does_not_inherit_the_trainer_s_process_group(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    for name in (*of_ranks, STORE_FILE_VARIABLE, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("RANKING", "kept")
+    environment = engine_environment({"device": "cpu"}, tmp_path, own_port=1234)
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", STORE_FILE_VARIABLE} & environment.keys()
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "1234")
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+    assert environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == f"file://{tmp_path}/store"
+    assert environment["RANKING"] == "kept"
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(CPU_SITE)
+    assert environment["TMPDIR"] == str(tmp_path)
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in environment
+    assert "SGLANG_USE_CPU_ENGINE" not in engine_environment({}, tmp_path)
+
+
+def test_names_that_sglang_would_ignore_or_refuse_are_known_to_the_installed_one(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0]) / "srt"
+    fields = (root / "arg_groups/field_order.py").read_text()
+    assert [name for name in (*GPU_ARGUMENTS, *CPU_ARGUMENTS) if f'"{name}"' not in fields] == []
+    sources = (root / "environ.py").read_text() + (root / "entrypoints/http_server.py").read_text()
+    told = [name for name in engine_environment({}, tmp_path) if name.startswith("SGLANG_")]
+    assert len(told) == 4 and [name for name in told if name not in sources] == []
+
+
+def test_an_engine_that_gives_memory_away_has_no_growing_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    environment = engine_environment({"enable_memory_saver": True}, tmp_path)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment
+    assert environment["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    assert "PYTORCH_CUDA_ALLOC_CONF" in engine_environment({"enable_memory_saver": False}, tmp_path)
+
+
+def test_an_engine_that_gives_memory_away_finds_the_cuda_runtime_of_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13"
+    runtime.parent.mkdir(parents=True)
+    runtime.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/chosen")
+    folders = engine_environment({"enable_memory_saver": True}, tmp_path)["LD_LIBRARY_PATH"].split(os.pathsep)
+    assert folders[0] == "/chosen" and str(runtime.parent) in folders
+    assert engine_environment({"enable_memory_saver": False}, tmp_path)["LD_LIBRARY_PATH"] == "/chosen"
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    assert str(runtime.parent) in engine_environment({"enable_memory_saver": True}, tmp_path)["LD_LIBRARY_PATH"]
+
+
+def test_each_rank_of_a_cpu_engine_is_bound_to_a_core(tmp_path: Path) -> None:
+    bound = engine_environment({"device": "cpu", "tp_size": 3}, tmp_path)["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
+    assert len(bound) == 3
+    assert {int(core) for core in bound} <= os.sched_getaffinity(0)
+
+
+def test_an_answer_lists_each_weight_version_once_in_order() -> None:
+    meta = {
+        "output_token_logprobs": [[-0.5, 11, None], [-0.25, 12, None]],
+        "finish_reason": {"type": "length", "length": 2},
+        "weight_version": "4",
+        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
+    }
+    generation = parse_generation({"meta_info": meta})
+    assert generation.token_ids.tolist() == [11, 12] and generation.token_ids.dtype == np.int32
+    assert generation.logprobs.tolist() == [-0.5, -0.25] and generation.logprobs.dtype == np.float32
+    assert generation.finish_reason == "length"
+    assert generation.weight_versions == (3, 4)
+    assert parse_generation({"meta_info": {**meta, "weight_versions": None}}).weight_versions == (4,)
+
+
+def run_in_engine_environment(program: str, site: Path, tmp_path: Path) -> str:
+    environment = engine_environment({"device": "cpu"}, tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(CPU_SITE), str(site)])
+    # -S: no site-packages, so that what is installed there cannot decide the outcome; the site module is run by hand.
+    start = "import sitecustomize\n"
+    return subprocess.run(
+        [sys.executable, "-S", "-c", start + program], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_missing_packages_are_stood_in_for(tmp_path: Path) -> None:
+    program = """
+import triton, triton.language as tl
+from triton.runtime import driver
+from torchvision.transforms import InterpolationMode
+from sgl_kernel import top_k_renorm_prob
+
+@triton.autotune(configs=[triton.Config({}, num_warps=4)], key=[])
+@triton.jit
+def kernel(x: tl.constexpr):
+    return x + 1
+
+assert kernel(1) == 2 and triton.cdiv(7, 2) == 4 and triton.next_power_of_2(5) == 8
+assert "cpu" not in triton.backends.backends
+assert InterpolationMode.BICUBIC != InterpolationMode.NEAREST
+for attempt in (lambda: top_k_renorm_prob(1), lambda: __import__("sgl_kernel.scalar_type")):
+    try:
+        attempt()
+    except (NotImplementedError, ModuleNotFoundError) as error:
+        print(type(error).__name__)
+"""
+    assert run_in_engine_environment(program, tmp_path, tmp_path).split() == [
+        "NotImplementedError",
+        "ModuleNotFoundError",
+    ]
+
+
+def test_an_installed_package_wins_over_its_stand_in(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("mark = 'real'")
+    assert run_in_engine_environment("import triton; print(triton.mark)", tmp_path, tmp_path) == "real\n"
+
+
+def test_stand_ins_are_for_cpu_engines_only(tmp_path: Path) -> None:
+    environment = engine_environment({}, tmp_path) | {"PYTHONPATH": str(CPU_SITE)}
+    program = "import sitecustomize, importlib.util; print(importlib.util.find_spec('sgl_kernel'))"
+    answer = subprocess.run(
+        [sys.executable, "-S", "-c", program], env=environment, check=True, capture_output=True, text=True
+    )
+    assert answer.stdout == "None\n"
+
+
+ABANDON = """
+import os, signal
+from pathlib import Path
+from megatron_p2o.rollout.servers.scratch import Scratch
+
+scratch = Scratch()
+shared = Path(f"/dev/shm/sglang_loads_test_{os.getpid()}.shm")
+shared.touch()
+scratch.note([shared])
+print(scratch.path, shared, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_job_left_is_removed_by_the_next_engine_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    in_use = Scratch()
+    mine = Path(f"/dev/shm/sglang_loads_test_{os.getpid()}.shm")
+    mine.touch()
+    in_use.note([mine])
+    command = [sys.executable, "-c", ABANDON]
+    killed = subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    left = [Path(path) for path in killed.stdout.split()]
+    assert [path.exists() for path in left] == [True, True], killed.stderr
+    latest = Scratch()
+    assert not [path for path in left if path.exists()]
+    assert in_use.path.exists() and mine.exists()
+    in_use.remove()
+    late = mine.with_name(f"sglang_loads_late_{os.getpid()}.shm")
+    late.touch()
+    in_use.note([late])
+    latest.remove()
+    assert not mine.exists() and not late.exists() and list(tmp_path.iterdir()) == []

@@ -1,0 +1,254 @@
+"""What happens when engine and trainer differ too much or ever more: a warning, or the end with the step on record."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_p2o.algorithm import StepResult, TrainState
+from megatron_p2o.config.tree import Config, ScoringConfig
+from megatron_p2o.metrics.clock import PhaseClock
+from megatron_p2o.metrics.trend import Rise, rise_of
+from megatron_p2o.metrics.values import Mean, numbers_of
+from megatron_p2o.rl.hard_samples import HardSampleLedger
+from megatron_p2o.run.alarms import MISMATCH, HealthWatch, MismatchAlarm, MismatchWatch, NothingLearnt, StepGivenUp
+from megatron_p2o.run.observer import RunObserver
+from megatron_p2o.run_folder.state import RunState
+from megatron_p2o.testing.fakes import FakeLibrary, fake_config, fake_problem, fake_rollout
+from megatron_p2o.types import FinishReason, Group, UpdateOutcome, UpdateReport
+
+SENTENCE = (
+    r"step 0: engine and trainer differ by 0\.25 nats a token \(worst token 3, KL estimate 0\.0625\), more than "
+    r"scoring\.mismatch_alarm="
+)
+
+
+def observer_of(config: Config, run_dir: Path, written: list[str], resumed: RunState | None = None) -> RunObserver:
+    """Return an observer whose files only remember, in `written`, that they were written."""
+
+    def remember(name: str) -> Callable[..., None]:
+        return lambda *_: written.append(name)
+
+    nothing = SimpleNamespace(check=lambda: None, confirm=lambda _: None, save=remember("checkpoint"))
+    files: Any = SimpleNamespace(
+        run_dir=run_dir,
+        checkpoints=nothing,
+        metrics=SimpleNamespace(write=remember("metrics")),
+        ledger=SimpleNamespace(append=remember("ledger"), ledger=HardSampleLedger()),
+        rollouts=SimpleNamespace(write=remember("rollouts")),
+    )
+    parts: Any = SimpleNamespace(renderer=SimpleNamespace(decode=None))
+    return RunObserver(
+        config=config,
+        parts=parts,
+        files=files,
+        clock=PhaseClock(),
+        stop=SimpleNamespace(),  # pyright: ignore[reportArgumentType]
+        evaluation_sets={},
+        observe_groups=remember("groups"),
+        keep_library=remember("library"),
+        take_round_statistics=dict,
+        process_metrics=lambda _: {},
+        resumed=resumed,
+    )
+
+
+def observed_step(
+    settings: dict[str, Any],
+    run_dir: Path,
+    sums: dict[str, float],
+    written: list[str],
+    *,
+    outcome: UpdateOutcome = "applied",
+    groups: Sequence[Group] = (),
+    resumed: RunState | None = None,
+) -> None:
+    report = UpdateReport(loss=0.0, grad_norm=1.0, learning_rate=1.0, outcome=outcome, sums=sums)
+    result = StepResult(groups=list(groups), hard=[], reports=[report], num_batches=1)
+    config = fake_config({"schedule.save_every_steps": 0, "evaluation.every_steps": 0, **settings})
+    observer_of(config, run_dir, written, resumed).on_step(TrainState(library=FakeLibrary()), result)
+
+
+SUMS = {"mismatch_tokens": 8.0, "mismatch_abs_sum": 2.0, "mismatch_ratio_sum": 8.0, "mismatch_kl_sum": 0.5}
+SUMS |= {"mismatch_abs_max": 3.0}
+
+
+@pytest.mark.parametrize(("alarm", "warns"), [(0.2, True), (0.25, False)])
+def test_a_mismatch_above_the_alarm_is_warned_of_with_its_numbers(
+    alarm: float, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        observed_step({"scoring.mismatch_alarm": alarm}, tmp_path, SUMS, [])
+    assert [record.name for record in caplog.records] == (["megatron_p2o.run.alarms"] if warns else [])
+    assert ("differ by 0.25 nats a token" in caplog.text) == warns
+
+
+def test_a_run_that_is_to_stop_at_it_ends_after_the_step_is_on_record(tmp_path: Path) -> None:
+    written: list[str] = []
+    settings = {"scoring.mismatch_alarm": 0.2, "scoring.mismatch_alarm_action": "stop", "schedule.save_every_steps": 1}
+    with pytest.raises(MismatchAlarm, match=SENTENCE + r"0\.2:"):
+        observed_step(settings, tmp_path, SUMS, written)
+    assert {"metrics", "ledger", "rollouts"} <= set(written) and "checkpoint" not in written
+
+
+def test_a_step_that_compared_nothing_alarms_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    observed_step({"scoring.mismatch_alarm_action": "stop"}, tmp_path, {}, [])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["mismatch_abs_sum", "mismatch_abs_max"])
+def test_a_difference_that_is_no_number_is_too_large(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sums = SUMS | {"mismatch_abs_sum": math.nan, name: math.nan}
+    observed_step({"scoring.mismatch_alarm": 1e9}, tmp_path, sums, [])
+    assert "engine and trainer differ by nan nats a token" in caplog.text
+    with pytest.raises(MismatchAlarm, match="differ by nan nats a token"):
+        observed_step({"scoring.mismatch_alarm": 1e9, "scoring.mismatch_alarm_action": "stop"}, tmp_path, sums, [])
+
+
+DRIFT = [0.011 + 0.025 * step / 29 for step in range(30)]
+"""From 0.011 to 0.036 nats in thirty steps, as others saw it before their policies collapsed."""
+
+
+def test_a_drift_rings_and_steady_noise_does_not() -> None:
+    assert rise_of(DRIFT, times=2.0, floor=1e-3) == Rise(first=pytest.approx(0.011 + 0.025 * 4.5 / 29), last=DRIFT[27])
+    exponential = [0.011 * (36 / 11) ** (step / 29) for step in range(30)]
+    assert rise_of(exponential, times=2.0, floor=1e-3) is not None
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        noise = 0.011 * generator.lognormal(sigma=0.2, size=500)
+        assert not any(rise_of(noise[:end].tolist(), times=2.0, floor=1e-3) for end in range(501))
+
+
+def test_a_rise_needs_both_windows_and_a_level_above_the_arithmetic_s_noise() -> None:
+    jump = [0.01] * 10 + [1.0] * 4
+    assert rise_of(jump, times=2.0, floor=1e-3) is None
+    assert rise_of([*jump, 1.0], times=2.0, floor=1e-3) == Rise(first=0.01, last=1.0)
+    assert rise_of([1e-6] * 10 + [1e-3] * 5, times=2.0, floor=1e-3) is None
+    assert rise_of([0.01] * 10 + [0.02] * 5, times=2.0, floor=1e-3) is None, "exactly as much is not more"
+    assert rise_of([0.01] * 10 + [9.0] * 2 + [0.01] * 3, times=2.0, floor=1e-3) is None, "two outliers are no level"
+
+
+def looked_at(means: Sequence[float], scoring: ScoringConfig, earlier: Sequence[float] = ()) -> None:
+    watch = MismatchWatch(scoring, earlier)
+    for step, mean in enumerate(means, start=1 + len(earlier)):
+        one = {MISMATCH: Mean(mean, 1.0), "mismatch/logprob_abs_max": Mean(1, 1), "mismatch/kl_mean": Mean(0, 1)}
+        watch.look(step, one)
+
+
+def test_a_drift_below_the_limit_is_warned_of_once_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
+    # The middle of the last five at step n is the drift's index n - 3, first more than twice 0.0149 at 22.
+    looked_at([*DRIFT, *[0.04] * 10, *[0.011] * 10, *[0.04] * 10], ScoringConfig())
+    assert [record.message.split(":")[0] for record in caplog.records] == ["step 25", "step 53"]
+    assert "scoring.mismatch_rise_alarm=2 times as much" in caplog.text
+
+
+def test_a_drift_stops_a_run_that_is_to_stop_and_the_setting_says_from_where_on() -> None:
+    stop = ScoringConfig(mismatch_alarm_action="stop")
+    with pytest.raises(MismatchAlarm, match=r"step 25: engine and trainer differ by 0\.03"):
+        looked_at(DRIFT, stop)
+    looked_at(DRIFT, ScoringConfig(mismatch_alarm_action="stop", mismatch_rise_alarm=2.5))
+
+
+def test_a_fresh_run_says_nothing_of_its_first_steps(caplog: pytest.LogCaptureFixture) -> None:
+    looked_at([0.001 * 1.5**step for step in range(11)], ScoringConfig())
+    assert not caplog.records
+
+
+def test_a_resumed_run_compares_with_the_first_steps_of_the_whole_run(tmp_path: Path) -> None:
+    lines = [
+        {"step": step + 1, "epoch": 0, "time": "", "metrics": {MISMATCH: mean, "train/loss": 0.0}}
+        for step, mean in enumerate(DRIFT[:27])
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    state = RunState(
+        step=27, epoch=0, batch=27, hard_problem_ids=(), library_version=0, num_ledger_entries=0, num_metrics_lines=27
+    )
+    sums = SUMS | {"mismatch_abs_sum": 8 * DRIFT[27]}
+    settings = {"scoring.mismatch_alarm_action": "stop"}
+    with pytest.raises(MismatchAlarm, match=r"0\.0149 when the run began"):
+        observed_step(settings, tmp_path, sums, [], resumed=state)
+    observed_step(settings, tmp_path, sums, [])
+
+
+def test_an_update_that_was_skipped_is_warned_of_and_one_without_samples_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    observed_step({}, tmp_path, {}, [], outcome="empty")
+    assert not caplog.records
+    observed_step({}, tmp_path, {}, [], outcome="non_finite")
+    assert "the gradient of 1 of 1 updates was not finite" in caplog.text
+
+
+def test_a_step_of_which_nothing_came_back_ends_the_run_with_the_step_on_record(tmp_path: Path) -> None:
+    def group(*reasons: FinishReason) -> Group:
+        rollouts = tuple(fake_rollout(fake_problem(1), reward=0, finish_reason=reason) for reason in reasons)
+        return Group(problem=fake_problem(1), rollouts=rollouts, advantages=(0.0,) * len(rollouts))
+
+    written: list[str] = []
+    with pytest.raises(StepGivenUp, match=r"step 0: all 3 rollouts were given up on"):
+        observed_step({}, tmp_path, {}, written, groups=[group("abort", "abort"), group("abort")])
+    assert {"metrics", "ledger", "rollouts"} <= set(written)
+    observed_step({}, tmp_path, {}, [], groups=[group("abort", "abort"), group("stop")])
+
+
+@pytest.mark.parametrize(
+    ("num_hard", "settings", "epoch", "expected"),
+    [
+        (9, {}, 1, 1),
+        (10, {}, 1, 0),
+        (9, {}, 2, None),
+        (9, {"evolution.enabled": False}, 1, None),
+    ],
+    ids=["too few", "enough", "last epoch", "plain GRPO"],
+)
+def test_a_round_that_is_skipped_for_want_of_hard_problems_is_warned_of_and_counted_each_time(
+    num_hard: int,
+    settings: dict[str, Any],
+    epoch: int,
+    expected: int | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    written: list[Any] = []
+    config = fake_config({"hard.min_problems": 10, "schedule.epochs": 2, **settings})
+    observer = observer_of(config, tmp_path, [])
+    observer._files.metrics.write = lambda *line: written.append(line[2])  # pyright: ignore[reportAttributeAccessIssue]
+    hard = [fake_problem(number) for number in range(num_hard)]
+    observer.on_epoch(TrainState(library=FakeLibrary(), epoch=epoch), hard)
+    (numbers,) = map(numbers_of, written)
+    assert numbers["hard/set_size"] == num_hard
+    assert numbers.get("evolution/skipped_rounds_count") == expected
+    said = (
+        "epoch 1: no prompts evolve, every problem is asked plainly: 9 problems are hard, fewer than hard.min_problems="
+    )
+    assert (said in caplog.text) == (expected == 1)
+
+
+def test_a_run_without_one_finite_gradient_for_steps_on_end_is_ended_and_vouches_for_no_weights() -> None:
+    def reports(*outcomes: UpdateOutcome) -> list[UpdateReport]:
+        return [UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, outcome=outcome) for outcome in outcomes]
+
+    def group(*reasons: FinishReason) -> Group:
+        rollouts = tuple(fake_rollout(fake_problem(1), reward=0, finish_reason=reason) for reason in reasons)
+        return Group(problem=fake_problem(1), rollouts=rollouts, advantages=(0.0,) * len(rollouts))
+
+    watch, sampled = HealthWatch(), [group("stop", "abort")]
+    assert watch.is_healthy(1, sampled, reports("empty", "applied"))
+    assert watch.is_healthy(2, sampled, reports("empty", "empty")), "all groups agreed: nothing to learn, and no fault"
+    assert not watch.is_healthy(3, [group("abort", "abort")], reports("empty"))
+    assert watch.is_healthy(4, sampled, reports("applied", "non_finite")), "the first update speaks for the weights"
+    for step in (5, 6):
+        assert not watch.is_healthy(step, sampled, reports("non_finite", "non_finite", "empty"))
+    assert not watch.is_healthy(7, sampled, reports("non_finite", "applied"))
+    for step in (8, 9):
+        assert not watch.is_healthy(step, sampled, reports("non_finite"))
+    with pytest.raises(NothingLearnt, match="step 10: no gradient of the last 3 steps was finite"):
+        watch.is_healthy(10, sampled, reports("non_finite"))

@@ -1,0 +1,88 @@
+"""What `p2o eval` takes its target, sets and output for."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_p2o.cli import main
+from megatron_p2o.run.evaluation import Request, request_of
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with a checkpoint, a model directory beside it, and three files of problems; its training file is gone."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("aime", "math", "amc"):
+        Path(f"{name}.jsonl").touch()
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    checkpoint = Path("runs/a/checkpoints/step-000030")
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run_state.json").touch()
+    (checkpoint.parent / "latest").write_text("step-000030")
+    (checkpoint.parent / "best").write_text('{"checkpoint": "step-000030", "score": 0.5}')
+    Path("runs/a/config.yaml").write_text(
+        "run: {name: a}\nmodel: {path: model}\n"
+        "data: {train: gone.jsonl, evaluation: {aime: aime.jsonl, math: math.jsonl}}\n"
+        "evaluation: {num_samples_of: {aime: 32, math: 2}, best_set: math}\n"
+    )
+    return tmp_path / "runs" / "a"
+
+
+def requested(
+    target: str | Path, *benchmarks: str, settings: Path | None = None, sets: tuple[str, ...] = ()
+) -> Request:
+    return request_of(Path(target), settings, sets, benchmarks, None)
+
+
+@pytest.mark.parametrize("name", ["step-000030", "latest", "best"])
+def test_a_checkpoint_has_its_runs_settings_and_leaves_its_run_alone(run: Path, name: str) -> None:
+    request = requested(run / "checkpoints" / name)
+    assert request.checkpoint == run / "checkpoints" / "step-000030"
+    assert request.output == run / "evaluations" / "step-000030"
+    assert Path(request.config.run.directory) / request.config.run.name == request.output
+    assert dict(request.config.data.evaluation) == {"aime": "aime.jsonl", "math": "math.jsonl"}
+    assert not request.config.evolution.enabled
+
+
+def test_a_settings_file_means_its_initial_policy(run: Path) -> None:
+    request = requested(run / "config.yaml")
+    assert request.checkpoint is None and request.config.model.path == "model"
+    assert request.output == run / "evaluations" / "initial"
+
+
+def test_a_model_directory_needs_no_settings_file(run: Path) -> None:
+    request = requested("model", "aime=aime.jsonl", sets=("model.dtype=float32",))
+    assert (request.checkpoint, request.config.model.path, request.config.model.dtype) == (None, "model", "float32")
+    assert request.output == run.parent / "evaluations" / "model"
+    assert requested("model", settings=run / "config.yaml").config.evaluation.num_samples_of == {"aime": 32, "math": 2}
+
+
+def test_benchmarks_choose_known_sets_and_add_others(run: Path) -> None:
+    config = requested(run / "config.yaml", "aime", "amc=amc.jsonl", sets=("evaluation.num_samples_of.amc=4",)).config
+    assert dict(config.data.evaluation) == {"aime": "aime.jsonl", "amc": "amc.jsonl"}
+    assert config.evaluation.num_samples_of == {"aime": 32, "amc": 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["runs"], "runs is no settings file, no checkpoint"),
+        (["model"], "there is nothing to evaluate"),
+        (["model", "--benchmark", "aime"], "--benchmark aime names no set of data.evaluation (none)"),
+        (["model", "--benchmark", "aime=no.jsonl"], "data.evaluation.aime=no.jsonl must be an existing file"),
+        (["runs/a/config.yaml", "--set", "evaluation.best_set=hmmt"], "evaluation.best_set=hmmt must name a set"),
+        (
+            ["runs/a/config.yaml", "--set", "evaluation.temperature_of.hmmt=1"],
+            "evaluation.temperature_of.hmmt must name",
+        ),
+        ([], "either what to evaluate or --compare"),
+        (["model", "--compare", "a", "b"], "either what to evaluate or --compare"),
+        (["--compare", "runs/a", "runs/b"], "holds no results.json"),
+    ],
+)
+def test_a_wrong_request_starts_nothing_and_says_why(
+    run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", *arguments]) == 2
+    assert message in capsys.readouterr().err

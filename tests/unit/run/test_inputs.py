@@ -1,0 +1,176 @@
+"""What is wrong with problems, prompts and packages is said before anything starts: dry run, doctor and start alike."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_p2o.cli import BAD_INPUT, main
+from megatron_p2o.config.tree import LoggingConfig
+from megatron_p2o.metrics import sinks
+from megatron_p2o.run.inputs import check_hard_set, evolution_notice, missing_packages
+from megatron_p2o.testing.fakes import fake_config
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+
+NUM_PROBLEMS = 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("tiny"), max_positions=200)
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path, model: Path) -> Path:
+    """Return settings that have nothing wrong: eight problems of a prompt of 54 tokens."""
+    for name in ("train", "held"):
+        rows = ({"id": f"{name}{number}", "question": f"{number}+1", "answer": "2"} for number in range(NUM_PROBLEMS))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "phrases.txt").write_text("Think.\n")
+    sections: dict[str, Any] = {
+        "run": {"name": "test", "directory": str(tmp_path)},
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {
+            "train": str(tmp_path / "train.jsonl"),
+            "evaluation": {"held": str(tmp_path / "held.jsonl")},
+            "question_format": "{question}",
+        },
+        "schedule": {"problems_per_step": 3, "problems_per_update": 3, "epochs": 2},
+        "rollout": {"max_new_tokens": 100},
+        "hard": {"min_problems": 6},
+        "evolution": {"reflection": {"backend": "phrasebook", "phrases": str(tmp_path / "phrases.txt")}},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def said(settings_file: Path, capsys: pytest.CaptureFixture[str], **settings: object) -> str:
+    """Return what the dry run prints; the doctor must find the same missing, or nothing."""
+    overrides = [word for name, value in settings.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
+    capsys.readouterr()
+    status = main(["train", str(settings_file), "--dry-run", *overrides])
+    printed = capsys.readouterr()
+    assert main(["doctor", str(settings_file), "--strict", *overrides]) == (1 if status else 0)
+    findings = capsys.readouterr().out
+    if status == 0:
+        return printed.out
+    assert status == BAD_INPUT
+    for line in printed.err.removeprefix("p2o: ").splitlines():
+        assert line.strip() in findings or line.endswith("in the settings:"), "doctor and dry run say the same"
+    assert "MISSING" in findings
+    return printed.err
+
+
+def test_nothing_wrong_is_summed_up(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(settings_file, capsys).splitlines()
+    assert lines[:2] == ["train: 8 problems, 2 steps in each of 2 epochs", "evaluation.held: 8 problems"]
+    # <|im_start|>user\n…<|im_end|>\n<|im_start|>assistant\n of one token a character, but for the special tokens.
+    num_tokens = len("*user\n0+1*\n*assistant\n")
+    assert lines[2] == f"first prompt: {num_tokens} tokens"
+    assert lines[3] == f"longest prompt: {num_tokens} tokens, no more than the 100 that rollout.max_new_tokens=100 " + (
+        "leaves of the model's 200 positions"
+    )
+
+
+@pytest.mark.parametrize("name", ["train", "held"])
+def test_a_problem_that_does_not_fit_beside_its_response_is_named(
+    name: str, settings_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (settings_file.parent / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "long", "question": "1+" * 50, "answer": "2"}) + "\n")
+    assert "problem long asked plainly takes 119 tokens, more than the 100 that rollout.max_new_tokens=100 leaves" in (
+        said(settings_file, capsys)
+    )
+    assert "longest prompt: 119 tokens" in said(settings_file, capsys, rollout__max_new_tokens=81)
+
+
+def test_a_response_that_fills_the_context_is_refused(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = "rollout.max_new_tokens=200 leaves no room for a prompt in the 200 positions"
+    assert expected in said(settings_file, capsys, rollout__max_new_tokens=200)
+
+
+def test_an_epoch_that_never_has_enough_hard_problems_is_refused(
+    settings_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = "hard.min_problems=7 must be at most the 6 problems of data.train that an epoch asks"
+    assert expected in said(settings_file, capsys, hard__min_problems=7)
+    said(settings_file, capsys, hard__min_problems=7, evolution__enabled="false")
+
+
+def test_hard_problems_are_counted_among_those_that_an_epoch_asks() -> None:
+    config = fake_config({"hard.min_problems": 100, "schedule.problems_per_step": 64, "evolution.enabled": True})
+    check_hard_set(config, 128)
+    for num_problems in (64, 100, 127):
+        with pytest.raises(ValueError, match=r"at most the 64 problems"):
+            check_hard_set(config, num_problems)
+    check_hard_set(config, 63)  # too few for a step, which is said elsewhere
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"schedule.epochs": 2}, None),
+        ({"schedule.epochs": 1}, "schedule.epochs=1"),
+        ({"schedule.epochs": 1, "evolution.enabled": False}, None),
+        (
+            {"schedule.epochs": 2, "schedule.max_steps": 10},
+            "schedule.max_steps=10 ends the run in the first, of 10 steps",
+        ),
+        ({"schedule.epochs": 2, "schedule.max_steps": 11}, None),
+    ],
+)
+def test_a_schedule_on_which_no_prompts_evolve_is_said(settings: dict[str, Any], said: str | None) -> None:
+    notice = evolution_notice(fake_config({"evolution.enabled": True, **settings}), num_steps_per_epoch=10)
+    assert (notice is None) == (said is None)
+    assert said is None or said in (notice or "")
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    settings_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    other = write_tiny_qwen3(tmp_path / "other", vocab_size=128)
+    said(settings_file, capsys, model__path=other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["+"] = 130
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    expected = "has a tokenizer of another model: prompts hold token 130, and config.json says vocab_size=128"
+    assert expected in said(settings_file, capsys, model__path=other)
+
+
+def test_files_that_are_not_there_are_missing(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (settings_file.parent / "held.jsonl").unlink()
+    assert "data.evaluation.held=" in said(settings_file, capsys)
+
+
+def test_packages_that_the_settings_need_are_missing(
+    settings_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for package in ("tensorboard", "wandb", "pyarrow"):
+        monkeypatch.setitem(sys.modules, package, None)  # what an absent package looks like
+    (tmp_path / "held.jsonl").write_bytes(b"PAR1....")
+    settings = {"logging__tensorboard": "true", "logging__wandb_project": "p2o"}
+    printed = said(settings_file, capsys, **settings)
+    for package in ("tensorboard", "wandb", "pyarrow"):
+        assert f"pip install {package}" in printed
+    overrides = ["--set", "logging.tensorboard=true"]
+    assert main(["train", str(settings_file), *overrides]) == BAD_INPUT, "nothing is started"
+    assert not (tmp_path / "test").exists()
+    target = ["eval", str(settings_file), "--output", str(tmp_path / "out")]
+    assert main(target) == BAD_INPUT
+    assert "pip install pyarrow" in capsys.readouterr().err
+
+
+def test_a_folder_named_like_a_package_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (sentence,) = sinks.missing_packages(LoggingConfig(wandb_project="p2o"))
+    assert sentence.startswith("logging.wandb_project=p2o needs the package wandb")
+    config = fake_config()
+    assert missing_packages(replace(config, logging=LoggingConfig())) == []

@@ -1,0 +1,141 @@
+"""Evaluations of templates on rank 0: sampled, graded, and taken back when nobody waits for them any more."""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+
+from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, Rejection
+from megatron_p2o.run.templates import TemplateEvaluator
+from megatron_p2o.testing.fakes import FakeRenderer, fake_problem
+from megatron_p2o.types import Completion, FinishReason, Grade, Problem, Prompt, SamplingParams, Template
+
+PROBLEM = fake_problem(1)
+MAX_TOKENS = 40
+"""A character is a token of the fake renderer, the blank line below a template two."""
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=4)
+
+
+class Parts:
+    """An engine and a grader that answer when they are told to."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Prompt] = []
+        self.sampled: Future[Completion] = Future()
+        self.graded: Future[Grade] = Future()
+
+    def sample(self, prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
+        self.prompts.append(prompt)
+        return self.sampled
+
+    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+        return self.graded
+
+    def evaluation(self, text: str = "Be brave.") -> Future[Evaluation | Rejection]:
+        return TemplateEvaluator(self.sample, FakeRenderer(), self, MAX_TOKENS)(text, PROBLEM, SAMPLING)
+
+    def finish_sampling(self, reason: FinishReason = "stop") -> None:
+        self.sampled.set_result(
+            Completion(
+                prompt=self.prompts[0],
+                token_ids=np.arange(3, dtype=np.int32),
+                logprobs=np.zeros(3, np.float32),
+                finish_reason=reason,
+                weight_versions=(4, 5),
+            )
+        )
+
+
+def test_an_evaluation_is_the_graded_rollout() -> None:
+    parts = Parts()
+    outcome = parts.evaluation()
+    parts.finish_sampling()
+    assert not outcome.done()
+    parts.graded.set_result("correct")
+    evaluation = outcome.result(0)
+    assert isinstance(evaluation, Evaluation)
+    assert (evaluation.reward, evaluation.num_tokens, evaluation.weight_version) == (1.0, 3, 5)
+
+
+def test_an_evaluation_that_is_cancelled_takes_its_request_from_the_engine() -> None:
+    parts = Parts()
+    outcome = parts.evaluation()
+    assert outcome.cancel()
+    assert parts.sampled.cancelled(), "the broker aborts a request whose future is cancelled"
+
+
+@pytest.mark.parametrize(
+    "arrival",
+    [
+        lambda parts: parts.graded.set_result("correct"),
+        lambda parts: parts.graded.set_result("error"),
+    ],
+    ids=["verdict", "no verdict"],
+)
+def test_a_verdict_on_a_cancelled_evaluation_is_dropped_without_a_word(
+    arrival: Callable[[Parts], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = Parts()
+    outcome = parts.evaluation()
+    parts.finish_sampling()
+    assert outcome.cancel()
+    with caplog.at_level(logging.DEBUG):
+        arrival(parts)
+    assert caplog.records == [], "concurrent.futures logs what a callback raises"
+    assert outcome.cancelled()
+
+
+def test_a_request_that_the_engine_drops_is_an_evaluation_that_is_cancelled(caplog: pytest.LogCaptureFixture) -> None:
+    parts = Parts()
+    outcome = parts.evaluation()
+    assert parts.sampled.cancel()
+    assert outcome.cancelled() and caplog.records == []
+
+
+def test_an_engine_that_fails_or_gives_up_is_no_score() -> None:
+    parts = Parts()
+    outcome = parts.evaluation()
+    parts.sampled.set_exception(RuntimeError("no engine"))
+    with pytest.raises(EvaluationFailed, match="no engine"):
+        outcome.result(0)
+    parts = Parts()
+    outcome = parts.evaluation()
+    parts.finish_sampling("abort")
+    with pytest.raises(EvaluationFailed, match="gave the rollout up"):
+        outcome.result(0)
+
+
+@pytest.mark.parametrize("num_chars", [MAX_TOKENS - 1, MAX_TOKENS, 17 * MAX_TOKENS, 10_000_000])
+def test_a_template_of_too_many_tokens_is_rejected_by_name_and_never_sampled(num_chars: int) -> None:
+    parts = Parts()
+    outcome = parts.evaluation("z" * num_chars)
+    assert outcome.result(0) == Rejection(reason="longer than evolution.max_template_tokens")
+    assert parts.prompts == []
+
+
+def test_a_template_of_just_the_tokens_allowed_is_sampled() -> None:
+    parts = Parts()
+    parts.evaluation("z" * (MAX_TOKENS - 2))
+    (prompt,) = parts.prompts
+    assert len(prompt.sampling_ids) - len(prompt.training_ids) == MAX_TOKENS
+
+
+def test_a_template_that_leaves_the_question_no_room_is_rejected() -> None:
+    parts = Parts()
+    renderer = FakeRenderer(max_prompt_tokens=len(PROBLEM.question) + 5)
+    outcome = TemplateEvaluator(parts.sample, renderer, parts, MAX_TOKENS)("Be brave.", PROBLEM, SAMPLING)
+    assert outcome.result(0) == Rejection(reason="its prompt is too long")
+    assert parts.prompts == []
+
+
+def test_a_template_that_the_tokenizer_does_not_take_is_rejected() -> None:
+    class Picky(FakeRenderer):
+        def render(self, problem: Problem, template: Template) -> Prompt:
+            raise ValueError("chat markup cannot be taken for text by this model's tokenizer")
+
+    parts = Parts()
+    outcome = TemplateEvaluator(parts.sample, Picky(), parts, MAX_TOKENS)("<|x|>", PROBLEM, SAMPLING)
+    assert outcome.result(0) == Rejection(reason="its prompt cannot be rendered")

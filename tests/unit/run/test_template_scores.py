@@ -1,0 +1,58 @@
+"""What rollouts say about templates: an answer without a verdict says nothing."""
+
+from concurrent.futures import Future
+from dataclasses import replace
+
+import pytest
+
+from megatron_p2o.algorithm import SamplingParts, graded_rollouts
+from megatron_p2o.evolve.trial import EvaluationFailed
+from megatron_p2o.run.templates import TemplateEvaluator, free_scores
+from megatron_p2o.testing.fakes import FakeEngine, FakeGrader, FakeRenderer, Reply, fake_problem, fake_rollout
+from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, SamplingParams, Template
+
+HINT = Template(id=1, text="Go on.", parent=0)
+PROBLEM = fake_problem(1)
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=4)
+
+
+class BrokenGrader:
+    """A grader whose workers cannot be started."""
+
+    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+        verdict: Future[Grade] = Future()
+        verdict.set_exception(RuntimeError("no worker starts"))
+        return verdict
+
+
+def sampled(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
+    engine = FakeEngine(reply=lambda prompt, index: Reply(text="?"))
+    completion: Future[Completion] = Future()
+    completion.set_result(dict(engine.generate([prompt], sampling))[0])
+    return completion
+
+
+@pytest.mark.parametrize(
+    ("grader", "reason"), [(FakeGrader(), "the grader could not decide"), (BrokenGrader(), "no worker starts")]
+)
+def test_an_evaluation_without_a_verdict_is_no_score(grader: FakeGrader | BrokenGrader, reason: str) -> None:
+    outcome = TemplateEvaluator(sampled, FakeRenderer(), grader, 1000)(HINT.text, PROBLEM, SAMPLING)
+    with pytest.raises(EvaluationFailed, match=reason):
+        outcome.result(0)
+
+
+def test_free_scores_are_over_the_answers_that_were_decided() -> None:
+    solved, failed = (fake_rollout(PROBLEM, reward=reward, template=HINT) for reward in (1, 0))
+    undecided = replace(failed, grade="error")
+    aborted = fake_rollout(PROBLEM, reward=0, template=HINT, finish_reason="abort")
+    siblings = (undecided, solved, aborted, failed, solved, replace(fake_rollout(PROBLEM, reward=0), grade="error"))
+    (score,) = free_scores([Group(problem=PROBLEM, rollouts=siblings, advantages=(0.0,) * 6)], lambda completion: "")
+    assert score.template_text == HINT.text, "the plain prompt has no decided answer and no score"
+    assert score.evaluation.reward == pytest.approx(2 / 3)
+
+
+def test_a_grader_that_cannot_work_ends_the_step() -> None:
+    engine = FakeEngine(reply=lambda prompt, index: Reply(text="yes"))
+    parts = SamplingParts(engine=engine, grader=BrokenGrader(), renderer=FakeRenderer())
+    with pytest.raises(RuntimeError, match="no worker starts"):
+        list(graded_rollouts([FakeRenderer().render(PROBLEM, HINT)], SAMPLING, parts))

@@ -1,0 +1,131 @@
+"""A step or an evaluation with too many answers that the grader could not decide is warned of."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_p2o.algorithm import Parts, StepResult, TrainState
+from megatron_p2o.evaluation.outcome import Answer, evaluation_metrics, evaluation_of
+from megatron_p2o.metrics.clock import PhaseClock
+from megatron_p2o.metrics.step import step_metrics
+from megatron_p2o.metrics.values import MetricValue, numbers_of
+from megatron_p2o.rl.hard_samples import HardSampleLedger
+from megatron_p2o.run.alarms import warn_of_undecided
+from megatron_p2o.run.observer import RunObserver
+from megatron_p2o.testing.fakes import (
+    FakeEngine,
+    FakeGrader,
+    FakeLibrary,
+    FakePolicy,
+    FakeRenderer,
+    Reply,
+    fake_config,
+    fake_problem,
+    fake_rollout,
+)
+from megatron_p2o.types import Grade, Group
+
+PROBLEM = fake_problem(1)
+
+
+def step_of(num_decided: int, num_undecided: int, num_aborted: int = 0) -> list[Group]:
+    decided = fake_rollout(PROBLEM, reward=1)
+    undecided, aborted = replace(decided, grade="error"), fake_rollout(PROBLEM, reward=0, finish_reason="abort")
+    rollouts = (*[decided] * num_decided, *[undecided] * num_undecided, *[aborted] * num_aborted)
+    return [Group(problem=PROBLEM, rollouts=rollouts, advantages=(0.0,) * len(rollouts))]
+
+
+@pytest.mark.parametrize(
+    ("counts", "warns"),
+    [((100, 0), False), ((99, 1), False), ((98, 2), True), ((98, 2, 900), True), ((9, 0, 91), False)],
+)
+def test_a_step_with_more_undecided_answers_than_the_alarm_is_warned_of_once(
+    counts: tuple[int, ...], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_undecided(7, step_metrics(step_of(*counts), [], {}), 0.01)
+    assert len(caplog.records) == warns
+    if warns:
+        assert (
+            "step 7: rollout: the grader could not decide 2 of 100 answers, more than grading.undecided_alarm=0.01"
+            in (caplog.text)
+        )
+
+
+def test_an_evaluation_with_more_undecided_answers_than_the_alarm_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    grades: list[Grade] = ["correct", "error", "error", "incorrect"]
+    answers = [
+        Answer(problem_id=PROBLEM.id, sample=number, grade=grade, finish_reason=reason, num_tokens=1)
+        for number, (grade, reason) in enumerate(zip(grades, ("stop", "stop", "abort", "stop"), strict=True))
+    ]
+    outcome = evaluation_of(answers, [PROBLEM], 4, 0.6)
+    with caplog.at_level(logging.WARNING):
+        warn_of_undecided(3, evaluation_metrics({"aime": outcome, "templated_aime": outcome}), 0.3)
+        warn_of_undecided(3, evaluation_metrics({"aime": outcome}), 0.4)
+    assert [record.getMessage().partition(" could")[0] for record in caplog.records] == [
+        "step 3: eval/aime: the grader",
+        "step 3: eval/templated_aime: the grader",
+    ]
+    assert "1 of 3 answers" in caplog.text, "what the engines gave up was never graded"
+
+
+def observed_evaluation(answer: str, run_dir: Path, written: list[Mapping[str, MetricValue]]) -> RunObserver:
+    """Return an observer that has evaluated the set "aime", answered with `answer`, after a step."""
+    metrics = SimpleNamespace(
+        write=lambda step, epoch, numbers: written.append(numbers), announce=lambda what: None, num_lines=0
+    )
+    files: Any = SimpleNamespace(
+        run_dir=run_dir,
+        checkpoints=SimpleNamespace(check=lambda: None, begin=lambda *_: None, confirm=lambda step: None),
+        metrics=metrics,
+        ledger=SimpleNamespace(append=lambda entries: None, ledger=HardSampleLedger(), num_entries=0),
+    )
+    parts = Parts(
+        engine=FakeEngine(reply=lambda prompt, index: Reply(text=answer)),
+        grader=FakeGrader(),
+        renderer=FakeRenderer(),
+        policy=FakePolicy(),
+        evolution=None,
+    )
+    observer = RunObserver(
+        config=fake_config(
+            {
+                "schedule.save_every_steps": 0,
+                "evaluation.every_steps": 1,
+                "evaluation.best_set": "aime",
+                "logging.rollouts_every_steps": 0,
+            }
+        ),
+        parts=parts,
+        files=files,
+        clock=PhaseClock(),
+        stop=SimpleNamespace(),  # pyright: ignore[reportArgumentType]
+        evaluation_sets={"aime": [fake_problem(number) for number in range(5)]},
+        observe_groups=lambda groups: None,
+        keep_library=lambda library: None,
+        take_round_statistics=dict,
+        process_metrics=lambda _: {},
+        resumed=None,
+    )
+    result = StepResult(groups=step_of(2, 0), hard=[], reports=[], num_batches=1)
+    observer.on_step(TrainState(library=FakeLibrary(), step=1), result)
+    return observer
+
+
+def test_an_evaluation_without_any_verdict_is_warned_of_and_is_no_zero(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written: list[Mapping[str, MetricValue]] = []
+    with caplog.at_level(logging.WARNING):
+        observed_evaluation("?", tmp_path, written)
+    assert "evaluation of aime at step 1: none of 80 answers has a verdict: it has no outcome" in caplog.text
+    assert not any(key.startswith("eval/") for numbers in written for key in numbers)
+    observed_evaluation("no", tmp_path, written)
+    assert numbers_of(written[-1])["eval/aime/avg"] == 0.0
