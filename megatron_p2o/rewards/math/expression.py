@@ -1,6 +1,7 @@
 """Reads a mathematical expression in LaTeX as a tree that keeps every letter, case, index and prime."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -137,14 +138,14 @@ class _Parser:
         is_fraction = self._tokens[start] == r"\frac" and all(part.kind == "number" for part in factor.parts)
         if node.kind == "number" and not node.is_decimal and is_fraction:
             return Node("sum", (node, factor))  # a mixed number
-        if self._tokens[start][0].isdigit():
+        if self._tokens[start][0].isdecimal():
             raise NotUnderstoodError("a number after a factor")
         return _product_of(node, factor)
 
     def _starts_factor(self, token: str) -> bool:
         if token == "|":
             return self._open_bars == 0
-        if token in ("(", "[", "{") or (token[:1].isalnum() and token.isascii()):
+        if token in ("(", "[", "{") or (token[:1].isalnum() and token.isascii()) or _is_label(token):
             return True
         is_command = token[:1] == "\\" and len(token) > 2
         return is_command and token not in (r"\rfloor", r"\rceil", r"\cdot", r"\times", r"\div", r"\degree")
@@ -185,8 +186,10 @@ class _Parser:
         self.take()
         if token == "|":
             return self._between_bars()
-        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+        if token[0].isdecimal() or (token[0] == "." and len(token) > 1):
             return self._number(token)
+        if _is_label(token):
+            return Node("symbol", name=token)
         if token in CONSTANTS and self.peek() not in ("_", "'"):
             return Node("constant", name=CONSTANTS[token])
         if token.isalpha() and token.isascii():
@@ -222,7 +225,7 @@ class _Parser:
     def _is_number_in_brackets(self) -> bool:
         """Return whether `(0)` follows: I(0) is the value of I at 0, not 0."""
         _, number, closing, *_ = [*self._tokens[self._next : self._next + 3], "", ""]
-        return number[:1].isdigit() and closing == ")"
+        return number[:1].isdecimal() and closing == ")"
 
     def _raw(self) -> str:
         """Return the text of a group or of one token as it stands: an index, the content of an accent."""
@@ -356,6 +359,12 @@ class _Parser:
     def _starts_next_factor(self) -> bool:
         token = self.peek()
         return token in ("(", "[", "{", "|") or token.removeprefix("\\") in (*FUNCTIONS, "sqrt", "text")
+
+
+def _is_label(token: str) -> bool:
+    """Return whether a character is a circled or bracketed numeral or letter: the name of a statement, no number."""
+    name = unicodedata.name(token, "") if len(token) == 1 and not token.isascii() else ""
+    return name.startswith(("CIRCLED", "PARENTHESIZED", "NEGATIVE CIRCLED", "DINGBAT")) or name.endswith("FULL STOP")
 
 
 def _product_of(node: Node, factor: Node) -> Node:

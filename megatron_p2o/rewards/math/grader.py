@@ -1,5 +1,6 @@
 """Grades responses to mathematical problems: the last boxed answer, compared by text, by number, or by algebra."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from megatron_p2o.rewards.math.spelling import normal_form
 from megatron_p2o.rewards.pool import WorkerPool
 from megatron_p2o.types import Grade, Problem
 
+logger = logging.getLogger(__name__)
 _ASKS_PERCENT = re.compile(r"\bper ?cent(?:age)?\b|%", re.IGNORECASE)
 
 
@@ -26,11 +28,13 @@ class MathGrader:
     def __init__(self, config: GradingConfig) -> None:
         self._pool = WorkerPool(config.num_workers, config.deadline_s, config.memory_limit_mib)
         self._counts: Counter[str] = Counter()
+        self._logged_faults: set[str] = set()
         self._lock = Lock()
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Answers so far: no_answer (no box), quick (decided here), and the outcomes of `WorkerPool.counts`."""
+        """Answers so far: no_answer (no box), quick (decided here), failed (a fault of the grader met here), and the
+        outcomes of `WorkerPool.counts`."""
         with self._lock:
             return {**self._counts, **self._pool.counts}
 
@@ -43,15 +47,20 @@ class MathGrader:
         """Grade the last boxed answer of `text` against `problem.answer`.
 
         A question for a percentage may be answered by `20` and by `20\\%`. "error" when two workers were lost over it,
-        or one used up its processor time. The future raises `GraderFailed` when no worker works any more.
+        one used up its processor time, or the grader itself failed on it, which is logged once for each kind of fault.
+        The future raises `GraderFailed` when no worker works any more.
 
         Raises:
             RuntimeError: the grader is closed and the answer needs a worker.
         """
-        answer = last_boxed(text)
-        if answer is None:
-            return self._decided("incorrect", "no_answer")
-        local = local_verdict(problem, answer)
+        try:
+            answer = last_boxed(text)
+            if answer is None:
+                return self._decided("incorrect", "no_answer")
+            local = local_verdict(problem, answer)
+        except Exception as error:  # a fault of the grader must not end the rollouts beside this one
+            self._log_once(type(error).__name__, problem.id, repr(error))
+            return self._decided("error", "failed")
         if isinstance(local, bool):
             return self._decided("correct" if local else "incorrect", "quick")
         return self._pool.submit(local.gold, [local.answer])
@@ -63,6 +72,13 @@ class MathGrader:
     def close(self) -> None:
         """Kill the workers; what they have not answered is graded "error"."""
         self._pool.close()
+
+    def _log_once(self, kind: str, problem_id: str, fault: str) -> None:
+        with self._lock:
+            is_known = kind in self._logged_faults
+            self._logged_faults.add(kind)
+        if not is_known:
+            logger.exception("the grader failed on an answer to problem %s, now ungraded: %s", problem_id, fault)
 
     def _decided(self, grade: Grade, count: str) -> Future[Grade]:
         with self._lock:

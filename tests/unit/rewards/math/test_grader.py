@@ -150,3 +150,14 @@ def test_hostile_answers_neither_end_the_grader_nor_pass(grader: MathGrader) -> 
         grades = {name: future.result(PATIENCE_S) for name, future in futures.items()}
         assert {name for name, grade in grades.items() if grade != "incorrect"} == set()
     assert grade_answer(grader, "x+1", "1+x") == "correct"
+
+
+def test_fault_of_the_grader_costs_one_grade_and_is_logged_once(
+    grader: MathGrader, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Problem(id="broken", question="", answer=7)  # type: ignore[arg-type]
+    failed_before = grader.counts.get("failed", 0)
+    assert [grader.submit(broken, r"\boxed{7}").result(PATIENCE_S) for _ in range(3)] == ["error"] * 3
+    assert grader.counts["failed"] == failed_before + 3
+    assert [record.getMessage().count("broken") for record in caplog.records] == [1]
+    assert "TypeError" in caplog.text

@@ -474,9 +474,22 @@ WRONG_EQUATIONS_AND_FUNCTIONS = [
 ]
 
 
+RIGHT_LABELS = [("②④", "②④"), ("②④", r"\text{②④}"), ("①③", "③①"), ("①", "(①)"), ("Ⓐ", "Ⓐ"), ("⒊", "⒊")]
+"""Numerals and letters in circles name statements."""
+
+WRONG_LABELS = [
+    *[("3", label) for label in ("③", "⑶", "⒊", "❸", "፫", "x=③", "1.③", "12:③", r"\frac{③}{1}", "③/1", "x_③")],
+    *[("②④", other) for other in ("①③", "②", "24", "②④⑤", "②+④", "④②x")],
+    ("(1,2)", "(①,2)"),
+    ("①②③", "①②④"),
+    ("A", "Ⓐ"),
+]
+
+
 @pytest.mark.parametrize(
     ("gold", "answer"),
     [
+        *RIGHT_LABELS,
         *RIGHT_SEVERAL_VALUES_RELATIONS,
         *RIGHT_NUMBERS,
         *RIGHT_WORDS_AND_UNITS,
@@ -491,6 +504,7 @@ def test_right_answer_is_accepted_however_it_is_spelled(gold: str, answer: str) 
 @pytest.mark.parametrize(
     ("gold", "answer"),
     [
+        *WRONG_LABELS,
         *WRONG_SEVERAL_VALUES_RELATIONS,
         *WRONG_NUMBERS,
         *WRONG_EXPRESSIONS,
