@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,38 @@ def test_forbidden_import_is_found_however_it_is_written(module: str, source: st
 )
 def test_allowed_import_is_let_pass(module: str, source: str) -> None:
     assert violations(source, module) == []
+
+
+def imports_of(paths: dict[str, Path]) -> dict[str, set[str]]:
+    """Return for each module those it imports among `paths`."""
+    found: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        names = set(imported_names(path.read_text(), module, path.name == "__init__.py"))
+        modules = {name if name in paths else name.rpartition(".")[0] for name in names}
+        found[module] = {name for name in modules if name in paths and name != module}
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> set[str]:
+    """Return the modules that are on a circle or lead to one: what is left when those that import nothing go."""
+    left = {module: set(imported) for module, imported in imports.items()}
+    while free := {module for module, imported in left.items() if not imported}:
+        left = {module: imported - free for module, imported in left.items() if module not in free}
+    return set(left)
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set(), "e": {"d"}}) == {"a", "b", "c"}
+
+
+def test_no_module_imports_itself_over_others() -> None:
+    assert circles(imports_of({module_name(path): path for path in source_files()})) == set()
+
+
+def test_a_folder_holds_at_most_a_dozen_files_and_the_top_ten_modules() -> None:
+    counts = Counter(path.parent for path in source_files())
+    assert {folder: count for folder, count in counts.items() if count > 12} == {}
+    assert counts[ROOT / "megatron_p2o"] <= 11, "ten, and __init__"
 
 
 def test_folder_of_the_kernels_is_no_package_of_that_name() -> None:
