@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 from urllib.parse import urlsplit
 
 from megatron_p2o.config.names import suggestion
+from megatron_p2o.config.rules import problems_of
 from megatron_p2o.config.source import (
     ConfigError,
     ConfigProblem,
@@ -34,7 +35,7 @@ from megatron_p2o.config.source import (
     read_with_bases,
 )
 from megatron_p2o.config.suggestions import did_you_mean
-from megatron_p2o.config.tree import REFERENCE_PRESET, Config, problems_of
+from megatron_p2o.config.tree import REFERENCE_PRESET, Config
 from megatron_p2o.config.yaml_reader import dump_yaml
 
 __all__ = ["ConfigError", "ConfigProblem", "dump_config", "load_config", "missing_paths", "with_template_date"]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_p2o.config.read import dump_config, load_config
-from megatron_p2o.config.tree import Config, problems_of
+from megatron_p2o.config.rules import problems_of
+from megatron_p2o.config.tree import Config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.yaml"))

@@ -1,0 +1,122 @@
+"""Rules between settings, and the list of all that a tree of settings breaks."""
+
+from pathlib import Path
+
+from megatron_p2o.config.ranges import range_problems
+from megatron_p2o.config.tree import Config
+
+Rule = tuple[bool, str]
+"""Whether a rule holds, and the sentence that says so when it does not."""
+
+
+def problems_of(config: Config) -> list[str]:
+    """Return every rule the settings break, one sentence each with the remedy; empty when the run can start."""
+    rules = [
+        *_run_rules(config),
+        *_sampling_rules(config),
+        *_objective_rules(config),
+        *_process_rules(config),
+        *_evaluation_rules(config),
+    ]
+    return range_problems(config) + [text for holds, text in rules if not holds]
+
+
+def _sampling_rules(config: Config) -> list[Rule]:
+    return [
+        (
+            config.schedule.problems_per_step % max(1, config.schedule.problems_per_update) == 0,
+            f"schedule.problems_per_update={config.schedule.problems_per_update} must divide "
+            f"schedule.problems_per_step={config.schedule.problems_per_step}",
+        ),
+        (
+            config.assignment.num_plain <= config.rollout.group_size,
+            f"assignment.num_plain={config.assignment.num_plain} must be at most rollout.group_size="
+            f"{config.rollout.group_size}",
+        ),
+        (
+            "{question}" in config.data.question_format,
+            "data.question_format must contain {question}",
+        ),
+    ]
+
+
+def _objective_rules(config: Config) -> list[Rule]:
+    return [
+        (
+            config.objective.normalization == "global" or config.objective.denominator == "all",
+            "objective.normalization=micro_batch is defined for objective.denominator=all only",
+        ),
+        (
+            config.scoring.importance_cap is None or config.scoring.recompute,
+            f"scoring.importance_cap={config.scoring.importance_cap} needs scoring.recompute=true: the trainer has no "
+            "log-probs under templates otherwise",
+        ),
+    ]
+
+
+def _evaluation_rules(config: Config) -> list[Rule]:
+    evaluation, sets = config.evaluation, config.data.evaluation
+    known = ", ".join(sets) or "none"
+    named = [
+        *((f"evaluation.num_samples_of.{name}", name) for name in evaluation.num_samples_of),
+        *((f"evaluation.temperature_of.{name}", name) for name in evaluation.temperature_of),
+    ]
+    return [
+        *(
+            (
+                not name.startswith("templated_"),
+                f"data.evaluation.{name} must not begin with templated_: the metrics of a set asked through a template "
+                "are called so, rename it",
+            )
+            for name in sets
+        ),
+        *((name in sets, f"{setting} must name a set of data.evaluation ({known})") for setting, name in named),
+        (
+            evaluation.best_set is None or evaluation.best_set in sets,
+            f"evaluation.best_set={evaluation.best_set} must name a set of data.evaluation ({known})",
+        ),
+    ]
+
+
+def _run_rules(config: Config) -> list[Rule]:
+    name = Path(config.run.name)
+    is_below = bool(name.parts) and not name.is_absolute() and ".." not in name.parts
+    return [(is_below, f"run.name={config.run.name} must name a folder below run.directory: write it like first")]
+
+
+def _process_rules(config: Config) -> list[Rule]:
+    return [
+        (
+            not config.parallel.sequence or config.parallel.tensor > 1,
+            "parallel.sequence needs parallel.tensor > 1: set parallel.sequence to false",
+        ),
+        (
+            config.parallel.virtual_pipeline <= 1 or config.parallel.pipeline > 1,
+            f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} must be 1, or larger with "
+            "parallel.pipeline > 1",
+        ),
+        (
+            not config.evolution.enabled
+            or config.evolution.beside_training
+            or config.evolution.round_timeout_s < config.parallel.command_timeout_s,
+            f"evolution.round_timeout_s={config.evolution.round_timeout_s:g} must be less than "
+            f"parallel.command_timeout_s={config.parallel.command_timeout_s:g} with evolution.beside_training=false: "
+            "the other ranks wait while a round runs",
+        ),
+        (
+            not config.evolution.enabled
+            or config.evolution.reflection.backend != "openai"
+            or bool(config.evolution.reflection.base_url and config.evolution.reflection.model),
+            "evolution.reflection.backend=openai needs evolution.reflection.base_url and .model",
+        ),
+        (
+            not {"messages", "stream", "n"} & config.evolution.reflection.extra_body.keys(),
+            "evolution.reflection.extra_body must hold none of messages, stream and n: one whole reply is read",
+        ),
+        (
+            not config.evolution.enabled
+            or config.evolution.reflection.backend != "phrasebook"
+            or bool(config.evolution.reflection.phrases),
+            "evolution.reflection.backend=phrasebook needs evolution.reflection.phrases: a file of phrases",
+        ),
+    ]
