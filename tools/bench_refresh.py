@@ -2,6 +2,7 @@
 
     python tools/bench_refresh.py --shape qwen3-4b --bucket-mib 512 2048 --json tools/results/h200_refresh_4b.json
     python tools/bench_refresh.py --shape tiny --engines 1 --repeats 3
+    python tools/bench_refresh.py --shape qwen3-4b --engines 0     # without SGLang: the trainer's part
 
 One trainer process holds the policy and hands its weights (gathered, converted, named as on Hugging Face) to real
 engines beside it. `ours` is the trainer's `WeightSync.refresh`, on the GPU or through host memory
@@ -11,6 +12,10 @@ one is made when it has been loaded, nothing is compared. `sglang disk` writes a
 ways take turns within one run; wall clock. Before a way is timed it must restore, from halved weights, the log-probs
 that the engine had with the same weights when it was started. Our first run, which maps memory and records copies, is
 shown apart.
+
+With `--engines 0` the refresh runs as far as it goes without an engine: weights are gathered (`gather` alone is timed
+too), converted and laid out in buckets in host and device memory, with and without checksums. Each way must leave all
+weights as they are first.
 """
 
 import argparse
@@ -23,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from multiprocessing.reduction import ForkingPickler
@@ -40,6 +45,7 @@ from torch.multiprocessing import set_sharing_strategy
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
 from random_policy import SHAPES, bench_config, measured_on, write_random_model, write_result  # isort: skip; makes ours importable
+from weight_path import Seconds, measure_path, send_ours  # isort: skip
 
 from megatron_p2o.config.tree import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
@@ -59,8 +65,6 @@ PROBES = [np.arange(10 * number + 1, 10 * number + 9, dtype=np.int32) for number
 
 LOGPROB_GATE = {"cpu": 1e-5, "cuda": 2e-2}
 """Largest difference of the probes' log-probs for the same weights: float32, and eight bits of mantissa."""
-
-Seconds = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +92,9 @@ def main() -> None:
             sizes = [tensor.nbytes for _, tensor in policy.weights()]
             result |= {"num_tensors": len(sizes), "num_bytes": sum(sizes), "arms": []}
             for num_engines in arguments.engines:
+                if num_engines == 0:
+                    result["arms"] += arms_without_engines(policy, Path(folder), arguments, result)
+                    continue
                 run_dir = Path(folder) / f"{num_engines}-engines"
                 with start_engines(engine_config(config, num_engines, device), run_dir, [0]) as engine:
                     arms = measure(engine, policy, run_dir, arguments, device)
@@ -100,11 +107,29 @@ def parse_arguments() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-4b" if on_gpu else "tiny")
-    parser.add_argument("--engines", type=int, nargs="+", default=[1] if on_gpu else [1, 2], help="one run for each")
+    parser.add_argument(
+        "--engines", type=int, nargs="+", default=[1] if on_gpu else [1, 2], help="one run for each; 0: none is needed"
+    )
     parser.add_argument("--bucket-mib", type=int, nargs="+", default=[512], help="rollout.refresh_bucket_mib, each")
     parser.add_argument("--repeats", type=int, default=20, help="of each way, after the first")
     parser.add_argument("--json", type=Path, help="where to write the result")
     return parser.parse_args()
+
+
+def arms_without_engines(
+    policy: MegatronPolicy, folder: Path, arguments: argparse.Namespace, result: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the arms of `--engines 0`; `result` is told which is missing."""
+    arms, result["missing"] = measure_path(policy, arguments.bucket_mib, arguments.repeats, folder)
+    return [
+        {
+            "num_engines": 0,
+            **arm,
+            "first": arm["first"] if arm["is_verified"] else None,
+            "later": {key: spread([seconds[key] for seconds in arm["later"]]) for key in arm["first"]},
+        }
+        for arm in arms
+    ]
 
 
 def engine_config(config: Config, num_engines: int, device: torch.device) -> Config:
@@ -182,11 +207,6 @@ def ways_to(
         ways.append(Way(name="sglang tensor", bucket_mib=mib, is_verified=False, send=send))
     send = partial(send_disk, broker, Path(policy._config.model.path), run_dir)
     return [*ways, Way(name="sglang disk", bucket_mib=None, is_verified=False, send=send)]
-
-
-def send_ours(sync: WeightSync, is_verified: bool, weights: NamedWeights, version: int) -> Seconds:
-    stats = asdict(sync.refresh(weights, version, verify=is_verified))
-    return {key: value for key, value in stats.items() if key.endswith("_s")}
 
 
 def send_tensors(broker: Broker, sync: WeightSync, bucket_bytes: int, weights: NamedWeights, version: int) -> Seconds:
