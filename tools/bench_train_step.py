@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +33,7 @@ from random_policy import SHAPES, bench_config, measured_on, write_config, write
 from bench.cases import Shape
 from bench.measure import matmul_ceiling, peak_bytes, time_interleaved
 
+from megatron_p2o.config.tree import HeadConfig
 from megatron_p2o.machine.memory_plan import GIB, trainer_memory
 from megatron_p2o.policy.model.architecture import Architecture, read_architecture
 from megatron_p2o.policy.model.attention import pack_layout, sample_positions
@@ -66,6 +67,8 @@ def main() -> None:
         samples = make_samples(arguments.tokens, arguments.sample_tokens, arguments.prompt_tokens, architecture)
         config = bench_config(model_path, arguments.tokens, device, recompute=arguments.recompute)
         config = replace(config, model=replace(config.model, layer_backend=arguments.layers))
+        config = replace(config, head=HeadConfig(kernel=arguments.head_kernel))
+        result |= {"planned_bytes": asdict(trainer_memory(config, architecture))}
         with closing(build_policy(config)) as policy:
             result |= {"layers": policy.layers.layers, "attention": policy.layers.attention}
             result |= measure(policy, samples, arguments.repeats, device)
@@ -85,6 +88,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, help="of the model; default: all of the shape's that fit the device")
     layers = ("auto", "transformer_engine", "local")
     parser.add_argument("--layers", choices=layers, default="auto", help="model.layer_backend")
+    kernels = ("warp_specialized", "plain", "torch")
+    parser.add_argument("--head-kernel", choices=kernels, default=kernels[0], help="head.kernel, of a GPU")
     parser.add_argument("--recompute", action="store_true", help="activations of every layer, to save memory")
     parser.add_argument("--peak-tflops", type=float, help="of the device; default: the data sheet's, if it is known")
     parser.add_argument("--threads", type=int, default=1, help="of torch on CPU")

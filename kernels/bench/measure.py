@@ -1,5 +1,6 @@
 """Time, memory and errors of one provider on one case."""
 
+import os
 import platform
 import subprocess
 import time
@@ -202,12 +203,13 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Return the commit of the checkout; "unknown" outside of one, or on a machine without git."""
+    """Return the commit of the checkout; outside of one, or on a machine without git, $P2O_COMMIT or "unknown"."""
+    carried = os.environ.get("P2O_COMMIT", "unknown")
     command = ["git", "describe", "--always", "--abbrev=12"]
     try:
         done = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
         )
     except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return carried
+    return done.stdout.strip() or carried

@@ -1,0 +1,112 @@
+"""The script for a GPU that is lent for minutes: it runs through here, and on a GPU it runs what it means to."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "tools"
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import gpu_session
+
+    return gpu_session
+
+
+@pytest.mark.slow
+def test_every_step_runs_without_a_gpu_and_without_git(tmp_path: Path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "env", "mktemp", "rm", "cat", "dirname", "uname"):
+        (programs / name).symlink_to(Path("/bin") / name if (Path("/bin") / name).exists() else Path("/usr/bin") / name)
+    # A wrapper, because a link to a virtual environment's python does not find the packages.
+    (programs / "python3").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (programs / "python3").chmod(0o755)
+    environment = {**os.environ, "PATH": str(programs), "OUT": str(tmp_path / "out"), "P2O_COMMIT": "abc"}
+    done = subprocess.run(
+        ["/bin/bash", str(TOOLS / "gpu_session.sh"), "--dry-run"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "out" / "session.json").read_text())
+    assert record["environment"]["commit"] == "abc" and record["environment"]["is_rehearsal"]
+    results = {path.stem for path in (tmp_path / "out").glob("*.json")}
+    expected = {"policy_loss_64", "logprob_errors_tiny", "logprob", "advantage", "train_step_tiny", "weight_path"}
+    assert expected <= results
+    assert all(json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in expected)
+
+
+def test_the_commands_for_a_gpu_are_ones_that_the_tools_take(session: ModuleType, tmp_path: Path, monkeypatch):
+    everything = [session.kernel_tests(tmp_path), *session.steps(session.GPU, session.KERNELS, tmp_path)]
+    commands = [command for step in everything for command in step.commands.values()]
+    parsed = set()
+    for command in commands:
+        tool = next((word for word in command if word.startswith("tools/")), None)
+        if tool is None:
+            files = [word for word in command if word.startswith("tests/")]
+            assert files and all((ROOT / file).exists() for file in files)
+            continue
+        module = __import__(Path(tool).stem)
+        monkeypatch.setattr(sys, "argv", command[command.index(tool) :])
+        module.parse_arguments()  # exits where an option is unknown or a value is none of the choices
+        parsed.add(tool)
+    assert parsed == {"tools/bench_kernels.py", "tools/bench_train_step.py", "tools/bench_refresh.py"}
+
+
+def test_the_most_valuable_steps_fit_the_budget_at_their_limits(session: ModuleType, tmp_path: Path):
+    limits = {step.name: step.limit_s for step in session.steps(session.GPU, session.KERNELS, tmp_path)}
+    first = ("logprob_errors_qwen3-4b", "policy_loss_16384", "policy_tests", "train_step_qwen3-0.6b")
+    spent = session.kernel_tests(tmp_path).limit_s + sum(limits[name] for name in first)
+    assert spent <= session.GPU.budget_s <= 540
+
+
+def test_a_step_that_hangs_or_fails_costs_the_others_nothing(session: ModuleType, tmp_path: Path):
+    run = session.Session(tmp_path, {"device": "none"}, time.monotonic() + 1000)
+    child = "import subprocess, sys, time; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    run.run(session.Step(name="hangs", limit_s=0.5, commands={"hangs": [sys.executable, "-c", child]}))
+    run.run(
+        session.Step(name="fails", limit_s=300, commands={"fails": [sys.executable, "-c", "raise SystemExit('no')"]})
+    )
+    run.run(session.Step(name="works", limit_s=300, commands={"works": [sys.executable, "-c", "print(1)"]}))
+    record = json.loads((tmp_path / "session.json").read_text())
+    assert [step["status"] for step in record["steps"]] == ["cut off", "failed", "passed"]
+    assert record["steps"][1]["note"] == "no" and record["environment"] == {"device": "none"}
+
+
+def test_no_step_is_begun_without_time(session: ModuleType, tmp_path: Path):
+    run = session.Session(tmp_path, {}, time.monotonic() + session.LEAST_S / 2)
+    run.run(session.Step(name="late", limit_s=300, commands={"late": [sys.executable, "-c", "print(1)"]}))
+    (step,) = json.loads((tmp_path / "session.json").read_text())["steps"]
+    assert (step["status"], step["note"]) == ("not run", "no time left")
+
+
+def test_only_kernels_whose_tests_passed_are_timed(session: ModuleType, tmp_path: Path):
+    run = session.Session(tmp_path, {}, time.monotonic() + 1000)
+    commands = {
+        "kernel_tests_warp_specialized": [sys.executable, "-c", "raise SystemExit(1)"],
+        "kernel_tests_plain": [sys.executable, "-c", ""],
+    }
+    run.run(session.Step(name="kernel_tests", limit_s=300, commands=commands))
+    assert run.passed_kernels() == ["plain"]
+
+
+def test_tests_that_were_all_skipped_do_not_count_as_passed(session: ModuleType, tmp_path: Path):
+    report = '<testsuites><testsuite tests="2" failures="0" errors="0" skipped="2"/></testsuites>'
+    write = f"open({str(tmp_path / 'checked.xml')!r}, 'w').write({report!r})"
+    run = session.Session(tmp_path, {}, time.monotonic() + 1000)
+    run.run(session.Step(name="checked", limit_s=300, commands={"checked": [sys.executable, "-c", write]}))
+    assert run.outcomes[0].status == "skipped" and run.outcomes[0].tests["skipped"] == 2
