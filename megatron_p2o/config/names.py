@@ -28,13 +28,24 @@ SYNONYMS: Mapping[str, str] = {
 }
 """What other trainers call a setting, or its section."""
 
+RENAMED: Mapping[str, str] = {
+    "scoring.mismatch_alarm": "alarms.mismatch",
+    "scoring.mismatch_rise_alarm": "alarms.mismatch_rise",
+    "scoring.mismatch_alarm_action": "alarms.mismatch_action",
+    "hard.forgotten_alarm": "alarms.forgotten",
+    "grading.undecided_alarm": "alarms.undecided",
+}
+"""Name in an earlier version to what to write instead."""
+
 
 def suggestion(name: NamePath) -> str:
     """Return the end of "... is not a setting:".
 
-    Looked for are settings with the like name in the same section, of the same name elsewhere, what others call so, and
-    settings with a like name elsewhere; else the section's settings are listed.
+    Looked for are names of earlier versions, settings with the like name in the same section, of the same name
+    elsewhere, what others call so, and settings with a like name elsewhere; else the section's settings are listed.
     """
+    if ".".join(name) in RENAMED:
+        return f"write {RENAMED['.'.join(name)]}"
     known = list(_all_settings())
     if ".".join(name) in known:
         section, _, leaf = ".".join(name).rpartition(".")

@@ -192,9 +192,6 @@ class GradingConfig:
     deadline_s: Seconds = 1.0
     """Processor time for one answer in seconds; a busy machine does not use it up. A worker that takes more is killed
     and the answer is undecided. Most answers take a thousandth of a second, those that need math-verify up to 0.3 s."""
-    undecided_alarm: Annotated[float, Range(at_least=0, at_most=1)] = 0.01
-    """Share of the answers of a step or an evaluation above which undecided ones cause a warning. Undecided answers are
-    not learnt from and count in no rate."""
     memory_limit_mib: Annotated[int, Range(at_least=256, reason="math-verify alone takes about 70")] = 2048
     """Address space of one worker, at most, in MiB."""
 
@@ -213,8 +210,6 @@ class HardConfig:
     min_problems: NonNegativeInt = 100
     """Fewest hard problems of an epoch for which prompts are evolved (the paper's). With fewer there is no round, and
     the next epoch asks every problem plainly."""
-    forgotten_alarm: Annotated[float, Range(at_least=0, at_most=1)] = 0.25
-    """Share of a step's mastered problems (if they are at least ten) above which plain failures cause a warning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,15 +292,6 @@ class ScoringConfig:
     importance_cap: Annotated[float, Range(at_least=1)] | None = None
     """Cap of the truncated importance weight min(pi_trainer / pi_engine, cap) of each token, under the prompt it was
     sampled with. Needs `scoring.recompute`. None: no weight."""
-    mismatch_alarm: PositiveFloat = 0.1
-    """Difference between the log-probs of engine and trainer, in nats per token (mean over a step's compared tokens),
-    above which the alarm rings."""
-    mismatch_rise_alarm: Annotated[float, Range(above=1)] = 2.0
-    """Rise of that difference at which the alarm rings: the median of the last 5 compared steps divided by that of the
-    run's first 10. Values below 0.001 nats count as rounding."""
-    mismatch_alarm_action: Literal["warn", "stop"] = "warn"
-    """Effect of the alarm on a mismatch. `warn` logs it. `stop` ends the run with `MismatchAlarm` after the step is on
-    record and before its weights are saved, so that the run can go on from the checkpoint before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -459,6 +445,26 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AlarmsConfig:
+    """Numbers of a step or an evaluation at which the run warns, or ends."""
+
+    mismatch: PositiveFloat = 0.1
+    """Difference between the log-probs of engine and trainer, in nats per token (mean over a step's compared tokens),
+    above which the alarm rings."""
+    mismatch_rise: Annotated[float, Range(above=1)] = 2.0
+    """Rise of that difference above which the alarm rings: the median of the last 5 compared steps divided by that of
+    the run's first 10. Values below 0.001 nats count as rounding."""
+    mismatch_action: Literal["warn", "stop"] = "warn"
+    """Effect of the two alarms on the mismatch. `warn` logs it. `stop` ends the run with `MismatchAlarm` after the step
+    is on record and before its weights are saved, so that the run can go on from the checkpoint before."""
+    forgotten: Annotated[float, Range(at_least=0, at_most=1)] = 0.25
+    """Share of a step's mastered problems (if they are at least ten) above which plain failures cause a warning."""
+    undecided: Annotated[float, Range(at_least=0, at_most=1)] = 0.01
+    """Share of the answers of a step or an evaluation above which undecided ones cause a warning. Undecided answers are
+    not learnt from and count in no rate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingConfig:
     """What is written beside metrics.jsonl."""
 
@@ -514,6 +520,8 @@ class Config:
     """Evolution of prompts."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Measurement of the policy."""
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    """Limits of warnings."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Outputs beside metrics.jsonl."""
     sglang: Mapping[str, Any] = field(default_factory=dict)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import assert_never
 
-from megatron_p2o.config.tree import ScoringConfig
+from megatron_p2o.config.tree import AlarmsConfig
 from megatron_p2o.metrics.trend import Rise, rise_of
 from megatron_p2o.metrics.values import Mean, MetricValue, numbers_of
 from megatron_p2o.types import Group, UpdateReport
@@ -26,7 +26,7 @@ MIN_MASTERED = 10
 
 
 class MismatchAlarm(RuntimeError):
-    """Engine and trainer differ too much; `scoring.mismatch_alarm_action` is stop."""
+    """Engine and trainer differ too much; `alarms.mismatch_action` is stop."""
 
 
 class StepGivenUp(RuntimeError):
@@ -60,9 +60,9 @@ class HealthWatch:
 class MismatchWatch:
     """Compares what engine and trainer differ by with a limit and with the run's own first steps."""
 
-    def __init__(self, scoring: ScoringConfig, earlier: Sequence[float]) -> None:
+    def __init__(self, alarms: AlarmsConfig, earlier: Sequence[float]) -> None:
         """`earlier`: the mean of each step before, oldest first; of a resumed run those of its checkpoint."""
-        self._scoring = scoring
+        self._alarms = alarms
         self._means = list(earlier)
         self._is_risen = self._rise() is not None
 
@@ -78,11 +78,11 @@ class MismatchWatch:
         mean = numbers.get(MISMATCH)
         if mean is None:
             return
-        if not mean <= self._scoring.mismatch_alarm:
+        if not mean <= self._alarms.mismatch:
             self._ring(
                 f"step {step}: engine and trainer differ by {mean:.3g} nats a token (worst token "
                 f"{numbers['mismatch/logprob_abs_max']:.3g}, KL estimate {numbers['mismatch/kl_mean']:.3g}), more than "
-                f"scoring.mismatch_alarm={self._scoring.mismatch_alarm:g}: set scoring.recompute and "
+                f"alarms.mismatch={self._alarms.mismatch:g}: set scoring.recompute and "
                 "scoring.importance_cap, or look for a difference in precision or weights"
             )
         if math.isfinite(mean):
@@ -92,25 +92,25 @@ class MismatchWatch:
     def _look_at_rise(self, step: int) -> None:
         rise, was_risen = self._rise(), self._is_risen
         self._is_risen = rise is not None
-        if rise is not None and (not was_risen or self._scoring.mismatch_alarm_action == "stop"):
+        if rise is not None and (not was_risen or self._alarms.mismatch_action == "stop"):
             self._ring(
                 f"step {step}: engine and trainer differ by {rise.last:.3g} nats a token, {rise.first:.3g} when the "
-                f"run began, more than scoring.mismatch_rise_alarm={self._scoring.mismatch_rise_alarm:g} times as much"
+                f"run began, more than alarms.mismatch_rise={self._alarms.mismatch_rise:g} times as much"
                 ": lower optimizer.lr, set scoring.recompute and scoring.importance_cap, or go back to an earlier "
                 "checkpoint"
             )
 
     def _rise(self) -> Rise | None:
-        return rise_of(self._means, times=self._scoring.mismatch_rise_alarm, floor=MISMATCH_FLOOR)
+        return rise_of(self._means, times=self._alarms.mismatch_rise, floor=MISMATCH_FLOOR)
 
     def _ring(self, message: str) -> None:
-        match self._scoring.mismatch_alarm_action:
+        match self._alarms.mismatch_action:
             case "stop":
                 raise MismatchAlarm(message)
             case "warn":
                 logger.warning(message)
             case _:
-                assert_never(self._scoring.mismatch_alarm_action)
+                assert_never(self._alarms.mismatch_action)
 
 
 def warn_of_skipped_updates(step: int, reports: Sequence[UpdateReport]) -> None:
@@ -131,7 +131,7 @@ def warn_of_forgotten(step: int, num_forgotten: int, num_mastered: int, alarm: f
     """
     if num_mastered >= MIN_MASTERED and num_forgotten > alarm * num_mastered:
         logger.warning(
-            "step %d: %d of %d mastered problems fail without a template, more than hard.forgotten_alarm=%g: raise "
+            "step %d: %d of %d mastered problems fail without a template, more than alarms.forgotten=%g: raise "
             "assignment.num_plain, lower optimizer.lr, or go back to an earlier checkpoint",
             *(step, num_forgotten, num_mastered, alarm),
         )
@@ -142,7 +142,7 @@ def warn_of_undecided(step: int, metrics: Mapping[str, MetricValue], alarm: floa
     for key, share in metrics.items():
         if key.endswith("/undecided_share") and isinstance(share, Mean) and share.sum > alarm * share.count:
             logger.warning(
-                "step %d: %s: the grader could not decide %d of %d answers, more than grading.undecided_alarm=%g; they "
+                "step %d: %s: the grader could not decide %d of %d answers, more than alarms.undecided=%g; they "
                 "count neither way: look at them under rollouts/, or raise grading.deadline_s or memory_limit_mib",
                 *(step, key.removesuffix("/undecided_share"), share.sum, share.count, alarm),
             )

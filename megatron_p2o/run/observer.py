@@ -99,7 +99,7 @@ class RunObserver:
         self._best_template = template_of(resumed.best_template) if resumed else PLAIN
         self._library_version = resumed.library_version if resumed else 0
         self._health = HealthWatch()
-        self._mismatch = MismatchWatch(config.scoring, _earlier_mismatches(files.run_dir) if resumed else [])
+        self._mismatch = MismatchWatch(config.alarms, _earlier_mismatches(files.run_dir) if resumed else [])
 
     @property
     def ledger(self) -> HardSampleLedger:
@@ -131,7 +131,7 @@ class RunObserver:
         if _is_due(state.step, self._config.logging.rollouts_every_steps):
             self._files.rollouts.write(state.step, result.groups, self._parts.renderer.decode)
         warn_of_skipped_updates(state.step, result.reports)
-        warn_of_undecided(state.step, metrics, self._config.grading.undecided_alarm)
+        warn_of_undecided(state.step, metrics, self._config.alarms.undecided)
         if self._health.is_healthy(state.step, result.groups, result.reports):
             self._files.checkpoints.confirm(state.step)
         stop_where_nothing_was_sampled(state.step, result.groups)
@@ -146,7 +146,7 @@ class RunObserver:
     def _forgotten(self, state: TrainState, entries: Sequence[LedgerEntry]) -> Mapping[str, MetricValue]:
         """Measure, and warn of, problems whose plain success is gone (see `HardSampleLedger.forgotten`)."""
         num_forgotten, num_mastered = self.ledger.forgotten(entries)
-        warn_of_forgotten(state.step, num_forgotten, num_mastered, self._config.hard.forgotten_alarm)
+        warn_of_forgotten(state.step, num_forgotten, num_mastered, self._config.alarms.forgotten)
         return forgotten_metrics(num_forgotten, num_mastered)
 
     def on_epoch(self, state: TrainState, hard: Sequence[Problem]) -> None:
@@ -270,7 +270,7 @@ class RunObserver:
         if outcome:
             metrics = evaluation_metrics({prefix + name: each for name, each in outcome.items()})
             self._files.metrics.write(state.step, state.epoch, metrics)
-            warn_of_undecided(state.step, metrics, self._config.grading.undecided_alarm)
+            warn_of_undecided(state.step, metrics, self._config.alarms.undecided)
         self._last_end = time.monotonic()
         return outcome
 

@@ -123,6 +123,13 @@ def test_value_of_the_wrong_type_is_named_with_its_line_and_remedy(tmp_path: Pat
         ("sglang: {a: [{b: 1, b: 2}]}", "sglang.a.b is set twice (first on line 2): keep one"),
         ("rollout: {'<<': 1}", "rollout.<< is not a setting"),
         ("optimizer: {lrr: 1}", "optimizer.lrr is not a setting: did you mean optimizer.lr?"),
+        ("scoring: {mismatch_alarm: 1}", "scoring.mismatch_alarm is not a setting: write alarms.mismatch"),
+        (
+            "scoring: {mismatch_rise_alarm: 3}",
+            "scoring.mismatch_rise_alarm is not a setting: write alarms.mismatch_rise",
+        ),
+        ("hard: {forgotten_alarm: 1}", "hard.forgotten_alarm is not a setting: write alarms.forgotten"),
+        ("grading: {undecided_alarm: 1}", "grading.undecided_alarm is not a setting: write alarms.undecided"),
         ("optimiser: {lr: 1}", "optimiser is not a setting: did you mean optimizer?"),
         ("group_size: 6", "group_size is not a setting: did you mean rollout.group_size?"),
         ("optimizer.lr: 1", "optimizer.lr is not a setting: nest it: write `lr:` indented below `optimizer:`"),

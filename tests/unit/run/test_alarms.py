@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_p2o.algorithm import StepResult, TrainState
-from megatron_p2o.config.tree import Config, ScoringConfig
+from megatron_p2o.config.tree import AlarmsConfig, Config
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.trend import Rise, rise_of
 from megatron_p2o.metrics.values import Mean, numbers_of
@@ -25,7 +25,7 @@ from megatron_p2o.types import FinishReason, Group, UpdateOutcome, UpdateReport
 
 SENTENCE = (
     r"step 0: engine and trainer differ by 0\.25 nats a token \(worst token 3, KL estimate 0\.0625\), more than "
-    r"scoring\.mismatch_alarm="
+    r"alarms\.mismatch="
 )
 
 
@@ -84,21 +84,21 @@ def test_a_mismatch_above_the_alarm_is_warned_of_with_its_numbers(
     alarm: float, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        observed_step({"scoring.mismatch_alarm": alarm}, tmp_path, SUMS, [])
+        observed_step({"alarms.mismatch": alarm}, tmp_path, SUMS, [])
     assert [record.name for record in caplog.records] == (["megatron_p2o.run.alarms"] if warns else [])
     assert ("differ by 0.25 nats a token" in caplog.text) == warns
 
 
 def test_a_run_that_is_to_stop_at_it_ends_after_the_step_is_on_record(tmp_path: Path) -> None:
     written: list[str] = []
-    settings = {"scoring.mismatch_alarm": 0.2, "scoring.mismatch_alarm_action": "stop", "schedule.save_every_steps": 1}
+    settings = {"alarms.mismatch": 0.2, "alarms.mismatch_action": "stop", "schedule.save_every_steps": 1}
     with pytest.raises(MismatchAlarm, match=SENTENCE + r"0\.2:"):
         observed_step(settings, tmp_path, SUMS, written)
     assert {"metrics", "ledger", "rollouts"} <= set(written) and "checkpoint" not in written
 
 
 def test_a_step_that_compared_nothing_alarms_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    observed_step({"scoring.mismatch_alarm_action": "stop"}, tmp_path, {}, [])
+    observed_step({"alarms.mismatch_action": "stop"}, tmp_path, {}, [])
     assert not caplog.records
 
 
@@ -107,10 +107,10 @@ def test_a_difference_that_is_no_number_is_too_large(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sums = SUMS | {"mismatch_abs_sum": math.nan, name: math.nan}
-    observed_step({"scoring.mismatch_alarm": 1e9}, tmp_path, sums, [])
+    observed_step({"alarms.mismatch": 1e9}, tmp_path, sums, [])
     assert "engine and trainer differ by nan nats a token" in caplog.text
     with pytest.raises(MismatchAlarm, match="differ by nan nats a token"):
-        observed_step({"scoring.mismatch_alarm": 1e9, "scoring.mismatch_alarm_action": "stop"}, tmp_path, sums, [])
+        observed_step({"alarms.mismatch": 1e9, "alarms.mismatch_action": "stop"}, tmp_path, sums, [])
 
 
 DRIFT = [0.011 + 0.025 * step / 29 for step in range(30)]
@@ -136,8 +136,8 @@ def test_a_rise_needs_both_windows_and_a_level_above_the_arithmetic_s_noise() ->
     assert rise_of([0.01] * 10 + [9.0] * 2 + [0.01] * 3, times=2.0, floor=1e-3) is None, "two outliers are no level"
 
 
-def looked_at(means: Sequence[float], scoring: ScoringConfig, earlier: Sequence[float] = ()) -> None:
-    watch = MismatchWatch(scoring, earlier)
+def looked_at(means: Sequence[float], alarms: AlarmsConfig, earlier: Sequence[float] = ()) -> None:
+    watch = MismatchWatch(alarms, earlier)
     for step, mean in enumerate(means, start=1 + len(earlier)):
         one = {MISMATCH: Mean(mean, 1.0), "mismatch/logprob_abs_max": Mean(1, 1), "mismatch/kl_mean": Mean(0, 1)}
         watch.look(step, one)
@@ -145,20 +145,20 @@ def looked_at(means: Sequence[float], scoring: ScoringConfig, earlier: Sequence[
 
 def test_a_drift_below_the_limit_is_warned_of_once_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
     # The middle of the last five at step n is the drift's index n - 3, first more than twice 0.0149 at 22.
-    looked_at([*DRIFT, *[0.04] * 10, *[0.011] * 10, *[0.04] * 10], ScoringConfig())
+    looked_at([*DRIFT, *[0.04] * 10, *[0.011] * 10, *[0.04] * 10], AlarmsConfig())
     assert [record.message.split(":")[0] for record in caplog.records] == ["step 25", "step 53"]
-    assert "scoring.mismatch_rise_alarm=2 times as much" in caplog.text
+    assert "alarms.mismatch_rise=2 times as much" in caplog.text
 
 
 def test_a_drift_stops_a_run_that_is_to_stop_and_the_setting_says_from_where_on() -> None:
-    stop = ScoringConfig(mismatch_alarm_action="stop")
+    stop = AlarmsConfig(mismatch_action="stop")
     with pytest.raises(MismatchAlarm, match=r"step 25: engine and trainer differ by 0\.03"):
         looked_at(DRIFT, stop)
-    looked_at(DRIFT, ScoringConfig(mismatch_alarm_action="stop", mismatch_rise_alarm=2.5))
+    looked_at(DRIFT, AlarmsConfig(mismatch_action="stop", mismatch_rise=2.5))
 
 
 def test_a_fresh_run_says_nothing_of_its_first_steps(caplog: pytest.LogCaptureFixture) -> None:
-    looked_at([0.001 * 1.5**step for step in range(11)], ScoringConfig())
+    looked_at([0.001 * 1.5**step for step in range(11)], AlarmsConfig())
     assert not caplog.records
 
 
@@ -172,7 +172,7 @@ def test_a_resumed_run_compares_with_the_first_steps_of_the_whole_run(tmp_path: 
         step=27, epoch=0, batch=27, hard_problem_ids=(), library_version=0, num_ledger_entries=0, num_metrics_lines=27
     )
     sums = SUMS | {"mismatch_abs_sum": 8 * DRIFT[27]}
-    settings = {"scoring.mismatch_alarm_action": "stop"}
+    settings = {"alarms.mismatch_action": "stop"}
     with pytest.raises(MismatchAlarm, match=r"0\.0149 when the run began"):
         observed_step(settings, tmp_path, sums, [], resumed=state)
     observed_step(settings, tmp_path, sums, [])

@@ -51,9 +51,8 @@ def test_a_step_with_more_undecided_answers_than_the_alarm_is_warned_of_once(
         warn_of_undecided(7, step_metrics(step_of(*counts), [], {}), 0.01)
     assert len(caplog.records) == warns
     if warns:
-        assert (
-            "step 7: rollout: the grader could not decide 2 of 100 answers, more than grading.undecided_alarm=0.01"
-            in (caplog.text)
+        assert "step 7: rollout: the grader could not decide 2 of 100 answers, more than alarms.undecided=0.01" in (
+            caplog.text
         )
 
 
