@@ -1,85 +1,77 @@
-"""Frozen records as JSON and back: for the socket, the journal and the library file. Never pickle."""
+"""Frozen records as JSON and back: for sockets, journals and every other file of a run. Never pickle."""
 
-import dataclasses
-import types
-import typing
+import json
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, TypeVar, cast
+
+import msgspec
 
 Record = TypeVar("Record")
 
 
-def to_json(value: object) -> Any:
-    """Return `value` as JSON types; dataclasses become objects, sets become sorted lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, (frozenset, set)):
-        return sorted(to_json(item) for item in cast(frozenset[Any], value))
-    if isinstance(value, (tuple, list)):
-        return [to_json(item) for item in cast(tuple[Any, ...], value)]
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in cast(Mapping[Any, Any], value).items()}
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    raise TypeError(f"{type(value).__name__} has no JSON form here: add it to json_records.to_json")
+def to_json(value: object, *, is_sorted: bool = False) -> Any:
+    """Return `value` as JSON types; dataclasses become objects, sets become lists.
+
+    Args:
+        is_sorted: order sets and the keys of mappings, for a file that is compared.
+    """
+    return msgspec.to_builtins(value, str_keys=True, order="deterministic" if is_sorted else None)
 
 
-def from_json(kind: type[Record], value: Any) -> Record:
-    """Return `value` as `kind`. Raise `ValueError` naming the field that does not fit."""
-    return cast(Record, _read(kind, value, kind.__name__))
+def to_tagged(record: object, tag: str) -> dict[str, Any]:
+    """Return `record` as a JSON object that names its class under `tag`."""
+    return {tag: type(record).__name__, **to_json(record)}
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(kind)
-    arguments = typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return _read_dataclass(cast(type, kind), value, where)
-    if origin in (types.UnionType, typing.Union):
-        return _read_union(arguments, value, where)
-    if origin is typing.Literal:
-        return _expect(value in arguments, value, where, f"one of {arguments}")
-    if origin in (tuple, frozenset):
-        items = _expect(isinstance(value, list), value, where, "a list")
-        return cast(Any, origin)(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items))
-    if origin in (dict, Mapping):
-        items = _expect(isinstance(value, dict), value, where, "an object")
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in items.items()}
-    if kind is float:
-        number = _expect(isinstance(value, (int, float)) and not isinstance(value, bool), value, where, "a number")
-        return float(number)
-    is_of_kind = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    return _expect(is_of_kind, value, where, kind.__name__)
+def from_json(kind: type[Record], value: Any, *, skips_unknown: bool = False) -> Record:
+    """Return the JSON value `value` as `kind`.
 
+    Args:
+        skips_unknown: pass over fields that `kind` does not have.
 
-def _read_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None:
-        return _expect(type(None) in arguments, value, where, "a value")
-    kinds = [argument for argument in arguments if argument is not type(None)]
-    assert len(kinds) == 1, f"{where}: only unions with None have one JSON form"
-    return _read(kinds[0], value, where)
-
-
-def _read_dataclass(kind: type, value: Any, where: str) -> Any:
-    fields = _expect(isinstance(value, dict), value, where, "an object")
-    hints = _hints(kind)
-    unknown = sorted(set(fields) - set(hints))
-    if unknown:
-        raise ValueError(f"{where} has no field {unknown[0]}: it was written by another version of this program")
+    Raises:
+        ValueError: a field is missing, unknown or of another type; the message names it.
+    """
     try:
-        return kind(**{name: _read(hints[name], item, f"{where}.{name}") for name, item in fields.items()})
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from error
+        record = msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$")
+        raise ValueError(f"{kind.__name__}{path.removesuffix('`')}: {what}") from error
+    if not skips_unknown:
+        _refuse_unknown(value, to_json(record), kind.__name__)
+    return record
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def from_text(kind: type[Record], text: str | bytes, *, skips_unknown: bool = False) -> Record:
+    """Return the JSON text `text` as `kind`, as `from_json`. Raise `ValueError` also for text that is not JSON.
+
+    The standard library reads it: unlike msgspec's parser it takes NaN and lone surrogates, which it also writes.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return from_json(kind, value, skips_unknown=skips_unknown)
 
 
-def _expect(holds: bool, value: Any, where: str, expected: str) -> Any:
-    if not holds:
-        raise ValueError(f"{where}={value!r:.80} must be {expected}")
-    return value
+def from_tagged(kinds: Mapping[str, type[Record]], value: Any, tag: str) -> Record:
+    """Return what `to_tagged` gave, as the one of `kinds` that it names. Raise `ValueError` as `from_json`."""
+    fields: dict[str, Any] = dict(cast(dict[str, Any], value)) if isinstance(value, dict) else {}
+    kind = kinds.get(str(fields.pop(tag, None)))
+    if kind is None:
+        raise ValueError(f"unknown {tag}: {value!r:.80}")
+    return from_json(kind, fields)
+
+
+def _refuse_unknown(value: Any, known: Any, where: str) -> None:
+    """Raise `ValueError` for a field of `value` that the record read from it, `known`, does not have."""
+    if isinstance(value, dict):
+        for name, item in cast(dict[str, Any], value).items():
+            if name not in known:
+                raise ValueError(f"{where} has no field {name}: it was written by another version of this program")
+            if isinstance(item, (dict, list)):
+                _refuse_unknown(item, known[name], f"{where}.{name}")
+    elif isinstance(value, list):
+        for index, item in enumerate(cast(list[Any], value)):
+            if isinstance(item, (dict, list)):
+                _refuse_unknown(item, known[index], f"{where}[{index}]")

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_p2o.evaluation.outcome import Answer
 from megatron_p2o.metrics.jsonl import JsonObject, keep_lines, read_lines, read_records
+from megatron_p2o.records import from_json, to_json
 
 
 class AnswerFile:
@@ -29,7 +29,7 @@ class AnswerFile:
         first = next(read_lines(path), None)
         if first is not None:
             _check_settings(path, first.get("settings"), settings)
-        answers = read_records(path, lambda line: None if "settings" in line else Answer(**line))
+        answers = read_records(path, lambda line: None if "settings" in line else from_json(Answer, line))
         self.answers = {
             (answer.problem_id, answer.sample): answer for answer in answers if answer is not None and answer.is_decided
         }
@@ -41,7 +41,7 @@ class AnswerFile:
 
     def append(self, answer: Answer) -> None:
         """Keep an answer: it is handed to the operating system before this returns."""
-        self._write(asdict(answer))
+        self._write(to_json(answer))
         self.answers[answer.problem_id, answer.sample] = answer
 
     def __enter__(self) -> Self:

@@ -42,7 +42,7 @@ from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rollout.engine import start_engines
-from megatron_p2o.run_folder.checkpoints import MANIFEST_FILE, POLICY_FOLDER
+from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, read_manifest
 from megatron_p2o.terminal import say
 from megatron_p2o.types import PLAIN, Problem
 
@@ -85,8 +85,8 @@ def directory_subject(directory: Path) -> Subject:
 
 def checkpoint_subject(checkpoint: Path, step: int) -> Subject:
     """Return a whole checkpoint of a run as the subject of an evaluation, by the hashes in its manifest."""
-    files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
-    weights = {name: digest["sha256"] for name, digest in files.items() if name.startswith(f"{POLICY_FOLDER}/")}
+    files = read_manifest(checkpoint).files
+    weights = {name: digest.sha256 for name, digest in files.items() if name.startswith(f"{POLICY_FOLDER}/")}
     return Subject(path=str(checkpoint), weights_sha256=_digest(weights), step=step)
 
 

@@ -42,6 +42,7 @@ REQUIRED = {
     "math-verify": "",
     "aiohttp": "",
     "openai": ">=2.6",
+    "msgspec": "",
     "orjson": "",
 }
 """Distributions without which no run starts, and the versions it takes."""

@@ -4,9 +4,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_p2o.evolve.record.history import Accepted, Picked, Published, Reflected
+from megatron_p2o.evolve.record.journal import body_of
+from megatron_p2o.records import from_json
 from megatron_p2o.types import PLAIN
+
+LineageEvent = Picked | Reflected | Accepted | Published
+LINEAGE_EVENTS: Mapping[str, type[LineageEvent]] = {
+    kind.__name__: kind for kind in (Picked, Reflected, Accepted, Published)
+}
+"""Events that a lineage is read from, by name. A journal of another version may hold others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,40 +54,43 @@ def ancestors(round_: JournalledRound, template_id: int) -> Iterator[JournalledT
 
 
 def _round(path: Path) -> JournalledRound | None:
-    picks: dict[int, dict[str, Any]] = {}
+    picks: dict[int, Picked] = {}
     texts: dict[int, str] = {}
     candidates: dict[int, JournalledTemplate] = {}
     version: int | None = None
     for event in _events(path):
-        match event["event"]:
-            case "Picked":
-                picks[event["proposal"]] = event
-            case "Reflected":
-                texts[event["proposal"]] = event["text"]
-            case "Accepted":
-                pick = picks[event["proposal"]]
-                candidates[event["candidate"]] = JournalledTemplate(
-                    id=event["candidate"],
-                    text=texts[event["proposal"]],
-                    parent=pick["parent"],
-                    num_problems=len(pick["minibatch"]),
+        match event:
+            case Picked():
+                picks[event.proposal] = event
+            case Reflected():
+                texts[event.proposal] = event.text
+            case Accepted():
+                pick = picks[event.proposal]
+                candidates[event.candidate] = JournalledTemplate(
+                    id=event.candidate,
+                    text=texts[event.proposal],
+                    parent=pick.parent,
+                    num_problems=len(pick.minibatch),
                 )
-            case "Published":
-                version = event["version"]
-            case _:
-                pass
+            case Published():
+                version = event.version
     return None if version is None else JournalledRound(version=version, candidates=candidates)
 
 
-def _events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of `<bytes> <checksum> <JSON>` lines up to the first that is damaged or still being written."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            body = line.split(" ", 2)[-1]
+def _events(path: Path) -> Iterator[LineageEvent]:
+    """Yield the events that make a lineage, up to the first line that is damaged or still being written."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            body = body_of(line.removesuffix(b"\n"))
+            if body is None or not line.endswith(b"\n"):
+                return
             # Scores are most of a journal and hold whole responses; a lineage needs none of them.
-            if body.startswith('{"event":"Scored"'):
+            if body.startswith(b'{"event":"Scored"'):
                 continue
             try:
-                yield json.loads(body)
-            except json.JSONDecodeError:
-                return
+                fields = json.loads(body)
+                kind = LINEAGE_EVENTS.get(fields.pop("event"))
+                if kind is not None:
+                    yield from_json(kind, fields, skips_unknown=True)
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path}:{number} is no event of a round ({error}): restore the file") from error

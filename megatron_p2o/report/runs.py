@@ -1,16 +1,20 @@
 """A run directory as the report reads it: every part may be missing, and the run may still be writing."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_p2o.config.tree import RunConfig
 from megatron_p2o.config.yaml_reader import load_yaml
+from megatron_p2o.evolve.record.library import LibraryFile
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.jsonl import JsonObject, read_lines, read_records
 from megatron_p2o.metrics.read import MetricLine, read_metrics, read_object
+from megatron_p2o.records import from_json
 from megatron_p2o.report.lineage import JournalledRound, ancestors, read_rounds
 from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
+from megatron_p2o.types import Template
 
 Points = list[tuple[float, float]]
 """(x, y), x ascending."""
@@ -134,25 +138,17 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
 
 
 def _library_in(path: Path, rounds: Mapping[int, JournalledRound]) -> PublishedLibrary:
-    content = read_json_object(path)
     try:
-        return _library(content, rounds)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no library of templates ({error!r}): restore it") from error
-
-
-def _library(content: JsonObject, rounds: Mapping[int, JournalledRound]) -> PublishedLibrary:
-    version = int(content["version"])
-    templates = [_template(template) for template in content.get("templates", [])]
-    num_problems: dict[int, int] = {}
-    for template_ids in content.get("assignments", {}).values():
-        for template_id in set(template_ids):
-            num_problems[int(template_id)] = num_problems.get(int(template_id), 0) + 1
+        stored = from_json(LibraryFile, read_json_object(path), skips_unknown=True)
+    except ValueError as error:
+        raise ValueError(f"{path} is no library of templates ({error}): restore it") from error
+    templates = [_template(template) for template in stored.templates]
+    assigned = Counter(template_id for ids in stored.assignments.values() for template_id in set(ids))
     return PublishedLibrary(
-        version=version,
+        version=stored.version,
         templates=templates,
-        ancestors=_ancestors(templates, rounds[version]) if version in rounds else [],
-        num_problems=num_problems,
+        ancestors=_ancestors(templates, rounds[stored.version]) if stored.version in rounds else [],
+        num_problems=dict(assigned),
     )
 
 
@@ -173,13 +169,12 @@ def _ancestors(templates: Sequence[LibraryTemplate], round_: JournalledRound) ->
     ]
 
 
-def _template(content: JsonObject) -> LibraryTemplate:
-    parent = content.get("parent")
+def _template(template: Template) -> LibraryTemplate:
     return LibraryTemplate(
-        id=int(content["id"]),
-        text=str(content.get("text", "")),
-        parent=None if parent is None else int(parent),
-        score=float(content.get("score", 0.0)),
-        weight_version=int(content.get("weight_version", 0)),
-        num_lineage_problems=len(content.get("lineage_problem_ids", [])),
+        id=template.id,
+        text=template.text,
+        parent=template.parent,
+        score=template.score,
+        weight_version=template.weight_version,
+        num_lineage_problems=len(template.lineage_problem_ids),
     )

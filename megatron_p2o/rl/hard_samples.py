@@ -1,9 +1,10 @@
 """Hard samples: which problems fail, and the ledger of every problem's plain and templated tries."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
+from megatron_p2o.records import from_json
 from megatron_p2o.types import Group, Problem
 
 MASTERED_RATE = 0.5
@@ -50,14 +51,12 @@ def entry_from(line: Mapping[str, Any]) -> LedgerEntry:
     """Return the entry in a line of the ledger; further fields are passed over.
 
     Raises:
-        KeyError, TypeError, ValueError: the line is damaged.
+        ValueError: the line is damaged.
     """
-    if not isinstance(line["problem_id"], str):
-        raise TypeError("the id of a problem is text")
-    entry = LedgerEntry(**{field.name: line[field.name] for field in fields(LedgerEntry)})
+    entry = from_json(LedgerEntry, line, skips_unknown=True)
     counts = (entry.plain_solved, entry.plain_tries, entry.templated_solved, entry.templated_tries)
-    if not all(type(number) is int and number >= 0 for number in (entry.epoch, entry.step, *counts)):
-        raise ValueError("a count is none")
+    if min(entry.epoch, entry.step, *counts) < 0:
+        raise ValueError("a count is negative")
     if entry.plain_solved > entry.plain_tries or entry.templated_solved > entry.templated_tries:
         raise ValueError("more solved than tried")
     return entry

@@ -17,13 +17,14 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from megatron_p2o import __version__
 from megatron_p2o.files import FileDigest, digest_of, write_whole
 from megatron_p2o.interfaces import Policy
+from megatron_p2o.records import from_text, to_json
 from megatron_p2o.run_folder.made_with import MADE_WITH_FILE, MadeWith, made_with_text
 from megatron_p2o.run_folder.state import STATE_FILE, UNREADABLE, CheckpointError, RunState, write_state
 
@@ -59,6 +60,17 @@ class Best:
     metric: str
     """avg or pass_at_k."""
     score: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a whole checkpoint consists of."""
+
+    format: int = FORMAT
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of the packages that wrote it."""
+    files: Mapping[str, FileDigest]
+    """By relative name; the manifest itself is not among them."""
 
 
 class CheckpointSaver:
@@ -153,7 +165,7 @@ class CheckpointSaver:
 
     def point_best(self, best: Best) -> None:
         """Make a checkpoint that is there the best. Raises `OSError`."""
-        write_whole(self._folder / BEST_FILE, json.dumps(asdict(best), indent=1) + "\n")
+        write_whole(self._folder / BEST_FILE, json.dumps(to_json(best), indent=1) + "\n")
 
     def _complete(
         self, name: str, written: Future[Mapping[str, FileDigest]], saving: Future[Path], best: Best | None
@@ -209,7 +221,7 @@ def read_best(run_dir: Path) -> Best | None:
     if not path.exists():
         return None
     try:
-        return Best(**json.loads(path.read_text(encoding="utf-8")))
+        return from_text(Best, path.read_bytes())
     except UNREADABLE as error:
         raise CheckpointError(f"{path} names no best checkpoint ({error}): remove it") from error
 
@@ -237,12 +249,16 @@ def write_manifest(checkpoint: Path, digests: Mapping[str, FileDigest]) -> None:
     """Write down what every file of the checkpoint must be, and which versions wrote it. Raises `OSError`."""
     missing = sorted(set(files_below(checkpoint)) - set(digests))
     assert not missing, f"nobody vouches for {missing}"
-    manifest = {
-        "format": FORMAT,
-        "versions": {"megatron-p2o": __version__, **{name: version(name) for name in ("megatron-core", "torch")}},
-        "files": {name: asdict(digest) for name, digest in sorted(digests.items())},
-    }
-    write_whole(checkpoint / MANIFEST_FILE, json.dumps(manifest, indent=1))
+    manifest = Manifest(
+        versions={"megatron-p2o": __version__, **{name: version(name) for name in ("megatron-core", "torch")}},
+        files=dict(sorted(digests.items())),
+    )
+    write_whole(checkpoint / MANIFEST_FILE, json.dumps(to_json(manifest), indent=1))
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Return what `write_manifest` wrote. Raises `OSError`, and `ValueError` when it is damaged."""
+    return from_text(Manifest, (checkpoint / MANIFEST_FILE).read_bytes(), skips_unknown=True)
 
 
 def files_below(folder: Path) -> list[str]:
@@ -255,9 +271,7 @@ def files_below(folder: Path) -> list[str]:
 def damage_of(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, naming the file; None when it is whole."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
-        digests = {name: FileDigest(**digest) for name, digest in manifest["files"].items()}
-        smallest_first = sorted(digests.items(), key=lambda item: int(item[1].size_bytes))
+        smallest_first = sorted(read_manifest(checkpoint).files.items(), key=lambda item: item[1].size_bytes)
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was never completed"
     except UNREADABLE as error:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_p2o.config.tree import Config
 from megatron_p2o.files import digest_of, read_json_object
 from megatron_p2o.policy.model.architecture import read_architecture
+from megatron_p2o.records import from_text, to_json
 from megatron_p2o.run_folder.resume_effects import CHAT_TEMPLATE, GENERATION, TOKENIZER, TOKENIZER_SETTINGS
 from megatron_p2o.run_folder.state import UNREADABLE, CheckpointError
 from megatron_p2o.types import Problem
@@ -91,7 +92,7 @@ def model_digests(directory: Path) -> dict[str, str]:
 
 def made_with_text(record: MadeWith) -> str:
     """Return the content of `made_with.json`."""
-    return json.dumps(asdict(record), indent=1)
+    return json.dumps(to_json(record), indent=1)
 
 
 def read_made_with(checkpoint: Path) -> MadeWith | None:
@@ -102,7 +103,7 @@ def read_made_with(checkpoint: Path) -> MadeWith | None:
     """
     path = checkpoint / MADE_WITH_FILE
     try:
-        return MadeWith(**json.loads(path.read_text(encoding="utf-8")))
+        return from_text(MadeWith, path.read_bytes())
     except FileNotFoundError:
         return None
     except UNREADABLE as error:
@@ -119,7 +120,7 @@ def note_start(run_dir: Path, record: MadeWith, step: int, changes: Sequence[Map
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
         "changes": list(changes),
-        "made_with": {**asdict(record), "problems": problems},
+        "made_with": {**to_json(record), "problems": problems},
     }
     path = run_dir / HISTORY_FILE
     written = path.read_bytes() if path.is_file() else b""

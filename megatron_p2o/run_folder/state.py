@@ -7,16 +7,17 @@ runs/<name>/stop                 touch it: the run saves and ends after the curr
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.jsonl import keep_lines, read_records
+from megatron_p2o.records import from_text, to_json
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, entry_from
 
 STATE_FILE = "run_state.json"
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+UNREADABLE = (OSError, ValueError)
 """What reading a file of JSON that is damaged, or is none, ends with."""
 
 
@@ -80,7 +81,7 @@ class LedgerFile:
         """Record `entries` in memory and on disk."""
         for entry in entries:
             self.ledger.record(entry)
-            self._file.write(json.dumps(asdict(entry)) + "\n")
+            self._file.write(json.dumps(to_json(entry)) + "\n")
             self.num_entries += 1
         self._file.flush()
 
@@ -90,15 +91,13 @@ class LedgerFile:
 
 def write_state(path: Path, state: RunState) -> None:
     """Write what `read_state` reads. Raises `OSError`."""
-    write_whole(path, json.dumps(asdict(state), indent=1))
+    write_whole(path, json.dumps(to_json(state), indent=1))
 
 
 def read_state(path: Path) -> RunState:
     """Return what `write_state` wrote. Raises `CheckpointError` when it cannot be read."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return RunState(**{**fields, **lists})
+        return from_text(RunState, path.read_bytes())
     except UNREADABLE as error:
         raise CheckpointError(f"{path} is no readable run state: {error}") from error
 

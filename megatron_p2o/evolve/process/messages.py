@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any, cast
 
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.search.round import RoundSpec
 from megatron_p2o.evolve.trial import Evaluation
-from megatron_p2o.records import from_json, to_json
+from megatron_p2o.records import from_tagged, to_tagged
 
 MAX_LINE_BYTES = 1 << 30
 """A round with all its problems is one line; a stream without line ends is a bug."""
@@ -70,16 +69,9 @@ MESSAGE_KINDS: dict[str, type[Message]] = {
 
 def encode(message: Message) -> bytes:
     """Return one line."""
-    return json.dumps({"kind": type(message).__name__, **to_json(message)}).encode() + b"\n"
+    return json.dumps(to_tagged(message, "kind")).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
     """Return the message of one line. Raise `ValueError` when it is none."""
-    fields: Any = json.loads(line)
-    if not isinstance(fields, dict) or "kind" not in fields:
-        raise ValueError(f"not a message: {line[:80]!r}")
-    fields = cast(dict[str, Any], fields)
-    kind = MESSAGE_KINDS.get(fields.pop("kind"))
-    if kind is None:
-        raise ValueError(f"unknown message: {line[:80]!r}")
-    return from_json(kind, fields)
+    return from_tagged(MESSAGE_KINDS, json.loads(line), "kind")

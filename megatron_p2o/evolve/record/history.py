@@ -4,10 +4,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from megatron_p2o.evolve.trial import Evaluation
-from megatron_p2o.records import from_json, to_json
+from megatron_p2o.records import from_tagged, to_tagged
 
 EndedBy = Literal["budget", "no_progress", "deadline", "reflection_unavailable", "too_few_hard", "service_lost"]
 """Why a round stopped. `no_progress`: proposals led to no new score any more; `deadline`: `round_timeout_s`."""
@@ -177,16 +177,12 @@ def digest(text: str) -> str:
 
 
 def event_to_json(event: Event) -> Any:
-    return {"event": type(event).__name__, **to_json(event)}
+    return to_tagged(event, "event")
 
 
 def event_from_json(record: Any) -> Event:
     """Raise `ForeignJournal` for a record that this version of the program does not write."""
-    fields: dict[str, Any] = dict(cast(dict[str, Any], record)) if isinstance(record, dict) else {}
-    kind = EVENT_KINDS.get(str(fields.pop("event", None)))
-    if kind is None:
-        raise ForeignJournal(f"the journal holds an unknown event: {record!r:.80}")
     try:
-        return from_json(kind, fields)
+        return from_tagged(EVENT_KINDS, record, "event")
     except ValueError as error:
         raise ForeignJournal(f"the journal was written by another version: {error}") from error

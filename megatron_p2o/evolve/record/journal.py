@@ -96,12 +96,18 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
     return records, start
 
 
-def _decode_line(line: bytes) -> tuple[Any] | None:
-    """Return the record in a one-tuple (it may itself be null), or None when the line is damaged."""
+def body_of(line: bytes) -> bytes | None:
+    """Return the JSON of a line without its newline, or None when the line is damaged."""
     parts = line.split(b" ", 2)
     if len(parts) != 3 or parts[0] != b"%d" % len(parts[2]) or parts[1] != b"%08x" % zlib.crc32(parts[2]):
         return None
+    return parts[2]
+
+
+def _decode_line(line: bytes) -> tuple[Any] | None:
+    """Return the record in a one-tuple (it may itself be null), or None when the line is damaged."""
+    body = body_of(line)
     try:
-        return (json.loads(parts[2]),)
+        return None if body is None else (json.loads(body),)
     except (ValueError, RecursionError):
         return None  # whole, but not what this program writes

@@ -13,12 +13,12 @@ from megatron_p2o.types import PLAIN, Problem, Template
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _LibraryFile:
+class LibraryFile:
     """Layout of the JSON file, less its checksum."""
 
     version: int
-    templates: tuple[Template, ...]
-    assignments: Mapping[str, tuple[int, ...]]
+    templates: tuple[Template, ...] = ()
+    assignments: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Problem id to one template id per rollout."""
 
 
@@ -41,14 +41,15 @@ class PublishedLibrary:
     def save(self, run_dir: Path) -> Path:
         """Write `templates/library-<version>.json` under `run_dir`, whole or not at all; return its path."""
         content = to_json(
-            _LibraryFile(
+            LibraryFile(
                 version=self.version,
                 templates=self.templates,
                 assignments={
                     problem_id: tuple(template.id for template in templates)
                     for problem_id, templates in self.assignments.items()
                 },
-            )
+            ),
+            is_sorted=True,
         )
         path = library_path(run_dir, self.version)
         write_whole(path, json.dumps({"checksum": checksum(content), **content}, indent=1) + "\n")
@@ -77,7 +78,7 @@ def load_library(path: Path) -> PublishedLibrary:
         raise ValueError(f"{path} is not a template library ({error!r}): {WAYS_OUT}") from error
     if checksum(content) != expected:
         raise ValueError(f"{path} does not match its checksum, it was altered or damaged: {WAYS_OUT}")
-    stored = from_json(_LibraryFile, content)
+    stored = from_json(LibraryFile, content)
     by_id = {template.id: template for template in stored.templates} | {PLAIN.id: PLAIN}
     return PublishedLibrary(
         version=stored.version,

@@ -1,4 +1,4 @@
-"""What trainer and engine say to each other during a weight refresh. Imports torch and the standard library only.
+"""What trainer and engine say to each other during a weight refresh. Runs in SGLang's process too.
 
 SGLang passes a list of (name, tensor) to a custom weight loader. The name carries one message as JSON and the tensor is
 empty: weights travel in memory that both processes map, a file of the machine's or a span of a GPU's, so that neither
@@ -8,12 +8,14 @@ torch's sharing daemon nor the size of /dev/shm is involved.
 import base64
 import json
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_p2o.files import write_whole
+from megatron_p2o.records import from_tagged, from_text, to_json, to_tagged
 
 LOAD_FORMAT = "megatron_p2o.rollout.inside_sglang.weight_loader.load"
 """Import path of the loader: the value of SGLang's `custom_weight_loader` and `load_format`."""
@@ -100,42 +102,23 @@ class RefreshReport:
 
 def serialize(message: LoadMessage | FinishMessage) -> str:
     """Return the payload of one tensor-parallel rank for /update_weights_from_tensor."""
-    text = json.dumps({"kind": type(message).__name__, **asdict(message)})
+    text = json.dumps(to_tagged(message, "kind"))
     return base64.b64encode(pickle.dumps([(text, _EmptyTensor())])).decode()
 
 
 def parse(text: str) -> LoadMessage | FinishMessage:
     """Undo `serialize`, given the name that SGLang hands to the loader."""
-    fields: dict[str, Any] = json.loads(text)
-    kind = fields.pop("kind")
-    if kind == FinishMessage.__name__:
-        return FinishMessage(**fields)
-    checksums = fields.pop("checksums")
-    return LoadMessage(
-        index=fields["index"],
-        address=MemoryAddress(**fields["address"]),
-        entries=tuple(TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in fields["entries"]),
-        checksums=None if checksums is None else tuple(checksums),
-    )
+    return from_tagged({kind.__name__: kind for kind in (LoadMessage, FinishMessage)}, json.loads(text), "kind")
 
 
 def write_report(report: RefreshReport, path: Path) -> None:
-    """Write under a temporary name and rename, so that a reader sees all of it or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(asdict(report)))
-    temporary.replace(path)
+    """Write what `read_report` reads. A reader sees all of it or nothing."""
+    write_whole(path, json.dumps(to_json(report)))
 
 
 def read_report(path: Path) -> RefreshReport:
-    fields: dict[str, Any] = json.loads(path.read_text())
-    return RefreshReport(
-        num_tensors=fields["num_tensors"],
-        num_verified=fields["num_verified"],
-        corrupted=tuple(fields["corrupted"]),
-        ignored=tuple(fields["ignored"]),
-        unwritten=tuple(fields["unwritten"]),
-        unopened=fields["unopened"],
-    )
+    """Return what `write_report` wrote."""
+    return from_text(RefreshReport, path.read_bytes())
 
 
 class _EmptyTensor:

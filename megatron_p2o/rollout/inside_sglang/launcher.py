@@ -7,7 +7,8 @@ list nor in the environment of its children:
 
 `scratch` is the private temporary directory of the server; `arguments` are fields of SGLang's ServerArgs. With
 `--check` only those are read; what is wrong with them is printed as a JSON list, and nothing is started. Of this
-package only `config.suggestions` and this folder run in that process, and sglang is imported nowhere else.
+package only `config.suggestions`, `files`, `records`, `rollout.buckets.weight_message` and this folder run in that
+process, and sglang is imported nowhere else.
 """
 
 import argparse

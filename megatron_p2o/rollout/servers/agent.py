@@ -17,6 +17,7 @@ import aiohttp
 from aiohttp import web
 
 from megatron_p2o.config.tree import Config
+from megatron_p2o.records import from_json
 from megatron_p2o.rollout.buckets.staging import MemoryFile
 from megatron_p2o.rollout.servers.client import GONE
 from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed
@@ -89,7 +90,7 @@ class Agent:
     async def _start(self, request: web.Request) -> web.Response:
         """Start an engine, in the place of one that was started before, and do not wait until it is ready."""
         wanted = await request.json()
-        place = EnginePlace(**wanted["place"])
+        place = from_json(EnginePlace, wanted["place"])
         old = self.engines.pop(request.match_info["index"], None)
         if old is not None:
             await self._in_thread(old.server.stop)

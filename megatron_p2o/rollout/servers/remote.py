@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.processes import HostMemory, child_environment
+from megatron_p2o.records import from_json, from_text, to_json
 from megatron_p2o.rollout.buckets.staging import StagingBuffer
 from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
 from megatron_p2o.rollout.servers.client import EngineUnreachable, Mirror
@@ -92,7 +93,7 @@ class NodeMirror:
                 session.put(url, data=pieces_of(bucket), headers=headers) as response,
             ):
                 response.raise_for_status()
-                return MemoryAddress(**await response.json())
+                return from_json(MemoryAddress, await response.json())
         except TimeoutError:
             raise TimeoutError(f"{url}: weights were not taken within {self._timeout.total:g} s") from None
         except aiohttp.ClientError as error:
@@ -122,7 +123,7 @@ class RemoteServer:
         self.mirror: Mirror | None = mirror
         self._address = address
         self._path = f"/servers/{place.index}"
-        self._call("POST", {"place": asdict(place), "restart": restart})
+        self._call("POST", {"place": to_json(place), "restart": restart})
 
     @property
     def pid(self) -> int:
@@ -201,7 +202,7 @@ def leave_address(folder: Path, node_rank: int, address: AgentAddress) -> str:
     """Write how to reach an agent to a new file that only this user can read, and return its name."""
     name = f"agent-{node_rank}-{secrets.token_hex(16)}.json"
     with open_private(folder / f".{name}") as file:
-        file.write(json.dumps(asdict(address)).encode())
+        file.write(json.dumps(to_json(address)).encode())
     (folder / f".{name}").rename(folder / name)
     return name
 
@@ -221,7 +222,7 @@ def take_address(folder: Path, name: str, deadline: float) -> AgentAddress:
             raise TimeoutError(f"{path}, written by another node, is not to be seen here: do all nodes share {folder}?")
         os.listdir(folder)  # has a network filesystem look again
         time.sleep(READY_POLL_S)
-    address = AgentAddress(**json.loads(path.read_text()))
+    address = from_text(AgentAddress, path.read_bytes())
     path.unlink()
     return address
 
