@@ -474,6 +474,56 @@ WRONG_EQUATIONS_AND_FUNCTIONS = [
 ]
 
 
+WRONG_FUNCTIONS_ELSEWHERE = [
+    (r"\lfloor\frac n4\rfloor", r"\lfloor\frac n5\rfloor"),
+    (r"\lfloor\frac{n}{5}\rfloor+\lfloor\frac{n}{25}\rfloor", r"2\lfloor\frac{n}{5}\rfloor"),
+    (r"\lceil\frac{2n}{3}\rceil", r"\lceil\frac{5n}{7}\rceil"),
+    (r"\lfloor\sqrt{n}\rfloor", r"\lfloor\sqrt[3]{n}\rfloor"),
+    (r"\lfloor\log_2 n\rfloor+1", r"\lceil\log_2 n\rceil"),
+    ("|x-5|", "5-x"),
+    ("5-x", r"\sqrt{(x-5)^2}"),
+    ("|x-5|=2", "5-x=2"),
+    ("|x-5|<2", "5-x<2"),
+    (r"\max(n,100)", "100"),
+    ("n", r"\min(n,10)"),
+    ("n", r"\max(n,-10)"),
+    (r"\frac{|x-4|}{x-4}", "-1"),
+]
+"""Right near zero, wrong elsewhere."""
+
+WRONG_SMALL_DIFFERENCES = [
+    (r"\frac{x^{100}}{100!}", "0"),
+    (r"\frac{x^{100}}{100!}", r"\frac{2x^{100}}{100!}"),
+    ("e^{-300}", "0"),
+    ("e^{-300}", "e^{-400}"),
+    ("0", r"10^{-200}\pi"),
+    (r"\frac{1}{200!}", r"\frac{\pi}{200!}"),
+    (r"\frac{\sqrt2}{2^{1000}}", r"-\frac{\sqrt2}{2^{1000}}"),
+    (r"2^{2000}\sqrt2+1", r"2^{2000}\sqrt2"),
+    ("1", r"\tanh 200"),
+    ("1", "1-e^{-300}"),
+    ("1", r"\cos(10^{-150}\pi)"),
+    ("1", "0^0"),
+    *[(f"{name}^{{2023}}+1", f"{name}^{{2023}}{end}") for name in ("p", "R", "x") for end in ("-1", "")],
+    ("x+y=10^{20}", "x+y=10^{20}+1"),
+    ("y=x+10^{30}", "y=x+10^{30}-7"),
+]
+
+RIGHT_FUNCTIONS_ELSEWHERE = [
+    (r"\sqrt{(x-10)^2}", "|x-10|"),
+    (r"\sqrt{x-5}\sqrt{x-7}", r"\sqrt{(x-5)(x-7)}"),
+    (r"\ln(x-5)-\ln(x-7)", r"\ln\frac{x-5}{x-7}"),
+    (r"\lfloor\sqrt{n}\rfloor", r"\lfloor n^{1/2}\rfloor"),
+    (r"\lfloor\log_2 n\rfloor", r"\lfloor\frac{\ln n}{\ln 2}\rfloor"),
+    ("|x-5|=2", "|5-x|=2"),
+    (r"\frac{\pi}{200!}", r"\pi\frac{1}{200!}"),
+    (r"2^{2000}\sqrt2+1", r"1+2^{1999}\sqrt8"),
+    ("(a+b)^{1000}+1", "1+(b+a)^{1000}"),
+    ("0", r"\sqrt2\sqrt3-\sqrt6"),
+    ("1+10^{-90}", r"1+10^{-90}\tan\frac{\pi}{4}"),
+    (r"\tanh 200", r"\frac{e^{400}-1}{e^{400}+1}"),
+]
+
 RIGHT_LABELS = [("②④", "②④"), ("②④", r"\text{②④}"), ("①③", "③①"), ("①", "(①)"), ("Ⓐ", "Ⓐ"), ("⒊", "⒊")]
 """Numerals and letters in circles name statements."""
 
@@ -490,6 +540,7 @@ WRONG_LABELS = [
     ("gold", "answer"),
     [
         *RIGHT_LABELS,
+        *RIGHT_FUNCTIONS_ELSEWHERE,
         *RIGHT_SEVERAL_VALUES_RELATIONS,
         *RIGHT_NUMBERS,
         *RIGHT_WORDS_AND_UNITS,
@@ -505,6 +556,8 @@ def test_right_answer_is_accepted_however_it_is_spelled(gold: str, answer: str) 
     ("gold", "answer"),
     [
         *WRONG_LABELS,
+        *WRONG_FUNCTIONS_ELSEWHERE,
+        *WRONG_SMALL_DIFFERENCES,
         *WRONG_SEVERAL_VALUES_RELATIONS,
         *WRONG_NUMBERS,
         *WRONG_EXPRESSIONS,
