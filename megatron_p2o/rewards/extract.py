@@ -39,8 +39,8 @@ def last_boxed(text: str) -> str | None:
 
     `\boxed 5` is a box of one character; without braces around more there is no answer. A response that was cut off has
     none either: one whose last box is open, or whose last `<think>` is not closed. (A chat template may have opened the
-    first one, so that only `</think>` is there.) Boxes in a box are taken off: `\boxed{4+\boxed{3}}` is 4+3. A line that
-    begins with `%` is a comment. Time is linear in the length of `text`, also for unbalanced input.
+    first one, so that only `</think>` is there.) Boxes in a box are taken off: `\boxed{4+\boxed{3}}` is 4+3. A line
+    that begins with `%` is a comment. Time is linear in the length of `text`, also for unbalanced input.
     """
     response = text.rpartition(END_OF_THINKING)[2]
     if START_OF_THINKING in response:

@@ -19,7 +19,13 @@ from megatron_p2o.rewards.pool import WorkerPool
 from megatron_p2o.types import Grade, Problem
 
 logger = logging.getLogger(__name__)
-_ASKS_PERCENT = re.compile(r"\bper ?cent(?:age)?\b|%", re.IGNORECASE)
+_PERCENT = r"(?:per ?cent(?:age)?\b|\\?%)"
+_ASKS_PERCENT = re.compile(
+    r"\b(?:what|how many|which|find|determine|calculate|compute|give|express)\s+(?:(?:is|are|was)\s+)?"
+    rf"(?:(?:the|a)\s+)?(?:[a-z]+\s+)?{_PERCENT}|\bpercentage of\b|\b(?:as an?|in)\s+(?:[a-z]+\s+)?{_PERCENT}",
+    re.IGNORECASE,
+)
+"""A question for a percentage; not one that gives some: sold at 30% off."""
 
 
 class MathGrader:

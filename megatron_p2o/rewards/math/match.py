@@ -21,10 +21,12 @@ from megatron_p2o.rewards.math.expression import Node
 from megatron_p2o.rewards.math.relations import (
     LONE_NAME,
     MIRRORED,
+    are_roots,
     as_union,
     as_values,
     in_order_of_names,
     interval_of,
+    is_name,
     letters,
     mirrored,
     name_of,
@@ -40,7 +42,6 @@ ROUGHLY = Fraction(1, 100)
 """How far what stands after an approximation sign may be off, relative to the exact value before it."""
 
 _HUNDRED = Node("number", value=Fraction(100))
-_NEGATION = re.compile(r"\\text\{[^{}]*\b(?:not?|isn|never|wrong|other)\b")
 _BRACKETS = ("()", "[]", "{}")
 _SHORT_WORDS = frozenset({"yes", "no", "true", "false", "none", "odd", "even", "all", "both"})
 MIN_FOLDED_LETTERS = 4
@@ -180,6 +181,8 @@ def _unlabelled(answer: Answer) -> tuple[Answer, Label]:
 
 def _single_agrees(gold: Answer, answer: Answer, judge: Judge) -> bool | None:
     """A set of one element is that element; several answers are never one."""
+    if r"\emptyset" in (text_of(gold).strip(), text_of(answer).strip()):
+        return False
     if isinstance(gold, Items) and gold.kind == "{}" and len(gold.parts) == 1:
         return _agree(gold.parts[0], answer, judge)
     if isinstance(answer, Items) and answer.kind == "{}" and len(answer.parts) == 1:
@@ -229,12 +232,12 @@ def _agree_in_some_order(gold: Sequence[Answer], answer: Sequence[Answer], judge
 
 
 def _assignments_agree(gold: Items, answer: Items, judge: Judge) -> bool | None:
+    """Names must be the same; only the roots of one unknown, which the gold answer does not number, have any name."""
     gold_names, names = names_of(gold), names_of(answer)
-    if {stem(name) for name in gold_names} != {stem(name) for name in names}:
-        return False
     if len(names) != len(gold_names):
         return False
-    if len({stem(name) for name in names}) == 1:
+    is_one_unknown = are_roots(gold_names) and are_roots(names) and stem(gold_names[0]) == stem(names[0])
+    if is_one_unknown and 1 in (len(set(gold_names)), len(set(names))):
         values = [[value_of(part) for part in items.parts] for items in (gold, answer)]
         return _agree_in_some_order(values[0], values[1], judge)
     if sorted(gold_names) != sorted(names):
@@ -251,19 +254,24 @@ def _relations_agree(gold: Answer, answer: Answer, judge: Judge) -> bool | None:
     if isinstance(answer, Relation):
         interval = interval_of(answer)
         if interval is not None:
-            return _agree(gold, interval[1], judge) if isinstance(gold, Items) else False
+            return _agree(gold, interval[1], judge) if _is_range_like(gold, interval[1]) else False
         if name_of(answer) and isinstance(gold, Items):
             return _agree(gold, value_of(answer), judge)
         return _last_value_agrees(gold, answer, judge)
     return False
 
 
+def _is_range_like(answer: Answer, interval: Items) -> bool:
+    """Return whether an answer may be an interval or set: `2,3` is no interval from 2 to 3."""
+    return isinstance(answer, Items) and (answer.kind != "" or interval.kind not in ("()", "(]", "[)", "[]"))
+
+
 def _agrees_with_bare_value(gold: Relation, answer: Answer, judge: Judge) -> bool | None:
     """Gold `x=3` may be answered by 3, and `0<x<1` by (0,1); a gold equation needs an equation."""
     interval = interval_of(gold)
     if interval is not None:
-        return _agree(interval[1], answer, judge) if isinstance(answer, Items) else False
-    if name_of(gold) and not re.search(r"'", gold.sides[0]):
+        return _agree(interval[1], answer, judge) if _is_range_like(answer, interval[1]) else False
+    if name_of(gold) and not re.search(r"'|\\frac\{(?:d|\\partial)", gold.sides[0]):
         return _agree(value_of(gold), answer, judge)
     return False
 
@@ -314,26 +322,24 @@ def _same_interval(gold: Relation, answer: Relation, judge: Judge) -> bool | Non
 def _last_value_agrees(gold: Answer, answer: Relation, judge: Judge) -> bool | None:
     """Of `x=6/2=3` the sides 6/2 and 3 must equal the gold answer, of `1+1=3` both.
 
-    A side with letters that the gold answer lacks only says what was computed.
+    Only the first side may have letters that the gold answer lacks, and only to name what was computed.
     """
     known = letters(text_of(gold))
     sides, signs = [without_modulus(side) for side in answer.sides], list(answer.signs)
-    if any(r"\text" in side for side in sides[1:-1]) or _NEGATION.search(sides[0]):
-        return False
     if not all(sign in ("=", ":=", r"\in", r"\approx", r"\equiv") for sign in signs):
         return False
-    if r"\equiv" in signs and (signs != [r"\equiv"] or not letters(sides[0]) - known):
+    is_unknown = [bool(letters(side) - known) for side in sides]
+    if signs == ["="] and is_unknown == [False, True] and LONE_NAME.fullmatch(sides[1]):
+        sides, is_unknown = sides[::-1], is_unknown[::-1]
+    is_named = is_unknown[0] and is_name(sides[0])
+    if any(is_unknown[is_named:]) or (r"\in" in signs and not isinstance(read(sides[-1]), Items)):
         return False
-    is_named = [bool(letters(side) - known) for side in sides]
-    if is_named[-1] and not is_named[0] and LONE_NAME.fullmatch(sides[-1]):
-        sides, signs, is_named = sides[:-1], signs[:-1], is_named[:-1]
+    if r"\equiv" in signs and (signs != [r"\equiv"] or not is_named):
+        return False
     first_rough = signs.index(r"\approx") + 1 if r"\approx" in signs else len(sides)
-    exact = [side for side, named in zip(sides[:first_rough], is_named[:first_rough], strict=True) if not named]
-    rough = sides[first_rough:]
+    exact, rough = sides[is_named:first_rough], sides[first_rough:]
     if not exact:
-        exact, rough = ([sides[-1]], []) if rough or is_named[-1] else (exact, rough)
-    if is_named[-1] or not exact:
-        return False
+        exact, rough = [sides[-1]], []
     verdicts = [_agree(gold, read(side), judge) for side in exact]
     return _all([*verdicts, *(_is_near(gold, read(side), judge) for side in rough)])
 

@@ -5,17 +5,34 @@ import re
 from megatron_p2o.rewards.math.answer import Answer, Items, Labelled, Quantity, Relation, Unread, Words, read
 from megatron_p2o.rewards.math.expression import CONSTANTS, FUNCTIONS
 
-_NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?"
-LONE_NAME = re.compile(rf"({_NAME})('*)(?:\(.*\))?|\\text\{{[^{{}}]*\}}")
-_POINTS = r"(?:\\(?:angle|triangle) ?)?(?:[A-Z]'?(?:_(?:\w|\{[^{}]*\}))?)+"
+_GREEK = (
+    "alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|(?:var)?theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|"
+    "(?:var)?phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|ell"
+)
+_NAME = rf"(?:[A-Za-z]|\\(?:{_GREEK})(?![A-Za-z]))(?:_(?:\w|\\[a-z]+|\{{[^{{}}=]*\}}))?"
+_ARGUMENTS = r"\((?:[\w.+-]|\\[A-Za-z]+)(?:,[\w.-]+)*\)"
+_EVENT = r"(?:[EPT]|\\mathbb\{[EP]\}|Var|\\text\{(?:Var|Cov|Area|Volume)\})(?:\([^=]*\)|\[[^=]*\])"
+_FUNCTION = r"[fghFGH](?:_\w)?'*\([^=()]*\)"
+_ACCENTED = r"\\(?:vec|hat|bar|overline|dot|ddot|tilde|overrightarrow|mathbb|mathcal) ?\{?[A-Za-z]{1,3}\}?(?:_\w)?"
+_DERIVATIVE = r"\\frac\{(?:d|\\partial ?)[A-Za-z]?\}\{(?:d|\\partial ?)[A-Za-z]\}"
+_SAYS_MORE = r"(?:not?|isn|never|wrong|other|cannot|can|false|if|unless|twice|half|double|triple|minus|except)\b"
+LONE_NAME = re.compile(
+    rf"{_NAME}'*(?:{_ARGUMENTS})?|{_FUNCTION}|{_EVENT}|{_ACCENTED}|{_DERIVATIVE}|"
+    rf"\\text\{{(?![^{{}}]*\b{_SAYS_MORE})[^{{}}]*\}}"
+)
+"""The name of one quantity: x, x_1, f(2), P(A), a word. `2x` and `x(x-1)` are none."""
+
+_POINTS = r"(?:m?\\(?:angle|triangle) ?)?(?:[A-Z]'?(?:_(?:\w|\{[^{}]*\}))?)+"
 _MEASURED = re.compile(
-    rf"\|?{_POINTS}\|?|{_POINTS}[:/]{_POINTS}|\\frac\{{{_POINTS}\}}\{{{_POINTS}\}}|\({_NAME}(?:,{_NAME})+\)"
+    rf"\|?{_POINTS}\|?|\[{_POINTS}\]|{_POINTS}[:/]{_POINTS}|\\frac\{{{_POINTS}\}}\{{{_POINTS}\}}|"
+    rf"\({_NAME}(?:,{_NAME})+\)"
 )
 """What an equation may give besides an unknown: a length AB, a ratio of two, a point (x,y)."""
 _LETTER = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[^{}]*\}")
 _SPELLED_NAMES = r"\frac \sqrt \cdot \times \div \pm \mp \infty \degree \binom"
 _SPELLED = frozenset(_SPELLED_NAMES.split())
+_ROOT = re.compile(r"[a-z]_\{?\d\}?")
 _LESS, _MORE = ("<", r"\le"), (">", r"\ge")
 MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 
@@ -39,21 +56,32 @@ def name_of(answer: Answer) -> str:
     """Return the left side of `x=...`, `f(x)=...`, `x\\in...`; "" for anything else."""
     if not isinstance(answer, Relation) or len(answer.sides) != 2 or answer.signs[0] not in ("=", r"\in", ":="):
         return ""
-    side = answer.sides[0]
-    return side if LONE_NAME.fullmatch(side) or _MEASURED.fullmatch(side) else ""
+    return answer.sides[0] if is_name(answer.sides[0]) else ""
+
+
+def is_name(side: str) -> bool:
+    """Return whether a side of an equation only names a quantity."""
+    return bool(LONE_NAME.fullmatch(side) or _MEASURED.fullmatch(side))
 
 
 def stem(name: str) -> str:
-    """Return a name without its index or arguments: x of x_1."""
-    return name.partition("_")[0].partition("(")[0]
+    """Return a name without its index: x of x_1."""
+    return name.partition("_")[0]
+
+
+def are_roots(names: list[str]) -> bool:
+    """Return whether values belong to one unknown: `x=2, x=3`, or x_1 and x_2; T_A and T_B are different things."""
+    if len(set(names)) == 1:
+        return True
+    return len({stem(name) for name in names}) == 1 and all(_ROOT.fullmatch(name) for name in names)
 
 
 def as_values(items: Items, names: list[str], is_gold: bool) -> Items:
     """Values of different unknowns are a tuple: as the gold answer lists them, else in the order of the letters.
 
-    `y=2,x=1` answers (1, 2). Several values of one unknown are a set.
+    `y=2,x=1` answers (1, 2). Several values of one unknown are a set, unless the gold answer numbers them.
     """
-    if not names or len({stem(name) for name in names}) == 1:
+    if not names or (are_roots(names) and (not is_gold or len(set(names)) == 1)):
         return _without_repeated_points(items)
     parts = items.parts
     if not is_gold and all(len(name) == 1 for name in names):

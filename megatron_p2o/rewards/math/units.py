@@ -47,14 +47,19 @@ _CHANGING = (
     "a an the one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty half halves "
     "third thirds fourth fourths quarter fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth "
     "tenths hundredths thousandths tens ones twos threes squared cubed plus minus times less more fewer than not isnt "
-    "no nor or and is are was were has as its this thus points percents at least most over under above below about "
+    "no nor or and is are was were has as its this thus percents at least most over under above below about "
     "except but if when where for exactly only to from with without by wrong false answer answers mod modulo remainder "
     "remainders north south east west left right up down am pm dozens pairs hundreds thousands millions billions "
     "trillions negatives inverse reciprocals always divided factorial base bases digits powers roots squares cubes "
-    "multiples decimals does each per"
+    "multiples decimals does each per quarters lakh lakhs crore crores score scores gross grosses myriad myriads "
+    "factorials sines cosines tangents logs logarithms opposites complements conjugates percentage basis decimal "
+    "magnitude"
 )
 _SPEAKING = frozenset(_CHANGING.split())
 """Words that change what a number says: with one of them it is no count of things."""
+
+_FRACTION_WORD = re.compile(r"(?:n|f|nd|red|ie|x|gh|ur)ths?$|illions?$|teens?$")
+"""Fractions and number words: sixteenths, millionths, zillions."""
 
 _COUNTED = frozenset(_IRREGULAR.values()) | {"time"}
 MAX_WORDS = 3
@@ -88,7 +93,7 @@ def labels_agree(gold: Label, answer: Label) -> bool:
     if answer == gold or answer.name == gold.name:
         return True
     if gold.kind == "none":
-        return answer.kind != "other"
+        return answer.kind != "other" and answer.name != "kelvin^1"  # 5K may be five thousand
     if answer.kind == "none":
         return gold.kind in ("unit", "thing")
     if gold.kind == answer.kind == "thing":
@@ -135,7 +140,7 @@ def _is_counted(text: str) -> bool:
     words = text.strip(" .").lower().split()
     if not 0 < len(words) <= MAX_WORDS or not all(re.fullmatch("[a-z-]+", word) for word in words):
         return False
-    if any(word in _SPEAKING or word in FACTORS for word in words):
+    if any(word in _SPEAKING or word in FACTORS or _FRACTION_WORD.search(word) for word in words):
         return False
     last = words[-1]
     return last in _IRREGULAR or _singular(last) in _COUNTED or (len(last) > 3 and last.endswith("s"))

@@ -269,6 +269,54 @@ WRONG_SEVERAL_VALUES_RELATIONS = [
     (r"m_{p} c^{2}(\gamma^{2}-1) \sin ^{2} \theta", "m_{p} c^{2}"),
 ]
 
+WRONG_CHAINS = [
+    *(
+        ("7", answer)
+        for answer in (
+            *(r"x\not=7", r"x\not\equiv7", r"\neg x=7", r"x\text{ cannot}=7", r"\text{false that }x=7", r"7\in S"),
+            *(r"x=5\ y=7", "x=5 y=7", r"x=5\hspace{1cm}x=7", "x=5|x=7", "x=5/x=7", "x=5:y=7", "x=5. y=7", "x=5⇒x=7"),
+            *("x_1=5 or x_2=7", "AB=5 and BC=7", "x=5 ou x=7", r"x=5\mathbin{or}x=7", "x=5 then x=7", "2x=2y=7"),
+            *("2x=7", "x+1=7", "-x=7", r"\sqrt x=7", "x^2-1=7", r"\ln x=7", "|x|=7", "x(x-1)=7", r"x_{x=2}=7"),
+            *(r"\frac{1}{x}=7", r"\text{if }x=7", r"\text{twice the area}=7", r"\exists x=7", "x=6=7", "x=y+1=7"),
+        )
+    ),
+    ("2,3", r"x=2,x\not=3"),
+    ("2,3", "2x=2,2x=3"),
+    ("2,3", "2<x<3"),
+    ("2,3", r"x\in(2,3)"),
+    ("2<x<3", "2,3"),
+    (r"\emptyset", r"\{\emptyset\}"),
+    (r"\{\emptyset\}", r"\emptyset"),
+    ("T_1=10,T_2=20", "T_1=20,T_2=10"),
+    ("T_1=10,T_2=20", "T_3=10,T_9=20"),
+    ("f(1)=2,f(2)=3", "f(1)=3,f(2)=2"),
+    ("f(1)=2,f(2)=3", "f(5)=2,f(7)=3"),
+    (r"P(A)=\frac12,P(B)=\frac13", r"P(A)=\frac13,P(B)=\frac12"),
+    ("m_A=2,m_B=3", "m_A=3,m_B=2"),
+    ("x_1=2,x_2=3", "x_1=3,x_2=2"),
+]
+
+RIGHT_CHAINS = [
+    *(
+        ("7", answer)
+        for answer in (
+            *(r"x=\frac{14}{2}=7", "f(2)=2^2+3=7", "AB=7", r"\angle ABC=7", "P(A)=7", "x_1=7", "7=x", r"\text{Area}=7"),
+            *("[ABC]=7", "S_{10}=7", r"\lambda=7", r"v_{\max}=7", r"\mathbb{E}[X]=7", "5+2=7", "f'(0)=7"),
+        )
+    ),
+    ("x_1=2,x_2=3", "x=3,x=2"),
+    ("x=2,x=3", "x_1=3,x_2=2"),
+    ("2,3", "x_1=3 or x_2=2"),
+    ("m_A=2,m_B=3", "m_B=3,m_A=2"),
+    (r"x \ne 3", r"x\not=3"),
+]
+
+CHANGING_WORDS = (
+    "quarters sixteenths twelfths twentieths elevenths millionths billionths lakhs crores factorials scores grosses "
+    "myriads sines opposites logs fifteens zillions"
+)
+WRONG_COUNTS = [("5", rf"5\text{{ {word}}}") for word in CHANGING_WORDS.split()]
+
 WRONG_NUMBERS = [
     ("5", "x=.5"),
     ("3", r"3.\overline{3}"),
@@ -542,6 +590,7 @@ WRONG_LABELS = [
         *RIGHT_LABELS,
         *RIGHT_FUNCTIONS_ELSEWHERE,
         *RIGHT_SEVERAL_VALUES_RELATIONS,
+        *RIGHT_CHAINS,
         *RIGHT_NUMBERS,
         *RIGHT_WORDS_AND_UNITS,
         *RIGHT_EXPRESSIONS,
@@ -559,6 +608,9 @@ def test_right_answer_is_accepted_however_it_is_spelled(gold: str, answer: str) 
         *WRONG_FUNCTIONS_ELSEWHERE,
         *WRONG_SMALL_DIFFERENCES,
         *WRONG_SEVERAL_VALUES_RELATIONS,
+        *WRONG_CHAINS,
+        *WRONG_COUNTS,
+        ("5", r"5\text{K}"),
         *WRONG_NUMBERS,
         *WRONG_EXPRESSIONS,
         *WRONG_WORDS_AND_UNITS,
@@ -577,3 +629,15 @@ def test_question_for_a_percentage_may_be_answered_with_the_sign(question: str) 
     assert verdict("20", "0.2", question) is False
     assert verdict("20", r"0.2\%", question) is False
     assert verdict("20", r"20\%") is False
+
+
+@pytest.mark.parametrize(
+    ("question", "gold"),
+    [
+        ("Sold at 30% off; how many?", "20"),
+        ("What is 30 percent of 50?", "15"),
+        ("A 20% solution is mixed. How many liters?", "9"),
+    ],
+)
+def test_percentage_in_a_question_does_not_ask_for_one(question: str, gold: str) -> None:
+    assert verdict(gold, rf"{gold}\%", question) is False
