@@ -18,6 +18,8 @@ class Range:
     at_most: float | None = None
     reason: str = ""
     """What goes wrong outside; ends the message."""
+    names: tuple[tuple[str, float], ...] = ()
+    """Words that a file may write instead of a number, and the numbers they stand for."""
 
     def broken_rule(self, number: float) -> str | None:
         """Return the rule that a number breaks, "must be at least 0 and less than 1"; None for one in the range."""

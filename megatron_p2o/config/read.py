@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 from urllib.parse import urlsplit
 
 from megatron_p2o.config.names import suggestion
+from megatron_p2o.config.ranges import range_of
 from megatron_p2o.config.rules import problems_of
 from megatron_p2o.config.source import (
     ConfigError,
@@ -158,7 +159,7 @@ def _build(cls: type, name: NamePath, settings: Settings, problems: list[ConfigP
             values[field.name] = _build_mapping(annotation, field_name, settings, problems)
         elif own is not None:
             try:
-                values[field.name] = _typed(own.value, annotation)
+                values[field.name] = _typed(_unnamed(own.value, _names_of(cls, field.name)), annotation)
             except _RefusedError as error:
                 problems.append(problem(own.where, ".".join(field_name), own.text, str(error)))
         elif _is_required(field):
@@ -204,6 +205,22 @@ def _typed(value: object, annotation: object) -> object:
     if annotation is str and isinstance(value, str):
         return value
     raise _RefusedError(_TYPE_RULES[cast(type, annotation)])
+
+
+def _names_of(cls: type, field_name: str) -> Mapping[str, float]:
+    """Return the words that stand for numbers of a field."""
+    bounds = range_of(get_type_hints(cls, include_extras=True)[field_name])
+    return dict(bounds.names) if bounds is not None else {}
+
+
+def _unnamed(value: object, names: Mapping[str, float]) -> object:
+    """Return the number that a word stands for, and any other value as it is."""
+    if not names or not isinstance(value, str):
+        return value
+    if value not in names:
+        hint = did_you_mean(value, list(names)) or ": choose one"
+        raise _RefusedError(f"must be a whole number or one of {', '.join(names)}{hint}")
+    return names[value]
 
 
 _TYPE_RULES: Mapping[type, str] = {

@@ -122,7 +122,8 @@ def _range(bounds: Range | None) -> str:
     if bounds.at_least is not None and bounds.at_least == bounds.at_most:
         return f"{bounds.at_least:.12g}"
     ends = ((">", bounds.above), ("≥", bounds.at_least), ("<", bounds.below), ("≤", bounds.at_most))
-    return ", ".join(f"{sign} {end:.12g}" for sign, end in ends if end is not None)
+    limits = [f"{sign} {end:.12g}" for sign, end in ends if end is not None]
+    return ", ".join([*limits, *(f"`{name}` = {number:.12g}" for name, number in bounds.names)])
 
 
 def _unit(name: str, bounds: Range | None) -> str:

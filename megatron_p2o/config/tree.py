@@ -368,6 +368,13 @@ class ReflectionConfig:
     """Retries of one call, with exponential back-off. If all fail, evolution pauses and says so."""
 
 
+GEPA_BUDGETS = (
+    *(("light", 6), ("medium", 12), ("heavy", 18)),
+    *(("heavy_2", 36), ("heavy_3", 54), ("heavy_4", 72), ("heavy_16", 288)),
+)
+"""Names of budgets, and the candidates that each is meant to try. The last four are the authors'."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvolutionConfig:
     """GEPA beside training."""
@@ -384,8 +391,9 @@ class EvolutionConfig:
     rules: Literal["asynchronous", "reference"] = "asynchronous"
     """Search rules of a round. `reference`: the authors' lock-step rules exactly. `asynchronous`: lineages advance on
     their own."""
-    budget: Literal["light", "medium", "heavy", "heavy_2", "heavy_3", "heavy_4", "heavy_16"] = "heavy_4"
-    """Size of a round: GEPA's automatic budget by number of candidates. `heavy_4` is the paper's."""
+    budget: Annotated[int, Range(at_least=1, names=GEPA_BUDGETS)] = 72
+    """Candidates that a round is meant to try; GEPA's automatic budget makes a number of rollouts of it. A file may
+    write the names of GEPA and of the authors. 72 (`heavy_4`) is the paper's: 11,040 rollouts at `dev_size` 300."""
     max_rollouts: PositiveInt | None = None
     """Evaluation rollouts of a round, instead of the number that `evolution.budget` gives. None: that number."""
     dev_size: PositiveInt = 300

@@ -47,7 +47,7 @@ PAPER: dict[str, Any] = {
     "schedule.epochs": 10,
     "evolution.enabled": True,
     "evolution.rules": "reference",
-    "evolution.budget": "heavy_4",
+    "evolution.budget": 72,
     "evolution.dev_size": 300,
     "evolution.num_lineages": 16,
     "evolution.minibatch_size": 3,

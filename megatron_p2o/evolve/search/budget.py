@@ -2,27 +2,15 @@
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-NUM_CANDIDATES: Mapping[str, int] = {
-    "light": 6,
-    "medium": 12,
-    "heavy": 18,
-    "heavy_2": 36,
-    "heavy_3": 54,
-    "heavy_4": 72,
-    "heavy_16": 288,
-}
-"""GEPA's automatic budgets by the number of candidates they are meant to try."""
 
 FREE_ITERATIONS = 2
 """Iterations the authors do not charge."""
 
 
-def automatic_budget(name: str, dev_size: int) -> int:
-    """Return GEPA's rollout budget for `evolution.budget`: 11,040 for heavy_4 at 300 development problems."""
-    num_candidates = NUM_CANDIDATES[name]
+def automatic_budget(num_candidates: int, dev_size: int) -> int:
+    """Return GEPA's rollout budget for `evolution.budget`: 11,040 for 72 candidates and 300 development problems."""
     num_trials = int(max(4 * math.log2(num_candidates), 1.5 * num_candidates))
     num_full_evaluations = (num_trials + 1) // 5 + 1 + (num_trials < 5)
     return dev_size + 5 * num_candidates + 35 * num_trials + num_full_evaluations * dev_size

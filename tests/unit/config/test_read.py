@@ -489,3 +489,23 @@ def test_every_synonym_leads_to_settings() -> None:
     for synonym, names in SYNONYMS.items():
         assert annotation_at((synonym,)) is None
         assert all(annotation_at(tuple(name.split("."))) is not None for name in names.split(" and "))
+
+
+@pytest.mark.parametrize(("written", "expected"), [("heavy_4", 72), ("light", 6), ("45", 45)])
+def test_a_budget_is_a_number_that_may_be_written_by_name(tmp_path: Path, written: str, expected: int) -> None:
+    config = load(tmp_path, "", [f"evolution.budget={written}"])
+    assert config.evolution.budget == expected
+    assert "  budget: " + str(expected) in dump_config(config)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("heavy_5", "evolution.budget=heavy_5 must be a whole number or one of light, medium, heavy, heavy_2, heavy_3"),
+        ("0", "evolution.budget=0 must be at least 1"),
+        ("1.5", "evolution.budget=1.5 must be a whole number"),
+    ],
+)
+def test_a_wrong_budget_is_refused(tmp_path: Path, written: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, "", [f"evolution.budget={written}"])

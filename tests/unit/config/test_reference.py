@@ -49,5 +49,10 @@ def test_a_row_states_type_default_range_unit_and_meaning() -> None:
     assert found["data.train"][:2] == ["text", "none"]
     assert found["scoring.importance_cap"][:3] == ["number or null", "`null`", "≥ 1"]
     assert found["hard.counted"][:2] == ["one of `plain`, `all`", "`plain`; reference: `all`"]
+    assert found["evolution.budget"][:2] == ["integer", "`72`"]
+    assert (
+        found["evolution.budget"][2].startswith("≥ 1, `light` = 6, ")
+        and "`heavy_4` = 72" in found["evolution.budget"][2]
+    )
     assert found["sglang"][:2] == ["mapping of names to anything", "`{}`"]
     assert found["evolution.reflection.phrases"][4].startswith("File of the `phrasebook` backend")

@@ -210,7 +210,7 @@ def test_the_defaults_are_the_papers() -> None:
         "objective.ratio_high": 10.0,
         "hard.max_solved": 1,
         "hard.min_problems": 100,
-        "evolution.budget": "heavy_4",
+        "evolution.budget": 72,
         "evolution.dev_size": 300,
         "evolution.num_lineages": 16,
         "evolution.minibatch_size": 3,

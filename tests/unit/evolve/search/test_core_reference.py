@@ -103,8 +103,8 @@ def test_accepted_proposals_cost_a_development_evaluation_and_the_last_iteration
 
 
 def test_budget_is_gepas_when_none_is_given(tmp_path: Path) -> None:
-    _, stats, _ = run_round(reference_spec(budget="light"), tmp_path, Climbing(lambda _: 0.0), Appending())
-    budget = automatic_budget("light", 10)
+    _, stats, _ = run_round(reference_spec(budget=6), tmp_path, Climbing(lambda _: 0.0), Appending())
+    budget = automatic_budget(6, 10)
     assert stats.outcomes == {"not better": 2 + -(-budget // 3)}
 
 

@@ -6,7 +6,7 @@ from math import sqrt
 
 import pytest
 
-from megatron_p2o.config.tree import AssignmentConfig
+from megatron_p2o.config.tree import GEPA_BUDGETS, AssignmentConfig
 from megatron_p2o.evolve.search.budget import (
     RolloutBudget,
     automatic_budget,
@@ -36,7 +36,7 @@ from megatron_p2o.types import PLAIN, Template
     ],
 )
 def test_automatic_budget_is_gepas(name: str, dev_size: int, expected: int) -> None:
-    assert automatic_budget(name, dev_size) == expected
+    assert automatic_budget(dict(GEPA_BUDGETS)[name], dev_size) == expected
 
 
 def test_reference_cost_frees_two_iterations_and_ignores_the_second_minibatch() -> None:
