@@ -7,7 +7,6 @@ the optimizer's moments: left to itself it would take their place, and the run w
 """
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import torch
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.machine.nodes import nodes_of_slurm
-from megatron_p2o.policy.model.architecture import Architecture, read_architecture
+from megatron_p2o.policy.model.architecture import Architecture, element_bytes, read_architecture
 from megatron_p2o.rollout.refresh.outlet import NUM_SPANS, bucket_capacity
 from megatron_p2o.rollout.servers.server_arguments import does_release_memory, engine_places, longest_tokens
 from megatron_p2o.terminal import say
@@ -239,7 +238,7 @@ def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, relea
     """Return who takes how much of the GPU that has the most to hold."""
     trainer = trainer_memory(config, architecture)
     tensor = config.rollout.tensor_parallel
-    element = element_bytes(config)
+    element = element_bytes(config.model.dtype)
     weights = element * num_engine_parameters(architecture, tensor)
     token = cache_bytes_of_token(architecture, tensor, element)
     num_engine_ranks, num_reflection_ranks = ranks_on_fullest(config, gpus)
@@ -276,7 +275,7 @@ def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, relea
 
 def trainer_memory(config: Config, architecture: Architecture) -> TrainerMemory:
     """Return what the trainer's largest rank holds."""
-    parallel, element = config.parallel, element_bytes(config)
+    parallel, element = config.parallel, element_bytes(config.model.dtype)
     parameters = num_trainer_parameters(config, architecture)
     num_shares = parallel.data * parallel.context if parallel.distributed_optimizer else 1
     owned = 0 if any(config.megatron.get(name) for name in OTHER_OPTIMIZERS) else -(-parameters // num_shares)
@@ -296,7 +295,7 @@ def bucket_bytes(config: Config, architecture: Architecture) -> int:
     """Return what a trainer rank keeps on its GPU for handing weights over; see `rollout.weight_transfer`."""
     if config.rollout.weight_transfer == "host":
         return 0
-    largest = max(math.prod(shape) for shape in architecture.weight_shapes().values()) * element_bytes(config)
+    largest = architecture.largest_weight_bytes(config.model.dtype)
     return NUM_SPANS * bucket_capacity(config, largest)
 
 
@@ -329,11 +328,6 @@ def likely_activations(config: Config, architecture: Architecture) -> int:
 def engine_share(config: Config) -> float | None:
     """Return `sglang.mem_fraction_static`: what an engine takes of the memory it finds; None when it is not set."""
     return {name.replace("-", "_"): value for name, value in config.sglang.items()}.get("mem_fraction_static")
-
-
-def element_bytes(config: Config) -> int:
-    """Return the size of a weight."""
-    return 4 if config.model.dtype == "float32" else 2
 
 
 def num_trainer_parameters(config: Config, architecture: Architecture) -> int:

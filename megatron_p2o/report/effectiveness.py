@@ -6,9 +6,9 @@ templated rollouts can be compared.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import comb
 from statistics import fmean, mode
 
+from megatron_p2o.evaluation.estimators import pass_at_k
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 
 PASS_AT = 6
@@ -41,12 +41,6 @@ class LedgerSummary:
     internalised: Sequence[str]
     """Ids of those that were solved plainly later."""
     num_never_solved: int
-
-
-def pass_at(k: int, tries: int, solved: int) -> float:
-    """Return the probability that k of the tries, drawn without replacement, hold a success (arXiv:2107.03374)."""
-    assert 0 < k <= tries, f"pass@{k} of {tries} tries"
-    return 1.0 - comb(tries - solved, k) / comb(tries, k)
 
 
 def effectiveness_by_epoch(entries: Iterable[LedgerEntry]) -> list[Effectiveness]:
@@ -99,8 +93,8 @@ def _effectiveness(epoch: int, entries: Sequence[LedgerEntry]) -> Effectiveness:
         epoch=epoch,
         num_problems=len(compared),
         k=k,
-        plain_at_1=fmean(pass_at(1, entry.plain_tries, entry.plain_solved) for entry in compared),
-        plain_at_k=fmean(pass_at(k, entry.plain_tries, entry.plain_solved) for entry in compared),
-        templated_at_1=fmean(pass_at(1, entry.templated_tries, entry.templated_solved) for entry in compared),
-        templated_at_k=fmean(pass_at(k, entry.templated_tries, entry.templated_solved) for entry in compared),
+        plain_at_1=fmean(pass_at_k(entry.plain_tries, entry.plain_solved, 1) for entry in compared),
+        plain_at_k=fmean(pass_at_k(entry.plain_tries, entry.plain_solved, k) for entry in compared),
+        templated_at_1=fmean(pass_at_k(entry.templated_tries, entry.templated_solved, 1) for entry in compared),
+        templated_at_k=fmean(pass_at_k(entry.templated_tries, entry.templated_solved, k) for entry in compared),
     )

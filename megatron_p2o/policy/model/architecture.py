@@ -35,6 +35,11 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 """Constants of Llama 3's scaled rotary embedding that Megatron has fixed; the factor is free."""
 
 
+def element_bytes(dtype: str) -> int:
+    """Return the size of one number of a weight in `model.dtype`."""
+    return 4 if dtype == "float32" else 2
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
     """The MLP of a mixture-of-experts layer; every layer has one."""
@@ -101,6 +106,10 @@ class Architecture:
         pairs = num_tokens * (num_tokens + 1) / 2
         layer = 2.0 * num_tokens * weights + 4.0 * pairs * query_size
         return self.num_layers * layer + 2.0 * num_head_tokens * self.hidden_size * self.vocab_size
+
+    def largest_weight_bytes(self, dtype: str) -> int:
+        """Return the size of the largest tensor of the directory in `model.dtype`."""
+        return max(math.prod(shape) for shape in self.weight_shapes().values()) * element_bytes(dtype)
 
     def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
         query_size, key_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

@@ -5,7 +5,6 @@ replica get the same share. The answers come back in one gather, so a command ha
 """
 
 import functools
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -29,7 +28,7 @@ from megatron_p2o.policy.training.checkpoint import check_checkpoint
 from megatron_p2o.policy.training.forward import PassResult
 from megatron_p2o.policy.training.shard import PolicyShard, UpdateReply
 from megatron_p2o.policy.training.shares import Share, check_samples, shares_of
-from megatron_p2o.policy.weights.hf_directory import first_of, write_hf_directory
+from megatron_p2o.policy.weights.hf_directory import first_of
 from megatron_p2o.processes import RankMemory
 from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 
@@ -109,8 +108,7 @@ class MegatronPolicy:
     @property
     def largest_weight_bytes(self) -> int:
         """Size of the largest tensor that `weights` yields."""
-        shapes = self._shard.architecture.weight_shapes().values()
-        return max(math.prod(shape) for shape in shapes) * (4 if self._config.model.dtype == "float32" else 2)
+        return self._shard.architecture.largest_weight_bytes(self._config.model.dtype)
 
     def deliver_to(self, take: Callable[[NamedWeights], None]) -> None:
         """From now on `weights` also gives every other rank's copy to `take` on that rank, which must exhaust it.
@@ -206,11 +204,6 @@ class MegatronPolicy:
     def memory(self) -> list[RankMemory]:
         """Return what each rank holds, by rank."""
         return self._everywhere("memory")
-
-    def export_hf(self, directory: Path) -> None:
-        """Write the weights as a Hugging Face model directory, with `model.path`'s configuration and tokenizer."""
-        self.check_finite()
-        write_hf_directory(self._weights("export"), Path(self._config.model.path), directory)
 
     def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
         """Begin to write weights, optimizer and random states into `directory`, which all ranks must see.

@@ -47,22 +47,22 @@ def complaint_of(reports: Sequence[RefreshReport]) -> str:
         if report.corrupted:
             return (
                 f"(rank {rank}) holds {len(report.corrupted)} weights that differ from the trainer's: "
-                f"{shorten(report.corrupted)}"
+                f"{_listed(report.corrupted)}"
             )
         if report.unwritten:
             return (
                 f"(rank {rank}) has {len(report.unwritten)} parameters that no traceable copy filled: "
-                f"{shorten(report.unwritten)}; either the policy left weights out, or this model cannot be verified: "
+                f"{_listed(report.unwritten)}; either the policy left weights out, or this model cannot be verified: "
                 "set rollout.verify_every to 0"
             )
         if report.num_verified == 0:
             return f"(rank {rank}) compared nothing"
     ignored = set.intersection(*(set(report.ignored) for report in reports))
     if ignored:
-        return f"has no use for {len(ignored)} weights it was sent: {shorten(tuple(sorted(ignored)))}"
+        return f"has no use for {len(ignored)} weights it was sent: {_listed(tuple(sorted(ignored)))}"
     return ""
 
 
-def shorten(names: tuple[str, ...]) -> str:
+def _listed(names: tuple[str, ...]) -> str:
     shown = ", ".join(names[:MAX_NAMES_SHOWN])
     return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown}, ..."

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_p2o.evaluation.outcome import Answer, evaluation_metrics, evaluation_of
 from megatron_p2o.metrics.step import asked_plainly_metrics, epoch_metrics, library_metrics, step_metrics
-from megatron_p2o.metrics.values import merge_metrics, numbers_of
+from megatron_p2o.metrics.values import numbers_of
 from megatron_p2o.testing.fakes import FakeLibrary, fake_problem
 from megatron_p2o.types import (
     PLAIN,
@@ -173,13 +173,6 @@ def test_speed_divides_sampled_tokens_by_rollout_and_trained_tokens_by_training_
     assert numbers["perf/train_tokens_per_s"] == 60 / 3
     assert numbers["perf/train_tflops_per_rank"] == 4
     assert numbers["perf/step_s"] == 8
-
-
-def test_phases_of_parts_add_up_when_merged() -> None:
-    parts = [step_metrics(two_groups()[:1], [], {"rollout": 1.0}), step_metrics(two_groups()[1:], [], {"rollout": 3.0})]
-    numbers = numbers_of(merge_metrics(*parts))
-    whole = numbers_of(step_metrics(two_groups(), [], {"rollout": 4.0}))
-    assert numbers == whole
 
 
 def test_a_step_without_groups_or_updates_has_no_means_and_no_error() -> None:

@@ -1,12 +1,9 @@
 """What the report reads off the ledger, against enumeration and hand-made histories."""
 
-from itertools import combinations
-
 import pytest
 
 from megatron_p2o.report.effectiveness import (
     effectiveness_by_epoch,
-    pass_at,
     plain_success_of_hard,
     summarize_ledger,
 )
@@ -26,16 +23,6 @@ def entry(
         templated_solved=templated[0],
         templated_tries=templated[1],
     )
-
-
-@pytest.mark.parametrize("tries", [1, 2, 5, 6])
-def test_pass_at_k_is_the_share_of_k_subsets_that_hold_a_success(tries: int) -> None:
-    for solved in range(tries + 1):
-        outcomes = [True] * solved + [False] * (tries - solved)
-        for k in range(1, tries + 1):
-            subsets = list(combinations(range(tries), k))
-            share = sum(any(outcomes[index] for index in subset) for subset in subsets) / len(subsets)
-            assert pass_at(k, tries, solved) == pytest.approx(share, abs=1e-12)
 
 
 def test_both_sides_are_compared_at_the_same_number_of_tries() -> None:

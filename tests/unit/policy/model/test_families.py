@@ -14,6 +14,7 @@ from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.policy.model.attention import pack_layout, sample_positions
 from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
+from megatron_p2o.policy.weights.hf_directory import write_hf_directory
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
 from megatron_p2o.testing.tiny_families import TINY_FAMILIES, write_tiny_family
 
@@ -46,7 +47,7 @@ def test_logits_equal_transformers_and_the_weights_come_back_bit_for_bit(
     assert expected.std() > 0.5
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-4)
 
-    policy.export_hf(tmp_path / "exported")
+    write_hf_directory(policy.weights(), directory, tmp_path / "exported")
     original = load_file(directory / "model.safetensors")
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert exported.keys() == original.keys()

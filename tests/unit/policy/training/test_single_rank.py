@@ -41,7 +41,7 @@ from megatron_p2o.policy.training.forward import Denominator, MicroBatch
 from megatron_p2o.policy.training.ranks import MegatronPolicy, PolicyError, build_policy
 from megatron_p2o.policy.training.safe_pickle import RefusedPickle
 from megatron_p2o.policy.training.settings import check_values
-from megatron_p2o.policy.weights.hf_directory import WeightFiles
+from megatron_p2o.policy.weights.hf_directory import WeightFiles, write_hf_directory
 from megatron_p2o.policy.weights.hf_weights import load_hf_weights
 from megatron_p2o.rl.objective import loss_rule, token_stats
 from megatron_p2o.rl.packing import pack
@@ -206,7 +206,7 @@ def test_the_export_equals_what_was_loaded_bit_for_bit(any_model: Path, tmp_path
     config = policy_config(any_model)
     with policy_of(config) as policy:
         assert_same_weights(weights_of(policy), PolicyOracle(config).weights(), atol=0)
-        policy.export_hf(tmp_path)
+        write_hf_directory(policy.weights(), any_model, tmp_path)
     again = PolicyOracle(policy_config(tmp_path)).weights()
     assert_same_weights(again, PolicyOracle(config).weights(), atol=0)
     assert (tmp_path / "tokenizer.json").read_bytes() == (any_model / "tokenizer.json").read_bytes()
@@ -335,7 +335,7 @@ def test_a_policy_that_is_not_finite_is_neither_served_nor_saved_until_a_good_on
             policy._shard.models[0].decoder.layers[1].mlp.linear_fc1.weight[3, 2] = value
         policy.update([], None, 0)
         named = r"diverged: 2 of .* model\.layers\.1\.mlp\.gate_proj\.weight, model\.layers\.1\.mlp\.up_proj\.weight"
-        for hand_over in (policy.weights, partial(policy.save, tmp_path / "bad"), partial(policy.export_hf, tmp_path)):
+        for hand_over in (policy.weights, partial(policy.save, tmp_path / "bad")):
             with pytest.raises(PolicyDiverged, match=named):
                 hand_over()
         assert not (tmp_path / "bad").exists()
