@@ -1,17 +1,21 @@
 """Reads an answer in normal form: what it is (quantity, words, items, equation) and what it consists of."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from typing import Literal
 
 from megatron_p2o.rewards.math.expression import FUNCTIONS, Node, NotUnderstoodError, parse_expression
 from megatron_p2o.rewards.math.latex import outer_brackets, split_at
-from megatron_p2o.rewards.math.spelling import LIST_SEPARATOR
+from megatron_p2o.rewards.math.spelling import AND, LIST_SEPARATOR, OR
 from megatron_p2o.rewards.math.units import NO_LABEL, Label, is_unit_symbol, read_label
 
 MIN_WORD_LETTERS = 4
 """Letters without \\text are a word from this length on, a product of variables below it."""
+
+SHORT_WORDS = frozenset({"yes", "no", "true", "false", "none", "odd", "even", "all", "both"})
+"""Words too, whatever their length."""
 
 MAX_ITEMS = 200
 """More parts than this are not read."""
@@ -51,6 +55,8 @@ class Items:
     """The brackets, such as "()" or "[)"; "" for none; or "union", "ratio", "compound", "matrix"."""
     parts: tuple["Answer", ...]
     is_ordered: bool
+    connective: Literal["", "and", "or"] = ""
+    """The word between the parts; "" for a comma."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,8 @@ class Unread:
 Answer = Quantity | Words | Based | Items | Labelled | Relation | Unread
 
 _END = r"(?![A-Za-z])"
-_SEPARATOR = re.compile(f"[,;{LIST_SEPARATOR}]")
-_INNER_SEPARATOR = re.compile(f"[,{LIST_SEPARATOR}]")
+_SEPARATOR = re.compile(f"[,;{LIST_SEPARATOR}{AND}{OR}]")
+_INNER_SEPARATOR = re.compile(f"[,{LIST_SEPARATOR}{AND}{OR}]")
 _OUTER_SEPARATOR = re.compile(";")
 _RELATION = re.compile(
     r":=|[=<>]|\\(?:ne|[lg]e|approx|simeq|sim|equiv|in|notin|to|rightarrow|Rightarrow|implies|iff|mapsto|propto|cong|"
@@ -155,12 +161,13 @@ def _read(text: str) -> Answer:
     if len(parts) > 1 and any(len(split_at(part, _INNER_SEPARATOR)[0]) > 1 for part in parts):
         return _items("", [part if outer_brackets(part)[0] else f"({part})" for part in parts], is_ordered=False)
     brackets, inner = outer_brackets(text)
-    parts, _ = split_at(inner, _SEPARATOR)
+    parts, separators = split_at(inner, _SEPARATOR)
     if len(parts) > 1:
-        return _items(brackets, parts, is_ordered=brackets not in ("", "{}"))
-    parts, _ = split_at(text, _SEPARATOR)
+        items = _items(brackets, parts, is_ordered=brackets not in ("", "{}"))
+        return replace(items, connective=_connective(separators))
+    parts, separators = split_at(text, _SEPARATOR)
     if len(parts) > 1:
-        return _items("", parts, is_ordered=False)
+        return replace(_items("", parts, is_ordered=False), connective=_connective(separators))
     if brackets == "{}":
         return Items("{}", (_read(inner),), is_ordered=False)
     return _read_one(inner if brackets else text)
@@ -171,6 +178,12 @@ def _items(kind: str, parts: list[str], is_ordered: bool) -> Items:
         raise NotUnderstoodError("an empty or an endless list")
     spread = [each for part in parts for each in _both_signs(part)]
     return Items(kind, tuple(_read(part) for part in spread), is_ordered)
+
+
+def _connective(separators: list[str]) -> Literal["", "and", "or"]:
+    if AND in separators and OR in separators:
+        raise NotUnderstoodError("both and and or")
+    return "and" if AND in separators else "or" if OR in separators else ""
 
 
 def _both_signs(text: str) -> list[str]:
@@ -240,6 +253,8 @@ def _read_one(text: str) -> Answer:
 def _has_a_word(text: str) -> bool:
     """Return whether letters are words: `infinitely many`, not `m g h` or `x sin x`."""
     words = text.split()
+    if text.lower() in SHORT_WORDS:
+        return True
     return any(len(word) >= MIN_WORD_LETTERS - (len(words) > 1) for word in words) and FUNCTIONS.isdisjoint(words)
 
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Protocol
 
 from megatron_p2o.rewards.math.answer import (
+    SHORT_WORDS,
     Answer,
     Based,
     Items,
@@ -22,7 +23,7 @@ from megatron_p2o.rewards.math.relations import (
     LONE_NAME,
     MIRRORED,
     are_roots,
-    as_union,
+    as_intervals,
     as_values,
     in_order_of_names,
     interval_of,
@@ -36,14 +37,13 @@ from megatron_p2o.rewards.math.relations import (
     value_of,
     without_modulus,
 )
-from megatron_p2o.rewards.math.units import NO_LABEL, Label, labels_agree
+from megatron_p2o.rewards.math.units import NO_LABEL, Label, in_units, labels_agree
 
 ROUGHLY = Fraction(1, 100)
 """How far what stands after an approximation sign may be off, relative to the exact value before it."""
 
 _HUNDRED = Node("number", value=Fraction(100))
 _BRACKETS = ("()", "[]", "{}")
-_SHORT_WORDS = frozenset({"yes", "no", "true", "false", "none", "odd", "even", "all", "both"})
 MIN_FOLDED_LETTERS = 4
 
 
@@ -149,7 +149,7 @@ def _is_same_word(gold: str, answer: str, position: int) -> bool:
 
 
 def _is_word(text: str) -> bool:
-    if text.lower() in _SHORT_WORDS:
+    if text.lower() in SHORT_WORDS:
         return True
     is_plain = text.islower() or text.isupper() or text.istitle()
     return is_plain and len(text) >= MIN_FOLDED_LETTERS and len(set(text.lower()) & set("aeiouy")) > 1
@@ -168,6 +168,8 @@ def _quantities_agree(gold: Quantity, answer: Quantity, judge: Judge) -> bool | 
 def _labelled_agree(gold: Answer, answer: Answer, judge: Judge) -> bool | None:
     gold_value, gold_label = _unlabelled(gold)
     value, label = _unlabelled(answer)
+    if gold_label.kind == "unit" and label.kind == "none" and isinstance(answer, Quantity):
+        value, label = _unlabelled(read(in_units(answer.text)))
     if not labels_agree(gold_label, label):
         return False
     if label.kind == "unit" and isinstance(gold_value, Quantity) and gold_value.is_percent:
@@ -191,10 +193,14 @@ def _single_agrees(gold: Answer, answer: Answer, judge: Judge) -> bool | None:
 
 
 def _items_agree(gold: Items, answer: Items, judge: Judge) -> bool | None:
-    if "union" in (gold.kind, answer.kind):
-        gold, answer = as_union(gold), as_union(answer)
+    if not _connectives_agree(gold, answer):
+        return False
+    if "union" in (gold.kind, answer.kind) or "and" in (gold.connective, answer.connective):
+        gold, answer = as_intervals(gold), as_intervals(answer)
     if not _kinds_agree(gold, answer):
         return False
+    if gold.kind == answer.kind == "ratio":
+        return _ratios_agree(gold, answer, judge)
     gold_names, names = names_of(gold), names_of(answer)
     if gold_names and names:
         return _assignments_agree(gold, answer, judge)
@@ -204,6 +210,31 @@ def _items_agree(gold: Items, answer: Items, judge: Judge) -> bool | None:
     if gold.is_ordered or answer.is_ordered:
         return _all(_agree(one, other, judge) for one, other in zip(gold.parts, answer.parts, strict=True))
     return _agree_in_some_order(gold.parts, answer.parts, judge)
+
+
+def _connectives_agree(gold: Items, answer: Items) -> bool:
+    """Of values "and" says the same as "or"; of conditions, and of values of several unknowns, it does not."""
+    connectives = {gold.connective, answer.connective}
+    if "or" not in connectives or len(connectives) == 1:
+        return True
+    for items in (gold, answer):
+        names = names_of(items)
+        has_conditions = not names and any(isinstance(part, Relation) for part in items.parts)
+        if (names and not are_roots(names)) or ("and" in connectives and (has_conditions or letters(text_of(items)))):
+            return bool(names) and are_roots(names)
+    return True
+
+
+def _ratios_agree(gold: Items, answer: Items, judge: Judge) -> bool | None:
+    """3:4 is 6:8, also 3:4 is 9:12; what may be a time of day, such as 3:30, is only itself."""
+    if len(gold.parts) != len(answer.parts):
+        return False
+    texts = [[text_of(part) for part in items.parts] for items in (gold, answer)]
+    are_counts = all(re.fullmatch(r"[1-9]\d{0,5}", text) for text in (*texts[0], *texts[1]))
+    if not are_counts or (len(texts[0]) == 2 and len(texts[0][1]) > 1):
+        return _all(_agree(one, other, judge) for one, other in zip(gold.parts, answer.parts, strict=True))
+    numbers, others = ([int(text) for text in each] for each in texts)
+    return all(number * others[0] == other * numbers[0] for number, other in zip(numbers, others, strict=True))
 
 
 def _kinds_agree(gold: Items, answer: Items) -> bool:
@@ -263,7 +294,9 @@ def _relations_agree(gold: Answer, answer: Answer, judge: Judge) -> bool | None:
 
 def _is_range_like(answer: Answer, interval: Items) -> bool:
     """Return whether an answer may be an interval or set: `2,3` is no interval from 2 to 3."""
-    return isinstance(answer, Items) and (answer.kind != "" or interval.kind not in ("()", "(]", "[)", "[]"))
+    return isinstance(answer, Items) and (
+        answer.kind != "" or answer.connective == "and" or interval.kind not in ("()", "(]", "[)", "[]")
+    )
 
 
 def _agrees_with_bare_value(gold: Relation, answer: Answer, judge: Judge) -> bool | None:

@@ -37,13 +37,25 @@ _LESS, _MORE = ("<", r"\le"), (">", r"\ge")
 MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 
 
-def as_union(items: Items) -> Items:
-    """Return `x<1 or x>2` as a union of intervals, anything else as it is."""
+def as_intervals(items: Items) -> Items:
+    """Return `x<1 or x>2` as a union of intervals, `x>1 and x<2` as an interval, anything else as it is."""
     intervals = [interval_of(part) if isinstance(part, Relation) else None for part in items.parts]
     found = [interval for interval in intervals if interval is not None]
     if items.kind or len(found) < len(intervals) or len({unknown for unknown, _ in found}) != 1:
         return items
-    return Items("union", tuple(interval for _, interval in found), is_ordered=False)
+    parts = tuple(interval for _, interval in found)
+    return _intersection(items, parts) if items.connective == "and" else Items("union", parts, is_ordered=False)
+
+
+def _intersection(items: Items, intervals: tuple[Items, ...]) -> Items:
+    """Return the interval between a lower and an upper bound; other conditions as they are."""
+    infinities = (read(r"-\infty"), read(r"\infty"))
+    lower = [interval for interval in intervals if interval.parts[1] == infinities[1]]
+    upper = [interval for interval in intervals if interval.parts[0] == infinities[0]]
+    if len(lower) != 1 or len(upper) != 1 or len(intervals) != 2:
+        return items
+    bounds = (lower[0].parts[0], upper[0].parts[1])
+    return Items(lower[0].kind[0] + upper[0].kind[1], bounds, is_ordered=True)
 
 
 def names_of(items: Items) -> list[str]:

@@ -20,6 +20,7 @@ _CHARACTERS = {
     **{"⅕": r"\frac{1}{5}", "⅙": r"\frac{1}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}"},
     **{"⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}", "⅚": r"\frac{5}{6}", "⅞": r"\frac{7}{8}"},
     **{"′": "'", "″": "''", "’": "'", "，": ",", "∨": r"\lor ", "∧": r"\land ", "→": r"\to ", "∂": r"\partial "},
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
     **{"\u00a0": " ", "\u2009": " ", "\u202f": " "},
 }
 _TRANSLATION = str.maketrans(_CHARACTERS)
@@ -38,7 +39,10 @@ _FONT = re.compile(rf"\\(?P<name>{_TEXT_FONTS}|{_MATH_FONTS})\s*\{{")
 _ONLY_TEXT = re.compile(r"[A-Za-z\s.,;:'!?&/()°%$~-]*")
 
 LIST_SEPARATOR = "\x01"
-"""Stands between parts of a list where that is certain: for "and", "or", `81, 256`."""
+"""Stands between parts of a list where that is certain: `81, 256`."""
+
+AND, OR = "\x02", "\x03"
+"""Stand for the words, between parts of a list or conditions."""
 
 _UNITS = re.compile(r"\s*[A-Za-z]+(?:\^-?\d)?(?:[\s/]+[A-Za-z]+(?:\^-?\d)?)+\s*|\s*[A-Za-z]{2,}\^-?\d\s*")
 """Several units with their exponents in \\mathrm."""
@@ -60,13 +64,16 @@ _REWRITES = tuple(
         (rf"\\(?:langle|lparen){_END}", "("),
         (rf"\\(?:rangle|rparen){_END}", ")"),
         (rf"\\(?:[lr]?vert|mid){_END}|\\\|", "|"),
+        (rf"\\(?:text)?color\{{(?!white)[a-z]+\}}|\\(?:bf|it|bfseries|[lL]arge|LARGE|[hH]uge){_END}", ""),
+        (rf"\s*\\checkmark{_END}\s*$|^\*\*(?=.*\*\*$)|(?<=\w)\*\*$", ""),
+        (r"(?<=\d)(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|\^\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th))$", ""),
         (rf"\\[dtc]frac{_END}", r"\\frac"),
         (rf"\{{([^{{}}]*)\\over{_END}([^{{}}]*)\}}", r"\\frac{\1}{\2}"),
         (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ{_END})|\^\s*\\degree{_END}", r"\\degree "),
         (rf"\^\s*(?:\{{\s*\\prime\s*\}}|\\prime{_END})", "'"),
         (rf"\\text\{{\s*{_PERCENT}\s*\}}|(?<=[\d}}]) ?{_PERCENT}{_END}|(?<!\\)%", r"\\%"),
-        (r"\\text\{[\s,]*(?:and|or)[\s,]*\}|(?<=[^A-Za-z\s]) *\b(?:and|or)\b *", "\x01"),
-        (rf"\\(?:lor|vee|land|wedge){_END}", "\x01"),
+        (rf"\\text\{{[\s,]*and[\s,]*\}}|(?<=[^A-Za-z\s]) *\band\b *|\\(?:land|wedge){_END}", AND),
+        (rf"\\text\{{[\s,]*or[\s,]*\}}|(?<=[^A-Za-z\s]) *\bor\b *|\\(?:lor|vee){_END}", OR),
         (r"(?<![\d.,])(\d{1,3}),\s+(?=\d{3}(?!\d))", "\\1\x01"),
         (r"\bd([a-z])/d([a-z])\b", r"\\frac{d\1}{d\2}"),
         (r"\\[,;:> ]|~|\\(?:thinspace|enspace|hspace\{[^{}]*\}|hfill)(?![A-Za-z])", " "),
@@ -82,7 +89,7 @@ _REWRITES = tuple(
         (r"\{\}", ""),
         (r"\s+", " "),
         (r"(?<=[^\w]) | (?=[^\w])", ""),
-        (r"[,\x01]*\x01[,\x01]*", "\x01"),
+        (r"[,\x01]*([\x01-\x03])[,\x01-\x03]*", r"\1"),
     )
 )
 """Spellings that do not change an answer; `;` separates the parts of a list for certain.
@@ -147,7 +154,7 @@ def _rewritten(text: str) -> str:
         text = pattern.sub(replacement, text)
     for pattern, separator in _CERTAIN_GROUPS[:1]:
         text = pattern.sub(lambda found, separator=separator: found[1].replace(separator, ""), text)
-    return re.sub(r"(?<=\d)\{,\}(?=\d)", ".", text).replace("{,}", ",").strip(" ;\x01")
+    return re.sub(r"(?<=\d)\{,\}(?=\d)", ".", text).replace("{,}", ",").strip(" ;\x01\x02\x03")
 
 
 def _without_fonts(text: str) -> str:

@@ -106,6 +106,12 @@ def is_unit_symbol(text: str) -> bool:
     return len(text) > 1 and (text in _SYMBOLS or _singular(text.lower()) in _NAMES) and text not in ("mg", "cm/g")
 
 
+def in_units(text: str) -> str:
+    r"""Return `9.8 m/s^2` as `9.8\text{m}/\text{s}^2`, where the letters behind a number are known to be units."""
+    found = re.fullmatch(r"([+-]?[\d.]+)([A-Za-z/ ]+(?:\^\{?-?\d\}?)?)", text)
+    return found[1] + re.sub(r" ?([A-Za-z]+)", r"\\text{\1}", found[2]) if found else text
+
+
 @lru_cache(maxsize=4096)
 def read_label(text: str) -> Label:
     r"""Return what `text` says: one or more \text, with exponents, `\cdot` or `/` between them; "" for no words."""
