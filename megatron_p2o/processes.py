@@ -20,13 +20,15 @@ MANY_FILES = 65536
 
 SECRET_NAME = re.compile(
     r"SECRET|PASSWORD|PASSPHRASE|CREDENTIAL|^AWS_|^SSHPASS$|._PWD$"
-    r"|(^|_)(API_?KEY|KEYS?|(?<!PER_)TOKEN|PASS|PASSWD|AUTH|JWT|COOKIE|NETRC)(_(FILE|PATH|ID|CONFIG|SOCK))?$",
+    r"|CONNECTION_STRING|WEBHOOK|^KUBECONFIG$"
+    r"|(^|_)(API_?KEY|KEYS?|(?<!PER_)TOKEN|PAT|PASS|PASSWD|AUTH|BEARER|JWT|COOKIE|NETRC)\d*(_\w+)?$",
     re.IGNORECASE,
 )
-"""Environment variables named like this hold a secret, or lead to one: HF_TOKEN, AWS_PROFILE, SSH_AUTH_SOCK."""
+"""Environment variables named like this hold a secret, or lead to one: HF_TOKEN, API_KEY_2, AWS_PROFILE, SSH_AUTH_SOCK.
+A secret under any other name is passed on unless `SECRET_NAMES_VARIABLE` names it."""
 
-URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-"""As a proxy's may be."""
+URL_WITH_PASSWORD = re.compile(r"://[^/@\s]+@")
+"""As a proxy's may be, or an address that holds a token."""
 
 SECRET_NAMES_VARIABLE = "P2O_SECRET_NAMES"
 """Environment variable with the names, separated by commas, of others that hold secrets: those that settings name."""

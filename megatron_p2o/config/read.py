@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from megatron_p2o.config.names import suggestion
 from megatron_p2o.config.ranges import range_of
@@ -41,7 +41,7 @@ from megatron_p2o.config.yaml_reader import dump_yaml
 
 __all__ = ["ConfigError", "ConfigProblem", "dump_config", "load_config", "missing_paths", "with_template_date"]
 
-SECRET_KEY = re.compile(r"(^|[_-])(key|token|password|secret)$", re.IGNORECASE)
+SECRET_KEY = re.compile(r"(^|[._-])(key|token|password|secret)$", re.IGNORECASE)
 """Keys of the pass-through sections that would hold a credential."""
 
 
@@ -264,14 +264,33 @@ def _secrets_in(config: Config) -> list[str]:
         for key in mapping
         if SECRET_KEY.search(key)
     ]
-    if reflection.base_url is not None and "@" in urlsplit(reflection.base_url).netloc:
+    found += [
+        f"evolution.reflection.extra_body.{key} is a credential: {remedy}"
+        for key in _keys_of(reflection.extra_body)
+        if SECRET_KEY.search(key)
+    ]
+    address = urlsplit(reflection.base_url or "")
+    if "@" in address.netloc:
         found.append(f"evolution.reflection.base_url holds a user or password: {remedy}")
+    if any(SECRET_KEY.search(key) for key, _ in parse_qsl(address.query)):
+        found.append(f"evolution.reflection.base_url holds a credential in its query: {remedy}")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", reflection.api_key_env):
         found.append(
             "evolution.reflection.api_key_env must be the name of an environment variable: "
             "letters, digits and underscores; the key itself stays in the environment"
         )
     return found
+
+
+def _keys_of(value: object) -> Iterator[str]:
+    """Yield the keys of a mapping and of all that it holds, with the path to each."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from (f"{key}.{below}" for below in _keys_of(inner))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _keys_of(inner)
 
 
 def _located(sentence: str, settings: Settings, source: str) -> ConfigProblem:

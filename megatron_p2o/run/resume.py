@@ -14,8 +14,17 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.run.inputs import load_inputs
 from megatron_p2o.run_folder.checkpoints import pointed_name
-from megatron_p2o.run_folder.made_with import MadeWith, file_digests, made_with, read_made_with, settings_of
-from megatron_p2o.run_folder.resume_effects import MAPPINGS, WHEN, Effect, effect_of, effect_of_file
+from megatron_p2o.run_folder.made_with import MadeWith, made_with, read_made_with
+from megatron_p2o.run_folder.resume_effects import (
+    CHAT_TEMPLATE,
+    MAPPINGS,
+    TOKENIZER,
+    TOKENIZER_SETTINGS,
+    WHEN,
+    Effect,
+    effect_of,
+    effect_of_file,
+)
 from megatron_p2o.run_folder.state import STATE_FILE, CheckpointError, RunState, read_state
 from megatron_p2o.types import Problem
 
@@ -35,8 +44,11 @@ PER_STEP = "schedule.problems_per_step"
 logger = logging.getLogger(__name__)
 
 
-DECIDES_PROBLEMS = ("data.", "model.", "rollout.max_new_tokens")
+DECIDES_PROBLEMS = ("data.", "model.", "rollout.max_new_tokens", "sglang.context")
 """Begin the names of the settings that decide which problems of a file are asked."""
+
+DECIDING_FILES = ("data.train", TOKENIZER, TOKENIZER_SETTINGS, CHAT_TEMPLATE)
+"""Files that decide it, too: a prompt that grows beyond the limit is not asked."""
 
 
 class ResumeRefused(ValueError):
@@ -110,11 +122,19 @@ def check_resume(config: Config, run_dir: Path) -> Resumption | None:
     resumed_library(run_dir, state.library_version, config.rollout.group_size)
     if old is None:
         return None
-    may_differ = file_digests(config)["data.train"] != old.files.get("data.train") or any(
-        name.startswith(DECIDES_PROBLEMS) for name in _differing(old.settings, settings_of(config))
+    new = replace(made_with(config, ()), problems=old.problems)
+    if _may_ask_others(old, new):
+        new = made_with(config, load_inputs(config).train)
+    return resumption(old, new, state, checkpoint)
+
+
+def _may_ask_others(old: MadeWith, new: MadeWith) -> bool:
+    """Return whether other problems may be asked: reading them all takes a while."""
+    return (
+        any(old.files.get(name) != new.files.get(name) for name in DECIDING_FILES)
+        or old.architecture != new.architecture
+        or any(name.startswith(DECIDES_PROBLEMS) for name in _differing(old.settings, new.settings))
     )
-    new = made_with(config, load_inputs(config).train if may_differ else ())
-    return resumption(old, new if may_differ else replace(new, problems=old.problems), state, checkpoint)
 
 
 def resumption(old: MadeWith, new: MadeWith, state: RunState, checkpoint: Path) -> Resumption:

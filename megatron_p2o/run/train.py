@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_p2o.algorithm import Parts, SamplingParts, TrainState, train
-from megatron_p2o.config.read import load_config
+from megatron_p2o.config.read import load_config, with_template_date
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import chat_renderer
@@ -149,7 +149,8 @@ def dry_run(config: Config) -> None:
     for line in summary_of(config, load_inputs(config)):
         say(line)
     say(f"megatron: {megatron_summary(config)}")
-    resumed = check_resume(config, config.run.folder)
+    dated = with_template_date(config, config.run.folder / "config.yaml")
+    resumed = check_resume(dated, config.run.folder)
     for change in resumed.changes if resumed else ():
         say(f"changed since the checkpoint: {change}")
     problems = machine_problems(config, settings, machine_capabilities())

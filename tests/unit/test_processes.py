@@ -45,6 +45,8 @@ def test_a_child_whose_parent_ended_while_it_started_ends_too() -> None:
         *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "GH_TOKEN", "SLURM_JWT"),
         *("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CLIENT_SECRET", "PGPASSWORD", "MYSQL_PWD", "SSH_AUTH_SOCK"),
         *("DOCKER_AUTH_CONFIG", "DB_PASSWD", "NGC_APIKEY", "signing_key", "KEY_FILE"),
+        *("GITHUB_PAT", "HF_TOKEN_READ", "OPENAI_API_KEY_PROD", "API_KEY_2", "TOKEN1", "PRIVATE_KEY_PEM", "BEARER"),
+        *("AZURE_STORAGE_CONNECTION_STRING", "SLACK_WEBHOOK", "KUBECONFIG"),
     ],
 )
 def test_a_child_is_given_a_secret_only_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -427,6 +427,11 @@ def test_dump_holds_every_setting(tmp_path: Path) -> None:
         ("megatron: {hf_token: very-secret}", "megatron.hf_token"),
         ("evolution: {reflection: {api_key_env: very-secret}}", "evolution.reflection.api_key_env"),
         ("evolution: {reflection: {base_url: 'https://me:very-secret@host/v1'}}", "evolution.reflection.base_url"),
+        ("evolution: {reflection: {base_url: 'https://h/v1?api_key=very-secret'}}", "evolution.reflection.base_url"),
+        (
+            "evolution: {reflection: {extra_body: {auth: {api_key: very-secret}}}}",
+            "evolution.reflection.extra_body.auth.api_key",
+        ),
     ],
 )
 def test_credential_in_the_settings_is_refused_and_never_shown(tmp_path: Path, line: str, name: str) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from megatron_p2o.config.read import load_config
 from megatron_p2o.config.source import annotation_at, is_section
-from megatron_p2o.config.tree import Config
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig
 from megatron_p2o.data.batches import epoch_batches
+from megatron_p2o.data.chat import ChatRenderer
 from megatron_p2o.evolve.record.library import PublishedLibrary
 from megatron_p2o.run.resume import (
     ResumeRefused,
@@ -35,7 +36,7 @@ from megatron_p2o.run_folder.resume_effects import MAPPINGS, OF_CLASS, effect_of
 from megatron_p2o.run_folder.state import CheckpointError, RunState
 from megatron_p2o.testing.fakes import FakePolicy
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
-from megatron_p2o.types import Problem, Template
+from megatron_p2o.types import PLAIN, Problem, Template
 
 
 def leaves(cls: type = Config, prefix: str = "") -> list[str]:
@@ -276,6 +277,23 @@ def test_a_run_is_checked_before_it_starts_anything(tmp_path: Path, model: Path)
     assert how is not None and str(how.changes[0]).endswith("through the problems that it leads to")
     write_problems(tmp_path / "train.jsonl", APPENDED)
     with pytest.raises(ResumeRefused, match=r"step-000002 cannot be resumed.*2 added \(new-1, new-2\)"):
+        check_resume(config, config.run.folder)
+
+
+def test_a_chat_template_under_which_prompts_grow_too_long_is_refused_before_the_start(tmp_path: Path) -> None:
+    longer = [problem(f"p{number}" + "+1" * (number % 8)) for number in range(24)]
+    write_problems(tmp_path / "train.jsonl", longer)
+    model = write_tiny_qwen3(tmp_path / "model")
+    renderer = ChatRenderer(ModelConfig(path=str(model)), DataConfig(train="", question_format="{question}"))
+    limit = max(len(renderer.render(each, PLAIN).training_ids) for each in longer)
+    limits = ("data.skip_bad_rows=true", f"data.max_prompt_tokens={limit}", 'data.question_format="{question}"')
+    config = config_of(tmp_path, model, *limits)
+    save(config, state(2, 2), made_with(config, longer))
+    assert check_resume(config, config.run.folder) == Resumption(batch=2, changes=[])
+    template = next(path for path in model.iterdir() if "<|im_start|>" in path.read_text(errors="ignore"))
+    template = model / "chat_template.jinja" if (model / "chat_template.jinja").exists() else template
+    template.write_text(template.read_text().replace("assistant", "a assistant"))
+    with pytest.raises(ResumeRefused, match="gone"):
         check_resume(config, config.run.folder)
 
 
