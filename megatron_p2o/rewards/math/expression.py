@@ -15,9 +15,12 @@ MAX_EXPONENT_DIGITS = 4
 _FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min"
 FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 CONSTANTS = {r"\pi": "pi", "e": "e", "i": "i", r"\imath": "i", r"\infty": "infinity"}
-OPAQUE_FUNCTIONS = frozenset("fgFG")
-"""Letters that name a function when a bracket follows: f(x) is not xf. Others do when a number is in it, else they are
-factors."""
+OPAQUE_FUNCTIONS = frozenset([*"fgFGO", r"\Gamma", r"\Theta", r"\zeta"])
+"""Names of a function when a bracket follows: f(x) is not xf. Others are one when a number is in it."""
+
+_PERHAPS_NAMES = "phi Phi psi Psi sigma delta tau"
+PERHAPS_FUNCTIONS = frozenset([*"huJ", *(rf"\{name}" for name in _PERHAPS_NAMES.split())])
+"""Names of a function or of a factor when a bracket follows."""
 
 _SYMBOL_NAMES = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
@@ -31,11 +34,12 @@ _WORDS = {"pi": r"\pi", "infinity": r"\infty", "sqrt": r"\sqrt", **{name: rf"\{n
 """Names that mean the same without a backslash, when nothing else touches them."""
 
 _TOKEN = re.compile(
-    r"(?P<repeating>(?:\d+)?\.\d*\\overline\{\d+\})"
+    r"(?P<repeating>(?:\d+)?\.\d*(?:\\(?:overline|bar|dot)(?: ?\d|\{\d+\})|\(\d+\)))"
     r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+(?![A-Za-z^]))?)"
     r"|(?P<command>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]{2,}(?![A-Za-z]))|(?P<other>[^\s])",
     re.DOTALL,
 )
+_REPEATED = re.compile(r"(?:\\[a-z]+[ {]?|\()(\d+)[})]?$")
 _DIFFERENTIAL = re.compile(r"(?:d|\\partial ?)(?:\^\{?\d\}?)?(?:[A-Za-z]|\\[A-Za-z]+)?(?:\^\{?\d\}?)?")
 
 
@@ -64,6 +68,9 @@ class Node:
             yield from part.walk()
 
 
+MINUS_ONE = Node("negative", (Node("number", value=Fraction(1)),))
+
+
 def parse_expression(text: str) -> Node:
     """Return the tree of an expression in normal form.
 
@@ -71,7 +78,7 @@ def parse_expression(text: str) -> Node:
         NotUnderstoodError: it has a part whose meaning is not known here.
     """
     parser = _Parser(text)
-    node = parser.sum()
+    node = parser.braced()
     if parser.peek() != "":
         raise NotUnderstoodError(f"unexpected {parser.peek()!r}")
     return node
@@ -83,12 +90,10 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self._text = text
         self._tokens: list[str] = []
-        self._ends: list[int] = []
         for found in _TOKEN.finditer(text):
             word = found["word"]
             tokens = list(word) if word and word not in _WORDS else [_WORDS[word] if word else found.group()]
             self._tokens += tokens
-            self._ends += range(found.end() - len(tokens) + 1, found.end() + 1)
         self._next = 0
         self._open_bars = 0
 
@@ -105,6 +110,14 @@ class _Parser:
     def expect(self, token: str) -> None:
         if self.take() != token:
             raise NotUnderstoodError(f"{token!r} expected")
+
+    def braced(self) -> Node:
+        """Return the content of braces, or of the whole text: n \\choose k ends with them."""
+        node = self.sum()
+        if self.peek() != r"\choose":
+            return node
+        self.take()
+        return Node("binomial", (node, self.sum()))
 
     def sum(self) -> Node:
         terms = [self._signed(self._product)]
@@ -123,7 +136,8 @@ class _Parser:
             token = self.peek()
             if token in ("*", r"\cdot", r"\times", r"\ast"):
                 self.take()
-                node = _product_of(node, self._signed(self._power))
+                factor = self._signed(self._power)
+                node = _cross_product(node, factor) if token == r"\times" else _product_of(node, factor)
             elif token in ("/", r"\div"):
                 self.take()
                 node = Node("quotient", (node, self._signed(self._power)))
@@ -136,9 +150,12 @@ class _Parser:
         start = self._next
         factor = self._power()
         is_fraction = self._tokens[start] == r"\frac" and all(part.kind == "number" for part in factor.parts)
-        if node.kind == "number" and not node.is_decimal and is_fraction:
-            return Node("sum", (node, factor))  # a mixed number
-        if self._tokens[start][0].isdecimal():
+        last = node.parts[-1] if node.kind == "product" else node
+        if last.kind == "number" and not last.is_decimal and is_fraction:
+            mixed = Node("sum", (last, factor))
+            return mixed if node is last else Node("product", (*node.parts[:-1], mixed))
+        is_number = self._tokens[start][0].isdecimal() or (self._tokens[start] == "{" and factor.kind == "number")
+        if is_number and last.kind not in ("power", "factorial"):
             raise NotUnderstoodError("a number after a factor")
         return _product_of(node, factor)
 
@@ -148,20 +165,35 @@ class _Parser:
         if token in ("(", "[", "{") or (token[:1].isalnum() and token.isascii()) or _is_label(token):
             return True
         is_command = token[:1] == "\\" and len(token) > 2
-        return is_command and token not in (r"\rfloor", r"\rceil", r"\cdot", r"\times", r"\div", r"\degree")
+        return is_command and token not in (r"\rfloor", r"\rceil", r"\cdot", r"\times", r"\div", r"\degree", r"\choose")
 
     def _power(self) -> Node:
         node = self._postfix(self._atom())
         if self.peek() == "^":
             self.take()
-            node = self._postfix(Node("power", (node, self._argument())))
+            node = self._postfix(self._raised(node, self._argument()))
             if self.peek() == "^":
                 raise NotUnderstoodError("two exponents")
         return node
 
+    def _raised(self, node: Node, exponent: Node) -> Node:
+        """Return a power; f^{-1}(x) is the inverse function at x, and C_{10}^{3} a binomial coefficient."""
+        if node.kind == "applied":
+            return Node("applied", (*node.parts, exponent), name=node.name)
+        is_function = node.kind == "symbol" and node.name in OPAQUE_FUNCTIONS | PERHAPS_FUNCTIONS
+        if is_function and exponent == MINUS_ONE and self.peek() == "(":
+            return Node("opaque", (self._group("(", ")"),), name=f"{node.name}^-1")
+        chosen_from = re.fullmatch(r"C_(\d{1,4})", node.name)
+        if chosen_from and exponent.kind == "number":
+            return Node("binomial", (Node("number", value=Fraction(chosen_from[1])), exponent))
+        return Node("power", (node, exponent))
+
     def _postfix(self, node: Node) -> Node:
         while self.peek() in ("!", r"\degree"):
             kind = "factorial" if self.take() == "!" else "degree"
+            if kind == "factorial" and self.peek() == "!":
+                self.take()
+                kind = "double_factorial"
             node = Node(kind, (node,))
         return node
 
@@ -174,7 +206,7 @@ class _Parser:
     def _group(self, opening: str, closing: str) -> Node:
         self.expect(opening)
         bars, self._open_bars = self._open_bars, 0
-        node = self.sum()
+        node = self.sum() if opening != "{" else self.braced()
         self._open_bars = bars
         self.expect(closing)
         return node
@@ -201,31 +233,42 @@ class _Parser:
             raise NotUnderstoodError("a numeral of another base")
         if len(token) > MAX_DIGITS:
             raise NotUnderstoodError("a numeral of more than a thousand digits")
-        whole, _, repeated = token.partition(r"\overline{")
+        whole, repeated, _ = _REPEATED.split(token) if _REPEATED.search(token) else (token, "", "")
         mantissa, _, exponent = re.sub("[eE]", "e", whole).partition("e")
         if len(exponent.lstrip("+-")) > MAX_EXPONENT_DIGITS:
             raise NotUnderstoodError("a huge exponent")
         value = Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0)
         if repeated:
-            digits = repeated.rstrip("}")
             places = len(mantissa.partition(".")[2])
-            value += Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
+            value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10**places)
         return Node("number", value=value, is_decimal="." in mantissa and not repeated)
 
     def _symbol(self, name: str) -> Node:
         if self.peek() == "_":
             self.take()
-            name += "_" + self._raw()
+            name += "_" + self._index()
         while self.peek() == "'":
             name += self.take()
-        if self.peek() == "(" and (name.rstrip("'") in OPAQUE_FUNCTIONS or self._is_number_in_brackets()):
+        stem = name.rstrip("'").partition("_")[0]
+        if self.peek() == "(" and (stem in OPAQUE_FUNCTIONS or self._is_number_in_brackets()):
             return Node("opaque", (self._group("(", ")"),), name=name)
+        if self.peek() == "(" and stem in PERHAPS_FUNCTIONS:
+            return Node("applied", (self._group("(", ")"),), name=name)
+        if name == "C" and self.peek() == "(" and "," in self._tokens[self._next :]:
+            return Node("binomial", self._list_of_arguments(num_arguments=2))
         return Node("symbol", name=name)
 
     def _is_number_in_brackets(self) -> bool:
         """Return whether `(0)` follows: I(0) is the value of I at 0, not 0."""
         _, number, closing, *_ = [*self._tokens[self._next : self._next + 3], "", ""]
         return number[:1].isdecimal() and closing == ")"
+
+    def _index(self) -> str:
+        """Return an index without its font: `max`, however that is written."""
+        index = self._raw()
+        if index == r"\text":
+            index = self._raw()
+        return re.sub(r"\\text(?![A-Za-z])|[{}\s]", "", index).removeprefix("\\")
 
     def _raw(self) -> str:
         """Return the text of a group or of one token as it stands: an index, the content of an accent."""
@@ -247,7 +290,7 @@ class _Parser:
         return Node("abs", (node,))
 
     def _command(self, name: str) -> Node:
-        if name == "frac":
+        if name in ("frac", "nicefrac", "sfrac"):
             return self._fraction()
         if name == "sqrt":
             return self._root()
@@ -260,7 +303,7 @@ class _Parser:
         if name in FUNCTIONS:
             return self._function(name)
         if name in _SYMBOLS:
-            return self._symbol(f"\\{name}")
+            return self._symbol(f"\\{name.removeprefix('var')}")
         if name == "angle":
             return self._angle()
         if name in _ACCENTS:
@@ -309,7 +352,7 @@ class _Parser:
         if self.peek() == "[":
             index = self._group("[", "]")
         if len(self.peek()) > 1 and self.peek().isdigit():
-            raise NotUnderstoodError(r"\sqrt12")
+            return Node("root", (self._number(self.take()), index or Node("number", value=Fraction(2))))  # \sqrt 12
         radicand = self._atom() if self.peek() == "(" else self._argument()
         return Node("root", (radicand, index or Node("number", value=Fraction(2))))
 
@@ -329,15 +372,15 @@ class _Parser:
         arguments = (self._function_argument(), *base)
         if exponent is None:
             return Node(name, arguments)
-        if exponent == Node("negative", (Node("number", value=Fraction(1)),)):
+        if exponent == MINUS_ONE:
             if name in ("ln", "log", "exp"):
                 raise NotUnderstoodError(f"\\{name}^{{-1}}")
             return Node("arc" + name, arguments)
         return Node("power", (Node(name, arguments), exponent))
 
-    def _list_of_arguments(self) -> tuple[Node, ...]:
+    def _list_of_arguments(self, num_arguments: int | None = None) -> tuple[Node, ...]:
         opening = self.take()
-        closing = {"(": ")", "{": "}"}.get(opening)
+        closing = {"(": ")", "{": "}", r"\{": r"\}"}.get(opening)
         if closing is None:
             raise NotUnderstoodError("arguments without brackets")
         arguments = [self.sum()]
@@ -345,6 +388,8 @@ class _Parser:
             self.take()
             arguments.append(self.sum())
         self.expect(closing)
+        if num_arguments not in (None, len(arguments)):
+            raise NotUnderstoodError("more or fewer arguments")
         return tuple(arguments)
 
     def _function_argument(self) -> Node:
@@ -365,6 +410,22 @@ def _is_label(token: str) -> bool:
     """Return whether a character is a circled or bracketed numeral or letter: the name of a statement, no number."""
     name = unicodedata.name(token, "") if len(token) == 1 and not token.isascii() else ""
     return name.startswith(("CIRCLED", "PARENTHESIZED", "NEGATIVE CIRCLED", "DINGBAT")) or name.endswith("FULL STOP")
+
+
+def _cross_product(node: Node, factor: Node) -> Node:
+    """Return the product of two vectors, whose order counts, or that of numbers."""
+    last = node.parts[-1] if node.kind == "product" else node
+    if not all(each.name.startswith((r"\vec", r"\overrightarrow")) for each in (last, factor)):
+        return _product_of(node, factor)
+    cross = Node("cross", (last, factor))
+    return cross if node is last else _product_of(Node("product", node.parts[:-1]), cross)
+
+
+def is_ordered_name(text: str) -> bool:
+    """Return whether letters without operators are a word or a label, whose order counts: SSA, IX, Tom."""
+    if not re.fullmatch("[A-Za-z]{2,}", text):
+        return False
+    return sum(map(str.isupper, text)) > 1 or (text.istitle() and re.search("[aeiouy]", text) is not None)
 
 
 def _product_of(node: Node, factor: Node) -> Node:

@@ -19,6 +19,7 @@ _OPERATIONS = (
 )
 _COMMANDS = frozenset(_OPERATIONS.split())
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]*matrix\}")
+_UNBRACED = re.compile(r"\\frac ?(\w)")
 _CONSTANTS = frozenset("eid")
 """Letters that a parse may turn into numbers or, of an integral, leave out."""
 
@@ -29,7 +30,7 @@ def is_equal_by_math_verify(gold: str, answer: str) -> bool:
         forms = [_parsed(gold), _parsed(answer)]
         return bool(
             all(_keeps_letters(text, form) for text, form in zip((gold, answer), forms, strict=True))
-            and math_verify.verify([forms[0]], [forms[1]], timeout_seconds=0, raise_on_error=True)
+            and (_renamed(forms[0]) == _renamed(forms[1]) or _verified(forms))
         )
     except MemoryError:
         raise
@@ -37,10 +38,19 @@ def is_equal_by_math_verify(gold: str, answer: str) -> bool:
         return False
 
 
+def _verified(forms: list[Any]) -> bool:
+    return bool(math_verify.verify([forms[0]], [forms[1]], timeout_seconds=0, raise_on_error=True))
+
+
+def _renamed(form: Any) -> Any:
+    """Return a form whose bound variables, as of a sum, have names of their place: the sum over k is that over n."""
+    return form.xreplace(form.canonical_variables) if isinstance(form, sympy.Expr) else form
+
+
 @lru_cache(maxsize=1024)
 def _parsed(latex: str) -> Any:
     return latex2sympy(
-        latex,
+        _UNBRACED.sub(r"\\frac{\1}", latex),
         is_real=not should_treat_as_complex(latex),
         normalization_config=None,
         conversion_config=ConversionConfig(lowercase_symbols=False),

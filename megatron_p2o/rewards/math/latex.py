@@ -89,7 +89,7 @@ MAX_NESTING = 25
 
 COSTLY_FORMS = (
     re.compile(r"\^\{?\(?-?\d+\^|\^\{[^{}]*\d\^"),
-    re.compile(r"\^\{?\(?-?\d{5,}|\)\^\{?-?\d{3,}"),
+    re.compile(r"\^\{?\(?-?\d{5,}"),
     re.compile(r"![)}]*!|\d{4,}[)}]*!"),
     re.compile(r"binom\{?\d{4,}"),
     re.compile(r"\\(?:sum|prod|i{0,3}int|oint|lim|det)(?![A-Za-z])"),
@@ -97,6 +97,10 @@ COSTLY_FORMS = (
 )
 r"""Towers of powers, huge exponents, factorials of factorials, huge binomials, operations over a range,
 matrices: refused unless the gold answer has the same form."""
+
+
+_POWER_OF_A_BRACKET = re.compile(r"\)\^\{?-?\d{3,}")
+_HIGH_POWER = re.compile(r"\^\{?-?\d{3,}")
 
 
 def is_too_long(gold: str, answer: str) -> bool:
@@ -109,5 +113,7 @@ def is_refused(gold: str, answer: str) -> bool:
     if len(gold) + len(answer) > MAX_REQUEST_CHARACTERS:
         return True
     if nesting_depth(answer) > max(MAX_NESTING, 2 * nesting_depth(gold)):
+        return True
+    if _POWER_OF_A_BRACKET.search(answer) and not _HIGH_POWER.search(gold):
         return True
     return any(form.search(answer) and not form.search(gold) for form in COSTLY_FORMS)

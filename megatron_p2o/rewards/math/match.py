@@ -18,7 +18,7 @@ from megatron_p2o.rewards.math.answer import (
     read,
     readings,
 )
-from megatron_p2o.rewards.math.expression import Node
+from megatron_p2o.rewards.math.expression import Node, is_ordered_name
 from megatron_p2o.rewards.math.relations import (
     LONE_NAME,
     MIRRORED,
@@ -157,6 +157,8 @@ def _is_word(text: str) -> bool:
 
 def _quantities_agree(gold: Quantity, answer: Quantity, judge: Judge) -> bool | None:
     """A gold percentage may be answered without its sign; a gold number is not its percentage: 9 is not 9 %."""
+    if is_ordered_name(gold.text) and re.fullmatch("[A-Za-z]+", answer.text):
+        return gold.text == answer.text
     if gold.is_percent == answer.is_percent:
         return judge.is_equal(gold.expression, answer.expression)
     if gold.is_percent:

@@ -626,6 +626,33 @@ RIGHT_FUNCTIONS_ELSEWHERE = [
     (r"\tanh 200", r"\frac{e^{400}-1}{e^{400}+1}"),
 ]
 
+RIGHT_READINGS = [
+    *[("1/3", text) for text in ("0.(3)", r"0.\bar3", r"0.\bar{3}", r"0.\overline{3}", r"0.\dot3")],
+    *[("72", "2^3 3^2"), ("72", "2^{3}3^{2}"), (r"5!\cdot4!", "5!4!"), (r"\binom{10}{3}", r"\frac{10!}{3!7!}")],
+    *[("120", text) for text in (r"{10 \choose 3}", "C(10,3)", "C_{10}^{3}", "C_{10}^3")],
+    *[(r"\frac1{2^{2023}}", "(1/2)^{2023}"), (r"\sqrt{12}", r"\sqrt 12"), ("3/4", r"\nicefrac34")],
+    (r"\frac{q}{4\pi\epsilon_0}", r"\frac{q}{4\pi\varepsilon_0}"),
+    *[(r"v_{\max}", r"v_{\text{max}}"), (r"v_{\max}", r"v_\text{max}"), ("k_BT", r"k_{\mathrm{B}}T")],
+    *[(r"\max\{a,b\}", r"\max(b,a)"), ("(2n-1)!!", "(2n-1)!!"), ("xy", "yx"), ("mgh", "hgm"), ("ABC", "ABC")],
+    *[("h(a+b)/2", r"\frac{h}{2}(a+b)"), ("h(a+b)/2", r"\frac12h(b+a)"), ("u(2x)", "u(x+x)")],
+    *[(r"\vec a\times\vec b", r"-\vec b\times\vec a"), (r"\Gamma(1/4)", r"\Gamma(\frac14)")],
+    (r"\sum_{n=1}^\infty\frac{1}{n^2}", r"\sum_{k=1}^\infty\frac1{k^2}"),
+]
+
+WRONG_READINGS = [
+    *[("3", "1.(3)"), ("0", r"0.\bar{3}"), ("0", "0.(3)"), ("0", r"0.\dot{6}"), ("1.5", "0.5(3)")],
+    *[("3", "1{3}"), ("6", "2{3}"), ("6", "{2}{3}"), ("2", "1{2}"), ("2x", "x2"), ("2", r"2\cdot3\frac13")],
+    (r"\Gamma(3/4)\Gamma(1/2)", r"\Gamma(3/2)\Gamma(1/4)"),
+    *[(r"\Gamma(\frac14)", r"\frac{\Gamma}{4}"), (r"2\phi(n)", r"\phi(2n)"), (r"\Phi(-x)", r"-\Phi(x)")],
+    *[(r"\sigma(x+y)", r"\sigma(x)+\sigma(y)"), ("J_0(2x)", "2J_0(x)"), ("u(2x)", "2u(x)")],
+    *[(r"\zeta(3/2)", r"3\zeta(1/2)"), ("f^{-1}(x)", r"\frac{x}{f}"), (r"\Theta(n^2)", r"n\Theta(n)")],
+    *[(r"O(n\log n)", r"O(n)\log n"), (r"O(n\log n)", r"nO\log n"), ("(2n-1)!!", "((2n-1)!)!")],
+    *[("IX", "XI"), ("SSA", "SAS"), ("ABC", "CAB"), ("HCN", "NCH"), ("No", "oN"), ("Tom", "oTm")],
+    *[(r"\vec a\times\vec b", other) for other in (r"\vec b\times\vec a", r"\vec a\cdot\vec b")],
+    *[("v_1", "v_2"), (r"\frac1{2^{2023}}", "(1/2)^{2024}")],
+    (r"\sum_{n=1}^\infty\frac{1}{n^2}", r"\sum_{n=1}^\infty\frac{1}{m^2}"),
+]
+
 RIGHT_LABELS = [("②④", "②④"), ("②④", r"\text{②④}"), ("①③", "③①"), ("①", "(①)"), ("Ⓐ", "Ⓐ"), ("⒊", "⒊")]
 """Numerals and letters in circles name statements."""
 
@@ -642,6 +669,7 @@ WRONG_LABELS = [
     ("gold", "answer"),
     [
         *RIGHT_LABELS,
+        *RIGHT_READINGS,
         *RIGHT_FUNCTIONS_ELSEWHERE,
         *RIGHT_SEVERAL_VALUES_RELATIONS,
         *RIGHT_CHAINS,
@@ -660,6 +688,7 @@ def test_right_answer_is_accepted_however_it_is_spelled(gold: str, answer: str) 
     ("gold", "answer"),
     [
         *WRONG_LABELS,
+        *WRONG_READINGS,
         *WRONG_FUNCTIONS_ELSEWHERE,
         *WRONG_SMALL_DIFFERENCES,
         *WRONG_SEVERAL_VALUES_RELATIONS,
