@@ -14,8 +14,14 @@ from megatron_p2o.rewards.math.units import NO_LABEL, Label, is_unit_symbol, rea
 MIN_WORD_LETTERS = 4
 """Letters without \\text are a word from this length on, a product of variables below it."""
 
-SHORT_WORDS = frozenset({"yes", "no", "true", "false", "none", "odd", "even", "all", "both"})
+SHORT_WORDS = frozenset({"yes", "no", "true", "false", "none", "odd", "even", "all", "both", "dne"})
 """Words too, whatever their length."""
+
+_SPELLED_OUT = {
+    **{"infinity": r"\infty", "does not exist": "DNE"},
+    **dict.fromkeys(("all real numbers", "all reals", r"\mathbb{R}"), r"(-\infty,\infty)"),
+}
+"""Words and their symbols."""
 
 MAX_ITEMS = 200
 """More parts than this are not read."""
@@ -100,6 +106,9 @@ _SPACED_NUMBERS = re.compile(r"-?\d+(?: -?\d+)+")
 _WHOLE_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _WORDS = re.compile(r"[A-Za-z](?:[A-Za-z '-]*[A-Za-z'])?")
 _MATRIX = re.compile(r"\\begin\{([bp]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_OUTWARD = re.compile(r"([\[\]])([^\[\]()]+,[^\[\]()]+)([\[\]])")
+"""An open interval may be written ]0,1[."""
+
 _TEXT = r"\\text\{[^{}]*\}(?:\^\{?-?\d+\}?)?"
 _LABEL = re.compile(rf"(?:(?<!^)(?:\\cdot|/)?{_TEXT})(?:(?:\\cdot|/|\\times)?{_TEXT})*$")
 _FRACTION_OF_UNITS = re.compile(rf"\\frac\{{({_TEXT})\}}\{{({_TEXT})\}}$")
@@ -148,6 +157,10 @@ def read(text: str) -> Answer:
 
 
 def _read(text: str) -> Answer:
+    text = _SPELLED_OUT.get(text, text)
+    outward = _OUTWARD.fullmatch(text)
+    if outward and outward[1] + outward[3] != "[]":
+        return _read("[("[outward[1] == "]"] + outward[2] + "])"[outward[3] == "["])
     whole = _WHOLE_TEXT.fullmatch(text)
     if whole:
         return _read_text(whole[1].strip().rstrip(". "))
@@ -216,6 +229,8 @@ def _relation(text: str) -> Answer | None:
 def _read_text(text: str) -> Answer:
     """Read the content of a \\text that is the whole answer: words, a choice, or an answer typed as text."""
     bare = text[1:-1].strip() if re.fullmatch(r"\([A-Za-z]\)", text) else text
+    if bare.lower() in _SPELLED_OUT:
+        return _read(_SPELLED_OUT[bare.lower()])
     if _WORDS.fullmatch(bare):
         parts = re.split(r" (?:and|or) ", bare)
         if len(parts) > 1 and all(len(part) == 1 for part in parts):
@@ -229,7 +244,7 @@ def _read_text(text: str) -> Answer:
 
 def _read_one(text: str) -> Answer:
     if _WORDS.fullmatch(text) and _has_a_word(text):
-        return Words(text)
+        return _read(_SPELLED_OUT[text.lower()]) if text.lower() in _SPELLED_OUT else Words(text)
     based = _BASED.fullmatch(text)
     if based:
         return Based(based[1].replace("+", ""), based[2], int(based[3]))

@@ -13,7 +13,16 @@ _GREEK_NAMES = (
 )
 _CHARACTERS = {
     **{letter: rf"\{name} " for letter, name in zip(_GREEK_LETTERS, _GREEK_NAMES.split(), strict=True)},
-    **{"\u2212": "-", "\u2013": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "°": r"\degree "},
+    **{
+        "µ": r"\mu ",
+        "\u2212": "-",
+        "\u2013": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "÷": r"\div ",
+        "°": r"\degree ",
+    },
     **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "±": r"\pm ", "∓": r"\mp "},
     **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "√": r"\sqrt "},
     **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
@@ -86,6 +95,7 @@ _REWRITES = tuple(
         (rf"\\gt{_END}", ">"),
         (r"(?<![\d.,/])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
         (rf"\\varnothing{_END}|\\\{{\s*\\\}}", r"\\emptyset "),
+        (r"(?<=[\d}]) *\\mu *\\text\{([A-Za-z]+)\}", r"\\text{u\1}"),
         (r"\{\}", ""),
         (r"\s+", " "),
         (r"(?<=[^\w]) | (?=[^\w])", ""),

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-_PREFIXES = {"k": "kilo", "M": "mega", "G": "giga", "m": "milli", "c": "centi", "d": "deci", "n": "nano", "T": "tera"}
+_PREFIXES = {
+    "k": "kilo",
+    "M": "mega",
+    "G": "giga",
+    "m": "milli",
+    "c": "centi",
+    "d": "deci",
+    "n": "nano",
+    "T": "tera",
+    "u": "micro",
+}
 _PREFIXED = {
     **{"m": "meter", "g": "gram", "L": "liter", "l": "liter", "s": "second", "N": "newton", "J": "joule", "W": "watt"},
     **{"V": "volt", "A": "ampere", "Hz": "hertz", "eV": "electronvolt", "Pa": "pascal", "K": "kelvin", "C": "coulomb"},
@@ -35,7 +45,7 @@ _NAMES = frozenset(
     [
         *_OTHER_UNITS.split(),
         *_METRIC.split(),
-        *(prefix + name for prefix in (*_PREFIXES.values(), "micro") for name in _METRIC.split()),
+        *(prefix + name for prefix in _PREFIXES.values() for name in _METRIC.split()),
     ]
 )
 """Units by name, in the singular."""
@@ -103,7 +113,12 @@ def labels_agree(gold: Label, answer: Label) -> bool:
 
 def is_unit_symbol(text: str) -> bool:
     """Return whether letters without \\text, after a number, are a unit: two or more letters that are no product."""
-    return len(text) > 1 and (text in _SYMBOLS or _singular(text.lower()) in _NAMES) and text not in ("mg", "cm/g")
+    return (
+        len(text) > 1
+        and text[0] != "u"
+        and (text in _SYMBOLS or _singular(text.lower()) in _NAMES)
+        and text not in ("mg", "cm/g")
+    )
 
 
 def in_units(text: str) -> str:
