@@ -462,7 +462,8 @@ def test_an_evaluation_that_is_cancelled_leaves_the_engine_and_its_slot() -> Non
         )
         running, queued = (evaluate(f"Template {number}.", fake_problem(number), SAMPLING) for number in (1, 2))
         settled(broker)
-        assert running.cancel() and queued.cancel()
+        # The other way round the slot that is given back may be taken by the one in the queue.
+        assert queued.cancel() and running.cancel()
         last = broker.submit(prompt(3), SAMPLING)
         settled(broker)
         client.release()
