@@ -9,12 +9,14 @@ python="${P2O_PYTHON:-python3.11}"
 command -v "$python" > /dev/null || { echo "install_cpu.sh: $python not found: install CPython 3.11 or set P2O_PYTHON" >&2; exit 2; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 
-files=(requirements/cpu.txt)
-[ "${1:-}" = "--dev" ] && files+=(requirements/dev.txt)
-wanted="$(cat setup.py pyproject.toml "${files[@]}" | sha256sum)"
-if [ -f .venv/installed ] && [ "$(cat .venv/installed)" = "$wanted" ]; then
-    exit 0
-fi
+# What is installed, in two parts: tests need the second, and neither undoes the other.
+base="$(cat setup.py pyproject.toml megatron_p2o/__init__.py requirements/cpu.txt | sha256sum)"
+dev="$(sha256sum < requirements/dev.txt)"
+is_installed() { [ "$(cat ".venv/installed-$1" 2> /dev/null)" = "$2" ]; }
+files=()
+is_installed base "$base" || files+=(requirements/cpu.txt)
+[ "${1:-}" != "--dev" ] || is_installed dev "$dev" || files+=(requirements/dev.txt)
+[ ${#files[@]} -gt 0 ] || exit 0
 
 install=(.venv/bin/pip install --quiet --disable-pip-version-check)
 echo "Installing into .venv (a few minutes the first time)"
@@ -25,4 +27,5 @@ for file in "${files[@]}"; do
     "${install[@]}" --no-deps -r "$file"
 done
 "${install[@]}" --no-deps --no-build-isolation --editable .
-echo "$wanted" > .venv/installed
+echo "$base" > .venv/installed-base
+[ "${1:-}" != "--dev" ] || echo "$dev" > .venv/installed-dev
