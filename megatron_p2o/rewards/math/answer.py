@@ -19,7 +19,7 @@ SHORT_WORDS = frozenset({"yes", "no", "true", "false", "none", "odd", "even", "a
 
 _SPELLED_OUT = {
     **{"infinity": r"\infty", "does not exist": "DNE"},
-    **dict.fromkeys(("all real numbers", "all reals", r"\mathbb{R}"), r"(-\infty,\infty)"),
+    **dict.fromkeys(("all real numbers", "all reals", r"\mathbb{R}", r"\mathbb R"), r"(-\infty,\infty)"),
 }
 """Words and their symbols."""
 

@@ -360,6 +360,7 @@ RIGHT_CONNECTIVES = [
     ("(1,3)", "]1,3["),
     ("[0,1)", "[0,1["),
     (r"\mathbb{R}", r"(-\infty,\infty)"),
+    (r"\mathbb{R}", r"\mathbb R"),
     (r"\mathbb{R}", r"\text{all real numbers}"),
     (r"\infty", r"\text{infinity}"),
     (r"\text{DNE}", r"\text{does not exist}"),
