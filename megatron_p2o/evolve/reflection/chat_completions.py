@@ -137,6 +137,10 @@ class ChatCompletions:
             raise ReflectionRefused("too large or packed", str(error)) from error
         except httpx.HTTPError as error:
             raise ReflectionRefused("broken off", f"{type(error).__name__}: {error}") from error
+        except Exception as error:  # whatever the client makes of what an endpoint sends, one reply costs itself
+            raise ReflectionRefused(
+                f"the client fails with {type(error).__name__}", self._quotable(str(error))
+            ) from error
 
     async def _post(self, prompt: str, proposal: int) -> bytes:
         config = self._config
@@ -205,8 +209,9 @@ def _http_client(*, trust_env: bool) -> httpx.AsyncClient:
 
 
 async def _bound(response: httpx.Response) -> None:
-    """Have the body of `response` counted while it is read."""
+    """Have the body of `response` counted while it is read, and taken for UTF-8."""
     assert isinstance(response.stream, httpx.AsyncByteStream)
+    response.encoding = "utf-8"  # not what the endpoint names: Python has codecs that unpack, or refuse every text
     response.stream = BoundedStream(response.stream, response.headers.pop("Content-Encoding", "identity").lower())
 
 

@@ -281,6 +281,31 @@ def test_a_bad_reply_costs_itself(bad: Reply) -> None:
     assert len(seen.bodies) == 2
 
 
+@pytest.mark.parametrize("charset", ["zlib_codec", "hex_codec", "bz2_codec", "idna", "undefined", "utf-16", "punycode"])
+def test_text_is_utf_8_whatever_charset_a_reply_declares(charset: str) -> None:
+    def named(status: int, body: str) -> Reply:
+        async def reply() -> web.Response:
+            headers = {"Content-Type": f"application/json; charset={charset}"}
+            return web.Response(body=body.encode() + b"\xff", status=status, headers=headers)
+
+        return reply
+
+    (first, page, second), seen = proposals(3, named(400, '{"error": "é"}'), named(200, "<html>é"), GOOD)
+    assert isinstance(first, ReflectionRefused) and first.detail == 'status 400: {"error": "é"}\ufffd'
+    assert isinstance(page, ReflectionRefused) and page.detail.startswith("<html>é")
+    assert second == "Draw it." and len(seen.bodies) == 3
+
+
+def test_an_error_of_the_client_that_nobody_expects_costs_one_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: Any) -> bytes:
+        raise AssertionError(f"decoder of {KEY}")
+
+    monkeypatch.setattr(ChatCompletions, "_post", fail)
+    outcome, _ = propose(GOOD)
+    assert isinstance(outcome, ReflectionRefused) and str(outcome) == "the client fails with AssertionError"
+    assert outcome.detail == "decoder of ***"
+
+
 def test_a_page_that_echoes_the_key_is_quoted_without_it() -> None:
     outcome, _ = propose(text_reply(f"<html>signed in with {KEY}</html>"))
     assert isinstance(outcome, ReflectionRefused) and outcome.detail == "<html>signed in with ***</html>"
