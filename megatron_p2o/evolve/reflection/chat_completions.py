@@ -1,7 +1,7 @@
 """Reflection by a language model behind an OpenAI-compatible endpoint: a hosted one, or the initial policy's server.
 
-The `openai` client retries, waits as long as the endpoint asks, and finds proxies. Added here: a limit on the size of a
-reply while it comes in, and what each failure means for the round.
+The `openai` client retries, waits as long as the endpoint asks, and finds proxies. Added here: limits on the size of a
+reply and on its time while it comes in, and what each failure means for the round.
 """
 
 import asyncio
@@ -45,6 +45,10 @@ LONGEST_WAIT_S = 60.0
 """The client waits so long between two tries at most."""
 
 
+SLACK_S = 1.0
+"""Beyond `evolution.reflection.timeout_s`: httpx, whose limits are on single steps, first says which one was slow."""
+
+
 class ReplyUnreadable(Exception):
     """A reply is larger than allowed, or packed in a way nobody asked for."""
 
@@ -76,7 +80,7 @@ class ChatCompletions:
             timeout=config.timeout_s,
             max_retries=config.max_retries,
             default_headers={"Accept-Encoding": "identity"},
-            http_client=_http_client(trust_env=config.backend == "openai" and not is_loopback(base_url)),
+            http_client=_http_client(config.timeout_s, config.backend == "openai" and not is_loopback(base_url)),
         )
         # The endpoint need not be OpenAI's: what the environment says of an account there is none of its business.
         self._client.organization = self._client.project = None
@@ -154,8 +158,7 @@ class ChatCompletions:
             seed=seed_of(self._seed, "reflection", proposal) if config.backend == "self" else omit,
             extra_body=self._extra_body,
         ) as response:
-            async with asyncio.timeout(config.timeout_s):
-                return await response.read()
+            return await response.read()
 
     def _failure(self, response: httpx.Response) -> Exception:
         status = response.status_code
@@ -197,30 +200,50 @@ def is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def _http_client(*, trust_env: bool) -> httpx.AsyncClient:
+def _http_client(timeout_s: float, trust_env: bool) -> httpx.AsyncClient:
     """Return a client that bounds replies and follows no redirect, which would carry problems and answers elsewhere.
 
     Raises `ValueError` for a proxy of the environment that cannot be used.
     """
     try:
-        return DefaultAsyncHttpxClient(trust_env=trust_env, follow_redirects=False, event_hooks={"response": [_bound]})
+        return BoundedClient(timeout_s, trust_env)
     except (ImportError, ValueError, httpx.InvalidURL) as error:
         raise ValueError(f"a proxy that the environment names cannot be used: {error}") from error
 
 
-async def _bound(response: httpx.Response) -> None:
-    """Have the body of `response` counted while it is read, and taken for UTF-8."""
-    assert isinstance(response.stream, httpx.AsyncByteStream)
-    response.encoding = "utf-8"  # not what the endpoint names: Python has codecs that unpack, or refuse every text
-    response.stream = BoundedStream(response.stream, response.headers.pop("Content-Encoding", "identity").lower())
+class BoundedClient(DefaultAsyncHttpxClient):
+    """Gives every try `timeout_s` in all, and counts the body of its reply while it is read."""
+
+    def __init__(self, timeout_s: float, trust_env: bool) -> None:
+        super().__init__(trust_env=trust_env, follow_redirects=False)
+        self._limit_s = timeout_s + SLACK_S
+
+    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        deadline = asyncio.get_running_loop().time() + self._limit_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                response = await super().send(request, **options)
+        except TimeoutError as error:
+            raise httpx.ReadTimeout("the head of the reply is not complete", request=request) from error
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.encoding = "utf-8"  # not what the endpoint names: Python has codecs that unpack, or refuse every text
+        packing = response.headers.pop("Content-Encoding", "identity").lower()
+        # Of an error the status counts, and what has come of its text.
+        response.stream = BoundedStream(response.stream, packing, deadline, may_be_cut=not response.is_success)
+        return response
 
 
 class BoundedStream(httpx.AsyncByteStream):
-    """Yields the body of a reply, unpacked, and raises `ReplyUnreadable` beyond `MAX_REPLY_BYTES`."""
+    """Yields the body of a reply, unpacked, and raises `ReplyUnreadable` beyond `MAX_REPLY_BYTES`.
 
-    def __init__(self, stream: httpx.AsyncByteStream, encoding: str) -> None:
+    At `deadline`, of the clock of the event loop, it ends where it `may_be_cut`, and raises `TimeoutError` elsewhere.
+    """
+
+    def __init__(self, stream: httpx.AsyncByteStream, encoding: str, deadline: float, *, may_be_cut: bool) -> None:
         self._stream = stream
         self._encoding = encoding
+        self._deadline = deadline
+        self._may_be_cut = may_be_cut
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         is_packed = self._encoding != "identity"
@@ -228,11 +251,25 @@ class BoundedStream(httpx.AsyncByteStream):
             raise ReplyUnreadable(f"packed with {self._encoding}, though asked for as it is")
         unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # reads the headers of gzip and of deflate
         num_bytes = 0
-        async for received in self._stream:
+        async for received in self._in_time():
             chunk = _unpacked(unpack, received, MAX_REPLY_BYTES + 1 - num_bytes) if is_packed else received
             num_bytes += len(chunk)
             if num_bytes > MAX_REPLY_BYTES:
                 raise ReplyUnreadable(f"more than {MAX_REPLY_BYTES} bytes")
+            yield chunk
+
+    async def _in_time(self) -> AsyncIterator[bytes]:
+        chunks = aiter(self._stream)
+        while True:
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if self._may_be_cut:
+                    return
+                raise
             yield chunk
 
     async def aclose(self) -> None:

@@ -1,6 +1,7 @@
 """Reflection over HTTP, against a local server that speaks the OpenAI chat API and its failures."""
 
 import asyncio
+import contextlib
 import gzip
 import logging
 import zlib
@@ -360,6 +361,64 @@ def test_reply_that_trickles_for_ever_is_left_at_the_time_limit() -> None:
     outcome, _ = propose(reply, timeout_s=2.0)
     assert isinstance(outcome, ReflectionRefused)
     assert str(outcome) == "not complete within evolution.reflection.timeout_s" and len(sent) == 1
+
+
+@pytest.mark.parametrize(("status", "failure"), [(400, ReflectionRefused), (401, ReflectionUnavailable)])
+def test_error_that_trickles_for_ever_is_told_by_its_status(status: int, failure: type[Exception]) -> None:
+    reply, sent = stream(b"x", 0.02)
+
+    async def with_status() -> web.StreamResponse:
+        response = await reply()
+        response.set_status(status)
+        return response
+
+    outcome, _ = propose(with_status, timeout_s=1.0)
+    assert isinstance(outcome, failure) and len(sent) == 1
+    detail = outcome.detail if isinstance(outcome, ReflectionRefused) else str(outcome)
+    assert f"status {status}: xx" in detail
+
+
+def test_busy_endpoint_whose_error_trickles_is_tried_again_as_often_as_set() -> None:
+    reply, sent = stream(b"x", 0.02, **AT_ONCE)
+
+    async def busy() -> web.StreamResponse:
+        response = await reply()
+        response.set_status(503)
+        return response
+
+    outcome, _ = propose(busy, timeout_s=1.0, max_retries=1)
+    assert isinstance(outcome, ReflectionUnavailable) and outcome.is_passing and len(sent) == 2
+
+
+def test_head_that_trickles_for_ever_is_no_answer() -> None:
+    """Every byte comes within the limit of a single read."""
+    num_connections = 0
+
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        writer.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        with contextlib.suppress(ConnectionError):
+            while not reader.at_eof() and not writer.is_closing():
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_server(trickle, "127.0.0.1", 0)
+        address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        config = ReflectionConfig(backend="openai", base_url=address, model="m", timeout_s=0.5, max_retries=1)
+        client = ChatCompletions(config, KEY, seed=1)
+        try:
+            await client.propose(REQUEST)
+        finally:
+            await client.close()
+            server.close()
+
+    with pytest.raises(ReflectionUnavailable, match=r"no answer within evolution.reflection.timeout_s=0.5 \(2 tries\)"):
+        asyncio.run(run())
+    assert num_connections == 2
 
 
 # The request
