@@ -17,18 +17,31 @@ NO_ANSWER_AFTER_REASONING = "reasoning without an answer"
 DECLINED = "the model declines"
 SAME_AS_PARENT = "same as its parent"
 
-FENCE = re.compile(r"^[ \t]*(`{3,})[ \t]*([^`\n]*)$", re.MULTILINE)
+THINKS_ALOUD = "thinks aloud and fences no instruction"
+
+FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^`\n]*)$", re.MULTILINE)
 """A fence on a line of its own, with an optional language tag."""
 
 INLINE_FENCE = re.compile(r"```([^`\n]+)```")
 
+QUOTE_MARKS = "\"'`*\u201c\u201d\u2018\u2019\u00ab\u00bb"
+"""Around a text that is quoted."""
+
 DECLINING = re.compile(
-    r"(?:unfortunately,?\s+|sorry[,.]?\s+(?:but\s+)?)?"
-    r"(?:i(?:['\u2019]m| am) (?:sorry|afraid|unable|not able)|i apologi[sz]e|as an ai\b"
-    r"|i (?:can(?:not| not|['\u2019]t)|won['\u2019]t|will not|must decline))",
+    r"(?:(?:sure|okay|unfortunately|sorry|well)?[,.!]?\s*(?:but\s+)?)"
+    r"(?:sorry[,.!:]|sorry (?:but|i|this|that)\b|i(?:['\u2019]m| am) (?:sorry|afraid|unable|not able|not comfortable)"
+    r"|i apologi[sz]e|as an ai\b|i (?:do not|don['\u2019]t) feel"
+    r"|i (?:can(?:not| not|['\u2019]t)|won['\u2019]t|will not|must decline)\b(?! (?:\w+ )?(?:\w+ )?enough\b))",
     re.IGNORECASE,
 )
-"""Begins what is no instruction to another model but an apology to the person who asks."""
+"""Begins what is no instruction but an apology to the person who asks, not "I cannot stress enough"."""
+
+THINKING_ALOUD = re.compile(
+    r"(?:okay|ok|hmm+|alright|all right)[,.]"
+    r"|(?:the user|i|we|let me|let us|let['\u2019]s)\b[^.\n]*\b(?:instruction|prompt|template)\b",
+    re.IGNORECASE,
+)
+"""Begins what speaks of the work on the instruction. "Let me think step by step." is an instruction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +94,9 @@ def template_of(reply: Reply, parent_text: str) -> str:
     if not visible.strip():
         raise ReflectionRefused(NO_ANSWER_AFTER_REASONING if has_reasoning else "empty")
     template = instruction_in(visible, parent_text)
-    if not template:
+    if not unquoted(template):
         raise ReflectionRefused("empty")
-    if template == parent_text.strip():
+    if unquoted(template) == unquoted(parent_text):
         raise ReflectionRefused(SAME_AS_PARENT)
     if DECLINING.match(template):
         raise ReflectionRefused(DECLINED, quoted(template))
@@ -103,15 +116,28 @@ def instruction_in(text: str, parent_text: str) -> str:
     if not blocks:
         if "```" in whole:
             raise ReflectionRefused("fence not closed")
+        if THINKING_ALOUD.match(whole):
+            raise ReflectionRefused(THINKS_ALOUD, quoted(whole))
         return whole
     written = [block for block in blocks if block.text]
-    new = [block for block in written if block.text != parent_text.strip()]
+    new = [block for block in written if unquoted(block.text) != unquoted(parent_text)]
     if not new:
         return written[-1].text if written else ""
-    if len(new) > 1 and whole.endswith("```") and new[-1].is_bare and not ends_in_label(whole[: new[-1].start]):
+    if (
+        len(new) > 1
+        and whole.endswith(("```", "~~~"))
+        and new[-1].is_bare
+        and not ends_in_label(whole[: new[-1].start])
+    ):
         # Either two instructions, or one that holds a fenced part of its own.
         raise ReflectionRefused("unclear where its fenced instruction ends")
     return new[-1].text
+
+
+def unquoted(text: str) -> str:
+    """Return `text` without the marks of a quotation around it or in front of its lines."""
+    lines = re.sub(r"^[ \t]*>[ \t]?", "", text.strip(), flags=re.MULTILINE)
+    return lines.strip(QUOTE_MARKS + " \t\r\n")
 
 
 def ends_in_label(text: str) -> bool:
@@ -128,18 +154,22 @@ class FencedBlock:
     start: int
     """Of its opening fence in the whole text."""
     is_bare: bool
-    """Whether the opening fence is three backticks and nothing else, as any closing fence is."""
+    """Whether the opening fence is three marks and nothing else, as any closing fence is."""
 
 
 def fenced_blocks(text: str) -> list[FencedBlock]:
     """Return the outermost fenced blocks, in order.
 
-    As in Markdown a fence is closed by one of its length or longer, without a tag. Unlike there one with a tag opens an
-    inner block: models put code into an instruction they fence. Raises `ReflectionRefused` when a fence is not closed.
+    As in Markdown a fence is closed by one of its mark, of its length or longer, without a tag. Unlike there one with a
+    tag opens an inner block: models put code into an instruction they fence.
+
+    Raises `ReflectionRefused` when a fence is not closed.
     """
     blocks: list[FencedBlock] = []
     opened: list[re.Match[str]] = []
     for fence in FENCE.finditer(text):
+        if opened and fence[1][0] != opened[-1][1][0]:
+            continue
         is_tagged = bool(fence[2].strip())
         if not opened or (is_tagged and len(fence[1]) >= len(opened[-1][1])):
             opened.append(fence)

@@ -14,6 +14,7 @@ from megatron_p2o.evolve.reflection.reply import (
     NO_ANSWER_AFTER_REASONING,
     ONLY_REASONING,
     SAME_AS_PARENT,
+    THINKS_ALOUD,
     read_reply,
     template_of,
 )
@@ -47,6 +48,16 @@ def refusal(content: Any, finish_reason: str | None = "stop", parent: str = PARE
         ("```\nUse `x` and ``y``.\n```", "Use `x` and ``y``."),
         ("  Draw it.\n", "Draw it."),
         ("Never say that you can't help.", "Never say that you can't help."),
+        ("I cannot stress enough: check units.", "I cannot stress enough: check units."),
+        ("I can't emphasize this enough: check units.", "I can't emphasize this enough: check units."),
+        ("Let me think step by step.", "Let me think step by step."),
+        ("I want you to tell me the steps.", "I want you to tell me the steps."),
+        ("We list what the problem gives us.", "We list what the problem gives us."),
+        ("The user gives a problem. Solve it.", "The user gives a problem. Solve it."),
+        ("Okay, so it lacks a plan.\n```\nOkay, the user asks me. Plan.\n```", "Okay, the user asks me. Plan."),
+        ("~~~\nDraw it.\n~~~", "Draw it."),
+        ("~~~text\nUse\n```\nx\n```\n~~~", "Use\n```\nx\n```"),
+        ("```\nUse\n~~~\nx\n~~~\n```", "Use\n~~~\nx\n~~~"),
     ],
 )
 def test_template_is_what_is_fenced_else_the_whole_reply(answer: str, expected: str) -> None:
@@ -145,12 +156,36 @@ def test_reasoning_that_leaves_no_room_for_an_answer_is_called_that(answer: Any,
         ("Unfortunately, I won't write instructions.", "stop", {}),
         ("```\nI am sorry, I can not help.\n```", "stop", {}),
         ("As an AI language model, I do not", "stop", {}),
+        ("Sorry, this request violates policy.", "stop", {}),
+        ("Sure, but I'm sorry, I can't help with that.", "stop", {}),
+        ("I don't feel comfortable writing that.", "stop", {}),
         ("", "content_filter", {}),
         (None, "stop", {"refusal": "I'm sorry."}),
     ],
 )
 def test_a_model_that_declines_gives_no_template(answer: Any, reason: str, message: dict[str, str]) -> None:
     assert refusal(answer, reason, **message) == DECLINED
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Okay, the user wants a better instruction. Let me look at the examples.",
+        "Hmm. The examples are about areas.",
+        "I need to write a better instruction for this model.",
+        "Let me study the judgements to find what the instruction lacks.",
+        "We are asked to improve the prompt.",
+    ],
+)
+def test_reasoning_without_tags_or_fences_is_no_template(answer: str) -> None:
+    assert refusal(answer) == THINKS_ALOUD
+
+
+@pytest.mark.parametrize("quote", ["> Ask.", '"Ask."', "\u201cAsk.\u201d", "**Ask.**", "```\n> Ask.\n```"])
+def test_the_parent_in_quotes_is_the_parent(quote: str) -> None:
+    assert refusal(quote) == SAME_AS_PARENT
+    assert refusal("> Ask.\n> Tell.", parent="Ask.\nTell.") == SAME_AS_PARENT
+    assert refusal('"Ask."', parent='"Ask."') == SAME_AS_PARENT
 
 
 @pytest.mark.parametrize(
@@ -161,6 +196,8 @@ def test_a_model_that_declines_gives_no_template(answer: Any, reason: str, messa
         ("```\nold\n```\nbetter:\n```\nnew, cut off", "fence not closed"),
         ("Use ```inline``` fences", "fence not closed"),
         ("```\n\n```", "empty"),
+        ('""', "empty"),
+        ("~~~\nDraw it, and", "fence not closed"),
         ("  \n", "empty"),
         (None, "empty"),
     ],
@@ -206,7 +243,23 @@ def test_quotes_of_others_are_short_and_hold_no_control_characters() -> None:
 
 
 PIECES = st.sampled_from(
-    ["```", "````", "```python", "\n", " ", "word", "Ask.", ":", "# x", "<think>", "</think>", "I'm sorry"]
+    [
+        "```",
+        "````",
+        "```python",
+        "~~~",
+        '"',
+        "> ",
+        "\n",
+        " ",
+        "word",
+        "Ask.",
+        ":",
+        "# x",
+        "<think>",
+        "</think>",
+        "I'm sorry",
+    ]
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["text", "length"]),
