@@ -187,12 +187,12 @@ def _pair_at(gold: Node, answer: Node, point: Point) -> tuple[Measured, Measured
     max_digits = min(MAX_DIGITS, MAX_WORK // (_cost(gold) + _cost(answer)))
     digits = DIGITS
     while digits <= max_digits:
-        values = [value_at(node, point, digits) for node in (gold, answer)]
-        if values[0] is None or values[1] is None:
+        expected, given = value_at(gold, point, digits), value_at(answer, point, digits)
+        if expected is None or given is None:
             return None
-        needed = MATCHING_DIGITS + sum(int(each.lost_bits * 0.302) for each in values)
+        needed = MATCHING_DIGITS + sum(int(each.lost_bits * 0.302) for each in (expected, given))
         if needed <= digits or digits > 2 * DIGITS + needed // 2:
-            return _measured(gold, values[0], point, digits), _measured(answer, values[1], point, digits)
+            return _measured(gold, expected, point, digits), _measured(answer, given, point, digits)
         digits = needed + GUARD_DIGITS
     return None
 
