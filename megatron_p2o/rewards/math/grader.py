@@ -27,6 +27,12 @@ _ASKS_PERCENT = re.compile(
 )
 """A question for a percentage; not one that gives some: sold at 30% off."""
 
+MAX_ASKED_CHARACTERS = 80
+"""Longest expression that is looked for in a question."""
+
+_LAYOUT = re.compile(r"[\s$]|\\[,;:!() ]|\\(?:left|right|displaystyle)(?![A-Za-z])")
+_ASKS = r"(?i:find|compute|evaluate|determine|calculate|whatis|valueof)(?:(?:the)?(?:valueof|sum|product|quantity))*"
+
 
 class MathGrader:
     """The `Grader` for answers in LaTeX. What needs algebra goes to worker processes, started when first needed."""
@@ -111,7 +117,19 @@ def local_verdict(problem: Problem, answer: str) -> bool | OpenComparison:
     if is_equal is False and answer.endswith(r"\%") and "%" not in gold and _ASKS_PERCENT.search(problem.question):
         answer = answer.removesuffix(r"\%")
         is_equal = _verdict(gold, answer)
+    asked, _, value = answer.partition("=")
+    if is_equal is False and is_asked(asked, problem.question):
+        answer = value
+        is_equal = _verdict(gold, answer)
     return OpenComparison(gold, answer) if is_equal is None else is_equal
+
+
+def is_asked(expression: str, question: str) -> bool:
+    """Return whether a question asks for an expression by its letters: `Find $m+n$.`, so that `m+n=18` gives 18."""
+    if len(expression) > MAX_ASKED_CHARACTERS or not re.search("[A-Za-z]", expression):
+        return False
+    wanted = re.escape(_LAYOUT.sub("", expression))
+    return re.search(rf"{_ASKS}{wanted}(?![\w^_+*/=(\\-])", _LAYOUT.sub("", question)) is not None
 
 
 def _verdict(gold: str, answer: str) -> bool | None:

@@ -739,3 +739,22 @@ def test_question_for_a_percentage_may_be_answered_with_the_sign(question: str) 
 )
 def test_percentage_in_a_question_does_not_ask_for_one(question: str, gold: str) -> None:
     assert verdict(gold, rf"{gold}\%", question) is False
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        (r"The probability is $\frac{m}{n}$. Find $m+n$.", "m+n=18", True),
+        (r"Find the value of $a + b + c$.", "a+b+c = 18", True),
+        (r"What is $x^2$?", "x^2=18", True),
+        (r"Compute \(\left|x-y\right|\).", "|x-y|=18", True),
+        (r"Find $m+n$.", "m+n=17", False),
+        (r"Find $m+n+p$.", "m+n=18", False),
+        (r"Find $m+n$.", "m-n=18", False),
+        (r"Find all $x$ such that $2x=36$.", "2x=18", False),
+        (r"Let $\sqrt x=18$. What is $x$?", r"\sqrt x=18", False),
+        (r"Find $n$ with $mn$ even.", "mn=18", False),
+    ],
+)
+def test_left_side_may_be_what_the_question_asks_for(question: str, answer: str, expected: bool) -> None:
+    assert verdict("18", answer, question) is expected
