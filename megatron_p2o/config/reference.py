@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from megatron_p2o.config.ranges import Range, range_of
 from megatron_p2o.config.source import is_section
 from megatron_p2o.config.tree import REFERENCE_PRESET, Config
+from megatron_p2o.terminal import say
 
 HEAD = """# Settings
 
@@ -137,4 +138,4 @@ def _escaped(cell: str) -> str:
 
 
 if __name__ == "__main__":
-    print(settings_page(), end="")
+    say(settings_page().rstrip("\n"))

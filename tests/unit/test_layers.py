@@ -22,6 +22,7 @@ ROOMS = ("policy", "rollout", "rewards", "evolve", "data", "metrics")
 
 ORDER: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, ()),
+    "config": ("terminal",),
     "config.read": ("config",),
     "interfaces": ("types", "files"),
     "rl": (*CONTRACT, "p2o_kernels"),
