@@ -124,8 +124,8 @@ def round_statistics(stats: RoundStats | None) -> dict[str, float]:
         "num_proposals": stats.num_proposals,
         "num_accepted": stats.outcomes.get("accepted", 0),
         "num_refused": stats.num_refused,
-        "is_cut_off": stats.ended_by == "deadline",
-        "is_reflection_lost": stats.ended_by == "reflection_unavailable",
+        "is_cut_off": float(stats.ended_by == "deadline"),
+        "is_reflection_lost": float(stats.ended_by == "reflection_unavailable"),
         "round_s": stats.duration_s,
     }
     if stats.plain_coverage is not None:

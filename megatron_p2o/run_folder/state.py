@@ -42,7 +42,7 @@ class RunState:
     """Text of the best template of the last library that had any; "" before."""
     num_metrics_lines: int = 0
     """Lines of metrics.jsonl that belong to this state."""
-    first_round: Mapping[str, float] = field(default_factory=dict[str, float])
+    first_round: Mapping[str, float | bool] = field(default_factory=dict[str, float | bool])
     """Numbers of the first round of prompt evolution; empty before."""
     published_accuracy: Mapping[str, float] = field(default_factory=dict[str, float])
     """By evaluation set, under the first published template; empty before."""

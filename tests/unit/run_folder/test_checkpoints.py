@@ -10,7 +10,7 @@ import pytest
 
 from megatron_p2o.files import FileDigest
 from megatron_p2o.run_folder.checkpoints import Best, CheckpointSaver, checked, damage_of, latest_checkpoint, read_best
-from megatron_p2o.run_folder.state import STATE_FILE, CheckpointError, RunState, read_state
+from megatron_p2o.run_folder.state import STATE_FILE, CheckpointError, RunState, read_state, write_state
 from megatron_p2o.testing.fakes import FakePolicy
 
 NO_SPACE = OSError(28, "No space left on device")
@@ -227,3 +227,12 @@ def test_a_checkpoint_of_the_same_step_takes_the_others_place(tmp_path: Path) ->
     # A kill between the two renames.
     found.rename(found.with_name(".replaced-step-000001"))
     assert latest_checkpoint(tmp_path) == found and damage_of(found) is None
+
+
+def test_a_state_keeps_the_numbers_of_a_round_also_those_that_say_yes_or_no(tmp_path: Path) -> None:
+    numbers = {"best_score": 1.0, "is_cut_off": False, "pass_at_n_plain": 0}
+    state = RunState(
+        step=1, epoch=0, batch=1, hard_problem_ids=(), library_version=0, num_ledger_entries=0, first_round=numbers
+    )
+    write_state(tmp_path / "run_state.json", state)
+    assert read_state(tmp_path / "run_state.json").first_round == numbers
