@@ -38,14 +38,14 @@ FLOAT_POINTERS = {
     "logits_ptr", "target_logits_ptr", "sums_ptr", "weighted_ptr", "rounded_ptr", "logprobs_ptr", "entropy_ptr",
     "scale_ptr", "complement_ptr", "probability_scale_ptr", "logprob_grad_ptr", "product_ptr", "weight_grad_ptr",
     "advantages_ptr", "weights_ptr", "old_ptr", "sampling_ptr", "losses_ptr", "token_weights_ptr", "ratio_ptr",
-    "rewards_ptr", "anchor_rates_ptr", "token_advantages_ptr",
+    "rewards_ptr", "anchor_rates_ptr",
 }  # fmt: skip
 OTHER_POINTERS = {
     "*bf16": {"hidden_ptr", "weight_ptr", "exponentials_ptr", "result_ptr", "rest_ptr"},
     "*i64": {"targets_ptr", "order_ptr", "group_ids_ptr", "index_ptr", "ends_ptr"},
-    "*i32": {"cu_seqlens_ptr", "num_active_ptr"},
-    "*i8": {"is_templated_ptr", "is_clipped_ptr", "is_flat_ptr"},
-    "*u8": {"is_valid_ptr", "loss_mask_ptr"},
+    "*i32": {"num_active_ptr"},
+    "*i8": {"is_templated_ptr", "is_clipped_ptr"},
+    "*u8": {"is_valid_ptr"},
 }
 FLOATS = {
     "scale", "inverse_temperature", "clip_low", "clip_high", "dual_clip", "ratio_low", "ratio_high", "max_log_ratio",
@@ -74,7 +74,7 @@ def main() -> None:
 def variants() -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Return (name, kernel, compile-time values, launch options) of everything that production launches."""
     block = {"BLOCK": 1024}
-    advantage = {"HAS_ANCHORS": True, "BLOCK_ROLLOUTS": 1024, "BLOCK_TOKENS": 1024}
+    advantage = {"HAS_ANCHORS": True, "BLOCK_ROLLOUTS": 1024}
     loss = {"HAS_OLD": True, "HAS_MASK": True, "SOFT": True, "BLOCK": 256}
     return [
         exponentials_variant("gradient with entropy", Tile(), store=True, entropy=True),

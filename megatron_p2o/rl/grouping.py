@@ -30,17 +30,14 @@ def make_groups(
         for _ in group
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    credit = grouped_advantage(
+    advantages = grouped_advantage(
         torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float32, device=device),
         torch.tensor([number for number, group in enumerate(siblings) for _ in group], device=device),
         torch.tensor([rollout.is_decided for rollout in rollouts], device=device),
-        # One place for each rollout: which tokens get its advantage is decided when they are packed.
-        torch.arange(len(rollouts) + 1, dtype=torch.int32, device=device),
-        torch.ones(len(rollouts), dtype=torch.bool, device=device),
         estimator=advantage.estimator,
         anchor_rates_R=torch.tensor(anchors, dtype=torch.float32, device=device),
     )
-    credits = map(float, credit.advantages_R.cpu())
+    credits = map(float, advantages.cpu())
     return [
         Group(
             problem=group[0].completion.prompt.problem,

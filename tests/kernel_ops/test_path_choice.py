@@ -18,7 +18,7 @@ hidden, weight, targets = torch.randn(5, 4), torch.randn(7, 4), torch.arange(5)
 linear_logprob(hidden, weight, targets)
 ones = torch.ones(5)
 linear_policy_loss(hidden, weight, targets, advantages_T=ones, weights_T=ones, rule=LossRule(context="replace"))
-grouped_advantage(ones, targets, ones > 0, torch.arange(6, dtype=torch.int32), ones > 0, estimator="grpo")
+grouped_advantage(ones, targets, ones > 0, estimator="grpo")
 print("done")
 """
 

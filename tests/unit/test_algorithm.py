@@ -35,7 +35,7 @@ PROBLEMS = [fake_problem(number) for number in range(4)]
 
 
 def credits(rewards: list[float], anchor: float | None = None) -> tuple[float, ...]:
-    return tuple(group_advantages_reference(rewards, [True] * len(rewards), "grpo", anchor)[0])
+    return tuple(group_advantages_reference(rewards, [True] * len(rewards), "grpo", anchor))
 
 
 def mixed_reply(prompt: Prompt, index: int) -> Reply:

@@ -1,5 +1,5 @@
-"""Credit of rollouts against their siblings, for ragged groups and packed tokens."""
+"""Credit of rollouts against their siblings, and the tokens that it leaves in the loss."""
 
-from p2o_kernels.advantage.op import GroupedAdvantages, active_token_index, grouped_advantage
+from p2o_kernels.advantage.op import active_token_index, grouped_advantage
 
-__all__ = ["GroupedAdvantages", "active_token_index", "grouped_advantage"]
+__all__ = ["active_token_index", "grouped_advantage"]

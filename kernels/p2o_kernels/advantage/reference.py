@@ -9,8 +9,8 @@ STD_EPSILON = 1e-6
 
 def group_advantages_reference(
     rewards_G: Sequence[float], is_valid_G: Sequence[bool], estimator: str, anchor_rate: float | None = None
-) -> tuple[list[float], bool]:
-    """Return (advantage of each rollout, whether the group is flat) for one group.
+) -> list[float]:
+    """Return the advantage of each rollout of one group.
 
     Invalid rollouts neither shape the baseline nor get an advantage. With `anchor_rate` as many virtual rollouts as
     valid ones join the baseline, by the expected moments of a 0/1 reward at that rate.
@@ -22,11 +22,10 @@ def group_advantages_reference(
     weighted = [(reward, weight) for reward, weight in weighted if weight > 0]
     size = sum(weight for _, weight in weighted)
     if len({reward for reward, _ in weighted}) <= 1 or size < 2:
-        return [0.0] * len(rewards_G), True
+        return [0.0] * len(rewards_G)
     mean = sum(reward * weight for reward, weight in weighted) / size
     variance = sum(weight * (reward - mean) ** 2 for reward, weight in weighted) / (size - 1)
     factor = {"grpo": 1.0 / (sqrt(variance) + STD_EPSILON), "dr_grpo": 1.0, "rloo": size / (size - 1)}[estimator]
-    advantages = [
+    return [
         (reward - mean) * factor if is_valid else 0.0 for reward, is_valid in zip(rewards_G, is_valid_G, strict=True)
     ]
-    return advantages, False

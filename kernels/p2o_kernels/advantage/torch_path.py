@@ -10,12 +10,10 @@ def grouped_advantage_torch(
     rewards_R: Tensor,
     group_ids_R: Tensor,
     is_valid_R: Tensor,
-    cu_seqlens: Tensor,
-    loss_mask_T: Tensor,
     estimator: str,
     anchor_rates_R: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (advantages_R, is_flat_R, num_active_R, advantages_T); see `grouped_advantage`."""
+) -> Tensor:
+    """Return the advantages [R]; see `grouped_advantage`."""
     _, group_R = torch.unique(group_ids_R, return_inverse=True)
     # What an invalid rollout was given, nan included, must not enter a sum.
     rewards = rewards_R.double().where(is_valid_R, 0.0)
@@ -41,13 +39,7 @@ def grouped_advantage_torch(
             credit_R = centred_R * (size_R / degrees_R)
         case _:
             raise ValueError(f"estimator={estimator!r} has no formula here")
-    advantages_R = torch.where(is_flat_R | ~is_valid_R, 0.0, credit_R).float()
-    lengths_R = cu_seqlens.diff().long()
-    advantages_T = torch.repeat_interleave(advantages_R, lengths_R, output_size=len(loss_mask_T)) * loss_mask_T
-    rollout_T = torch.repeat_interleave(torch.arange(len(rewards_R), device=rewards.device), lengths_R)
-    num_active_R = torch.zeros(len(rewards_R), dtype=torch.int32, device=rewards.device)
-    num_active_R.index_add_(0, rollout_T, (advantages_T != 0).int())
-    return advantages_R, is_flat_R, num_active_R, advantages_T
+    return torch.where(is_flat_R | ~is_valid_R, 0.0, credit_R).float()
 
 
 def active_token_index_torch(advantages_T: Tensor, weights_T: Tensor) -> Tensor:

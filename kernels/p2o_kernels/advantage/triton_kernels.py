@@ -11,9 +11,8 @@ _STD_EPSILON = tl.constexpr(STD_EPSILON)
 
 @triton.jit
 def grouped_advantage_kernel(
-    rewards_ptr, group_ids_ptr, is_valid_ptr, anchor_rates_ptr, cu_seqlens_ptr, loss_mask_ptr,
-    advantages_ptr, is_flat_ptr, num_active_ptr, token_advantages_ptr, num_rollouts,
-    ESTIMATOR: tl.constexpr, HAS_ANCHORS: tl.constexpr, BLOCK_ROLLOUTS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    rewards_ptr, group_ids_ptr, is_valid_ptr, anchor_rates_ptr, advantages_ptr, num_rollouts,
+    ESTIMATOR: tl.constexpr, HAS_ANCHORS: tl.constexpr, BLOCK_ROLLOUTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (R,). Each program finds the statistics of its rollout's group again: cheaper than a second launch.
 
@@ -73,18 +72,6 @@ def grouped_advantage_kernel(
     is_flat = ((highest <= lowest) & (total == total)) | (size < 2.0)
     advantage = tl.where(is_valid & (is_flat == 0), advantage, 0.0)
     tl.store(advantages_ptr + rollout, advantage)
-    tl.store(is_flat_ptr + rollout, is_flat.to(tl.int8))
-    first = tl.load(cu_seqlens_ptr + rollout)
-    last = tl.load(cu_seqlens_ptr + rollout + 1)
-    num_active = tl.zeros((BLOCK_TOKENS,), tl.int32)
-    for start in range(first, last, BLOCK_TOKENS):
-        tokens = start + tl.arange(0, BLOCK_TOKENS)
-        inside = tokens < last
-        in_loss = tl.load(loss_mask_ptr + tokens, mask=inside, other=0) != 0
-        token_advantage = tl.where(in_loss, advantage, 0.0)
-        tl.store(token_advantages_ptr + tokens, token_advantage, mask=inside)
-        num_active += (token_advantage != 0.0).to(tl.int32)
-    tl.store(num_active_ptr + rollout, tl.sum(num_active, 0))
 
 
 @triton.jit

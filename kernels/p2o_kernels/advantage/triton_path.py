@@ -22,26 +22,19 @@ def grouped_advantage_triton(
     rewards_R: Tensor,
     group_ids_R: Tensor,
     is_valid_R: Tensor,
-    cu_seqlens: Tensor,
-    loss_mask_T: Tensor,
     estimator: str,
     anchor_rates_R: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (advantages_R, is_flat_R, num_active_R, advantages_T); one launch."""
+) -> Tensor:
+    """Return the advantages [R]; one launch."""
     num_rollouts = len(rewards_R)
     advantages_R = torch.empty_like(rewards_R)
-    is_flat_R = torch.empty(num_rollouts, dtype=torch.bool, device=rewards_R.device)
-    num_active_R = torch.empty(num_rollouts, dtype=torch.int32, device=rewards_R.device)
-    # Tokens outside every rollout keep 0.
-    advantages_T = torch.zeros(len(loss_mask_T), dtype=torch.float32, device=rewards_R.device)
     if num_rollouts:
         grouped_advantage_kernel[(num_rollouts,)](
             rewards_R, group_ids_R, is_valid_R.view(torch.uint8),
-            rewards_R if anchor_rates_R is None else anchor_rates_R, cu_seqlens, loss_mask_T.view(torch.uint8),
-            advantages_R, is_flat_R.view(torch.int8), num_active_R, advantages_T, num_rollouts,
-            ESTIMATOR=estimator, HAS_ANCHORS=anchor_rates_R is not None, BLOCK_ROLLOUTS=_BLOCK, BLOCK_TOKENS=_BLOCK,
+            rewards_R if anchor_rates_R is None else anchor_rates_R, advantages_R, num_rollouts,
+            ESTIMATOR=estimator, HAS_ANCHORS=anchor_rates_R is not None, BLOCK_ROLLOUTS=_BLOCK,
         )  # fmt: skip
-    return advantages_R, is_flat_R, num_active_R, advantages_T
+    return advantages_R
 
 
 def active_token_index_triton(advantages_T: Tensor, weights_T: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ REAL_REWARDS = st.lists(st.floats(-5, 5).map(lambda value: round(value, 3)), min
 def group_advantages(
     rewards: list[float], estimator: Estimator, *, anchor_success_rate: float | None = None
 ) -> tuple[float, ...]:
-    return tuple(group_advantages_reference(rewards, [True] * len(rewards), estimator, anchor_success_rate)[0])
+    return tuple(group_advantages_reference(rewards, [True] * len(rewards), estimator, anchor_success_rate))
 
 
 def directly(rewards: list[float], siblings: list[float], estimator: Estimator) -> list[float]:

@@ -16,7 +16,7 @@ PROBLEM = fake_problem(1)
 
 
 def credits(rewards: list[float], estimator: str) -> tuple[float, ...]:
-    return tuple(group_advantages_reference(rewards, [True] * len(rewards), estimator)[0])
+    return tuple(group_advantages_reference(rewards, [True] * len(rewards), estimator))
 
 
 def make_group(siblings: list[Rollout], advantage: AdvantageConfig, plain_success_rate: float) -> Group:
