@@ -15,7 +15,7 @@ from megatron_p2o.terminal import say
 
 HEAD = """# Settings
 
-Every setting of a run. This page is generated from `megatron_p2o/config/tree.py`; to renew it:
+Every setting of a run. This page is generated from `megatron_p2o/config/sections`; to renew it:
 
     python -m megatron_p2o.config.reference > docs/settings.md
 

@@ -1,0 +1,94 @@
+"""Settings of the policy and how it is trained: model, layout of the ranks, LM head, optimizer."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The initial policy."""
+
+    path: str
+    """Hugging Face directory of the initial policy: config.json, safetensors, tokenizer with a chat template."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type of trainer and engines. Gradients and optimizer state are float32."""
+    layer_backend: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Library whose layers the trainer is built of: Transformer Engine, or megatron-core's own (`local`) with
+    flash-attn or torch attention. `auto` takes the first on a GPU where it can be imported; `p2o doctor` and the run
+    say which."""
+    enable_thinking: bool = False
+    """Value of Qwen3's `enable_thinking` switch in the chat template. Templates without this switch ignore it."""
+    template_date: str | None = None
+    """Date that a chat template writes as today's (Llama 3.1's does), as "2026-01-31": the same in every prompt of a
+    run. None: the day the run was first started, which its config.yaml records and a resumed run keeps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the trainer's ranks divide the work; their product is the number of processes."""
+
+    tensor: PositiveInt = 1
+    """Ranks that share every layer's matrices (tensor parallelism). More than 1 for a model whose layers do not fit one
+    GPU."""
+    pipeline: PositiveInt = 1
+    """Ranks that share the layers, one consecutive part each (pipeline parallelism)."""
+    virtual_pipeline: PositiveInt = 1
+    """Parts of the model on each pipeline stage (the interleaved schedule). More than 1 needs `parallel.pipeline` > 1
+    and leaves the pipeline idle less."""
+    context: PositiveInt = 1
+    """Ranks that share the tokens of every sequence (context parallelism), for sequences too long for one GPU."""
+    data: PositiveInt = 1
+    """Replicas of the model, each on its own samples (data parallelism)."""
+    sequence: bool = False
+    """Whether tensor-parallel ranks also share the tokens of norms and dropout (sequence parallelism), which saves
+    activation memory. Needs `parallel.tensor` > 1."""
+    distributed_optimizer: bool = False
+    """Whether data-parallel ranks share the optimizer state instead of a copy on each. A run cannot change it on
+    resume."""
+    timeout_s: Seconds = 1800.0
+    """Longest wait in a collective, in seconds, before the run ends with an error."""
+    command_timeout_s: Seconds = 86400.0
+    """Longest wait of the other ranks for rank 0's next command, in seconds. Rank 0 may sample, evaluate and evolve
+    prompts for hours between two commands. If rank 0 dies, the other ranks notice at once, whatever this limit."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """How a GPU computes the LM head and the loss (`kernels/README.md`); a CPU has one way."""
+
+    kernel: Literal["warp_specialized", "plain", "torch"] = "warp_specialized"
+    """Implementation of the LM head and the loss. `warp_specialized`: the Triton kernel. `plain`: the same kernel
+    without warp specialization, to be tried where the default fails, hangs or gives other log-probs than the engine.
+    `torch`: no Triton; slower, and takes float32 models too."""
+    weight_grad: Literal["fast", "precise"] = "fast"
+    """Accuracy of the LM head's weight gradient. `precise` costs one more matrix product beside four and is within 1e-3
+    for every policy. `fast` is as close where the sampled tokens have some probability, and within 1.3e-3 where another
+    token has all of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: PositiveFloat = 1e-6
+    """Learning rate of AdamW (the paper's)."""
+    beta1: Annotated[float, Range(at_least=0, below=1)] = 0.9
+    """Decay of AdamW's running mean of gradients."""
+    beta2: Annotated[float, Range(at_least=0, below=1)] = 0.999
+    """Decay of AdamW's running mean of squared gradients."""
+    eps: PositiveFloat = 1e-8
+    """Constant that AdamW adds to the denominator of its step."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay (the paper's); norms have none."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up; the learning rate is constant afterwards."""
+    clip_grad: PositiveFloat = 1.0
+    """Largest global norm of the gradient (the paper's); a larger gradient is scaled down to it."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Packed tokens of one forward pass on one rank. More need more activation memory."""
