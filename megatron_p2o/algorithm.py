@@ -16,7 +16,7 @@ from megatron_p2o.interfaces import (
     PromptEvolution,
     PromptRenderer,
     PromptTooLongError,
-    RolloutEngine,
+    RolloutEngines,
     RoundInterrupted,
     TemplateLibrary,
 )
@@ -52,7 +52,7 @@ GRADING_TIMEOUT_S = 3600.0
 class SamplingParts:
     """The implementations that answer problems and grade the answers."""
 
-    engine: RolloutEngine
+    engines: RolloutEngines
     grader: Grader
     renderer: PromptRenderer
 
@@ -131,12 +131,12 @@ def p2o_step(
     hard = hard_problems(groups, config.hard.max_solved, config.hard.counted)
 
     # From here to the refresh a GPU that trainer and engine share is the trainer's.
-    parts.engine.release_memory()
+    parts.engines.release_memory()
 
     # Distil: the gradient is taken on (x, y), whatever template y was sampled with.
     reports = update(most_informative(groups, len(problems)), parts.policy, config)
 
-    parts.engine.refresh(parts.policy.weights(), version=state.step + 1)
+    parts.engines.refresh(parts.policy.weights(), version=state.step + 1)
     return StepResult(groups=groups, hard=hard, reports=reports, num_batches=num_batches)
 
 
@@ -284,7 +284,7 @@ def graded_rollouts(
 ) -> Iterator[tuple[int, Rollout]]:
     """Yield (index into `prompts`, rollout) in the order the rollouts were sampled, once their verdicts are there."""
     waiting: deque[tuple[int, Completion, Future[Grade]]] = deque()
-    for index, completion in parts.engine.generate(prompts, sampling, places):
+    for index, completion in parts.engines.generate(prompts, sampling, places):
         waiting.append((index, completion, submitted(completion, parts)))
         while waiting and waiting[0][2].done():
             yield judged(*waiting.popleft())

@@ -158,9 +158,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.compare is not None:
         first, second = options.compare
         return _compare(first, second, options.output)
-    from megatron_p2o.run.evaluation import request_of, run_evaluation
+    from megatron_p2o.run.evaluation import evaluation_request, run_evaluation
 
-    request = request_of(options.target, options.config, options.overrides, options.benchmarks, options.output)
+    request = evaluation_request(options.target, options.config, options.overrides, options.benchmarks, options.output)
     return run_evaluation(request, options.restart)
 
 

@@ -70,8 +70,8 @@ class Policy(Protocol):
         ...
 
 
-class RolloutEngine(Protocol):
-    """The serving copies of the policy."""
+class RolloutEngines(Protocol):
+    """The serving copies of the policy. One copy is an engine."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None

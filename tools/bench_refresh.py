@@ -52,7 +52,7 @@ from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.policy.weights.hf_directory import write_hf_directory
 from megatron_p2o.rollout.broker import Broker
-from megatron_p2o.rollout.engine import SglangEngine, start_engines
+from megatron_p2o.rollout.engines import SglangEngines, start_engines
 from megatron_p2o.rollout.refresh.outlet import open_outlet
 from megatron_p2o.rollout.refresh.weight_sync import WeightSync
 from megatron_p2o.rollout.servers.client import EngineClient
@@ -96,8 +96,8 @@ def main() -> None:
                     result["arms"] += arms_without_engines(policy, Path(folder), arguments, result)
                     continue
                 run_dir = Path(folder) / f"{num_engines}-engines"
-                with start_engines(engine_config(config, num_engines, device), run_dir, [0]) as engine:
-                    arms = measure(engine, policy, run_dir, arguments, device)
+                with start_engines(engine_config(config, num_engines, device), run_dir, [0]) as engines:
+                    arms = measure(engines, policy, run_dir, arguments, device)
                 result["arms"] += [{"num_engines": num_engines, **arm} for arm in arms]
     print(table(result))
     write_result(arguments.json, result)
@@ -141,14 +141,14 @@ def engine_config(config: Config, num_engines: int, device: torch.device) -> Con
 
 
 def measure(
-    engine: SglangEngine, policy: MegatronPolicy, run_dir: Path, arguments: argparse.Namespace, device: torch.device
+    engines: SglangEngines, policy: MegatronPolicy, run_dir: Path, arguments: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
     """Check every way, then time them in turns."""
     versions = count(1)
     with ExitStack() as stack:
-        ways = ways_to(engine.broker, policy, run_dir, arguments.bucket_mib, stack)
+        ways = ways_to(engines.broker, policy, run_dir, arguments.bucket_mib, stack)
         scramble = next(way for way in ways if way.name == "sglang tensor").send
-        probe = partial(probed, engine.broker, engine.broker.num_engines, run_dir / "engines")
+        probe = partial(probed, engines.broker, engines.broker.num_engines, run_dir / "engines")
         expected = probe()
         firsts: list[Seconds] = []
         for way in ways:

@@ -41,7 +41,7 @@ from megatron_p2o.files import digest_of, write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.rewards.registry import make_grader
-from megatron_p2o.rollout.engine import start_engines
+from megatron_p2o.rollout.engines import start_engines
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, read_manifest
 from megatron_p2o.terminal import say
 from megatron_p2o.types import PLAIN, Problem
@@ -134,8 +134,8 @@ def evaluate_directory(config: Config, output: Path) -> None:
             grader = make_grader(config.grading)
             stack.callback(grader.close)
             grader.check()
-            engine = stack.enter_context(start_engines(config, output, renderer.eos_token_ids))
-            answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)
+            engines = stack.enter_context(start_engines(config, output, renderer.eos_token_ids))
+            answer(benchmarks, SamplingParts(engines=engines, grader=grader, renderer=renderer), config)
         write_results(benchmarks, subject, config, output)
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from megatron_p2o.interfaces import Grader, NamedWeights, Policy, PromptEvolution, RolloutEngine, TemplateLibrary
+from megatron_p2o.interfaces import Grader, NamedWeights, Policy, PromptEvolution, RolloutEngines, TemplateLibrary
 from megatron_p2o.metrics.memory import PeakMeter
 from megatron_p2o.types import (
     Completion,
@@ -80,25 +80,25 @@ class TimedPolicy:
             return self._policy.score(samples)
 
 
-class TimedEngine:
+class TimedEngines:
     """An engine whose generation counts as `rollout`, and whose change to new weights as `refresh`."""
 
-    def __init__(self, engine: RolloutEngine, clock: PhaseClock) -> None:
-        self._engine, self._clock = engine, clock
+    def __init__(self, engines: RolloutEngines, clock: PhaseClock) -> None:
+        self._engines, self._clock = engines, clock
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Completion]]:
         with self._clock.measure("rollout"):
-            yield from self._engine.generate(prompts, sampling, places)
+            yield from self._engines.generate(prompts, sampling, places)
 
     def release_memory(self) -> None:
         with self._clock.measure("refresh"):
-            self._engine.release_memory()
+            self._engines.release_memory()
 
     def refresh(self, weights: NamedWeights, version: int) -> None:
         with self._clock.measure("refresh"):
-            self._engine.refresh(weights, version)
+            self._engines.refresh(weights, version)
 
 
 class TimedGrader:

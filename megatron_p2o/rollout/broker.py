@@ -19,9 +19,9 @@ from megatron_p2o.rollout.heartbeat import EngineStalled, watch
 from megatron_p2o.rollout.requests import (
     EVERYONE,
     PRIORITIES,
-    Engine,
+    EngineHandle,
+    GenerationRequest,
     Priority,
-    Request,
     StoppableClock,
     nothing_generated,
     settle,
@@ -76,13 +76,13 @@ class Broker:
         self._stall_timeout_s = stall_timeout_s
         self._on_loss = on_loss
         self._loop_timeout_s = loop_timeout_s
-        self._engines: list[Engine] = []
-        self._queues: dict[Priority, deque[Request]] = {priority: deque() for priority in PRIORITIES}
+        self._engines: list[EngineHandle] = []
+        self._queues: dict[Priority, deque[GenerationRequest]] = {priority: deque() for priority in PRIORITIES}
         self._admitted = EVERYONE
         self._num_closings = 0
         self._refusal: Exception | None = None
         self._version = 0
-        self._homes: dict[str, Engine] = {}
+        self._homes: dict[str, EngineHandle] = {}
         self._num_open: Counter[str] = Counter()
         self._chores: set[asyncio.Task[None]] = set()
         self.given_up = GivenUp()
@@ -118,7 +118,7 @@ class Broker:
         """
 
         async def add() -> None:
-            engine = Engine(name, make_client(), log_tail)
+            engine = EngineHandle(name, make_client(), log_tail)
             if prepare is not None:
                 try:
                     await prepare(name, engine.client)
@@ -152,7 +152,7 @@ class Broker:
         if self._loop.is_closed():
             future.set_exception(BrokerClosed("the broker was closed"))
             return future
-        request = Request(next(self._ids), prompt, sampling, priority, future)
+        request = GenerationRequest(next(self._ids), prompt, sampling, priority, future)
         future.add_done_callback(lambda done: self._on_cancel(request) if done.cancelled() else None)
         self._loop.call_soon_threadsafe(self._enqueue, request)
         return future
@@ -199,7 +199,7 @@ class Broker:
         `EnginesLost` when there is none and none will come, else the first other error.
         """
 
-        async def attempt(engine: Engine) -> tuple[str, T] | None:
+        async def attempt(engine: EngineHandle) -> tuple[str, T] | None:
             try:
                 return engine.name, await call(engine.name, engine.client)
             except (EngineUnreachable, TimeoutError) as error:
@@ -258,13 +258,13 @@ class Broker:
             "grading.num_workers), or run.directory, where it reads the engines' logs, does not answer"
         )
 
-    def _on_cancel(self, request: Request) -> None:
+    def _on_cancel(self, request: GenerationRequest) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._drop, request)
 
     # Everything below runs on the loop.
 
-    def _enqueue(self, request: Request) -> None:
+    def _enqueue(self, request: GenerationRequest) -> None:
         if self._refusal is not None:
             settle(request.future, self._refusal)
             return
@@ -290,7 +290,7 @@ class Broker:
                     return
                 self._start(queue.popleft(), engine)
 
-    def _engine_for(self, problem_id: str) -> Engine | None:
+    def _engine_for(self, problem_id: str) -> EngineHandle | None:
         """Return the engine that has the problem's prompt in its cache, else the least loaded; None if all are full."""
         free = [engine for engine in self._engines if engine.num_running < self._slots]
         if not free:
@@ -301,12 +301,12 @@ class Broker:
             self._homes[problem_id] = home
         return home
 
-    def _start(self, request: Request, engine: Engine) -> None:
+    def _start(self, request: GenerationRequest, engine: EngineHandle) -> None:
         task = self._loop.create_task(self._serve(request, engine))
         engine.running[request] = task
         task.add_done_callback(lambda done: self._on_served(request, engine, done))
 
-    async def _serve(self, request: Request, engine: Engine) -> None:
+    async def _serve(self, request: GenerationRequest, engine: EngineHandle) -> None:
         place = f"{engine.name} on problem {request.prompt.problem.id}"
         try:
             generation = await self._generate(request, engine)
@@ -325,7 +325,7 @@ class Broker:
         )
         settle(request.future, completion)
 
-    async def _generate(self, request: Request, engine: Engine) -> Generation:
+    async def _generate(self, request: GenerationRequest, engine: EngineHandle) -> Generation:
         """Return what the engine sampled, cut short when the time is over."""
         client = engine.client
         answer = asyncio.ensure_future(client.generate(request.prompt.sampling_ids, request.sampling, request.id))
@@ -349,7 +349,7 @@ class Broker:
             await asyncio.wait([answer], timeout=max(left_s, STOPPED_POLL_S) if self._clock.is_stopped else left_s)
         return answer.done()
 
-    def _on_served(self, request: Request, engine: Engine, task: "asyncio.Task[None]") -> None:
+    def _on_served(self, request: GenerationRequest, engine: EngineHandle, task: "asyncio.Task[None]") -> None:
         """Free the slot; send the request elsewhere if the engine is gone."""
         del engine.running[request]
         error = None if task.cancelled() else task.exception()
@@ -363,7 +363,7 @@ class Broker:
             self._close_request(request, None if request.future.done() else error or self._refusal)
         self._dispatch()
 
-    def _close_request(self, request: Request, error: BaseException | None) -> None:
+    def _close_request(self, request: GenerationRequest, error: BaseException | None) -> None:
         if error is not None:
             settle(request.future, error)
         problem_id = request.prompt.problem.id
@@ -372,7 +372,7 @@ class Broker:
             del self._num_open[problem_id]
             self._homes.pop(problem_id, None)
 
-    def _drop(self, request: Request) -> None:
+    def _drop(self, request: GenerationRequest) -> None:
         """Forget a request whose future was cancelled."""
         for engine in self._engines:
             if request in engine.running:
@@ -381,7 +381,7 @@ class Broker:
             self._queues[request.priority].remove(request)
             self._close_request(request, None)
 
-    async def _watch(self, engine: Engine) -> None:
+    async def _watch(self, engine: EngineHandle) -> None:
         """Lose the engine when it hangs."""
 
         def busy_since() -> int | None:
@@ -392,7 +392,7 @@ class Broker:
         except (EngineStalled, EngineUnreachable) as error:
             self._lose(engine, str(error))
 
-    def _lose(self, engine: Engine, reason: str) -> None:
+    def _lose(self, engine: EngineHandle, reason: str) -> None:
         """Send nothing more to an engine and take back what it has; give up when nobody replaces the last one."""
         if engine.is_lost:
             return
@@ -407,7 +407,7 @@ class Broker:
         elif not self._engines:
             self._refuse(EnginesLost(f"all engines are lost; last lines of the last one's log:\n{engine.log_tail()}"))
 
-    async def _retire(self, engine: Engine) -> None:
+    async def _retire(self, engine: EngineHandle) -> None:
         """Drop the connections of a lost engine once its requests have let go of them."""
         await asyncio.gather(*engine.running.values(), return_exceptions=True)
         if engine.heartbeat is not None:

@@ -22,7 +22,7 @@ NOBODY: frozenset[Priority] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class GenerationRequest:
     """One completion on its way."""
 
     id: str
@@ -33,13 +33,15 @@ class Request:
 
 
 @dataclass(slots=True, eq=False)
-class Engine:
+class EngineHandle:
     """One server as the broker sees it; a server that replaces another is a new engine of the same name."""
 
     name: str
     client: EngineClient
     log_tail: Callable[[], str]
-    running: dict[Request, "asyncio.Task[None]"] = field(default_factory=dict[Request, "asyncio.Task[None]"])
+    running: dict[GenerationRequest, "asyncio.Task[None]"] = field(
+        default_factory=dict[GenerationRequest, "asyncio.Task[None]"]
+    )
     heartbeat: "asyncio.Task[None] | None" = None
     """None until it is used."""
     is_lost: bool = False

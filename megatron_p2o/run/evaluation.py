@@ -23,7 +23,7 @@ POINTERS = ("latest", "best")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class EvaluationRequest:
     """One evaluation, ready to start."""
 
     config: Config
@@ -33,9 +33,9 @@ class Request:
     output: Path
 
 
-def request_of(
+def evaluation_request(
     target: Path, settings_file: Path | None, overrides: Sequence[str], benchmarks: Sequence[str], output: Path | None
-) -> Request:
+) -> EvaluationRequest:
     """Return what is to be evaluated: a settings file's initial policy, a checkpoint or a Hugging Face directory.
 
     Args:
@@ -71,10 +71,10 @@ def request_of(
         )
     config = _checked(_with_sets(config, list(named)))
     place = (output or default).absolute()
-    return Request(config=own_run(config, place), checkpoint=checkpoint, output=place)
+    return EvaluationRequest(config=own_run(config, place), checkpoint=checkpoint, output=place)
 
 
-def run_evaluation(request: Request, restart: bool) -> int:
+def run_evaluation(request: EvaluationRequest, restart: bool) -> int:
     """Evaluate and return the exit status. A checkpoint needs the run's ranks, a model directory only engines.
 
     Args:

@@ -33,7 +33,7 @@ from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path
 from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution, TemplateLibrary
 from megatron_p2o.machine.memory_plan import planned_memory, with_planned_cache
-from megatron_p2o.metrics.clock import PhaseClock, TimedEngine, TimedEvolution, TimedGrader, TimedPolicy
+from megatron_p2o.metrics.clock import PhaseClock, TimedEngines, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.memory import ProcessMemory, peak_meter
 from megatron_p2o.metrics.rollouts import RolloutWriter
@@ -48,7 +48,7 @@ from megatron_p2o.policy.training.settings import (
 )
 from megatron_p2o.processes import end_with_parent, host_memory_of
 from megatron_p2o.rewards.registry import make_grader
-from megatron_p2o.rollout.engine import SglangEngine, start_engines
+from megatron_p2o.rollout.engines import SglangEngines, start_engines
 from megatron_p2o.rollout.refresh.outlet import open_outlet
 from megatron_p2o.rollout.servers.remote import meet_agents
 from megatron_p2o.rollout.servers.server import EngineStartFailed
@@ -112,7 +112,7 @@ def evaluate_checkpoint(
     output: Path,
     policy: MegatronPolicy,
     checkpoint: Path,
-    start: Callable[[Sequence[int]], SglangEngine],
+    start: Callable[[Sequence[int]], SglangEngines],
     stack: ExitStack,
 ) -> None:
     """Evaluate a checkpoint of a run plainly on every set of `data.evaluation`; see `benchmark`.
@@ -130,10 +130,10 @@ def evaluate_checkpoint(
         grader = make_grader(config.grading)
         stack.callback(grader.close)
         grader.check()
-        engine = stack.enter_context(start(renderer.eos_token_ids))
+        engines = stack.enter_context(start(renderer.eos_token_ids))
         policy.load(checkpoint / POLICY_FOLDER)
-        engine.refresh(policy.weights(), version=step)
-        answer(benchmarks, SamplingParts(engine=engine, grader=grader, renderer=renderer), config)
+        engines.refresh(policy.weights(), version=step)
+        answer(benchmarks, SamplingParts(engines=engines, grader=grader, renderer=renderer), config)
     write_results(benchmarks, subject, config, output)
 
 
@@ -188,7 +188,7 @@ class Conductor:
         policy: MegatronPolicy,
         inputs: Inputs,
         checkpoint: Path | None,
-        start: Callable[[Sequence[int]], SglangEngine],
+        start: Callable[[Sequence[int]], SglangEngines],
         stack: ExitStack,
     ) -> None:
         self.config, self.run_dir, self.policy = config, run_dir, policy
@@ -208,7 +208,7 @@ class Conductor:
         self.grader = make_grader(config.grading)
         stack.callback(self.grader.close)
         self.grader.check()
-        self.engine = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
+        self.engines = stack.enter_context(start(self.inputs.renderer.eos_token_ids))
         self.evolution = self._start_evolution(stack) if config.evolution.enabled else None
         evolution: PromptEvolution | None = self.evolution
         if self.evolution and config.evolution.beside_training:
@@ -217,7 +217,7 @@ class Conductor:
         self.memory = ProcessMemory()
         self.parts = Parts(
             policy=TimedPolicy(policy, self.clock),
-            engine=TimedEngine(self.engine, self.clock),
+            engines=TimedEngines(self.engines, self.clock),
             grader=TimedGrader(self.grader, self.clock),
             renderer=self.inputs.renderer,
             evolution=TimedEvolution(evolution, self.clock) if evolution else None,
@@ -225,7 +225,7 @@ class Conductor:
         if checkpoint:
             load_finite(policy, checkpoint)
         # Also a fresh run: from the first rollout on, what the engines serve has been compared with the trainer.
-        self.engine.refresh(policy.weights(), version=self.state.step)
+        self.engines.refresh(policy.weights(), version=self.state.step)
         self._stack = stack
 
     def train(self) -> None:
@@ -293,8 +293,8 @@ class Conductor:
         others = {"graders": host_memory_of(self.grader.worker_pids)}
         if self.evolution is not None and self.evolution.service_process_id is not None:
             others["evolution"] = host_memory_of([self.evolution.service_process_id])
-        ranks, engines = self.policy.memory(), self.engine.host_memory()
-        return {**self.engine.metrics(), **self.memory.metrics(ranks, engines, others, phase_peak_bytes)}
+        ranks, engines = self.policy.memory(), self.engines.host_memory()
+        return {**self.engines.metrics(), **self.memory.metrics(ranks, engines, others, phase_peak_bytes)}
 
     def _initial_state(self) -> TrainState:
         resumed = self.resumed
@@ -334,14 +334,14 @@ class Conductor:
 
     def _start_evolution(self, stack: ExitStack) -> EvolutionSession:
         def sample(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
-            return self.engine.broker.submit(prompt, sampling, priority="evolution")
+            return self.engines.broker.submit(prompt, sampling, priority="evolution")
 
         evaluator = TemplateEvaluator(
             sample, self.inputs.renderer, self.grader, self.config.evolution.max_template_tokens
         )
         url = key = model = None
         if self.config.evolution.reflection.backend == "self":
-            url, key = self.engine.start_reflection_server()
+            url, key = self.engines.start_reflection_server()
             model = self.config.model.path
         session = EvolutionSession(
             self.config,

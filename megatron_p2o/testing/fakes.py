@@ -101,8 +101,8 @@ class Reply:
 
 
 @dataclass(kw_only=True, slots=True)
-class FakeEngine:
-    """Implements `RolloutEngine`: replies by a function, and finishes the last prompt first."""
+class FakeEngines:
+    """Implements `RolloutEngines`: replies by a function, and finishes the last prompt first."""
 
     reply: Callable[[Prompt, int], Reply]
     """(prompt, its index in the call) to what is sampled."""

@@ -16,7 +16,7 @@ from megatron_p2o.rollout.servers.client import EngineRefused
 from megatron_p2o.testing.sglang_server import FusedModel
 
 
-class InProcessEngine:
+class InProcessClient:
     """The weight routes of an engine, with the loader in this process."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,7 +57,7 @@ class InProcessEngine:
 class InProcessFleet:
     """Engines that answer before the call returns."""
 
-    def __init__(self, *clients: InProcessEngine) -> None:
+    def __init__(self, *clients: InProcessClient) -> None:
         self.clients = clients
 
     def call_every_engine(self, call: Callable[[str, Any], Any]) -> Future[Any]:

@@ -27,7 +27,7 @@ from megatron_p2o.testing.policy_oracle import policy_config
 from megatron_p2o.testing.sglang_server import FusedModel
 from megatron_p2o.testing.sglang_server import fused_model_weights as weights
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
-from megatron_p2o.testing.weight_fleet import InProcessEngine, InProcessFleet, assert_holds
+from megatron_p2o.testing.weight_fleet import InProcessClient, InProcessFleet, assert_holds
 
 BUCKET_BYTES = 48
 """The weights of `FusedModel` make three buckets."""
@@ -35,7 +35,7 @@ BUCKET_BYTES = 48
 CONFIG = fake_config({"rollout.weight_transfer": "device", "rollout.num_engines": 2})
 
 
-class Engine(InProcessEngine):
+class Engine(InProcessClient):
     """Notes where it was sent to; refuses the second bucket when told to."""
 
     def __init__(self) -> None:

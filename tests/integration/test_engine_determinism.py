@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
-from megatron_p2o.rollout.engine import SglangEngine, own_sampling, start_engines
+from megatron_p2o.rollout.engines import SglangEngines, own_sampling, start_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
 
@@ -24,7 +24,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngine]:
+def engines(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngines]:
     config = Config(
         run=RunConfig(name="test"),
         model=ModelConfig(path=str(model_path), dtype="float32"),
@@ -47,8 +47,8 @@ def prompt(problem: str, length: int) -> Prompt:
     )
 
 
-def sample(engine: SglangEngine, prompts: Sequence[Prompt], sampling: SamplingParams = SAMPLING) -> list[Completion]:
-    answers = dict(engine.generate(prompts, sampling))
+def sample(engines: SglangEngines, prompts: Sequence[Prompt], sampling: SamplingParams = SAMPLING) -> list[Completion]:
+    answers = dict(engines.generate(prompts, sampling))
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -57,37 +57,37 @@ def assert_equal_bits(ours: Completion, theirs: Completion) -> None:
     assert ours.logprobs.tobytes() == theirs.logprobs.tobytes()
 
 
-def test_a_rollout_is_the_same_alone_in_company_and_after_a_pause(engine: SglangEngine, model_path: Path) -> None:
+def test_a_rollout_is_the_same_alone_in_company_and_after_a_pause(engines: SglangEngines, model_path: Path) -> None:
     asked = [prompt("a", 20), prompt("b", 63), prompt("b", 63), prompt("c", 140), prompt("d", 331)]
     alone = [
-        sample(engine, asked[:1])[0],
-        *sample(engine, asked[1:3]),
-        *(sample(engine, [one])[0] for one in asked[3:]),
+        sample(engines, asked[:1])[0],
+        *sample(engines, asked[1:3]),
+        *(sample(engines, [one])[0] for one in asked[3:]),
     ]
     assert max(len(completion.token_ids) for completion in alone) > 64
     assert not np.array_equal(alone[1].token_ids, alone[2].token_ids), "siblings have seeds of their own"
 
     others = [prompt(f"other {number}", 16 + 3 * number) for number in range(64)]
     mixed = [*others[:32], *asked, *others[32:]]
-    for ours, theirs in zip(sample(engine, mixed)[32 : 32 + len(asked)], alone, strict=True):
+    for ours, theirs in zip(sample(engines, mixed)[32 : 32 + len(asked)], alone, strict=True):
         assert_equal_bits(ours, theirs)
 
     # A refresh in mid-generation takes the keys away and empties the prefix cache; the weights are what they were.
     futures = [
-        engine.broker.submit(one, own, priority="evolution")
+        engines.broker.submit(one, own, priority="evolution")
         for one, own in zip(mixed, own_sampling(mixed, SAMPLING), strict=True)
     ]
-    engine.refresh(load_file(model_path / "model.safetensors").items(), version=1)
+    engines.refresh(load_file(model_path / "model.safetensors").items(), version=1)
     paused = [future.result(WAIT_S) for future in futures]
     assert any(completion.weight_versions == (0, 1) for completion in paused)
     for ours, theirs in zip(paused[32 : 32 + len(asked)], alone, strict=True):
         assert_equal_bits(ours, theirs)
 
 
-def test_another_seed_gives_another_rollout_and_tokens_follow_their_probabilities(engine: SglangEngine) -> None:
+def test_another_seed_gives_another_rollout_and_tokens_follow_their_probabilities(engines: SglangEngines) -> None:
     asked = [prompt("a", 20)] * 512
-    first = sample(engine, asked, SamplingParams(temperature=1.0, max_new_tokens=1, seed=1))
-    second = sample(engine, asked, SamplingParams(temperature=1.0, max_new_tokens=1, seed=2))
+    first = sample(engines, asked, SamplingParams(temperature=1.0, max_new_tokens=1, seed=1))
+    second = sample(engines, asked, SamplingParams(temperature=1.0, max_new_tokens=1, seed=2))
     tokens = np.array([[int(one.token_ids[0]) for one in batch] for batch in (first, second)])
     assert (tokens[0] != tokens[1]).mean() > 0.5
     probability = {int(one.token_ids[0]): float(np.exp(one.logprobs[0])) for one in (*first, *second)}

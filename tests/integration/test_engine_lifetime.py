@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
-from megatron_p2o.rollout.engine import start_engines
+from megatron_p2o.rollout.engines import start_engines
 from megatron_p2o.rollout.inside_sglang.launcher import shared_memory_of
 from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.rollout.servers.server import EngineStartFailed
@@ -64,7 +64,7 @@ OWNER = """
 import json, sys, time
 from pathlib import Path
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
-from megatron_p2o.rollout.engine import start_reflection_server
+from megatron_p2o.rollout.engines import start_reflection_server
 
 config = Config(
     run=RunConfig(name="test"),

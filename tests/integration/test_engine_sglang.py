@@ -29,7 +29,7 @@ from megatron_p2o.config.read import dump_config
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.policy.weights.hf_directory import write_hf_directory
 from megatron_p2o.rollout.broker import Broker, EnginesLost
-from megatron_p2o.rollout.engine import SglangEngine, start_engines
+from megatron_p2o.rollout.engines import SglangEngines, start_engines
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.rollout.servers.remote import ADDRESS_VARIABLE, AgentAddress, start_agent
@@ -89,7 +89,7 @@ def agent(model_path: Path, run_dir: Path) -> Iterator[tuple["subprocess.Popen[b
 
 
 @pytest.fixture(scope="module")
-def engine(model_path: Path, run_dir: Path, agent: tuple[Any, AgentAddress]) -> Iterator[SglangEngine]:
+def engines(model_path: Path, run_dir: Path, agent: tuple[Any, AgentAddress]) -> Iterator[SglangEngines]:
     # A server on the CPU goes through the motions of giving its memory away, and keeps it.
     with start_engines(config_of(model_path), run_dir, [EOS], [agent[1]], releases_memory=True) as started:
         yield started
@@ -107,13 +107,13 @@ class Versions:
     def __init__(self) -> None:
         self.current = 0
 
-    def push(self, engine: SglangEngine, trainer: Any) -> int:
+    def push(self, engines: SglangEngines, trainer: Any) -> int:
         generator = torch.Generator().manual_seed(self.current)
         with torch.no_grad():
             for parameter in trainer.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         self.current += 1
-        engine.refresh(trainer.state_dict().items(), self.current)
+        engines.refresh(trainer.state_dict().items(), self.current)
         return self.current
 
 
@@ -132,9 +132,9 @@ def prompts(num_problems: int, group_size: int = 1, length: int = 20) -> list[Pr
     return asked
 
 
-def sample(engine: SglangEngine, asked: Sequence[Prompt], **sampling: Any) -> list[Completion]:
+def sample(engines: SglangEngines, asked: Sequence[Prompt], **sampling: Any) -> list[Completion]:
     parameters = SamplingParams(**{"temperature": 1.0, "max_new_tokens": 24, "seed": 5} | sampling)
-    answers = dict(engine.generate(asked, parameters))
+    answers = dict(engines.generate(asked, parameters))
     assert sorted(answers) == list(range(len(asked)))
     return [answers[index] for index in range(len(asked))]
 
@@ -155,14 +155,14 @@ def assert_matches(trainer: Any, completions: Sequence[Completion], temperature:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_those_of_transformers(engine: SglangEngine, trainer: Any, temperature: float) -> None:
-    completions = sample(engine, prompts(12, group_size=2), temperature=temperature)
+def test_logprobs_are_those_of_transformers(engines: SglangEngines, trainer: Any, temperature: float) -> None:
+    completions = sample(engines, prompts(12, group_size=2), temperature=temperature)
     assert_matches(trainer, completions, temperature)
     assert all(completion.logprobs.dtype == np.float32 for completion in completions)
 
 
-def test_greedy_tokens_are_the_most_likely_ones(engine: SglangEngine, trainer: Any) -> None:
-    for completion in sample(engine, prompts(6), temperature=0.0):
+def test_greedy_tokens_are_the_most_likely_ones(engines: SglangEngines, trainer: Any) -> None:
+    for completion in sample(engines, prompts(6), temperature=0.0):
         ids = torch.tensor(np.concatenate([completion.prompt.sampling_ids, completion.token_ids]), dtype=torch.int64)
         with torch.no_grad():
             best = trainer(ids[None]).logits[0].argmax(-1)
@@ -170,13 +170,13 @@ def test_greedy_tokens_are_the_most_likely_ones(engine: SglangEngine, trainer: A
         assert completion.token_ids.tolist() == best[start:-1].tolist()
 
 
-def test_rollouts_of_a_group_and_of_both_engines_differ(engine: SglangEngine) -> None:
-    completions = sample(engine, prompts(1, group_size=64), max_new_tokens=8)
+def test_rollouts_of_a_group_and_of_both_engines_differ(engines: SglangEngines) -> None:
+    completions = sample(engines, prompts(1, group_size=64), max_new_tokens=8)
     assert len({tuple(completion.token_ids) for completion in completions}) > 32
 
 
-def test_a_completion_stops_at_the_end_token_or_at_its_length(engine: SglangEngine) -> None:
-    completions = sample(engine, prompts(64, group_size=2), max_new_tokens=48)
+def test_a_completion_stops_at_the_end_token_or_at_its_length(engines: SglangEngines) -> None:
+    completions = sample(engines, prompts(64, group_size=2), max_new_tokens=48)
     reasons = [completion.finish_reason for completion in completions]
     assert set(reasons) == {"stop", "length"}, "an untrained policy ends a few of so many responses"
     for completion in completions:
@@ -186,13 +186,13 @@ def test_a_completion_stops_at_the_end_token_or_at_its_length(engine: SglangEngi
         assert completion.finish_reason == "stop" or len(completion.token_ids) == 48
 
 
-def test_logprobs_under_top_p_are_those_of_the_whole_distribution(engine: SglangEngine, trainer: Any) -> None:
+def test_logprobs_under_top_p_are_those_of_the_whole_distribution(engines: SglangEngines, trainer: Any) -> None:
     # Why `rollout.top_p` must be 1: the tokens are drawn from another distribution than this.
-    assert_matches(trainer, sample(engine, prompts(12), top_p=0.5))
+    assert_matches(trainer, sample(engines, prompts(12), top_p=0.5))
 
 
-def test_a_response_ends_at_any_of_the_tokens_that_end_one(engine: SglangEngine) -> None:
-    server, others = engine._supervisor.servers[0], list(range(40, 60))
+def test_a_response_ends_at_any_of_the_tokens_that_end_one(engines: SglangEngines) -> None:
+    server, others = engines._supervisor.servers[0], list(range(40, 60))
     broker = Broker(slots_per_engine=32, request_timeout_s=WAIT_S, stall_timeout_s=WAIT_S)
     stop_at = [EOS, *others]
     try:
@@ -211,26 +211,26 @@ def test_a_response_ends_at_any_of_the_tokens_that_end_one(engine: SglangEngine)
 
 
 def test_a_request_that_is_too_long_for_the_model_is_given_up_alone(
-    engine: SglangEngine, caplog: pytest.LogCaptureFixture
+    engines: SglangEngines, caplog: pytest.LogCaptureFixture
 ) -> None:
     num_positions = 2048
     fits, too_long = prompts(1, length=num_positions - 24), prompts(1, length=num_positions - 23)
-    completions = sample(engine, [*fits, *too_long, *too_long, *prompts(2)])
+    completions = sample(engines, [*fits, *too_long, *too_long, *prompts(2)])
     assert [len(completion.token_ids) > 0 for completion in completions] == [True, False, False, True, True]
     assert [completion.finish_reason == "abort" for completion in completions] == [False, True, True, False, False]
-    assert engine.metrics()["engine/refused_count"] == 2
+    assert engines.metrics()["engine/refused_count"] == 2
     assert "2 completions were refused by their engine" in caplog.text
     assert "maximum context length of 2048 tokens" in caplog.text
 
 
-def test_leaving_the_iterator_early_frees_the_engine(engine: SglangEngine) -> None:
-    for _ in engine.generate(prompts(40), SamplingParams(temperature=1.0, max_new_tokens=200)):
+def test_leaving_the_iterator_early_frees_the_engine(engines: SglangEngines) -> None:
+    for _ in engines.generate(prompts(40), SamplingParams(temperature=1.0, max_new_tokens=200)):
         break
-    assert len(sample(engine, prompts(4))) == 4
+    assert len(sample(engines, prompts(4))) == 4
 
 
-def test_a_request_out_of_time_keeps_the_tokens_it_has(engine: SglangEngine, trainer: Any) -> None:
-    server = engine._supervisor.servers[0]
+def test_a_request_out_of_time_keeps_the_tokens_it_has(engines: SglangEngines, trainer: Any) -> None:
+    server = engines._supervisor.servers[0]
     broker = Broker(slots_per_engine=32, request_timeout_s=2.0, stall_timeout_s=WAIT_S)
     try:
         broker.add_engine(
@@ -248,34 +248,34 @@ def test_a_request_out_of_time_keeps_the_tokens_it_has(engine: SglangEngine, tra
 
 
 def test_refreshed_weights_are_served_under_their_version(
-    engine: SglangEngine, trainer: Any, versions: Versions
+    engines: SglangEngines, trainer: Any, versions: Versions
 ) -> None:
-    before = sample(engine, prompts(4), temperature=0.0)
+    before = sample(engines, prompts(4), temperature=0.0)
     assert {completion.weight_versions for completion in before} == {(versions.current,)}
     for _ in range(2):
-        version = versions.push(engine, trainer)
-        completions = sample(engine, prompts(16, group_size=2))
+        version = versions.push(engines, trainer)
+        completions = sample(engines, prompts(16, group_size=2))
         assert_matches(trainer, completions)
         assert {completion.weight_versions for completion in completions} == {(version,)}
-        assert engine.broker.version == version
-    after = sample(engine, prompts(4), temperature=0.0)
+        assert engines.broker.version == version
+    after = sample(engines, prompts(4), temperature=0.0)
     assert [list(completion.token_ids) for completion in after] != [list(completion.token_ids) for completion in before]
 
 
 @pytest.mark.parametrize("is_lent", [False, True], ids=["memory kept", "memory lent before"])
 def test_requests_that_run_during_a_refresh_go_on_under_the_new_weights(
-    engine: SglangEngine, trainer: Any, versions: Versions, model_path: Path, is_lent: bool
+    engines: SglangEngines, trainer: Any, versions: Versions, model_path: Path, is_lent: bool
 ) -> None:
     old = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     old.load_state_dict(trainer.state_dict())
     sampling = SamplingParams(temperature=1.0, max_new_tokens=600)
     asked = enumerate(prompts(24))
-    futures = [engine.broker.submit(each, replace(sampling, seed=seed), "evolution") for seed, each in asked]
-    next(engine.generate(prompts(1), SamplingParams(temperature=1.0, max_new_tokens=1)))
+    futures = [engines.broker.submit(each, replace(sampling, seed=seed), "evolution") for seed, each in asked]
+    next(engines.generate(prompts(1), SamplingParams(temperature=1.0, max_new_tokens=1)))
     if is_lent:
-        engine.release_memory()
-        futures.append(engine.broker.submit(prompts(1)[0], replace(sampling, max_new_tokens=8), "evolution"))
-    version = versions.push(engine, trainer)
+        engines.release_memory()
+        futures.append(engines.broker.submit(prompts(1)[0], replace(sampling, max_new_tokens=8), "evolution"))
+    version = versions.push(engines, trainer)
     completions = [future.result(WAIT_S) for future in futures]
     if is_lent:
         assert completions[-1].weight_versions == (version,)
@@ -290,18 +290,18 @@ def test_requests_that_run_during_a_refresh_go_on_under_the_new_weights(
 
 
 def test_weights_that_change_on_the_way_are_not_served_until_a_good_refresh(
-    engine: SglangEngine, trainer: Any, versions: Versions
+    engines: SglangEngines, trainer: Any, versions: Versions
 ) -> None:
     def damaged_in_transit() -> Iterator[tuple[str, torch.Tensor]]:
         yield from trainer.state_dict().items()
-        engine._sync._buckets[0].content[5] ^= 1
+        engines._sync._buckets[0].content[5] ^= 1
 
     with pytest.raises(RefreshFailed, match=r"1 weights that differ from the trainer's: model\.embed_tokens\.weight"):
-        engine.refresh(damaged_in_transit(), versions.current + 1)
+        engines.refresh(damaged_in_transit(), versions.current + 1)
     with pytest.raises(RefreshFailed):
-        sample(engine, prompts(1))
-    version = versions.push(engine, trainer)
-    completions = sample(engine, prompts(4))
+        sample(engines, prompts(1))
+    version = versions.push(engines, trainer)
+    completions = sample(engines, prompts(4))
     assert_matches(trainer, completions)
     assert {completion.weight_versions for completion in completions} == {(version,)}
 
@@ -310,7 +310,7 @@ def test_weights_that_change_on_the_way_are_not_served_until_a_good_refresh(
     "name", ["model.layers.1.self_attn.k_norm.weight", "model.layers.0.self_attn.v_proj.weight", "lm_head.weight"]
 )
 def test_weights_that_change_inside_the_engine_are_noticed(
-    engine: SglangEngine, trainer: Any, versions: Versions, name: str
+    engines: SglangEngines, trainer: Any, versions: Versions, name: str
 ) -> None:
     damaged = trainer.state_dict()[name].clone()
     damaged.view(-1)[3] += 1e-3
@@ -318,12 +318,12 @@ def test_weights_that_change_inside_the_engine_are_noticed(
     async def damage(_: str, client: EngineClient) -> None:
         await client.update_weights([plain_payload(name, damaged)], None, False)
 
-    engine._sync.load(engine._sync.stage(trainer.state_dict().items(), verify=True), verify=True)
-    engine.broker.call_every_engine(damage).result(WAIT_S)
+    engines._sync.load(engines._sync.stage(trainer.state_dict().items(), verify=True), verify=True)
+    engines.broker.call_every_engine(damage).result(WAIT_S)
     with pytest.raises(RefreshFailed, match=f"1 weights that differ from the trainer's: {name}"):
-        engine._sync.check(versions.current + 1, verify=True)
-    versions.push(engine, trainer)
-    assert_matches(trainer, sample(engine, prompts(2)))
+        engines._sync.check(versions.current + 1, verify=True)
+    versions.push(engines, trainer)
+    assert_matches(trainer, sample(engines, prompts(2)))
 
 
 def test_the_ranks_of_one_engine_take_their_slices_and_a_small_cache_is_warned_of(
@@ -331,11 +331,11 @@ def test_the_ranks_of_one_engine_take_their_slices_and_a_small_cache_is_warned_o
 ) -> None:
     changed, versions = copy.deepcopy(trainer), Versions()
     config = config_of(model_path, num_engines=1, tensor_parallel=2, max_total_tokens=8192)
-    with start_engines(config, tmp_path, [EOS]) as engine:
+    with start_engines(config, tmp_path, [EOS]) as engines:
         assert "the KV cache of engine 0 holds 8192 tokens, fewer than a prompt and its response may" in caplog.text
         for _ in range(2):  # copies are recorded, then replayed
-            version = versions.push(engine, changed)
-            completions = sample(engine, prompts(4))
+            version = versions.push(engines, changed)
+            completions = sample(engines, prompts(4))
             assert_matches(changed, completions)
             assert {completion.weight_versions for completion in completions} == {(version,)}
 
@@ -357,9 +357,9 @@ class FloatTensor:
 
 
 def test_nobody_without_the_keys_samples_or_changes_weights(
-    engine: SglangEngine, run_dir: Path, agent: tuple["subprocess.Popen[bytes]", AgentAddress]
+    engines: SglangEngines, run_dir: Path, agent: tuple["subprocess.Popen[bytes]", AgentAddress]
 ) -> None:
-    server, remote = engine._supervisor.servers
+    server, remote = engines._supervisor.servers
 
     def status(path: str, key: str | None, url: str = server.base_url) -> int:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -388,8 +388,8 @@ def test_nobody_without_the_keys_samples_or_changes_weights(
     assert listening.count("127.0.0.2") == 1, "only the agent is there for other nodes"
 
 
-def test_the_host_memory_of_every_engine_is_known_whatever_node_it_is_on(engine: SglangEngine) -> None:
-    for server, memory in zip(engine._supervisor.servers, engine.host_memory(), strict=True):
+def test_the_host_memory_of_every_engine_is_known_whatever_node_it_is_on(engines: SglangEngines) -> None:
+    for server, memory in zip(engines._supervisor.servers, engines.host_memory(), strict=True):
         launcher = psutil.Process(server.pid)
         resident = [process.memory_info().rss for process in (launcher, *launcher.children(recursive=True))]
         assert len(resident) > 1
@@ -399,14 +399,14 @@ def test_the_host_memory_of_every_engine_is_known_whatever_node_it_is_on(engine:
 
 
 def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(
-    engine: SglangEngine, trainer: Any, versions: Versions
+    engines: SglangEngines, trainer: Any, versions: Versions
 ) -> None:
-    version = versions.push(engine, trainer)
-    first, second = engine._supervisor.servers
+    version = versions.push(engines, trainer)
+    first, second = engines._supervisor.servers
     family = [psutil.Process(first.pid), psutil.Process(second.pid)]
     family += [child for server in list(family) for child in server.children(recursive=True)]
     sampling = SamplingParams(temperature=1.0, max_new_tokens=100, seed=5)
-    iterator = engine.generate(prompts(48, group_size=2), sampling)
+    iterator = engines.generate(prompts(48, group_size=2), sampling)
     answers = [next(iterator)]
     os.kill(first.pid, signal.SIGKILL)
     (scheduler,) = [
@@ -418,14 +418,14 @@ def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(
     assert {completion.weight_versions for _, completion in answers} == {(version,)}
     assert_matches(trainer, [completion for _, completion in answers])
     assert not psutil.wait_procs(family, timeout=30)[1], "the hung engine was killed"
-    wait_for_engines(engine, 2)
-    assert engine.metrics()["engine/restarts_count"] == 2
+    wait_for_engines(engines, 2)
+    assert engines.metrics()["engine/restarts_count"] == 2
 
 
 def test_engines_that_die_or_hang_in_a_refresh_drop_out_and_join_again_with_its_weights(
-    engine: SglangEngine, trainer: Any, versions: Versions
+    engines: SglangEngines, trainer: Any, versions: Versions
 ) -> None:
-    first, second = engine._supervisor.servers
+    first, second = engines._supervisor.servers
     family = [psutil.Process(first.pid), psutil.Process(second.pid)]
     family += [child for server in list(family) for child in server.children(recursive=True)]
 
@@ -440,45 +440,45 @@ def test_engines_that_die_or_hang_in_a_refresh_drop_out_and_join_again_with_its_
             for parameter in trainer.parameters():
                 parameter.mul_(1.02)
         versions.current += 1
-        engine.refresh(interrupted(), versions.current)
+        engines.refresh(interrupted(), versions.current)
 
     refresh_amid_which(signal.SIGKILL, first.pid)
-    assert engine.broker.num_engines == 1
-    assert_matches(trainer, sample(engine, prompts(4)))
+    assert engines.broker.num_engines == 1
+    assert_matches(trainer, sample(engines, prompts(4)))
 
     # The one that is left hangs: the other comes back, if it has not yet, to weights that no engine has seen.
     refresh_amid_which(signal.SIGSTOP, second.pid)
-    assert_matches(trainer, sample(engine, prompts(4)))
-    wait_for_engines(engine, 2)
-    completions = sample(engine, prompts(40, group_size=2))
+    assert_matches(trainer, sample(engines, prompts(4)))
+    wait_for_engines(engines, 2)
+    completions = sample(engines, prompts(40, group_size=2))
     assert_matches(trainer, completions)
     assert {completion.weight_versions for completion in completions} == {(versions.current,)}
     assert not psutil.wait_procs(family, timeout=30)[1], "the hung engine was killed"
 
 
 def test_losing_every_engine_for_good_is_one_error_with_their_last_words(
-    engine: SglangEngine, trainer: Any, versions: Versions, model_path: Path
+    engines: SglangEngines, trainer: Any, versions: Versions, model_path: Path
 ) -> None:
     """Ends the module's engines: their model is gone, so none can be started again."""
-    versions.push(engine, trainer)
-    family = [psutil.Process(server.pid) for server in engine._supervisor.servers]
+    versions.push(engines, trainer)
+    family = [psutil.Process(server.pid) for server in engines._supervisor.servers]
     family += [child for server in list(family) for child in server.children(recursive=True)]
     (model_path / "config.json").rename(model_path / "config.gone")
-    for server in engine._supervisor.servers:
+    for server in engines._supervisor.servers:
         os.kill(server.pid, signal.SIGKILL)
     lost = r"(?s)all 2 engines are lost, each after rollout\.max_restarts=1.*engine 0: .*engine 1: .*config"
     with pytest.raises(EnginesLost, match=lost):
-        sample(engine, prompts(2))
+        sample(engines, prompts(2))
     with pytest.raises(EnginesLost):
-        engine.refresh(trainer.state_dict().items(), 99)
+        engines.refresh(trainer.state_dict().items(), 99)
 
-    engine.close()
-    engine.close()
+    engines.close()
+    engines.close()
     assert not psutil.wait_procs(family, timeout=30)[1]
 
 
-def wait_for_engines(engine: SglangEngine, count: int) -> None:
+def wait_for_engines(engines: SglangEngines, count: int) -> None:
     deadline = time.monotonic() + WAIT_S
-    while engine.broker.num_engines < count:
-        assert time.monotonic() < deadline, f"{engine.broker.num_engines} engines"
+    while engines.broker.num_engines < count:
+        assert time.monotonic() < deadline, f"{engines.broker.num_engines} engines"
         time.sleep(0.2)

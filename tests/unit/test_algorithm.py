@@ -12,7 +12,7 @@ from megatron_p2o.algorithm import Parts, StepResult, TrainState, asked, num_inf
 from megatron_p2o.interfaces import PromptTooLongError
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 from megatron_p2o.testing.fakes import (
-    FakeEngine,
+    FakeEngines,
     FakeGrader,
     FakeLibrary,
     FakePolicy,
@@ -57,7 +57,7 @@ class Step:
 
     result: StepResult
     policy: FakePolicy
-    engine: FakeEngine
+    engines: FakeEngines
     grader: FakeGrader
     journal: Journal
 
@@ -75,11 +75,11 @@ def run_step(
     """Run one step from a policy that has already moved `step` times."""
     journal = Journal()
     policy, grader = FakePolicy(journal=journal, num_updates=step), FakeGrader()
-    engine = FakeEngine(reply=reply, journal=journal, version=step, num_updates=step)
-    parts = Parts(policy=policy, engine=engine, grader=grader, renderer=FakeRenderer(), evolution=None)
+    engines = FakeEngines(reply=reply, journal=journal, version=step, num_updates=step)
+    parts = Parts(policy=policy, engines=engines, grader=grader, renderer=FakeRenderer(), evolution=None)
     state = TrainState(library=FakeLibrary(assignments=templates or {}), step=step)
     result = p2o_step(problems, state, ledger or HardSampleLedger(), parts, fake_config(settings), iter(following))
-    return Step(result=result, policy=policy, engine=engine, grader=grader, journal=journal)
+    return Step(result=result, policy=policy, engines=engines, grader=grader, journal=journal)
 
 
 TEMPLATED = {PROBLEMS[1].id: [HINT, OTHER, PLAIN, HINT], PROBLEMS[2].id: [HINT] * 4}
@@ -89,7 +89,7 @@ TEMPLATED = {PROBLEMS[1].id: [HINT, OTHER, PLAIN, HINT], PROBLEMS[2].id: [HINT] 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_engine_sees_the_template_and_training_does_not(context: Context, recompute: bool) -> None:
     step = run_step(settings={"objective.context": context, "scoring.recompute": recompute}, templates=TEMPLATED)
-    asked = [chr(prompt.sampling_ids[0]) for prompt in step.engine.prompts]
+    asked = [chr(prompt.sampling_ids[0]) for prompt in step.engines.prompts]
     assert asked == ["q"] * 4 + ["§", "§", "q", "§"] + ["§"] * 4 + ["q"] * 4
     samples = [sample for call in step.policy.updates for sample in call.samples]
     questions = {tuple(encode(problem.question)) for problem in PROBLEMS}
@@ -119,14 +119,14 @@ def test_without_distillation_training_sees_what_the_engine_saw() -> None:
         settings={"objective.context": "sampling", "objective.drop_zero_advantage": False}, templates=TEMPLATED
     )
     contexts = [tuple(sample.context_ids) for call in step.policy.updates for sample in call.samples]
-    assert contexts == [tuple(prompt.sampling_ids) for prompt in step.engine.prompts]
+    assert contexts == [tuple(prompt.sampling_ids) for prompt in step.engines.prompts]
     assert not any(sample.is_templated for call in step.policy.updates for sample in call.samples)
 
 
 def test_rollouts_are_in_the_order_they_were_asked_whatever_finishes_first() -> None:
     step = run_step(templates=TEMPLATED)
     prompts = [rollout.completion.prompt for group in step.result.groups for rollout in group.rollouts]
-    assert all(rolled is asked for rolled, asked in zip(prompts, step.engine.prompts, strict=True))
+    assert all(rolled is asked for rolled, asked in zip(prompts, step.engines.prompts, strict=True))
     assert [group.problem for group in step.result.groups] == PROBLEMS
     assert [prompt.template for prompt in prompts[4:8]] == [HINT, OTHER, PLAIN, HINT]
 
@@ -218,15 +218,15 @@ def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_fa
 
 def test_engines_serve_the_updated_weights_under_the_next_version() -> None:
     step = run_step(step=7)
-    assert step.engine.refreshes == [8] and step.engine.version == 8
-    assert step.engine.num_updates == step.policy.num_updates == 9
+    assert step.engines.refreshes == [8] and step.engines.version == 8
+    assert step.engines.num_updates == step.policy.num_updates == 9
     assert {r.completion.weight_versions for group in step.result.groups for r in group.rollouts} == {(7,)}
     assert len(step.result.reports) == 2
 
 
 def test_rollouts_are_sampled_as_configured() -> None:
     step = run_step(settings={"rollout.temperature": 0.7, "rollout.top_p": 0.9, "rollout.max_new_tokens": 5})
-    (sampling,) = step.engine.samplings
+    (sampling,) = step.engines.samplings
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens) == (0.7, 0.9, 5)
 
 
@@ -281,7 +281,7 @@ def test_a_step_whose_rollouts_are_all_lost_moves_nothing_and_counts() -> None:
     step = run_step(lambda prompt, index: Reply(text="", finish_reason="abort"), templates=TEMPLATED)
     assert step.result.hard == []
     assert [(call.samples, call.num_loss_tokens) for call in step.policy.updates] == [((), 0), ((), 0)]
-    assert step.engine.refreshes == [1] and step.engine.num_updates == 0
+    assert step.engines.refreshes == [1] and step.engines.num_updates == 0
 
 
 def test_problems_their_plain_rollouts_fail_are_hard() -> None:
@@ -322,8 +322,8 @@ def test_a_step_that_fails_has_moved_nothing() -> None:
         raise ConnectionError("engine lost")
 
     policy = FakePolicy(journal=journal)
-    engine = FakeEngine(reply=lost, journal=journal)
-    parts = Parts(policy=policy, engine=engine, grader=FakeGrader(), renderer=FakeRenderer(), evolution=None)
+    engines = FakeEngines(reply=lost, journal=journal)
+    parts = Parts(policy=policy, engines=engines, grader=FakeGrader(), renderer=FakeRenderer(), evolution=None)
     with pytest.raises(ConnectionError):
         p2o_step(PROBLEMS, TrainState(library=FakeLibrary()), HardSampleLedger(), parts, fake_config(), iter(()))
     assert journal == ["generate"]
@@ -363,7 +363,7 @@ def test_dynamic_sampling_asks_further_batches_until_enough_groups_disagree() ->
     assert [group.problem for group in step.result.groups] == [*PROBLEMS, *MORE[0], *MORE[1]]
     assert trained_problems(step) == [questions(1, 6), questions(7, 8)]  # 11 is one too many, 13 was not asked
     assert {problem.id for problem in step.result.hard} == {fake_problem(n).id for n in (0, 2, 3, 4, 5, 9, 10)}
-    assert step.engine.refreshes == [1]
+    assert step.engines.refreshes == [1]
 
 
 @pytest.mark.parametrize(("max_batches", "num_following", "asked"), [(1, 3, 1), (2, 3, 2), (4, 1, 2), (4, 0, 1)])

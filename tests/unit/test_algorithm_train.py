@@ -13,7 +13,7 @@ from megatron_p2o.algorithm import Parts, StepResult, TrainState, train
 from megatron_p2o.interfaces import PromptEvolution, RoundInterrupted, TemplateLibrary
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
 from megatron_p2o.testing.fakes import (
-    FakeEngine,
+    FakeEngines,
     FakeEvolution,
     FakeGrader,
     FakeLibrary,
@@ -79,7 +79,7 @@ class Run:
 
     end: TrainState
     policy: FakePolicy
-    engine: FakeEngine
+    engines: FakeEngines
     recorder: Recorder
     journal: Journal
 
@@ -98,13 +98,13 @@ def run(
     start = start or TrainState(library=FakeLibrary())
     policy = policy or FakePolicy()
     policy.journal = journal
-    engine = FakeEngine(reply=reply_of, journal=journal, version=start.step, num_updates=policy.num_updates)
+    engines = FakeEngines(reply=reply_of, journal=journal, version=start.step, num_updates=policy.num_updates)
     recorder = Recorder(ledger=HardSampleLedger(entries), stop_at_step=stop_at_step)
     parts = Parts(
-        policy=policy, engine=engine, grader=FakeGrader(), renderer=FakeRenderer(), evolution=evolution(journal)
+        policy=policy, engines=engines, grader=FakeGrader(), renderer=FakeRenderer(), evolution=evolution(journal)
     )
     end = train(batches_of, start, recorder.ledger, parts, recorder, fake_config(settings))
-    return Run(end=end, policy=policy, engine=engine, recorder=recorder, journal=journal)
+    return Run(end=end, policy=policy, engines=engines, recorder=recorder, journal=journal)
 
 
 def plain_values(value: object) -> object:
@@ -119,8 +119,8 @@ def plain_values(value: object) -> object:
 def trace(finished: Run) -> object:
     """Return everything policy and engine were asked for."""
     updates = tuple(plain_values(call) for call in finished.policy.updates)
-    asked = tuple(prompt.sampling_ids.tobytes() for prompt in finished.engine.prompts)
-    return finished.journal, updates, asked, finished.engine.refreshes
+    asked = tuple(prompt.sampling_ids.tobytes() for prompt in finished.engines.prompts)
+    return finished.journal, updates, asked, finished.engines.refreshes
 
 
 def evolving(journal: Journal) -> PromptEvolution:
@@ -133,8 +133,8 @@ STEP = ["generate", "release", "score", "update", "update", "weights", "refresh"
 def test_every_epoch_runs_all_batches_and_evolution_runs_between_epochs() -> None:
     finished = run({"schedule.epochs": 3}, evolving)
     assert finished.journal == [*STEP * 3, "evolve", *STEP * 3, "evolve", *STEP * 3]
-    assert finished.engine.refreshes == list(range(1, 10))
-    asked = [prompt.problem.id for prompt in finished.engine.prompts[::4]]
+    assert finished.engines.refreshes == list(range(1, 10))
+    asked = [prompt.problem.id for prompt in finished.engines.prompts[::4]]
     assert asked == [problem.id for epoch in range(3) for batch in batches_of(epoch) for problem in batch]
     places = [(state.epoch, state.batch, state.step) for state in finished.recorder.states]
     assert places == [(epoch, batch, 3 * epoch + batch) for epoch in range(3) for batch in (1, 2, 3)]
@@ -143,7 +143,7 @@ def test_every_epoch_runs_all_batches_and_evolution_runs_between_epochs() -> Non
 
 def test_templates_of_a_round_are_used_from_the_next_epoch_on_its_hard_problems_only() -> None:
     finished = run(evolution=evolving)
-    first, second = finished.engine.prompts[:48], finished.engine.prompts[48:]
+    first, second = finished.engines.prompts[:48], finished.engines.prompts[48:]
     assert not any(prompt.is_templated for prompt in first)
     hard = {problem.id for problem in finished.recorder.epochs[0][1]}
     assert hard >= HARD
@@ -175,8 +175,8 @@ def test_too_few_hard_problems_clear_the_library_without_evolution() -> None:
     finished = run({"hard.min_problems": 13}, evolving, start=start)
     assert "evolve" not in finished.journal
     assert finished.end.library == FakeLibrary(version=5)
-    assert any(prompt.is_templated for prompt in finished.engine.prompts[:48])
-    assert not any(prompt.is_templated for prompt in finished.engine.prompts[48:])
+    assert any(prompt.is_templated for prompt in finished.engines.prompts[:48])
+    assert not any(prompt.is_templated for prompt in finished.engines.prompts[48:])
 
 
 def test_exactly_enough_hard_problems_start_a_round() -> None:
@@ -195,7 +195,7 @@ def test_no_round_follows_the_last_epoch() -> None:
 @pytest.mark.parametrize("step", range(6))
 def test_a_stop_ends_the_run_between_two_steps(step: int) -> None:
     finished = run(evolution=evolving, stop_at_step=step)
-    assert finished.end.step == step == len(finished.engine.refreshes)
+    assert finished.end.step == step == len(finished.engines.refreshes)
     # At the end of an epoch the round has not been run yet: it belongs to the run that goes on from here.
     assert finished.journal.count("evolve") == (1 if step > 3 else 0)
 
@@ -212,7 +212,7 @@ def test_a_resumed_run_takes_exactly_the_remaining_steps(step: int, baseline: st
     state = part.recorder.states[-1]
     rest = run(settings, evolving, start=state, entries=part.recorder.entries, policy=policy)
     assert part.journal + rest.journal == whole.journal
-    assert part.engine.refreshes + rest.engine.refreshes == whole.engine.refreshes
+    assert part.engines.refreshes + rest.engines.refreshes == whole.engines.refreshes
     together = [*part.policy.updates, *rest.policy.updates]
     assert [plain_values(call) for call in together] == [plain_values(call) for call in whole.policy.updates]
     assert part.recorder.entries + rest.recorder.entries == whole.recorder.entries
@@ -222,7 +222,7 @@ def test_a_resumed_run_takes_exactly_the_remaining_steps(step: int, baseline: st
 def test_a_resumed_run_asks_no_batch_again_that_dynamic_sampling_took(tmp_path: Path) -> None:
     settings = {"schedule.max_batches_per_step": 2, "hard.max_solved": 0}
     whole = run(settings)
-    asked = [prompt.problem for prompt in whole.engine.prompts]
+    asked = [prompt.problem for prompt in whole.engines.prompts]
     assert asked[::4] == [problem for epoch in (0, 1) for batch in batches_of(epoch) for problem in batch]
     assert whole.end.step < 6  # batches were joined
     part = run(settings, stop_at_step=1)
@@ -231,7 +231,7 @@ def test_a_resumed_run_asks_no_batch_again_that_dynamic_sampling_took(tmp_path: 
     policy = FakePolicy()
     policy.load(tmp_path)
     rest = run(settings, start=part.recorder.states[-1], entries=part.recorder.entries, policy=policy)
-    assert [prompt.problem for prompt in part.engine.prompts + rest.engine.prompts] == asked
+    assert [prompt.problem for prompt in part.engines.prompts + rest.engines.prompts] == asked
     assert rest.end == whole.end
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_p2o.rollout.engine import own_sampling
+from megatron_p2o.rollout.engines import own_sampling
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 

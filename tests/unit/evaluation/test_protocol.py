@@ -19,7 +19,7 @@ from megatron_p2o.evaluation.outcome import NothingDecided, evaluation_metrics
 from megatron_p2o.evaluation.protocol import Protocol, evaluate, protocol_of
 from megatron_p2o.evaluation.tables import print_comparison, print_results
 from megatron_p2o.metrics.values import numbers_of
-from megatron_p2o.testing.fakes import FakeEngine, FakeGrader, FakeRenderer, Reply, fake_config, fake_problem
+from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_config, fake_problem
 from megatron_p2o.types import Prompt, Template
 
 MODEL = Subject(path="model", weights_sha256="a" * 64, step=None)
@@ -33,12 +33,12 @@ def parts_of(answers: Callable[[Prompt, int], Reply]) -> SamplingParts:
     """Return parts whose engine answers by (prompt, place among the problem's prompts)."""
 
     def reply(prompt: Prompt, index: int) -> Reply:
-        places = engine.places[-1]
+        places = engines.places[-1]
         assert places is not None
         return answers(prompt, places[index])
 
-    engine = FakeEngine(reply=reply)
-    return SamplingParts(engine=engine, grader=FakeGrader(), renderer=FakeRenderer())
+    engines = FakeEngines(reply=reply)
+    return SamplingParts(engines=engines, grader=FakeGrader(), renderer=FakeRenderer())
 
 
 def mixed(prompt: Prompt, place: int) -> Reply:
@@ -74,10 +74,10 @@ def evaluated(config: Config, parts: SamplingParts, output: Path, subject: Subje
 
 
 def asked_of(parts: SamplingParts) -> Counter[tuple[str, int]]:
-    engine = parts.engine
-    assert isinstance(engine, FakeEngine)
-    places = [place for call in engine.places for place in call or ()]
-    return Counter(zip((prompt.problem.id for prompt in engine.prompts), places, strict=True))
+    engines = parts.engines
+    assert isinstance(engines, FakeEngines)
+    places = [place for call in engines.places for place in call or ()]
+    return Counter(zip((prompt.problem.id for prompt in engines.prompts), places, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_problem_that_is_too_long_under_the_template_is_asked_plainly_and_coun
     outcome = evaluate("aime", problems, parts, config, hint)
     assert outcome.num_asked_plainly == 2
     assert outcome.num_samples == 8
-    asked = [(prompt.problem.id, prompt.is_templated) for prompt in parts.engine.prompts]
+    asked = [(prompt.problem.id, prompt.is_templated) for prompt in parts.engines.prompts]
     assert asked == [(problem.id, number < 2) for number, problem in enumerate(problems) for _ in range(2)]
     metrics = numbers_of(evaluation_metrics({"aime": outcome}))
     assert metrics["eval/aime/asked_plainly_count"] == 2

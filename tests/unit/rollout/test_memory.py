@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config.tree import Config, ModelConfig
-from megatron_p2o.rollout.engine import SglangEngine
+from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.servers.server_arguments import does_release_memory
 from megatron_p2o.testing.fakes import fake_config
@@ -38,7 +38,7 @@ class Run:
         self.config = fake_config({**settings, "rollout.startup_timeout_s": WAIT_S, "rollout.num_engines": 2})
         self.journal: list[str] = []
         self.servers = [FakeSglangServer(f"engine {index}", self.journal) for index in range(2)]
-        self.engine = SglangEngine(
+        self.engines = SglangEngines(
             self.config, folder, self.servers, self.restart, stop_token_ids=[2], releases_memory=True
         )
 
@@ -48,7 +48,7 @@ class Run:
         return self.servers[index]
 
     def refresh(self, version: int) -> None:
-        self.engine.refresh(self.gathered(version), version)
+        self.engines.refresh(self.gathered(version), version)
 
     def gathered(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         yield from fused_model_weights(seed)
@@ -57,7 +57,7 @@ class Run:
     def lose(self, index: int) -> None:
         """Let a server die, and the broker notice."""
         self.servers[index].stop()
-        self.engine.broker.lose_engine(f"engine {index}", "its process has ended")
+        self.engines.broker.lose_engine(f"engine {index}", "its process has ended")
 
     def of(self, index: int) -> list[str]:
         """Return what was asked of an engine, and when the weights were gathered."""
@@ -70,7 +70,7 @@ class Run:
             assert torch.equal(server.model.qkv, torch.cat([sent[f"{part}.weight"] for part in "qkv"]))
             assert torch.equal(server.model.norm, sent["norm.weight"])
             assert (server.version, server.released) == (str(version), set())
-        answers = dict(self.engine.generate([PROMPT] * 4, SAMPLING))
+        answers = dict(self.engines.generate([PROMPT] * 4, SAMPLING))
         assert {answer.weight_versions for answer in answers.values()} == {(version,)}
 
 
@@ -78,14 +78,14 @@ class Run:
 def first_load(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Load weights once without a tight limit: torch takes seconds for the first load of a process."""
     warm_up = Run(tmp_path_factory.mktemp("first"), stall_timeout_s=WAIT_S)
-    with closing(warm_up.engine):
+    with closing(warm_up.engines):
         warm_up.refresh(1)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     made = Run(tmp_path, stall_timeout_s=WAIT_S)
-    with closing(made.engine):
+    with closing(made.engines):
         yield made
 
 
@@ -101,9 +101,9 @@ def until(condition: Callable[[], bool], what: str) -> Iterator[None]:
 def test_memory_comes_back_after_everything_is_gathered_and_the_cache_comes_last(run: Run) -> None:
     run.refresh(1)
     run.journal.clear()
-    run.engine.release_memory()
+    run.engines.release_memory()
     assert [server.released for server in run.servers] == [{"weights", "kv_cache"}] * 2
-    waiting = run.engine.broker.submit(PROMPT, SAMPLING, priority="evolution")
+    waiting = run.engines.broker.submit(PROMPT, SAMPLING, priority="evolution")
     run.refresh(2)
     assert waiting.result(WAIT_S).weight_versions == (2,)
     for index in range(2):
@@ -113,7 +113,7 @@ def test_memory_comes_back_after_everything_is_gathered_and_the_cache_comes_last
         ]
     assert run.journal.index("engine 1 version 2") < run.journal.index("engine 0 resume kv_cache")
     run.assert_serves(2)
-    assert run.engine.metrics()["refresh/wake_s"] > 0
+    assert run.engines.metrics()["refresh/wake_s"] > 0
 
 
 def test_a_refresh_of_engines_that_kept_their_memory_asks_for_none(run: Run) -> None:
@@ -124,27 +124,27 @@ def test_a_refresh_of_engines_that_kept_their_memory_asks_for_none(run: Run) -> 
 
 def test_a_request_on_its_way_is_kept_and_no_engine_is_taken_for_dead(tmp_path: Path) -> None:
     run = Run(tmp_path, stall_timeout_s=0.4, request_timeout_s=1.0)
-    with closing(run.engine):
+    with closing(run.engines):
         for server in run.servers:
             server.answers.clear()
         with until(lambda: sum(server.num_waiting for server in run.servers) == 4, "the requests came to the engines"):
-            waiting = [run.engine.broker.submit(PROMPT, SAMPLING, priority="evolution") for _ in range(4)]
-        run.engine.release_memory()
+            waiting = [run.engines.broker.submit(PROMPT, SAMPLING, priority="evolution") for _ in range(4)]
+        run.engines.release_memory()
         time.sleep(1.2)  # more than a request, three times what an engine may take while it should sample
         for server in run.servers:
             server.answers.set()
         run.refresh(1)
         assert {future.result(WAIT_S).weight_versions for future in waiting} == {(1,)}
         assert not [line for line in run.journal if "abort" in line]
-        assert run.engine.metrics()["engine/restarts_count"] == 0
+        assert run.engines.metrics()["engine/restarts_count"] == 0
 
 
 def test_an_engine_that_dies_while_its_memory_is_lent_is_started_when_it_is_back(run: Run) -> None:
     run.refresh(1)
-    run.engine.release_memory()
+    run.engines.release_memory()
     died, other = run.servers
     run.lose(0)
-    with until(lambda: run.engine.broker.num_engines == 2, "the engine is replaced"):
+    with until(lambda: run.engines.broker.num_engines == 2, "the engine is replaced"):
         run.refresh(2)
     assert run.servers[0] is not died and run.servers[1] is other
     assert run.journal.index("engine 1 continue") < run.journal.index("engine 0 start")
@@ -153,10 +153,10 @@ def test_an_engine_that_dies_while_its_memory_is_lent_is_started_when_it_is_back
 
 
 def test_engines_that_all_die_while_their_memory_is_lent_come_back_with_the_new_weights(run: Run) -> None:
-    run.engine.release_memory()
+    run.engines.release_memory()
     run.lose(0)
     run.lose(1)
-    with until(lambda: run.engine.broker.num_engines == 2, "the engines are replaced"):
+    with until(lambda: run.engines.broker.num_engines == 2, "the engines are replaced"):
         run.refresh(1)
     run.assert_serves(1)
 
@@ -165,8 +165,8 @@ def test_memory_is_not_lent_while_a_server_is_starting(run: Run) -> None:
     run.refresh(1)
     with until(lambda: "engine 0 start" in run.journal, "the replacement starts"):
         run.lose(0)
-    run.engine.release_memory()
-    assert run.engine.broker.num_engines == 2
+    run.engines.release_memory()
+    assert run.engines.broker.num_engines == 2
     assert run.servers[0].released == {"weights", "kv_cache"}
     run.refresh(2)
     run.assert_serves(2)
@@ -175,13 +175,13 @@ def test_memory_is_not_lent_while_a_server_is_starting(run: Run) -> None:
 @pytest.mark.parametrize("route", ["resume_memory_occupation", "update_weights_from_tensor", "begin_weight_update"])
 def test_a_refusal_on_the_way_back_is_named_and_nothing_is_served(run: Run, route: str) -> None:
     run.refresh(1)
-    run.engine.release_memory()
+    run.engines.release_memory()
     run.servers[1].refused.add(route)
     with pytest.raises(RefreshFailed, match=rf"refresh to version 2: http.*/{route}: 400"):
         run.refresh(2)
-    assert run.servers[1].version == "1" and run.engine.broker.version == 1
+    assert run.servers[1].version == "1" and run.engines.broker.version == 1
     with pytest.raises(RefreshFailed, match=route):
-        list(run.engine.generate([PROMPT], SAMPLING))
+        list(run.engines.generate([PROMPT], SAMPLING))
     run.servers[1].refused.clear()
     run.refresh(3)
     run.assert_serves(3)
@@ -191,23 +191,23 @@ def test_a_refusal_to_lend_is_named_and_nothing_is_served(run: Run) -> None:
     run.refresh(1)
     run.servers[0].refused.add("release_memory_occupation")
     with pytest.raises(RefreshFailed, match=r"lending the engines' memory: http.*/release_memory_occupation: 400"):
-        run.engine.release_memory()
+        run.engines.release_memory()
     with pytest.raises(RefreshFailed, match="lending"):
-        list(run.engine.generate([PROMPT], SAMPLING))
+        list(run.engines.generate([PROMPT], SAMPLING))
 
 
 def test_an_engine_that_dies_when_its_memory_comes_back_is_replaced(run: Run) -> None:
-    run.engine.release_memory()
+    run.engines.release_memory()
     run.servers[0].fatal.add("resume_memory_occupation")
-    with until(lambda: run.engine.broker.num_engines == 2, "the engine is replaced"):
+    with until(lambda: run.engines.broker.num_engines == 2, "the engine is replaced"):
         run.refresh(1)
     run.assert_serves(1)
 
 
 def test_a_run_that_ends_while_memory_is_lent_starts_no_server(run: Run) -> None:
-    run.engine.release_memory()
+    run.engines.release_memory()
     run.lose(0)
-    run.engine.close()
+    run.engines.close()
     assert "engine 0 start" not in run.journal
 
 
@@ -227,12 +227,12 @@ def test_refused_requests_are_given_up_and_counted(run: Run, caplog: pytest.LogC
     run.refresh(1)
     run.servers[1].refused.add("generate")
     asked = [replace(PROMPT, problem=Problem(id=str(number), question="", answer="")) for number in range(64)]
-    completions = dict(run.engine.generate(asked, SAMPLING))
+    completions = dict(run.engines.generate(asked, SAMPLING))
     reasons = [completions[number].finish_reason for number in range(64)]
     assert set(reasons) == {"length", "abort"}
-    assert run.engine.metrics()["engine/refused_count"] == reasons.count("abort")
+    assert run.engines.metrics()["engine/refused_count"] == reasons.count("abort")
     assert "completions were refused by their engine; the first: engine 1 on problem" in caplog.text
     caplog.clear()
-    list(run.engine.generate(asked, SAMPLING))
-    run.engine.close()
+    list(run.engines.generate(asked, SAMPLING))
+    run.engines.close()
     assert "were refused by their engine" in caplog.text

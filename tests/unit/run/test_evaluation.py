@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o.cli import main
-from megatron_p2o.run.evaluation import Request, request_of
+from megatron_p2o.run.evaluation import EvaluationRequest, evaluation_request
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def requested(
     target: str | Path, *benchmarks: str, settings: Path | None = None, sets: tuple[str, ...] = ()
-) -> Request:
-    return request_of(Path(target), settings, sets, benchmarks, None)
+) -> EvaluationRequest:
+    return evaluation_request(Path(target), settings, sets, benchmarks, None)
 
 
 @pytest.mark.parametrize("name", ["step-000030", "latest", "best"])

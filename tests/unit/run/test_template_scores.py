@@ -8,7 +8,7 @@ import pytest
 from megatron_p2o.algorithm import SamplingParts, graded_rollouts
 from megatron_p2o.evolve.trial import EvaluationFailed
 from megatron_p2o.run.templates import TemplateEvaluator, free_scores
-from megatron_p2o.testing.fakes import FakeEngine, FakeGrader, FakeRenderer, Reply, fake_problem, fake_rollout
+from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_problem, fake_rollout
 from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, SamplingParams, Template
 
 HINT = Template(id=1, text="Go on.", parent=0)
@@ -26,9 +26,9 @@ class BrokenGrader:
 
 
 def sampled(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
-    engine = FakeEngine(reply=lambda prompt, index: Reply(text="?"))
+    engines = FakeEngines(reply=lambda prompt, index: Reply(text="?"))
     completion: Future[Completion] = Future()
-    completion.set_result(dict(engine.generate([prompt], sampling))[0])
+    completion.set_result(dict(engines.generate([prompt], sampling))[0])
     return completion
 
 
@@ -52,7 +52,7 @@ def test_free_scores_are_over_the_answers_that_were_decided() -> None:
 
 
 def test_a_grader_that_cannot_work_ends_the_step() -> None:
-    engine = FakeEngine(reply=lambda prompt, index: Reply(text="yes"))
-    parts = SamplingParts(engine=engine, grader=BrokenGrader(), renderer=FakeRenderer())
+    engines = FakeEngines(reply=lambda prompt, index: Reply(text="yes"))
+    parts = SamplingParts(engines=engines, grader=BrokenGrader(), renderer=FakeRenderer())
     with pytest.raises(RuntimeError, match="no worker starts"):
         list(graded_rollouts([FakeRenderer().render(PROBLEM, HINT)], SAMPLING, parts))

@@ -18,7 +18,7 @@ from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.run.alarms import warn_of_undecided
 from megatron_p2o.run.observer import RunObserver
 from megatron_p2o.testing.fakes import (
-    FakeEngine,
+    FakeEngines,
     FakeGrader,
     FakeLibrary,
     FakePolicy,
@@ -87,7 +87,7 @@ def observed_evaluation(answer: str, run_dir: Path, written: list[Mapping[str, M
         ledger=SimpleNamespace(append=lambda entries: None, ledger=HardSampleLedger(), num_entries=0),
     )
     parts = Parts(
-        engine=FakeEngine(reply=lambda prompt, index: Reply(text=answer)),
+        engines=FakeEngines(reply=lambda prompt, index: Reply(text=answer)),
         grader=FakeGrader(),
         renderer=FakeRenderer(),
         policy=FakePolicy(),

@@ -16,7 +16,7 @@ from megatron_p2o.rollout.refresh.weight_sync import WeightSync
 from megatron_p2o.rollout.servers.client import EngineRefused
 from megatron_p2o.testing.sglang_server import FusedModel
 from megatron_p2o.testing.sglang_server import fused_model_weights as weights
-from megatron_p2o.testing.weight_fleet import InProcessEngine, InProcessFleet, assert_holds
+from megatron_p2o.testing.weight_fleet import InProcessClient, InProcessFleet, assert_holds
 
 NAMES = ("embed.weight", "q.weight", "k.weight", "v.weight", "norm.weight")
 
@@ -26,14 +26,14 @@ def model() -> FusedModel:
     return FusedModel()
 
 
-def sync_of(*clients: InProcessEngine, directory: Path, bucket_bytes: int = 1 << 16) -> WeightSync:
+def sync_of(*clients: InProcessClient, directory: Path, bucket_bytes: int = 1 << 16) -> WeightSync:
     fleet = InProcessFleet(*clients)
     return WeightSync(fleet, directory, tensor_parallel=1, answer_timeout_s=5, bucket_bytes=bucket_bytes)
 
 
 @pytest.mark.parametrize("bucket_bytes", [16, 48, 1 << 16], ids=["each weight alone", "some together", "one bucket"])
 def test_every_engine_holds_the_weights_after_each_refresh(tmp_path: Path, bucket_bytes: int) -> None:
-    clients = [InProcessEngine(FusedModel()), InProcessEngine(FusedModel())]
+    clients = [InProcessClient(FusedModel()), InProcessClient(FusedModel())]
     sync = sync_of(*clients, directory=tmp_path, bucket_bytes=bucket_bytes)
     for version in (1, 2, 3):
         sent = weights(seed=version)
@@ -47,14 +47,14 @@ def test_every_engine_holds_the_weights_after_each_refresh(tmp_path: Path, bucke
 
 
 def test_only_the_first_refresh_runs_the_model_s_own_loading(model: FusedModel, tmp_path: Path) -> None:
-    sync = sync_of(InProcessEngine(model), directory=tmp_path)
+    sync = sync_of(InProcessClient(model), directory=tmp_path)
     for version in (1, 2, 3):
         sync.refresh(weights(version), version, verify=True)
     assert model.num_loads == 1
 
 
 def test_a_parameter_that_moved_is_found_again(model: FusedModel, tmp_path: Path) -> None:
-    sync = sync_of(InProcessEngine(model), directory=tmp_path)
+    sync = sync_of(InProcessClient(model), directory=tmp_path)
     sync.refresh(weights(1), 1, verify=True)
     model.qkv.data = model.qkv.data.clone()
     sync.refresh(weights(2), 2, verify=True)
@@ -65,7 +65,7 @@ def test_a_parameter_that_moved_is_found_again(model: FusedModel, tmp_path: Path
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is page-locked")
 def test_buckets_are_page_locked_on_both_sides_and_arrive_on_the_gpu(tmp_path: Path) -> None:
     model = FusedModel().cuda()
-    sync = sync_of(InProcessEngine(model), directory=tmp_path)
+    sync = sync_of(InProcessClient(model), directory=tmp_path)
     for version in (1, 2, 3):
         sent = [(name, value.cuda()) for name, value in weights(version)]
         sync.refresh(sent, version, verify=True)
@@ -82,7 +82,7 @@ def test_a_model_that_derives_values_from_its_weights_always_loads_itself(tmp_pa
         def post_load_weights(self) -> None: ...
 
     model = Derived()
-    sync = sync_of(InProcessEngine(model), directory=tmp_path)
+    sync = sync_of(InProcessClient(model), directory=tmp_path)
     for version in (1, 2):
         sync.refresh(weights(version), version, verify=True)
     assert model.num_loads == 2
@@ -91,7 +91,7 @@ def test_a_model_that_derives_values_from_its_weights_always_loads_itself(tmp_pa
 @pytest.mark.parametrize("name", NAMES)
 def test_one_flipped_bit_in_the_engine_fails_the_refresh_and_names_the_weight(name: str, tmp_path: Path) -> None:
     model = FusedModel()
-    client = InProcessEngine(model)
+    client = InProcessClient(model)
     sync = sync_of(client, directory=tmp_path)
     sync.refresh(weights(1), 1, verify=True)
     sync.load(sync.stage(weights(2), verify=True), verify=True)
@@ -104,7 +104,7 @@ def test_one_flipped_bit_in_the_engine_fails_the_refresh_and_names_the_weight(na
 
 
 def test_damage_on_the_way_to_the_engine_is_detected(model: FusedModel, tmp_path: Path) -> None:
-    class DamagingClient(InProcessEngine):
+    class DamagingClient(InProcessClient):
         def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
             for buffer in sync._buckets:
                 flip_lowest_bit(buffer._memory.content)
@@ -118,7 +118,7 @@ def test_damage_on_the_way_to_the_engine_is_detected(model: FusedModel, tmp_path
 
 
 def test_a_refresh_after_a_failed_one_repairs_the_engine(model: FusedModel, tmp_path: Path) -> None:
-    client = InProcessEngine(model)
+    client = InProcessClient(model)
     sync = sync_of(client, directory=tmp_path)
     sync.load(sync.stage(weights(1), verify=True), verify=True)
     flip_lowest_bit(model.norm.data)
@@ -131,23 +131,23 @@ def test_a_refresh_after_a_failed_one_repairs_the_engine(model: FusedModel, tmp_
 
 def test_a_weight_that_was_left_out_fails_the_refresh(model: FusedModel, tmp_path: Path) -> None:
     with pytest.raises(RefreshFailed, match="2 parameters that no traceable copy filled: qkv, norm;"):
-        sync_of(InProcessEngine(model), directory=tmp_path).refresh(weights()[:3], 1, verify=True)
+        sync_of(InProcessClient(model), directory=tmp_path).refresh(weights()[:3], 1, verify=True)
 
 
 def test_a_weight_the_model_does_not_know_fails_the_refresh(model: FusedModel, tmp_path: Path) -> None:
     sent = [*weights(), ("lm_head.bias", torch.ones(4))]
     with pytest.raises(RefreshFailed, match=r"no use for 1 weights it was sent: lm_head\.bias"):
-        sync_of(InProcessEngine(model), directory=tmp_path).refresh(sent, 1, verify=True)
+        sync_of(InProcessClient(model), directory=tmp_path).refresh(sent, 1, verify=True)
 
 
 def test_a_tied_weight_sent_twice_is_no_error(model: FusedModel, tmp_path: Path) -> None:
     sent = [*weights(), ("lm_head.weight", weights()[0][1])]
-    sync_of(InProcessEngine(model), directory=tmp_path).refresh(sent, 1, verify=True)
+    sync_of(InProcessClient(model), directory=tmp_path).refresh(sent, 1, verify=True)
     assert_holds(model, weights())
 
 
 def test_without_verification_nothing_is_compared(model: FusedModel, tmp_path: Path) -> None:
-    client = InProcessEngine(model)
+    client = InProcessClient(model)
     sync = sync_of(client, directory=tmp_path)
     sync.load(sync.stage(weights(), verify=False), verify=False)
     flip_lowest_bit(model.norm.data)
@@ -158,11 +158,11 @@ def test_without_verification_nothing_is_compared(model: FusedModel, tmp_path: P
 
 def test_a_policy_without_weights_is_an_error(model: FusedModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no weights"):
-        sync_of(InProcessEngine(model), directory=tmp_path).refresh(iter(()), 1, verify=True)
+        sync_of(InProcessClient(model), directory=tmp_path).refresh(iter(()), 1, verify=True)
 
 
 def test_a_refused_refresh_still_consumes_the_weights(model: FusedModel, tmp_path: Path) -> None:
-    class RefusingClient(InProcessEngine):
+    class RefusingClient(InProcessClient):
         def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
             raise EngineRefused("no")
 
@@ -183,18 +183,18 @@ def test_weights_are_taken_from_the_iterator_before_the_next_is_asked_for(model:
             view = memory[: value.numel()].view(value.shape) if value.dtype == torch.float32 else value
             yield name, view.copy_(value) if view is not value else value
 
-    sync_of(InProcessEngine(model), directory=tmp_path).refresh(reused(), 1, verify=True)
+    sync_of(InProcessClient(model), directory=tmp_path).refresh(reused(), 1, verify=True)
     assert_holds(model, weights(4))
 
 
 def test_non_contiguous_weights_arrive_in_order(model: FusedModel, tmp_path: Path) -> None:
     sent = [(name, value.t().contiguous().t() if value.dim() == 2 else value) for name, value in weights(5)]
-    sync_of(InProcessEngine(model), directory=tmp_path).refresh(sent, 1, verify=True)
+    sync_of(InProcessClient(model), directory=tmp_path).refresh(sent, 1, verify=True)
     assert_holds(model, weights(5))
 
 
 def test_the_loader_gives_up_memory_that_the_trainer_no_longer_uses(model: FusedModel, tmp_path: Path) -> None:
-    client = InProcessEngine(model)
+    client = InProcessClient(model)
     for version in (1, 2):
         # Each has buckets of its own, as a trainer has that sends larger ones than before.
         sync_of(client, directory=tmp_path, bucket_bytes=48).refresh(weights(version), version, verify=True)

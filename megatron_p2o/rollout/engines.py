@@ -46,8 +46,8 @@ class RolloutStalled(RuntimeError):
     """Requests are waiting but none has finished for longer than one may take."""
 
 
-class SglangEngine:
-    """The serving copies of the policy: a `RolloutEngine`. Made by `start_engines`; close it or use it in `with`.
+class SglangEngines:
+    """The serving copies of the policy: a `RolloutEngines`. Made by `start_engines`; close it or use it in `with`.
 
     An engine that dies or hangs is replaced by one that serves the same weights under the same version; its requests
     are sent again, to the other engines at once.
@@ -111,7 +111,7 @@ class SglangEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (index into `prompts`, completion) as completions finish, each index once; see `RolloutEngine`.
+        """Yield (index into `prompts`, completion) as completions finish, each index once; see `RolloutEngines`.
 
         Closing the iterator early aborts what is still running.
 
@@ -249,7 +249,7 @@ def start_engines(
     outlet: WeightOutlet | None = None,
     *,
     releases_memory: bool | None = None,
-) -> SglangEngine:
+) -> SglangEngines:
     """Start `rollout.num_engines` servers of `model.path` at version 0 and wait for all of them.
 
     Logs go to `run_dir`/engines.
@@ -282,7 +282,7 @@ def start_engines(
         for server in servers:
             server.wait_until_ready(config.rollout.startup_timeout_s)
         lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
-        return SglangEngine(
+        return SglangEngines(
             config, run_dir, servers, start, stop_token_ids=stop_token_ids, releases_memory=lends, outlet=outlet
         )
     except BaseException:
