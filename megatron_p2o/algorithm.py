@@ -4,7 +4,7 @@ A problem the policy fails is asked through evolved templates; what it then gets
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -22,7 +22,7 @@ from megatron_p2o.interfaces import (
 )
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
-from megatron_p2o.rl.objective import cap_sums, compares_with_sampling, mismatch_sums, with_trainer_logprobs
+from megatron_p2o.rl.objective import compares_with_sampling, with_caps, with_mismatch, with_trainer_logprobs
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import (
     PLAIN,
@@ -231,25 +231,29 @@ def update(groups: Sequence[Group], policy: Policy, config: Config) -> list[Upda
     # The first update's own forward pass gives its old log-probs; later ones need theirs before the policy moves.
     old_logprobs = [None, *(old_logprobs_of(samples, policy, config) for samples in live[1:])]
     reports = [
-        with_sums(
-            policy.update(samples, old, sum(len(sample.response_ids) for sample in minibatch)),
-            cap_sums(samples, config.scoring.importance_cap),
-        )
+        updated(policy, samples, old, minibatch, config)
         for samples, old, minibatch in zip(live, old_logprobs, minibatches, strict=True)
     ]
     return reports if any(live) else [with_probe(reports[0], minibatches[0], policy), *reports[1:]]
 
 
+def updated(
+    policy: Policy,
+    samples: Sequence[TrainSample],
+    old_logprobs: Sequence[Logprobs] | None,
+    minibatch: Sequence[TrainSample],
+    config: Config,
+) -> UpdateReport:
+    """Take the optimizer step on `samples`, the part of `minibatch` that carries gradient."""
+    report = policy.update(samples, old_logprobs, sum(len(sample.response_ids) for sample in minibatch))
+    return replace(report, tokens=with_caps(report.tokens, samples, config.scoring.importance_cap))
+
+
 def with_probe(report: UpdateReport, samples: Sequence[TrainSample], policy: Policy) -> UpdateReport:
     """Return `report`, of a step that trained on nothing, with engine and trainer compared on a few plain samples."""
     probe = [sample for sample in samples if not sample.is_templated][:NUM_PROBED]
-    sums = mismatch_sums(policy.score(probe), [sample.sampling_logprobs for sample in probe]) if probe else {}
-    return with_sums(report, sums)
-
-
-def with_sums(report: UpdateReport, sums: Mapping[str, float]) -> UpdateReport:
-    """Return `report` with further sums over tokens."""
-    return replace(report, sums={**report.sums, **sums})
+    engine = [sample.sampling_logprobs for sample in probe]
+    return replace(report, tokens=with_mismatch(report.tokens, policy.score(probe) if probe else [], engine))
 
 
 def carrying_gradient(samples: Sequence[TrainSample], config: Config) -> list[TrainSample]:

@@ -9,8 +9,8 @@ Dimension letters: P problems, G rollouts per group, L tokens of one sample, R t
 T packed tokens, V vocabulary (Vp: this rank's share), D hidden size.
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,6 +203,57 @@ class PackedBatch:
     """float32 where `sampling_logprobs_T` are the trainer's own, else None."""
 
 
+Number = TypeVar("Number", float, "Tensor")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenStats(Generic[Number]):
+    """Sums over the tokens of an update, and maxima (`..._max`). They add up over micro-batches and ranks; means are
+    taken at the end. Float64 scalars while a pass computes them, numbers in a report.
+
+    `mismatch_*` compare the log-probs of engine and trainer under one prompt.
+    """
+
+    loss_tokens: Number
+    """Response tokens."""
+    carrying_tokens: Number
+    """Of those, the ones with an advantage and a weight."""
+    live_tokens: Number
+    """Of those, the ones that went through the LM head."""
+    kept_tokens: Number
+    """Of those, the ones that keep a weight after the context ratio."""
+    templated_tokens: Number
+    """The part of `carrying_tokens` in templated rollouts."""
+    templated_kept_tokens: Number
+    """The part of `kept_tokens` in templated rollouts."""
+    clipped_tokens: Number
+    """The part of `kept_tokens` whose gradient the clip took away."""
+    ratio_sum: Number
+    """Policy ratios of `live_tokens`."""
+    entropy_sum: Number
+    """Entropies of `live_tokens`, nats."""
+    mismatch_tokens: Number
+    """Tokens compared: those of plain rollouts with an advantage; under `scoring.recompute` all with one."""
+    mismatch_abs_sum: Number
+    """Absolute differences of the log-probs, nats."""
+    mismatch_abs_max: Number
+    """The largest of them."""
+    mismatch_ratio_sum: Number
+    """Probability ratios r = trainer / engine."""
+    mismatch_kl_sum: Number
+    """r - 1 - log r, which estimates KL(engine || trainer) in nats: unbiased, since the engine sampled the tokens, and
+    never negative (John Schulman's k3, http://joschu.net/blog/kl-approx.html)."""
+    weighted_tokens: Number
+    """Tokens with an advantage and a truncated importance weight (`scoring.importance_cap`)."""
+    capped_tokens: Number
+    """Of those, the ones whose weight was truncated."""
+
+
+def no_tokens() -> TokenStats[float]:
+    """Return the numbers of an update that saw no token: 0 each."""
+    return TokenStats(**{field.name: 0.0 for field in fields(TokenStats)})
+
+
 UpdateOutcome = Literal["applied", "empty", "non_finite"]
 """What became of an optimizer step: the weights moved; no sample carried a gradient; the gradient was not finite. In
 the last two cases the weights stand still and the learning-rate schedule advances."""
@@ -216,7 +267,6 @@ class UpdateReport:
     grad_norm: float
     learning_rate: float
     outcome: UpdateOutcome
-    sums: dict[str, float] = field(default_factory=dict[str, float])
-    """Token sums named by `megatron_p2o.rl.objective.TokenStats`; divide by `loss_tokens` for means."""
+    tokens: TokenStats[float] = field(default_factory=no_tokens)
     flops_per_rank: float = 0.0
     """Matrix-product operations of forward and backward pass on the samples, recomputation left out, over the ranks."""

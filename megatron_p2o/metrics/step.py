@@ -19,13 +19,14 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     mismatch/*_mean                     tokens of plain rollouts with an advantage: engine and trainer, same prompt
     mismatch/importance_capped_share    tokens with an importance weight: it was truncated at scoring.importance_cap
 
-`mismatch/kl_mean` estimates KL(engine || trainer) in nats per token; see `rl.objective.TokenStats`.
+`mismatch/kl_mean` estimates KL(engine || trainer) in nats per token; see `types.TokenStats`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
+from megatron_p2o.rl.objective import total_stats
 from megatron_p2o.types import Group, Problem, Rollout, UpdateReport
 
 
@@ -84,25 +85,27 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
     """Return what the optimizer steps did; one that moved no weight is counted and in no mean of loss or gradient."""
     applied = [report for report in reports if report.outcome == "applied"]
     outcomes = [report.outcome for report in reports]
+    tokens = [report.tokens for report in reports]
+    total = total_stats(tokens)
     metrics: dict[str, MetricValue] = {
         "train/loss": Mean.of(report.loss for report in applied),
         "train/grad_norm": Mean.of(report.grad_norm for report in applied),
         "train/empty_updates_count": Sum(outcomes.count("empty")),
         "train/non_finite_updates_count": Sum(outcomes.count("non_finite")),
-        "train/ratio_mask_kept_share": _token_mean(reports, "templated_kept_tokens", "templated_tokens"),
-        "train/clipped_share": _token_mean(reports, "clipped_tokens", "kept_tokens"),
-        "train/ratio_mean": _token_mean(reports, "ratio_sum", "live_tokens"),
-        "mismatch/logprob_abs_mean": _token_mean(reports, "mismatch_abs_sum", "mismatch_tokens"),
-        "mismatch/ratio_mean": _token_mean(reports, "mismatch_ratio_sum", "mismatch_tokens"),
-        "mismatch/kl_mean": _token_mean(reports, "mismatch_kl_sum", "mismatch_tokens"),
-        "mismatch/importance_capped_share": _token_mean(reports, "capped_tokens", "weighted_tokens"),
+        "train/ratio_mask_kept_share": Mean(total.templated_kept_tokens, total.templated_tokens),
+        "train/clipped_share": Mean(total.clipped_tokens, total.kept_tokens),
+        "train/ratio_mean": Mean(total.ratio_sum, total.live_tokens),
+        "mismatch/logprob_abs_mean": Mean(total.mismatch_abs_sum, total.mismatch_tokens),
+        "mismatch/ratio_mean": Mean(total.mismatch_ratio_sum, total.mismatch_tokens),
+        "mismatch/kl_mean": Mean(total.mismatch_kl_sum, total.mismatch_tokens),
+        "mismatch/importance_capped_share": Mean(total.capped_tokens, total.weighted_tokens),
     }
     if reports:
         metrics["train/learning_rate"] = Last(reports[-1].learning_rate)
     # No policy is that certain: a sum of exactly zero says that the entropy was not computed.
-    if any(report.sums.get("entropy_sum") for report in reports):
-        metrics["train/entropy_mean"] = _token_mean(reports, "entropy_sum", "live_tokens")
-    compared = [report.sums["mismatch_abs_max"] for report in reports if report.sums.get("mismatch_tokens")]
+    if total.entropy_sum:
+        metrics["train/entropy_mean"] = Mean(total.entropy_sum, total.live_tokens)
+    compared = [each.mismatch_abs_max for each in tokens if each.mismatch_tokens]
     if compared:
         metrics["mismatch/logprob_abs_max"] = Max.of(compared)
     return metrics
@@ -115,7 +118,7 @@ def speed_metrics(
     arithmetic of training in TFLOP/s per rank, to be held against the device's."""
     metrics = phase_metrics(seconds)
     sampled = sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts)
-    trained = sum(report.sums.get("loss_tokens", 0.0) for report in reports)
+    trained = sum(report.tokens.loss_tokens for report in reports)
     if seconds.get("rollout"):
         metrics["perf/rollout_tokens_per_s"] = Mean(sampled, seconds["rollout"])
     if seconds.get("train"):
@@ -172,10 +175,3 @@ def library_metrics(library_version: int, num_templates: int, evolution: Mapping
 
 def _mean_reward(rollouts: Iterable[Rollout]) -> Mean:
     return Mean.of(rollout.reward for rollout in rollouts if rollout.is_decided)
-
-
-def _token_mean(reports: Sequence[UpdateReport], numerator: str, denominator: str) -> Mean:
-    return Mean(
-        sum(report.sums.get(numerator, 0.0) for report in reports),
-        sum(report.sums.get(denominator, 0.0) for report in reports),
-    )

@@ -14,7 +14,7 @@ is `p2o_kernels/policy_loss/reference.py`. Here is what it is told, and what is 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import Literal, assert_never
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config.tree import ObjectiveConfig
-from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
+from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
 from p2o_kernels import LossRule, PolicyLoss
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
@@ -30,58 +30,49 @@ Context = Literal["sampling", "replace", "importance", "ratio_mask"]
 MAX_LOG_RATIO = 20.0
 """The ratio of trainer to engine is exp of the log-prob difference clamped to +-20."""
 
-SUM_NAMES = (
-    "loss_tokens",
-    "carrying_tokens",
-    "live_tokens",
-    "kept_tokens",
-    "templated_tokens",
-    "templated_kept_tokens",
-    "clipped_tokens",
-    "ratio_sum",
-    "entropy_sum",
-    "mismatch_tokens",
-    "mismatch_abs_sum",
-    "mismatch_ratio_sum",
-    "mismatch_kl_sum",
-)
-MAX_NAMES = ("mismatch_abs_max",)
+_STATS = tuple(field.name for field in fields(TokenStats))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenStats:
-    """Sums and maxima over tokens; add across micro-batches and ranks, never average averages."""
+def zero_stats(device: torch.device | str = "cpu") -> TokenStats[Tensor]:
+    """Return the neutral element of `merged_stats`."""
+    return TokenStats(**{name: torch.zeros((), dtype=torch.float64, device=device) for name in _STATS})
 
-    sums: Tensor
-    """[len(SUM_NAMES)] float64, in that order: response tokens; of those the ones with an advantage and a weight; of
-    those the ones that went through the LM head, and the ones the context ratio kept. `mismatch_*` compare engine and
-    trainer under one prompt: plain tokens, or all of them under `scoring.recompute`; `mismatch_kl_sum` estimates
-    KL(engine || trainer) in nats by r - 1 - log r with r = trainer / engine: unbiased, since the engine sampled the
-    tokens, and never negative (John Schulman's k3, http://joschu.net/blog/kl-approx.html)."""
-    maxima: Tensor
-    """[len(MAX_NAMES)] float64."""
 
-    def merge(self, other: "TokenStats") -> "TokenStats":
-        return TokenStats(sums=self.sums + other.sums, maxima=torch.maximum(self.maxima, other.maxima))
+def merged_stats(one: TokenStats[Tensor], other: TokenStats[Tensor]) -> TokenStats[Tensor]:
+    """Return the statistics of the tokens of both."""
 
-    def as_dict(self) -> dict[str, float]:
-        """Return every sum and maximum by name."""
-        # One copy, where both lie on a GPU.
-        values = [float(value) for value in torch.cat([self.sums, self.maxima]).cpu()]
-        return dict(zip(SUM_NAMES + MAX_NAMES, values, strict=True))
+    def merged(name: str) -> Tensor:
+        values: tuple[Tensor, Tensor] = getattr(one, name), getattr(other, name)
+        return torch.maximum(*values) if name.endswith("_max") else values[0] + values[1]
 
-    def dead_share(self, otherwise: float) -> float:
-        """Return the share of the tokens with an advantage that the context ratio dropped; `otherwise` without any."""
-        values = self.as_dict()
-        return 1 - values["kept_tokens"] / values["carrying_tokens"] if values["carrying_tokens"] else otherwise
+    return TokenStats(**{name: merged(name) for name in _STATS})
 
-    @staticmethod
-    def zero(device: torch.device | str = "cpu") -> "TokenStats":
-        """Return the neutral element of `merge`."""
-        return TokenStats(
-            sums=torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=device),
-            maxima=torch.zeros(len(MAX_NAMES), dtype=torch.float64, device=device),
-        )
+
+def stats_on_cpu(stats: TokenStats[Tensor]) -> TokenStats[Tensor]:
+    """Return the statistics in host memory, by one copy."""
+    values: list[Tensor] = [getattr(stats, name) for name in _STATS]
+    return TokenStats(**dict(zip(_STATS, torch.stack(values).cpu().unbind(), strict=True)))
+
+
+def stats_as_numbers(stats: TokenStats[Tensor]) -> TokenStats[float]:
+    """Return the statistics as numbers, by one copy."""
+    on_cpu = stats_on_cpu(stats)
+    return TokenStats(**{name: float(getattr(on_cpu, name)) for name in _STATS})
+
+
+def total_stats(updates: Sequence[TokenStats[float]]) -> TokenStats[float]:
+    """Return the statistics of the tokens of several updates."""
+
+    def total(name: str) -> float:
+        values: list[float] = [getattr(update, name) for update in updates]
+        return max(values, default=0.0) if name.endswith("_max") else sum(values)
+
+    return TokenStats(**{name: total(name) for name in _STATS})
+
+
+def dead_share(stats: TokenStats[float], otherwise: float) -> float:
+    """Return the share of the tokens with an advantage that the context ratio dropped; `otherwise` without any."""
+    return 1 - stats.kept_tokens / stats.carrying_tokens if stats.carrying_tokens else otherwise
 
 
 def takes_gradient_on_bare_prompt(context: Context) -> bool:
@@ -119,7 +110,7 @@ def loss_rule(objective: ObjectiveConfig) -> LossRule:
     )
 
 
-def token_stats(batch: PackedBatch, outcome: PolicyLoss) -> TokenStats:
+def token_stats(batch: PackedBatch, outcome: PolicyLoss) -> TokenStats[Tensor]:
     """Return what happened to the tokens of `batch`; only those that may carry gradient are looked at.
 
     A token without advantage or weight is in the denominator `all` and nowhere else, so that it does not matter whether
@@ -133,27 +124,28 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss) -> TokenStats:
     difference_T = torch.where(is_compared_T, trainer_T - engine_T, torch.zeros_like(trainer_T))
     zero_T = torch.zeros_like(outcome.ratio_T)
     bounded_T = difference_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    sums = [
-        batch.loss_mask_T,
-        carries_T,
-        live_T,
-        is_kept_T,
-        is_templated_T,
-        is_templated_T & is_kept_T,
-        outcome.is_clipped_T & is_kept_T,
-        torch.where(live_T, outcome.ratio_T, zero_T),
-        outcome.entropy_T,
-        is_compared_T,
-        difference_T.abs(),
-        torch.where(is_compared_T, bounded_T.exp(), zero_T),
+    return replace(
+        zero_stats(outcome.loss.device),
+        loss_tokens=_sum(batch.loss_mask_T),
+        carrying_tokens=_sum(carries_T),
+        live_tokens=_sum(live_T),
+        kept_tokens=_sum(is_kept_T),
+        templated_tokens=_sum(is_templated_T),
+        templated_kept_tokens=_sum(is_templated_T & is_kept_T),
+        clipped_tokens=_sum(outcome.is_clipped_T & is_kept_T),
+        ratio_sum=_sum(torch.where(live_T, outcome.ratio_T, zero_T)),
+        entropy_sum=_sum(outcome.entropy_T),
+        mismatch_tokens=_sum(is_compared_T),
+        mismatch_abs_sum=_sum(difference_T.abs()),
+        mismatch_abs_max=difference_T.abs().max().detach().double(),
+        mismatch_ratio_sum=_sum(torch.where(is_compared_T, bounded_T.exp(), zero_T)),
         # A small difference would leave nothing of its square in float32.
-        bounded_T.double().expm1() - difference_T.double(),
-    ]
-    maxima = [difference_T.abs().max()]
-    return TokenStats(
-        sums=torch.stack([values.detach().double().sum() for values in sums]),
-        maxima=torch.stack([value.detach().double() for value in maxima]),
+        mismatch_kl_sum=_sum(bounded_T.double().expm1() - difference_T.double()),
     )
+
+
+def _sum(values_T: Tensor) -> Tensor:
+    return values_T.detach().double().sum()
 
 
 def _on_one_prompt(batch: PackedBatch, outcome: PolicyLoss, carries_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,32 +171,37 @@ def with_trainer_logprobs(sample: TrainSample, trainer_R: Logprobs, importance_c
     return replace(sample, sampling_logprobs=trainer_R, engine_logprobs=engine_R, loss_weights=weights_R)
 
 
-def mismatch_sums(trainer: Sequence[Logprobs], engine: Sequence[Logprobs]) -> dict[str, float]:
-    """Return the `mismatch_*` entries of `TokenStats.as_dict` for log-probs under one prompt, [R] each."""
+def with_mismatch(
+    stats: TokenStats[float], trainer: Sequence[Logprobs], engine: Sequence[Logprobs]
+) -> TokenStats[float]:
+    """Return `stats` with the `mismatch_*` of log-probs under one prompt, [R] each; as they are without any."""
+    if not trainer:
+        return stats
     difference = np.concatenate(trainer).astype(np.float64) - np.concatenate(engine)
     bounded = np.clip(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return {
-        "mismatch_tokens": float(len(difference)),
-        "mismatch_abs_sum": float(np.abs(difference).sum()),
-        "mismatch_ratio_sum": float(np.exp(bounded).sum()),
-        "mismatch_kl_sum": float((np.expm1(bounded) - difference).sum()),
-        "mismatch_abs_max": float(np.abs(difference).max()),
-    }
+    return replace(
+        stats,
+        mismatch_tokens=float(len(difference)),
+        mismatch_abs_sum=float(np.abs(difference).sum()),
+        mismatch_abs_max=float(np.abs(difference).max()),
+        mismatch_ratio_sum=float(np.exp(bounded).sum()),
+        mismatch_kl_sum=float((np.expm1(bounded) - difference).sum()),
+    )
 
 
-def cap_sums(samples: Sequence[TrainSample], importance_cap: float | None) -> dict[str, float]:
-    """Return how many tokens with an advantage have an importance weight, and of how many it was truncated.
-
-    By `with_trainer_logprobs`, with the same cap; empty without one.
-    """
+def with_caps(
+    stats: TokenStats[float], samples: Sequence[TrainSample], importance_cap: float | None
+) -> TokenStats[float]:
+    """Return `stats` with the weighted and capped tokens of `samples` (`with_trainer_logprobs`, with the same cap)."""
     if importance_cap is None:
-        return {}
+        return stats
     log_ratios = [
         sample.sampling_logprobs - sample.engine_logprobs
         for sample in samples
         if sample.advantage != 0 and sample.engine_logprobs is not None
     ]
-    return {
-        "weighted_tokens": float(sum(len(row) for row in log_ratios)),
-        "capped_tokens": float(sum(int((row > np.log(importance_cap)).sum()) for row in log_ratios)),
-    }
+    return replace(
+        stats,
+        weighted_tokens=float(sum(len(row) for row in log_ratios)),
+        capped_tokens=float(sum(int((row > np.log(importance_cap)).sum()) for row in log_ratios)),
+    )

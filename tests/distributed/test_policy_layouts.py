@@ -82,7 +82,7 @@ def test_scores_losses_and_updated_weights_equal_transformers_under_every_layout
         assert report.outcome == "applied"
         assert report.loss == pytest.approx(loss, abs=1e-6)
         assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
-        assert report.sums["loss_tokens"] == sum(LENGTHS)
+        assert report.tokens.loss_tokens == sum(LENGTHS)
     weights = oracle.weights()
     assert set(result["weights"]) == set(weights)
     for name, tensor in weights.items():
@@ -109,7 +109,7 @@ def test_the_denominator_counts_tokens_of_all_ranks(tmp_path: Path, denominator:
     before = oracle.score(samples)
     expected = [oracle.update(samples, None, 100), oracle.update(samples, before, 100)]
     reports = run_gloo_ranks(train, 2, config)[0]["reports"]
-    assert 0 < reports[0].sums["kept_tokens"] < sum(LENGTHS)
+    assert 0 < reports[0].tokens.kept_tokens < sum(LENGTHS)
     for report, (loss, grad_norm) in zip(reports, expected, strict=True):
         assert report.loss == pytest.approx(loss, abs=1e-6)
         assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
@@ -138,7 +138,7 @@ def test_a_data_rank_without_samples_takes_part_and_counts_for_nothing(tmp_path:
         loss, grad_norm = oracle.update(samples, None, 6)
         assert report.loss == pytest.approx(loss, abs=1e-6)
         assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
-        assert report.sums["loss_tokens"] == 6
+        assert report.tokens.loss_tokens == 6
         np.testing.assert_allclose(scores[0], oracle.score(samples)[0], atol=1e-5)
 
 

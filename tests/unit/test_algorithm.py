@@ -212,8 +212,8 @@ def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_fa
         assert np.array_equal(sample.response_ids, completion.token_ids)
     for call, report in zip(step.policy.updates, step.result.reports, strict=True):
         rows = [np.exp(sample.sampling_logprobs + 9.0) for sample in call.samples if sample.advantage != 0]
-        assert report.sums["weighted_tokens"] == sum(map(len, rows)) > 0
-        assert report.sums["capped_tokens"] == sum(int((row > 2.0).sum()) for row in rows)
+        assert report.tokens.weighted_tokens == sum(map(len, rows)) > 0
+        assert report.tokens.capped_tokens == sum(int((row > 2.0).sum()) for row in rows)
 
 
 def test_engines_serve_the_updated_weights_under_the_next_version() -> None:
@@ -272,9 +272,9 @@ def test_a_step_that_trains_on_nothing_still_compares_engine_and_trainer() -> No
 
     step = run_step(off_by_a_quarter, step=5)
     assert [call.samples for call in step.policy.updates] == [(), ()]
-    sums = step.result.reports[0].sums
-    assert sums["mismatch_abs_sum"] == pytest.approx(0.25 * sums["mismatch_tokens"], rel=1e-5)
-    assert sums["mismatch_abs_max"] == pytest.approx(0.25, rel=1e-5)
+    tokens = step.result.reports[0].tokens
+    assert tokens.mismatch_abs_sum == pytest.approx(0.25 * tokens.mismatch_tokens, rel=1e-5)
+    assert tokens.mismatch_abs_max == pytest.approx(0.25, rel=1e-5)
 
 
 def test_a_step_whose_rollouts_are_all_lost_moves_nothing_and_counts() -> None:

@@ -86,7 +86,14 @@ def linear_policy_loss(
     """
     path = path_for(hidden_TD) if path is None else path
     shard = make_shard(hidden_TD, weight_VpD, targets_T, temperature, tp_group, vocab_start, vocab_size)
-    _check_tokens(targets_T, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
+    _check_tokens(
+        targets_T,
+        advantages_T=advantages_T,
+        weights_T=weights_T,
+        old_logprobs_T=old_logprobs_T,
+        sampling_logprobs_T=sampling_logprobs_T,
+        is_templated_T=is_templated_T,
+    )
     _check_main_grad(weight_main_grad_VpD, weight_VpD, shard)
     tokens = token_inputs(rule, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
     tokens, live = _live_rows(path, tokens)
@@ -156,10 +163,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
             outputs.put(rows, chunk, losses)
             gradients.add(rows, hidden_CD, targets_C, chunk, losses.logprob_grad_N * call.loss_scale)
         ctx.gradients = gradients
-        loss = outputs.losses_T.sum() * call.loss_scale
-        values = outputs.per_token()
-        ctx.mark_non_differentiable(*values)
-        return loss, *values
+        result = outputs.result(call.loss_scale)
+        ctx.mark_non_differentiable(*(values_T for values_T in result if values_T is not result.loss))
+        return tuple(result)
 
     @staticmethod
     @once_differentiable
@@ -209,10 +215,17 @@ class _Outputs:
         if chunk.entropy_C is not None:
             self.entropy_T[rows] = chunk.entropy_C
 
-    def per_token(self) -> tuple[Tensor, ...]:
-        """Return the fields of `PolicyLoss` after the loss, each with memory of its own."""
-        views = (self.logprobs_T, self.entropy_T, self.weights_T, self.ratio_T, self.is_clipped_T, self.is_live_T)
-        return tuple(view.clone() for view in views)
+    def result(self, loss_scale: float) -> PolicyLoss:
+        """Return the outcome of the call; each tensor has memory of its own."""
+        return PolicyLoss(
+            loss=self.losses_T.sum() * loss_scale,
+            logprobs_T=self.logprobs_T.clone(),
+            entropy_T=self.entropy_T.clone(),
+            weights_T=self.weights_T.clone(),
+            ratio_T=self.ratio_T.clone(),
+            is_clipped_T=self.is_clipped_T.clone(),
+            is_live_T=self.is_live_T.clone(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,9 +283,8 @@ class _Gradients:
         return hidden_TD, None
 
 
-def _check_tokens(targets_T: Tensor, *values: Tensor | None) -> None:
-    names = ("advantages_T", "weights_T", "old_logprobs_T", "sampling_logprobs_T", "is_templated_T")
-    for name, value in zip(names, values, strict=True):
+def _check_tokens(targets_T: Tensor, **values: Tensor | None) -> None:
+    for name, value in values.items():
         if value is None:
             continue
         if value.shape != targets_T.shape or value.device != targets_T.device:

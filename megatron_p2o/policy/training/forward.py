@@ -23,9 +23,9 @@ from megatron_p2o.policy.model.attention import PackLayout, pack_layout, sample_
 from megatron_p2o.policy.model.head import HeadTask
 from megatron_p2o.policy.model.parallel import context_group
 from megatron_p2o.policy.training.shares import Share
-from megatron_p2o.rl.objective import SUM_NAMES, TokenStats, loss_rule, token_stats
+from megatron_p2o.rl.objective import loss_rule, merged_stats, stats_on_cpu, token_stats, zero_stats
 from megatron_p2o.rl.packing import context_part, context_positions, pack
-from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
+from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
 from p2o_kernels import PolicyLoss
 
 FILLER = TrainSample(
@@ -68,7 +68,7 @@ class Denominator:
     """Whether a fixed denominator is contributed by this rank: Megatron adds the contributions of all."""
 
     def contribution(
-        self, loss: Tensor, stats: TokenStats, micro_batch: MicroBatch, number: int
+        self, loss: Tensor, stats: TokenStats[Tensor], micro_batch: MicroBatch, number: int
     ) -> tuple[Tensor, Tensor]:
         """Return a micro-batch's loss and what it adds to the divisor (int32); `number` is its place on this rank.
 
@@ -85,10 +85,10 @@ class Denominator:
             case _:
                 assert_never(self.objective.normalization)
 
-    def _of_all_tokens(self, loss: Tensor, stats: TokenStats, number: int) -> Tensor:
+    def _of_all_tokens(self, loss: Tensor, stats: TokenStats[Tensor], number: int) -> Tensor:
         match self.objective.denominator:
             case "kept":
-                return stats.sums[SUM_NAMES.index("kept_tokens")].int()
+                return stats.kept_tokens.int()
             case "all":
                 return self._once(self.num_loss_tokens, number, loss)
             case _:
@@ -107,13 +107,13 @@ class PassResult:
     """[] float32 numerator of the step's loss."""
     divisor: Tensor
     """[] int32."""
-    stats: TokenStats
+    stats: TokenStats[Tensor]
 
     def merge(self, other: "PassResult") -> "PassResult":
         return PassResult(
             loss=self.loss + other.loss,
             divisor=self.divisor + other.divisor,
-            stats=self.stats.merge(other.stats),
+            stats=merged_stats(self.stats, other.stats),
         )
 
     @staticmethod
@@ -122,15 +122,11 @@ class PassResult:
         return PassResult(
             loss=torch.zeros((), device=device),
             divisor=torch.zeros((), dtype=torch.int32, device=device),
-            stats=TokenStats.zero(device),
+            stats=zero_stats(device),
         )
 
     def on_cpu(self) -> "PassResult":
-        return PassResult(
-            loss=self.loss.cpu(),
-            divisor=self.divisor.cpu(),
-            stats=TokenStats(sums=self.stats.sums.cpu(), maxima=self.stats.maxima.cpu()),
-        )
+        return PassResult(loss=self.loss.cpu(), divisor=self.divisor.cpu(), stats=stats_on_cpu(self.stats))
 
 
 def make_micro_batches(share: Share, device: torch.device, length_multiple: int) -> list[MicroBatch]:
@@ -216,7 +212,7 @@ def forward_backward(
         def loss_of(loss: Tensor) -> tuple[Tensor, Tensor, PassResult]:
             stats = token_stats(micro_batch.part, outcome)
             if not micro_batch.samples:
-                stats = TokenStats.zero(loss.device)
+                stats = zero_stats(loss.device)
             loss, divisor = denominator.contribution(loss, stats, micro_batch, number)
             # Megatron adds the divisors into a tensor of its own and scales the gradient by their sum.
             return loss, divisor, PassResult(loss=loss.detach(), divisor=divisor.clone(), stats=stats)

@@ -30,6 +30,7 @@ from megatron_p2o.policy.training.shard import PolicyShard, UpdateReply
 from megatron_p2o.policy.training.shares import Share, check_samples, shares_of
 from megatron_p2o.policy.weights.hf_directory import first_of
 from megatron_p2o.processes import RankMemory
+from megatron_p2o.rl.objective import stats_as_numbers
 from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 
 ERROR_KEY = "megatron_p2o/policy_error"
@@ -355,6 +356,6 @@ def _update_report(replies: Sequence[UpdateReply], flops_per_rank: float) -> Upd
         grad_norm=replies[0].outcome.grad_norm,
         learning_rate=replies[0].learning_rate,
         outcome=replies[0].outcome.outcome,
-        sums=total.stats.as_dict(),
+        tokens=stats_as_numbers(total.stats),
         flops_per_rank=flops_per_rank,
     )

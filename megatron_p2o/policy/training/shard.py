@@ -29,6 +29,7 @@ from megatron_p2o.policy.training.shares import Share
 from megatron_p2o.policy.weights.hf_directory import WeightFiles
 from megatron_p2o.policy.weights.hf_weights import diverged_weights, export_hf_weights, load_hf_weights
 from megatron_p2o.processes import RankMemory, own_host_memory
+from megatron_p2o.rl.objective import dead_share, stats_as_numbers
 from megatron_p2o.types import Logprobs
 from p2o_kernels import HeadOptions
 
@@ -97,7 +98,7 @@ class PolicyShard:
         learning_rate = optimization.learning_rate
         optimization.clear_gradients()
         result = forward_backward(optimization.modules, batches, denominator, self._dead_share)
-        self._dead_share = result.stats.dead_share(otherwise=self._dead_share)
+        self._dead_share = dead_share(stats_as_numbers(result.stats), otherwise=self._dead_share)
         outcome = optimization.step()
         return UpdateReply(
             outcome=outcome, learning_rate=learning_rate, result=result.on_cpu() if self.speaks else None

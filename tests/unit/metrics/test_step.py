@@ -1,7 +1,7 @@
 """Step metrics against numbers counted by hand."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -20,8 +20,10 @@ from megatron_p2o.types import (
     Prompt,
     Rollout,
     Template,
+    TokenStats,
     UpdateOutcome,
     UpdateReport,
+    no_tokens,
 )
 
 HINT = Template(id=3, text="Go on.", parent=0)
@@ -76,7 +78,7 @@ def report(loss: float, *, outcome: UpdateOutcome = "applied", tokens: float = 1
         grad_norm=2 * loss,
         learning_rate=loss / 100,
         outcome=outcome,
-        sums={"loss_tokens": tokens, "live_tokens": tokens, "kept_tokens": tokens, **sums},
+        tokens=replace(no_tokens(), **{"loss_tokens": tokens, "live_tokens": tokens, "kept_tokens": tokens, **sums}),
     )
 
 
@@ -182,20 +184,27 @@ def test_a_step_without_groups_or_updates_has_no_means_and_no_error() -> None:
     assert "train/loss" not in numbers
 
 
-def test_the_token_sums_are_named_as_the_objective_names_them() -> None:
-    from megatron_p2o.rl.objective import MAX_NAMES, SUM_NAMES
-
-    sums = {name: float(index + 1) for index, name in enumerate(SUM_NAMES + MAX_NAMES)}
-    measured = UpdateReport(loss=1, grad_norm=1, learning_rate=1, outcome="applied", sums=sums)
-    numbers = numbers_of(step_metrics([], [measured], {}))
-    assert {key for key in numbers if key.startswith("mismatch/")} == {
-        "mismatch/logprob_abs_mean",
-        "mismatch/logprob_abs_max",
-        "mismatch/ratio_mean",
-        "mismatch/kl_mean",
+def test_every_metric_of_the_tokens_has_its_own_numerator_and_denominator() -> None:
+    tokens = TokenStats(**{field.name: 2.0**index for index, field in enumerate(fields(TokenStats))})
+    numbers = numbers_of(step_metrics([], [replace(report(1), tokens=tokens)], {}))
+    place = {field.name: index for index, field in enumerate(fields(TokenStats))}
+    of_tokens = {
+        "train/ratio_mask_kept_share": ("templated_kept_tokens", "templated_tokens"),
+        "train/clipped_share": ("clipped_tokens", "kept_tokens"),
+        "train/ratio_mean": ("ratio_sum", "live_tokens"),
+        "train/entropy_mean": ("entropy_sum", "live_tokens"),
+        "mismatch/logprob_abs_mean": ("mismatch_abs_sum", "mismatch_tokens"),
+        "mismatch/ratio_mean": ("mismatch_ratio_sum", "mismatch_tokens"),
+        "mismatch/kl_mean": ("mismatch_kl_sum", "mismatch_tokens"),
+        "mismatch/importance_capped_share": ("capped_tokens", "weighted_tokens"),
     }
-    for key in ("ratio_mask_kept_share", "clipped_share", "entropy_mean", "ratio_mean"):
-        assert numbers[f"train/{key}"] != 0
+    for name, (numerator, denominator) in of_tokens.items():
+        assert numbers[name] == 2.0 ** (place[numerator] - place[denominator]), name
+    assert numbers["mismatch/logprob_abs_max"] == 2.0 ** place["mismatch_abs_max"]
+    assert {name for name in numbers if name.startswith("mismatch/")} == {
+        *(name for name in of_tokens if name.startswith("mismatch/")),
+        "mismatch/logprob_abs_max",
+    }
 
 
 def test_epoch_and_evaluation_metrics_are_named_by_area() -> None:

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.rl.objective import (
-    MAX_NAMES,
-    SUM_NAMES,
-    TokenStats,
-    cap_sums,
     loss_rule,
-    mismatch_sums,
+    merged_stats,
+    stats_as_numbers,
     token_stats,
+    total_stats,
+    with_caps,
+    with_mismatch,
     with_trainer_logprobs,
+    zero_stats,
 )
 from megatron_p2o.rl.packing import pack
 from megatron_p2o.testing.fakes import fake_logprobs
-from megatron_p2o.types import Logprobs, PackedBatch, TrainSample
+from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample, no_tokens
 from p2o_kernels import PolicyLoss
 from p2o_kernels.policy_loss.token_loss import token_inputs, token_losses_torch
 
@@ -70,7 +71,7 @@ def scalar_loss(token: Token, objective: ObjectiveConfig) -> float:
 
 def policy_loss(
     logprobs_T: Tensor, batch: PackedBatch, objective: ObjectiveConfig, entropy_T: Tensor | None = None
-) -> tuple[Tensor, TokenStats]:
+) -> tuple[Tensor, TokenStats[float]]:
     """Return what training computes behind the LM head, of log-probs that no head has to be able to make.
 
     The gradient in the log-probs is the one that the head multiplies into its own.
@@ -105,7 +106,7 @@ def policy_loss(
         is_clipped_T=spread(losses.is_clipped_N.double()).bool(),
         is_live_T=is_live_T,
     )
-    return loss, token_stats(batch, outcome)
+    return loss, stats_as_numbers(token_stats(batch, outcome))
 
 
 def grid_of_tokens(advantage: float, is_templated: bool) -> list[Token]:
@@ -224,7 +225,7 @@ def test_the_loss_of_a_failed_token_stops_at_three_times_its_advantage() -> None
         loss.backward()
         assert loss.item() == pytest.approx(1.5)
         assert logprobs_T.grad is not None and not logprobs_T.grad.any()
-        assert stats.as_dict()["clipped_tokens"] == 1
+        assert stats.clipped_tokens == 1
 
 
 def test_a_solved_token_stops_pulling_above_the_clip_but_not_below_it() -> None:
@@ -276,7 +277,7 @@ def test_the_first_update_takes_its_own_forward_pass_as_old(context: Context, fo
     assert logprobs_T.grad is not None
     torch.testing.assert_close(logprobs_T.grad, expected_T, rtol=1e-9, atol=0)
     assert loss.item() == pytest.approx(expected_T.sum().item())
-    assert stats.as_dict()["ratio_sum"] == stats.as_dict()["loss_tokens"] == sum(mask)
+    assert stats.ratio_sum == stats.loss_tokens == sum(mask)
 
 
 def test_importance_needs_no_old_log_probs() -> None:
@@ -308,7 +309,7 @@ def test_what_stands_outside_the_mask_does_not_count(context: Context, with_old:
     loss, stats = policy_loss(dirty_T.requires_grad_(), batch, objective, dirty_entropy_T)
     loss.backward()
     assert torch.equal(loss, expected)
-    assert stats.as_dict() == expected_stats.as_dict()
+    assert stats == expected_stats
     assert dirty_T.grad is not None and torch.isfinite(dirty_T.grad).all()
     assert not dirty_T.grad[~batch.loss_mask_T].any()
 
@@ -324,8 +325,8 @@ def test_a_zero_loss_weight_drops_the_token_from_the_loss_and_not_from_the_denom
     (gradient,) = torch.autograd.grad(loss, logprobs_T)
     assert gradient[dropped] == 0
     assert loss.item() != whole.item()
-    assert stats.as_dict()["loss_tokens"] == whole_stats.as_dict()["loss_tokens"]
-    assert stats.as_dict()["kept_tokens"] == whole_stats.as_dict()["kept_tokens"] - 1
+    assert stats.loss_tokens == whole_stats.loss_tokens
+    assert stats.kept_tokens == whole_stats.kept_tokens - 1
 
 
 def test_token_sums_are_those_counted_by_hand() -> None:
@@ -336,7 +337,7 @@ def test_token_sums_are_those_counted_by_hand() -> None:
     logprobs_T, batch = batch_of(groups)
     entropy_T = torch.where(batch.loss_mask_T, 0.5, 99.0).double()
     _, stats = policy_loss(logprobs_T, batch, ObjectiveConfig(), entropy_T)
-    assert stats.as_dict() == pytest.approx(
+    assert asdict(stats) == pytest.approx(
         {
             "loss_tokens": 5,
             "carrying_tokens": 5,
@@ -352,6 +353,8 @@ def test_token_sums_are_those_counted_by_hand() -> None:
             "mismatch_ratio_sum": math.exp(0.5) + math.exp(-1.0),
             "mismatch_kl_sum": (math.exp(0.5) - 1 - 0.5) + (math.exp(-1.0) - 1 + 1.0),
             "mismatch_abs_max": 1.0,
+            "weighted_tokens": 0,
+            "capped_tokens": 0,
         }
     )
 
@@ -359,8 +362,8 @@ def test_token_sums_are_those_counted_by_hand() -> None:
 def test_an_engine_that_serves_other_weights_shows_as_a_finite_mismatch() -> None:
     batch = pack([sample_of([Token(-1.0, -1.0, -200.0, 1.0, False)])], None)
     _, stats = policy_loss(torch.full(batch.loss_mask_T.shape, -1.0), batch, ObjectiveConfig())
-    assert stats.as_dict()["mismatch_abs_max"] == 199.0
-    assert math.isfinite(stats.as_dict()["mismatch_ratio_sum"])
+    assert stats.mismatch_abs_max == 199.0
+    assert math.isfinite(stats.mismatch_ratio_sum)
 
 
 def test_the_mean_of_the_kl_estimate_over_the_engines_tokens_is_the_divergence_of_engine_and_trainer() -> None:
@@ -369,12 +372,12 @@ def test_the_mean_of_the_kl_estimate_over_the_engines_tokens_is_the_divergence_o
     tokens = np.repeat(np.arange(4), [10, 6, 3, 1])
     rows = [np.log(policy[tokens]).astype(np.float32) for policy in (trainer, engine)]
     divergence = float((engine * np.log(engine / trainer)).sum())
-    sums = mismatch_sums(rows[:1], rows[1:])
-    assert sums["mismatch_kl_sum"] / sums["mismatch_tokens"] == pytest.approx(divergence, rel=1e-6)
+    sums = with_mismatch(no_tokens(), rows[:1], rows[1:])
+    assert sums.mismatch_kl_sum / sums.mismatch_tokens == pytest.approx(divergence, rel=1e-6)
     sampled = [Token(float(ours), -1.0, float(theirs), 1.0, False) for ours, theirs in zip(*rows, strict=True)]
     logprobs_T, batch = batch_of([sampled], with_old=False)
     _, stats = policy_loss(logprobs_T, batch, ObjectiveConfig(context="replace"))
-    assert stats.as_dict()["mismatch_kl_sum"] == pytest.approx(20 * divergence, rel=1e-6)
+    assert stats.mismatch_kl_sum == pytest.approx(20 * divergence, rel=1e-6)
 
 
 def test_only_weights_beyond_the_cap_of_tokens_with_an_advantage_count_as_truncated() -> None:
@@ -382,8 +385,8 @@ def test_only_weights_beyond_the_cap_of_tokens_with_an_advantage_count_as_trunca
     trainer_R = np.array([-0.2, -1.0, -1.0], np.float32)  # ratios 2.2, 1.6, 7.4
     samples = [with_trainer_logprobs(sample_of(tokens), trainer_R, importance_cap=2.0)]
     samples.append(replace(samples[0], advantage=0.0))
-    assert cap_sums(samples, 2.0) == {"weighted_tokens": 3, "capped_tokens": 2}
-    assert cap_sums(samples, None) == {}
+    assert with_caps(no_tokens(), samples, 2.0) == replace(no_tokens(), weighted_tokens=3, capped_tokens=2)
+    assert with_caps(no_tokens(), samples, None) == no_tokens()
 
 
 def test_recomputed_log_probs_are_compared_with_the_engines_on_every_token() -> None:
@@ -392,10 +395,10 @@ def test_recomputed_log_probs_are_compared_with_the_engines_on_every_token() -> 
     sample = with_trainer_logprobs(sample_of(tokens), trainer_R, importance_cap=None)
     batch = pack([sample], None)
     _, stats = policy_loss(torch.full(batch.loss_mask_T.shape, -1.0), batch, ObjectiveConfig())
-    assert stats.as_dict()["mismatch_tokens"] == 2
-    assert stats.as_dict()["mismatch_abs_sum"] == pytest.approx(0.5)
+    assert stats.mismatch_tokens == 2
+    assert stats.mismatch_abs_sum == pytest.approx(0.5)
     # The context ratio is the trainer's on both sides: exp(-1 + 1.9) = 2.5 and exp(-1 + 2.9) = 6.7, both in the band.
-    assert stats.as_dict()["templated_kept_tokens"] == 2
+    assert stats.templated_kept_tokens == 2
 
 
 def test_truncated_importance_weights_multiply_the_loss() -> None:
@@ -413,14 +416,24 @@ def test_losses_and_stats_of_the_parts_add_up_to_the_whole(context: Context) -> 
     whole_loss, whole_stats = loss_of_samples(samples, old, objective)
     for order in ([[3, 0], [2], [1, 4]], [[4], [3], [2], [1], [0]], [[1, 3, 0, 4, 2]]):
         parts = [loss_of_samples([samples[i] for i in part], [old[i] for i in part], objective) for part in order]
-        merged = TokenStats.zero()
-        for _, stats in parts:
-            merged = merged.merge(stats)
         # The same terms in another order: float64 sums of float32 values.
         torch.testing.assert_close(sum(loss for loss, _ in parts), whole_loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(merged.sums, whole_stats.sums, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(merged.maxima, whole_stats.maxima, rtol=1e-6, atol=0)
-    assert set(merged.as_dict()) == {*SUM_NAMES, *MAX_NAMES}
+        merged = total_stats([stats for _, stats in parts])
+        assert asdict(merged) == pytest.approx(asdict(whole_stats), rel=1e-6, abs=1e-6)
+        assert merged.mismatch_abs_max == whole_stats.mismatch_abs_max
+
+
+def test_statistics_of_a_pass_merge_as_those_of_the_updates_do() -> None:
+    def on_device(values: TokenStats[float]) -> TokenStats[Tensor]:
+        return TokenStats(**{name: torch.tensor(value).double() for name, value in asdict(values).items()})
+
+    one = replace(no_tokens(), kept_tokens=3.0, entropy_sum=0.5, mismatch_abs_max=2.0)
+    other = replace(no_tokens(), kept_tokens=4.0, entropy_sum=0.25, mismatch_abs_max=1.0)
+    merged = stats_as_numbers(merged_stats(on_device(one), on_device(other)))
+    assert merged == total_stats([one, other])
+    assert merged == replace(no_tokens(), kept_tokens=7.0, entropy_sum=0.75, mismatch_abs_max=2.0)
+    assert merged_stats(zero_stats(), on_device(one)) == on_device(one)
+    assert total_stats([]) == no_tokens()
 
 
 def random_samples() -> tuple[list[TrainSample], list[Logprobs]]:
@@ -442,7 +455,7 @@ def random_samples() -> tuple[list[TrainSample], list[Logprobs]]:
 
 def loss_of_samples(
     samples: Sequence[TrainSample], old: Sequence[Logprobs], objective: ObjectiveConfig
-) -> tuple[Tensor, TokenStats]:
+) -> tuple[Tensor, TokenStats[float]]:
     """Return loss and stats where the model's log-probs depend on the sample alone, not on its place."""
     batch = pack(samples, old)
     logprobs_T = torch.zeros(len(batch.token_ids_T))

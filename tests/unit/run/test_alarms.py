@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_p2o.run.alarms import MISMATCH, HealthWatch, MismatchAlarm, Mismat
 from megatron_p2o.run.observer import RunObserver
 from megatron_p2o.run_folder.state import RunState
 from megatron_p2o.testing.fakes import FakeLibrary, fake_config, fake_problem, fake_rollout
-from megatron_p2o.types import FinishReason, Group, UpdateOutcome, UpdateReport
+from megatron_p2o.types import FinishReason, Group, UpdateOutcome, UpdateReport, no_tokens
 
 SENTENCE = (
     r"step 0: engine and trainer differ by 0\.25 nats a token \(worst token 3, KL estimate 0\.0625\), more than "
@@ -69,7 +70,9 @@ def observed_step(
     groups: Sequence[Group] = (),
     resumed: RunState | None = None,
 ) -> None:
-    report = UpdateReport(loss=0.0, grad_norm=1.0, learning_rate=1.0, outcome=outcome, sums=sums)
+    report = UpdateReport(
+        loss=0.0, grad_norm=1.0, learning_rate=1.0, outcome=outcome, tokens=replace(no_tokens(), **sums)
+    )
     result = StepResult(groups=list(groups), hard=[], reports=[report], num_batches=1)
     config = fake_config({"schedule.save_every_steps": 0, "evaluation.every_steps": 0, **settings})
     observer_of(config, run_dir, written, resumed).on_step(TrainState(library=FakeLibrary()), result)

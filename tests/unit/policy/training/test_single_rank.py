@@ -227,7 +227,7 @@ def test_an_update_does_not_depend_on_micro_batches_or_order(model: Path, denomi
             report = policy.update(samples, None, 120)
             results.append((report.loss, report.grad_norm))
             weights.append(weights_of(policy))
-    assert 0 < report.sums["kept_tokens"] < sum(LENGTHS)
+    assert 0 < report.tokens.kept_tokens < sum(LENGTHS)
     for result, weight in zip(results[1:], weights[1:], strict=True):
         assert result == pytest.approx(results[0], rel=1e-5)
         assert_same_weights(weight, weights[0], atol=1e-6)
@@ -242,15 +242,15 @@ def test_dropped_rollouts_count_in_the_denominator_all_and_need_no_forward_pass(
         with policy_of(policy_config(model, objective=objective)) as policy:
             without = policy.update(SAMPLES, None, sum(LENGTHS) + 15)
         assert (without.loss, without.grad_norm) == pytest.approx((with_dead.loss, with_dead.grad_norm), rel=1e-5)
-        assert with_dead.sums["loss_tokens"] == without.sums["loss_tokens"] + 15
+        assert with_dead.tokens.loss_tokens == without.tokens.loss_tokens + 15
 
 
 def test_only_response_tokens_that_carry_gradient_go_through_the_head(model: Path):
     dead = [replace(sample, advantage=0.0) for sample in random_samples((7, 8), vocab_size=VOCAB_SIZE, seed=3)]
     with policy_of(policy_config(model, objective=ObjectiveConfig(context="replace"))) as policy:
         report = policy.update([*SAMPLES, *dead], None, 120)
-    assert report.sums["live_tokens"] == sum(LENGTHS)
-    assert report.sums["loss_tokens"] == sum(LENGTHS) + 15
+    assert report.tokens.live_tokens == sum(LENGTHS)
+    assert report.tokens.loss_tokens == sum(LENGTHS) + 15
 
 
 def test_micro_batch_normalization_is_the_row_weighted_mean_of_micro_batch_means(model: Path):
