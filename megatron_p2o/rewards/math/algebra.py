@@ -3,12 +3,12 @@
 Two expressions that agree to a hundred digits at several random points are the same function; no simplification is
 needed, none can hang, and nothing that an expression holds is lost on the way. More digits are computed where terms of
 different size meet, so that a small one is never lost in a large one. What an answer may cost is counted in digits and
-operations, not in time: a verdict does not depend on the machine. What `expression` does not read (sums, integrals)
+operations, not in time: a verdict does not depend on the machine. What `reading.parser` does not read (sums, integrals)
 math-verify compares, if its parse keeps every letter.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -17,7 +17,8 @@ from typing import Any, Literal
 from mpmath import mp
 
 from megatron_p2o.rewards.math.exact import TOLERANCE, ExactJudge, exact_value, is_rounded
-from megatron_p2o.rewards.math.expression import Node
+from megatron_p2o.rewards.math.operations import OPERATIONS, power, real
+from megatron_p2o.rewards.math.reading.tree import Node
 
 NUM_POINTS = 4
 """Points of each kind at which expressions with letters are compared."""
@@ -51,9 +52,6 @@ FUNCTION_COST = 15
 
 MAX_EXACT_BITS = 100_000
 """Rational numbers up to this size are compared exactly."""
-
-MAX_EXPONENT = 10**15
-"""Larger exponents are not computed."""
 
 MAX_ARGUMENT_BITS = 10_000
 """Size of the largest argument of a function, such as a sine or a floor."""
@@ -264,15 +262,15 @@ class _Evaluation:
         if node.kind in ("opaque", "applied"):
             return self._application(node, values)
         self.lost_bits += _lost_bits(node.kind, values)
-        value = _OPERATIONS[node.kind](*values)
-        return _real(value) if self._must_be_real else mp.convert(value)
+        value = OPERATIONS[node.kind](*values)
+        return real(value) if self._must_be_real else mp.convert(value)
 
     def _application(self, node: Node, values: list[Any]) -> Any:
         argument, *exponent = values
         if node.kind == "applied" and not self._point.applies:
-            return _random(node.name, self._point) * (_power(argument, *exponent) if exponent else argument)
+            return _random(node.name, self._point) * (power(argument, *exponent) if exponent else argument)
         value = _random(f"{node.name}({mp.nstr(argument, 30)})", self._point)
-        return _power(value, *exponent) if exponent else value
+        return power(value, *exponent) if exponent else value
 
 
 def _lost_bits(kind: str, values: list[Any]) -> int:
@@ -307,81 +305,3 @@ def _random(name: str, point: Point) -> Any:
         return mp.mpf(10) ** (4 * share) * (1 if point.number % 2 == 0 else -1 if digest[0] % 2 else 1)
     size = share * 3 + mp.mpf("0.3")
     return -size if point.kind == "signed" and digest[0] % 2 else size
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    if abs(exponent) > MAX_EXPONENT:
-        raise OverflowError("a power that is not computed")
-    if base == 0 and mp.re(exponent) <= 0:
-        raise ZeroDivisionError("zero to the power of zero")
-    return mp.power(base, exponent)
-
-
-def _root(radicand: Any, index: Any) -> Any:
-    """Return the real root where there is one: the cube root of -8 is -2."""
-    is_odd = mp.isint(index) and int(index) % 2 == 1
-    if is_odd and mp.im(radicand) == 0 and mp.re(radicand) < 0:
-        return -mp.power(-radicand, 1 / index)
-    return mp.power(radicand, 1 / index)
-
-
-def _factorial(value: Any) -> Any:
-    if abs(value) > MAX_EXPONENT:
-        raise OverflowError("a factorial that is not computed")
-    return mp.factorial(value)
-
-
-def _double_factorial(value: Any) -> Any:
-    if abs(value) > MAX_EXPONENT:
-        raise OverflowError("a factorial that is not computed")
-    return mp.fac2(value)
-
-
-def _rounded_down(value: Any) -> Any:
-    """Return the floor; a value that is whole but for rounding is whole."""
-    value = _real(value)
-    nearest = mp.nint(value)
-    is_whole = abs(value - nearest) <= mp.mpf(10) ** (-mp.dps // 2) * max(1, abs(value))
-    return nearest if is_whole else mp.floor(value)
-
-
-def _real(value: Any) -> Any:
-    if mp.im(value) != 0:
-        raise ValueError("not real")
-    return mp.re(value)
-
-
-def _log(value: Any, base: Any = 10) -> Any:
-    return mp.log(value) / mp.log(base)
-
-
-def _antisymmetric(left: Any, right: Any) -> Any:
-    """Return a value that stands for the product of two vectors: its sign changes when they change places."""
-    return left * left * right - left * right * right
-
-
-_CIRCULAR = "sin cos tan cot sec csc sinh cosh tanh"
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "sum": lambda *values: mp.fsum(values),
-    "product": lambda *values: mp.fprod(values),
-    "quotient": lambda left, right: left / right,
-    "negative": lambda value: -value,
-    "power": _power,
-    "root": _root,
-    "degree": lambda value: value * mp.pi / 180,
-    "factorial": _factorial,
-    "binomial": lambda n, k: mp.binomial(n, k) if abs(n) < MAX_EXPONENT else mp.nan,
-    "abs": abs,
-    "double_factorial": _double_factorial,
-    "floor": _rounded_down,
-    "ceil": lambda value: -_rounded_down(-value),
-    "cross": _antisymmetric,
-    "max": lambda *values: max(map(_real, values)),
-    "min": lambda *values: min(map(_real, values)),
-    "ln": mp.log,
-    "log": _log,
-    "lg": _log,
-    "exp": lambda value: _power(mp.e, value),
-    **{name: getattr(mp, name) for name in _CIRCULAR.split()},
-    **{f"arc{name}": getattr(mp, f"a{name}") for name in _CIRCULAR.split()},
-}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from megatron_p2o.rewards.math.expression import MAX_DIGITS, Node
+from megatron_p2o.rewards.math.reading.tree import MAX_DIGITS, Node
 
 TOLERANCE = Fraction(1, 1_000_000)
 """Decimals agree within this, relative to the smaller of 1 and the gold answer: 1/3 is 0.333333, 1e-9 is not 0."""

@@ -12,9 +12,9 @@ from threading import Lock
 from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.rewards.extract import last_boxed
 from megatron_p2o.rewards.math.exact import ExactJudge, quick_verdict
-from megatron_p2o.rewards.math.latex import is_refused, is_too_long
 from megatron_p2o.rewards.math.match import verdict
-from megatron_p2o.rewards.math.spelling import normal_form
+from megatron_p2o.rewards.math.reading.latex import is_refused, is_too_long
+from megatron_p2o.rewards.math.reading.spelling import normal_form
 from megatron_p2o.rewards.pool import WorkerPool
 from megatron_p2o.types import Grade, Problem
 

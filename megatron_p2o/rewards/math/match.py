@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Protocol
 
-from megatron_p2o.rewards.math.answer import (
+from megatron_p2o.rewards.math.reading.answer import (
     SHORT_WORDS,
     Answer,
     Based,
@@ -18,7 +18,8 @@ from megatron_p2o.rewards.math.answer import (
     read,
     readings,
 )
-from megatron_p2o.rewards.math.expression import Node, is_ordered_name
+from megatron_p2o.rewards.math.reading.tree import Node, is_ordered_name
+from megatron_p2o.rewards.math.reading.units import NO_LABEL, Label, in_units, labels_agree
 from megatron_p2o.rewards.math.relations import (
     LONE_NAME,
     MIRRORED,
@@ -37,7 +38,6 @@ from megatron_p2o.rewards.math.relations import (
     value_of,
     without_modulus,
 )
-from megatron_p2o.rewards.math.units import NO_LABEL, Label, in_units, labels_agree
 
 ROUGHLY = Fraction(1, 100)
 """How far what stands after an approximation sign may be off, relative to the exact value before it."""

@@ -2,8 +2,8 @@
 
 import re
 
-from megatron_p2o.rewards.math.answer import Answer, Items, Labelled, Quantity, Relation, Unread, Words, read
-from megatron_p2o.rewards.math.expression import CONSTANTS, FUNCTIONS
+from megatron_p2o.rewards.math.reading.answer import Answer, Items, Labelled, Quantity, Relation, Unread, Words, read
+from megatron_p2o.rewards.math.reading.tree import CONSTANTS, FUNCTIONS
 
 _GREEK = (
     "alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|(?:var)?theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|"

@@ -84,3 +84,8 @@ def is_correct(problem: Problem, answer: str) -> bool:
     """Grade as `MathGrader` does, with the algebra of its workers in this process."""
     verdict = local_verdict(problem, answer)
     return verdict if isinstance(verdict, bool) else is_match([verdict.answer], verdict.gold)
+
+
+def accepts(gold: str, answer: str, question: str = "Find it.") -> bool:
+    """Return the verdict on an answer to a question with the gold answer `gold`."""
+    return is_correct(Problem(id="p", question=question, answer=gold), answer)

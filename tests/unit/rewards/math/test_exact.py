@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_p2o.rewards.math.exact import parse_number
 from megatron_p2o.rewards.math.grader import OpenComparison, local_verdict
-from megatron_p2o.rewards.math.latex import nesting_depth, outer_brackets, split_at
-from megatron_p2o.rewards.math.spelling import normal_form
+from megatron_p2o.rewards.math.reading.latex import nesting_depth, outer_brackets, split_at
+from megatron_p2o.rewards.math.reading.spelling import normal_form
 from megatron_p2o.types import Problem
 
 

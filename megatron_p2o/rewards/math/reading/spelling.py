@@ -4,7 +4,7 @@
 
 import re
 
-from megatron_p2o.rewards.math.latex import closing_brace
+from megatron_p2o.rewards.math.reading.latex import closing_brace
 
 _GREEK_LETTERS = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
 _GREEK_NAMES = (

@@ -6,10 +6,11 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
-from megatron_p2o.rewards.math.expression import FUNCTIONS, Node, NotUnderstoodError, parse_expression
-from megatron_p2o.rewards.math.latex import outer_brackets, split_at
-from megatron_p2o.rewards.math.spelling import AND, LIST_SEPARATOR, OR
-from megatron_p2o.rewards.math.units import NO_LABEL, Label, is_unit_symbol, read_label
+from megatron_p2o.rewards.math.reading.latex import outer_brackets, split_at
+from megatron_p2o.rewards.math.reading.parser import parse_expression
+from megatron_p2o.rewards.math.reading.spelling import AND, LIST_SEPARATOR, OR
+from megatron_p2o.rewards.math.reading.tree import FUNCTIONS, Node, NotUnderstoodError
+from megatron_p2o.rewards.math.reading.units import NO_LABEL, Label, is_unit_symbol, read_label
 
 MIN_WORD_LETTERS = 4
 """Letters without \\text are a word from this length on, a product of variables below it."""
