@@ -1,15 +1,16 @@
-"""Line charts as inline SVG with HTML labels: no script is needed to read them, none is loaded from elsewhere.
+"""Line charts: where everything lies in them, and the same numbers as a table. assets/macros.html draws them.
 
-The drawing stretches to its box (strokes keep their width) while labels are positioned in percent, so that text has one
-size on a phone and on a wide screen. `report.js` adds hover values; a table says the same without sight or pointer.
+They are inline SVG with HTML labels: no script is needed to read them, none is loaded from elsewhere. The drawing
+stretches to its box (strokes keep their width) while labels are positioned in percent, so that text has one size on a
+phone and on a wide screen. `report.js` adds hover values; a table says the same without sight or pointer.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_p2o.report.markup import Html, element, join, json_script, table
+from megatron_p2o.report.tables import Table
 
 Points = Sequence[tuple[float, float]]
 Unit = Literal["share", "number"]
@@ -20,6 +21,9 @@ NUM_STYLES = 6
 
 SMOOTHED_FROM = 80
 """A line of so many points is drawn as a moving average over the faint original."""
+
+DOTTED_UP_TO = 20
+"""A line of no more points shows each as a dot."""
 
 MAX_POINTS = 500
 """Points drawn per line; more cannot be told apart."""
@@ -56,25 +60,85 @@ class LineChart:
     """Whether the y axis of a "number" chart includes 0."""
 
 
-def line_chart(chart: LineChart) -> Html:
-    """Return the figure; a sentence in its place when no line has a point."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stroke:
+    """A path of the drawing."""
+
+    path: str
+    """Of SVG, in a box of 100 by 100."""
+    css_class: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TickLabel:
+    """The text of a tick and where it lies, in percent from the left or the top."""
+
+    text: str
+    percent: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LegendEntry:
+    """What a colour and dash stand for."""
+
+    text: str
+    style: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plot:
+    """A chart that has points, laid out."""
+
+    summary: str
+    """The chart in a sentence, for those who cannot see it."""
+    strokes: Sequence[Stroke]
+    x_label: str
+    x_labels: Sequence[TickLabel]
+    y_labels: Sequence[TickLabel]
+    """A grid line goes with each."""
+    legend: Sequence[LegendEntry]
+    hover: Mapping[str, object]
+    """What `report.js` shows."""
+    table: Table
+    table_summary: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """A chart under its heading."""
+
+    title: str
+    note: str
+    plot: Plot | None
+    """None when no line has a point."""
+
+
+def line_chart(chart: LineChart) -> Figure:
+    """Return the chart laid out."""
     lines = [line for line in chart.lines if line.points]
-    heading = [element("figcaption", element("h3", chart.title), element("p", chart.note))]
-    if not lines:
-        return element("figure", heading, element("p", "Nothing was recorded.", class_="empty"), class_="chart")
+    return Figure(title=chart.title, note=chart.note, plot=_plot(chart, lines) if lines else None)
+
+
+def _plot(chart: LineChart, lines: Sequence[Line]) -> Plot:
     xs = [x for line in lines for x, _ in line.points]
     x_low, x_high = _widened(min(xs), max(xs))
     y_ticks = value_ticks(chart, lines)
     frame = Frame(x_low=x_low, x_high=x_high, y_low=y_ticks[0], y_high=y_ticks[-1])
-    plot = element(
-        "div",
-        _drawing(chart, lines, frame, y_ticks),
-        _labels(chart, frame, y_ticks),
-        json_script(_hover_values(chart, lines, frame)),
-        class_="plot",
-        tabindex=0,
+    shown, num_xs = _positions(lines, MAX_ROWS), len(set(xs))
+    return Plot(
+        summary=_summary(chart, lines),
+        strokes=[stroke for line in lines for stroke in _strokes(line, frame)],
+        x_label=chart.x_label,
+        x_labels=_x_labels(frame),
+        y_labels=[
+            TickLabel(text=f"{tick:.0%}" if chart.unit == "share" else number_text(tick), percent=frame.top(tick))
+            for tick in y_ticks
+        ],
+        legend=_legend(lines),
+        hover=_hover_values(chart, lines, frame),
+        table=_table(chart, lines, shown),
+        table_summary="Table" if len(shown) == num_xs else f"Table ({len(shown)} of {num_xs} rows)",
     )
-    return element("figure", heading, _legend(lines), plot, _table(chart, lines), class_="chart")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,32 +211,22 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _drawing(chart: LineChart, lines: Sequence[Line], frame: Frame, y_ticks: Sequence[float]) -> Html:
-    grid = [element("line", x1=0, x2=100, y1=frame.top(tick), y2=frame.top(tick), class_="grid") for tick in y_ticks]
+def _summary(chart: LineChart, lines: Sequence[Line]) -> str:
     ends = [(number_text(line.points[0][1], chart.unit), number_text(line.points[-1][1], chart.unit)) for line in lines]
     ranges = "; ".join(f"{line.name}: from {first} to {last}" for line, (first, last) in zip(lines, ends, strict=True))
-    return element(
-        "svg",
-        element("title", f"{chart.title}. {ranges}"),
-        grid,
-        [_strokes(line, frame) for line in lines],
-        viewBox="0 0 100 100",
-        preserveAspectRatio="none",
-        role="img",
-    )
+    return f"{chart.title}. {ranges}"
 
 
-def _strokes(line: Line, frame: Frame) -> Html:
-    style = f"line s{line.style % NUM_STYLES}"
-    if len(line.points) < SMOOTHED_FROM:
-        dots = element("path", d=_dots(line.points, frame), class_=f"dots s{line.style % NUM_STYLES}")
-        few = len(line.points) <= 20
-        return join(element("path", d=_path(line.points, frame), class_=style), dots if few else None)
-    smooth = moving_average(line.points, len(line.points) // 25)
-    return join(
-        element("path", d=_path(thinned(line.points, MAX_POINTS), frame), class_=f"{style} faint"),
-        element("path", d=_path(thinned(smooth, MAX_POINTS), frame), class_=style),
-    )
+def _strokes(line: Line, frame: Frame) -> Iterator[Stroke]:
+    style = f"s{line.style % NUM_STYLES}"
+    if len(line.points) >= SMOOTHED_FROM:
+        smooth = moving_average(line.points, len(line.points) // 25)
+        yield Stroke(path=_path(thinned(line.points, MAX_POINTS), frame), css_class=f"line {style} faint")
+        yield Stroke(path=_path(thinned(smooth, MAX_POINTS), frame), css_class=f"line {style}")
+        return
+    yield Stroke(path=_path(line.points, frame), css_class=f"line {style}")
+    if len(line.points) <= DOTTED_UP_TO:
+        yield Stroke(path=_dots(line.points, frame), css_class=f"dots {style}")
 
 
 def _path(points: Points, frame: Frame) -> str:
@@ -184,32 +238,16 @@ def _dots(points: Points, frame: Frame) -> str:
     return "".join(f"M{frame.left(x)} {frame.top(y)}h0" for x, y in points)
 
 
-def _labels(chart: LineChart, frame: Frame, y_ticks: Sequence[float]) -> Html:
-    y_texts = [
-        element(
-            "span",
-            f"{tick:.0%}" if chart.unit == "share" else number_text(tick),
-            class_="y",
-            style=f"top:{frame.top(tick)}%",
-        )
-        for tick in y_ticks
-    ]
+def _x_labels(frame: Frame) -> list[TickLabel]:
     # Steps, epochs and rollouts are counted: a tick between two of them would mean nothing.
     candidates = ticks(frame.x_low, frame.x_high, 4)
     x_ticks = [tick for tick in candidates if frame.x_low <= tick <= frame.x_high and round(tick, 6).is_integer()]
-    x_texts = [element("span", number_text(tick), class_="x", style=f"left:{frame.left(tick)}%") for tick in x_ticks]
-    return element("div", y_texts, x_texts, element("span", chart.x_label, class_="x-label"), aria_hidden="true")
+    return [TickLabel(text=number_text(tick), percent=frame.left(tick)) for tick in x_ticks]
 
 
-def _legend(lines: Iterable[Line]) -> Html:
-    entries = {(line.legend, line.style % NUM_STYLES) for line in lines}
-    ordered = sorted(entries, key=lambda entry: (entry[1], entry[0]))
-    return element("ul", [element("li", _key(style), legend) for legend, style in ordered], class_="legend")
-
-
-def _key(style: int) -> Html:
-    stroke = element("path", d="M0 5H24", class_=f"line s{style}")
-    return element("svg", stroke, viewBox="0 0 24 10", class_="key", aria_hidden="true")
+def _legend(lines: Iterable[Line]) -> list[LegendEntry]:
+    entries = {(line.style % NUM_STYLES, line.legend) for line in lines}
+    return [LegendEntry(text=legend, style=style) for style, legend in sorted(entries)]
 
 
 def _hover_values(chart: LineChart, lines: Sequence[Line], frame: Frame) -> dict[str, object]:
@@ -237,14 +275,10 @@ def _positions(lines: Iterable[Line], limit: int) -> list[float]:
     return [x for x, _ in thinned([(x, 0.0) for x in xs], limit)]
 
 
-def _table(chart: LineChart, lines: Sequence[Line]) -> Html:
+def _table(chart: LineChart, lines: Sequence[Line], shown: Iterable[float]) -> Table:
     numbers = [dict(line.points) for line in lines]
-    num_xs = len({x for line in lines for x, _ in line.points})
-    shown = _positions(lines, MAX_ROWS)
     rows = [
         [number_text(x), *(number_text(values[x], chart.unit) if x in values else "" for values in numbers)]
         for x in shown
     ]
-    summary = "Table" if len(shown) == num_xs else f"Table ({len(shown)} of {num_xs} rows)"
-    header = [chart.x_label, *(line.name for line in lines)]
-    return element("details", element("summary", summary), table(header, rows, chart.title))
+    return Table(caption=chart.title, header=[chart.x_label, *(line.name for line in lines)], rows=rows)

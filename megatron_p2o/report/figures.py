@@ -1,8 +1,9 @@
-"""The report's charts: Figures 3 and 4 of arXiv:2603.21877, the ledger, and what shows that a run is healthy."""
+"""Charts and tables of the report: Figures 3 and 4 of arXiv:2603.21877, the ledger, and a run's health."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from megatron_p2o.report.charts import Line, LineChart, Unit, line_chart, number_text
+from megatron_p2o.report.charts import Figure, Line, LineChart, Unit, line_chart, number_text
 from megatron_p2o.report.effectiveness import (
     Effectiveness,
     LedgerSummary,
@@ -10,8 +11,8 @@ from megatron_p2o.report.effectiveness import (
     plain_success_of_hard,
     summarize_ledger,
 )
-from megatron_p2o.report.markup import Child, Html, element, table
 from megatron_p2o.report.runs import Points, Run
+from megatron_p2o.report.tables import Cell, Table
 
 Styles = dict[str, int]
 """Arm to line style."""
@@ -35,7 +36,53 @@ NUM_IDS_SHOWN = 40
 """Problem ids listed in the ledger's section."""
 
 
-def training_section(runs: Sequence[Run], styles: Styles) -> Html:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Internalised:
+    """The problems that one run has internalised."""
+
+    name: str
+    """Of the run."""
+    num_problems: int
+    table: Table
+    """The first of them."""
+    num_left_out: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ledger:
+    """What became of the problems."""
+
+    table: Table
+    internalised: Sequence[Internalised]
+    """Of the runs that have any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseTime:
+    """Seconds that a phase took in total."""
+
+    text: str
+    share: float
+    """Of the run's longest phase."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunTime:
+    """Where the time of a run went."""
+
+    name: str
+    phases: Sequence[PhaseTime]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeTable:
+    """Where the time of all runs went."""
+
+    header: Sequence[str]
+    rows: Sequence[RunTime]
+
+
+def training_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
     """Return training reward and plain accuracy over steps and over rollouts spent (Figure 3)."""
     charts = [
         _key_chart(runs, styles, "rollout/reward_mean", "Training reward", "Mean reward of a step's rollouts.", "share")
@@ -60,7 +107,7 @@ def training_section(runs: Sequence[Run], styles: Styles) -> Html:
         name = level.removeprefix("rollout/reward_level_")
         note = "Mean reward of the training rollouts of this level, templated ones included."
         charts.append(_key_chart(runs, styles, level, f"Training reward: {name}", note, "share"))
-    return _section("Training", "Reward and validation accuracy (Figure 3 of the paper).", charts, by_source(runs))
+    return charts
 
 
 def evaluation_keys(runs: Sequence[Run]) -> list[str]:
@@ -75,9 +122,9 @@ def evaluation_name(key: str) -> str:
     return f"with template: {name.removeprefix('templated ')}" if key.startswith(TEMPLATED) else name
 
 
-def by_source(runs: Sequence[Run]) -> Html | None:
+def by_source(runs: Sequence[Run]) -> Table | None:
     """Return the final accuracy by source of the problems; None before a run has finished."""
-    rows: list[list[Child]] = []
+    rows: list[list[Cell]] = []
     for run in runs:
         for part, asked in (("evaluation", "plainly"), ("templated_evaluation", "with template")):
             for name, outcome in sorted(((run.results or {}).get(part) or {}).items()):
@@ -88,8 +135,7 @@ def by_source(runs: Sequence[Run]) -> Html | None:
     if not rows:
         return None
     header = ["Run", "Problems", "Asked", "Accuracy", "95 % interval", "By source"]
-    content = table(header, rows, "Final accuracy by source of the problems")
-    return element("details", element("summary", "Final accuracy by source of the problems"), content)
+    return Table(caption="Final accuracy by source of the problems", header=header, rows=rows)
 
 
 def _interval_text(interval: Mapping[str, float] | None) -> str:
@@ -115,7 +161,7 @@ def by_epoch(run: Run, key: str) -> Points:
     )
 
 
-def effectiveness_section(runs: Sequence[Run], styles: Styles) -> Html:
+def effectiveness_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
     """Return what templates achieve and the decline of intractable problems (Figure 4)."""
     hard = LineChart(
         title="Intractable problems",
@@ -148,28 +194,25 @@ def effectiveness_section(runs: Sequence[Run], styles: Styles) -> Html:
     if any(line.points for line in covered):
         note = "Share of the development problems solved after a round, and by plain sampling at equal budget."
         charts.append(line_chart(LineChart(title="Evolution", note=note, x_label="step", unit="share", lines=covered)))
-    return _section("Prompt effectiveness", "With and without template (Figure 4 of the paper).", charts)
+    return charts
 
 
-def ledger_section(runs: Sequence[Run], styles: Styles) -> Html | None:
-    """Return what became of the problems, and which were internalised: solved plainly after only a template did."""
+def ledger_of(runs: Sequence[Run]) -> Ledger | None:
+    """Return what became of the problems, and which were internalised; None when no run has a ledger."""
     with_ledger = [run for run in runs if run.ledger]
     if not with_ledger:
         return None
     header = ["Run", "Problems", "Hard when first asked", "First solved by template", "Internalised", "Never solved"]
     summaries = [(run, summarize_ledger(run.ledger)) for run in with_ledger]
     rows = [_ledger_row(run, summary) for run, summary in summaries]
-    return element(
-        "section",
-        element("h2", "Hard-sample ledger"),
-        element("p", "Internalised: first solved only through a template, later solved plainly."),
-        table(header, rows, "Hard-sample ledger"),
-        [_internalised(run, summary) for run, summary in summaries if summary.internalised],
+    return Ledger(
+        table=Table(caption="Hard-sample ledger", header=header, rows=rows),
+        internalised=[_internalised(run, summary) for run, summary in summaries if summary.internalised],
     )
 
 
-def health_section(runs: Sequence[Run], styles: Styles) -> Html:
-    """Return the numbers that show whether a run can be trusted, and whether it wastes work."""
+def health_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
+    """Return the charts that show whether a run can be trusted, and whether it wastes work."""
     shown: tuple[tuple[str, str, str, Unit], ...] = (
         ("mismatch/logprob_abs_mean", "Engine and trainer: mean", "Mean |log-prob difference| per token.", "number"),
         ("mismatch/logprob_abs_max", "Engine and trainer: worst token", "Largest |log-prob difference|.", "number"),
@@ -185,11 +228,15 @@ def health_section(runs: Sequence[Run], styles: Styles) -> Html:
         ("rollout/response_tokens_mean", "Response length", "Mean tokens per rollout.", "number"),
         ("rollout/truncated_share", "Truncated rollouts", "Share of the step's rollouts.", "share"),
     )
-    charts = [
+    return [
         _key_chart(runs, styles, key, title, note, unit)
         for key, title, note, unit in shown
         if any(run.points(key) for run in runs)
     ]
+
+
+def failures_table(runs: Sequence[Run]) -> Table:
+    """Return how often each kind of failure happened, one row per run."""
     header = ["Run", *(name for _, name in FAILURES), "Numbers not finite"]
     rows = [
         [
@@ -199,36 +246,30 @@ def health_section(runs: Sequence[Run], styles: Styles) -> Html:
         ]
         for run in runs
     ]
-    failures = table(header, rows, "What failed, over the whole run")
-    return _section("Health", "Engine/trainer mismatch, optimisation, and where rollouts go.", charts, failures)
+    return Table(caption="What failed, over the whole run", header=header, rows=rows)
 
 
-def time_section(runs: Sequence[Run]) -> Html | None:
-    """Return the seconds each phase took in total, with a bar relative to the run's longest."""
+def time_table(runs: Sequence[Run]) -> TimeTable | None:
+    """Return the seconds each phase took in total; None when nothing was timed."""
     keys = {key for run in runs for key in run.keys("perf/") if key.endswith("_s") and "_per_s" not in key}
     phases = sorted(keys, key=lambda key: (PHASES.index(key) if key in PHASES else len(PHASES), key))
     if not phases:
         return None
-    rows: list[list[Child]] = []
+    rows: list[RunTime] = []
     for run in runs:
         totals = {phase: run.total(phase) for phase in phases}
         longest = max(totals.values()) or 1.0
-        rows.append([run.name, *(_bar(seconds, longest) for seconds in totals.values())])
+        times = [PhaseTime(text=number_text(round(s, 1)), share=s / longest) for s in totals.values()]
+        rows.append(RunTime(name=run.name, phases=times))
     header = ["Run", *(phase.removeprefix("perf/").removesuffix("_s") for phase in phases)]
-    note = "Total seconds of each phase. A step contains others, and phases may overlap."
-    content = table(header, rows, "Seconds per phase")
-    return element("section", element("h2", "Time"), element("p", note), content)
-
-
-def _section(title: str, note: str, charts: Sequence[Html], after: Html | None = None) -> Html:
-    return element("section", element("h2", title), element("p", note), element("div", charts, class_="charts"), after)
+    return TimeTable(header=header, rows=rows)
 
 
 def _lines(runs: Sequence[Run], styles: Styles, points_of: Callable[[Run], Points]) -> list[Line]:
     return [Line(name=run.name, legend=run.arm, style=styles[run.arm], points=points_of(run)) for run in runs]
 
 
-def _key_chart(runs: Sequence[Run], styles: Styles, key: str, title: str, note: str, unit: Unit) -> Html:
+def _key_chart(runs: Sequence[Run], styles: Styles, key: str, title: str, note: str, unit: Unit) -> Figure:
     lines = _lines(runs, styles, lambda run: run.points(key))
     return line_chart(LineChart(title=title, note=note, x_label="step", unit=unit, lines=lines))
 
@@ -256,7 +297,7 @@ def _effectiveness_chart(run: Run, compared: Sequence[Effectiveness]) -> LineCha
     )
 
 
-def _ledger_row(run: Run, summary: LedgerSummary) -> list[Child]:
+def _ledger_row(run: Run, summary: LedgerSummary) -> list[Cell]:
     return [
         run.name,
         summary.num_problems,
@@ -267,16 +308,16 @@ def _ledger_row(run: Run, summary: LedgerSummary) -> list[Child]:
     ]
 
 
-def _internalised(run: Run, summary: LedgerSummary) -> Html:
+def _internalised(run: Run, summary: LedgerSummary) -> Internalised:
     ids = summary.internalised
     shown = ids[:NUM_IDS_SHOWN]
-    rest = f" and {len(ids) - len(shown)} more" if len(ids) > len(shown) else ""
     rows = [[problem_id, _history(run, problem_id)] for problem_id in shown]
-    return element(
-        "details",
-        element("summary", f"{run.name}: {len(ids)} problems internalised"),
-        table(["Problem", "Solved of tried, by epoch"], rows, f"Internalised problems of {run.name}"),
-        element("p", rest.strip()) if rest else None,
+    header = ["Problem", "Solved of tried, by epoch"]
+    return Internalised(
+        name=run.name,
+        num_problems=len(ids),
+        table=Table(caption=f"Internalised problems of {run.name}", header=header, rows=rows),
+        num_left_out=len(ids) - len(shown),
     )
 
 
@@ -289,8 +330,3 @@ def _history(run: Run, problem_id: str) -> str:
         templated = f"template {entry.templated_solved}/{entry.templated_tries}" if entry.templated_tries else ""
         parts.append(f"{entry.epoch}: " + ", ".join(part for part in (plain, templated) if part))
     return "; ".join(parts)
-
-
-def _bar(seconds: float, longest: float) -> Html:
-    fill = element("span", class_="fill", style=f"width:{100 * seconds / longest:.1f}%")
-    return element("div", number_text(round(seconds, 1)), element("div", fill, class_="bar", aria_hidden="true"))

@@ -3,23 +3,31 @@
 import base64
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from megatron_p2o.files import write_whole
 from megatron_p2o.report.charts import NUM_STYLES, number_text
 from megatron_p2o.report.figures import (
-    effectiveness_section,
+    by_source,
+    effectiveness_figures,
     evaluation_keys,
     evaluation_name,
-    health_section,
-    ledger_section,
-    time_section,
-    training_section,
+    failures_table,
+    health_figures,
+    ledger_of,
+    time_table,
+    training_figures,
 )
-from megatron_p2o.report.markup import Child, Html, element, join, raw_text, table
-from megatron_p2o.report.rounds import rounds_section
+from megatron_p2o.report.rounds import rounds_table
 from megatron_p2o.report.runs import Run, read_run
-from megatron_p2o.report.templates import examples_section, templates_section
+from megatron_p2o.report.templates import examples_of, templates_of
+
+ASSETS = Path(__file__).parent / "assets"
+"""Jinja templates, style sheet and script."""
 
 
 def write_report(run_dirs: Sequence[Path], output: Path) -> None:
@@ -36,28 +44,74 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> None:
     write_whole(output, render(runs))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OverviewRow:
+    """How far a run is and what it reached."""
+
+    name: str
+    style: int
+    """Colour of its arm."""
+    cells: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """One row per run."""
+
+    header: Sequence[str]
+    rows: Sequence[OverviewRow]
+
+
 def render(runs: Sequence[Run]) -> str:
     """Return the page."""
     styles = {arm: index for index, arm in enumerate(dict.fromkeys(run.arm for run in runs))}
-    title = "P2O: " + ", ".join(styles)
-    sections = [
-        overview_section(runs, styles),
-        training_section(runs, styles),
-        effectiveness_section(runs, styles),
-        rounds_section(runs),
-        templates_section(runs),
-        examples_section(runs),
-        ledger_section(runs, styles),
-        health_section(runs, styles),
-        time_section(runs),
-    ]
-    shown = [section for section in sections if section is not None]
-    body = element("body", element("header", element("h1", title)), element("main", shown), element("div", id="hover"))
-    return f"<!DOCTYPE html>\n{element('html', _head(title), body, _script(), lang='en')}\n"
+    script = _asset("report.js")
+    # The policy lets only our own script run: text of a run could not become code even if an escape were missed.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title="P2O: " + ", ".join(styles),
+            style=_asset("report.css"),
+            script=script,
+            script_hash=f"sha256-{digest}",
+            overview=overview_of(runs, styles),
+            training=training_figures(runs, styles),
+            by_source=by_source(runs),
+            effectiveness=effectiveness_figures(runs, styles),
+            rounds=rounds_table(runs),
+            templates=templates_of(runs),
+            examples=examples_of(runs),
+            ledger=ledger_of(runs),
+            health=health_figures(runs, styles),
+            failures=failures_table(runs),
+            time=time_table(runs),
+        )
+    )
 
 
-def overview_section(runs: Sequence[Run], styles: dict[str, int]) -> Html:
-    """Return one table row per run: how far it is and what it reached."""
+def _environment() -> Environment:
+    """Return the templates; text is escaped, and so is a name that a template misspells an error."""
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return environment
+
+
+def _asset(name: str) -> Markup:
+    """Return one of our own files, which is not escaped; nothing that was read from a run may come here."""
+    return Markup((ASSETS / name).read_text(encoding="utf-8"))
+
+
+def overview_of(runs: Sequence[Run], styles: dict[str, int]) -> Overview:
+    """Return one row per run: how far it is and what it reached."""
     sets = evaluation_keys(runs)
     header = [
         "Run",
@@ -69,22 +123,16 @@ def overview_section(runs: Sequence[Run], styles: dict[str, int]) -> Html:
         "Wall time",
         "State",
     ]
-    rows = [_overview_row(run, sets, styles) for run in runs]
-    note = "Accuracies are the latest evaluation of the run; training reward is its last step's mean."
-    return element(
-        "section", element("h2", "Overview"), element("p", note), table(header, rows, "Overview of the runs")
-    )
+    return Overview(header=header, rows=[_overview_row(run, sets, styles[run.arm] % NUM_STYLES) for run in runs])
 
 
-def _overview_row(run: Run, sets: Sequence[str], styles: dict[str, int]) -> list[Child]:
-    swatch = element("span", class_=f"swatch s{styles[run.arm] % NUM_STYLES}", aria_hidden="true")
+def _overview_row(run: Run, sets: Sequence[str], style: int) -> OverviewRow:
     reward = run.points("rollout/reward_mean")
     results = run.results or {}
     # What evaluations and rounds took is known at the end.
     steps_s = run.total("perf/step_s")
     wall_time = duration_text(float(results["wall_s"])) if "wall_s" in results else f"{duration_text(steps_s)} in steps"
-    return [
-        join(swatch, run.name),
+    cells = [
         *(_last(run, key) for key in sets),
         number_text(reward[-1][1], "share") if reward else "",
         number_text(results.get("num_rollouts_train") or run.total("rollout/rollouts_count")),
@@ -93,6 +141,7 @@ def _overview_row(run: Run, sets: Sequence[str], styles: dict[str, int]) -> list
         wall_time,
         _state(run),
     ]
+    return OverviewRow(name=run.name, style=style, cells=cells)
 
 
 def _num_published(run: Run) -> str:
@@ -121,26 +170,3 @@ def _state(run: Run) -> str:
 def _last(run: Run, key: str) -> str:
     points = run.points(key)
     return number_text(points[-1][1], "share") if points else ""
-
-
-def _asset(name: str) -> str:
-    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
-
-
-def _head(title: str) -> Html:
-    # The policy lets only our own script run: text of a run could not become code even if an escape were missed.
-    digest = base64.b64encode(hashlib.sha256(_asset("report.js").encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", title),
-        raw_text("style", _asset("report.css")),
-    )
-
-
-def _script() -> Html:
-    return raw_text("script", _asset("report.js"))

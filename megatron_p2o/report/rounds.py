@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.report.charts import number_text
-from megatron_p2o.report.markup import Child, Html, element, table
 from megatron_p2o.report.runs import Run
+from megatron_p2o.report.tables import Cell, Table
 
 ENDINGS: Mapping[str, str] = {
     "budget": "its budget was spent",
@@ -17,16 +17,16 @@ ENDINGS: Mapping[str, str] = {
 }
 
 
-def rounds_section(runs: Sequence[Run]) -> Html | None:
+def rounds_table(runs: Sequence[Run]) -> Table | None:
     """Return one table row per round; None when no run has any."""
     rows = [_row(run, round_) for run in runs for round_ in run.rounds]
     if not rows:
         return None
     header = ["Run", "After epoch", "Ended because", "Rollouts", "Candidates", "Published", "Proposals by outcome"]
-    return element("section", element("h2", "Evolution rounds"), table(header, rows, "Rounds of prompt evolution"))
+    return Table(caption="Rounds of prompt evolution", header=header, rows=rows)
 
 
-def _row(run: Run, round_: JsonObject) -> list[Child]:
+def _row(run: Run, round_: JsonObject) -> list[Cell]:
     ended_by = str(round_.get("ended_by", ""))
     outcomes: Mapping[str, int] = round_.get("outcomes", {})
     told = sorted(outcomes.items(), key=lambda item: (-item[1], item[0]))

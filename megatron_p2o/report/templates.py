@@ -4,33 +4,70 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_p2o.report.charts import number_text
-from megatron_p2o.report.examples import Answer, Example, find_examples
-from megatron_p2o.report.markup import Child, Html, element, join
+from megatron_p2o.report.examples import Example, find_examples
 from megatron_p2o.report.runs import LibraryTemplate, PublishedLibrary, Run
 from megatron_p2o.types import PLAIN
 
 
-def templates_section(runs: Sequence[Run]) -> Html | None:
-    """Return each run's templates as trees of who was reflected from whom; None when no run has any."""
-    evolved = [run for run in runs if any(library.templates for library in run.libraries)]
-    if not evolved:
-        return None
-    note = (
-        "Each template below the one it was reflected from; words added to the parent are underlined, dropped ones "
-        "struck through. Score: mean reward on the development problems."
-    )
-    return element("section", element("h2", "Templates"), element("p", note), [_run_templates(run) for run in evolved])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Words:
+    """Some words of a template, beside those of its parent."""
+
+    kind: Literal["kept", "added", "dropped"]
+    text: str
 
 
-def examples_section(runs: Sequence[Run]) -> Html | None:
-    """Return problems with their plain and templated answers; None when no rollouts were written."""
-    shown = [_run_examples(run, examples) for run in runs_with_examples(runs) if (examples := find_examples(run))]
-    if not shown:
-        return None
-    note = "The same problem asked plainly and through a template (Figure 5 of the paper)."
-    return element("section", element("h2", "Examples"), element("p", note), shown)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TemplateNode:
+    """A template and those that were reflected from it."""
+
+    id: int
+    score: float | None
+    """From 0 to 1; None for one that was not published."""
+    facts: Sequence[str]
+    text: Sequence[Words]
+    """Empty for the one that asks plainly."""
+    children: Sequence["TemplateNode"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LibraryTree:
+    """The templates of one library."""
+
+    version: int
+    num_templates: int
+    """Published ones."""
+    roots: Sequence[TemplateNode]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunTemplates:
+    """The libraries of one run, newest first."""
+
+    name: str
+    libraries: Sequence[LibraryTree]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunExamples:
+    """Problems of one run with their answers."""
+
+    name: str
+    examples: Sequence[Example]
+
+
+def templates_of(runs: Sequence[Run]) -> list[RunTemplates]:
+    """Return each run's templates as trees of who was reflected from whom; runs without any are left out."""
+    return [_run_templates(run) for run in runs if any(library.templates for library in run.libraries)]
+
+
+def examples_of(runs: Sequence[Run]) -> list[RunExamples]:
+    """Return problems with their plain and templated answers; none when no rollouts were written."""
+    found = [RunExamples(name=run.name, examples=find_examples(run)) for run in runs_with_examples(runs)]
+    return [run for run in found if run.examples]
 
 
 def _problems(num: int) -> str:
@@ -44,21 +81,21 @@ def runs_with_examples(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run is first_of_arm.get(run.arm)] or list(runs[:1])
 
 
-def word_changes(before: str, after: str) -> Html:
-    """Return `after` with its changes against `before` marked word by word."""
+def word_changes(before: str, after: str) -> list[Words]:
+    """Return `after` with its changes against `before`, word by word."""
     old, new = re.findall(r"\s+|[^\s]+", before), re.findall(r"\s+|[^\s]+", after)
-    parts: list[Html] = []
+    changes: list[Words] = []
     for kind, old_from, old_to, new_from, new_to in difflib.SequenceMatcher(
         None, old, new, autojunk=False
     ).get_opcodes():
         if kind == "equal":
-            parts.append(join("".join(new[new_from:new_to])))
+            changes.append(Words(kind="kept", text="".join(new[new_from:new_to])))
             continue
         if old_to > old_from:
-            parts.append(element("del", "".join(old[old_from:old_to])))
+            changes.append(Words(kind="dropped", text="".join(old[old_from:old_to])))
         if new_to > new_from:
-            parts.append(element("ins", "".join(new[new_from:new_to])))
-    return join(parts)
+            changes.append(Words(kind="added", text="".join(new[new_from:new_to])))
+    return changes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,37 +126,28 @@ class _Lineage:
         return max(template.score or 0.0, *(self.best_score(child) for child in self.below(template)), 0.0)
 
 
-def _run_templates(run: Run) -> Html:
-    libraries = [library for library in run.libraries if library.templates]
+def _run_templates(run: Run) -> RunTemplates:
     earlier: dict[str, int] = {}
-    shown: list[Html] = []
-    for library in libraries:
+    trees: list[LibraryTree] = []
+    for library in run.libraries:
+        if not library.templates:
+            continue
         lineage = _Lineage(library=library, earlier=dict(earlier))
-        state = f"Library version {library.version}: {len(library.templates)} templates"
-        trees = element("ul", [_tree(root, lineage) for root in lineage.below(None)], class_="lineage")
-        shown.append(element("details", element("summary", state), trees, open=library is libraries[-1]))
+        roots = [_node(root, lineage) for root in lineage.below(None)]
+        trees.append(LibraryTree(version=library.version, num_templates=len(library.templates), roots=roots))
         for template in library.templates:
             earlier.setdefault(template.text, library.version)
-    return element("div", element("h3", run.name), shown[::-1])
+    return RunTemplates(name=run.name, libraries=trees[::-1])
 
 
-def _tree(template: LibraryTemplate, lineage: _Lineage) -> Html:
-    subtrees = [_tree(child, lineage) for child in lineage.below(template)]
-    return element("li", _template(template, lineage), element("ul", subtrees) if subtrees else None)
-
-
-def _template(template: LibraryTemplate, lineage: _Lineage) -> Html:
+def _node(template: LibraryTemplate, lineage: _Lineage) -> TemplateNode:
     parent = lineage.parent_of(template)
-    text: Child = word_changes(parent.text, template.text) if parent and parent.text else template.text
-    fill = element("span", class_="fill", style=f"width:{100 * min(1.0, max(0.0, template.score or 0.0)):.1f}%")
-    return element(
-        "div",
-        element(
-            "p", element("b", f"Template {template.id}"), " · ", " · ".join(_facts(template, lineage)), class_="facts"
-        ),
-        element("div", fill, class_="bar", aria_hidden="true") if template.score is not None else None,
-        element("pre", text) if template.text else element("p", "Asks plainly.", class_="empty"),
-        class_="template" if template.score is not None else "template unpublished",
+    return TemplateNode(
+        id=template.id,
+        score=None if template.score is None else min(1.0, max(0.0, template.score)),
+        facts=list(_facts(template, lineage)),
+        text=word_changes(parent.text if parent and parent.text else template.text, template.text),
+        children=[_node(child, lineage) for child in lineage.below(template)],
     )
 
 
@@ -141,32 +169,3 @@ def _facts(template: LibraryTemplate, lineage: _Lineage) -> Iterator[str]:
         yield "reflected from the plain prompt"
     elif template.parent is not None and lineage.parent_of(template) is None:
         yield f"reflected from template {template.parent}, with which the round began"
-
-
-def _run_examples(run: Run, examples: Sequence[Example]) -> Html:
-    return element("div", element("h3", run.name), [_example(example) for example in examples])
-
-
-def _example(example: Example) -> Html:
-    mark = element("span", "internalised", class_="mark") if example.is_internalised else None
-    level = f" · {example.level}" if example.level else ""
-    return element(
-        "article",
-        element("h4", f"Problem {example.problem_id}{level} ", mark),
-        element("pre", example.question),
-        element("p", "Gold answer: ", element("code", example.gold)),
-        element("div", [_answer(answer) for answer in example.answers], class_="answers"),
-        class_="example",
-    )
-
-
-def _answer(answer: Answer) -> Html:
-    kind, verdict = ("good", "correct") if answer.is_correct else ("bad", "not correct")
-    return element(
-        "div",
-        element("h5", answer.label, " ", element("span", verdict, class_=f"mark {kind}")),
-        element("p", f"{answer.num_tokens} tokens"),
-        element("pre", answer.template, class_="instruction") if answer.template else None,
-        element("pre", answer.text),
-        class_="answer",
-    )

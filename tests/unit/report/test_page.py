@@ -1,6 +1,9 @@
 """The report of runs that are whole, partial, in progress or hostile."""
 
+import base64
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
@@ -22,9 +25,9 @@ from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.step import step_metrics
 from megatron_p2o.report.examples import find_examples, shortened, spread
 from megatron_p2o.report.figures import by_epoch, over_rollouts
-from megatron_p2o.report.page import duration_text, write_report
+from megatron_p2o.report.page import ASSETS, duration_text, write_report
 from megatron_p2o.report.runs import read_run
-from megatron_p2o.report.templates import word_changes
+from megatron_p2o.report.templates import Words, word_changes
 from megatron_p2o.rl.hard_samples import ledger_entry
 from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, Rollout, Template
 
@@ -152,9 +155,12 @@ class Page(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
+        self.source = page
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.visible: list[str] = []
+        self.inert: list[Any] = []
+        """Values of the blocks of JSON."""
         self.feed(page)
         self.close()
         assert self.open == []
@@ -173,6 +179,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] not in ("script", "style"):
             self.visible.append(data)
+        elif self.open and self.elements[-1] == ("script", {"type": "application/json"}):
+            self.inert.append(json.loads(data))
 
     @property
     def text(self) -> str:
@@ -222,6 +230,41 @@ def test_text_of_a_run_never_becomes_markup(tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert sum(tag == "script" and "type" not in attributes for tag, attributes in page.elements) == 1
     assert page.text.count("<img src=x onerror=alert(1)>") >= 4
+
+
+def test_a_name_cannot_end_the_block_of_json_it_stands_in(tmp_path: Path) -> None:
+    name = "<!--<script><img>&'\""  # a folder's name; in a script element it hides the element's end from browsers
+    page = report_of(tmp_path, grpo_run(tmp_path).rename(tmp_path / name))
+    assert {line["name"] for chart in page.inert for line in chart["lines"]} == {name}
+    blocks = re.findall(r'application/json">(.*?)</script>', page.source)
+    assert len(blocks) == len(page.inert) > 0
+    assert not any("<" in block for block in blocks)
+
+
+def test_own_script_and_style_do_not_end_their_elements_early() -> None:
+    assert "</script" not in (ASSETS / "report.js").read_text().lower()
+    assert "</style" not in (ASSETS / "report.css").read_text().lower()
+
+
+def test_the_policy_lets_the_script_run_that_the_page_holds(tmp_path: Path) -> None:
+    page = report_of(tmp_path, grpo_run(tmp_path))
+    (script,) = re.findall(r"<script>(.*?)</script>", page.source, flags=re.DOTALL)
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in page.source
+
+
+def test_a_table_names_its_columns_and_rows(tmp_path: Path) -> None:
+    run = grpo_run(tmp_path).rename(tmp_path / "a<b")
+    page = report_of(tmp_path, run)
+    assert '<th scope="col">Train reward</th>' in page.source
+    assert '<tr><th scope="row">a&lt;b</th><td>0</td>' in page.source
+    assert 'aria-label="What failed, over the whole run"' in page.source
+
+
+def test_a_chart_without_points_says_so(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").write_text("")
+    page = report_of(tmp_path, tmp_path / "new")
+    assert "Nothing was recorded." in page.text and page.inert == []
 
 
 def test_templates_are_shown_below_the_one_they_were_reflected_from(tmp_path: Path) -> None:
@@ -310,9 +353,21 @@ def test_what_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
 
 
 def test_word_changes_mark_exactly_what_changed() -> None:
-    assert word_changes("Work step by step.", "Work one step by <b>.") == (
-        "Work<ins> one</ins> step by <del>step.</del><ins>&lt;b&gt;.</ins>"
-    )
+    changes = [(words.kind, words.text) for words in word_changes("Work step by step.", "Work one step by <b>.")]
+    assert changes == [
+        ("kept", "Work"),
+        ("added", " one"),
+        ("kept", " step by "),
+        ("dropped", "step."),
+        ("added", "<b>."),
+    ]
+    assert word_changes("Same.", "Same.") == [Words(kind="kept", text="Same.")]
+    assert word_changes("", "") == []
+
+
+def test_a_templates_text_is_shown_to_the_letter(tmp_path: Path) -> None:
+    page = report_of(tmp_path, p2o_run(tmp_path, text="One  <b>\n\n  two & 'three'."))
+    assert "<pre>One  &lt;b&gt;\n\n  two &amp; &#39;three&#39;.</pre>" in page.source
 
 
 def test_examples_tell_how_a_problem_was_internalised(tmp_path: Path) -> None:
