@@ -18,7 +18,6 @@ from urllib.parse import quote
 
 import torch
 
-from megatron_p2o.algorithm import SamplingParts
 from megatron_p2o.config.read import dump_config, with_template_date
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import chat_renderer, fitting_problems
@@ -41,6 +40,7 @@ from megatron_p2o.files import digest_of, write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.engines import start_engines
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, read_manifest
 from megatron_p2o.terminal import say

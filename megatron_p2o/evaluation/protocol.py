@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_p2o.algorithm import SamplingParts, asked, graded_rollouts
 from megatron_p2o.config.tree import Config, EvaluationConfig
 from megatron_p2o.evaluation.outcome import Evaluation, answer_of, evaluation_of
 from megatron_p2o.interfaces import TemplateLibrary
+from megatron_p2o.rl.sampling import SamplingParts, asked, graded_rollouts
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import PLAIN, Problem, Rollout, SamplingParams, Template
 

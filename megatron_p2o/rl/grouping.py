@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import nan
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import torch
 
@@ -10,6 +10,8 @@ from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
 from megatron_p2o.rl.objective import takes_gradient_on_bare_prompt
 from megatron_p2o.types import Group, Rollout, TrainSample
 from p2o_kernels import grouped_advantage
+
+Item = TypeVar("Item")
 
 
 def make_groups(
@@ -82,3 +84,20 @@ def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[T
                 )
             )
     return samples
+
+
+def num_informative(groups: Sequence[Group]) -> int:
+    """Return how many groups carry a gradient: their rollouts do not all agree."""
+    return sum(any(group.advantages) for group in groups)
+
+
+def most_informative(groups: Sequence[Group], size: int) -> list[Group]:
+    """Return `size` groups in the order they were asked: those that carry a gradient first, then any."""
+    by_use = sorted(range(len(groups)), key=lambda index: not any(groups[index].advantages))
+    return [groups[index] for index in sorted(by_use[:size])]
+
+
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Return `items` in consecutive chunks of `size`; the caller's sizes divide evenly."""
+    assert len(items) % size == 0, f"{len(items)} items do not split into chunks of {size}"
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from megatron_p2o.algorithm import reward_of
 from megatron_p2o.evaluation.protocol import template_of
 from megatron_p2o.evolve.reflection.guards import TOO_LONG, is_too_long_to_count
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, FreeScore, Rejection
 from megatron_p2o.interfaces import Grader, PromptRenderer, PromptTooLongError
+from megatron_p2o.rl.sampling import reward_of
 from megatron_p2o.rollout.requests import settle
 from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, Rollout, SamplingParams
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from megatron_p2o.algorithm import Parts, SamplingParts, TrainState, train
+from megatron_p2o.algorithm import Parts, TrainState, train
 from megatron_p2o.config.read import load_config, with_template_date
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.batches import epoch_batches
@@ -48,6 +48,7 @@ from megatron_p2o.policy.training.settings import (
 )
 from megatron_p2o.processes import end_with_parent, host_memory_of
 from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.engines import SglangEngines, start_engines
 from megatron_p2o.rollout.refresh.outlet import open_outlet
 from megatron_p2o.rollout.servers.remote import meet_agents

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from megatron_p2o.algorithm import Parts, StepResult, TrainState, asked, num_informative, p2o_step
-from megatron_p2o.interfaces import PromptTooLongError
+from megatron_p2o.algorithm import Parts, StepResult, TrainState, p2o_step
+from megatron_p2o.rl.grouping import num_informative
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 from megatron_p2o.testing.fakes import (
     FakeEngines,
@@ -327,16 +327,6 @@ def test_a_step_that_fails_has_moved_nothing() -> None:
     with pytest.raises(ConnectionError):
         p2o_step(PROBLEMS, TrainState(library=FakeLibrary()), HardSampleLedger(), parts, fake_config(), iter(()))
     assert journal == ["generate"]
-
-
-def test_a_template_too_long_for_a_problem_leaves_it_plain() -> None:
-    problem = fake_problem(1)
-    renderer = FakeRenderer(max_prompt_tokens=len(problem.question) + 3)
-    assert asked(problem, PLAIN, renderer).template is PLAIN
-    prompt = asked(problem, HINT, renderer)
-    assert (prompt.template, prompt.is_templated) == (PLAIN, False)
-    with pytest.raises(PromptTooLongError):
-        asked(problem, PLAIN, FakeRenderer(max_prompt_tokens=1))
 
 
 MORE = [[fake_problem(number) for number in range(start, start + 4)] for start in (4, 8, 12)]

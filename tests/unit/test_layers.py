@@ -31,7 +31,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "policy": (*CONTRACT, "rl", "p2o_kernels"),
     "tiny": (*CONTRACT,),
     "run_folder": (*CONTRACT, "rl", "metrics", "policy"),
-    "evaluation": (*CONTRACT, "config.read", "algorithm", "data", "metrics", "rewards", "rollout", "run_folder"),
+    "evaluation": (*CONTRACT, "config.read", "rl", "data", "metrics", "rewards", "rollout", "run_folder"),
     "report": (*CONTRACT, "rl", "metrics", "evolve", "evaluation", "run_folder"),
     "machine": (*CONTRACT, "policy", "rollout"),
     "run": (*CONTRACT, "config.read", *ROOMS, "rl", "algorithm", "run_folder", "evaluation", "machine"),

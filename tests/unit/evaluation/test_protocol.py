@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.algorithm import SamplingParts
 from megatron_p2o.config.tree import Config, EvaluationConfig
 from megatron_p2o.evaluation.benchmark import Subject, answer, open_benchmarks, results_of
 from megatron_p2o.evaluation.comparison import compare
@@ -19,6 +18,7 @@ from megatron_p2o.evaluation.outcome import NothingDecided, evaluation_metrics
 from megatron_p2o.evaluation.protocol import Protocol, evaluate, protocol_of
 from megatron_p2o.evaluation.tables import print_comparison, print_results
 from megatron_p2o.metrics.values import numbers_of
+from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_config, fake_problem
 from megatron_p2o.types import Prompt, Template
 

@@ -4,8 +4,8 @@ from concurrent.futures import Future, wait
 
 import pytest
 
-from megatron_p2o.algorithm import SamplingParts, graded_rollouts
 from megatron_p2o.metrics.clock import PhaseClock, TimedGrader
+from megatron_p2o.rl.sampling import SamplingParts, graded_rollouts
 from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_problem
 from megatron_p2o.types import PLAIN, Grade, Problem, SamplingParams
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_p2o.algorithm import SamplingParts, graded_rollouts
 from megatron_p2o.evolve.trial import EvaluationFailed
+from megatron_p2o.rl.sampling import SamplingParts, graded_rollouts
 from megatron_p2o.run.templates import TemplateEvaluator, free_scores
 from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_problem, fake_rollout
 from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, SamplingParams, Template

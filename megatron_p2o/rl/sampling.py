@@ -1,0 +1,105 @@
+"""Sampling and grading: y ~ pi(. | x, z) for each prompt, and the verdict on each answer."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.interfaces import Grader, PromptRenderer, PromptTooLongError, RolloutEngines, TemplateLibrary
+from megatron_p2o.seeds import seed_of
+from megatron_p2o.types import PLAIN, Completion, Grade, Problem, Prompt, Rollout, SamplingParams, Template
+
+GRADING_TIMEOUT_S = 3600.0
+"""Longest wait for a verdict; beyond, the grader hangs and the run ends. A busy machine takes nothing like it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParts:
+    """The implementations that answer problems and grade the answers."""
+
+    engines: RolloutEngines
+    grader: Grader
+    renderer: PromptRenderer
+
+
+def rollout_sampling(config: Config, step: int) -> SamplingParams:
+    """Return how the training rollouts of the step after `step` are sampled."""
+    return SamplingParams(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=seed_of(config.run.seed, "rollouts", step),
+    )
+
+
+def templates_of(problem: Problem, library: TemplateLibrary, group_size: int) -> Sequence[Template]:
+    """Return the template of each rollout of `problem`: those evolved for it, or none at all.
+
+    Raises:
+        ValueError: the library was made for groups of another size (a run resumed with changed settings).
+    """
+    templates = library.assigned(problem) or (PLAIN,) * group_size
+    if len(templates) != group_size:
+        raise ValueError(
+            f"rollout.group_size={group_size} but library {library.version} gives {problem.id!r} {len(templates)} "
+            "templates, one per rollout: resume with the group size the library was made for"
+        )
+    return templates
+
+
+def asked(problem: Problem, template: Template, renderer: PromptRenderer) -> Prompt:
+    """Return the prompt; a template too long for this problem, on which it was never tried, leaves it plain."""
+    try:
+        return renderer.render(problem, template)
+    except PromptTooLongError:
+        return renderer.render(problem, PLAIN)
+
+
+def sample_and_grade(prompts: Sequence[Prompt], sampling: SamplingParams, parts: SamplingParts) -> list[Rollout]:
+    """Return one graded rollout per prompt, in order; each is graded while the others are still being sampled."""
+    rollouts = dict(graded_rollouts(prompts, sampling, parts))
+    return [rollouts[index] for index in range(len(prompts))]
+
+
+def graded_rollouts(
+    prompts: Sequence[Prompt], sampling: SamplingParams, parts: SamplingParts, places: Sequence[int] | None = None
+) -> Iterator[tuple[int, Rollout]]:
+    """Yield (index into `prompts`, rollout) in the order the rollouts were sampled, once their verdicts are there."""
+    waiting: deque[tuple[int, Completion, Future[Grade]]] = deque()
+    for index, completion in parts.engines.generate(prompts, sampling, places):
+        waiting.append((index, completion, submitted(completion, parts)))
+        while waiting and waiting[0][2].done():
+            yield judged(*waiting.popleft())
+    while waiting:
+        yield judged(*waiting.popleft())
+
+
+def submitted(completion: Completion, parts: SamplingParts) -> Future[Grade]:
+    """Hand a completion to the grader; one that was given up has no answer to grade."""
+    if not completion.is_aborted:
+        return parts.grader.submit(completion.prompt.problem, parts.renderer.decode(completion))
+    ungraded: Future[Grade] = Future()
+    ungraded.set_result("error")
+    return ungraded
+
+
+def judged(index: int, completion: Completion, grade: Future[Grade]) -> tuple[int, Rollout]:
+    return index, rollout_of(completion, verdict(grade, completion.prompt.problem))
+
+
+def verdict(grade: Future[Grade], problem: Problem) -> Grade:
+    """Wait for a grade. Raise `TimeoutError` when the grader has not answered long after its own deadline."""
+    try:
+        return grade.result(GRADING_TIMEOUT_S)
+    except TimeoutError as error:
+        raise TimeoutError(f"the grader did not answer on problem {problem.id} in {GRADING_TIMEOUT_S:g} s") from error
+
+
+def rollout_of(completion: Completion, grade: Grade) -> Rollout:
+    return Rollout(completion=completion, grade=grade, reward=reward_of(grade))
+
+
+def reward_of(grade: Grade) -> float:
+    """Return the reward of a verdict; what could not be decided has none, and nothing may read it."""
+    return 1.0 if grade == "correct" else 0.0

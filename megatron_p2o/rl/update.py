@@ -1,0 +1,70 @@
+"""Distilling: the optimizer steps of one P2O step, all against the policy that sampled its rollouts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.interfaces import Policy
+from megatron_p2o.rl.grouping import chunks, train_samples
+from megatron_p2o.rl.objective import compares_with_sampling, with_caps, with_mismatch, with_trainer_logprobs
+from megatron_p2o.types import Group, Logprobs, TrainSample, UpdateReport
+
+NUM_PROBED = 4
+"""Samples that stand for a step whose groups all agree: it has no training pass that would show a mismatch."""
+
+
+def update(groups: Sequence[Group], policy: Policy, config: Config) -> list[UpdateReport]:
+    """Take one optimizer step per mini-batch of groups, all against the policy that sampled them."""
+    parts = chunks(groups, config.schedule.problems_per_update)
+    minibatches = [train_samples(part, config.objective) for part in parts]
+    live = [
+        scored(carrying_gradient(samples, config), part, policy, config)
+        for samples, part in zip(minibatches, parts, strict=True)
+    ]
+    # The first update's own forward pass gives its old log-probs; later ones need theirs before the policy moves.
+    old_logprobs = [None, *(old_logprobs_of(samples, policy, config) for samples in live[1:])]
+    reports = [
+        updated(policy, samples, old, minibatch, config)
+        for samples, old, minibatch in zip(live, old_logprobs, minibatches, strict=True)
+    ]
+    return reports if any(live) else [with_probe(reports[0], minibatches[0], policy), *reports[1:]]
+
+
+def updated(
+    policy: Policy,
+    samples: Sequence[TrainSample],
+    old_logprobs: Sequence[Logprobs] | None,
+    minibatch: Sequence[TrainSample],
+    config: Config,
+) -> UpdateReport:
+    """Take the optimizer step on `samples`, the part of `minibatch` that carries gradient."""
+    report = policy.update(samples, old_logprobs, sum(len(sample.response_ids) for sample in minibatch))
+    return replace(report, tokens=with_caps(report.tokens, samples, config.scoring.importance_cap))
+
+
+def with_probe(report: UpdateReport, samples: Sequence[TrainSample], policy: Policy) -> UpdateReport:
+    """Return `report`, of a step that trained on nothing, with engine and trainer compared on a few plain samples."""
+    probe = [sample for sample in samples if not sample.is_templated][:NUM_PROBED]
+    engine = [sample.sampling_logprobs for sample in probe]
+    return replace(report, tokens=with_mismatch(report.tokens, policy.score(probe) if probe else [], engine))
+
+
+def carrying_gradient(samples: Sequence[TrainSample], config: Config) -> list[TrainSample]:
+    """Return the samples the forward pass needs: a zero advantage has no gradient, only a place in the denominator."""
+    return [sample for sample in samples if sample.advantage != 0 or not config.objective.drop_zero_advantage]
+
+
+def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Config) -> Sequence[Logprobs] | None:
+    """Return log pi_old on the gradient's prompt; the importance context uses the sampling log-probs instead."""
+    return None if compares_with_sampling(config.objective.context) else policy.score(samples)
+
+
+def scored(samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config) -> list[TrainSample]:
+    """Return the samples of `groups` with the trainer's own log-probs of their sampling prompts, if settings ask so."""
+    if not config.scoring.recompute:
+        return samples
+    sampling = replace(config.objective, context="sampling")
+    on_sampling_context = carrying_gradient(train_samples(groups, sampling), config)
+    logprobs = policy.score(on_sampling_context)
+    cap = config.scoring.importance_cap
+    return [with_trainer_logprobs(sample, row, cap) for sample, row in zip(samples, logprobs, strict=True)]
