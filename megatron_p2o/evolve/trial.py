@@ -12,7 +12,7 @@ between, and a template that works less than half the time does not solve."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
+class Trial:
     """One graded rollout of a problem through a template."""
 
     reward: float
@@ -30,8 +30,8 @@ class Evaluation:
         return self.reward >= SOLVED_REWARD
 
 
-def total_reward(evaluations: Sequence[Evaluation]) -> float:
-    return sum(evaluation.reward for evaluation in evaluations)
+def total_reward(trials: Sequence[Trial]) -> float:
+    return sum(trial.reward for trial in trials)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class FreeScore:
 
     template_text: str
     problem_id: str
-    evaluation: Evaluation
+    trial: Trial
     """`reward` is the mean over those rollouts; the text is one of them."""
 
 
@@ -56,19 +56,19 @@ class TemplateRejected(Exception):
     """Raised where a `Rejection` was answered."""
 
 
-class EvaluationFailed(Exception):
+class TrialFailed(Exception):
     """No score could be had: the engine gave up or was lost. Not a verdict on the template."""
 
 
-class Evaluator(Protocol):
+class TrialRunner(Protocol):
     """Samples and grades; rank 0 implements it on the training engines."""
 
-    async def evaluate(
+    async def run_trial(
         self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-    ) -> Evaluation | Rejection:
+    ) -> Trial | Rejection:
         """Ask `problem_id` through `template_text` once.
 
         `sample` (any number) tells repeated rollouts of the same pair apart; 0 temperature is greedy. Raises
-        `EvaluationFailed`.
+        `TrialFailed`.
         """
         ...

@@ -59,7 +59,7 @@ from megatron_p2o.run.inputs import Inputs, evolution_notice, load_inputs, summa
 from megatron_p2o.run.observer import RunFiles, RunObserver
 from megatron_p2o.run.rank_errors import report_error
 from megatron_p2o.run.resume import Change, check_resume, is_measured_otherwise, of_ids, resumed_library, resumption
-from megatron_p2o.run.templates import TemplateEvaluator, free_scores, round_statistics
+from megatron_p2o.run.trials import TrialSubmitter, free_scores, round_statistics
 from megatron_p2o.run_folder.checkpoints import LATEST_FILE, POLICY_FOLDER, CheckpointSaver, checked, latest_checkpoint
 from megatron_p2o.run_folder.made_with import made_with, note_start, read_made_with
 from megatron_p2o.run_folder.state import STATE_FILE, LedgerFile, RunState, StopRequest, read_state
@@ -337,7 +337,7 @@ class Conductor:
         def sample(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
             return self.engines.broker.submit(prompt, sampling, priority="evolution")
 
-        evaluator = TemplateEvaluator(
+        submit_trial = TrialSubmitter(
             sample, self.inputs.renderer, self.grader, self.config.evolution.max_template_tokens
         )
         url = key = model = None
@@ -347,7 +347,7 @@ class Conductor:
         session = EvolutionSession(
             self.config,
             self.run_dir,
-            evaluator,
+            submit_trial,
             reflection_url=url,
             reflection_model=model,
             reflection_api_key=key,

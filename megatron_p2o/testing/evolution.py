@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_p2o.config.tree import AssignmentConfig, EvolutionConfig
 from megatron_p2o.evolve.search.round import RoundSettings, RoundSpec
-from megatron_p2o.evolve.trial import Evaluation, Rejection
+from megatron_p2o.evolve.trial import Rejection, Trial
 from megatron_p2o.types import Problem, SamplingParams, Template
 
 KEY_PHRASES: Mapping[str, tuple[str, str]] = {
@@ -47,7 +47,7 @@ def draw(*key: object) -> float:
 
 
 class KeyPhraseTask:
-    """An `Evaluator`, and through `submit` an `Evaluate` of a session. Counts what it was asked."""
+    """A `TrialRunner`, and through `submit` a `SubmitTrial` of a session. Counts what it was asked."""
 
     def __init__(
         self,
@@ -66,28 +66,26 @@ class KeyPhraseTask:
         self._success_rates = success_rates
         self._max_template_chars = max_template_chars
 
-    async def evaluate(
+    async def run_trial(
         self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-    ) -> Evaluation | Rejection:
+    ) -> Trial | Rejection:
         self.requests[template_text, problem_id, temperature, sample] += 1
         await asyncio.sleep(0)
         return self.answer(template_text, problem_id, temperature, sample)
 
-    def submit(
-        self, template_text: str, problem: Problem, sampling: SamplingParams
-    ) -> "Future[Evaluation | Rejection]":
+    def submit(self, template_text: str, problem: Problem, sampling: SamplingParams) -> "Future[Trial | Rejection]":
         self.requests[template_text, problem.id, sampling.temperature, 0] += 1
-        future: Future[Evaluation | Rejection] = Future()
+        future: Future[Trial | Rejection] = Future()
         future.set_result(self.answer(template_text, problem.id, sampling.temperature, 0))
         return future
 
-    def answer(self, template_text: str, problem_id: str, temperature: float, sample: int) -> Evaluation | Rejection:
+    def answer(self, template_text: str, problem_id: str, temperature: float, sample: int) -> Trial | Rejection:
         if len(template_text) > self._max_template_chars:
             return Rejection(reason="too many characters")
         keys = KEY_PHRASES[self.problems[problem_id].source]
         rate = self._success_rates[sum(key in template_text for key in keys)]
         is_solved = draw(self._seed, template_text, problem_id, temperature, sample) < rate
-        return Evaluation(
+        return Trial(
             reward=float(is_solved),
             response_text="\\boxed{1}",
             finish_reason="stop",

@@ -35,10 +35,10 @@ from megatron_p2o.evolve.record.history import digest
 from megatron_p2o.evolve.record.journal import read_journal
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.search.publish import rounds_path
-from megatron_p2o.evolve.trial import Evaluation, FreeScore, Rejection
+from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial
 from megatron_p2o.interfaces import RoundInterrupted
 from megatron_p2o.records import to_json
-from megatron_p2o.run.templates import round_statistics
+from megatron_p2o.run.trials import round_statistics
 from megatron_p2o.testing.evolution import KEY_PHRASES, PHRASES, KeyPhraseTask, families_served, make_problems
 from megatron_p2o.types import Problem, SamplingParams, Template
 
@@ -46,7 +46,7 @@ PROBLEMS = make_problems(60)
 WARM_LIBRARY = PublishedLibrary(
     version=1, templates=(Template(id=1, text=" ".join(KEY_PHRASES["red"]), parent=None, score=0.3),)
 )
-SOLVED = Evaluation(reward=1.0, response_text="", finish_reason="stop", num_tokens=1, weight_version=1)
+SOLVED = Trial(reward=1.0, response_text="", finish_reason="stop", num_tokens=1, weight_version=1)
 LIMIT_S = 30.0
 """For anything that must happen soon."""
 
@@ -121,9 +121,7 @@ class KillingTask(KeyPhraseTask):
         self._journal = journal
         self._signal = signal_number
 
-    def submit(
-        self, template_text: str, problem: Problem, sampling: SamplingParams
-    ) -> "Future[Evaluation | Rejection]":
+    def submit(self, template_text: str, problem: Problem, sampling: SamplingParams) -> "Future[Trial | Rejection]":
         self.asked.append((digest(template_text), problem.id))
         if len(self.asked) in self._kill_at:
             assert self.session is not None and self.session.service_process_id is not None
@@ -169,7 +167,7 @@ def test_round_publishes_templates_that_solve_hard_problems(
     assert 0 < numbers["num_accepted"] == stats.outcomes["accepted"] == stats.num_candidates - 1
     assert numbers["num_refused"] == sum(count for name, count in stats.outcomes.items() if "refused" in name)
     assert json.loads(rounds_path(tmp_path).read_text()) == to_json(stats)
-    assert (session.num_service_losses, session.num_failed_evaluations) == (0, 0)
+    assert (session.num_service_losses, session.num_failed_trials) == (0, 0)
 
     process_id = session.service_process_id
     assert process_id is not None
@@ -193,9 +191,7 @@ def test_a_round_beside_training_that_is_cut_off_goes_on_where_it_was(
             super().__init__(PROBLEMS)
             self.is_under_way = threading.Event()
 
-        def submit(
-            self, template_text: str, problem: Problem, sampling: SamplingParams
-        ) -> "Future[Evaluation | Rejection]":
+        def submit(self, template_text: str, problem: Problem, sampling: SamplingParams) -> "Future[Trial | Rejection]":
             if self.requests.total() == 100:
                 self.is_under_way.set()
             return super().submit(template_text, problem, sampling)
@@ -232,9 +228,7 @@ def test_a_round_that_is_waited_for_ends_when_the_run_is_to_stop_and_goes_on_lat
     is_stopping = threading.Event()
 
     class StoppingTask(KeyPhraseTask):
-        def submit(
-            self, template_text: str, problem: Problem, sampling: SamplingParams
-        ) -> "Future[Evaluation | Rejection]":
+        def submit(self, template_text: str, problem: Problem, sampling: SamplingParams) -> "Future[Trial | Rejection]":
             asked.append((digest(template_text), problem.id))
             if len(asked) == 100:
                 is_stopping.set()
@@ -263,11 +257,11 @@ def test_rollouts_are_sampled_as_configured(tmp_path: Path, phrases: Path, sessi
     asked: set[tuple[SamplingParams, str]] = set()
     task = KeyPhraseTask(PROBLEMS)
 
-    def evaluate(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Evaluation | Rejection]":
+    def submit_trial(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Trial | Rejection]":
         asked.add((replace(sampling, seed=None), problem.question))
         return task.submit(text, problem, sampling)
 
-    sessions.append(EvolutionSession(config_of(phrases, plain_control=True), tmp_path, evaluate))
+    sessions.append(EvolutionSession(config_of(phrases, plain_control=True), tmp_path, submit_trial))
     sessions[0].evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=77, top_p=1.0)
     like_training = SamplingParams(temperature=0.6, max_new_tokens=77, top_p=0.9)
@@ -293,9 +287,9 @@ def test_training_rollouts_given_to_the_session_reach_the_round(
     task = KeyPhraseTask(PROBLEMS)
     session = EvolutionSession(config_of(phrases), tmp_path, task.submit)
     sessions.append(session)
-    failed = Evaluation(reward=0.0, response_text="?", finish_reason="stop", num_tokens=3, weight_version=3)
+    failed = Trial(reward=0.0, response_text="?", finish_reason="stop", num_tokens=3, weight_version=3)
     for problem in PROBLEMS:
-        session.observe(FreeScore(template_text="", problem_id=problem.id, evaluation=failed))
+        session.observe(FreeScore(template_text="", problem_id=problem.id, trial=failed))
     session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
     assert all(text for text, *_ in task.requests)
     session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=1)
@@ -357,16 +351,16 @@ def test_late_round_publishes_what_it_has_and_says_so(
     tmp_path: Path, phrases: Path, sessions: list[EvolutionSession], caplog: pytest.LogCaptureFixture
 ) -> None:
     task = KeyPhraseTask(PROBLEMS)
-    unanswered: list[Future[Evaluation | Rejection]] = []
+    unanswered: list[Future[Trial | Rejection]] = []
 
-    def evaluate(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Evaluation | Rejection]":
+    def submit_trial(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Trial | Rejection]":
         if task.requests.total() >= 200:
             unanswered.append(Future())
             return unanswered[-1]
         return task.submit(text, problem, sampling)
 
     config = config_of(phrases, round_timeout_s=6.0, plain_control=True)
-    sessions.append(EvolutionSession(config, tmp_path, evaluate))
+    sessions.append(EvolutionSession(config, tmp_path, submit_trial))
     library = sessions[0].evolve(PROBLEMS, WARM_LIBRARY, epoch=0)
     stats = sessions[0].last_round
     assert stats is not None and stats.ended_by == "deadline" and stats.num_rollouts == 200
@@ -392,13 +386,13 @@ def test_frozen_service_is_given_up_and_killed(tmp_path: Path, phrases: Path, se
 # Failures around it
 
 
-def test_evaluations_that_raise_are_counted_and_end_with_plain_prompts(
+def test_trials_that_raise_are_counted_and_end_with_plain_prompts(
     tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
 ) -> None:
     numbers = iter(range(10**9))
 
-    def evaluate(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Evaluation | Rejection]":
-        future: Future[Evaluation | Rejection] = Future()
+    def submit_trial(text: str, problem: Problem, sampling: SamplingParams) -> "Future[Trial | Rejection]":
+        future: Future[Trial | Rejection] = Future()
         match next(numbers) % 4:
             case 0:
                 raise RuntimeError("no engine")
@@ -410,14 +404,14 @@ def test_evaluations_that_raise_are_counted_and_end_with_plain_prompts(
                 future.set_result(replace(SOLVED, num_tokens=1.5))  # pyright: ignore[reportArgumentType]
         return future
 
-    sessions.append(EvolutionSession(config_of(phrases), tmp_path, evaluate))
+    sessions.append(EvolutionSession(config_of(phrases), tmp_path, submit_trial))
     library = sessions[0].evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
     stats = sessions[0].last_round
     assert stats is not None and stats.num_rollouts == 0 and stats.ended_by == "no_progress"
     assert library == PublishedLibrary(version=1)
-    assert sessions[0].num_failed_evaluations == next(numbers) > 0
+    assert sessions[0].num_failed_trials == next(numbers) > 0
     last_round = sessions[0].last_round
-    assert last_round is not None and last_round.num_failed_evaluations == sessions[0].num_failed_evaluations
+    assert last_round is not None and last_round.num_failed_trials == sessions[0].num_failed_trials
     assert sessions[0].num_service_losses == 0
 
 
@@ -513,11 +507,11 @@ def test_service_dies_with_rank_0(tmp_path: Path, phrases: Path) -> None:
         sys.path.insert(0, sys.argv[1])
         from test_evolution_service import EMPTY_LIBRARY, PROBLEMS, EvolutionSession, config_of
 
-        def evaluate(text, problem, sampling):
+        def submit_trial(text, problem, sampling):
             print(json.dumps(session.service_process_id), flush=True)
             return Future()  # never done: the round hangs until this process is killed
 
-        session = EvolutionSession(config_of(Path(sys.argv[2])), Path(sys.argv[3]), evaluate)
+        session = EvolutionSession(config_of(Path(sys.argv[2])), Path(sys.argv[3]), submit_trial)
         session.evolve(PROBLEMS, EMPTY_LIBRARY, 0)
         """
     )

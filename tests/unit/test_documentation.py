@@ -15,7 +15,7 @@ from megatron_p2o.data.chat import MAX_REPORTED_PROBLEMS
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.metrics.memory import ProcessMemory
 from megatron_p2o.processes import HostMemory, RankMemory
-from megatron_p2o.run.templates import round_statistics
+from megatron_p2o.run.trials import round_statistics
 from megatron_p2o.tiny.policy import build_policy, build_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from megatron_p2o.evolve.search.publish import RoundStats, build_library, round_
 from megatron_p2o.evolve.search.round import Round, RoundSpec
 from megatron_p2o.evolve.search.rules import rules_named
 from megatron_p2o.evolve.search.score_book import ScoreBook
-from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, Evaluator, Rejection
+from megatron_p2o.evolve.trial import Rejection, Trial, TrialFailed, TrialRunner
 
 Result = TypeVar("Result")
 
@@ -39,7 +39,7 @@ async def conduct_round(
     spec: RoundSpec,
     split: Split,
     run_dir: Path,
-    evaluator: Evaluator,
+    runner: TrialRunner,
     reflector: Reflector,
     finish: asyncio.Event,
     notify: Callable[[str], None],
@@ -51,7 +51,7 @@ async def conduct_round(
     """
     with open_journal(journal_path(run_dir, spec.epoch), spec.fingerprint(), notify) as journal:
         history = RoundHistory(journal.records, journal.append, spec.fingerprint())
-        state = open_round(spec, split, history, evaluator, reflector, notify)
+        state = open_round(spec, split, history, runner, reflector, notify)
         library = published_library(history, run_dir)
         if library is not None:
             state.restore_candidates()
@@ -64,7 +64,7 @@ async def conduct_round(
             journal.sync()
         control = None
         if spec.settings.evolution.plain_control and not finish.is_set():
-            control = await run_until(plain_coverage(state, evaluator), finish)
+            control = await run_until(plain_coverage(state, runner), finish)
         assert history.published is not None, "set above or before"
         return round_stats(state, library, history.published.ended_by, control)
 
@@ -114,7 +114,7 @@ def open_round(
     spec: RoundSpec,
     split: Split,
     history: RoundHistory,
-    evaluator: Evaluator,
+    runner: TrialRunner,
     reflector: Reflector,
     notify: Callable[[str], None],
 ) -> Round:
@@ -125,7 +125,7 @@ def open_round(
     rules = rules_named(spec.settings.evolution.rules)
     limit = sys.maxsize if rules.is_lock_step else rollout_budget(spec, split)
     book = ScoreBook(
-        evaluator,
+        runner,
         history,
         RolloutBudget(limit, spent=history.num_scored),
         temperature=spec.settings.evolution.evaluation_temperature,
@@ -160,12 +160,12 @@ def salvage(spec: RoundSpec, split: Split, run_dir: Path) -> tuple[PublishedLibr
 
 
 class Nobody:
-    """Evaluator and reflector of a round that is only read."""
+    """TrialRunner and reflector of a round that is only read."""
 
-    async def evaluate(
+    async def run_trial(
         self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-    ) -> Evaluation | Rejection:
-        raise EvaluationFailed("this round is only read")
+    ) -> Trial | Rejection:
+        raise TrialFailed("this round is only read")
 
     async def propose(self, request: ReflectionRequest) -> str:
         raise ReflectionUnavailable("this round is only read")

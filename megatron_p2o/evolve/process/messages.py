@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.search.round import RoundSpec
-from megatron_p2o.evolve.trial import Evaluation
+from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.records import from_tagged, to_tagged
 
 MAX_LINE_BYTES = 1 << 30
@@ -25,7 +25,7 @@ class FinishRound:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateRequest:
+class TrialRequest:
     """Service: sample and grade one rollout."""
 
     request: int
@@ -36,11 +36,11 @@ class EvaluateRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateReply:
+class TrialReply:
     """Rank 0: the answer to a request; exactly one of the three is there."""
 
     request: int
-    evaluation: Evaluation | None = None
+    trial: Trial | None = None
     rejection: str | None = None
     """Why the template cannot be used."""
     failure: str | None = None
@@ -61,9 +61,9 @@ class Notice:
     text: str
 
 
-Message = StartRound | FinishRound | EvaluateRequest | EvaluateReply | RoundPublished | Notice
+Message = StartRound | FinishRound | TrialRequest | TrialReply | RoundPublished | Notice
 MESSAGE_KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (StartRound, FinishRound, EvaluateRequest, EvaluateReply, RoundPublished, Notice)
+    kind.__name__: kind for kind in (StartRound, FinishRound, TrialRequest, TrialReply, RoundPublished, Notice)
 }
 
 

@@ -15,38 +15,38 @@ from pathlib import Path
 from megatron_p2o.evolve.process.conduct import conduct_round, split_of
 from megatron_p2o.evolve.process.messages import (
     MAX_LINE_BYTES,
-    EvaluateReply,
-    EvaluateRequest,
     FinishRound,
     Message,
     Notice,
     RoundPublished,
     StartRound,
+    TrialReply,
+    TrialRequest,
     decode,
     encode,
 )
 from megatron_p2o.evolve.reflection.reflectors import build_reflector
 from megatron_p2o.evolve.search.round import RoundSpec
-from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, Rejection
+from megatron_p2o.evolve.trial import Rejection, Trial, TrialFailed
 from megatron_p2o.processes import end_with_parent
 from megatron_p2o.terminal import set_up_logging
 
 
-class RemoteEvaluator:
+class RemoteTrialRunner:
     """Asks rank 0; any number of requests may be in flight."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self._numbers = itertools.count()
-        self._waiting: dict[int, asyncio.Future[EvaluateReply]] = {}
+        self._waiting: dict[int, asyncio.Future[TrialReply]] = {}
 
-    async def evaluate(
+    async def run_trial(
         self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-    ) -> Evaluation | Rejection:
+    ) -> Trial | Rejection:
         number = next(self._numbers)
-        reply: asyncio.Future[EvaluateReply] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[TrialReply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = reply
-        request = EvaluateRequest(
+        request = TrialRequest(
             request=number,
             template_text=template_text,
             problem_id=problem_id,
@@ -58,13 +58,13 @@ class RemoteEvaluator:
             answered = await reply
         finally:
             del self._waiting[number]
-        if answered.evaluation is not None:
-            return answered.evaluation
+        if answered.trial is not None:
+            return answered.trial
         if answered.rejection is not None:
             return Rejection(reason=answered.rejection)
-        raise EvaluationFailed(answered.failure)
+        raise TrialFailed(answered.failure)
 
-    def deliver(self, reply: EvaluateReply) -> None:
+    def deliver(self, reply: TrialReply) -> None:
         """Wake whoever asked; an answer nobody waits for any more is dropped."""
         waiting = self._waiting.get(reply.request)
         if waiting is not None and not waiting.done():
@@ -78,7 +78,7 @@ class Service:
         self._reader = reader
         self._writer = writer
         self._run_dir = run_dir
-        self._evaluator = RemoteEvaluator(writer)
+        self._runner = RemoteTrialRunner(writer)
         self._finish = asyncio.Event()
 
     async def serve(self) -> None:
@@ -105,8 +105,8 @@ class Service:
                 return asyncio.ensure_future(self._conduct(message.spec))
             case FinishRound():
                 self._finish.set()
-            case EvaluateReply():
-                self._evaluator.deliver(message)
+            case TrialReply():
+                self._runner.deliver(message)
             case _:
                 raise ValueError(f"{type(message).__name__} is not for the service")
         return None
@@ -117,9 +117,7 @@ class Service:
             raise ValueError(f"{len(spec.problems)} hard problems are too few for a round: rank 0 should not ask")
         reflector = build_reflector(spec.settings.evolution.reflection, spec.settings.seed, os.environ)
         try:
-            stats = await conduct_round(
-                spec, split, self._run_dir, self._evaluator, reflector, self._finish, self._notify
-            )
+            stats = await conduct_round(spec, split, self._run_dir, self._runner, reflector, self._finish, self._notify)
         finally:
             await reflector.close()
         self._writer.write(encode(RoundPublished(stats=stats)))

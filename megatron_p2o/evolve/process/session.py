@@ -1,4 +1,4 @@
-"""Rank 0's side of evolution: starts the service, answers its evaluation requests, and returns the library it wrote.
+"""Rank 0's side of evolution: starts the service, answers its trial requests, and returns the library it wrote.
 
 Evolution may be lost, late or stuck; training goes on all the same, with the best library there is or plain prompts.
 """
@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_p2o.config.tree import Config
-from megatron_p2o.evolve.process.answers import Answers, Evaluate
 from megatron_p2o.evolve.process.conduct import salvage, split_of
-from megatron_p2o.evolve.process.messages import EvaluateRequest, FinishRound, Notice, RoundPublished, StartRound
+from megatron_p2o.evolve.process.messages import FinishRound, Notice, RoundPublished, StartRound, TrialRequest
 from megatron_p2o.evolve.process.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
+from megatron_p2o.evolve.process.trial_replies import SubmitTrial, TrialReplies
 from megatron_p2o.evolve.record.history import EndedBy, ForeignJournal
 from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.reflection.reflection import shorten
@@ -57,7 +57,7 @@ class EvolutionSession:
         self,
         config: Config,
         run_dir: Path,
-        evaluate: Evaluate,
+        submit_trial: SubmitTrial,
         *,
         reflection_url: str | None = None,
         reflection_model: str | None = None,
@@ -75,7 +75,7 @@ class EvolutionSession:
         self._config = config
         self._settings = _round_settings(config, reflection_url, reflection_model)
         self._run_dir = run_dir
-        self._evaluate = evaluate
+        self._submit_trial = submit_trial
         self._is_stopping = is_stopping
         self._finish_grace_s = finish_grace_s
         self._environment = child_environment(secrets_of(config.evolution.reflection))
@@ -91,7 +91,7 @@ class EvolutionSession:
         """Of the last round that is over."""
         self.num_service_losses = 0
         """Over the session's life."""
-        self.num_failed_evaluations = 0
+        self.num_failed_trials = 0
         """Requests that got no verdict, over the session's life."""
 
     @property
@@ -111,7 +111,7 @@ class EvolutionSession:
                 raise RoundInterrupted(f"round {epoch} goes on when the run is resumed")
             if time.monotonic() > deadline:
                 logger.warning(
-                    "evolution.stuck: the session's thread is blocked, perhaps in `evaluate`; asking plainly"
+                    "evolution.stuck: the session's thread is blocked, perhaps in `submit_trial`; asking plainly"
                 )
                 return PublishedLibrary(version=library.version + 1)
         return running.result()
@@ -141,8 +141,8 @@ class EvolutionSession:
 
     def observe(self, free: FreeScore) -> None:
         """Remember, for the next round, what training rollouts showed; of several for one pair the last counts."""
-        text = shorten(free.evaluation.response_text, MAX_OBSERVED_CHARS)
-        kept = replace(free, evaluation=replace(free.evaluation, response_text=text))
+        text = shorten(free.trial.response_text, MAX_OBSERVED_CHARS)
+        kept = replace(free, trial=replace(free.trial, response_text=text))
         self._free_scores[free.template_text, free.problem_id] = kept
 
     def close(self) -> None:
@@ -158,7 +158,7 @@ class EvolutionSession:
 
     async def _run_round(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> PublishedLibrary:
         started = time.monotonic()
-        num_losses, num_failed = self.num_service_losses, self.num_failed_evaluations
+        num_losses, num_failed = self.num_service_losses, self.num_failed_trials
         split = split_of(spec)
         if split is None:
             library, stats = self._nothing(spec, "too_few_hard")
@@ -168,7 +168,7 @@ class EvolutionSession:
         stats = replace(
             stats,
             num_restarts=self.num_service_losses - num_losses,
-            num_failed_evaluations=self.num_failed_evaluations - num_failed,
+            num_failed_trials=self.num_failed_trials - num_failed,
             duration_s=time.monotonic() - started,
         )
         self.last_round = stats
@@ -184,8 +184,8 @@ class EvolutionSession:
 
     async def _published(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> RoundStats | None:
         """Return what the service says of the round it published; None when it was lost for good."""
-        answers = Answers(
-            self._evaluate, problems, self._config.rollout, seed_of(self._config.run.seed, "round", spec.epoch)
+        answers = TrialReplies(
+            self._submit_trial, problems, self._config.rollout, seed_of(self._config.run.seed, "round", spec.epoch)
         )
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._settings.evolution.round_timeout_s
@@ -206,9 +206,9 @@ class EvolutionSession:
             raise
         finally:
             answers.cancel()
-            self.num_failed_evaluations += answers.num_failed
+            self.num_failed_trials += answers.num_failed
 
-    async def _attempt(self, spec: RoundSpec, answers: Answers, deadline: float) -> RoundStats:
+    async def _attempt(self, spec: RoundSpec, answers: TrialReplies, deadline: float) -> RoundStats:
         """Serve the round until it is published. Raise `ServiceLost` when the service ends or stays late."""
         if self._service is None:
             self._service = await ServiceProcess.start(self._run_dir, self._environment)
@@ -230,7 +230,7 @@ class EvolutionSession:
                 limit, is_late = deadline + self._finish_grace_s, True
                 continue
             match message:
-                case EvaluateRequest():
+                case TrialRequest():
                     if not is_late:
                         answers.answer(service, message)
                 case Notice():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_p2o.evolve.trial import Evaluation
+from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.records import from_tagged, to_tagged
 
 EndedBy = Literal["budget", "no_progress", "deadline", "reflection_unavailable", "too_few_hard", "service_lost"]
@@ -30,7 +30,7 @@ class Scored:
     problem_id: str
     occasion: str
     """Tells repeated measurements of a pair apart; "" is the one that is reused."""
-    evaluation: Evaluation
+    trial: Trial
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +111,7 @@ class RoundHistory:
         self._append = append
         self._fingerprint = fingerprint
         self._is_opened = False
-        self.evaluations: dict[ScoreKey, Evaluation] = {}
+        self.trials: dict[ScoreKey, Trial] = {}
         """Latest by key."""
         self.num_scored = 0
         """Rollouts through candidates; the plain control's are not counted."""
@@ -146,10 +146,10 @@ class RoundHistory:
             case Opened():
                 self._check(event.fingerprint)
             case Scored():
-                self.evaluations[event.template, event.problem_id, event.occasion] = event.evaluation
+                self.trials[event.template, event.problem_id, event.occasion] = event.trial
                 if not event.occasion.startswith(CONTROL_OCCASION):
                     self.num_scored += 1
-                    self.num_tokens += event.evaluation.num_tokens
+                    self.num_tokens += event.trial.num_tokens
             case Picked():
                 self.picks[event.proposal] = event
             case Reflected():

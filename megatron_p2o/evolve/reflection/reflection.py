@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from megatron_p2o.evolve.trial import Evaluation
+from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.terminal import printable
 from megatron_p2o.types import Problem
 
@@ -23,7 +23,7 @@ class Example:
     """One problem the parent template was tried on."""
 
     problem: Problem
-    evaluation: Evaluation
+    trial: Trial
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,25 +93,25 @@ def _example_text(number: int, example: Example, max_chars: int) -> str:
     verdict = _verdict(example)
     question = shorten(example.problem.question, max(200, max_chars // 2))
     room = max(200, max_chars - len(question) - len(verdict) - EXAMPLE_FRAME_CHARS)
-    if _lacks_final_answer(example.evaluation):
+    if _lacks_final_answer(example.trial):
         room = min(room, MAX_FORMAT_FAILURE_CHARS)
-    response = shorten(example.evaluation.response_text, room)
+    response = shorten(example.trial.response_text, room)
     return f"# Example {number}\n## Question\n{question}\n## Answer of the model\n{response}\n## Judgement\n{verdict}"
 
 
 def _verdict(example: Example) -> str:
     gold = f"The correct final answer is {example.problem.answer}."
-    if example.evaluation.is_solved:
+    if example.trial.is_solved:
         return f"Correct. {gold}"
-    if example.evaluation.finish_reason == "length":
+    if example.trial.finish_reason == "length":
         return f"Wrong: the answer was cut off at the length limit before it was complete. {gold}"
-    if _lacks_final_answer(example.evaluation):
+    if _lacks_final_answer(example.trial):
         return f"Wrong: there is no final answer inside \\boxed{{}}. {gold}"
     return f"Wrong: the final answer does not match. {gold}"
 
 
-def _lacks_final_answer(evaluation: Evaluation) -> bool:
-    return not evaluation.is_solved and "\\boxed" not in evaluation.response_text
+def _lacks_final_answer(trial: Trial) -> bool:
+    return not trial.is_solved and "\\boxed" not in trial.response_text
 
 
 SPECIAL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>")

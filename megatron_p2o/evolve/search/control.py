@@ -7,17 +7,17 @@ from megatron_p2o.evolve.record.history import CONTROL_OCCASION
 from megatron_p2o.evolve.search.budget import RolloutBudget
 from megatron_p2o.evolve.search.round import Round
 from megatron_p2o.evolve.search.score_book import ScoreBook
-from megatron_p2o.evolve.trial import EvaluationFailed, Evaluator
+from megatron_p2o.evolve.trial import TrialFailed, TrialRunner
 
 
-async def plain_coverage(state: Round, evaluator: Evaluator) -> float | None:
-    """Return the share of development problems solved plainly within as many samples as they had evaluations.
+async def plain_coverage(state: Round, runner: TrialRunner) -> float | None:
+    """Return the share of development problems solved plainly within as many samples as they had trials.
 
     Sampled at the training temperature: greedy repeats would all be alike. A sample without a verdict is replaced by
     another; the denominator leaves out problems for which too many have none. None when that are all.
     """
     book = ScoreBook(
-        evaluator,
+        runner,
         state.history,
         RolloutBudget(sys.maxsize),
         temperature=state.spec.settings.sampling_temperature,
@@ -47,10 +47,10 @@ async def _is_solved(book: ScoreBook, problem_id: str, num_samples: int) -> bool
         if num_decided == num_samples:
             break
         try:
-            evaluations = await book.measure("", [problem_id], occasion=f"{CONTROL_OCCASION}{sample}")
-        except EvaluationFailed:
+            trials = await book.measure("", [problem_id], occasion=f"{CONTROL_OCCASION}{sample}")
+        except TrialFailed:
             continue
-        if evaluations[0].is_solved:
+        if trials[0].is_solved:
             return True
         num_decided += 1
     return False if num_decided == num_samples else None

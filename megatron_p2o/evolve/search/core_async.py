@@ -1,9 +1,9 @@
-"""The asynchronous rules: every lineage advances on its own, without barriers, and a candidate earns its evaluation.
+"""The asynchronous rules: every lineage advances on its own, without barriers, and a candidate earns its trials.
 
     pick a parent by its share of the solved development problems      (rng keyed by the proposal's number)
-    evaluate it on a minibatch of feedback problems                    (known scores are free)
+    try it on a minibatch of feedback problems         (known scores are free)
     reflect; refuse duplicates, leaks and templates that do not fit
-    evaluate the child on the same minibatch; parent and child are compared on the same policy version
+    try the child on the same minibatch; parent and child are compared on the same policy version
     strictly better: it joins the pool and is scored in rungs on the development problems
 
 A resumed round continues the proposals that were under way with the parent, minibatch and text they had.
@@ -19,7 +19,7 @@ from megatron_p2o.evolve.search.pool import Candidate, CandidatePool
 from megatron_p2o.evolve.search.round import Round
 from megatron_p2o.evolve.search.score_book import BudgetSpent
 from megatron_p2o.evolve.search.selection import pick_parent
-from megatron_p2o.evolve.trial import EvaluationFailed, TemplateRejected, total_reward
+from megatron_p2o.evolve.trial import TemplateRejected, TrialFailed, total_reward
 
 RUNG_SHARES = (2 / 15, 2 / 5, 1.0)
 """Of the development problems after each rung: 40, 120, 300 of 300. A hopeless candidate then costs 40."""
@@ -101,8 +101,8 @@ class AsynchronousCore:
             return f"refused: {refused}"
         except TemplateRejected as rejected:
             return f"rejected: {rejected}"
-        except EvaluationFailed:
-            return "evaluation failed"
+        except TrialFailed:
+            return "trial failed"
 
     async def _advance(self, picked: Picked) -> str:
         known = self._round.history.candidate_of.get(picked.proposal)
@@ -111,7 +111,7 @@ class AsynchronousCore:
             return "accepted"
         parent = self._round.pool[picked.parent]
         before = await self._round.book.measure(parent.text, picked.minibatch)
-        if all(evaluation.is_solved for evaluation in before):
+        if all(trial.is_solved for trial in before):
             return "parent solves all"
         text = await self._round.reflect(picked.proposal, parent, dict(zip(picked.minibatch, before, strict=True)))
         comparison = await self._compare(parent.text, text, picked.minibatch)
@@ -128,7 +128,7 @@ class AsynchronousCore:
             before = await self._round.book.measure(parent_text, minibatch, min_version=oldest)
             if total_reward(after) <= total_reward(before):
                 return "not better"
-            versions = {evaluation.weight_version for evaluation in (*before, *after)}
+            versions = {trial.weight_version for trial in (*before, *after)}
             if max(versions) - min(versions) <= max_gap:
                 return "better"
             oldest = max(versions) - max_gap
@@ -146,7 +146,7 @@ class AsynchronousCore:
                 start = end
         except TemplateRejected as rejected:
             self._round.disqualify(candidate, str(rejected))
-        except (EvaluationFailed, BudgetSpent):
+        except (TrialFailed, BudgetSpent):
             pass  # it keeps the scores it has
 
     def _stop(self, reason: EndedBy) -> None:

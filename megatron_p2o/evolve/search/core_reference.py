@@ -22,12 +22,12 @@ from megatron_p2o.evolve.search.budget import reference_cost
 from megatron_p2o.evolve.search.pool import Candidate
 from megatron_p2o.evolve.search.round import Round
 from megatron_p2o.evolve.search.selection import reference_selection
-from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, TemplateRejected, total_reward
+from megatron_p2o.evolve.trial import TemplateRejected, Trial, TrialFailed, total_reward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Child:
-    """A proposal that got as far as a text and both evaluations."""
+    """A proposal that got as far as a text and both trials."""
 
     picked: Picked
     text: str
@@ -105,11 +105,11 @@ class ReferenceCore:
             return f"refused: {refused}"
         except TemplateRejected as rejected:
             return f"rejected: {rejected}"
-        except EvaluationFailed:
-            return "evaluation failed"
+        except TrialFailed:
+            return "trial failed"
         return _Child(picked=picked, text=text, is_better=total_reward(after) > total_reward(before))
 
-    async def _measure(self, text: str, picked: Picked, when: str) -> list[Evaluation]:
+    async def _measure(self, text: str, picked: Picked, when: str) -> list[Trial]:
         return await self._round.book.measure(text, picked.minibatch, occasion=f"{picked.proposal}/{when}")
 
     async def _score(self, candidate: Candidate) -> None:
@@ -117,7 +117,7 @@ class ReferenceCore:
             await self._round.score(candidate, self._round.dev_ids(candidate))
         except TemplateRejected as rejected:
             self._round.disqualify(candidate, str(rejected))
-        except EvaluationFailed:
+        except TrialFailed:
             pass  # it keeps the scores it has
 
 

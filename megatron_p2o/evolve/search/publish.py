@@ -43,7 +43,7 @@ class RoundStats:
     """Proposals by how they ended."""
     num_restarts: int = 0
     """Times the service was lost and resumed."""
-    num_failed_evaluations: int = 0
+    num_failed_trials: int = 0
     """Rollouts without a verdict, of templates and of the plain control: they are no scores."""
     duration_s: float = 0.0
 
@@ -116,12 +116,12 @@ def solved_feedback(state: Round, template: Template) -> frozenset[str]:
 
     Those its own lineage was reflected on prove nothing. The authors score templates on development problems only.
     """
-    evaluations = {
+    trials = {
         problem_id: state.book.known(template.text, problem_id)
         for problem_id in state.split.feedback
         if problem_id not in template.lineage_problem_ids
     }
-    return frozenset(key for key, evaluation in evaluations.items() if evaluation is not None and evaluation.is_solved)
+    return frozenset(key for key, trial in trials.items() if trial is not None and trial.is_solved)
 
 
 def round_stats(state: Round, library: PublishedLibrary, ended_by: EndedBy, plain: float | None = None) -> RoundStats:

@@ -15,7 +15,7 @@ from megatron_p2o.evolve.search.budget import Split
 from megatron_p2o.evolve.search.pool import Candidate, CandidatePool, Score
 from megatron_p2o.evolve.search.rules import rules_named
 from megatron_p2o.evolve.search.score_book import ScoreBook
-from megatron_p2o.evolve.trial import Evaluation, FreeScore
+from megatron_p2o.evolve.trial import FreeScore, Trial
 from megatron_p2o.records import to_json
 from megatron_p2o.types import Problem, Template
 
@@ -99,7 +99,7 @@ class Round:
         if picked.proposal not in self.history.picks:
             self.history.add(picked)
 
-    async def reflect(self, proposal: int, parent: Candidate, examples: Mapping[str, Evaluation]) -> str:
+    async def reflect(self, proposal: int, parent: Candidate, examples: Mapping[str, Trial]) -> str:
         """Return the template reflection wrote for a proposal; asked once, journalled.
 
         `examples` maps the minibatch's problem ids to how the parent did. Raises `ReflectionRefused` when the answer
@@ -125,7 +125,7 @@ class Round:
             self.history.add(Ended(proposal=proposal, outcome=outcome))
 
     async def score(self, candidate: Candidate, problem_ids: Sequence[str]) -> None:
-        """Evaluate a candidate on development problems and set the scores there are. Raises as `ScoreBook.measure`."""
+        """Try a candidate on development problems and set the scores there are. Raises as `ScoreBook.measure`."""
         try:
             await self.book.measure(candidate.text, problem_ids)
         finally:
@@ -153,13 +153,12 @@ class Round:
             return list(self.split.dev)
         return [problem_id for problem_id in self.split.dev if problem_id not in candidate.lineage_problem_ids]
 
-    async def _ask(self, proposal: int, parent: Candidate, examples: Mapping[str, Evaluation]) -> Reflected:
+    async def _ask(self, proposal: int, parent: Candidate, examples: Mapping[str, Trial]) -> Reflected:
         request = ReflectionRequest(
             proposal=proposal,
             parent_text=parent.text,
             examples=tuple(
-                Example(problem=self._problems[problem_id], evaluation=evaluation)
-                for problem_id, evaluation in examples.items()
+                Example(problem=self._problems[problem_id], trial=trial) for problem_id, trial in examples.items()
             ),
         )
         try:
@@ -169,7 +168,7 @@ class Round:
         refusal = self._refusal(text, parent, examples)
         return Reflected(proposal=proposal, text=_kept(text) if refusal else text, refusal=refusal)
 
-    def _refusal(self, text: str, parent: Candidate, examples: Mapping[str, Evaluation]) -> str:
+    def _refusal(self, text: str, parent: Candidate, examples: Mapping[str, Trial]) -> str:
         """Return why `text` may not become a candidate; "" when it may."""
         lineage = parent.lineage_problem_ids | examples.keys() if self.settings.guard_leaks else ()
         return refusal_of(
@@ -188,9 +187,9 @@ class Round:
 
     def _record_known(self, candidate: Candidate, problem_ids: Sequence[str]) -> None:
         for problem_id in problem_ids:
-            evaluation = self.book.known(candidate.text, problem_id)
-            if evaluation is not None and evaluation.finish_reason != "abort":
-                score = Score(reward=evaluation.reward, weight_version=evaluation.weight_version)
+            trial = self.book.known(candidate.text, problem_id)
+            if trial is not None and trial.finish_reason != "abort":
+                score = Score(reward=trial.reward, weight_version=trial.weight_version)
                 self.pool.record(candidate.id, problem_id, score)
 
     def _add_seeds(self) -> None:

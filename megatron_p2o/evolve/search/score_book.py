@@ -8,16 +8,16 @@ from megatron_p2o.evolve.record.history import RoundHistory, Scored, ScoreKey, d
 from megatron_p2o.evolve.reflection.reflection import MAX_RESPONSE_CHARS, shorten
 from megatron_p2o.evolve.search.budget import RolloutBudget
 from megatron_p2o.evolve.trial import (
-    Evaluation,
-    EvaluationFailed,
-    Evaluator,
     FreeScore,
     Rejection,
     TemplateRejected,
+    Trial,
+    TrialFailed,
+    TrialRunner,
 )
 from megatron_p2o.seeds import seed_of
 
-LOST = Evaluation(reward=0.0, response_text="", finish_reason="abort", num_tokens=0, weight_version=0)
+LOST = Trial(reward=0.0, response_text="", finish_reason="abort", num_tokens=0, weight_version=0)
 """What a journal keeps of a rollout without a verdict, where it must not be asked again. It is no score."""
 
 
@@ -30,7 +30,7 @@ class ScoreBook:
 
     def __init__(
         self,
-        evaluator: Evaluator,
+        runner: TrialRunner,
         history: RoundHistory,
         budget: RolloutBudget,
         *,
@@ -44,20 +44,20 @@ class ScoreBook:
         `is_loss_final` journals a rollout without a verdict, so that a resumed round repeats its decisions; otherwise
         it may be asked again.
         """
-        self._evaluator = evaluator
+        self._runner = runner
         self._history = history
         self._budget = budget
         self._temperature = temperature
         self._feedback_ids = frozenset(feedback_ids)
-        self._free = {(digest(free.template_text), free.problem_id, ""): free.evaluation for free in free_scores}
+        self._free = {(digest(free.template_text), free.problem_id, ""): free.trial for free in free_scores}
         self._is_loss_final = is_loss_final
-        self._in_flight: dict[ScoreKey, asyncio.Task[Evaluation]] = {}
+        self._in_flight: dict[ScoreKey, asyncio.Task[Trial]] = {}
 
-    def known(self, text: str, problem_id: str, *, occasion: str = "", min_version: int = 0) -> Evaluation | None:
+    def known(self, text: str, problem_id: str, *, occasion: str = "", min_version: int = 0) -> Trial | None:
         """Return what was measured for the pair on policy version `min_version` or later."""
         key = (digest(text), problem_id, occasion)
-        evaluation = self._history.evaluations.get(key) or self._free.get(key)
-        return evaluation if evaluation is not None and evaluation.weight_version >= min_version else None
+        trial = self._history.trials.get(key) or self._free.get(key)
+        return trial if trial is not None and trial.weight_version >= min_version else None
 
     async def measure(
         self,
@@ -66,11 +66,11 @@ class ScoreBook:
         *,
         occasion: str = "",
         min_version: int = 0,
-    ) -> list[Evaluation]:
-        """Return one evaluation per problem, in order; only what is not known is sampled.
+    ) -> list[Trial]:
+        """Return one trial per problem, in order; only what is not known is sampled.
 
         `occasion` tells rollouts of one pair apart. Waits for all of them, then raises `TemplateRejected` or
-        `EvaluationFailed` if one did. Raises `BudgetSpent` before anything is sampled.
+        `TrialFailed` if one did. Raises `BudgetSpent` before anything is sampled.
         """
         known = [self.known(text, key, occasion=occasion, min_version=min_version) for key in problem_ids]
         keys = [(digest(text), problem_id, occasion) for problem_id in problem_ids]
@@ -80,28 +80,28 @@ class ScoreBook:
         outcomes = await asyncio.gather(
             *(
                 asyncio.shield(self._sampling(key, text))
-                for key, evaluation in zip(keys, known, strict=True)
-                if evaluation is None
+                for key, trial in zip(keys, known, strict=True)
+                if trial is None
             ),
             return_exceptions=True,
         )
-        fresh: list[Evaluation] = []
+        fresh: list[Trial] = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
             fresh.append(outcome)
         sampled = iter(fresh)
-        evaluations = [evaluation if evaluation is not None else next(sampled) for evaluation in known]
-        if any(evaluation.finish_reason == "abort" for evaluation in evaluations):
-            raise EvaluationFailed("a rollout has no verdict")
-        return evaluations
+        trials = [trial if trial is not None else next(sampled) for trial in known]
+        if any(trial.finish_reason == "abort" for trial in trials):
+            raise TrialFailed("a rollout has no verdict")
+        return trials
 
     def cancel(self) -> None:
         """Forget what is in flight: nobody waits for it any more, and the history is about to be closed."""
         for task in list(self._in_flight.values()):
             task.cancel()
 
-    def _sampling(self, key: ScoreKey, text: str) -> asyncio.Task[Evaluation]:
+    def _sampling(self, key: ScoreKey, text: str) -> asyncio.Task[Trial]:
         """Return the rollout another lineage is already waiting for, or a new one."""
         if key not in self._in_flight:
             task = asyncio.ensure_future(self._sample(key, text))
@@ -109,22 +109,22 @@ class ScoreBook:
             task.add_done_callback(lambda _: self._in_flight.pop(key))
         return self._in_flight[key]
 
-    async def _sample(self, key: ScoreKey, text: str) -> Evaluation:
+    async def _sample(self, key: ScoreKey, text: str) -> Trial:
         template, problem_id, occasion = key
         answer = await self._ask(text, problem_id, seed_of(occasion) if occasion else 0)
         kept = shorten(answer.response_text, MAX_RESPONSE_CHARS) if problem_id in self._feedback_ids else ""
-        evaluation = replace(answer, response_text=kept)
-        self._history.add(Scored(template=template, problem_id=problem_id, occasion=occasion, evaluation=evaluation))
-        return evaluation
+        trial = replace(answer, response_text=kept)
+        self._history.add(Scored(template=template, problem_id=problem_id, occasion=occasion, trial=trial))
+        return trial
 
-    async def _ask(self, text: str, problem_id: str, sample: int) -> Evaluation:
+    async def _ask(self, text: str, problem_id: str, sample: int) -> Trial:
         try:
-            answer = await self._evaluator.evaluate(text, problem_id, temperature=self._temperature, sample=sample)
+            answer = await self._runner.run_trial(text, problem_id, temperature=self._temperature, sample=sample)
             if isinstance(answer, Rejection):
                 raise TemplateRejected(answer.reason)
             if answer.finish_reason == "abort":
-                raise EvaluationFailed(f"the engine gave up on problem {problem_id}")
-        except EvaluationFailed:
+                raise TrialFailed(f"the engine gave up on problem {problem_id}")
+        except TrialFailed:
             if not self._is_loss_final:
                 raise
             return LOST

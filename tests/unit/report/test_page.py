@@ -19,7 +19,7 @@ from megatron_p2o.evolve.record.history import Accepted, Opened, Picked, Publish
 from megatron_p2o.evolve.record.journal import Journal
 from megatron_p2o.evolve.record.library import PublishedLibrary
 from megatron_p2o.evolve.search.publish import RoundStats, keep_round
-from megatron_p2o.evolve.trial import Evaluation
+from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.step import step_metrics
@@ -300,9 +300,7 @@ def test_library_and_journal_of_evolution_give_the_lineage_with_its_unpublished_
                 template="d",
                 problem_id="a",
                 occasion="",
-                evaluation=Evaluation(
-                    reward=1.0, response_text="r", finish_reason="stop", num_tokens=1, weight_version=1
-                ),
+                trial=Trial(reward=1.0, response_text="r", finish_reason="stop", num_tokens=1, weight_version=1),
             ),
             Accepted(proposal=1, candidate=2),
             Picked(proposal=2, parent=0, minibatch=("a",)),

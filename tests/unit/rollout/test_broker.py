@@ -11,7 +11,7 @@ import pytest
 from megatron_p2o.rollout.broker import Broker, BrokerClosed, EnginesLost
 from megatron_p2o.rollout.requests import EVERYONE, NOBODY, Priority, StoppableClock
 from megatron_p2o.rollout.servers.client import EngineRefused, EngineUnreachable, Generation, RequestRefused
-from megatron_p2o.run.templates import TemplateEvaluator
+from megatron_p2o.run.trials import TrialSubmitter
 from megatron_p2o.testing.fakes import FakeGrader, FakeRenderer, fake_problem
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 
@@ -451,16 +451,16 @@ def test_cancelling_a_future_aborts_the_request_and_frees_its_slot() -> None:
     assert len(client.aborted) == 1
 
 
-def test_an_evaluation_that_is_cancelled_leaves_the_engine_and_its_slot() -> None:
+def test_a_trial_that_is_cancelled_leaves_the_engine_and_its_slot() -> None:
     """A round of evolution that is cut off cancels what it waits for."""
     with broker_with(slots=1) as (broker, (client,)):
-        evaluate = TemplateEvaluator(
+        submit_trial = TrialSubmitter(
             lambda asked, sampling: broker.submit(asked, sampling, priority="evolution"),
             FakeRenderer(),
             FakeGrader(),
             max_template_tokens=100,
         )
-        running, queued = (evaluate(f"Template {number}.", fake_problem(number), SAMPLING) for number in (1, 2))
+        running, queued = (submit_trial(f"Template {number}.", fake_problem(number), SAMPLING) for number in (1, 2))
         settled(broker)
         # The other way round the slot that is given back may be taken by the one in the queue.
         assert queued.cancel() and running.cancel()

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_p2o.evolve.trial import EvaluationFailed
+from megatron_p2o.evolve.trial import TrialFailed
 from megatron_p2o.rl.sampling import SamplingParts, graded_rollouts
-from megatron_p2o.run.templates import TemplateEvaluator, free_scores
+from megatron_p2o.run.trials import TrialSubmitter, free_scores
 from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_problem, fake_rollout
 from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, SamplingParams, Template
 
@@ -36,8 +36,8 @@ def sampled(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
     ("grader", "reason"), [(FakeGrader(), "the grader could not decide"), (BrokenGrader(), "no worker starts")]
 )
 def test_an_evaluation_without_a_verdict_is_no_score(grader: FakeGrader | BrokenGrader, reason: str) -> None:
-    outcome = TemplateEvaluator(sampled, FakeRenderer(), grader, 1000)(HINT.text, PROBLEM, SAMPLING)
-    with pytest.raises(EvaluationFailed, match=reason):
+    outcome = TrialSubmitter(sampled, FakeRenderer(), grader, 1000)(HINT.text, PROBLEM, SAMPLING)
+    with pytest.raises(TrialFailed, match=reason):
         outcome.result(0)
 
 
@@ -48,7 +48,7 @@ def test_free_scores_are_over_the_answers_that_were_decided() -> None:
     siblings = (undecided, solved, aborted, failed, solved, replace(fake_rollout(PROBLEM, reward=0), grade="error"))
     (score,) = free_scores([Group(problem=PROBLEM, rollouts=siblings, advantages=(0.0,) * 6)], lambda completion: "")
     assert score.template_text == HINT.text, "the plain prompt has no decided answer and no score"
-    assert score.evaluation.reward == pytest.approx(2 / 3)
+    assert score.trial.reward == pytest.approx(2 / 3)
 
 
 def test_a_grader_that_cannot_work_ends_the_step() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o.evolve.process.messages import (
-    EvaluateReply,
-    EvaluateRequest,
     FinishRound,
     Message,
     Notice,
     RoundPublished,
     StartRound,
+    TrialReply,
+    TrialRequest,
     decode,
     encode,
 )
@@ -33,7 +33,7 @@ from megatron_p2o.evolve.record.history import (
 from megatron_p2o.evolve.record.journal import Journal, encode_line, read_journal
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.search.publish import RoundStats
-from megatron_p2o.evolve.trial import Evaluation, FreeScore
+from megatron_p2o.evolve.trial import FreeScore, Trial
 from megatron_p2o.testing.evolution import make_problems, round_spec
 from megatron_p2o.types import PLAIN, Problem, Template
 
@@ -42,9 +42,7 @@ SECOND = Template(id=7, text="Draw it.", parent=None, score=0.125, weight_versio
 LIBRARY = PublishedLibrary(
     version=2, templates=(FIRST, SECOND), assignments={"p": (FIRST, SECOND, PLAIN), "q": (SECOND, SECOND, PLAIN)}
 )
-EVALUATION = Evaluation(
-    reward=1.0, response_text="so \\boxed{4}\n", finish_reason="stop", num_tokens=12, weight_version=5
-)
+TRIAL = Trial(reward=1.0, response_text="so \\boxed{4}\n", finish_reason="stop", num_tokens=12, weight_version=5)
 
 
 def problem(problem_id: str) -> Problem:
@@ -148,7 +146,7 @@ def test_journal_drops_everything_from_a_corrupted_byte_on(tmp_path: Path) -> No
 def test_history_replays_to_the_state_it_had() -> None:
     written: list[object] = []
     history = RoundHistory([], written.append, "round-a")
-    scored = Scored(template=digest("z"), problem_id="p", occasion="", evaluation=EVALUATION)
+    scored = Scored(template=digest("z"), problem_id="p", occasion="", trial=TRIAL)
     for event in (
         Picked(proposal=0, parent=0, minibatch=("p", "q")),
         Picked(proposal=1, parent=0, minibatch=("q", "r")),
@@ -165,7 +163,7 @@ def test_history_replays_to_the_state_it_had() -> None:
     replayed = RoundHistory(json.loads(json.dumps(written)), lambda _: None, "round-a")
     for state in (history, replayed):
         assert state.open_proposals() == [0]
-        assert state.evaluations[digest("z"), "p", ""] == EVALUATION
+        assert state.trials[digest("z"), "p", ""] == TRIAL
         assert (state.num_scored, state.num_tokens) == (1, 12), "the control's rollouts are not the round's"
         assert state.candidate_of == {0: 1} and state.disqualified == {1: "too long"}
         assert state.reflections[1].refusal == "empty"
@@ -190,7 +188,7 @@ def test_fingerprint_changes_with_what_events_refer_to_and_with_nothing_else() -
     spec = round_spec(problems)
     same = replace(
         spec,
-        free_scores=(FreeScore(template_text="", problem_id="problem-1", evaluation=EVALUATION),),
+        free_scores=(FreeScore(template_text="", problem_id="problem-1", trial=TRIAL),),
         settings=replace(spec.settings, evolution=replace(spec.settings.evolution, round_timeout_s=1.0)),
     )
     assert same.fingerprint() == spec.fingerprint()
@@ -217,14 +215,14 @@ def test_fingerprint_changes_with_what_events_refer_to_and_with_nothing_else() -
         StartRound(
             spec=replace(
                 round_spec(make_problems(3), warm_templates=[FIRST]),
-                free_scores=(FreeScore(template_text="", problem_id="problem-1", evaluation=EVALUATION),),
+                free_scores=(FreeScore(template_text="", problem_id="problem-1", trial=TRIAL),),
             )
         ),
         FinishRound(),
-        EvaluateRequest(request=1, template_text="z\n", problem_id="p", temperature=0.6, sample=2),
-        EvaluateReply(request=1, evaluation=EVALUATION),
-        EvaluateReply(request=2, rejection="too long"),
-        EvaluateReply(request=3, failure="engine lost"),
+        TrialRequest(request=1, template_text="z\n", problem_id="p", temperature=0.6, sample=2),
+        TrialReply(request=1, trial=TRIAL),
+        TrialReply(request=2, rejection="too long"),
+        TrialReply(request=3, failure="engine lost"),
         RoundPublished(
             stats=RoundStats(
                 epoch=1, library_version=2, ended_by="budget", num_hard=3, plain_coverage=0.5, outcomes={"accepted": 2}
@@ -249,7 +247,7 @@ def test_message_survives_the_wire_as_one_line(message: Message) -> None:
         (b'{"kind": "Notice", "text": 1}', r"Notice\.text: Expected `str`, got `int`"),
         (b'{"kind": "Notice"}', "Notice: Object missing required field `text`"),
         (b'{"kind": "Notice", "text": "", "more": 1}', "no field more"),
-        (b'{"kind": "EvaluateReply", "request": true}', r"EvaluateReply\.request: Expected `int`, got `bool`"),
+        (b'{"kind": "TrialReply", "request": true}', r"TrialReply\.request: Expected `int`, got `bool`"),
         (
             b'{"kind": "RoundPublished", "stats": {"epoch": 1, "library_version": 1, "ended_by": "boredom", '
             b'"num_hard": 1, "outcomes": {}}}',

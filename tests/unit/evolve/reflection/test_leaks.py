@@ -1,4 +1,4 @@
-"""Answers that a template tells, in whatever spelling."""
+"""TrialReplies that a template tells, in whatever spelling."""
 
 import pytest
 

@@ -14,14 +14,12 @@ from megatron_p2o.evolve.reflection.reflection import (
     ReflectionRequest,
     reflection_prompt,
 )
-from megatron_p2o.evolve.trial import Evaluation
+from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.types import Problem
 
 WRONG = Example(
     problem=Problem(id="p", question="What is {2} + 2?", answer="4444"),
-    evaluation=Evaluation(
-        reward=0.0, response_text="So \\boxed{22}.", finish_reason="stop", num_tokens=5, weight_version=1
-    ),
+    trial=Trial(reward=0.0, response_text="So \\boxed{22}.", finish_reason="stop", num_tokens=5, weight_version=1),
 )
 
 
@@ -30,7 +28,7 @@ def request(*examples: Example, parent: str = "Be {brave}.", proposal: int = 0) 
 
 
 def answered(**changes: object) -> Example:
-    return replace(WRONG, evaluation=replace(WRONG.evaluation, **changes))
+    return replace(WRONG, trial=replace(WRONG.trial, **changes))
 
 
 # Prompt

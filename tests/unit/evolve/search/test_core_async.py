@@ -21,7 +21,7 @@ from megatron_p2o.evolve.search.budget import Split
 from megatron_p2o.evolve.search.core_async import rung_ends
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.search.round import RoundSpec
-from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, Evaluator, FreeScore, Rejection
+from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed, TrialRunner
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.testing.evolution import (
     FILLER_PHRASES,
@@ -61,7 +61,7 @@ def split_for(spec: RoundSpec) -> Split:
 def run_round(
     spec: RoundSpec,
     run_dir: Path,
-    evaluator: Evaluator,
+    runner: TrialRunner,
     reflector: Reflector | None = None,
     notices: list[str] | None = None,
 ) -> tuple[PublishedLibrary, RoundStats, RoundHistory]:
@@ -71,7 +71,7 @@ def run_round(
             spec,
             split_for(spec),
             run_dir,
-            evaluator,
+            runner,
             reflector or Phrasebook(PHRASES, spec.settings.seed),
             asyncio.Event(),
             (notices if notices is not None else []).append,
@@ -108,7 +108,7 @@ def test_no_rollout_is_asked_for_twice(tmp_path: Path) -> None:
     assert set(task.requests.values()) == {1}
 
 
-def test_published_scores_and_assignments_are_what_the_evaluations_say(tmp_path: Path) -> None:
+def test_published_scores_and_assignments_are_what_the_trials_say(tmp_path: Path) -> None:
     task = KeyPhraseTask(PROBLEMS)
     spec = round_spec(PROBLEMS, max_rollouts=1500)
     library, stats, _ = run_round(spec, tmp_path, task)
@@ -132,7 +132,7 @@ def test_published_scores_and_assignments_are_what_the_evaluations_say(tmp_path:
 
 def reward_of(task: KeyPhraseTask, text: str, problem_id: str) -> float:
     answer = task.answer(text, problem_id, 0.0, 0)
-    assert isinstance(answer, Evaluation)
+    assert isinstance(answer, Trial)
     return answer.reward
 
 
@@ -252,12 +252,12 @@ def test_candidate_too_long_for_a_development_problem_is_disqualified(tmp_path: 
     class TightTask(KeyPhraseTask):
         """Some problems leave no room for a template."""
 
-        async def evaluate(
+        async def run_trial(
             self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-        ) -> Evaluation | Rejection:
+        ) -> Trial | Rejection:
             if template_text and problem_id == split_for(spec).dev[0]:
                 return Rejection(reason="too long here")
-            return await super().evaluate(template_text, problem_id, temperature=temperature, sample=sample)
+            return await super().run_trial(template_text, problem_id, temperature=temperature, sample=sample)
 
     spec = round_spec(PROBLEMS, max_rollouts=600)
     script = Script(lambda request: f"{BOTH_RED} {request.proposal}")
@@ -310,13 +310,13 @@ def test_reflection_that_never_helps_ends_the_round(tmp_path: Path, complaint: s
 
 def test_lost_engine_ends_the_round_with_plain_prompts(tmp_path: Path) -> None:
     class Lost:
-        async def evaluate(
+        async def run_trial(
             self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-        ) -> Evaluation | Rejection:
-            raise EvaluationFailed("no engine")
+        ) -> Trial | Rejection:
+            raise TrialFailed("no engine")
 
     library, stats, _ = run_round(round_spec(PROBLEMS), tmp_path, Lost())
-    assert stats.ended_by == "no_progress" and set(stats.outcomes) == {"evaluation failed"}
+    assert stats.ended_by == "no_progress" and set(stats.outcomes) == {"trial failed"}
     assert stats.num_rollouts == 0 and library.templates == ()
 
 
@@ -324,18 +324,16 @@ def test_aborted_rollout_is_no_score(tmp_path: Path) -> None:
     class Aborting(KeyPhraseTask):
         """Gives up the first time it is asked for a pair."""
 
-        def answer(
-            self, template_text: str, problem_id: str, temperature: float, sample: int
-        ) -> Evaluation | Rejection:
+        def answer(self, template_text: str, problem_id: str, temperature: float, sample: int) -> Trial | Rejection:
             answer = super().answer(template_text, problem_id, temperature, sample)
             is_first = self.requests[template_text, problem_id, temperature, sample] == 1
-            assert isinstance(answer, Evaluation)
+            assert isinstance(answer, Trial)
             return replace(answer, finish_reason="abort", reward=0.0) if is_first and template_text else answer
 
     task = Aborting(PROBLEMS)
     _, stats, history = run_round(round_spec(PROBLEMS, max_rollouts=800), tmp_path, task)
-    assert stats.outcomes["evaluation failed"] > 0
-    assert all(evaluation.finish_reason == "stop" for evaluation in history.evaluations.values())
+    assert stats.outcomes["trial failed"] > 0
+    assert all(trial.finish_reason == "stop" for trial in history.trials.values())
 
 
 # Versions, free scores, warm start
@@ -345,9 +343,7 @@ def test_parent_and_child_are_compared_on_the_same_policy_version(tmp_path: Path
     class Moving(KeyPhraseTask):
         """The policy is updated every 40 rollouts."""
 
-        def answer(
-            self, template_text: str, problem_id: str, temperature: float, sample: int
-        ) -> Evaluation | Rejection:
+        def answer(self, template_text: str, problem_id: str, temperature: float, sample: int) -> Trial | Rejection:
             self.weight_version = self.requests.total() // 40
             return super().answer(template_text, problem_id, temperature, sample)
 
@@ -363,7 +359,7 @@ def test_parent_and_child_are_compared_on_the_same_policy_version(tmp_path: Path
         if record["event"] == "Scored":
             key = (record["template"], record["problem_id"])
             num_again += key in versions
-            versions.setdefault(key, set()).add(record["evaluation"]["weight_version"])
+            versions.setdefault(key, set()).add(record["trial"]["weight_version"])
         if record["event"] == "Accepted":
             picked = history.picks[record["proposal"]]
             pair = (digest(texts[picked.parent]), digest(texts[record["candidate"]]))
@@ -372,21 +368,21 @@ def test_parent_and_child_are_compared_on_the_same_policy_version(tmp_path: Path
     assert num_again > 0, "the stale side was measured again"
 
 
-def test_training_rollouts_count_as_evaluations_of_the_empty_template(tmp_path: Path) -> None:
-    failed = Evaluation(reward=0.0, response_text="no idea", finish_reason="stop", num_tokens=9, weight_version=3)
-    free = tuple(FreeScore(template_text="", problem_id=problem.id, evaluation=failed) for problem in PROBLEMS)
+def test_training_rollouts_count_as_trials_of_the_empty_template(tmp_path: Path) -> None:
+    failed = Trial(reward=0.0, response_text="no idea", finish_reason="stop", num_tokens=9, weight_version=3)
+    free = tuple(FreeScore(template_text="", problem_id=problem.id, trial=failed) for problem in PROBLEMS)
     task = KeyPhraseTask(PROBLEMS)
     script = Script(lambda request: f"{BOTH_RED} {request.proposal}")
     spec = replace(round_spec(PROBLEMS, max_rollouts=400), free_scores=free)
     _, stats, _ = run_round(spec, tmp_path, task, script)
     assert stats.outcomes["accepted"] > 0
     assert all(text != "" for text, *_ in task.requests)
-    assert {example.evaluation.response_text for example in script.requests[0].examples} == {"no idea"}
+    assert {example.trial.response_text for example in script.requests[0].examples} == {"no idea"}
 
 
 def test_stale_training_rollouts_are_measured_again_before_they_decide(tmp_path: Path) -> None:
-    stale = Evaluation(reward=0.0, response_text="old", finish_reason="stop", num_tokens=9, weight_version=1)
-    free = tuple(FreeScore(template_text="", problem_id=problem.id, evaluation=stale) for problem in PROBLEMS)
+    stale = Trial(reward=0.0, response_text="old", finish_reason="stop", num_tokens=9, weight_version=1)
+    free = tuple(FreeScore(template_text="", problem_id=problem.id, trial=stale) for problem in PROBLEMS)
     task = KeyPhraseTask(PROBLEMS, success_rates=(1.0, 1.0, 1.0))
     spec = replace(round_spec(PROBLEMS, max_rollouts=300, max_version_gap=1), free_scores=free)
     _, stats, history = run_round(spec, tmp_path, task)
@@ -421,9 +417,9 @@ def test_plain_control_solves_what_as_many_plain_samples_solve(tmp_path: Path) -
     texts = [history.reflections[proposal].text for proposal in history.candidate_of]
     lucky = 0
     for key in dev:
-        num_evaluations = sum(task.requests[text, key, 0.0, 0] for text in texts)
-        draws = [task.answer("", key, 0.6, seed_of(f"control/{draw}")) for draw in range(num_evaluations)]
-        lucky += any(isinstance(answer, Evaluation) and answer.reward == 1.0 for answer in draws)
+        num_trials = sum(task.requests[text, key, 0.0, 0] for text in texts)
+        draws = [task.answer("", key, 0.6, seed_of(f"control/{draw}")) for draw in range(num_trials)]
+        lucky += any(isinstance(answer, Trial) and answer.reward == 1.0 for answer in draws)
     assert 0 < lucky < len(dev)
     assert stats.plain_coverage == pytest.approx(lucky / len(dev))
     assert stats.num_rollouts <= 1500, "the control has a budget of its own"
@@ -435,13 +431,13 @@ def test_plain_control_replaces_samples_without_a_verdict(tmp_path: Path) -> Non
 
         lost_problem = ""
 
-        async def evaluate(
+        async def run_trial(
             self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-        ) -> Evaluation | Rejection:
+        ) -> Trial | Rejection:
             is_lost = sample in map(seed_of, (f"control/{draw}" for draw in range(0, 200, 2)))
             if temperature > 0 and (is_lost or problem_id == self.lost_problem):
-                raise EvaluationFailed("the grader could not decide")
-            return await super().evaluate(template_text, problem_id, temperature=temperature, sample=sample)
+                raise TrialFailed("the grader could not decide")
+            return await super().run_trial(template_text, problem_id, temperature=temperature, sample=sample)
 
     task = Losing(PROBLEMS, success_rates=(0.05, 0.3, 0.97))
     spec = round_spec(PROBLEMS, max_rollouts=800, plain_control=True)
@@ -451,9 +447,9 @@ def test_plain_control_replaces_samples_without_a_verdict(tmp_path: Path) -> Non
     texts = [history.reflections[proposal].text for proposal in history.candidate_of]
     lucky = 0
     for key in dev[1:]:
-        num_evaluations = sum(task.requests[text, key, 0.0, 0] for text in texts)
-        draws = [task.answer("", key, 0.6, seed_of(f"control/{2 * draw + 1}")) for draw in range(num_evaluations)]
-        lucky += any(isinstance(answer, Evaluation) and answer.reward == 1.0 for answer in draws)
+        num_trials = sum(task.requests[text, key, 0.0, 0] for text in texts)
+        draws = [task.answer("", key, 0.6, seed_of(f"control/{2 * draw + 1}")) for draw in range(num_trials)]
+        lucky += any(isinstance(answer, Trial) and answer.reward == 1.0 for answer in draws)
     assert 0 < lucky < len(dev) - 1
     assert stats.plain_coverage == pytest.approx(lucky / (len(dev) - 1))
 
@@ -475,7 +471,7 @@ def test_round_cut_at_any_event_goes_on_without_repeating_a_finished_rollout(tmp
         task = KeyPhraseTask(PROBLEMS)
         library, stats, history = run_round(spec, run_dir, task)
         asked = {(digest(text), key) for text, key, *_ in task.requests}
-        assert not asked & {(template, key) for template, key, _ in kept.evaluations}
+        assert not asked & {(template, key) for template, key, _ in kept.trials}
         assert stats.num_rollouts == kept.num_scored + task.requests.total() <= 400
         assert set(task.requests.values()) <= {1}
         assert history.picks.items() >= kept.picks.items(), "proposals under way keep parent and minibatch"
@@ -526,7 +522,7 @@ def test_journal_holds_no_development_response(tmp_path: Path) -> None:
         if record["event"] == "Scored"
     ]
     dev = set(split_for(spec).dev)
-    responses = {record["problem_id"] in dev: record["evaluation"]["response_text"] for record in scored}
+    responses = {record["problem_id"] in dev: record["trial"]["response_text"] for record in scored}
     assert responses == {True: "", False: "\\boxed{1}"}
 
 

@@ -19,7 +19,7 @@ from megatron_p2o.evolve.reflection.reflectors import Reflector
 from megatron_p2o.evolve.search.budget import automatic_budget
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.search.round import RoundSpec
-from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, Evaluator, FreeScore, Rejection
+from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed, TrialRunner
 from megatron_p2o.testing.evolution import PHRASES, KeyPhraseTask, make_problems, round_spec
 
 PROBLEMS = make_problems(20)
@@ -33,13 +33,13 @@ class Climbing:
         self.requests: Counter[tuple[str, str]] = Counter()
         self._reward_of = reward_of
 
-    async def evaluate(
+    async def run_trial(
         self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-    ) -> Evaluation | Rejection:
+    ) -> Trial | Rejection:
         assert temperature == 0.0
         self.requests[template_text, problem_id] += 1
         await asyncio.sleep(0)
-        return Evaluation(
+        return Trial(
             reward=self._reward_of(template_text),
             response_text="",
             finish_reason="stop",
@@ -70,12 +70,12 @@ def reference_spec(**evolution: Any) -> RoundSpec:
 
 
 def run_round(
-    spec: RoundSpec, run_dir: Path, evaluator: Evaluator, reflector: Reflector, notices: list[str] | None = None
+    spec: RoundSpec, run_dir: Path, runner: TrialRunner, reflector: Reflector, notices: list[str] | None = None
 ) -> tuple[PublishedLibrary, RoundStats, RoundHistory]:
     split = split_of(spec)
     assert split is not None
     notify = (notices if notices is not None else []).append
-    stats = asyncio.run(conduct_round(spec, split, run_dir, evaluator, reflector, asyncio.Event(), notify))
+    stats = asyncio.run(conduct_round(spec, split, run_dir, runner, reflector, asyncio.Event(), notify))
     records, _ = read_journal(journal_path(run_dir, spec.epoch))
     history = RoundHistory(records, lambda _: None, spec.fingerprint())
     return load_library(library_path(run_dir, stats.library_version)), stats, history
@@ -89,7 +89,7 @@ def test_rejected_proposals_cost_one_minibatch_after_two_free_iterations(tmp_pat
     spec = reference_spec(max_rollouts=31)
     _, stats, _ = run_round(spec, tmp_path, Climbing(lambda _: 0.0), Appending())
     assert stats.outcomes == {"not better": 2 + 11}, "iterations 3 to 13; the 11th charged one overdraws 31"
-    assert stats.num_rollouts == 10 + 13 * 6, "really sampled: the seed's evaluation and both minibatches"
+    assert stats.num_rollouts == 10 + 13 * 6, "really sampled: the seed's trial and both minibatches"
     assert stats.ended_by == "budget"
 
 
@@ -118,11 +118,11 @@ def test_all_lineages_advance_together_and_ties_at_zero_select_everybody(tmp_pat
     class FeedbackOnly(Climbing):
         """Candidates improve on feedback problems and solve nothing on development problems."""
 
-        async def evaluate(
+        async def run_trial(
             self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-        ) -> Evaluation | Rejection:
+        ) -> Trial | Rejection:
             self._reward_of = (lambda _: 0.0) if problem_id in split.dev else (lambda text: len(text) / 1000)
-            return await super().evaluate(template_text, problem_id, temperature=temperature, sample=sample)
+            return await super().run_trial(template_text, problem_id, temperature=temperature, sample=sample)
 
     spec = reference_spec(max_rollouts=1, num_lineages=3)
     library, _, history = run_round(spec, tmp_path, FeedbackOnly(), Appending())
@@ -154,8 +154,8 @@ def test_equal_reward_is_not_accepted(tmp_path: Path) -> None:
 def test_parents_are_measured_again_on_every_minibatch(tmp_path: Path) -> None:
     spec = reference_spec(max_rollouts=90)
     task = Climbing(lambda _: 0.0)
-    free = Evaluation(reward=0.0, response_text="", finish_reason="stop", num_tokens=1, weight_version=1)
-    scores = tuple(FreeScore(template_text="", problem_id=p.id, evaluation=free) for p in PROBLEMS)
+    free = Trial(reward=0.0, response_text="", finish_reason="stop", num_tokens=1, weight_version=1)
+    scores = tuple(FreeScore(template_text="", problem_id=p.id, trial=free) for p in PROBLEMS)
     _, _, history = run_round(replace(spec, free_scores=scores), tmp_path, task, Appending())
     drawn = Counter(key for picked in history.picks.values() for key in picked.minibatch)
     split = split_of(spec)
@@ -211,19 +211,19 @@ def test_a_rollout_without_a_verdict_is_no_score(tmp_path: Path) -> None:
     class Losing(Climbing):
         """Has no verdict on one problem of each half; the empty template does better than any other."""
 
-        async def evaluate(
+        async def run_trial(
             self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-        ) -> Evaluation | Rejection:
+        ) -> Trial | Rejection:
             if problem_id in (lost_feedback, lost_dev):
-                raise EvaluationFailed("no engine")
-            return await super().evaluate(template_text, problem_id, temperature=temperature, sample=sample)
+                raise TrialFailed("no engine")
+            return await super().run_trial(template_text, problem_id, temperature=temperature, sample=sample)
 
     spec = reference_spec(max_rollouts=40)
     _, stats, history = run_round(spec, tmp_path, Losing(lambda text: 1.0 if text == "" else 0.5), Appending())
-    assert set(stats.outcomes) == {"not better", "evaluation failed"}
+    assert set(stats.outcomes) == {"not better", "trial failed"}
     for proposal, picked in history.picks.items():
-        assert (history.outcomes[proposal] == "evaluation failed") == (lost_feedback in picked.minibatch)
-    lost = {key[1] for key, evaluation in history.evaluations.items() if evaluation.finish_reason == "abort"}
+        assert (history.outcomes[proposal] == "trial failed") == (lost_feedback in picked.minibatch)
+    lost = {key[1] for key, trial in history.trials.items() if trial.finish_reason == "abort"}
     assert lost == {lost_feedback, lost_dev}, "journalled: a resumed round decides as this one did"
     again = Climbing()
     _, resumed, _ = run_round(spec, tmp_path, again, Appending())
@@ -232,14 +232,14 @@ def test_a_rollout_without_a_verdict_is_no_score(tmp_path: Path) -> None:
 
 def test_without_any_verdict_a_round_ends(tmp_path: Path) -> None:
     class Lost:
-        async def evaluate(
+        async def run_trial(
             self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
-        ) -> Evaluation | Rejection:
-            raise EvaluationFailed("no engine")
+        ) -> Trial | Rejection:
+            raise TrialFailed("no engine")
 
     library, stats, history = run_round(reference_spec(max_rollouts=9), tmp_path, Lost(), Appending())
     assert library.templates == () and (stats.ended_by, stats.best_score) == ("no_progress", 0.0)
-    assert {evaluation.finish_reason for evaluation in history.evaluations.values()} == {"abort"}
+    assert {trial.finish_reason for trial in history.trials.values()} == {"abort"}
 
 
 # Resume

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_p2o.evolve.search.pool import CandidatePool, Score
 from megatron_p2o.evolve.search.selection import EXPLORATION_SHARE, pick_parent
-from megatron_p2o.evolve.trial import Evaluation, total_reward
+from megatron_p2o.evolve.trial import Trial, total_reward
 
 gepa_state = pytest.importorskip("gepa.core.state", reason="gepa==0.1.4 is not installed: no oracle to compare with")
 from gepa.gepa_utils import select_program_candidate_from_pareto_front  # noqa: E402
@@ -76,14 +76,14 @@ def test_acceptance_is_gepas_strict_improvement() -> None:
             subsample_scores_after=after,
         )
         expected = StrictImprovementAcceptance().should_accept(proposal, gepa_state_of([[0.0] * NUM_PROBLEMS]))
-        assert (total_reward(evaluations(after)) > total_reward(evaluations(before))) == expected
+        assert (total_reward(trials(after)) > total_reward(trials(before))) == expected
         verdicts[expected] += 1
     assert min(verdicts.values()) > 30
 
 
-def evaluations(rewards: list[float]) -> list[Evaluation]:
+def trials(rewards: list[float]) -> list[Trial]:
     return [
-        Evaluation(reward=reward, response_text="", finish_reason="stop", num_tokens=1, weight_version=0)
+        Trial(reward=reward, response_text="", finish_reason="stop", num_tokens=1, weight_version=0)
         for reward in rewards
     ]
 

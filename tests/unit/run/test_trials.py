@@ -7,8 +7,8 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, Rejection
-from megatron_p2o.run.templates import TemplateEvaluator
+from megatron_p2o.evolve.trial import Rejection, Trial, TrialFailed
+from megatron_p2o.run.trials import TrialSubmitter
 from megatron_p2o.testing.fakes import FakeRenderer, fake_problem
 from megatron_p2o.types import Completion, FinishReason, Grade, Problem, Prompt, SamplingParams, Template
 
@@ -34,8 +34,8 @@ class Parts:
     def submit(self, problem: Problem, text: str) -> Future[Grade]:
         return self.graded
 
-    def evaluation(self, text: str = "Be brave.") -> Future[Evaluation | Rejection]:
-        return TemplateEvaluator(self.sample, FakeRenderer(), self, MAX_TOKENS)(text, PROBLEM, SAMPLING)
+    def trial(self, text: str = "Be brave.") -> Future[Trial | Rejection]:
+        return TrialSubmitter(self.sample, FakeRenderer(), self, MAX_TOKENS)(text, PROBLEM, SAMPLING)
 
     def finish_sampling(self, reason: FinishReason = "stop") -> None:
         self.sampled.set_result(
@@ -49,20 +49,20 @@ class Parts:
         )
 
 
-def test_an_evaluation_is_the_graded_rollout() -> None:
+def test_a_trial_is_the_graded_rollout() -> None:
     parts = Parts()
-    outcome = parts.evaluation()
+    outcome = parts.trial()
     parts.finish_sampling()
     assert not outcome.done()
     parts.graded.set_result("correct")
-    evaluation = outcome.result(0)
-    assert isinstance(evaluation, Evaluation)
-    assert (evaluation.reward, evaluation.num_tokens, evaluation.weight_version) == (1.0, 3, 5)
+    trial = outcome.result(0)
+    assert isinstance(trial, Trial)
+    assert (trial.reward, trial.num_tokens, trial.weight_version) == (1.0, 3, 5)
 
 
-def test_an_evaluation_that_is_cancelled_takes_its_request_from_the_engine() -> None:
+def test_a_trial_that_is_cancelled_takes_its_request_from_the_engine() -> None:
     parts = Parts()
-    outcome = parts.evaluation()
+    outcome = parts.trial()
     assert outcome.cancel()
     assert parts.sampled.cancelled(), "the broker aborts a request whose future is cancelled"
 
@@ -75,11 +75,11 @@ def test_an_evaluation_that_is_cancelled_takes_its_request_from_the_engine() -> 
     ],
     ids=["verdict", "no verdict"],
 )
-def test_a_verdict_on_a_cancelled_evaluation_is_dropped_without_a_word(
+def test_a_verdict_on_a_cancelled_trial_is_dropped_without_a_word(
     arrival: Callable[[Parts], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = Parts()
-    outcome = parts.evaluation()
+    outcome = parts.trial()
     parts.finish_sampling()
     assert outcome.cancel()
     with caplog.at_level(logging.DEBUG):
@@ -88,37 +88,37 @@ def test_a_verdict_on_a_cancelled_evaluation_is_dropped_without_a_word(
     assert outcome.cancelled()
 
 
-def test_a_request_that_the_engine_drops_is_an_evaluation_that_is_cancelled(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_request_that_the_engine_drops_is_a_trial_that_is_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     parts = Parts()
-    outcome = parts.evaluation()
+    outcome = parts.trial()
     assert parts.sampled.cancel()
     assert outcome.cancelled() and caplog.records == []
 
 
 def test_an_engine_that_fails_or_gives_up_is_no_score() -> None:
     parts = Parts()
-    outcome = parts.evaluation()
+    outcome = parts.trial()
     parts.sampled.set_exception(RuntimeError("no engine"))
-    with pytest.raises(EvaluationFailed, match="no engine"):
+    with pytest.raises(TrialFailed, match="no engine"):
         outcome.result(0)
     parts = Parts()
-    outcome = parts.evaluation()
+    outcome = parts.trial()
     parts.finish_sampling("abort")
-    with pytest.raises(EvaluationFailed, match="gave the rollout up"):
+    with pytest.raises(TrialFailed, match="gave the rollout up"):
         outcome.result(0)
 
 
 @pytest.mark.parametrize("num_chars", [MAX_TOKENS - 1, MAX_TOKENS, 17 * MAX_TOKENS, 10_000_000])
 def test_a_template_of_too_many_tokens_is_rejected_by_name_and_never_sampled(num_chars: int) -> None:
     parts = Parts()
-    outcome = parts.evaluation("z" * num_chars)
+    outcome = parts.trial("z" * num_chars)
     assert outcome.result(0) == Rejection(reason="longer than evolution.max_template_tokens")
     assert parts.prompts == []
 
 
 def test_a_template_of_just_the_tokens_allowed_is_sampled() -> None:
     parts = Parts()
-    parts.evaluation("z" * (MAX_TOKENS - 2))
+    parts.trial("z" * (MAX_TOKENS - 2))
     (prompt,) = parts.prompts
     assert len(prompt.sampling_ids) - len(prompt.training_ids) == MAX_TOKENS
 
@@ -126,7 +126,7 @@ def test_a_template_of_just_the_tokens_allowed_is_sampled() -> None:
 def test_a_template_that_leaves_the_question_no_room_is_rejected() -> None:
     parts = Parts()
     renderer = FakeRenderer(max_prompt_tokens=len(PROBLEM.question) + 5)
-    outcome = TemplateEvaluator(parts.sample, renderer, parts, MAX_TOKENS)("Be brave.", PROBLEM, SAMPLING)
+    outcome = TrialSubmitter(parts.sample, renderer, parts, MAX_TOKENS)("Be brave.", PROBLEM, SAMPLING)
     assert outcome.result(0) == Rejection(reason="its prompt is too long")
     assert parts.prompts == []
 
@@ -137,5 +137,5 @@ def test_a_template_that_the_tokenizer_does_not_take_is_rejected() -> None:
             raise ValueError("chat markup cannot be taken for text by this model's tokenizer")
 
     parts = Parts()
-    outcome = TemplateEvaluator(parts.sample, Picky(), parts, MAX_TOKENS)("<|x|>", PROBLEM, SAMPLING)
+    outcome = TrialSubmitter(parts.sample, Picky(), parts, MAX_TOKENS)("<|x|>", PROBLEM, SAMPLING)
     assert outcome.result(0) == Rejection(reason="its prompt cannot be rendered")

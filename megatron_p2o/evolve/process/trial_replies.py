@@ -1,4 +1,4 @@
-"""Rank 0's answers to the service's evaluation requests, kept over a restart of the service."""
+"""Rank 0's answers to the service's trial requests, kept over a restart of the service."""
 
 import asyncio
 import logging
@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from megatron_p2o.config.tree import RolloutConfig
-from megatron_p2o.evolve.process.messages import EvaluateReply, EvaluateRequest
+from megatron_p2o.evolve.process.messages import TrialReply, TrialRequest
 from megatron_p2o.evolve.process.service_process import ServiceProcess
 from megatron_p2o.evolve.reflection.reflection import MAX_RESPONSE_CHARS, shorten
-from megatron_p2o.evolve.trial import Evaluation, Rejection
+from megatron_p2o.evolve.trial import Rejection, Trial
 from megatron_p2o.records import from_json, to_json
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Problem, SamplingParams
@@ -25,34 +25,36 @@ RequestKey = tuple[str, str, float, int]
 """(template text, problem id, temperature, sample)"""
 
 
-class Evaluate(Protocol):
+class SubmitTrial(Protocol):
     """Renders, samples and grades on rank 0."""
 
     def __call__(
         self, template_text: str, problem: Problem, sampling: SamplingParams, /
-    ) -> "Future[Evaluation | Rejection]":
+    ) -> "Future[Trial | Rejection]":
         """Submit one rollout and return at once; many are in flight. A prompt that is too long is a `Rejection`.
 
-        Called from the session's own thread. The future raises when there is no verdict; that costs one evaluation.
+        Called from the session's own thread. The future raises when there is no verdict; that costs one trial.
         """
         ...
 
 
-class Answers:
+class TrialReplies:
     """The requests of one round that are being answered."""
 
-    def __init__(self, evaluate: Evaluate, problems: Mapping[str, Problem], rollout: RolloutConfig, seed: int) -> None:
+    def __init__(
+        self, submit_trial: SubmitTrial, problems: Mapping[str, Problem], rollout: RolloutConfig, seed: int
+    ) -> None:
         """`seed` is of the round: what a request is answered with depends on it and the request alone."""
-        self._evaluate = evaluate
+        self._submit_trial = submit_trial
         self._problems = problems
         self._rollout = rollout
         self._seed = seed
-        self._submitted: dict[RequestKey, Future[Evaluation | Rejection]] = {}
+        self._submitted: dict[RequestKey, Future[Trial | Rejection]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.num_failed = 0
         """Requests without a verdict."""
 
-    def answer(self, service: ServiceProcess, request: EvaluateRequest) -> None:
+    def answer(self, service: ServiceProcess, request: TrialRequest) -> None:
         """Submit `request` and reply when it is done."""
         task = asyncio.ensure_future(self._reply(service, request))
         self._tasks.add(task)
@@ -69,7 +71,7 @@ class Answers:
         for future in self._submitted.values():
             future.cancel()
 
-    async def _reply(self, service: ServiceProcess, request: EvaluateRequest) -> None:
+    async def _reply(self, service: ServiceProcess, request: TrialRequest) -> None:
         key = (request.template_text, request.problem_id, request.temperature, request.sample)
         reply = await self._reply_to(key, request.request)
         self._submitted.pop(key, None)
@@ -79,19 +81,19 @@ class Answers:
                 logger.warning("evolution: no verdict on problem %s: %s", request.problem_id, reply.failure)
         service.send(reply)
 
-    async def _reply_to(self, key: RequestKey, number: int) -> EvaluateReply:
+    async def _reply_to(self, key: RequestKey, number: int) -> TrialReply:
         try:
             future = self._submitted.get(key) or self._submit(key)
             answer = _checked(number, await asyncio.shield(asyncio.wrap_future(future)))
         except asyncio.CancelledError:
             if (future := self._submitted.get(key)) is None or not future.cancelled():
-                raise  # this task was cancelled, not the evaluation
-            return EvaluateReply(request=number, failure="the evaluation was cancelled")
-        except Exception as error:  # the border to foreign code: a lost evaluation must not end training
-            return EvaluateReply(request=number, failure=f"{type(error).__name__}: {error}")
+                raise  # this task was cancelled, not the trial
+            return TrialReply(request=number, failure="the trial was cancelled")
+        except Exception as error:  # the border to foreign code: a lost trial must not end training
+            return TrialReply(request=number, failure=f"{type(error).__name__}: {error}")
         return answer
 
-    def _submit(self, key: RequestKey) -> "Future[Evaluation | Rejection]":
+    def _submit(self, key: RequestKey) -> "Future[Trial | Rejection]":
         text, problem_id, temperature, sample = key
         sampling = SamplingParams(
             temperature=temperature,
@@ -99,16 +101,16 @@ class Answers:
             top_p=self._rollout.top_p if temperature > 0 else 1.0,
             seed=seed_of(self._seed, text, problem_id, sample),
         )
-        future = self._evaluate(text, self._problems[problem_id], sampling)
+        future = self._submit_trial(text, self._problems[problem_id], sampling)
         self._submitted[key] = future
         return future
 
 
-def _checked(number: int, answer: Evaluation | Rejection) -> EvaluateReply:
-    """Return the reply with what `evaluate` answered. Raise `ValueError` when it answered with something else."""
+def _checked(number: int, answer: Trial | Rejection) -> TrialReply:
+    """Return the reply with what `submit_trial` answered. Raise `ValueError` when it answered with something else."""
     if isinstance(answer, Rejection):
-        reply = EvaluateReply(request=number, rejection=answer.reason)
+        reply = TrialReply(request=number, rejection=answer.reason)
     else:
         short = replace(answer, response_text=shorten(answer.response_text, MAX_RESPONSE_CHARS))
-        reply = EvaluateReply(request=number, evaluation=short)
-    return from_json(EvaluateReply, to_json(reply))
+        reply = TrialReply(request=number, trial=short)
+    return from_json(TrialReply, to_json(reply))

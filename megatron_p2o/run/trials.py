@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from megatron_p2o.evaluation.protocol import template_of
 from megatron_p2o.evolve.reflection.guards import TOO_LONG, is_too_long_to_count
 from megatron_p2o.evolve.search.publish import RoundStats
-from megatron_p2o.evolve.trial import Evaluation, EvaluationFailed, FreeScore, Rejection
+from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed
 from megatron_p2o.interfaces import Grader, PromptRenderer, PromptTooLongError
 from megatron_p2o.rl.sampling import reward_of
 from megatron_p2o.rollout.requests import settle
@@ -16,27 +16,25 @@ Sample = Callable[[Prompt, SamplingParams], Future[Completion]]
 """Submits one rollout to the engines at evolution's priority."""
 
 
-class TemplateEvaluator:
-    """Implements `evolve.process.session.Evaluate`. Calls may come from any thread; nothing blocks.
+class TrialSubmitter:
+    """Implements `evolve.process.session.SubmitTrial`. Calls may come from any thread; nothing blocks.
 
-    Cancelling the future of an evaluation takes its request from the engine.
+    Cancelling the future of a trial takes its request from the engine.
     """
 
     def __init__(self, sample: Sample, renderer: PromptRenderer, grader: Grader, max_template_tokens: int) -> None:
         self._sample, self._renderer, self._grader = sample, renderer, grader
         self._max_template_tokens = max_template_tokens
 
-    def __call__(
-        self, template_text: str, problem: Problem, sampling: SamplingParams
-    ) -> Future[Evaluation | Rejection]:
-        outcome: Future[Evaluation | Rejection] = Future()
+    def __call__(self, template_text: str, problem: Problem, sampling: SamplingParams) -> Future[Trial | Rejection]:
+        outcome: Future[Trial | Rejection] = Future()
         prompt = self._prompt(template_text, problem)
         if isinstance(prompt, Rejection):
             outcome.set_result(prompt)
             return outcome
         sampled = self._sample(prompt, sampling)
         sampled.add_done_callback(lambda done: self._grade(done, outcome))
-        # Nobody waits for a cancelled evaluation: the engine must not go on with it.
+        # Nobody waits for a cancelled trial: the engine must not go on with it.
         outcome.add_done_callback(lambda done: sampled.cancel() if done.cancelled() else None)
         return outcome
 
@@ -54,36 +52,36 @@ class TemplateEvaluator:
             return Rejection(reason=TOO_LONG)
         return prompt
 
-    def _grade(self, sampled: Future[Completion], outcome: Future[Evaluation | Rejection]) -> None:
+    def _grade(self, sampled: Future[Completion], outcome: Future[Trial | Rejection]) -> None:
         if sampled.cancelled():
             outcome.cancel()
             return
         error = sampled.exception()
         if error is not None:
-            settle(outcome, EvaluationFailed(str(error)))
+            settle(outcome, TrialFailed(str(error)))
             return
         completion = sampled.result()
         if completion.is_aborted:
-            settle(outcome, EvaluationFailed("the engine gave the rollout up"))
+            settle(outcome, TrialFailed("the engine gave the rollout up"))
             return
         text = self._renderer.decode(completion)
         graded = self._grader.submit(completion.prompt.problem, text)
         graded.add_done_callback(lambda done: _judge(completion, text, done, outcome))
 
 
-def _judge(completion: Completion, text: str, graded: Future[Grade], outcome: Future[Evaluation | Rejection]) -> None:
+def _judge(completion: Completion, text: str, graded: Future[Grade], outcome: Future[Trial | Rejection]) -> None:
     """Set the outcome of a graded rollout; one without a verdict is no score."""
     error = graded.exception()
     if error is not None:
-        settle(outcome, EvaluationFailed(str(error)))
+        settle(outcome, TrialFailed(str(error)))
     elif graded.result() == "error":
-        settle(outcome, EvaluationFailed("the grader could not decide"))
+        settle(outcome, TrialFailed("the grader could not decide"))
     else:
-        settle(outcome, _evaluation(completion, reward_of(graded.result()), text))
+        settle(outcome, _trial(completion, reward_of(graded.result()), text))
 
 
-def _evaluation(completion: Completion, reward: float, text: str) -> Evaluation:
-    return Evaluation(
+def _trial(completion: Completion, reward: float, text: str) -> Trial:
+    return Trial(
         reward=reward,
         response_text=text,
         finish_reason=completion.finish_reason,
@@ -104,8 +102,8 @@ def free_scores(groups: Sequence[Group], decode: Callable[[Completion], str]) ->
         for text, rollouts in by_template.items():
             shown = rollouts[0].completion
             mean_reward = sum(rollout.reward for rollout in rollouts) / len(rollouts)
-            evaluation = _evaluation(shown, mean_reward, decode(shown))
-            scores.append(FreeScore(template_text=text, problem_id=group.problem.id, evaluation=evaluation))
+            trial = _trial(shown, mean_reward, decode(shown))
+            scores.append(FreeScore(template_text=text, problem_id=group.problem.id, trial=trial))
     return scores
 
 
@@ -120,7 +118,7 @@ def round_statistics(stats: RoundStats | None) -> dict[str, float]:
         "num_rollouts": stats.num_rollouts,
         "num_templates": stats.num_templates,
         "num_restarts": stats.num_restarts,
-        "num_failed_evaluations": stats.num_failed_evaluations,
+        "num_failed_trials": stats.num_failed_trials,
         "num_proposals": stats.num_proposals,
         "num_accepted": stats.outcomes.get("accepted", 0),
         "num_refused": stats.num_refused,
