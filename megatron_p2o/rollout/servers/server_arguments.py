@@ -14,13 +14,8 @@ import torch
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.rollout.buckets.weight_message import LOAD_FORMAT
-from megatron_p2o.rollout.servers.server import (
-    LAUNCHER,
-    OWN_ARGUMENTS,
-    EngineServer,
-    EngineStartFailed,
-    engine_environment,
-)
+from megatron_p2o.rollout.servers.environment import engine_environment
+from megatron_p2o.rollout.servers.server import LAUNCHER, OWN_ARGUMENTS, EngineServer, EngineStartFailed
 
 CPU_ARGUMENTS: Mapping[str, Any] = {
     "device": "cpu",
