@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import get_type_hints
 
-from megatron_p2o.config.source import NamePath, annotation_at, is_section
+from megatron_p2o.config.shape import is_section
+from megatron_p2o.config.source import NamePath, annotation_at
 from megatron_p2o.config.suggestions import nearest
 from megatron_p2o.config.tree import Config
 
@@ -34,6 +35,8 @@ RENAMED: Mapping[str, str] = {
     "scoring.mismatch_alarm_action": "alarms.mismatch_action",
     "hard.forgotten_alarm": "alarms.forgotten",
     "grading.undecided_alarm": "alarms.undecided",
+    "evaluation.num_samples_of": "data.evaluation.NAME.num_samples",
+    "evaluation.temperature_of": "data.evaluation.NAME.temperature",
 }
 """Name in an earlier version to what to write instead."""
 
@@ -44,8 +47,9 @@ def suggestion(name: NamePath) -> str:
     Looked for are names of earlier versions, settings with the like name in the same section, of the same name
     elsewhere, what others call so, and settings with a like name elsewhere; else the section's settings are listed.
     """
-    if ".".join(name) in RENAMED:
-        return f"write {RENAMED['.'.join(name)]}"
+    renamed = [RENAMED[old] for depth in range(len(name)) if (old := ".".join(name[: depth + 1])) in RENAMED]
+    if renamed:
+        return f"write {renamed[0]}"
     known = list(_all_settings())
     if ".".join(name) in known:
         section, _, leaf = ".".join(name).rpartition(".")
@@ -54,7 +58,7 @@ def suggestion(name: NamePath) -> str:
     by_leaf: dict[str, list[str]] = {}
     for other in known:
         by_leaf.setdefault(other.rpartition(".")[2], []).append(other)
-    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == ".".join(parents)}
+    siblings = {key: ".".join((*parents, key)) for key in _keys_of(annotation_at(tuple(parents)))}
     near = nearest(leaf, siblings)
     if near is not None:
         return f"did you mean {siblings[near]}?"
@@ -64,6 +68,10 @@ def suggestion(name: NamePath) -> str:
     if near is not None:
         return f"did you mean {' or '.join(by_leaf[near][:MAX_SHOWN])}?"
     return f"known here are {', '.join(siblings.values()) or 'none'}"
+
+
+def _keys_of(section: object) -> list[str]:
+    return list(get_type_hints(section)) if is_section(section) else []
 
 
 def _all_settings() -> Iterator[str]:

@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from megatron_p2o.config.shape import record_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +65,7 @@ def range_problems(section: Any, prefix: str = "") -> list[str]:
 
 
 def range_of(annotation: object) -> Range | None:
-    """Return the range of a field of this type, of `X | None` or of a mapping's values; None when it has none."""
+    """Return the range of a field of this type, or of `X | None`; None when it has none."""
     if get_origin(annotation) is Annotated:
         return next((item for item in get_args(annotation) if isinstance(item, Range)), None)
     return next((found for option in get_args(annotation) if (found := range_of(option)) is not None), None)
@@ -72,14 +74,15 @@ def range_of(annotation: object) -> Range | None:
 def _bounded_numbers(section: Any, prefix: str) -> Iterator[tuple[str, float, Range]]:
     hints = get_type_hints(type(section), include_extras=True)
     for field in dataclasses.fields(section):
-        name, value, bounds = prefix + field.name, getattr(section, field.name), range_of(hints[field.name])
+        name, bounds = prefix + field.name, range_of(hints[field.name])
+        value: Any = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
             yield from _bounded_numbers(value, f"{name}.")
-        elif bounds is not None:
-            numbers = (
-                {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, Mapping) else {name: value}
-            )
-            yield from ((key, number, bounds) for key, number in numbers.items() if _is_number(number))
+        elif record_of(hints[field.name]) is not None:
+            for key, item in value.items():
+                yield from _bounded_numbers(item, f"{name}.{key}.")
+        elif bounds is not None and _is_number(value):
+            yield name, value, bounds
 
 
 def _is_number(value: object) -> bool:

@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, urlsplit
 from megatron_p2o.config.names import suggestion
 from megatron_p2o.config.ranges import range_of
 from megatron_p2o.config.rules import problems_of
+from megatron_p2o.config.shape import is_mapping, is_section, record_of, shorthand_of
 from megatron_p2o.config.source import (
     ConfigError,
     ConfigProblem,
@@ -28,8 +29,6 @@ from megatron_p2o.config.source import (
     Setting,
     Settings,
     annotation_at,
-    is_mapping,
-    is_section,
     over,
     problem,
     read_overrides,
@@ -92,7 +91,7 @@ def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
     Relative paths count from the current directory. What only training reads does not count without `for_training`.
     """
     files = {"data.train": config.data.train} if for_training else {}
-    files |= {f"data.evaluation.{name}": file for name, file in config.data.evaluation.items()}
+    files |= {f"data.evaluation.{name}": given.file for name, given in config.data.evaluation.items()}
     if for_training and config.evolution.reflection.phrases is not None:
         files["evolution.reflection.phrases"] = config.evolution.reflection.phrases
     missing = [
@@ -149,14 +148,8 @@ def _build(cls: type, name: NamePath, settings: Settings, problems: list[ConfigP
         field_name = (*name, field.name)
         annotation = get_type_hints(cls)[field.name]
         own = settings.get(field_name)
-        is_nested = is_section(annotation) or is_mapping(annotation)
-        if is_nested and own is not None and not own.is_clearing:
-            rule = "must be a mapping: write its settings below it, indented"
-            problems.append(problem(own.where, ".".join(field_name), own.text, rule))
-        if is_section(annotation):
-            values[field.name] = _build(cast(type, annotation), field_name, settings, problems, source)
-        elif is_mapping(annotation):
-            values[field.name] = _build_mapping(annotation, field_name, settings, problems)
+        if is_section(annotation) or is_mapping(annotation):
+            values[field.name] = _nested(annotation, field_name, settings, problems, source)
         elif own is not None:
             try:
                 values[field.name] = _typed(_unnamed(own.value, _names_of(cls, field.name)), annotation)
@@ -168,6 +161,29 @@ def _build(cls: type, name: NamePath, settings: Settings, problems: list[ConfigP
         if field.name not in values and _is_required(field):
             values[field.name] = ""
     return cls(**values)
+
+
+def _nested(
+    annotation: object, name: NamePath, settings: Settings, problems: list[ConfigProblem], source: str
+) -> object:
+    """Return the section or mapping under `name`."""
+    own = settings.get(name)
+    if own is not None and not own.is_clearing:
+        short = shorthand_of(annotation)
+        rule = f"must be a {short}, or a mapping: write `{short}:` below it, indented" if short else _MAPPING_RULE
+        problems.append(problem(own.where, ".".join(name), own.text, rule))
+        problems = [] if short else problems
+    if is_section(annotation):
+        return _build(cast(type, annotation), name, settings, problems, source)
+    record = record_of(annotation)
+    if record is None:
+        return _build_mapping(annotation, name, settings, problems)
+    depth = len(name)
+    places: dict[str, str] = {}
+    for path, setting in settings.items():
+        if len(path) > depth and path[:depth] == name:
+            places.setdefault(path[depth], setting.where)
+    return {key: _nested(record, (*name, key), settings, problems, where) for key, where in places.items()}
 
 
 def _build_mapping(
@@ -222,6 +238,8 @@ def _unnamed(value: object, names: Mapping[str, float]) -> object:
         raise _RefusedError(f"must be a whole number or one of {', '.join(names)}{hint}")
     return names[value]
 
+
+_MAPPING_RULE = "must be a mapping: write its settings below it, indented"
 
 _TYPE_RULES: Mapping[type, str] = {
     bool: "must be true or false",
@@ -295,9 +313,17 @@ def _keys_of(value: object) -> Iterator[str]:
 
 def _located(sentence: str, settings: Settings, source: str) -> ConfigProblem:
     """Return a broken cross-check with the places of the settings it names."""
-    named = [name for name in settings if _names(sentence, ".".join(name))]
+    named = [
+        name
+        for name in settings
+        if _names(sentence, ".".join(name)) or (_is_of_record(name) and _names(sentence, ".".join(name[:-1])))
+    ]
     where = ", ".join(dict.fromkeys(settings[name].where for name in named)) or source
     return ConfigProblem(name=".".join(named[0]) if named else "", where=where, sentence=sentence)
+
+
+def _is_of_record(name: NamePath) -> bool:
+    return shorthand_of(annotation_at(name[:-1])) is not None
 
 
 def _names(sentence: str, name: str) -> bool:

@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_p2o.config.ranges import Range, range_of
-from megatron_p2o.config.source import is_section
+from megatron_p2o.config.shape import is_section, record_of
 from megatron_p2o.config.tree import REFERENCE_PRESET, Config
 from megatron_p2o.terminal import say
 
@@ -73,8 +73,11 @@ def _section(prefix: str, section: type) -> Iterator[str]:
         yield f"| {' | '.join(_escaped(cell) for cell in [*cells, meanings[field.name]])} |"
     yield ""
     for field in dataclasses.fields(section):
+        record = record_of(hints[field.name])
         if is_section(hints[field.name]):
             yield from _section(f"{prefix}{field.name}.", hints[field.name])
+        elif record is not None:
+            yield from _section(f"{prefix}{field.name}.NAME.", record)
 
 
 def _type(annotation: Any) -> str:
@@ -86,6 +89,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(option) for option in options)
     if origin is Literal:
         return "one of " + ", ".join(f"`{option}`" for option in options)
+    if record_of(annotation) is not None:
+        return "records by name"
     if origin is Mapping:
         return f"mapping of names to {_type(options[1])}"
     return {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}.get(

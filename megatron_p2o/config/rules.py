@@ -1,9 +1,14 @@
 """Rules between settings, and the list of all that a tree of settings breaks."""
 
+import re
 from pathlib import Path
 
 from megatron_p2o.config.ranges import range_problems
 from megatron_p2o.config.tree import Config
+
+MAX_NAME_CHARS = 64
+
+SET_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_CHARS}}}")
 
 Rule = tuple[bool, str]
 """Whether a rule holds, and the sentence that says so when it does not."""
@@ -57,10 +62,6 @@ def _objective_rules(config: Config) -> list[Rule]:
 def _evaluation_rules(config: Config) -> list[Rule]:
     evaluation, sets = config.evaluation, config.data.evaluation
     known = ", ".join(sets) or "none"
-    named = [
-        *((f"evaluation.num_samples_of.{name}", name) for name in evaluation.num_samples_of),
-        *((f"evaluation.temperature_of.{name}", name) for name in evaluation.temperature_of),
-    ]
     return [
         *(
             (
@@ -70,7 +71,14 @@ def _evaluation_rules(config: Config) -> list[Rule]:
             )
             for name in sets
         ),
-        *((name in sets, f"{setting} must name a set of data.evaluation ({known})") for setting, name in named),
+        *(
+            (
+                SET_NAME.fullmatch(name) is not None,
+                f"data.evaluation.{name} must have a name of at most {MAX_NAME_CHARS} letters, digits, _ and -: it "
+                "names metrics and files",
+            )
+            for name in sets
+        ),
         (
             evaluation.best_set is None or evaluation.best_set in sets,
             f"evaluation.best_set={evaluation.best_set} must name a set of data.evaluation ({known})",

@@ -1,13 +1,12 @@
 """Reads YAML files and `--set` overrides into a flat table of settings that remembers where each was written."""
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
 
 import yaml
 
+from megatron_p2o.config.shape import child_annotation, is_mapping, is_section, record_of, shorthand_of
 from megatron_p2o.config.tree import Config
 from megatron_p2o.config.yaml_reader import MAX_BYTES, NULL, SettingsLoader, YamlError, construct, parse_yaml
 
@@ -151,6 +150,7 @@ def read_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> S
         reader = _Reader(loader=loader, source=None, problems=problems)
         if is_section(annotation_at(name)) and isinstance(node, yaml.MappingNode) and not node.value:
             problems.append(problem("--set", dotted, "{}", "sets nothing: name a setting below it"))
+            continue
         settings = over(settings, dict(_flatten(reader, node, annotation_at(name), name)))
     return settings
 
@@ -185,9 +185,15 @@ def _flatten(
                 if _is_merge(key_node):
                     continue  # a problem by itself
                 yield from _flatten(reader, value_node, child_annotation(annotation, key), (*name, key))
+            if node.value or shorthand_of(annotation) is None:
+                return
+        # The value alone stands for a record.
+        short = shorthand_of(annotation)
+        if short is not None and isinstance(node, yaml.ScalarNode) and node.value:
+            yield from _flatten(reader, node, child_annotation(annotation, short), (*name, short))
             return
         # A section whose lines are all commented out is an empty one. "null" is a value, and no section has it.
-        if reader.source is not None and node.tag == NULL and not node.value:
+        if reader.source is not None and node.tag == NULL and not node.value and short is None:
             return
     text = _quote(node)
     try:
@@ -231,10 +237,11 @@ def problem(where: str, name: str, text: str, rule: str) -> ConfigProblem:
 
 
 def _override_path(dotted: str) -> NamePath:
-    """Split at the dots; below a mapping field the rest is one key, dots included."""
+    """Split at the dots; below a mapping field the rest is one key, dots included, unless the mapping holds records."""
     parts = tuple(dotted.split("."))
     for depth in range(1, len(parts)):
-        if is_mapping(annotation_at(parts[:depth])):
+        annotation = annotation_at(parts[:depth])
+        if is_mapping(annotation) and record_of(annotation) is None:
             return (*parts[:depth], ".".join(parts[depth:]))
     return parts
 
@@ -245,23 +252,6 @@ def annotation_at(name: NamePath) -> object:
     for part in name:
         annotation = child_annotation(annotation, part)
     return annotation
-
-
-def child_annotation(annotation: object, key: str) -> object:
-    """Return the type of `key` in a section or mapping, None when it has no such key."""
-    if is_mapping(annotation):
-        return get_args(annotation)[1]
-    return get_type_hints(annotation).get(key) if is_section(annotation) else None
-
-
-def is_section(annotation: object) -> bool:
-    """Whether the type is a dataclass of the tree."""
-    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
-
-
-def is_mapping(annotation: object) -> bool:
-    """Whether the type is a Mapping with free keys."""
-    return get_origin(annotation) is Mapping
 
 
 def _is_merge(key: yaml.Node) -> bool:

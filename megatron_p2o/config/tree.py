@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_p2o.config.sections.data import DataConfig, EvaluationConfig
+from megatron_p2o.config.sections.data import DataConfig, EvaluationConfig, EvaluationSetConfig
 from megatron_p2o.config.sections.evolution import (
     GEPA_BUDGETS,
     AssignmentConfig,
@@ -32,6 +32,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "EvaluationSetConfig",
     "EvolutionConfig",
     "GradingConfig",
     "HardConfig",

@@ -148,9 +148,9 @@ def open_benchmarks(
         ValueError: a problem file is bad, or `output` holds answers of other weights or settings.
     """
     benchmarks: list[Benchmark] = []
-    for name, path in config.data.evaluation.items():
-        problems = fitting_problems(load_problems(path, config.data), renderer, config.data.skip_bad_rows)
-        protocol = protocol_of(name, len(problems), config.evaluation)
+    for name, given in config.data.evaluation.items():
+        problems = fitting_problems(load_problems(given.file, config.data), renderer, config.data.skip_bad_rows)
+        protocol = protocol_of(name, len(problems), config)
         settings = answer_settings(problems, protocol, subject, renderer, config)
         file = stack.enter_context(AnswerFile(output / ANSWERS_FOLDER / f"{quote(name, safe='')}.jsonl", settings))
         benchmarks.append(Benchmark(name=name, problems=problems, protocol=protocol, file=file))

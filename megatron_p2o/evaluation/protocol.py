@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_p2o.config.tree import Config, EvaluationConfig
+from megatron_p2o.config.tree import Config
 from megatron_p2o.evaluation.outcome import Evaluation, answer_of, evaluation_of
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.rl.sampling import SamplingParts, asked, graded_rollouts
@@ -31,11 +31,12 @@ class Protocol:
     """0 is greedy."""
 
 
-def protocol_of(name: str, num_problems: int, settings: EvaluationConfig) -> Protocol:
+def protocol_of(name: str, num_problems: int, config: Config) -> Protocol:
     """Return how the set `name` is answered: as set for it, as set for all, else as in the paper, by its size."""
     by_size = SMALL_SET_SAMPLES if num_problems < SMALL_SET else 1
-    num_samples = settings.num_samples_of.get(name, settings.num_samples) or by_size
-    temperature = settings.temperature_of.get(name, settings.temperature)
+    own = config.data.evaluation.get(name)
+    num_samples = (own and own.num_samples) or config.evaluation.num_samples or by_size
+    temperature = config.evaluation.temperature if own is None or own.temperature is None else own.temperature
     if temperature is None:
         temperature = SAMPLING_TEMPERATURE if num_samples > 1 else 0.0
     return Protocol(num_samples=num_samples, temperature=temperature)
@@ -48,7 +49,7 @@ def evaluate(
 
     A problem that is too long under `template` is asked plainly, and counted.
     """
-    protocol = protocol_of(name, len(problems), config.evaluation)
+    protocol = protocol_of(name, len(problems), config)
     sampling = evaluation_sampling(config, protocol)
     rollouts = list(answered(all_asked(problems, protocol), sampling, parts, template))
     answers = [answer_of(rollout, sample) for sample, rollout in rollouts]

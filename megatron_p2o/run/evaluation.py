@@ -1,10 +1,9 @@
 """What `p2o eval` is asked for: whose answers, to which problems, under which settings, and where they go."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_p2o.config.read import ConfigError, load_config, missing_paths
 from megatron_p2o.config.tree import Config
@@ -12,8 +11,6 @@ from megatron_p2o.files import limit_readers, read_json_object
 from megatron_p2o.run.launch import check_engines, launch, prepare_environment
 from megatron_p2o.run_folder.lock import hold_run
 from megatron_p2o.run_folder.state import STATE_FILE
-
-Value = TypeVar("Value")
 
 EVALUATIONS_FOLDER = "evaluations"
 """Of a run: where its evaluations go unless `--output` says otherwise."""
@@ -128,18 +125,9 @@ def _with_sets(config: Config, chosen: Sequence[str]) -> Config:
     names = list(chosen) or list(known)
     if not names:
         raise ValueError("there is nothing to evaluate: give --benchmark NAME=FILE, or set data.evaluation")
-
-    evaluation = replace(
-        config.evaluation,
-        num_samples_of=_of(names, config.evaluation.num_samples_of),
-        temperature_of=_of(names, config.evaluation.temperature_of),
-        best_set=None,
-    )
-    return replace(config, data=replace(config.data, evaluation=_of(names, known)), evaluation=evaluation)
-
-
-def _of(names: Sequence[str], settings: Mapping[str, Value]) -> dict[str, Value]:
-    return {name: settings[name] for name in names if name in settings}
+    chosen_sets = {name: known[name] for name in names}
+    evaluation = replace(config.evaluation, best_set=None)
+    return replace(config, data=replace(config.data, evaluation=chosen_sets), evaluation=evaluation)
 
 
 def _checked(config: Config) -> Config:

@@ -26,7 +26,7 @@ class Inputs:
 
 def missing_packages(config: Config, *, for_training: bool = True) -> list[str]:
     """Return one sentence for each package that the settings need and this machine lacks: readers of files, sinks."""
-    files = [*([config.data.train] if for_training else []), *config.data.evaluation.values()]
+    files = [*([config.data.train] if for_training else []), *(given.file for given in config.data.evaluation.values())]
     readers = [missing_package(Path(file)) for file in dict.fromkeys(files)]
     return [*filter(None, readers), *(sinks.missing_packages(config.logging) if for_training else ())]
 
@@ -42,7 +42,7 @@ def load_inputs(config: Config) -> Inputs:
     def read(path: str) -> Sequence[Problem]:
         return fitting_problems(load_problems(path, config.data), renderer, config.data.skip_bad_rows)
 
-    evaluation = {name: read(path) for name, path in config.data.evaluation.items()}
+    evaluation = {name: read(given.file) for name, given in config.data.evaluation.items()}
     inputs = Inputs(renderer=renderer, train=read(config.data.train), evaluation=evaluation)
     check_vocabulary(config, inputs)
     check_hard_set(config, len(inputs.train))

@@ -187,12 +187,10 @@ def resumed_library(run_dir: Path, version: int, group_size: int) -> PublishedLi
 
 def is_measured_otherwise(changes: Sequence[Change], evaluation_set: str | None) -> bool:
     """Return whether scores on a set of `data.evaluation` cannot be compared with those before the changes."""
-    measures = ("evaluation.num_samples", "evaluation.temperature")
-    names = (f"data.evaluation.{evaluation_set}", *measures, *(f"{each}_of.{evaluation_set}" for each in measures))
-    # The path of a file may change while its content does not.
-    return any(
-        change.name in names and (change.name != names[0] or str(change.old).startswith(CONTENT)) for change in changes
-    )
+    own = f"data.evaluation.{evaluation_set}"  # its file's content goes by this name, the file's path by another
+    measures = ("num_samples", "temperature")
+    names = (own, *(f"{section}.{measure}" for section in (own, "evaluation") for measure in measures))
+    return any(change.name in names for change in changes)
 
 
 def of_ids(ids: Sequence[str], problems: Sequence[Problem], made: MadeWith | None, checkpoint: Path) -> list[Problem]:

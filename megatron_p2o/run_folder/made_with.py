@@ -67,7 +67,10 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def file_digests(config: Config) -> dict[str, str]:
     """Return the digests of the files that settings name and of what the model directory says of text."""
     data, phrases = config.data, config.evolution.reflection.phrases
-    named = {"data.train": data.train, **{f"data.evaluation.{name}": path for name, path in data.evaluation.items()}}
+    named = {
+        "data.train": data.train,
+        **{f"data.evaluation.{name}": given.file for name, given in data.evaluation.items()},
+    }
     if phrases is not None:
         named["evolution.reflection.phrases"] = phrases
     digests = {name: digest_of(Path(path)).sha256 for name, path in named.items()}

@@ -30,8 +30,6 @@ MAPPINGS = (
     "sglang",
     "megatron",
     "data.evaluation",
-    "evaluation.num_samples_of",
-    "evaluation.temperature_of",
     "evolution.reflection.extra_body",
 )
 """Settings whose keys are free."""
@@ -72,7 +70,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
     ),
     "evaluation": (
         "data.evaluation",
-        *_in("evaluation", "every_steps num_samples num_samples_of temperature temperature_of at_start"),
+        *_in("evaluation", "every_steps num_samples temperature at_start"),
         *_in("evaluation", "with_best_template best_set best_metric"),
     ),
     "order": ("run.seed", "schedule.problems_per_step"),

@@ -309,10 +309,16 @@ def fake_config(settings: Mapping[str, Any] | None = None) -> Config:
         schedule=ScheduleConfig(problems_per_step=4, problems_per_update=2, epochs=2),
     )
     for name, value in (settings or {}).items():
-        config = _with_setting(config, name.split("."), value)
+        config = with_setting(config, name.split("."), value)
     return config
 
 
-def _with_setting(section: Any, path: Sequence[str], value: Any) -> Any:
-    inner = value if len(path) == 1 else _with_setting(getattr(section, path[0]), path[1:], value)
-    return replace(section, **{path[0]: inner})
+def with_setting(section: Any, path: Sequence[str], value: Any) -> Any:
+    """Return a section or mapping with the setting below it that `path` names changed."""
+    key, is_mapping = path[0], isinstance(section, Mapping)
+    inner = (
+        value
+        if len(path) == 1
+        else with_setting(section[key] if is_mapping else getattr(section, key), path[1:], value)
+    )
+    return {**section, key: inner} if is_mapping else replace(section, **{key: inner})

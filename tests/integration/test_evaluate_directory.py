@@ -24,7 +24,7 @@ def command(tiny: Path, output: Path) -> list[str]:
         "--benchmark": [f"{name}={tiny}/problems/heldout_{name}.jsonl" for name in ("easy", "hard")],
         # So hot that an easy problem fails now and then, and a few requests at a time: there is time for a kill.
         "--set": [
-            *("evaluation.num_samples_of.easy=4", "evaluation.temperature_of.easy=1.6"),
+            *("data.evaluation.easy.num_samples=4", "data.evaluation.easy.temperature=1.6"),
             "rollout.max_running_requests=4",
         ],
         "--output": [str(output)],

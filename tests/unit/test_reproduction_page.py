@@ -85,7 +85,9 @@ def test_command_says_what_its_cell_claims(name: str, jobs: dict[str, Config]) -
     config = jobs[name]
     assert {setting: attrgetter(setting)(config) for setting in claimed} == claimed
     assert config.data.train == f"data/{files}/train.jsonl"
-    assert dict(config.data.evaluation) == {"heldout": f"data/{files}/test.jsonl"}
+    assert {name: given.file for name, given in config.data.evaluation.items()} == {
+        "heldout": f"data/{files}/test.jsonl"
+    }
     assert (config.preset, config.parallel.world_size, config.schedule.epochs) == ("reference", 8, 10)
     num_problems = 10_000 if files.endswith("10k") else 5_000
     # 5 % of the authors' steps, which count 9 evolution rounds, in whole rollout steps of two updates.

@@ -5,6 +5,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from megatron_p2o.config.shape import IS_SHORTHAND
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSetConfig:
+    """One evaluation set. A file may write the path alone, `aime: data/aime.jsonl`, for `aime: {file: ...}`."""
+
+    file: str = field(metadata=IS_SHORTHAND)
+    """File of the set's problems, JSONL or parquet."""
+    num_samples: PositiveInt | None = None
+    """Answers to each problem of this set. None: `evaluation.num_samples`."""
+    temperature: NonNegativeFloat | None = None
+    """Sampling temperature of answers to this set. None: `evaluation.temperature`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,9 +26,8 @@ class DataConfig:
 
     train: str
     """JSONL or parquet file of the problems to train on."""
-    evaluation: Mapping[str, str] = field(default_factory=dict)
-    """File of problems of each evaluation set, by the set's name. All sets are evaluated plainly every
-    `evaluation.every_steps` steps and at the end."""
+    evaluation: Mapping[str, EvaluationSetConfig] = field(default_factory=dict)
+    """Evaluation sets by name. All are evaluated plainly every `evaluation.every_steps` steps and at the end."""
     id_field: str = "id"
     """Column of a problem's identifier. A hash of the question serves where the rows have no such column."""
     question_field: str = "question"
@@ -41,14 +53,11 @@ class EvaluationConfig:
     every_steps: NonNegativeInt = 30
     """Rollout steps between two evaluations. 0 evaluates at the end, and at the start if `evaluation.at_start`."""
     num_samples: PositiveInt | None = None
-    """Answers to each problem. None: 16 in sets of fewer than 100 problems, 1 in larger ones (the paper's protocol)."""
-    num_samples_of: Mapping[str, PositiveInt] = field(default_factory=dict)
-    """Answers to each problem in one set, by the set's name; `evaluation.num_samples` holds for the others."""
+    """Answers to each problem of a set that has no number of its own. None: 16 in sets of fewer than 100 problems, 1 in
+    larger ones (the paper's protocol)."""
     temperature: NonNegativeFloat | None = None
-    """Sampling temperature of answers. None: greedy where a problem is answered once, 0.6 where more often (the paper's
-    protocol)."""
-    temperature_of: Mapping[str, NonNegativeFloat] = field(default_factory=dict)
-    """Sampling temperature in one set, by the set's name; `evaluation.temperature` holds for the others."""
+    """Sampling temperature of answers to a set that has none of its own. None: greedy where a problem is answered once,
+    0.6 where more often (the paper's protocol)."""
     at_start: bool = True
     """Whether the initial policy is evaluated before the first step."""
     with_best_template: bool = False

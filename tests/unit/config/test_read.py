@@ -12,7 +12,7 @@ import yaml
 from megatron_p2o.config.names import SYNONYMS
 from megatron_p2o.config.read import ConfigError, dump_config, load_config, missing_paths
 from megatron_p2o.config.source import annotation_at
-from megatron_p2o.config.tree import REFERENCE_PRESET, Config
+from megatron_p2o.config.tree import REFERENCE_PRESET, Config, EvaluationSetConfig
 
 REQUIRED = "run: {name: first}\nmodel: {path: model}\ndata: {train: train.jsonl}\n"
 
@@ -97,7 +97,22 @@ megatron:
         ("logging: null", "logging=null must be a mapping: write its settings below it, indented"),
         ("data: {evaluation: ~}", "data.evaluation=~ must be a mapping: write its settings below it, indented"),
         ("rollout: {top_p: !!python/tuple [1]}", "rollout.top_p=(a list) cannot be read (could not determine a con"),
-        ("data: {evaluation: {math: 5}}", "data.evaluation.math=5 is no text in YAML: put it in quotes"),
+        ("data: {evaluation: {math: 5}}", "data.evaluation.math.file=5 is no text in YAML: put it in quotes"),
+        (
+            "data: {evaluation: {math: [a]}}",
+            "data.evaluation.math=(a list) must be a file, or a mapping: write `file:`",
+        ),
+        (
+            "data: {evaluation: {math: {}}}",
+            "data.evaluation.math=(a mapping) must be a file, or a mapping: write `file:`",
+        ),
+        ("data: {evaluation: {math: }}", "data.evaluation.math= must be a file, or a mapping: write `file:` below it"),
+        ("data: {evaluation: {math: {num_samples: 2}}}", "data.evaluation.math.file is missing: it has no default"),
+        (
+            "data: {evaluation: {math: {file: a, num_sample: 2}}}",
+            "data.evaluation.math.num_sample is not a setting: did you mean data.evaluation.math.num_samples?",
+        ),
+        ("evaluation: {num_samples_of: {math: 2}}", "evaluation.num_samples_of is not a setting: write data.eval"),
         ("data: {evaluation: math.jsonl}", "data.evaluation=math.jsonl must be a mapping: write its settings below it"),
         ("optimizer: 3", "optimizer=3 must be a mapping: write its settings below it, indented"),
         ("run: {directory: !!python/name:os.system x}", "run.directory=x cannot be read"),
@@ -236,7 +251,8 @@ def test_overrides_win_and_are_typed_like_the_file(tmp_path: Path) -> None:
         "logging.wandb_project=null",
         "run.name='7'",
         "data.question_format=a {question} = b",
-        "data.evaluation.aime.2024=aime.jsonl",
+        "data.evaluation.aime=aime.jsonl",
+        "data.evaluation.aime.num_samples=32",
         "sglang={x: 1}",
         "sglang.y=true",
         "optimizer.lr=3e-6",
@@ -247,7 +263,7 @@ def test_overrides_win_and_are_typed_like_the_file(tmp_path: Path) -> None:
     assert config.logging.wandb_project is None
     assert config.run.name == "7"
     assert config.data.question_format == "a {question} = b"
-    assert config.data.evaluation == {"aime.2024": "aime.jsonl"}
+    assert config.data.evaluation == {"aime": EvaluationSetConfig(file="aime.jsonl", num_samples=32)}
     assert config.sglang == {"x": 1, "y": True}
 
 
@@ -340,7 +356,7 @@ preset: reference
 optimizer: {lr: 1e-6, eps: 1.0e-300}
 data:
   question_format: "é: {question}\n\t\\boxed{{}} # no"
-  evaluation: {"no": "yes.jsonl", 'a b: c': "1e3"}
+  evaluation: {"no": "yes.jsonl", "12": {file: "1e3", temperature: 0}}
 assignment: {num_plain: 3}
 sglang: {flag: true, list: [1, 2.5, null, "off"], nested: {a: {b: ""}}}
 evolution: {reflection: {backend: openai, base_url: "https://host/v1", model: "null"}}
@@ -348,7 +364,10 @@ evolution: {reflection: {backend: openai, base_url: "https://host/v1", model: "n
     write(tmp_path, REQUIRED, "base.yaml")
     text = "base: base.yaml\n" + text.replace("data:\n", "data:\n  train: x.jsonl\n")
     config = load_config(write(tmp_path, text))
-    assert config.data.evaluation == {"no": "yes.jsonl", "a b: c": "1e3"}
+    assert config.data.evaluation == {
+        "no": EvaluationSetConfig(file="yes.jsonl"),
+        "12": EvaluationSetConfig(file="1e3", temperature=0.0),
+    }
     assert load_config(write(tmp_path, dump_config(config), "dumped.yaml")) == config
 
 
@@ -471,7 +490,8 @@ def test_problems_found_elsewhere_can_be_raised_the_same_way() -> None:
 def evaluation_of(tmp_path: Path, *overrides: str, text: str = "base: base.yaml\n") -> dict[str, str]:
     with_set = REQUIRED.replace("train.jsonl}", "train.jsonl, evaluation: {a: a.jsonl}}")
     write(tmp_path, with_set, "base.yaml")
-    return dict(load_config(write(tmp_path, text), overrides).data.evaluation)
+    sets = load_config(write(tmp_path, text), overrides).data.evaluation
+    return {name: given.file for name, given in sets.items()}
 
 
 def test_an_empty_mapping_takes_away_what_lies_below_it(tmp_path: Path) -> None:

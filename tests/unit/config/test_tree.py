@@ -13,8 +13,9 @@ import pytest
 import megatron_p2o
 from megatron_p2o.config.ranges import LONGEST_WAIT_S, UNBOUNDED, Range, range_of, range_problems
 from megatron_p2o.config.rules import problems_of
-from megatron_p2o.config.tree import REFERENCE_PRESET, Config, RunConfig
-from megatron_p2o.testing.fakes import fake_config
+from megatron_p2o.config.shape import record_of
+from megatron_p2o.config.tree import REFERENCE_PRESET, Config, EvaluationSetConfig, RunConfig
+from megatron_p2o.testing.fakes import fake_config, with_setting
 
 
 def dotted_types(section: type, prefix: str = "", *, has_ranges: bool = False) -> dict[str, Any]:
@@ -27,12 +28,19 @@ def dotted_types(section: type, prefix: str = "", *, has_ranges: bool = False) -
             found |= dotted_types(kind, f"{prefix}{field.name}.", has_ranges=has_ranges)
         else:
             found[prefix + field.name] = kind
+        record = record_of(get_type_hints(section)[field.name])
+        if record is not None:
+            found |= dotted_types(record, f"{prefix}{field.name}.NAME.", has_ranges=has_ranges)
     return found
 
 
 def is_numeric(annotation: Any) -> bool:
     """Return whether a value of the type, or of a mapping to it, may be a number."""
     return annotation in (int, float) or any(is_numeric(option) for option in get_args(annotation))
+
+
+def with_sets(*names: str) -> Config:
+    return fake_config({"data.evaluation": {name: EvaluationSetConfig(file="a.jsonl") for name in names}})
 
 
 PACKAGE = Path(megatron_p2o.__file__).parent
@@ -133,7 +141,7 @@ def test_the_edge_of_a_rule_is_allowed(settings: dict[str, Any]) -> None:
 
 def test_every_numeric_setting_has_a_range() -> None:
     """A number without bounds says so: `Annotated[int, UNBOUNDED]`."""
-    assert {"rollout.max_total_tokens", "evaluation.temperature_of", "run.seed"} <= set(RANGES)
+    assert {"rollout.max_total_tokens", "data.evaluation.NAME.temperature", "run.seed"} <= set(RANGES)
     assert [name for name, bounds in RANGES.items() if bounds is None] == []
 
 
@@ -149,11 +157,14 @@ def numbers_outside(bounds: Range, *, is_float: bool) -> list[float]:
 def test_a_number_beyond_its_range_is_refused_by_name(name: str) -> None:
     bounds = RANGES[name]
     assert bounds is not None
-    is_mapping = get_origin(SETTINGS[name]) is Mapping
+    is_mapping, config = get_origin(SETTINGS[name]) is Mapping, with_sets("NAME")
     is_float = float in (SETTINGS[name], *get_args(SETTINGS[name]))
     for number in numbers_outside(bounds, is_float=is_float):
         value, shown = ({"math": number}, f"{name}.math") if is_mapping else (number, name)
-        assert any(text.startswith(f"{shown}={number} must be ") for text in range_problems(fake_config({name: value})))
+        assert any(
+            text.startswith(f"{shown}={number} must be ")
+            for text in range_problems(with_setting(config, name.split("."), value))
+        )
 
 
 @pytest.mark.parametrize(
@@ -234,6 +245,16 @@ def test_an_arm_is_the_name_without_a_mark_of_the_run_s_own_seed(name: str, seed
 
 
 def test_a_set_is_not_called_like_the_templated_measure_of_another() -> None:
-    config = fake_config({"data.evaluation": {"templated_hard": "a.jsonl", "hard": "b.jsonl"}})
-    (sentence,) = problems_of(config)
+    (sentence,) = problems_of(with_sets("templated_hard", "hard"))
     assert sentence.startswith("data.evaluation.templated_hard must not begin with templated_")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "x/avg", "aime.2024", "a b", "\n", "é", "n" * 65])
+def test_a_set_has_a_name_that_metrics_and_files_take(name: str) -> None:
+    (sentence,) = problems_of(with_sets(name, "hard"))
+    assert sentence.startswith(f"data.evaluation.{name} must have a name of at most 64 letters, digits, _ and -")
+
+
+@pytest.mark.parametrize("name", ["avg", "7", "AIME_2024", "-", "n" * 64])
+def test_other_names_of_sets_are_taken(name: str) -> None:
+    assert problems_of(with_sets(name)) == []

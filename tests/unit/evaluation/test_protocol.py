@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.config.tree import Config, EvaluationConfig
+from megatron_p2o.config.tree import Config, EvaluationConfig, EvaluationSetConfig
 from megatron_p2o.evaluation.benchmark import Subject, answer, open_benchmarks, results_of
 from megatron_p2o.evaluation.comparison import compare
 from megatron_p2o.evaluation.outcome import NothingDecided, evaluation_metrics
@@ -63,7 +63,9 @@ def sets_config(folder: Path, num_problems: int = 5, **settings: Any) -> Config:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dotted = {f"evaluation.{name}": value for name, value in settings.items()}
-    return fake_config({"data.evaluation": {"aime": str(path)}, "evaluation.num_samples": 4, **dotted})
+    return fake_config(
+        {"data.evaluation": {"aime": EvaluationSetConfig(file=str(path))}, "evaluation.num_samples": 4, **dotted}
+    )
 
 
 def evaluated(config: Config, parts: SamplingParts, output: Path, subject: Subject = MODEL) -> dict[str, Any]:
@@ -81,21 +83,23 @@ def asked_of(parts: SamplingParts) -> Counter[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_problems", "settings", "expected"),
+    ("own", "num_problems", "settings", "expected"),
     [
-        ("aime", 99, EvaluationConfig(), (16, 0.6)),
-        ("math", 100, EvaluationConfig(), (1, 0.0)),
-        ("math", 100, EvaluationConfig(num_samples=8), (8, 0.6)),
-        ("aime", 30, EvaluationConfig(num_samples=1), (1, 0.0)),
-        ("aime", 30, EvaluationConfig(num_samples=8, num_samples_of={"aime": 32}), (32, 0.6)),
-        ("aime", 30, EvaluationConfig(temperature=1.0, temperature_of={"aime": 0.0, "math": 0.3}), (16, 0.0)),
-        ("math", 500, EvaluationConfig(temperature=1.0, num_samples_of={"aime": 2}), (1, 1.0)),
+        ({}, 99, EvaluationConfig(), (16, 0.6)),
+        ({}, 100, EvaluationConfig(), (1, 0.0)),
+        ({}, 100, EvaluationConfig(num_samples=8), (8, 0.6)),
+        ({}, 30, EvaluationConfig(num_samples=1), (1, 0.0)),
+        ({"num_samples": 32}, 30, EvaluationConfig(num_samples=8), (32, 0.6)),
+        ({"temperature": 0.0}, 30, EvaluationConfig(temperature=1.0), (16, 0.0)),
+        ({"num_samples": 1}, 30, EvaluationConfig(temperature=1.0), (1, 1.0)),
     ],
 )
 def test_small_sets_are_sampled_and_large_ones_greedy_unless_set_otherwise(
-    name: str, num_problems: int, settings: EvaluationConfig, expected: tuple[int, float]
+    own: dict[str, Any], num_problems: int, settings: EvaluationConfig, expected: tuple[int, float]
 ) -> None:
-    assert protocol_of(name, num_problems, settings) == Protocol(num_samples=expected[0], temperature=expected[1])
+    sets = {"a": EvaluationSetConfig(file="a", **own), "b": EvaluationSetConfig(file="b", num_samples=3, temperature=3)}
+    config = replace(fake_config({"data.evaluation": sets}), evaluation=settings)
+    assert protocol_of("a", num_problems, config) == Protocol(num_samples=expected[0], temperature=expected[1])
 
 
 def test_an_evaluation_counts_what_was_answered_and_how() -> None:

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o.cli import main
+from megatron_p2o.config.tree import EvaluationSetConfig
 from megatron_p2o.run.evaluation import EvaluationRequest, evaluation_request
+
+AIME = EvaluationSetConfig(file="aime.jsonl", num_samples=32)
 
 
 @pytest.fixture
@@ -23,8 +26,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (checkpoint.parent / "best").write_text('{"checkpoint": "step-000030", "score": 0.5}')
     Path("runs/a/config.yaml").write_text(
         "run: {name: a}\nmodel: {path: model}\n"
-        "data: {train: gone.jsonl, evaluation: {aime: aime.jsonl, math: math.jsonl}}\n"
-        "evaluation: {num_samples_of: {aime: 32, math: 2}, best_set: math}\n"
+        "data:\n  train: gone.jsonl\n  evaluation: {aime: {file: aime.jsonl, num_samples: 32}, math: math.jsonl}\n"
+        "evaluation: {best_set: math}\n"
     )
     return tmp_path / "runs" / "a"
 
@@ -41,7 +44,7 @@ def test_a_checkpoint_has_its_runs_settings_and_leaves_its_run_alone(run: Path, 
     assert request.checkpoint == run / "checkpoints" / "step-000030"
     assert request.output == run / "evaluations" / "step-000030"
     assert Path(request.config.run.directory) / request.config.run.name == request.output
-    assert dict(request.config.data.evaluation) == {"aime": "aime.jsonl", "math": "math.jsonl"}
+    assert dict(request.config.data.evaluation) == {"aime": AIME, "math": EvaluationSetConfig(file="math.jsonl")}
     assert not request.config.evolution.enabled
 
 
@@ -55,13 +58,12 @@ def test_a_model_directory_needs_no_settings_file(run: Path) -> None:
     request = requested("model", "aime=aime.jsonl", sets=("model.dtype=float32",))
     assert (request.checkpoint, request.config.model.path, request.config.model.dtype) == (None, "model", "float32")
     assert request.output == run.parent / "evaluations" / "model"
-    assert requested("model", settings=run / "config.yaml").config.evaluation.num_samples_of == {"aime": 32, "math": 2}
+    assert requested("model", settings=run / "config.yaml").config.data.evaluation["aime"] == AIME
 
 
 def test_benchmarks_choose_known_sets_and_add_others(run: Path) -> None:
-    config = requested(run / "config.yaml", "aime", "amc=amc.jsonl", sets=("evaluation.num_samples_of.amc=4",)).config
-    assert dict(config.data.evaluation) == {"aime": "aime.jsonl", "amc": "amc.jsonl"}
-    assert config.evaluation.num_samples_of == {"aime": 32, "amc": 4}
+    config = requested(run / "config.yaml", "aime", "amc=amc.jsonl", sets=("data.evaluation.amc.num_samples=4",)).config
+    assert dict(config.data.evaluation) == {"aime": AIME, "amc": EvaluationSetConfig(file="amc.jsonl", num_samples=4)}
 
 
 @pytest.mark.parametrize(
@@ -73,8 +75,8 @@ def test_benchmarks_choose_known_sets_and_add_others(run: Path) -> None:
         (["model", "--benchmark", "aime=no.jsonl"], "data.evaluation.aime=no.jsonl must be an existing file"),
         (["runs/a/config.yaml", "--set", "evaluation.best_set=hmmt"], "evaluation.best_set=hmmt must name a set"),
         (
-            ["runs/a/config.yaml", "--set", "evaluation.temperature_of.hmmt=1"],
-            "evaluation.temperature_of.hmmt must name",
+            ["runs/a/config.yaml", "--set", "data.evaluation.hmmt.temperature=1"],
+            "data.evaluation.hmmt.file is missing",
         ),
         ([], "either what to evaluate or --compare"),
         (["model", "--compare", "a", "b"], "either what to evaluate or --compare"),

@@ -343,8 +343,9 @@ def test_a_best_score_counts_no_more_when_its_set_is_measured_otherwise(tmp_path
         after = made_with(config_of(tmp_path, model, *given, *overrides), PROBLEMS)
         return is_measured_otherwise(resumption(before, after, state(2, 2), tmp_path).changes, "hard")
 
-    assert not is_other() and not is_other("evaluation.num_samples_of={easy: 3}", "evaluation.every_steps=4")
-    assert is_other("evaluation.num_samples_of={hard: 3}") and is_other("evaluation.temperature=0.1")
+    assert not is_other() and not is_other("data.evaluation.easy.num_samples=3", "evaluation.every_steps=4")
+    assert is_other("data.evaluation.hard.num_samples=3") and is_other("data.evaluation.hard.temperature=1")
+    assert is_other("evaluation.num_samples=3") and is_other("evaluation.temperature=0.1")
     assert not is_other(f"data.evaluation.hard={sets['copy']}"), "the same problems elsewhere"
     write_problems(sets["easy"], PROBLEMS[:5])
     assert not is_other()
@@ -353,7 +354,7 @@ def test_a_best_score_counts_no_more_when_its_set_is_measured_otherwise(tmp_path
 
 
 def test_settings_are_compared_as_a_file_gives_them_back(tmp_path: Path, model: Path) -> None:
-    config = config_of(tmp_path, model, "evaluation.num_samples_of={}", "megatron.a=[1, 2]", "sglang.b={c: 1}")
+    config = config_of(tmp_path, model, "data.evaluation={}", "megatron.a=[1, 2]", "sglang.b={c: 1}")
     settings = settings_of(config)
     assert (settings["megatron.a"], settings["sglang.b.c"], settings["rollout.max_total_tokens"]) == ([1, 2], 1, None)
     assert set(leaves()) - set(settings) == set(MAPPINGS)
