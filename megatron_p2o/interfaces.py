@@ -46,7 +46,7 @@ class Policy(Protocol):
         """
         ...
 
-    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         """Return log pi(response | context_ids) at the sampling temperature, [R] each, without gradient."""
         ...
 

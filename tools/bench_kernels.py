@@ -5,7 +5,7 @@
     python tools/bench_kernels.py --op linear_policy_loss --shape cpu --tokens 4096 --repeats 5
 
 A provider that fails the correctness gate against float64 is reported and not timed. TFLOP/s are effective: 6 T d V
-floating-point operations (2 T d V for scoring) over the time, dead rows counted, whatever was really computed.
+floating-point operations (2 T d V for log-probs) over the time, dead rows counted, whatever was really computed.
 """
 
 import argparse

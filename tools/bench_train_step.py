@@ -4,7 +4,7 @@
     python tools/bench_train_step.py --shape tiny --tokens 512 --repeats 5
 
 One process, tensor-parallel size 1. The arms take turns in one run: `fused` is the trainer's own update, `plain` the
-same update with the logits of all positions and torch's log-softmax, `score` the trainer's pass without gradient. Both
+same update with the logits of all positions and torch's log-softmax, `logprobs` a pass without gradient. Both
 updates must give the same loss and gradient norm, or nothing is timed. Model FLOPs count every matrix product of
 forward and backward once (no recomputation), the head on response positions only and causal attention by half.
 
@@ -142,7 +142,7 @@ def measure(
     arms: dict[str, Callable[[], object]] = {
         "fused": lambda: policy.update(samples, None, num_loss_tokens),
         "plain": lambda: plain_update(policy, samples, num_loss_tokens, device),
-        "score": lambda: policy.score(samples),
+        "logprobs": lambda: policy.logprobs(samples),
     }
     fused = policy.update(samples, None, num_loss_tokens)
     try:
@@ -156,7 +156,7 @@ def measure(
         for name, (ours, theirs) in gate.items():
             if not abs(ours - theirs) <= RELATIVE_GATE[device.type] * max(abs(theirs), 1e-3):
                 raise SystemExit(f"the arms disagree: {name} is {ours} fused and {theirs} plain; nothing was timed")
-    passes = {name: token_passes(policy, arms[name]) for name in ("fused", "score")}
+    passes = {name: token_passes(policy, arms[name]) for name in ("fused", "logprobs")}
     times = dict(zip(arms, time_interleaved(list(arms.values()), repeats, device), strict=True))
     num_tokens = sum(sample.num_tokens for sample in samples)
     return {
@@ -165,7 +165,7 @@ def measure(
         "median_ms": {name: median(values) for name, values in times.items()},
         "peak_bytes_beyond_state": {name: peak_bytes(call, device) for name, call in arms.items()},
         "state_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
-        # One update per rollout needs no other pass; each further one has its log-probs scored first.
+        # One update per rollout needs no other pass; each further one has its log-probs computed first.
         "forward_passes_per_rollout_token": {name: count / num_tokens for name, count in passes.items()},
     }
 
@@ -237,7 +237,7 @@ def rates(
     # Forward, and twice as much backward.
     flops = 3 * sum(architecture.forward_flops(sample.num_tokens, len(sample.response_ids)) for sample in samples)
     seconds = {arm: milliseconds / 1e3 for arm, milliseconds in result["median_ms"].items()}
-    tflops = {arm: flops / seconds[arm] / 1e12 for arm in seconds if arm != "score"}
+    tflops = {arm: flops / seconds[arm] / 1e12 for arm in seconds if arm != "logprobs"}
     return {
         "tokens_per_s": {arm: result["tokens"] / value for arm, value in seconds.items()},
         "model_flops_per_step": flops,
@@ -247,7 +247,7 @@ def rates(
         "matmul_ceiling_tflops": ceiling,
         "share_of_matmul_ceiling": {arm: value / ceiling for arm, value in tflops.items()},
         "plain_over_fused": seconds["plain"] / seconds["fused"] if "plain" in seconds else None,
-        "score_over_fused": seconds["score"] / seconds["fused"],
+        "logprobs_over_fused": seconds["logprobs"] / seconds["fused"],
     }
 
 

@@ -63,7 +63,7 @@ class PhaseClock:
 
 
 class TimedPolicy:
-    """A policy whose scoring and updates count as `score` and `train`. Everything else passes through unmeasured."""
+    """A policy whose log-probs and updates count as `logprobs` and `train`; everything else is not measured."""
 
     def __init__(self, policy: Policy, clock: PhaseClock) -> None:
         self._policy, self._clock = policy, clock
@@ -75,9 +75,9 @@ class TimedPolicy:
         with self._clock.measure("train"):
             return self._policy.update(samples, old_logprobs, num_loss_tokens)
 
-    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
-        with self._clock.measure("score"):
-            return self._policy.score(samples)
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        with self._clock.measure("logprobs"):
+            return self._policy.logprobs(samples)
 
 
 class TimedEngines:

@@ -29,7 +29,7 @@ FAILURES = (
 )
 """Counts and their headings in the table of a run's failures."""
 
-PHASES = tuple(f"perf/{phase}_s" for phase in ("rollout", "grade", "score", "train", "refresh", "step", "evolution"))
+PHASES = tuple(f"perf/{phase}_s" for phase in ("rollout", "grade", "logprobs", "train", "refresh", "step", "evolution"))
 """Phases in the order they come in; others follow."""
 
 NUM_IDS_SHOWN = 40

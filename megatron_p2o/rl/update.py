@@ -46,7 +46,7 @@ def with_probe(report: UpdateReport, samples: Sequence[TrainSample], policy: Pol
     """Return `report`, of a step that trained on nothing, with engine and trainer compared on a few plain samples."""
     probe = [sample for sample in samples if not sample.is_templated][:NUM_PROBED]
     engine = [sample.sampling_logprobs for sample in probe]
-    return replace(report, tokens=with_mismatch(report.tokens, policy.score(probe) if probe else [], engine))
+    return replace(report, tokens=with_mismatch(report.tokens, policy.logprobs(probe) if probe else [], engine))
 
 
 def carrying_gradient(samples: Sequence[TrainSample], config: Config) -> list[TrainSample]:
@@ -56,7 +56,7 @@ def carrying_gradient(samples: Sequence[TrainSample], config: Config) -> list[Tr
 
 def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Config) -> Sequence[Logprobs] | None:
     """Return log pi_old on the gradient's prompt; the importance context uses the sampling log-probs instead."""
-    return None if compares_with_sampling(config.objective.context) else policy.score(samples)
+    return None if compares_with_sampling(config.objective.context) else policy.logprobs(samples)
 
 
 def scored(samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config) -> list[TrainSample]:
@@ -65,6 +65,6 @@ def scored(samples: list[TrainSample], groups: Sequence[Group], policy: Policy, 
         return samples
     sampling = replace(config.objective, context="sampling")
     on_sampling_context = carrying_gradient(train_samples(groups, sampling), config)
-    logprobs = policy.score(on_sampling_context)
+    logprobs = policy.logprobs(on_sampling_context)
     cap = config.scoring.importance_cap
     return [with_trainer_logprobs(sample, row, cap) for sample, row in zip(samples, logprobs, strict=True)]

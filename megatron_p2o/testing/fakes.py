@@ -48,7 +48,7 @@ END_OF_SEQUENCE = 0
 """Token that ends a fake completion; every other token is the code point of a character."""
 
 Journal = list[str]
-"""Names of the calls in the order they were made: generate, release, update, score, weights, refresh, evolve."""
+"""Names of the calls in the order they were made: generate, release, update, logprobs, weights, refresh, evolve."""
 
 
 def encode(text: str) -> TokenIds:
@@ -165,8 +165,8 @@ class FakePolicy:
     journal: Journal = field(default_factory=Journal)
     num_updates: int = 0
     updates: list[UpdateCall] = field(default_factory=list[UpdateCall])
-    scored: list[tuple[TrainSample, ...]] = field(default_factory=list[tuple[TrainSample, ...]])
-    """The samples of each `score`."""
+    asked_logprobs: list[tuple[TrainSample, ...]] = field(default_factory=list[tuple[TrainSample, ...]])
+    """The samples of each `logprobs`."""
 
     def update(
         self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
@@ -178,9 +178,9 @@ class FakePolicy:
         outcome = "applied" if samples else "empty"
         return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, outcome=outcome)
 
-    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
-        self.journal.append("score")
-        self.scored.append(tuple(samples))
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        self.journal.append("logprobs")
+        self.asked_logprobs.append(tuple(samples))
         return [fake_logprobs(sample.context_ids, sample.response_ids, self.num_updates) for sample in samples]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

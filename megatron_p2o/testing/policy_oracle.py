@@ -95,16 +95,16 @@ class PolicyOracle:
             group["weight_decay"] = settings.weight_decay if is_decayed else 0.0
             group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
 
-    def logprobs(self, sample: TrainSample) -> Tensor:
+    def logprobs_R(self, sample: TrainSample) -> Tensor:
         """Return log pi(response | context) at the sampling temperature, [R], differentiable."""
         ids = torch.from_numpy(np.concatenate([sample.context_ids, sample.response_ids]).astype(np.int64))
         logits = self.model(ids[None]).logits[0] / self.config.rollout.temperature
         targets = ids[len(sample.context_ids) :]
         return logits[len(sample.context_ids) - 1 : -1].log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
-    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         with torch.no_grad():
-            return [self.logprobs(sample).numpy() for sample in samples]
+            return [self.logprobs_R(sample).numpy() for sample in samples]
 
     def update(
         self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
@@ -113,7 +113,7 @@ class PolicyOracle:
         objective, settings = self.config.objective, self.config.optimizer
         total, num_kept = torch.zeros(()), 0.0
         for index, sample in enumerate(samples):
-            logprobs_R = self.logprobs(sample)
+            logprobs_R = self.logprobs_R(sample)
             old_R = logprobs_R.detach() if old_logprobs is None else torch.from_numpy(old_logprobs[index])
             losses_R, weights_R = token_losses(logprobs_R, old_R, sample, objective)
             total = total + (losses_R * weights_R).sum()

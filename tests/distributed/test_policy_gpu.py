@@ -70,7 +70,7 @@ def test_attention_and_its_gradients_equal_those_of_the_cpu(context_size: int):
 
 def test_an_update_in_bfloat16_is_close_to_transformers_in_float32(policy: MegatronPolicy, model: Path):
     oracle = PolicyOracle(policy_config(model, optimizer=OPTIMIZER))
-    for ours, theirs in zip(policy.score(SAMPLES), oracle.score(SAMPLES), strict=True):
+    for ours, theirs in zip(policy.logprobs(SAMPLES), oracle.logprobs(SAMPLES), strict=True):
         difference = torch.from_numpy(ours) - torch.from_numpy(theirs)
         assert difference.abs().mean() < 0.03
     report = policy.update(SAMPLES, None, 600)

@@ -83,7 +83,7 @@ def train_each(configs: Sequence[Config]) -> list[dict[str, Any]]:
             continue
         order = np.random.default_rng(number).permutation(len(SAMPLES))
         samples = [SAMPLES[index] for index in order]
-        before = policy.score(samples)
+        before = policy.logprobs(samples)
         reports = [policy.update(samples, None, 120), policy.update(samples, before, 120)]
         results.append(
             {

@@ -50,13 +50,13 @@ def train(config: Any) -> dict[str, Any]:
         policy.serve()
         return {"held": held_bytes(policy), "weights": delivered}
     samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
-    before = policy.score(samples)
+    before = policy.logprobs(samples)
     reports = [policy.update(samples, None, 100), policy.update(samples, before, 100)]
     result = {
         "before": before,
         "reports": reports,
         "weights": {name: tensor.numpy() for name, tensor in policy.weights()},
-        "after": policy.score(samples),
+        "after": policy.logprobs(samples),
         "held": held_bytes(policy),
     }
     policy.close()
@@ -70,7 +70,7 @@ def test_scores_losses_and_updated_weights_equal_transformers_under_every_layout
     config = policy_config(model_path, parallel=parallel)
     oracle = PolicyOracle(config)
     samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
-    before = oracle.score(samples)
+    before = oracle.logprobs(samples)
     expected = [oracle.update(samples, None, 100), oracle.update(samples, before, 100)]
 
     results = run_gloo_ranks(train, parallel.world_size, config, timeout_s=60)
@@ -89,7 +89,7 @@ def test_scores_losses_and_updated_weights_equal_transformers_under_every_layout
         np.testing.assert_allclose(result["weights"][name], tensor.numpy(), atol=1e-5, err_msg=name)
         for rank, each in enumerate(results):
             np.testing.assert_array_equal(each["weights"][name], result["weights"][name], f"{name} of rank {rank}")
-    for ours, theirs in zip(result["after"], oracle.score(samples), strict=True):
+    for ours, theirs in zip(result["after"], oracle.logprobs(samples), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     planned = trainer_memory(config, read_architecture(model_path))
     # Megatron rounds what it shards up: so tiny a model grows by 1.5 %.
@@ -106,7 +106,7 @@ def test_the_denominator_counts_tokens_of_all_ranks(tmp_path: Path, denominator:
     config = policy_config(directory, parallel=ParallelConfig(data=2), objective=objective)
     samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
     oracle = PolicyOracle(config)
-    before = oracle.score(samples)
+    before = oracle.logprobs(samples)
     expected = [oracle.update(samples, None, 100), oracle.update(samples, before, 100)]
     reports = run_gloo_ranks(train, 2, config)[0]["reports"]
     assert 0 < reports[0].tokens.kept_tokens < sum(LENGTHS)
@@ -123,7 +123,7 @@ def test_a_data_rank_without_samples_takes_part_and_counts_for_nothing(tmp_path:
         policy = build_policy(config)
         if not policy.is_conductor:
             return policy.serve()
-        outcome = policy.update(samples, None, 6), policy.score(samples)
+        outcome = policy.update(samples, None, 6), policy.logprobs(samples)
         policy.close()
         return outcome
 
@@ -133,13 +133,13 @@ def test_a_data_rank_without_samples_takes_part_and_counts_for_nothing(tmp_path:
             parallel=ParallelConfig(data=2),
             objective=ObjectiveConfig(denominator=denominator, context="replace"),
         )
-        report, scores = run_gloo_ranks(update_with_one_sample, 2, config)[0]
+        report, logprobs = run_gloo_ranks(update_with_one_sample, 2, config)[0]
         oracle = PolicyOracle(config)
         loss, grad_norm = oracle.update(samples, None, 6)
         assert report.loss == pytest.approx(loss, abs=1e-6)
         assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
         assert report.tokens.loss_tokens == 6
-        np.testing.assert_allclose(scores[0], oracle.score(samples)[0], atol=1e-5)
+        np.testing.assert_allclose(logprobs[0], oracle.logprobs(samples)[0], atol=1e-5)
 
 
 SAVED = {
@@ -239,8 +239,8 @@ def test_weights_of_later_stages_reach_rank_0_even_when_the_first_iteration_is_c
             return policy.serve()
         first_look = policy.weights()
         name, _ = next(first_look)
-        with pytest.raises(RuntimeError, match=r"must be consumed to the end before policy\.score"):
-            policy.score(random_samples((2,), vocab_size=VOCAB_SIZE))
+        with pytest.raises(RuntimeError, match=r"must be consumed to the end before policy\.logprobs"):
+            policy.logprobs(random_samples((2,), vocab_size=VOCAB_SIZE))
         first_look.close()
         exported = {name: tensor.numpy() for name, tensor in policy.weights()}
         policy.close()

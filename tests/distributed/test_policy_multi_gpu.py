@@ -44,18 +44,18 @@ TIMEOUT_S = 900.0
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_gpus", LAYOUTS)
-def test_layouts_over_nccl_update_score_save_and_export_like_transformers(num_gpus: int, tmp_path: Path) -> None:
+def test_layouts_over_nccl_update_save_and_export_like_transformers(num_gpus: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < num_gpus:
         pytest.skip(f"{torch.cuda.device_count()} of {num_gpus} CUDA devices: layouts over NCCL are not run")
     model = write_kernel_sized_qwen3(tmp_path / "model")
     results = run_layouts(num_gpus, model, tmp_path)
     oracle = PolicyOracle(policy_config(model, optimizer=OPTIMIZER))
-    scores = [float(row.sum()) for row in oracle.score(SAMPLES)]
+    logprob_sums = [float(row.sum()) for row in oracle.logprobs(SAMPLES)]
     loss, grad_norm = oracle.update(SAMPLES, None, 600)
     assert results.keys() == LAYOUTS[num_gpus].keys()
     for name, result in results.items():
         # bfloat16 against float32: 0.03 nats a token.
-        for ours, theirs, sample in zip(result["scores"], scores, SAMPLES, strict=True):
+        for ours, theirs, sample in zip(result["logprob_sums"], logprob_sums, SAMPLES, strict=True):
             assert ours == pytest.approx(theirs, abs=0.03 * len(sample.response_ids) + 0.05), name
         assert result["first"] == pytest.approx([loss, grad_norm], rel=0.05, abs=0.02), name
         assert result["from_checkpoint"] == pytest.approx(result["second"], rel=1e-3), name
@@ -96,7 +96,7 @@ def trained(config: Config, directory: Path) -> dict[str, Any] | None:
     policy = build_policy(config)
     if not policy.is_conductor:
         return policy.serve()
-    scores = [float(row.sum()) for row in policy.score(SAMPLES)]
+    logprob_sums = [float(row.sum()) for row in policy.logprobs(SAMPLES)]
     reports = [policy.update(SAMPLES, None, 600)]
     policy.save(directory).result(timeout=TIMEOUT_S / 4)
     reports.append(policy.update(SAMPLES, None, 600))
@@ -106,7 +106,7 @@ def trained(config: Config, directory: Path) -> dict[str, Any] | None:
     policy.close()
     first, second, from_checkpoint = ([report.loss, report.grad_norm] for report in reports)
     return {
-        "scores": scores,
+        "logprob_sums": logprob_sums,
         "first": first,
         "second": second,
         "from_checkpoint": from_checkpoint,

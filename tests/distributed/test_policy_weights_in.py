@@ -50,7 +50,7 @@ def load_train_export(config: Any) -> dict[str, Any]:
         policy.serve()
         return result
     result["exported"] = {name: tensor.numpy() for name, tensor in policy.weights()}
-    result["before"] = policy.score(SAMPLES)
+    result["before"] = policy.logprobs(SAMPLES)
     result["report"] = policy.update(SAMPLES, None, 30)
     policy.close()
     return result
@@ -76,7 +76,7 @@ def test_families_under_layouts_equal_transformers_and_ranks_read_only_their_par
     results = run_gloo_ranks(load_train_export, parallel.world_size, config)
 
     oracle, first = PolicyOracle(config), results[0]
-    for ours, theirs in zip(first["before"], oracle.score(SAMPLES), strict=True):
+    for ours, theirs in zip(first["before"], oracle.logprobs(SAMPLES), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     loss, grad_norm = oracle.update(SAMPLES, None, 30)
     assert first["report"].loss == pytest.approx(loss, abs=1e-6)

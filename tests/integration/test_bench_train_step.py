@@ -26,7 +26,7 @@ def test_both_heads_agree_and_one_forward_pass_serves_an_update(tmp_path: Path):
     for ours, theirs in result["agreement_fused_plain"].values():
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert result["agreement_fused_plain"]["grad_norm"][0] > 0.1
-    assert result["forward_passes_per_rollout_token"] == {"fused": 1.0, "score": 1.0}
+    assert result["forward_passes_per_rollout_token"] == {"fused": 1.0, "logprobs": 1.0}
     assert result["peak_bytes_beyond_state"]["fused"] < result["peak_bytes_beyond_state"]["plain"]
     # By hand: two samples of 128 positions, 97 of which predict; 4 layers, hidden 128, heads of 16: 8 query, 2 key.
     attention_weights = 128 * 128 + 2 * 128 * 32 + 128 * 128

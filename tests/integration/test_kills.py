@@ -32,7 +32,7 @@ NUM_EPOCHS = max(2, NUM_KILLS // 2)
 PHASES = ("checkpoint", "rollout", "evolution", "train", "refresh", "grade")
 """In the order in which kills go through them: the first two are those of the ordinary suite."""
 
-STEP_ORDER = ("rollout", "grade", "score", "train", "refresh")
+STEP_ORDER = ("rollout", "grade", "logprobs", "train", "refresh")
 """How the phases follow one another in a step; the fused LM head's forward pass belongs to `train`."""
 
 pytestmark = pytest.mark.slow

@@ -158,9 +158,9 @@ def test_zero_advantages_are_dropped_and_their_tokens_counted() -> None:
 
 def test_old_log_probs_are_scored_before_any_update_and_the_engines_refreshed_last() -> None:
     step = run_step(settings={"schedule.problems_per_update": 1}, templates=TEMPLATED, step=3)
-    assert step.journal == ["generate", "release", *["score"] * 3, *["update"] * 4, "weights", "refresh"]
+    assert step.journal == ["generate", "release", *["logprobs"] * 3, *["update"] * 4, "weights", "refresh"]
     assert step.policy.updates[0].old_logprobs is None
-    for call, scored in zip(step.policy.updates[1:], step.policy.scored, strict=True):
+    for call, scored in zip(step.policy.updates[1:], step.policy.asked_logprobs, strict=True):
         assert call.samples == scored and call.old_logprobs is not None
         for sample, old in zip(call.samples, call.old_logprobs, strict=True):
             assert np.array_equal(old, fake_logprobs(sample.context_ids, sample.response_ids, num_updates=3))
@@ -195,7 +195,7 @@ def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_fa
         "schedule.problems_per_update": 4 // num_updates,
     }
     step = run_step(mismatched, settings, TEMPLATED, step=5)
-    assert step.journal[: 2 * num_updates + 1] == ["generate", "release", *["score"] * (2 * num_updates - 1)]
+    assert step.journal[: 2 * num_updates + 1] == ["generate", "release", *["logprobs"] * (2 * num_updates - 1)]
     trained = [sample for call in step.policy.updates for sample in call.samples]
     sampled = [
         rollout.completion

@@ -127,7 +127,7 @@ def evolving(journal: Journal) -> PromptEvolution:
     return FakeEvolution(templates=TEMPLATES, journal=journal)
 
 
-STEP = ["generate", "release", "score", "update", "update", "weights", "refresh"]
+STEP = ["generate", "release", "logprobs", "update", "update", "weights", "refresh"]
 
 
 def test_every_epoch_runs_all_batches_and_evolution_runs_between_epochs() -> None:

@@ -224,7 +224,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def score(modules: Sequence[DistributedDataParallel], batches: Sequence[MicroBatch]) -> dict[int, Logprobs]:
+def response_logprobs(modules: Sequence[DistributedDataParallel], batches: Sequence[MicroBatch]) -> dict[int, Logprobs]:
     """Return the log-probs [R] of each sample's response by index; empty but on the last pipeline stage. Collective."""
 
     def forward_step(micro_batches_left: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:

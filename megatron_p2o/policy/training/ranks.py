@@ -36,7 +36,7 @@ from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 ERROR_KEY = "megatron_p2o/policy_error"
 """Where the first rank that fails leaves its error for the others, in torch.distributed's store."""
 
-Method = Literal["update", "skip", "score", "diverged", "memory", "export", "deliver", "save", "load", "close"]
+Method = Literal["update", "skip", "logprobs", "diverged", "memory", "export", "deliver", "save", "load", "close"]
 
 
 class PolicyError(RuntimeError):
@@ -160,13 +160,13 @@ class MegatronPolicy:
         flops = 3 * sum(self._shard.architecture.forward_flops(s.num_tokens, len(s.response_ids)) for s in samples)
         return _update_report(replies, flops / self._ranks.world_size)
 
-    def score(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         """Return log pi(response | context_ids) at the sampling temperature, [R] float32 each, without gradient."""
         check_samples(samples, None, self.vocab_size)
         if not samples:
             return []
         shares = self._shares(samples, None)
-        replies = cast(list[dict[int, Logprobs]], self._conduct("score", [(share,) for share in shares]))
+        replies = cast(list[dict[int, Logprobs]], self._conduct("logprobs", [(share,) for share in shares]))
         by_index = {index: row for reply in replies for index, row in reply.items()}
         return [by_index[index] for index in range(len(samples))]
 

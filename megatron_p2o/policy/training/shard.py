@@ -21,7 +21,7 @@ from megatron_p2o.policy.training.forward import (
     forward_backward,
     length_multiple,
     make_micro_batches,
-    score,
+    response_logprobs,
 )
 from megatron_p2o.policy.training.optimizer import Optimization, StepOutcome
 from megatron_p2o.policy.training.settings import machine_problems, policy_settings
@@ -110,10 +110,10 @@ class PolicyShard:
         self.optimization.skip()
         return learning_rate
 
-    def score(self, share: Share) -> dict[int, Logprobs]:
+    def logprobs(self, share: Share) -> dict[int, Logprobs]:
         """Return the responses' log-probs by place in the caller's list, for the ranks that speak."""
         batches = self._micro_batches(share)
-        logprobs = score(self.optimization.modules, batches)
+        logprobs = response_logprobs(self.optimization.modules, batches)
         return {share.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
 
     def _micro_batches(self, share: Share) -> list[MicroBatch]:

@@ -79,5 +79,5 @@ def test_an_update_equals_transformers_with_torch_adamw(policy: MegatronPolicy, 
     architecture = read_architecture(directory)
     forward = [architecture.forward_flops(sample.num_tokens, len(sample.response_ids)) for sample in samples]
     assert report.flops_per_rank == 3 * sum(forward)
-    for ours, theirs in zip(policy.score(samples), oracle.score(samples), strict=True):
+    for ours, theirs in zip(policy.logprobs(samples), oracle.logprobs(samples), strict=True):
         torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(theirs), rtol=0, atol=1e-4)

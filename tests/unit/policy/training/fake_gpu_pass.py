@@ -1,4 +1,4 @@
-"""An update's forward pass, and a score, on fake CUDA tensors with torch's CPU build: prints the host's waits as JSON.
+"""An update's forward pass and one for log-probs on fake CUDA tensors with torch's CPU build: prints the waits as JSON.
 
     python fake_gpu_pass.py MODEL_DIRECTORY [--recompute] [--sharded]
 
@@ -217,12 +217,12 @@ def main() -> None:
 
 
 def run(path: Path, recomputes: bool, is_sharded: bool) -> dict[str, Any]:
-    """Run the update's forward pass and score once; return the waits of each and the Triton launches."""
+    """Run the update's forward pass and one for log-probs; return the waits of each and the Triton launches."""
     from megatron_p2o.config.tree import ObjectiveConfig, OptimizerConfig, ParallelConfig
     from megatron_p2o.policy.model.architecture import read_architecture
     from megatron_p2o.policy.model.head import HeadTask
     from megatron_p2o.policy.model.model import build_models, transformer_config
-    from megatron_p2o.policy.training.forward import _run_model, score
+    from megatron_p2o.policy.training.forward import _run_model, response_logprobs
     from megatron_p2o.policy.training.optimizer import Optimization
     from megatron_p2o.rl.objective import loss_rule, token_stats
     from p2o_kernels import PolicyLoss
@@ -248,9 +248,9 @@ def run(path: Path, recomputes: bool, is_sharded: bool) -> dict[str, Any]:
             assert outcome.loss.requires_grad and outcome.loss.dtype == outcome.logprobs_T.dtype == torch.float32
             report["launches"] = dict(LAUNCHES)
             LAUNCHES.clear()
-            report["scored"] = sorted(score(optimization.modules, [micro_batch]))
-            report["waits"]["score"] = taken()
-            report["score_launches"] = dict(LAUNCHES)
+            report["samples"] = sorted(response_logprobs(optimization.modules, [micro_batch]))
+            report["waits"]["logprobs"] = taken()
+            report["logprobs_launches"] = dict(LAUNCHES)
     return report
 
 

@@ -12,8 +12,8 @@ from megatron_p2o.testing.tiny_model import write_kernel_sized_qwen3
 WAITS = {
     # How many rows the head computes decides its chunks.
     "forward": {"item in advantage/triton_path.py:active_token_index_triton": 1},
-    "score": {
-        # The rows that are scored are known to the host by their number.
+    "logprobs": {
+        # The rows whose log-probs are asked for are known to the host by their number.
         "nonzero in policy/model/head.py:_logprobs": 1,
         "nonzero in policy/training/forward.py:_on_positions": 1,
         # The result itself: log-probs and whose they are, when the device has nothing left to do.
@@ -31,8 +31,8 @@ def test_the_device_is_waited_for_only_where_its_answer_is_needed(tmp_path: Path
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["waits"] == WAITS
-    assert report["scored"] == [0, 1, 2, 3, 4]
+    assert report["samples"] == [0, 1, 2, 3, 4]
     both = {"target_logits_kernel", "exponentials_kernel", "softmax_rows_kernel"}
     gradients = {"token_losses_kernel", "hidden_grad_kernel", "scale_rows_kernel", "add_target_rows_kernel"}
     rows = {"count_active_kernel", "active_token_index_kernel"}
-    assert set(report["launches"]) == both | gradients | rows and set(report["score_launches"]) == both
+    assert set(report["launches"]) == both | gradients | rows and set(report["logprobs_launches"]) == both

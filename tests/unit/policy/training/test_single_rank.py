@@ -103,7 +103,7 @@ def test_packed_logits_and_log_probs_equal_transformers_sample_by_sample(any_mod
     config = policy_config(any_model)
     oracle = PolicyOracle(config)
     with policy_of(config) as policy:
-        for ours, theirs in zip(policy.score(SAMPLES), oracle.score(SAMPLES), strict=True):
+        for ours, theirs in zip(policy.logprobs(SAMPLES), oracle.logprobs(SAMPLES), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
         lengths = torch.tensor([7, 1, 12])
         ids = torch.randint(1, VOCAB_SIZE, (20,), generator=torch.Generator().manual_seed(0))
@@ -148,7 +148,9 @@ def test_every_parameter_has_the_gradient_of_full_logits_and_the_readable_loss(a
     """In float64, so that only formulas can differ; both denominators, by the divisor that training takes."""
     config = replace(policy_config(any_model), rollout=RolloutConfig(temperature=0.7))
     with policy_of(config) as policy, cuda_stand_ins():
-        near = [row + np.float32(0.2) * np.sin(np.arange(len(row)), dtype=np.float32) for row in policy.score(SAMPLES)]
+        near = [
+            row + np.float32(0.2) * np.sin(np.arange(len(row)), dtype=np.float32) for row in policy.logprobs(SAMPLES)
+        ]
         samples = [replace(sample, sampling_logprobs=row[::-1] - 1) for sample, row in zip(SAMPLES, near, strict=True)]
         model = policy._shard.models[0].double()
         parameters = dict(model.named_parameters())
@@ -198,7 +200,7 @@ def test_three_updates_equal_transformers_with_torch_adamw(any_model: Path):
             loss, grad_norm = oracle.update(SAMPLES, old, 120)
             assert report.loss == pytest.approx(loss, abs=1e-6)
             assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
-            old = old or oracle.score(SAMPLES)
+            old = old or oracle.logprobs(SAMPLES)
         assert_same_weights(weights_of(policy), oracle.weights(), atol=1e-5)
 
 
@@ -260,7 +262,9 @@ def test_micro_batch_normalization_is_the_row_weighted_mean_of_micro_batch_means
     oracle = PolicyOracle(config)
     means = []
     for rows in (samples[:1], samples[1:]):
-        losses = [token_losses(oracle.logprobs(row), oracle.logprobs(row).detach(), row, objective)[0] for row in rows]
+        losses = [
+            token_losses(oracle.logprobs_R(row), oracle.logprobs_R(row).detach(), row, objective)[0] for row in rows
+        ]
         means.append(torch.cat(losses).mean())
     expected = means[0] * (1 / 3) + means[1] * (2 / 3)
     expected.backward()
@@ -378,7 +382,7 @@ def test_an_empty_update_moves_no_weight(model: Path):
         report = policy.update([], None, 7)
         assert (report.loss, report.grad_norm, report.outcome) == (0.0, 0.0, "empty")
         assert_same_weights(weights_of(policy), before, atol=0)
-        assert policy.score([]) == []
+        assert policy.logprobs([]) == []
 
 
 @pytest.mark.parametrize("num_updates", [0, 1], ids=["before the first step", "after it"])

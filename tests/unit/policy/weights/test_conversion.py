@@ -47,8 +47,8 @@ def test_a_checkpoint_becomes_a_model_of_transformers_and_comes_back_bit_for_bit
     with closing(build_policy(config)) as policy:
         policy.load(tmp_path / "back")
         assert all(torch.equal(converted[name], tensor) for name, tensor in policy.weights())
-        expected = PolicyOracle(converted_config).score(SAMPLES)
-        for ours, theirs in zip(policy.score(SAMPLES), expected, strict=True):
+        expected = PolicyOracle(converted_config).logprobs(SAMPLES)
+        for ours, theirs in zip(policy.logprobs(SAMPLES), expected, strict=True):
             # Eight bits of mantissa in every activation, on log-probs of about -10.
             atol = 1e-5 if dtype == "float32" else 0.3
             torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(theirs), rtol=0, atol=atol)
