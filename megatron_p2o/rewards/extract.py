@@ -18,7 +18,13 @@ _TOKEN = re.compile(
 
 The backslash before a box escapes nothing: a box after the end of a row, or one that was escaped once too often."""
 
-_COMMENT_LINE = re.compile(r"^[ \t]*%.*$", re.MULTILINE)
+_HIDDEN = re.compile(
+    r"\\iffalse(?![A-Za-z]).*?(?:\\fi(?![A-Za-z])|\Z)|\\begin\{comment\}.*?(?:\\end\{comment\}|\Z)|<!--.*?(?:-->|\Z)",
+    re.DOTALL,
+)
+_PERCENT_OR_COMMENT = re.compile(r"(?P<percent>\\%|[\d)$}][ \t]*%|[^\s%]%)|%.*")
+_PERCENT_AFTER_BRACE = re.compile(r"\}[ \t]*%")
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _ANY_BOX = re.compile(rf"\\?{_BOX}\s*")
 
 
@@ -38,20 +44,23 @@ def last_boxed(text: str) -> str | None:
     r"""Return the content of the last `\boxed{...}` or `\fbox{...}` after the last `</think>`, None without one.
 
     `\boxed 5` is a box of one character; without braces around more there is no answer. A response that was cut off has
-    none either: one whose last box is open, or whose last `<think>` is not closed. (A chat template may have opened the
-    first one, so that only `</think>` is there.) Boxes in a box are taken off: `\boxed{4+\boxed{3}}` is 4+3. A line
-    that begins with `%` is a comment. Time is linear in the length of `text`, also for unbalanced input.
+    none either: one whose last box is open or stands in an open box of its paragraph, or whose last `<think>` is not
+    closed. (A chat template may have opened the first one, so that only `</think>` is there.) Boxes in a box are taken
+    off: `\boxed{4+\boxed{3}}` is 4+3. What LaTeX or HTML does not show is not read: comments and `\iffalse ... \fi`.
+    Time is linear in the length of `text`, also for unbalanced input.
     """
     response = text.rpartition(END_OF_THINKING)[2]
     if START_OF_THINKING in response:
         return None
-    response = _COMMENT_LINE.sub("", response)
+    response = _PERCENT_OR_COMMENT.sub(lambda found: found["percent"] or "", _HIDDEN.sub("", response))
     box = _last_box(response)
-    return None if box is None else _ANY_BOX.sub("", response[box.start : box.end]).strip()
+    if box is None or _PERCENT_AFTER_BRACE.search(response, response.rfind("\n", 0, box.begin) + 1, box.begin):
+        return None  # behind a percent sign that may begin a comment
+    return _ANY_BOX.sub("", response[box.start : box.end]).strip()
 
 
 def _last_box(response: str) -> _Box | None:
-    """Return the outermost closed box around the last that is opened, None if that one is not closed."""
+    """Return the outermost closed box around the last that is opened, None if that one or one around it is open."""
     opened: list[_Box | None] = []
     latest: _Box | None = None
     last: _Box | None = None
@@ -71,7 +80,13 @@ def _last_box(response: str) -> _Box | None:
             if closed is not None and (last is not None or closed is latest):
                 closed.end, closed.after = token.start(), token.end()
                 last = closed if last is None else _outer(closed, last, response)
-    return last
+    return None if last is None or _is_in_open_box(last, opened, response) else last
+
+
+def _is_in_open_box(box: _Box, opened: list[_Box | None], response: str) -> bool:
+    """Return whether one of the boxes that were never closed was opened before `box` in its paragraph."""
+    paragraph = max((gap.end() for gap in _BLANK_LINE.finditer(response, 0, box.begin)), default=0)
+    return any(each is not None and paragraph <= each.begin < box.begin for each in opened)
 
 
 def _outer(outer: _Box, inner: _Box, response: str) -> _Box:
