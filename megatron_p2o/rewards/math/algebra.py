@@ -17,6 +17,8 @@ from typing import Any, Literal
 from mpmath import mp
 
 from megatron_p2o.rewards.math.exact import TOLERANCE, ExactJudge, exact_value, is_rounded
+from megatron_p2o.rewards.math.matrices import has_matrices
+from megatron_p2o.rewards.math.matrices import is_equal as is_equal_for_matrices
 from megatron_p2o.rewards.math.operations import OPERATIONS, power, real
 from megatron_p2o.rewards.math.reading.tree import Node
 
@@ -64,6 +66,8 @@ class NumericJudge:
         known = ExactJudge(MAX_EXACT_BITS).is_equal(gold, answer, tolerance)
         if known is not None:
             return known
+        if has_matrices(gold):
+            return is_equal_for_matrices(gold, answer)
         is_exact_integer = (value := exact_value(gold)) is not None and value.denominator == 1 and not is_rounded(gold)
         if tolerance is None and (is_rounded(gold) or is_rounded(answer)) and not is_exact_integer:
             tolerance = TOLERANCE

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Literal
 
 from megatron_p2o.rewards.math.reading.latex import outer_brackets, split_at
+from megatron_p2o.rewards.math.reading.names import chemical_formula
 from megatron_p2o.rewards.math.reading.parser import parse_expression
 from megatron_p2o.rewards.math.reading.spelling import AND, LIST_SEPARATOR, OR
 from megatron_p2o.rewards.math.reading.tree import FUNCTIONS, Node, NotUnderstoodError
@@ -162,6 +163,9 @@ def _read(text: str) -> Answer:
     outward = _OUTWARD.fullmatch(text)
     if outward and outward[1] + outward[3] != "[]":
         return _read("[("[outward[1] == "]"] + outward[2] + "])"[outward[3] == "["])
+    formula = chemical_formula(text)
+    if formula:
+        return Words(formula)
     whole = _WHOLE_TEXT.fullmatch(text)
     if whole:
         return _read_text(whole[1].strip().rstrip(". "))

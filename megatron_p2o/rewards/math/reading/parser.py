@@ -25,6 +25,7 @@ _SYMBOL_NAMES = (
 _SYMBOLS = frozenset(_SYMBOL_NAMES.split())
 _ACCENT_NAMES = "vec hat bar overline tilde dot ddot widehat overrightarrow mathbb mathcal mathfrak"
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
+_VECTORS = (r"\vec", r"\overrightarrow")
 _DIFFERENTIAL = re.compile(r"(?:d|\\partial ?)(?:\^\{?\d\}?)?(?:[A-Za-z]|\\[A-Za-z]+)?(?:\^\{?\d\}?)?")
 
 
@@ -47,6 +48,7 @@ class _Parser:
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
         self._open_bars = 0
+        self._open_norms = 0
 
     def braced(self) -> Node:
         """Return the content of braces, or of the whole text: n \\choose k ends with them."""
@@ -97,8 +99,8 @@ class _Parser:
         return product_of(node, factor)
 
     def _starts_factor(self, token: str) -> bool:
-        if token == "|":
-            return self._open_bars == 0
+        if token in ("|", r"\|"):
+            return (self._open_bars if token == "|" else self._open_norms) == 0
         if token in ("(", "[", "{") or (token[:1].isalnum() and token.isascii()) or is_label(token):
             return True
         is_command = token[:1] == "\\" and len(token) > 2
@@ -155,6 +157,8 @@ class _Parser:
         self._tokens.take()
         if token == "|":
             return self._between_bars()
+        if token == r"\|":
+            return self._norm()
         if token[0].isdecimal() or (token[0] == "." and len(token) > 1):
             return self._number(token)
         if is_label(token):
@@ -197,12 +201,20 @@ class _Parser:
             index = self._tokens.raw()
         return re.sub(r"\\text(?![A-Za-z])|[{}\s]", "", index).removeprefix("\\")
 
+    def _norm(self) -> Node:
+        """Return the norm of what stands up to the next double bar; it is no absolute value."""
+        self._open_norms += 1
+        node = self.sum()
+        self._open_norms -= 1
+        self._tokens.expect(r"\|")
+        return Node("opaque", (node,), name=r"\|")
+
     def _between_bars(self) -> Node:
         self._open_bars += 1
         node = self.sum()
         self._open_bars -= 1
         self._tokens.expect("|")
-        return Node("abs", (node,))
+        return Node("opaque", (node,), name=r"\|") if node.name.startswith(_VECTORS) else Node("abs", (node,))
 
     def _command(self, name: str) -> Node:
         if name in ("frac", "nicefrac", "sfrac"):
@@ -318,4 +330,4 @@ class _Parser:
 
     def _starts_next_factor(self) -> bool:
         token = self._tokens.peek()
-        return token in ("(", "[", "{", "|") or token.removeprefix("\\") in (*FUNCTIONS, "sqrt", "text")
+        return token in ("(", "[", "{", "|", r"\|") or token.removeprefix("\\") in (*FUNCTIONS, "sqrt", "text")

@@ -66,13 +66,15 @@ _REWRITES = tuple(
     for pattern, replacement in (
         (r",\\!\s*", "{,}"),
         (r"\\!", ""),
-        (rf"\\(?:left|right)\s*\.|\\[()\[\]]|(?<!\\)\$|\\(?:display|text|script)style{_END}", ""),
+        (r"\\[()\[\]]|(?<!\\)\$", " "),
+        (rf"\\(?:left|right)\s*\.|\\(?:display|text|script)style{_END}", ""),
         (rf"\\(?:left|right|middle|[bB]igg?[lrm]?|limits|nolimits){_END}", ""),
         (rf"\\(?:lbrace){_END}", r"\\{"),
         (rf"\\(?:rbrace){_END}", r"\\}"),
         (rf"\\(?:langle|lparen){_END}", "("),
         (rf"\\(?:rangle|rparen){_END}", ")"),
-        (rf"\\(?:[lr]?vert|mid){_END}|\\\|", "|"),
+        (rf"\\(?:[lr]?vert|mid){_END}", "|"),
+        (rf"\\[lr]?Vert{_END}|(?<!\|)\|\|(?=[^|]*\|\|$)|(?<=[^|])\|\|$", r"\\|"),
         (rf"\\(?:text)?color\{{(?!white)[a-z]+\}}|\\(?:bf|it|bfseries|[lL]arge|LARGE|[hH]uge){_END}", ""),
         (rf"\s*\\checkmark{_END}\s*$|^\*\*(?=.*\*\*$)|(?<=\w)\*\*$", ""),
         (r"(?<=\d)(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|\^\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th))$", ""),
@@ -81,8 +83,8 @@ _REWRITES = tuple(
         (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ{_END})|\^\s*\\degree{_END}", r"\\degree "),
         (rf"\^\s*(?:\{{\s*\\prime\s*\}}|\\prime{_END})", "'"),
         (rf"\\text\{{\s*{_PERCENT}\s*\}}|(?<=[\d}}]) ?{_PERCENT}{_END}|(?<!\\)%", r"\\%"),
-        (rf"\\text\{{[\s,]*and[\s,]*\}}|(?<=[^A-Za-z\s]) *\band\b *|\\(?:land|wedge){_END}", AND),
-        (rf"\\text\{{[\s,]*or[\s,]*\}}|(?<=[^A-Za-z\s]) *\bor\b *|\\(?:lor|vee){_END}", OR),
+        (r"\\text\{[\s,]*and[\s,]*\}|(?<=[^A-Za-z\s]) *\band\b *", AND),
+        (r"\\text\{[\s,]*or[\s,]*\}|(?<=[^A-Za-z\s]) *\bor\b *", OR),
         (r"(?<![\d.,])(\d{1,3}),\s+(?=\d{3}(?!\d))", "\\1\x01"),
         (r"\bd([a-z])/d([a-z])\b", r"\\frac{d\1}{d\2}"),
         (r"\\[,;:> ]|~|\\(?:thinspace|enspace|hspace\{[^{}]*\}|hfill)(?![A-Za-z])", " "),
@@ -97,6 +99,9 @@ _REWRITES = tuple(
         (rf"\\varnothing{_END}|\\\{{\s*\\\}}", r"\\emptyset "),
         (r"(?<=[\d}]) *\\mu *\\text\{([A-Za-z]+)\}", r"\\text{u\1}"),
         (r"\{\}", ""),
+        (rf"\^\s*(?:\{{\s*\\(?:top|intercal)\s*\}}|\\(?:top|intercal){_END})", "^T"),
+        (rf"\\wedge{_END}", r"\\land "),
+        (rf"\\vee{_END}", r"\\lor "),
         (r"\s+", " "),
         (r"(?<=[^\w]) | (?=[^\w])", ""),
         (r"[,\x01]*([\x01-\x03])[,\x01-\x03]*", r"\1"),
@@ -117,6 +122,10 @@ _SYSTEM = re.compile(r"\\begin\{(cases|aligned)\}([^&]*)\\end\{\1\}")
 _PLAIN_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 """Most answers: in normal form already."""
 
+_CONNECTIVES = ((re.compile(rf"\\land{_END}"), AND), (re.compile(rf"\\lor{_END}"), OR))
+"""Signs between conditions or numbers; between letters they are an operation: p and q, dx wedge dy."""
+
+_CONDITION = re.compile(rf"[=<>]|\\(?:ne|[lg]eq?|in){_END}")
 _QUAD = re.compile(rf"\\q?quad{_END}")
 _EQUALS = re.compile(r"(?<![<>!:])=")
 
@@ -162,6 +171,9 @@ def _rewritten(text: str) -> str:
         text = pattern.sub(lambda found, separator=separator: found[1].replace(separator, ""), text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    if _CONDITION.search(text) or not re.search(r"(?<![\\A-Za-z])[A-Za-z]", text):
+        for pattern, replacement in _CONNECTIVES:
+            text = pattern.sub(replacement, text)
     for pattern, separator in _CERTAIN_GROUPS[:1]:
         text = pattern.sub(lambda found, separator=separator: found[1].replace(separator, ""), text)
     return re.sub(r"(?<=\d)\{,\}(?=\d)", ".", text).replace("{,}", ",").strip(" ;\x01\x02\x03")

@@ -247,6 +247,63 @@ WRONG_READINGS = [
 ]
 
 
+RIGHT_ORDER = [
+    ("A^{-1}B", r"A^{-1}\cdot B"),
+    ("(AB)^{-1}", "B^{-1}A^{-1}"),
+    ("(AB)^T", r"B^{\top}A^{\top}"),
+    ("(X^TX)^{-1}X^Ty", r"\left(X^{T}X\right)^{-1}X^{\mathsf{T}}y"),
+    ("2A^{-1}B", "A^{-1}(2B)"),
+    ("A^{-1}B+A^{-1}C", "A^{-1}(B+C)"),
+    ("PDP^{-1}", r"PD\frac{1}{P}"),
+    ("A^{-2}", "(A^2)^{-1}"),
+    ("A^{-1}(A+I)", "I+A^{-1}"),
+    ("RTV^{-1}", r"\frac{RT}{V}"),
+    (r"\frac{V_1T_2}{T_1}", r"\frac{T_2V_1}{T_1}"),
+    ("R_1R_2", "R_2R_1"),
+    ("C_1C_2", "C_2C_1"),
+    ("CO_2", r"\mathrm{CO_{2}}"),
+    (r"\mathrm{H_2SO_4}", r"\text{H}_2\text{SO}_4"),
+    (r"p\land q", r"p \wedge q"),
+    ("1<x<3", r"x>1\land x<3"),
+    (r"\|x\|", r"\lVert x \rVert"),
+    (r"2\|x\|", r"||x||\cdot2"),
+    ("||x|-1|", r"\left||x|-1\right|"),
+    (r"\|\vec v\|", r"|\vec v|"),
+    (r"\frac12", r"$\frac{1}{2}$"),
+    ("2,3", "$2$, $3$"),
+]
+
+WRONG_ORDER = [
+    ("A^{-1}B", "BA^{-1}"),
+    ("A^{-1}b", "bA^{-1}"),
+    ("B^{-1}A^{-1}", "A^{-1}B^{-1}"),
+    (r"A\cdot B^{-1}", r"B^{-1}\cdot A"),
+    ("A^{-1}B+C", "C+BA^{-1}"),
+    ("(AB)^{-1}", "A^{-1}B^{-1}"),
+    ("P^{-1}AP", "A"),
+    ("P^{-1}AP", "PAP^{-1}"),
+    ("A^TB", "BA^T"),
+    ("(AB)^T", "A^TB^T"),
+    (r"x^{\top}y", r"yx^{\top}"),
+    ("(X^TX)^{-1}X^Ty", "X^{-1}y"),
+    ("(X^TX)^{-1}X^Ty", "X^T(X^TX)^{-1}y"),
+    ("A^{-1}B", "0"),
+    ("CO_2", "O_2C"),
+    (r"\text{CO}_2", "O_2C"),
+    ("CO_2", "CO_3"),
+    (r"p\land q", "p,q"),
+    ("p,q", r"p\land q"),
+    (r"dx\wedge dy", r"dy\wedge dx"),
+    (r"\|x\|", "|x|"),
+    ("|x|", r"\|x\|"),
+    (r"\|x+y\|", r"\|x\|+\|y\|"),
+    ("12", "1$2$"),
+    ("12", r"1\(2\)"),
+    ("12", r"1\[2\]"),
+]
+"""The order of matrices counts, as that of elements and differentials."""
+
+
 @pytest.mark.parametrize(
     ("gold", "answer"),
     [*RIGHT_EXPRESSIONS, *RIGHT_EQUATIONS_AND_FUNCTIONS, *RIGHT_FUNCTIONS_ELSEWHERE, *RIGHT_READINGS],
@@ -263,6 +320,7 @@ def test_right_answer_is_accepted_however_it_is_spelled(gold: str, answer: str) 
         *WRONG_FUNCTIONS_ELSEWHERE,
         *WRONG_SMALL_DIFFERENCES,
         *WRONG_READINGS,
+        *WRONG_ORDER,
     ],
 )
 def test_answer_that_says_something_else_is_refused(gold: str, answer: str) -> None:
