@@ -52,10 +52,11 @@ from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.policy.weights.hf_directory import write_hf_directory
 from megatron_p2o.rollout.broker import Broker
-from megatron_p2o.rollout.engines import SglangEngines, start_engines
+from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.outlet import open_outlet
 from megatron_p2o.rollout.refresh.weight_sync import WeightSync
 from megatron_p2o.rollout.servers.client import EngineClient
+from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.types import SamplingParams
 
 T = TypeVar("T")

@@ -41,7 +41,7 @@ from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rl.sampling import SamplingParts
-from megatron_p2o.rollout.engines import start_engines
+from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, read_manifest
 from megatron_p2o.terminal import say
 from megatron_p2o.types import PLAIN, Problem

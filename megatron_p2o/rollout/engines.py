@@ -1,6 +1,5 @@
-"""The engines of a run: starts the servers, samples through the broker, refreshes the weights."""
+"""The engines of a run: samples through the broker, refreshes the weights, replaces servers that are lost."""
 
-import logging
 import queue
 import threading
 from collections import Counter
@@ -12,34 +11,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
-
 from megatron_p2o.config.tree import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
-from megatron_p2o.processes import HostMemory, allow_many_files
+from megatron_p2o.processes import HostMemory
 from megatron_p2o.rollout.broker import Broker
 from megatron_p2o.rollout.refresh.outlet import WeightOutlet
 from megatron_p2o.rollout.refresh.weight_sync import WeightSync
 from megatron_p2o.rollout.requests import NOBODY
 from megatron_p2o.rollout.servers.client import EngineClient
-from megatron_p2o.rollout.servers.remote import AgentAddress, NodeMirror, RemoteServer
-from megatron_p2o.rollout.servers.server import EngineServer, Server
-from megatron_p2o.rollout.servers.server_arguments import (
-    EnginePlace,
-    does_release_memory,
-    engine_log,
-    engine_places,
-    server_arguments,
-    start_server,
-)
+from megatron_p2o.rollout.servers.server import Server
+from megatron_p2o.rollout.servers.start import start_reflection_server
 from megatron_p2o.rollout.supervisor import Supervisor, stop_all
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Completion, Prompt, SamplingParams
-
-logger = logging.getLogger(__name__)
-
-SPARE_FILES = 256
-"""Open files of the conducting process that are not connections to engines."""
 
 
 class RolloutStalled(RuntimeError):
@@ -241,67 +225,6 @@ class SglangEngines:
         self.close()
 
 
-def start_engines(
-    config: Config,
-    run_dir: Path,
-    stop_token_ids: Sequence[int],
-    agents: Sequence[AgentAddress] = (),
-    outlet: WeightOutlet | None = None,
-    *,
-    releases_memory: bool | None = None,
-) -> SglangEngines:
-    """Start `rollout.num_engines` servers of `model.path` at version 0 and wait for all of them.
-
-    Logs go to `run_dir`/engines.
-
-    Args:
-        stop_token_ids: every token that ends a response.
-        agents: of the other nodes that get engines, in order.
-        outlet: see `open_outlet`.
-        releases_memory: whether to lend the engines' memory; None as `rollout.release_memory` says.
-
-    Raises:
-        ValueError: `sglang` holds an unknown argument, or one that another setting decides.
-        EngineStartFailed: a server died or took too long; the message ends with its log.
-    """
-    places = {f"engine {place.index}": place for place in engine_places(config.rollout.num_engines, 1 + len(agents))}
-    mirrors = [NodeMirror(address, config.rollout.stall_timeout_s) for address in agents]
-
-    def start(name: str, restart: int) -> Server:
-        place = places[name]
-        if place.node == 0:
-            return start_server(config, run_dir, place, restart)
-        log_path = engine_log(run_dir, place, restart)
-        return RemoteServer(agents[place.node - 1], place, restart, log_path, mirrors[place.node - 1])
-
-    allow_connections(config.rollout)
-    servers: list[Server] = []
-    try:
-        for name in places:
-            servers.append(start(name, 0))
-        for server in servers:
-            server.wait_until_ready(config.rollout.startup_timeout_s)
-        lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
-        return SglangEngines(
-            config, run_dir, servers, start, stop_token_ids=stop_token_ids, releases_memory=lends, outlet=outlet
-        )
-    except BaseException:
-        stop_all(servers)
-        raise
-
-
-def allow_connections(rollout: RolloutConfig) -> None:
-    """Let this process have a connection for every request that may be on its way, or warn that it cannot."""
-    num_files, num_requests = allow_many_files(), rollout.num_engines * rollout.max_running_requests
-    if num_files < num_requests + SPARE_FILES:
-        logger.warning(
-            "this machine lets a process open %d files, rollout.num_engines x rollout.max_running_requests keep %d "
-            "requests on their way: raise the hard limit (ulimit -Hn) or lower rollout.max_running_requests",
-            num_files,
-            num_requests,
-        )
-
-
 def longest_silence_s(rollout: RolloutConfig) -> float:
     """Return how long no completion may come while the engines are being looked after."""
     # A slot may first be taken by an evolution request, for as long as any request may take.
@@ -311,21 +234,6 @@ def longest_silence_s(rollout: RolloutConfig) -> float:
 def longest_restarts_s(rollout: RolloutConfig) -> float:
     """Return how long the restarts of an engine between two refreshes may take."""
     return rollout.max_restarts * (rollout.startup_timeout_s + rollout.stall_timeout_s)
-
-
-def start_reflection_server(config: Config, run_dir: Path, num_engines_here: int) -> EngineServer:
-    """Start a server of the initial policy with its tokenizer and wait for it; the caller must `stop` it.
-
-    It speaks OpenAI's chat completions at `base_url`/v1 for the bearer of `api_key`, and its weights never change.
-    `num_engines_here`: engines on this machine, whose GPUs it leaves alone while there are others.
-    """
-    place = EnginePlace(index=config.rollout.num_engines, node=0, slot=num_engines_here)
-    arguments = server_arguments(config, place, torch.cuda.device_count())
-    arguments["skip_tokenizer_init"] = False
-    arguments["enable_memory_saver"] = False  # evolution goes on while the policy is trained
-    server = EngineServer("reflection server", arguments, run_dir / "engines" / "reflection.log")
-    server.wait_until_ready(config.rollout.startup_timeout_s)
-    return server
 
 
 def own_sampling(

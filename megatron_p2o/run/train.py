@@ -49,11 +49,12 @@ from megatron_p2o.policy.training.settings import (
 from megatron_p2o.processes import end_with_parent, host_memory_of
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rl.sampling import SamplingParts
-from megatron_p2o.rollout.engines import SglangEngines, start_engines
+from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.outlet import open_outlet
 from megatron_p2o.rollout.servers.remote import meet_agents
 from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import check_arguments
+from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.run.alarms import NothingLearnt, StepGivenUp
 from megatron_p2o.run.inputs import Inputs, evolution_notice, load_inputs, summary_of
 from megatron_p2o.run.observer import RunFiles, RunObserver

@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
-from megatron_p2o.rollout.engines import SglangEngines, own_sampling, start_engines
+from megatron_p2o.rollout.engines import SglangEngines, own_sampling
+from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
 

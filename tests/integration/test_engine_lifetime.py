@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
-from megatron_p2o.rollout.engines import start_engines
 from megatron_p2o.rollout.inside_sglang.launcher import shared_memory_of
 from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.rollout.servers.server import EngineStartFailed
+from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ OWNER = """
 import json, sys, time
 from pathlib import Path
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
-from megatron_p2o.rollout.engines import start_reflection_server
+from megatron_p2o.rollout.servers.start import start_reflection_server
 
 config = Config(
     run=RunConfig(name="test"),

@@ -29,10 +29,11 @@ from megatron_p2o.config.read import dump_config
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_p2o.policy.weights.hf_directory import write_hf_directory
 from megatron_p2o.rollout.broker import Broker, EnginesLost
-from megatron_p2o.rollout.engines import SglangEngines, start_engines
+from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.rollout.servers.remote import ADDRESS_VARIABLE, AgentAddress, start_agent
+from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
 

@@ -21,7 +21,8 @@ from megatron_p2o.records import from_json
 from megatron_p2o.rollout.buckets.staging import MemoryFile
 from megatron_p2o.rollout.servers.client import GONE
 from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed
-from megatron_p2o.rollout.servers.server_arguments import EnginePlace, start_server
+from megatron_p2o.rollout.servers.server_arguments import EnginePlace
+from megatron_p2o.rollout.servers.start import start_server
 
 USER_ROUTES = frozenset({"generate", "health_generate"})
 """Opened by an engine's user key; the others need its admin key."""

@@ -15,7 +15,7 @@ import torch
 from megatron_p2o.config.tree import Config
 from megatron_p2o.rollout.buckets.weight_message import LOAD_FORMAT
 from megatron_p2o.rollout.servers.environment import engine_environment
-from megatron_p2o.rollout.servers.server import LAUNCHER, OWN_ARGUMENTS, EngineServer, EngineStartFailed
+from megatron_p2o.rollout.servers.server import LAUNCHER, OWN_ARGUMENTS, EngineStartFailed
 
 CPU_ARGUMENTS: Mapping[str, Any] = {
     "device": "cpu",
@@ -72,26 +72,9 @@ def engine_places(num_engines: int, num_nodes: int) -> list[EnginePlace]:
     return [EnginePlace(index=index, node=node, slot=index - nodes.index(node)) for index, node in enumerate(nodes)]
 
 
-def start_server(config: Config, run_dir: Path, place: EnginePlace, restart: int) -> EngineServer:
-    """Start an engine on this machine without waiting for it. A restarted one has a log of its own.
-
-    Raises:
-        ValueError: `sglang` holds an argument that another setting decides.
-    """
-    arguments = server_arguments(config, place, torch.cuda.device_count())
-    log_path = engine_log(run_dir, place, restart)
-    return EngineServer(f"engine {place.index}", arguments, log_path, longest_tokens(config))
-
-
 def longest_tokens(config: Config) -> int:
     """Return how long a prompt and its response may be."""
     return config.data.max_prompt_tokens + config.rollout.max_new_tokens
-
-
-def engine_log(run_dir: Path, place: EnginePlace, restart: int) -> Path:
-    """Return where an engine's output goes."""
-    suffix = f".restart-{restart}" if restart else ""
-    return run_dir / "engines" / f"engine-{place.index}{suffix}.log"
 
 
 def server_arguments(config: Config, place: EnginePlace, num_gpus: int) -> dict[str, Any]:

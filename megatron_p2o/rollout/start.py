@@ -1,0 +1,83 @@
+"""Starts the engines of a run, here and on its other nodes."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_p2o.config.tree import Config, RolloutConfig
+from megatron_p2o.processes import allow_many_files
+from megatron_p2o.rollout.engines import SglangEngines
+from megatron_p2o.rollout.refresh.outlet import WeightOutlet
+from megatron_p2o.rollout.servers.remote import AgentAddress, NodeMirror, RemoteServer
+from megatron_p2o.rollout.servers.server import Server
+from megatron_p2o.rollout.servers.server_arguments import does_release_memory, engine_places
+from megatron_p2o.rollout.servers.start import engine_log, start_server
+from megatron_p2o.rollout.supervisor import stop_all
+
+logger = logging.getLogger(__name__)
+
+SPARE_FILES = 256
+"""Open files of the conducting process that are not connections to engines."""
+
+
+def start_engines(
+    config: Config,
+    run_dir: Path,
+    stop_token_ids: Sequence[int],
+    agents: Sequence[AgentAddress] = (),
+    outlet: WeightOutlet | None = None,
+    *,
+    releases_memory: bool | None = None,
+) -> SglangEngines:
+    """Start `rollout.num_engines` servers of `model.path` at version 0 and wait for all of them.
+
+    Logs go to `run_dir`/engines.
+
+    Args:
+        stop_token_ids: every token that ends a response.
+        agents: of the other nodes that get engines, in order.
+        outlet: see `open_outlet`.
+        releases_memory: whether to lend the engines' memory; None as `rollout.release_memory` says.
+
+    Raises:
+        ValueError: `sglang` holds an unknown argument, or one that another setting decides.
+        EngineStartFailed: a server died or took too long; the message ends with its log.
+    """
+    places = {f"engine {place.index}": place for place in engine_places(config.rollout.num_engines, 1 + len(agents))}
+    mirrors = [NodeMirror(address, config.rollout.stall_timeout_s) for address in agents]
+
+    def start(name: str, restart: int) -> Server:
+        place = places[name]
+        if place.node == 0:
+            return start_server(config, run_dir, place, restart)
+        log_path = engine_log(run_dir, place, restart)
+        return RemoteServer(agents[place.node - 1], place, restart, log_path, mirrors[place.node - 1])
+
+    allow_connections(config.rollout)
+    servers: list[Server] = []
+    try:
+        for name in places:
+            servers.append(start(name, 0))
+        for server in servers:
+            server.wait_until_ready(config.rollout.startup_timeout_s)
+        lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
+        return SglangEngines(
+            config, run_dir, servers, start, stop_token_ids=stop_token_ids, releases_memory=lends, outlet=outlet
+        )
+    except BaseException:
+        stop_all(servers)
+        raise
+
+
+def allow_connections(rollout: RolloutConfig) -> None:
+    """Let this process have a connection for every request that may be on its way, or warn that it cannot."""
+    num_files, num_requests = allow_many_files(), rollout.num_engines * rollout.max_running_requests
+    if num_files < num_requests + SPARE_FILES:
+        logger.warning(
+            "this machine lets a process open %d files, rollout.num_engines x rollout.max_running_requests keep %d "
+            "requests on their way: raise the hard limit (ulimit -Hn) or lower rollout.max_running_requests",
+            num_files,
+            num_requests,
+        )
