@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_p2o.files import FileDigest
 from megatron_p2o.types import (
     Completion,
+    FinishReason,
     Grade,
     Logprobs,
     Problem,
@@ -97,10 +98,10 @@ class RolloutEngines(Protocol):
 
 
 class Grader(Protocol):
-    """Decides whether a completion answers its problem."""
+    """Decides how well a completion answers its problem."""
 
-    def submit(self, problem: Problem, text: str) -> Future[Grade]:
-        """Grade `text` against `problem.answer`; what cannot be decided is "error".
+    def submit(self, problem: Problem, text: str, finish_reason: FinishReason) -> Future[Grade]:
+        """Grade the response `text` to a problem; what cannot be decided is undecided, with the reason.
 
         The future raises when the grader cannot grade anything any more: no answer of the run would be decided.
         """

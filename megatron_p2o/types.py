@@ -9,8 +9,9 @@ Dimension letters: P problems, G rollouts per group, L tokens of one sample, R t
 T packed tokens, V vocabulary (Vp: this rank's share), D hidden size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,6 @@ TokenIds = NDArray[np.int32]
 Logprobs = NDArray[np.float32]
 """Natural-log probabilities of sampled tokens at the sampling temperature, float32."""
 
-Grade = Literal["correct", "incorrect", "error"]
-"""Verdict on one completion. `error`: there is none (the engine gave up, or the grader could not decide); counted."""
-
 FinishReason = Literal["stop", "length", "abort"]
 """Why the engine stopped: end-of-sequence token, `max_new_tokens`, or given up on (engine lost, time limit)."""
 
@@ -38,12 +36,14 @@ class Problem:
     id: str
     """Stable over epochs and runs; keys the ledger and the template assignment."""
     question: str
-    answer: str
-    """Gold answer, as it would stand inside `\\boxed{}`."""
+    answer: str | None
+    """Gold answer; for `math` as it would stand inside `\\boxed{}`. None: there is none."""
     source: str = ""
     """Data set or generator family it came from."""
     level: str = ""
     """Difficulty label of the source, used only to report rewards by level."""
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, hash=False)
+    """All columns of its row by name, as JSON types: what a reward function may need beside the gold answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,20 +124,54 @@ class Completion:
         return self.finish_reason == "abort"
 
 
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """Verdict on one completion."""
+
+    reward: float | None
+    """In [0, 1]; 0 or 1 for tasks that know only right and wrong. None: undecided, there is no verdict (the engine gave
+    up, the grader failed or was lost). An undecided answer is no failure."""
+    reason: str = ""
+    """Why it is undecided, or why it has this reward; for people."""
+    feedback: str = ""
+    """What reflection is told about the answer."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for a reward that is NaN or outside [0, 1]."""
+        if self.reward is not None and not 0 <= self.reward <= 1:
+            raise ValueError(f"reward {self.reward} is not in [0, 1]: scale it, or return None for no verdict")
+
+    @classmethod
+    def undecided(cls, reason: str) -> "Grade":
+        return cls(reward=None, reason=reason)
+
+    @property
+    def is_decided(self) -> bool:
+        return self.reward is not None
+
+
+CORRECT = Grade(reward=1.0)
+INCORRECT = Grade(reward=0.0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """A graded completion."""
 
     completion: Completion
     grade: Grade
-    reward: float
-    """1 for correct, else 0. Without meaning unless `is_decided`."""
 
     @property
     def is_decided(self) -> bool:
         """Whether there is a verdict. A rollout without one is no failure: it has no credit, shapes no baseline and is
         left out of every rate."""
-        return self.grade != "error" and not self.completion.is_aborted
+        return self.grade.is_decided and not self.completion.is_aborted
+
+    @property
+    def reward(self) -> float:
+        """In [0, 1]. Must not be asked of an undecided rollout."""
+        assert self.grade.reward is not None, "an undecided rollout has no reward"
+        return self.grade.reward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

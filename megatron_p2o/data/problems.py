@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_p2o.config.tree import DataConfig
 from megatron_p2o.data.raw_rows import BadRowError, encodable, parsed, raw_rows
+from megatron_p2o.records import to_json
 from megatron_p2o.types import Problem
 
 MAX_REPORTED_ROWS = 20
@@ -47,11 +48,10 @@ def load_problems(path: str | Path, data: DataConfig) -> list[Problem]:
             bad_rows.append(f"{path}:{line}: {error}")
             continue
         first_lines[problem.id] = line
-        final = marked_answer(problem.answer)
-        if final is not None:
+        if problem.answer is not None and (final := marked_answer(problem.answer)) is not None:
             marked.append(line)
             problem = replace(problem, answer=final)
-        if _is_unlikely(problem.answer):
+        if problem.answer is not None and _is_unlikely(problem.answer):
             unlikely.append(line)
         problems.append(problem)
     if bad_rows and not data.skip_bad_rows:
@@ -99,7 +99,7 @@ def _rows(numbers: Sequence[int]) -> str:
 def _problem(raw_row: object, data: DataConfig) -> Problem:
     row = parsed(raw_row)
     question = _text(row, data.question_field, "data.question_field")
-    answer = _text(row, data.answer_field, "data.answer_field")
+    answer = None if data.answer_field is None else _text(row, data.answer_field, "data.answer_field")
     has_id = row.get(data.id_field) is not None
     return Problem(
         id=_text(row, data.id_field, "data.id_field") if has_id else question_id(question),
@@ -107,6 +107,7 @@ def _problem(raw_row: object, data: DataConfig) -> Problem:
         answer=answer,
         source=_label(row, "source"),
         level=_label(row, "level"),
+        columns=to_json(row),
     )
 
 

@@ -37,13 +37,13 @@ class Answer:
 
     @property
     def is_correct(self) -> bool:
-        return self.grade == "correct"
+        return self.grade.reward == 1
 
     @property
     def is_decided(self) -> bool:
         """Whether there is a verdict. An answer without one counts neither way, and an evaluation that is continued
         samples it again."""
-        return self.grade != "error" and self.finish_reason != "abort"
+        return self.grade.is_decided and self.finish_reason != "abort"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +176,7 @@ def evaluation_record(outcome: Evaluation) -> JsonObject:
 
 def problems_digest(problems: Sequence[Problem]) -> str:
     """Return a hash of ids, questions and gold answers in whatever order: two evaluations of one set agree in it."""
-    rows = sorted([problem.id, problem.question, problem.answer] for problem in problems)
+    rows = sorted([problem.id, problem.question, problem.answer or ""] for problem in problems)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ from megatron_p2o.interfaces import Grader, NamedWeights, Policy, PromptEvolutio
 from megatron_p2o.metrics.memory import PeakMeter
 from megatron_p2o.types import (
     Completion,
+    FinishReason,
     Grade,
     Logprobs,
     Problem,
@@ -107,8 +108,8 @@ class TimedGrader:
     def __init__(self, grader: Grader, clock: PhaseClock) -> None:
         self._grader, self._clock = grader, clock
 
-    def submit(self, problem: Problem, text: str) -> Future[Grade]:
-        return TimedFuture(self._grader.submit(problem, text), self._clock)
+    def submit(self, problem: Problem, text: str, finish_reason: FinishReason) -> Future[Grade]:
+        return TimedFuture(self._grader.submit(problem, text, finish_reason), self._clock)
 
 
 class TimedFuture(Future[Grade]):

@@ -53,8 +53,9 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
         "template_id": completion.prompt.template.id,
         "template": completion.prompt.template.text,
         "is_templated": completion.prompt.is_templated,
-        "grade": rollout.grade,
+        "grade": _word(rollout),
         "reward": rollout.reward if rollout.is_decided else None,
+        "reason": rollout.grade.reason,
         "advantage": advantage,
         "response": response,
         "num_prompt_tokens": len(completion.prompt.sampling_ids),
@@ -62,3 +63,9 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
         "finish_reason": completion.finish_reason,
         "weight_versions": list(completion.weight_versions),
     }
+
+
+def _word(rollout: Rollout) -> str:
+    if not rollout.grade.is_decided:
+        return "error"
+    return "correct" if rollout.reward == 1 else "incorrect"

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from megatron_p2o.rewards.workers import CLOSE_TIMEOUT_S, GraderFailed, SourceClosed, Worker, WorkerLost, WorkerSource
-from megatron_p2o.types import Grade
+from megatron_p2o.types import CORRECT, INCORRECT, Grade
 
 STALL_TIMEOUT_S = 120.0
 """A process that is to do something and gets no processor time for so long is stopped, or hangs."""
@@ -48,7 +48,7 @@ class WorkerPool:
 
         Args:
             num_workers: processes, and threads that wait for them.
-            deadline_s: of processor time; a worker that takes more for one request is killed and the grade is "error".
+            deadline_s: of processor time; a worker that takes more for one request is killed, which is undecided.
             memory_limit_mib: address-space limit of a worker.
             recycle_after: requests after which a worker is replaced: sympy's caches grow.
             stall_timeout_s: a worker that gets no processor time for so long is replaced and asked again.
@@ -100,11 +100,11 @@ class WorkerPool:
 
     def check(self) -> None:
         """Return once a worker has graded a known answer. Raises `GraderFailed` when none does."""
-        if self.submit(KNOWN[0], [KNOWN[1]]).result() != "correct":
+        if self.submit(KNOWN[0], [KNOWN[1]]).result() != CORRECT:
             raise GraderFailed(f"a grading worker does not find {KNOWN[1]} equal to {KNOWN[0]}")
 
     def close(self) -> None:
-        """End the workers; what is still waiting is graded "error"."""
+        """End the workers; what is still waiting is undecided."""
         with self._lock:
             self._is_closed = True
         self._source.close()
@@ -122,7 +122,7 @@ class WorkerPool:
             try:
                 grade = lane.grade(job.request)
             except SourceClosed:
-                job.future.set_result("error")
+                job.future.set_result(Grade.undecided("the grader was closed"))
             except (
                 Exception
             ) as error:  # the border of a thread: who waits for the grade must hear of it, whatever it is
@@ -152,10 +152,10 @@ class _Lane:
             outcome = self._outcome(request)
         self._count(outcome)
         if outcome == "correct" or outcome == "incorrect":
-            return outcome
+            return CORRECT if outcome == "correct" else INCORRECT
         if outcome != "out_of_time":
             self._check(outcome)
-        return "error"
+        return Grade.undecided(outcome)
 
     def discard(self) -> int | None:
         """End the worker, if there is one; return its wait status where it is known."""

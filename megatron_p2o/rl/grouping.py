@@ -33,7 +33,7 @@ def make_groups(
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     advantages = grouped_advantage(
-        torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float32, device=device),
+        torch.tensor([rollout.grade.reward or 0.0 for rollout in rollouts], dtype=torch.float32, device=device),
         torch.tensor([number for number, group in enumerate(siblings) for _ in group], device=device),
         torch.tensor([rollout.is_decided for rollout in rollouts], device=device),
         estimator=advantage.estimator,

@@ -78,14 +78,15 @@ def graded_rollouts(
 def submitted(completion: Completion, parts: SamplingParts) -> Future[Grade]:
     """Hand a completion to the grader; one that was given up has no answer to grade."""
     if not completion.is_aborted:
-        return parts.grader.submit(completion.prompt.problem, parts.renderer.decode(completion))
+        text = parts.renderer.decode(completion)
+        return parts.grader.submit(completion.prompt.problem, text, completion.finish_reason)
     ungraded: Future[Grade] = Future()
-    ungraded.set_result("error")
+    ungraded.set_result(Grade.undecided("the engine gave it up"))
     return ungraded
 
 
 def judged(index: int, completion: Completion, grade: Future[Grade]) -> tuple[int, Rollout]:
-    return index, rollout_of(completion, verdict(grade, completion.prompt.problem))
+    return index, Rollout(completion=completion, grade=verdict(grade, completion.prompt.problem))
 
 
 def verdict(grade: Future[Grade], problem: Problem) -> Grade:
@@ -94,12 +95,3 @@ def verdict(grade: Future[Grade], problem: Problem) -> Grade:
         return grade.result(GRADING_TIMEOUT_S)
     except TimeoutError as error:
         raise TimeoutError(f"the grader did not answer on problem {problem.id} in {GRADING_TIMEOUT_S:g} s") from error
-
-
-def rollout_of(completion: Completion, grade: Grade) -> Rollout:
-    return Rollout(completion=completion, grade=grade, reward=reward_of(grade))
-
-
-def reward_of(grade: Grade) -> float:
-    """Return the reward of a verdict; what could not be decided has none, and nothing may read it."""
-    return 1.0 if grade == "correct" else 0.0

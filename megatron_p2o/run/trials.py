@@ -8,7 +8,6 @@ from megatron_p2o.evolve.reflection.guards import TOO_LONG, is_too_long_to_count
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed
 from megatron_p2o.interfaces import Grader, PromptRenderer, PromptTooLongError
-from megatron_p2o.rl.sampling import reward_of
 from megatron_p2o.rollout.requests import settle
 from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, Rollout, SamplingParams
 
@@ -65,7 +64,7 @@ class TrialSubmitter:
             settle(outcome, TrialFailed("the engine gave the rollout up"))
             return
         text = self._renderer.decode(completion)
-        graded = self._grader.submit(completion.prompt.problem, text)
+        graded = self._grader.submit(completion.prompt.problem, text, completion.finish_reason)
         graded.add_done_callback(lambda done: _judge(completion, text, done, outcome))
 
 
@@ -74,10 +73,12 @@ def _judge(completion: Completion, text: str, graded: Future[Grade], outcome: Fu
     error = graded.exception()
     if error is not None:
         settle(outcome, TrialFailed(str(error)))
-    elif graded.result() == "error":
-        settle(outcome, TrialFailed("the grader could not decide"))
+        return
+    grade = graded.result()
+    if grade.reward is None:
+        settle(outcome, TrialFailed(f"the grader could not decide ({grade.reason})"))
     else:
-        settle(outcome, _trial(completion, reward_of(graded.result()), text))
+        settle(outcome, _trial(completion, grade.reward, text))
 
 
 def _trial(completion: Completion, reward: float, text: str) -> Trial:

@@ -28,6 +28,8 @@ from megatron_p2o.config.tree import (
 from megatron_p2o.files import FileDigest, digest_of
 from megatron_p2o.interfaces import NamedWeights, PromptTooLongError, TemplateLibrary
 from megatron_p2o.types import (
+    CORRECT,
+    INCORRECT,
     PLAIN,
     Completion,
     FinishReason,
@@ -198,6 +200,9 @@ class FakePolicy:
         self.num_updates = int(json.loads((directory / "policy.json").read_text(encoding="utf-8")))
 
 
+UNDECIDED = Grade.undecided("made so")
+
+
 @dataclass(kw_only=True, slots=True)
 class FakeGrader:
     """Implements `Grader`: the whole text must equal the answer. The verdict is there at once."""
@@ -207,13 +212,13 @@ class FakeGrader:
     submitted: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """(problem id, text), in order."""
 
-    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+    def submit(self, problem: Problem, text: str, finish_reason: FinishReason) -> Future[Grade]:
         self.submitted.append((problem.id, text))
         verdict: Future[Grade] = Future()
         if text == self.undecidable:
-            verdict.set_result("error")
+            verdict.set_result(UNDECIDED)
         else:
-            verdict.set_result("correct" if text == problem.answer else "incorrect")
+            verdict.set_result(CORRECT if text == problem.answer else INCORRECT)
         return verdict
 
 
@@ -294,8 +299,8 @@ def fake_rollout(
         finish_reason=finish_reason,
         weight_versions=(0,),
     )
-    grade: Grade = "error" if completion.is_aborted else "correct" if reward > 0 else "incorrect"
-    return Rollout(completion=completion, grade=grade, reward=reward)
+    grade = Grade.undecided("aborted") if completion.is_aborted else Grade(reward=reward)
+    return Rollout(completion=completion, grade=grade)
 
 
 def fake_config(settings: Mapping[str, Any] | None = None) -> Config:

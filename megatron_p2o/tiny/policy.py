@@ -247,7 +247,7 @@ def sample_texts(
 def is_correct(problem: Problem, text: str) -> bool:
     """Return whether the last box of the response holds the answer, up to spaces."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    return bool(boxed) and boxed[-1].split() == problem.answer.split()
+    return bool(boxed) and boxed[-1].split() == (problem.answer or "").split()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import pytest
 from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.rewards.pool import WorkerPool
 from megatron_p2o.rewards.registry import make_grader
-from megatron_p2o.types import Problem
+from megatron_p2o.types import CORRECT, INCORRECT, Problem
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def test_constructed_pairs_are_graded_right() -> None:
     ]
     grades = [future.result(PATIENCE_S) for future in futures]
     grader.close()
-    expected = ["correct" if is_equal else "incorrect" for _, _, is_equal in pairs]
+    expected = [CORRECT if is_equal else INCORRECT for _, _, is_equal in pairs]
     assert [pair for pair, grade, want in zip(pairs, grades, expected, strict=True) if grade != want] == []
 
 
@@ -96,6 +96,6 @@ def test_costly_answers_that_reach_algebra_are_stopped_and_never_accepted(gold: 
         count for outcome, count in pool.counts.items() if outcome in ("out_of_time", "crashed", "out_of_memory")
     )
     pool.close()
-    assert {name for name, grade in grades.items() if grade == "correct"} == set()
-    assert sum(grade == "error" for grade in grades.values()) == stopped
+    assert {name for name, grade in grades.items() if grade == CORRECT} == set()
+    assert sum(not grade.is_decided for grade in grades.values()) == stopped
     assert (stopped > 0) is (gold != "42"), "what is read here is decided without computing it"

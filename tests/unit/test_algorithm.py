@@ -12,6 +12,7 @@ from megatron_p2o.algorithm import Parts, StepResult, TrainState, p2o_step
 from megatron_p2o.rl.grouping import num_informative
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 from megatron_p2o.testing.fakes import (
+    UNDECIDED,
     FakeEngines,
     FakeGrader,
     FakeLibrary,
@@ -24,7 +25,7 @@ from megatron_p2o.testing.fakes import (
     fake_logprobs,
     fake_problem,
 )
-from megatron_p2o.types import PLAIN, Problem, Prompt, Template
+from megatron_p2o.types import CORRECT, INCORRECT, PLAIN, Problem, Prompt, Template
 from p2o_kernels.advantage.reference import group_advantages_reference
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
@@ -135,8 +136,7 @@ def test_rewards_are_the_grades_of_the_decoded_text() -> None:
     texts = {0: "yes", 1: "no", 2: "?", 3: "yes!"}
     step = run_step(lambda prompt, index: Reply(text=texts[index % 4]), problems=PROBLEMS[:2])
     for group in step.result.groups:
-        assert [rollout.grade for rollout in group.rollouts] == ["correct", "incorrect", "error", "incorrect"]
-        assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0, 0.0, 0.0]
+        assert [rollout.grade for rollout in group.rollouts] == [CORRECT, INCORRECT, UNDECIDED, INCORRECT]
         won, lost, other = credits([1, 0, 0])
         assert group.advantages == pytest.approx((won, lost, 0.0, other))
     assert sorted(step.grader.submitted) == sorted((p.id, text) for p in PROBLEMS[:2] for text in texts.values())
@@ -238,7 +238,7 @@ def test_a_rollout_that_was_given_up_on_is_not_trained_on_and_its_siblings_are_c
     (group,) = step.result.groups
     won, lost_a, lost_b = credits([1, 0, 0])
     assert group.advantages == pytest.approx((won, 0.0, lost_a, lost_b))
-    assert group.rollouts[1].grade == "error" and group.rollouts[1].reward == 0.0
+    assert group.rollouts[1].grade.reward is None
     (call,) = step.policy.updates
     assert [sample.advantage for sample in call.samples] == pytest.approx([won, lost_a, lost_b])
     assert call.num_loss_tokens == len("yes") + 1 + 2 * (len("no") + 1)
@@ -250,7 +250,7 @@ def test_an_undecided_answer_is_no_wrong_answer() -> None:
     reply = {index: Reply(text="?" if index == 5 else "yes") for index in range(6)}
     step = run_step(lambda prompt, index: reply[index % 6], {"rollout.group_size": 6}, problems=PROBLEMS[:2])
     for group in step.result.groups:
-        assert group.rollouts[5].grade == "error" and not group.rollouts[5].is_decided
+        assert group.rollouts[5].grade == UNDECIDED and not group.rollouts[5].is_decided
         assert group.advantages == (0.0,) * 6
     assert num_informative(step.result.groups) == 0, "dynamic sampling asks further problems"
     (call,) = step.policy.updates

@@ -32,8 +32,9 @@ class DataConfig:
     """Column of a problem's identifier. A hash of the question serves where the rows have no such column."""
     question_field: str = "question"
     """Column of a problem's question."""
-    answer_field: str = "answer"
-    """Column of a problem's gold answer."""
+    answer_field: str | None = "answer"
+    """Column of a problem's gold answer. None: the problems have none; a reward function that needs none then grades
+    them, from the other columns of the row or from the response alone."""
     skip_bad_rows: bool = False
     """Whether to use the good rows and report the bad ones. False: a bad row ends the run."""
     question_format: str = (

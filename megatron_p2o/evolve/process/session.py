@@ -153,8 +153,12 @@ class EvolutionSession:
         self._thread.close(STOP_GRACE_S)
 
     def _as_asked(self, problem: Problem) -> Problem:
-        """Return the problem with its question as the user message the policy sees: reflection is shown that."""
-        return replace(problem, question=self._config.data.question_format.format(question=problem.question))
+        """Return the problem with its question as the user message the policy sees: reflection is shown that.
+
+        The other columns stay here, where answers are graded.
+        """
+        question = self._config.data.question_format.format(question=problem.question)
+        return replace(problem, question=question, columns={})
 
     async def _run_round(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> PublishedLibrary:
         started = time.monotonic()

@@ -100,7 +100,8 @@ def _example_text(number: int, example: Example, max_chars: int) -> str:
 
 
 def _verdict(example: Example) -> str:
-    gold = f"The correct final answer is {example.problem.answer}."
+    answer = example.problem.answer
+    gold = "" if answer is None else f"The correct final answer is {answer}."
     if example.trial.is_solved:
         return f"Correct. {gold}"
     if example.trial.finish_reason == "length":

@@ -176,8 +176,13 @@ class Round:
             parent_text=parent.text,
             max_template_tokens=self.settings.max_template_tokens,
             is_duplicate=self.rules.refuses_duplicates and self.pool.is_known(text),
-            answers=[self._problems[key].answer for key in sorted(lineage) if key in self._problems],
+            answers=[gold for key in sorted(lineage) if (gold := self._gold_answer(key)) is not None],
         )
+
+    def _gold_answer(self, problem_id: str) -> str | None:
+        """Return the gold answer of a problem of the round; None where it has none, or belongs to an earlier round."""
+        problem = self._problems.get(problem_id)
+        return None if problem is None else problem.answer
 
     def _add(self, picked: Picked, text: str) -> Candidate:
         parent = self.pool[picked.parent]

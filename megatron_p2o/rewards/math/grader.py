@@ -16,7 +16,7 @@ from megatron_p2o.rewards.math.match import verdict
 from megatron_p2o.rewards.math.reading.latex import is_refused, is_too_long
 from megatron_p2o.rewards.math.reading.spelling import normal_form
 from megatron_p2o.rewards.pool import WorkerPool
-from megatron_p2o.types import Grade, Problem
+from megatron_p2o.types import CORRECT, INCORRECT, FinishReason, Grade, Problem
 
 logger = logging.getLogger(__name__)
 _PERCENT = r"(?:per ?cent(?:age)?\b|\\?%)"
@@ -55,11 +55,12 @@ class MathGrader:
         """Process ids of the workers alive."""
         return self._pool.worker_pids
 
-    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+    def submit(self, problem: Problem, text: str, finish_reason: FinishReason = "stop") -> Future[Grade]:
         """Grade the last boxed answer of `text` against `problem.answer`.
 
-        A question for a percentage may be answered by `20` and by `20\\%`. "error" when two workers were lost over it,
-        one used up its processor time, or the grader itself failed on it, which is logged once for each kind of fault.
+        A question for a percentage may be answered by `20` and by `20\\%`. Undecided when two workers were lost over
+        it, one used up its processor time, or the grader itself failed on it, which is logged once for each kind of
+        fault.
         The future raises `GraderFailed` when no worker works any more.
 
         Raises:
@@ -68,13 +69,13 @@ class MathGrader:
         try:
             answer = last_boxed(text)
             if answer is None:
-                return self._decided("incorrect", "no_answer")
+                return self._decided(INCORRECT, "no_answer")
             local = local_verdict(problem, answer)
         except Exception as error:  # a fault of the grader must not end the rollouts beside this one
             self._log_once(type(error).__name__, problem.id, repr(error))
-            return self._decided("error", "failed")
+            return self._decided(Grade.undecided(f"the grader failed: {type(error).__name__}"), "failed")
         if isinstance(local, bool):
-            return self._decided("correct" if local else "incorrect", "quick")
+            return self._decided(CORRECT if local else INCORRECT, "quick")
         return self._pool.submit(local.gold, [local.answer])
 
     def check(self) -> None:
@@ -82,7 +83,7 @@ class MathGrader:
         self._pool.check()
 
     def close(self) -> None:
-        """Kill the workers; what they have not answered is graded "error"."""
+        """Kill the workers; what they have not answered is undecided."""
         self._pool.close()
 
     def _log_once(self, kind: str, problem_id: str, fault: str) -> None:
@@ -110,6 +111,8 @@ class OpenComparison:
 
 def local_verdict(problem: Problem, answer: str) -> bool | OpenComparison:
     """Return the verdict on a boxed answer, or what is left to algebra. Takes little time for any input."""
+    if problem.answer is None:
+        raise ValueError("the problem has no gold answer, which grading.function=math compares with")
     if is_too_long(problem.answer, answer):
         return False
     gold, answer = _normal_gold(problem.answer), normal_form(answer)

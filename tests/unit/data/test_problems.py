@@ -35,16 +35,26 @@ def refused(path: Path, settings: DataConfig = DATA) -> list[str]:
 
 def test_rows_become_problems_in_file_order(tmp_path: Path) -> None:
     path = write_lines(tmp_path, row(2, level=3, source="algebra", other=[1]), "", row(1, answer=7))
-    assert load_problems(path, DATA) == [
-        Problem(id="p2", question="q2", answer="2", level="3", source="algebra"),
-        Problem(id="p1", question="q1", answer="7"),
-    ]
+    second, first = load_problems(path, DATA)
+    columns = {"id": "p2", "question": "q2", "answer": "2", "level": 3, "source": "algebra", "other": [1]}
+    assert second == Problem(id="p2", question="q2", answer="2", level="3", source="algebra", columns=columns)
+    assert first == Problem(id="p1", question="q1", answer="7", columns={"id": "p1", "question": "q1", "answer": 7}), (
+        "a whole number is text as the gold answer and itself among the columns"
+    )
+
+
+def test_problems_without_gold_answers_keep_their_columns(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, '{"question": "q", "tests": ["assert f(1) == 2"], "answer": null}')
+    (problem,) = load_problems(path, DataConfig(train="unused", answer_field=None))
+    assert problem.answer is None and problem.columns["tests"] == ["assert f(1) == 2"]
+    assert len({problem, problem}) == 1, "a problem can be a key"
 
 
 def test_fields_are_named_by_the_settings(tmp_path: Path) -> None:
     path = write_lines(tmp_path, '{"uid": 12, "problem": "1+1", "gold": "2", "question": "wrong", "id": "wrong"}')
     settings = DataConfig(train="unused", id_field="uid", question_field="problem", answer_field="gold")
-    assert load_problems(path, settings) == [Problem(id="12", question="1+1", answer="2")]
+    (problem,) = load_problems(path, settings)
+    assert (problem.id, problem.question, problem.answer) == ("12", "1+1", "2")
 
 
 def test_row_without_an_id_is_known_by_the_hash_of_its_question(tmp_path: Path) -> None:

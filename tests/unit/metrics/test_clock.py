@@ -7,7 +7,7 @@ import pytest
 from megatron_p2o.metrics.clock import PhaseClock, TimedGrader
 from megatron_p2o.rl.sampling import SamplingParts, graded_rollouts
 from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_problem
-from megatron_p2o.types import PLAIN, Grade, Problem, SamplingParams
+from megatron_p2o.types import CORRECT, INCORRECT, PLAIN, FinishReason, Grade, Problem, SamplingParams
 
 PROBLEM = fake_problem(1)
 
@@ -18,14 +18,14 @@ class Later:
     def __init__(self) -> None:
         self.verdict: Future[Grade] = Future()
 
-    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+    def submit(self, problem: Problem, text: str, finish_reason: FinishReason) -> Future[Grade]:
         return self.verdict
 
 
 def submitted() -> tuple[Future[Grade], Future[Grade]]:
     """Return a grader's future and the measured one around it."""
     later = Later()
-    return later.verdict, TimedGrader(later, PhaseClock()).submit(PROBLEM, "yes")
+    return later.verdict, TimedGrader(later, PhaseClock()).submit(PROBLEM, "yes", "stop")
 
 
 def test_a_measured_verdict_is_done_when_the_verdict_is() -> None:
@@ -35,9 +35,9 @@ def test_a_measured_verdict_is_done_when_the_verdict_is() -> None:
     assert not measured.done() and not measured.running() and not wait([measured], 0).done
     assert inner.set_running_or_notify_cancel()
     assert measured.running()
-    inner.set_result("correct")
+    inner.set_result(CORRECT)
     assert measured.done() and not measured.running() and wait([measured], 0).done == {measured}
-    assert measured.result(0) == "correct" and measured.exception(0) is None and told == ["correct"]
+    assert measured.result(0) == CORRECT and measured.exception(0) is None and told == [CORRECT]
 
 
 def test_a_measured_verdict_fails_as_the_verdict_does() -> None:
@@ -60,8 +60,8 @@ def test_a_verdict_that_is_being_found_cannot_be_cancelled() -> None:
     inner, measured = submitted()
     assert inner.set_running_or_notify_cancel()
     assert not measured.cancel() and not measured.cancelled()
-    inner.set_result("incorrect")
-    assert measured.result(0) == "incorrect"
+    inner.set_result(INCORRECT)
+    assert measured.result(0) == INCORRECT
 
 
 def test_rollouts_are_handed_on_while_others_are_still_sampled() -> None:

@@ -16,7 +16,7 @@ from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.sinks import JsonlSink, StepRecord
 from megatron_p2o.metrics.values import Last, Mean
-from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, Rollout, Template
+from megatron_p2o.types import PLAIN, Completion, Grade, Group, Problem, Prompt, Rollout, Template
 
 QUIET = LoggingConfig(console=False)
 
@@ -172,8 +172,7 @@ def group_of(problem: Problem, templates: list[Template]) -> Group:
                 finish_reason="stop",
                 weight_versions=(4, 5),
             ),
-            grade="correct" if template.text else "incorrect",
-            reward=float(bool(template.text)),
+            grade=Grade(reward=float(bool(template.text))),
         )
         for index, template in enumerate(templates)
     ]
@@ -198,7 +197,8 @@ def test_rollout_lines_say_what_was_asked_how_and_what_came_of_it(tmp_path: Path
 
 def test_a_rollout_without_a_verdict_has_no_reward_in_the_file(tmp_path: Path) -> None:
     group = group_of(Problem(id="h1", question="2+2?", answer="4"), [PLAIN])
-    undecided = replace(group, rollouts=tuple(replace(rollout, grade="error") for rollout in group.rollouts))
+    (rollout,) = group.rollouts
+    undecided = replace(group, rollouts=(replace(rollout, grade=Grade.undecided("crashed")),))
     (line,) = read_lines(RolloutWriter(tmp_path).write(1, [undecided], lambda completion: "?"))
     assert (line["grade"], line["reward"]) == ("error", None)
 

@@ -9,8 +9,10 @@ import pytest
 from megatron_p2o.evaluation.outcome import Answer, evaluation_metrics, evaluation_of
 from megatron_p2o.metrics.step import asked_plainly_metrics, epoch_metrics, library_metrics, step_metrics
 from megatron_p2o.metrics.values import numbers_of
-from megatron_p2o.testing.fakes import FakeLibrary, fake_problem
+from megatron_p2o.testing.fakes import UNDECIDED, FakeLibrary, fake_problem
 from megatron_p2o.types import (
+    CORRECT,
+    INCORRECT,
     PLAIN,
     Completion,
     FinishReason,
@@ -46,8 +48,8 @@ def rollout(
         finish_reason=finish,
         weight_versions=(1,),
     )
-    verdict: Grade = "error" if finish == "abort" else "correct" if correct else "incorrect"
-    return Rollout(completion=completion, grade=grade or verdict, reward=float(correct))
+    verdict = Grade.undecided("aborted") if finish == "abort" else Grade(reward=float(correct))
+    return Rollout(completion=completion, grade=grade or verdict)
 
 
 def two_groups() -> list[Group]:
@@ -64,7 +66,7 @@ def two_groups() -> list[Group]:
             rollouts=(
                 rollout(hard, HINT, correct=True, length=10),
                 rollout(hard, HINT, correct=False, length=16, finish="length"),
-                rollout(hard, PLAIN, correct=False, length=5, grade="error"),
+                rollout(hard, PLAIN, correct=False, length=5, grade=UNDECIDED),
                 rollout(hard, PLAIN, correct=False, length=0, finish="abort"),
             ),
             advantages=(1.2, -0.6, -0.6, 0.0),
@@ -209,7 +211,7 @@ def test_every_metric_of_the_tokens_has_its_own_numerator_and_denominator() -> N
 
 def test_epoch_and_evaluation_metrics_are_named_by_area() -> None:
     hard = [Problem(id="h", question="?", answer="2")]
-    grades: tuple[Grade, ...] = ("correct", "incorrect", "error", "correct")
+    grades: tuple[Grade, ...] = (CORRECT, INCORRECT, UNDECIDED, CORRECT)
     answers = [
         Answer(problem_id="h", sample=sample, grade=grade, finish_reason="stop", num_tokens=1)
         for sample, grade in enumerate(grades)

@@ -29,7 +29,7 @@ from megatron_p2o.report.page import ASSETS, duration_text, write_report
 from megatron_p2o.report.runs import read_run
 from megatron_p2o.report.templates import Words, word_changes
 from megatron_p2o.rl.hard_samples import ledger_entry
-from megatron_p2o.types import PLAIN, Completion, Group, Problem, Prompt, Rollout, Template
+from megatron_p2o.types import PLAIN, Completion, Grade, Group, Problem, Prompt, Rollout, Template
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -334,7 +334,7 @@ def test_what_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
         completion = Completion(
             prompt=prompt, token_ids=ids, logprobs=logprobs, finish_reason="stop", weight_versions=(0,)
         )
-        return Rollout(completion=completion, grade="correct" if reward else "incorrect", reward=reward)
+        return Rollout(completion=completion, grade=Grade(reward=reward))
 
     group = Group(problem=problem, rollouts=(rollout(PLAIN, 0.0), rollout(hint, 1.0)), advantages=(-0.7, 0.7))
     with open_metrics_log(tmp_path / "run", "run", LoggingConfig(console=False), num_steps=1) as log:

@@ -16,7 +16,7 @@ from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.rewards.pool import WorkerPool
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rewards.workers import GraderFailed
-from megatron_p2o.types import Problem
+from megatron_p2o.types import CORRECT, INCORRECT, Grade, Problem
 
 PATIENCE_S = 120.0
 """Longest wait for anything here; passing tests take a fraction of a second on an idle machine."""
@@ -68,20 +68,20 @@ def test_an_answer_that_uses_up_its_processor_time_is_an_error_and_its_neighbour
     with pool_of(deadline_s=0.5) as pool:
         futures = [pool.submit(*pair) for pair in [("x+1", ["1+x"]), (ENDLESS[0], [ENDLESS[1]]), ("x+1", ["2+x"])] * 3]
         grades = [future.result(PATIENCE_S) for future in futures]
-        assert grades == ["correct", "error", "incorrect"] * 3
+        assert grades == [CORRECT, Grade.undecided("out_of_time"), INCORRECT] * 3
         assert pool.counts == {"correct": 3, "out_of_time": 3, "incorrect": 3}
 
 
 def test_time_that_passes_without_the_processor_decides_nothing() -> None:
     with pool_of(deadline_s=0.2) as pool:
-        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == "correct"
+        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == CORRECT
         (worker,) = pool.worker_pids
         kill(worker, signal.SIGSTOP)
         answer = pool.submit("x+1", ["1+x"])
         wait_until(answer.running)
         time.sleep(1.0)  # five times the deadline
         kill(worker, signal.SIGCONT)
-        assert answer.result(PATIENCE_S) == "correct"
+        assert answer.result(PATIENCE_S) == CORRECT
         assert pool.worker_pids == [worker] and pool.counts == {"correct": 2}
 
 
@@ -95,8 +95,8 @@ def test_an_answer_whose_worker_is_killed_is_graded_by_another() -> None:
         second = new_worker(pool, first)
         assert not lost.done()
         kill(second, signal.SIGKILL)
-        assert lost.result(PATIENCE_S) == "error", "two workers were lost over it"
-        assert [future.result(PATIENCE_S) for future in waiting] == ["correct"] * 3
+        assert lost.result(PATIENCE_S) == Grade.undecided("crashed"), "two workers were lost over it"
+        assert [future.result(PATIENCE_S) for future in waiting] == [CORRECT] * 3
         assert pool.counts == {"tried_again": 1, "crashed": 1, "correct": 3}
 
 
@@ -104,38 +104,38 @@ def test_an_answer_whose_worker_is_killed_is_graded_by_another() -> None:
 def test_an_answer_whose_worker_is_stopped_is_graded_by_another(num_characters: int) -> None:
     # Long enough for a busy machine, on which a worker that may run does run now and then.
     with pool_of(stall_timeout_s=1.5) as pool:
-        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == "correct"
+        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == CORRECT
         (stopped,) = pool.worker_pids
         kill(stopped, signal.SIGSTOP)
-        assert pool.submit("x+1", ["1+x" + " " * num_characters]).result(PATIENCE_S) == "correct"
+        assert pool.submit("x+1", ["1+x" + " " * num_characters]).result(PATIENCE_S) == CORRECT
         assert pool.worker_pids != [stopped] and not is_alive(stopped)
         assert pool.counts == {"correct": 2, "tried_again": 1}
 
 
 def test_an_answer_outlives_the_server_that_forks_workers() -> None:
     with pool_of(num_workers=2) as pool:
-        assert [pool.submit("x+1", ["1+x"]).result(PATIENCE_S) for _ in range(2)] == ["correct"] * 2
+        assert [pool.submit("x+1", ["1+x"]).result(PATIENCE_S) for _ in range(2)] == [CORRECT] * 2
         worker = psutil.Process(pool.worker_pids[0])
         endless = pool.submit(*ENDLESS[:1], [ENDLESS[1]])
         wait_until(endless.running)
         server = worker.parent()
         assert server is not None and Path(server.cmdline()[2]).name == "fork_server.py"
         kill(server.pid, signal.SIGKILL)
-        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == "correct"
+        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == CORRECT
         wait_until(lambda: not is_alive(worker.pid))
         assert not endless.done(), "a worker of the next server has it"
 
 
 def test_worker_that_died_idle_costs_no_grade() -> None:
     with pool_of(recycle_after=2) as pool:
-        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == "correct"
+        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == CORRECT
         (first,) = pool.worker_pids
         kill(first, signal.SIGKILL)
         wait_until(lambda: pool.worker_pids == [])
-        assert pool.submit("x+1", ["2+x"]).result(PATIENCE_S) == "incorrect"
-        assert pool.submit("x+1", ["1+x", "x+1"]).result(PATIENCE_S) == "correct"
+        assert pool.submit("x+1", ["2+x"]).result(PATIENCE_S) == INCORRECT
+        assert pool.submit("x+1", ["1+x", "x+1"]).result(PATIENCE_S) == CORRECT
         (second,) = pool.worker_pids
-        assert pool.submit("x+1", ["1+x", "x+2"]).result(PATIENCE_S) == "incorrect"
+        assert pool.submit("x+1", ["1+x", "x+2"]).result(PATIENCE_S) == INCORRECT
         assert pool.worker_pids != [second], "replaced after two answers"
         assert pool.counts == {"correct": 2, "incorrect": 2, "recycled": 1}
 
@@ -146,7 +146,7 @@ def test_answer_that_needs_too_much_memory_is_an_error() -> None:
             pool.submit(r"\sum_{k=0}^{0}2^{2000000000}", [r"\sum_{k=0}^{0}4^{1000000000}"]),
             pool.submit("x+1", ["1+x"]),
         ]
-        assert [future.result(PATIENCE_S) for future in futures] == ["error", "correct"]
+        assert [future.result(PATIENCE_S) for future in futures] == [Grade.undecided("out_of_memory"), CORRECT]
         assert pool.counts == {"tried_again": 1, "out_of_memory": 1, "correct": 1}
 
 
@@ -193,7 +193,7 @@ def test_closing_ends_what_is_running_and_waiting_as_errors() -> None:
         worker = new_worker(pool)
         server = psutil.Process(worker).ppid()
         pool.close()
-        assert [future.result(PATIENCE_S) for future in futures] == ["error"] * 3
+        assert [future.result(PATIENCE_S) for future in futures] == [Grade.undecided("the grader was closed")] * 3
         assert pool.worker_pids == [] and not is_alive(worker) and not is_alive(server)
         with pytest.raises(RuntimeError, match="the grader is closed"):
             pool.submit("x+1", ["1+x"])
@@ -251,14 +251,14 @@ def test_no_worker_outlives_a_parent_that_is_killed() -> None:
 
 def test_answers_without_algebra_start_nothing_and_import_no_algebra() -> None:
     script = (
-        "grades = [submit('42', r'\\boxed{42.0}').result(), submit('42', r'\\boxed{9^{9^9}}').result()]\n"
+        "grades = [submit('42', r'\\boxed{' + answer + '}').result().reward for answer in ('42.0', '9^{9^9}')]\n"
         "import sys\n"
         "print(grades, grader.worker_pids, {'sympy', 'math_verify', 'torch'} & set(sys.modules), grader.counts)\n"
         "grader.close()\n"
     )
     with run_parent(script) as parent:
         output, _ = parent.communicate(timeout=PATIENCE_S)
-    assert output.strip() == "['correct', 'incorrect'] [] set() {'quick': 2}"
+    assert output.strip() == "[1.0, 0.0] [] set() {'quick': 2}"
     assert parent.returncode == 0
 
 
@@ -272,6 +272,6 @@ def test_grader_that_cannot_work_says_so_at_the_start(monkeypatch: pytest.Monkey
         with pytest.raises(GraderFailed):
             verdict.result(PATIENCE_S)
         quick = grader.submit(Problem(id="p", question="q", answer="42"), r"\boxed{42}")
-        assert quick.result(PATIENCE_S) == "correct"
+        assert quick.result(PATIENCE_S) == CORRECT
     finally:
         grader.close()

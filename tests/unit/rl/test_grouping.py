@@ -7,7 +7,7 @@ import pytest
 
 from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
 from megatron_p2o.rl.grouping import make_groups, train_samples
-from megatron_p2o.testing.fakes import encode, fake_problem, fake_rollout
+from megatron_p2o.testing.fakes import UNDECIDED, encode, fake_problem, fake_rollout
 from megatron_p2o.types import PLAIN, Group, Rollout, Template
 from p2o_kernels.advantage.reference import group_advantages_reference
 
@@ -101,7 +101,7 @@ def test_an_empty_response_is_credited_but_cannot_be_trained_on() -> None:
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
 @pytest.mark.parametrize("baseline", ["group", "plain_anchored"])
 def test_an_undecided_answer_shapes_no_baseline_and_is_no_sample(estimator, baseline) -> None:
-    undecided = replace(fake_rollout(PROBLEM, reward=0, template=HINT, num_tokens=9), grade="error")
+    undecided = replace(fake_rollout(PROBLEM, reward=0, template=HINT, num_tokens=9), grade=UNDECIDED)
     config = AdvantageConfig(estimator=estimator, baseline=baseline)
     siblings = rollouts(templated=[1, 0], plain=[1, 0, 0])
     alone = make_group(siblings, config, plain_success_rate=0.25)
@@ -111,7 +111,7 @@ def test_an_undecided_answer_shapes_no_baseline_and_is_no_sample(estimator, base
 
 
 def test_five_correct_answers_and_an_undecided_one_agree() -> None:
-    undecided = replace(fake_rollout(PROBLEM, reward=0), grade="error")
+    undecided = replace(fake_rollout(PROBLEM, reward=0), grade=UNDECIDED)
     group = make_group([*rollouts(plain=[1] * 5), undecided], AdvantageConfig(), plain_success_rate=0.0)
     assert group.advantages == (0.0,) * 6
 

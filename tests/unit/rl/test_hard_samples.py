@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, hard_problems, ledger_entry
-from megatron_p2o.testing.fakes import fake_problem, fake_rollout
+from megatron_p2o.testing.fakes import UNDECIDED, fake_problem, fake_rollout
 from megatron_p2o.types import PLAIN, Group, Template
 
 Counted = Literal["plain", "all"]
@@ -27,7 +27,7 @@ def group(number: int = 0, *, plain: str = "", templated: str = "") -> Group:
         for letter in letters
     ]
     graded = [
-        replace(rollout, grade="error") if letter == "u" else rollout
+        replace(rollout, grade=UNDECIDED) if letter == "u" else rollout
         for rollout, letter in zip(rollouts, templated + plain, strict=True)
     ]
     return Group(problem=problem, rollouts=tuple(graded), advantages=(0.0,) * len(graded))

@@ -8,8 +8,16 @@ import pytest
 from megatron_p2o.evolve.trial import TrialFailed
 from megatron_p2o.rl.sampling import SamplingParts, graded_rollouts
 from megatron_p2o.run.trials import TrialSubmitter, free_scores
-from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_problem, fake_rollout
-from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, SamplingParams, Template
+from megatron_p2o.testing.fakes import (
+    UNDECIDED,
+    FakeEngines,
+    FakeGrader,
+    FakeRenderer,
+    Reply,
+    fake_problem,
+    fake_rollout,
+)
+from megatron_p2o.types import Completion, FinishReason, Grade, Group, Problem, Prompt, SamplingParams, Template
 
 HINT = Template(id=1, text="Go on.", parent=0)
 PROBLEM = fake_problem(1)
@@ -19,7 +27,7 @@ SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=4)
 class BrokenGrader:
     """A grader whose workers cannot be started."""
 
-    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+    def submit(self, problem: Problem, text: str, finish_reason: FinishReason) -> Future[Grade]:
         verdict: Future[Grade] = Future()
         verdict.set_exception(RuntimeError("no worker starts"))
         return verdict
@@ -43,9 +51,9 @@ def test_an_evaluation_without_a_verdict_is_no_score(grader: FakeGrader | Broken
 
 def test_free_scores_are_over_the_answers_that_were_decided() -> None:
     solved, failed = (fake_rollout(PROBLEM, reward=reward, template=HINT) for reward in (1, 0))
-    undecided = replace(failed, grade="error")
+    undecided = replace(failed, grade=UNDECIDED)
     aborted = fake_rollout(PROBLEM, reward=0, template=HINT, finish_reason="abort")
-    siblings = (undecided, solved, aborted, failed, solved, replace(fake_rollout(PROBLEM, reward=0), grade="error"))
+    siblings = (undecided, solved, aborted, failed, solved, replace(fake_rollout(PROBLEM, reward=0), grade=UNDECIDED))
     (score,) = free_scores([Group(problem=PROBLEM, rollouts=siblings, advantages=(0.0,) * 6)], lambda completion: "")
     assert score.template_text == HINT.text, "the plain prompt has no decided answer and no score"
     assert score.trial.reward == pytest.approx(2 / 3)

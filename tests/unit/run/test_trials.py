@@ -9,8 +9,8 @@ import pytest
 
 from megatron_p2o.evolve.trial import Rejection, Trial, TrialFailed
 from megatron_p2o.run.trials import TrialSubmitter
-from megatron_p2o.testing.fakes import FakeRenderer, fake_problem
-from megatron_p2o.types import Completion, FinishReason, Grade, Problem, Prompt, SamplingParams, Template
+from megatron_p2o.testing.fakes import UNDECIDED, FakeRenderer, fake_problem
+from megatron_p2o.types import CORRECT, Completion, FinishReason, Grade, Problem, Prompt, SamplingParams, Template
 
 PROBLEM = fake_problem(1)
 MAX_TOKENS = 40
@@ -31,7 +31,7 @@ class Parts:
         self.prompts.append(prompt)
         return self.sampled
 
-    def submit(self, problem: Problem, text: str) -> Future[Grade]:
+    def submit(self, problem: Problem, text: str, finish_reason: FinishReason) -> Future[Grade]:
         return self.graded
 
     def trial(self, text: str = "Be brave.") -> Future[Trial | Rejection]:
@@ -54,7 +54,7 @@ def test_a_trial_is_the_graded_rollout() -> None:
     outcome = parts.trial()
     parts.finish_sampling()
     assert not outcome.done()
-    parts.graded.set_result("correct")
+    parts.graded.set_result(CORRECT)
     trial = outcome.result(0)
     assert isinstance(trial, Trial)
     assert (trial.reward, trial.num_tokens, trial.weight_version) == (1.0, 3, 5)
@@ -70,8 +70,8 @@ def test_a_trial_that_is_cancelled_takes_its_request_from_the_engine() -> None:
 @pytest.mark.parametrize(
     "arrival",
     [
-        lambda parts: parts.graded.set_result("correct"),
-        lambda parts: parts.graded.set_result("error"),
+        lambda parts: parts.graded.set_result(CORRECT),
+        lambda parts: parts.graded.set_result(UNDECIDED),
     ],
     ids=["verdict", "no verdict"],
 )

@@ -18,6 +18,7 @@ from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.run.alarms import warn_of_undecided
 from megatron_p2o.run.observer import RunObserver
 from megatron_p2o.testing.fakes import (
+    UNDECIDED,
     FakeEngines,
     FakeGrader,
     FakeLibrary,
@@ -28,14 +29,14 @@ from megatron_p2o.testing.fakes import (
     fake_problem,
     fake_rollout,
 )
-from megatron_p2o.types import Grade, Group
+from megatron_p2o.types import CORRECT, INCORRECT, Group
 
 PROBLEM = fake_problem(1)
 
 
 def step_of(num_decided: int, num_undecided: int, num_aborted: int = 0) -> list[Group]:
     decided = fake_rollout(PROBLEM, reward=1)
-    undecided, aborted = replace(decided, grade="error"), fake_rollout(PROBLEM, reward=0, finish_reason="abort")
+    undecided, aborted = replace(decided, grade=UNDECIDED), fake_rollout(PROBLEM, reward=0, finish_reason="abort")
     rollouts = (*[decided] * num_decided, *[undecided] * num_undecided, *[aborted] * num_aborted)
     return [Group(problem=PROBLEM, rollouts=rollouts, advantages=(0.0,) * len(rollouts))]
 
@@ -59,7 +60,7 @@ def test_a_step_with_more_undecided_answers_than_the_alarm_is_warned_of_once(
 def test_an_evaluation_with_more_undecided_answers_than_the_alarm_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    grades: list[Grade] = ["correct", "error", "error", "incorrect"]
+    grades = [CORRECT, UNDECIDED, UNDECIDED, INCORRECT]
     answers = [
         Answer(problem_id=PROBLEM.id, sample=number, grade=grade, finish_reason=reason, num_tokens=1)
         for number, (grade, reason) in enumerate(zip(grades, ("stop", "stop", "abort", "stop"), strict=True))

@@ -9,7 +9,7 @@ import pytest
 from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.rewards.math.grader import MathGrader
 from megatron_p2o.rewards.registry import make_grader
-from megatron_p2o.types import Grade, Problem
+from megatron_p2o.types import CORRECT, INCORRECT, Grade, Problem
 
 PATIENCE_S = 120.0
 """Longest wait for anything here; passing tests take a fraction of a second on an idle machine."""
@@ -63,7 +63,7 @@ def wait_until(condition: Callable[[], object]) -> None:
     ],
 )
 def test_equal_answer_is_correct(grader: MathGrader, gold: str, answer: str) -> None:
-    assert grade_answer(grader, gold, answer) == "correct"
+    assert grade_answer(grader, gold, answer) == CORRECT
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_equal_answer_is_correct(grader: MathGrader, gold: str, answer: str) -> 
     ],
 )
 def test_different_answer_is_incorrect(grader: MathGrader, gold: str, answer: str) -> None:
-    assert grade_answer(grader, gold, answer) == "incorrect"
+    assert grade_answer(grader, gold, answer) == INCORRECT
 
 
 @pytest.mark.parametrize(
     "text", ["the answer is 7", "Step 7. therefore nothing", "", r"\boxed{7", "\\boxed{7}</think>"]
 )
 def test_response_without_a_box_is_incorrect(grader: MathGrader, text: str) -> None:
-    assert submit(grader, "7", text).result(PATIENCE_S) == "incorrect"
+    assert submit(grader, "7", text).result(PATIENCE_S) == INCORRECT
 
 
 HOSTILE = {
@@ -148,8 +148,8 @@ def test_hostile_answers_neither_end_the_grader_nor_pass(grader: MathGrader) -> 
     for gold in ("42", "x+1"):
         futures = {name: submit(grader, gold, text) for name, text in HOSTILE.items()}
         grades = {name: future.result(PATIENCE_S) for name, future in futures.items()}
-        assert {name for name, grade in grades.items() if grade != "incorrect"} == set()
-    assert grade_answer(grader, "x+1", "1+x") == "correct"
+        assert {name for name, grade in grades.items() if grade != INCORRECT} == set()
+    assert grade_answer(grader, "x+1", "1+x") == CORRECT
 
 
 def test_fault_of_the_grader_costs_one_grade_and_is_logged_once(
@@ -157,7 +157,8 @@ def test_fault_of_the_grader_costs_one_grade_and_is_logged_once(
 ) -> None:
     broken = Problem(id="broken", question="", answer=7)  # type: ignore[arg-type]
     failed_before = grader.counts.get("failed", 0)
-    assert [grader.submit(broken, r"\boxed{7}").result(PATIENCE_S) for _ in range(3)] == ["error"] * 3
+    grades = [grader.submit(broken, r"\boxed{7}").result(PATIENCE_S) for _ in range(3)]
+    assert grades == [Grade.undecided("the grader failed: TypeError")] * 3
     assert grader.counts["failed"] == failed_before + 3
     assert [record.getMessage().count("broken") for record in caplog.records] == [1]
     assert "TypeError" in caplog.text

@@ -1,0 +1,182 @@
+"""Reward functions: what they are, and how a setting names them.
+
+A reward function is any callable
+
+    def reward(problem: Problem, response: str, finish_reason: FinishReason) -> float | bool | Grade
+
+`problem.columns` holds all columns of its row, as JSON types. A float lies in [0, 1]. It may be asynchronous
+(`async def`): many calls then run at once on one event loop per worker. Decorated with `batched` it gets lists of
+problems, responses and finish reasons and returns a list. A class is made into an instance once per worker, whose
+`__call__` is the reward function. Further keyword parameters are settings: `grading.arguments` gives their values (of a
+class, those of `__init__`).
+
+It runs in the workers of `rewards.pool`. One that raises, takes too long or returns no reward leaves its
+answer undecided.
+"""
+
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import fsum
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+from megatron_p2o.types import Grade
+
+RewardFunction = Callable[..., Any]
+"""See the module's docstring."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+SIGNATURE = "(problem, response, finish_reason)"
+BATCH_SIGNATURE = "(problems, responses, finish_reasons)"
+
+ENTRY_POINTS = "megatron_p2o.rewards"
+"""Group of entry points by which an installed package gives its reward functions short names."""
+
+BUILT_IN: Mapping[str, str] = {
+    "math": "megatron_p2o.rewards.built_in.math:math_reward",
+}
+"""Short name to the callable it stands for."""
+
+_IS_BATCHED = "is_batched"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardSpec:
+    """One reward function of a task, as settings name it."""
+
+    function: str
+    """A short name, `package.module:callable`, or `path/to/file.py:callable`."""
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Keyword arguments bound to it."""
+    weight: float = 1.0
+    """Of its reward, over the sum of all weights."""
+
+
+def batched(function: Function) -> Function:
+    """Mark a reward function that takes lists of problems, responses and finish reasons and returns a list."""
+    setattr(function, _IS_BATCHED, True)
+    return function
+
+
+def is_batched(function: RewardFunction) -> bool:
+    inner = function.func if isinstance(function, partial) else function
+    return bool(getattr(inner, _IS_BATCHED, False) or getattr(type(inner).__call__, _IS_BATCHED, False))
+
+
+def is_async(function: RewardFunction) -> bool:
+    inner = function.func if isinstance(function, partial) else function
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
+
+
+def load_function(spec: RewardSpec) -> RewardFunction:
+    """Return the reward function that settings name, with its arguments bound. Imports the code that holds it.
+
+    Raises:
+        ValueError: it is not found, cannot be imported, or cannot be called as a reward function with these arguments;
+            the message names `grading.function` and the signature expected.
+    """
+    found = _found(spec.function)
+    if not inspect.isclass(found):
+        _check_signature(found, spec, spec.arguments)
+        return partial(found, **spec.arguments) if spec.arguments else found
+    try:
+        instance = cast(RewardFunction, found(**spec.arguments))
+    except Exception as error:  # whatever code of others does
+        raise ValueError(_refusal(spec, f"cannot be made ({type(error).__name__}: {error})")) from error
+    _check_signature(instance, spec, {})
+    return instance
+
+
+def grade_of(value: object) -> Grade:
+    """Return what a reward function returned as a grade; what is no reward in [0, 1] is undecided."""
+    if isinstance(value, Grade):
+        return value
+    if isinstance(value, bool | int | float) or hasattr(value, "__float__"):
+        try:
+            return Grade(reward=float(cast(float, value)))
+        except (ValueError, TypeError) as error:
+            return Grade.undecided(str(error))
+    return Grade.undecided(f"it returned {type(value).__name__}, and not a float in [0, 1], a bool or a Grade")
+
+
+def weighted_sum(grades: Sequence[Grade], weights: Sequence[float]) -> Grade:
+    """Return the weighted mean of the grades of one answer; undecided where one of them is.
+
+    Reasons and feedback stand below one another.
+    """
+    for grade in grades:
+        if grade.reward is None:
+            return grade
+    reward = fsum(weight * (grade.reward or 0.0) for grade, weight in zip(grades, weights, strict=True))
+    return Grade(
+        reward=reward / fsum(weights),  # exactly 1 where every reward is
+        reason="\n".join(grade.reason for grade in grades if grade.reason),
+        feedback="\n".join(grade.feedback for grade in grades if grade.feedback),
+    )
+
+
+def _check_signature(function: RewardFunction, spec: RewardSpec, arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless a function takes what a reward function is given, and the arguments."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind("problem", "response", "stop", **arguments)
+    except TypeError as error:
+        expected = BATCH_SIGNATURE if is_batched(function) else SIGNATURE
+        fault = f"has the signature {signature} and must be callable as {expected} ({error})"
+        raise ValueError(_refusal(spec, fault)) from error
+
+
+def _found(name: str) -> Callable[..., Any]:
+    """Return the callable of a name. Raises `ValueError`."""
+    spec = RewardSpec(function=name)
+    place, _, attribute = _target(name).rpartition(":")
+    if not place or not attribute:
+        known = ", ".join(dict.fromkeys([*BUILT_IN, *_entry_points()]))
+        raise ValueError(_refusal(spec, f"is none of {known}, nor package.module:callable or path/to/file.py:callable"))
+    try:
+        found: Any = _module(place)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # whatever code of others does when it is imported
+        raise ValueError(_refusal(spec, f"cannot be imported ({type(error).__name__}: {error})")) from error
+    if not callable(found):
+        raise ValueError(_refusal(spec, f"is {type(found).__name__}, and must be callable as {SIGNATURE}"))
+    return found
+
+
+def _target(name: str) -> str:
+    return BUILT_IN.get(name) or _entry_points().get(name) or name
+
+
+def _entry_points() -> dict[str, str]:
+    return {entry.name: entry.value for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _module(place: str) -> ModuleType:
+    """Import a module by name, or a file by its path; a file is imported once, under a name of its own."""
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    name = f"p2o_reward_file_{path.stem}_{abs(hash(str(path)))}"
+    if name not in sys.modules:
+        module_spec = importlib.util.spec_from_file_location(name, path)
+        assert module_spec is not None and module_spec.loader is not None, "a path that ends in .py has a loader"
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[name] = module  # dataclasses of the file look themselves up there
+        try:
+            module_spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _refusal(spec: RewardSpec, fault: str) -> str:
+    return f"grading.function={spec.function} {fault}"
