@@ -38,7 +38,7 @@ FLOAT_POINTERS = {
     "logits_ptr", "target_logits_ptr", "sums_ptr", "weighted_ptr", "rounded_ptr", "logprobs_ptr", "entropy_ptr",
     "scale_ptr", "complement_ptr", "probability_scale_ptr", "logprob_grad_ptr", "product_ptr", "weight_grad_ptr",
     "advantages_ptr", "weights_ptr", "old_ptr", "sampling_ptr", "losses_ptr", "token_weights_ptr", "ratio_ptr",
-    "rewards_ptr", "anchor_rates_ptr",
+    "log_ratio_ptr", "reference_ptr", "rewards_ptr", "anchor_rates_ptr",
 }  # fmt: skip
 OTHER_POINTERS = {
     "*bf16": {"hidden_ptr", "weight_ptr", "exponentials_ptr", "result_ptr", "rest_ptr"},
@@ -49,7 +49,7 @@ OTHER_POINTERS = {
 }
 FLOATS = {
     "scale", "inverse_temperature", "clip_low", "clip_high", "dual_clip", "ratio_low", "ratio_high", "max_log_ratio",
-    "max_context_log_ratio",
+    "max_context_log_ratio", "kl_coefficient",
 }  # fmt: skip
 MULTIPLES_OF_16 = {"hidden_size", "hidden_stride", "weight_stride", "exponentials_stride", "weight_grad_stride"}
 
@@ -75,7 +75,10 @@ def variants() -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Return (name, kernel, compile-time values, launch options) of everything that production launches."""
     block = {"BLOCK": 1024}
     advantage = {"HAS_ANCHORS": True, "BLOCK_ROLLOUTS": 1024}
-    loss = {"HAS_OLD": True, "HAS_MASK": True, "SOFT": True, "BLOCK": 256}
+    loss = {"HAS_OLD": True, "HAS_MASK": True, "SOFT": True, "K2": False, "BLOCK": 256}
+    ppo = {"HAS_LOG_RATIO": False, "CISPO": False, "DUAL_CLIP": True, "K3": False}
+    gspo = {"HAS_LOG_RATIO": True, "CISPO": False, "DUAL_CLIP": False, "K3": True}
+    cispo = {"HAS_LOG_RATIO": False, "CISPO": True, "DUAL_CLIP": False, "K3": True}
     return [
         exponentials_variant("gradient with entropy", Tile(), store=True, entropy=True),
         exponentials_variant("gradient", Tile(), store=True, entropy=False),
@@ -86,7 +89,9 @@ def variants() -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
         ("hidden_grad", head_kernels.hidden_grad_kernel, block, {}),
         ("scale_rows", head_kernels.scale_rows_kernel, {"REST": True} | block, {}),
         ("add_target_rows", head_kernels.add_target_rows_kernel, block, {}),
-        ("token_losses", loss_kernels.token_losses_kernel, loss, {}),
+        ("token_losses", loss_kernels.token_losses_kernel, loss | ppo, {}),
+        ("token_losses, gspo with KL", loss_kernels.token_losses_kernel, loss | gspo, {}),
+        ("token_losses, cispo with KL", loss_kernels.token_losses_kernel, loss | cispo, {}),
         ("grouped_advantage", advantage_kernels.grouped_advantage_kernel, {"ESTIMATOR": "grpo"} | advantage, {}),
         ("count_active", advantage_kernels.count_active_kernel, {"BLOCK_TOKENS": 1024}, {}),
         ("active_token_index", advantage_kernels.active_token_index_kernel, {"BLOCK_TOKENS": 1024}, {}),

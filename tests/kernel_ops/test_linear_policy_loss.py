@@ -1,10 +1,13 @@
 """`linear_policy_loss` in torch: against float64 autograd on full logits, and against the loss over log-probs."""
 
 import itertools
+import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_p2o.testing.distributed import run_gloo_ranks
 from p2o_kernels import LossRule, linear_logprob, linear_policy_loss
 from p2o_kernels.lm_head.torch_path import TorchHead
 from p2o_kernels.policy_loss import linear_policy_loss_reference
@@ -12,6 +15,29 @@ from p2o_kernels.policy_loss import linear_policy_loss_reference
 SMALL_CHUNKS = TorchHead(chunk_bytes=16 * 4 * 224)
 CONTEXTS = ("sampling", "replace", "importance", "ratio_mask")
 RULES = [LossRule(context=context, clip_high=0.28) for context in CONTEXTS] + [LossRule(ratio_form="soft")]
+SURROGATES = [
+    LossRule(context=context, surrogate=surrogate, clip_low=0.1, clip_high=0.15)
+    for context in CONTEXTS
+    for surrogate in ("gspo", "cispo")
+]
+TERMS = [
+    LossRule(kl_coefficient=0.3, kl_estimator="k2"),
+    LossRule(kl_coefficient=0.3, kl_estimator="k3", context="importance"),
+    LossRule(entropy_coefficient=0.2),
+    LossRule(entropy_coefficient=0.2, kl_coefficient=0.3, surrogate="gspo", clip_low=0.1),
+    LossRule(entropy_coefficient=0.2, kl_coefficient=0.3, surrogate="cispo", context="sampling"),
+]
+
+
+NUM_SEQUENCES = 6
+
+
+def sequences_of(num_tokens, num_sequences):
+    """Return the sequence of each token: of unequal lengths, one of a single token and, for few tokens, empty ones."""
+    shares = torch.tensor([0.3, 0.05, 0.2, 0.15, 0.2, 0.1])[:num_sequences]
+    lengths = (shares * num_tokens).long()
+    lengths[0] += num_tokens - lengths.sum()
+    return torch.arange(num_sequences).repeat_interleave(lengths)
 
 
 def token_arguments(case, *, has_old, seed=1):
@@ -31,10 +57,18 @@ def token_arguments(case, *, has_old, seed=1):
         "old_logprobs_T": old if has_old else None,
         "sampling_logprobs_T": old + normal(3.0),
         "is_templated_T": torch.rand(num_tokens, generator=generator) < 0.7,
+        "reference_logprobs_T": old + normal(1.0),
+        "sequence_T": sequences_of(num_tokens, NUM_SEQUENCES),
+        "num_sequences": NUM_SEQUENCES,
         "loss_scale": 1 / 321,
         "temperature": case.temperature,
         "vocab_size": case.vocab_size,
     }
+
+
+def name_of(rule):
+    terms = f"-{rule.kl_estimator}" * (rule.kl_coefficient > 0) + "-entropy" * (rule.entropy_coefficient > 0)
+    return f"{rule.surrogate}-{rule.context}-{rule.ratio_form}{terms}"
 
 
 def run(case, rule, arguments, **options):
@@ -47,21 +81,25 @@ def run(case, rule, arguments, **options):
 
 def run_reference(case, rule, arguments):
     hidden, weight = case.leaves(torch.float64)
-    loss, *_ = linear_policy_loss_reference(hidden, weight, case.targets_T, rule=rule, **arguments)
+    known = {name: value for name, value in arguments.items() if name != "num_sequences"}
+    loss, *_ = linear_policy_loss_reference(hidden, weight, case.targets_T, rule=rule, **known)
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("has_old", [True, False], ids=["old given", "old is current"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.context}-{rule.ratio_form}")
+@pytest.mark.parametrize("rule", [*RULES, *SURROGATES, *TERMS], ids=name_of)
 def test_loss_and_gradients_equal_float64_autograd(rule, has_old, head_case, relative_error, nan_empty):
     case = head_case(num_tokens=131)
     arguments = token_arguments(case, has_old=has_old)
     output, hidden_grad, weight_grad = run(case, rule, arguments, path=SMALL_CHUNKS)
     loss, hidden_truth, weight_truth = run_reference(case, rule, arguments)
-    torch.testing.assert_close(output.loss.double(), loss, rtol=2e-6, atol=1e-8)
+    # Terms of both signs cancel in the loss of `cispo` and of the entropy.
+    torch.testing.assert_close(output.loss.double(), loss, rtol=2e-6, atol=1e-8 if rule in RULES else 1e-6)
     assert relative_error(hidden_grad, hidden_truth) < 3e-6
     assert relative_error(weight_grad, weight_truth) < 3e-6
+    if rule in SURROGATES and has_old:
+        assert output.is_clipped_T[output.is_live_T].any() and not output.is_clipped_T[output.is_live_T].all()
     live = output.is_live_T
     torch.testing.assert_close(output.logprobs_T[live].double(), case.logprobs_T[live], atol=5e-6, rtol=1e-6)
     torch.testing.assert_close(output.entropy_T[live].double(), case.entropy_T[live], atol=5e-6, rtol=1e-6)
@@ -266,3 +304,146 @@ def test_misfits_are_named(change, message, head_case):
     arguments = token_arguments(case, has_old=True) | change
     with pytest.raises(ValueError, match=message):
         linear_policy_loss(*case.leaves(), case.targets_T, rule=LossRule(), **arguments)
+
+
+def sequence_arguments(case, *, has_old=True):
+    """Return tokens of which every sequence has one advantage, as in training, and small steps of the policy."""
+    generator = torch.Generator().manual_seed(8)
+    arguments = token_arguments(case, has_old=has_old)
+    advantages = torch.randn(NUM_SEQUENCES, generator=generator)[arguments["sequence_T"]]
+    old = case.logprobs_T.float() + 0.05 * torch.randn(len(advantages), generator=generator)
+    return arguments | {"advantages_T": advantages, "old_logprobs_T": old if has_old else None}
+
+
+GSPO = LossRule(surrogate="gspo", context="sampling", clip_low=3e-3, clip_high=4e-3)
+
+
+def test_every_token_of_a_sequence_has_its_geometric_mean_ratio_and_is_clipped_with_it(head_case):
+    case = head_case(num_tokens=131)
+    arguments = sequence_arguments(case)
+    output, *_ = run(case, GSPO, arguments)
+    live, sequence = output.is_live_T, arguments["sequence_T"]
+    clipped = []
+    for number in range(NUM_SEQUENCES):
+        members = live & (sequence == number)
+        ratio = (case.logprobs_T - arguments["old_logprobs_T"].double())[members].mean().exp()
+        torch.testing.assert_close(
+            output.ratio_T[members].double(), ratio.expand(int(members.sum())), rtol=1e-5, atol=0
+        )
+        advantage = arguments["advantages_T"][members][0]
+        is_clipped = bool(ratio > 1.004 if advantage > 0 else ratio < 0.997)
+        assert (output.is_clipped_T[members] == is_clipped).all()
+        clipped.append(is_clipped)
+    assert any(clipped) and not all(clipped)
+
+
+def test_the_ratio_of_a_sequence_without_a_step_of_the_policy_is_one_and_gspo_is_then_ppo(head_case):
+    case = head_case(num_tokens=131)
+    arguments = sequence_arguments(case, has_old=False)
+    gspo, hidden_grad, weight_grad = run(case, GSPO, arguments)
+    ppo, *ppo_grads = run(case, LossRule(context="sampling"), arguments)
+    assert (gspo.ratio_T == 1).all()
+    assert torch.equal(gspo.loss, ppo.loss)
+    assert torch.equal(hidden_grad, ppo_grads[0]) and torch.equal(weight_grad, ppo_grads[1])
+
+
+def test_gspo_of_sequences_of_one_token_is_ppo_without_its_dual_clip(head_case):
+    case = head_case(num_tokens=37)
+    arguments = token_arguments(case, has_old=True) | {"sequence_T": torch.arange(37), "num_sequences": 37}
+    gspo, *grads = run(case, LossRule(surrogate="gspo"), arguments)
+    ppo, *ppo_grads = run(case, LossRule(dual_clip=1e9), arguments)
+    # The log-probs of the first phase are those of the second, bit for bit, on this path: one chunk each.
+    assert torch.equal(gspo.loss, ppo.loss)
+    assert all(torch.equal(mine, other) for mine, other in zip(grads, ppo_grads, strict=True))
+
+
+def test_cispo_inside_its_band_has_the_gradient_of_ppo_and_outside_a_bounded_one(head_case, relative_error):
+    case = head_case(num_tokens=131)
+    arguments = token_arguments(case, has_old=True)
+    wide = {"clip_low": 1.0, "clip_high": 1e9, "dual_clip": 1e9}
+    _, *grads = run(case, LossRule(surrogate="cispo", **wide), arguments)
+    _, *ppo_grads = run(case, LossRule(**wide), arguments)
+    for mine, other in zip(grads, ppo_grads, strict=True):
+        assert relative_error(mine, other) < 1e-6
+    # Clipped to a point, every ratio is 1: the gradient of the log-probs times the advantages.
+    point, *grads = run(case, LossRule(surrogate="cispo", clip_low=0.0, clip_high=0.0), arguments)
+    _, *first_grads = run(
+        case, LossRule(context="sampling"), arguments | {"old_logprobs_T": None, "weights_T": point.weights_T}
+    )
+    for mine, other in zip(grads, first_grads, strict=True):
+        assert relative_error(mine, other) < 1e-6
+    assert point.is_clipped_T[point.is_live_T].any()
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_term_is_nothing_at_the_reference_and_pulls_towards_it_elsewhere(estimator):
+    from p2o_kernels.policy_loss.token_loss import kl_penalties
+
+    difference = torch.tensor([-300.0, -30.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 30.0, 300.0], dtype=torch.float64)
+    penalties, gradient = kl_penalties(estimator, difference)
+    assert penalties[4] == 0 and gradient[4] == 0
+    assert (penalties >= 0).all() and penalties.isfinite().all() and gradient.isfinite().all()
+    assert torch.equal(gradient.sign(), -difference.sign())
+    small = difference[[3, 5]]
+    torch.testing.assert_close(penalties[[3, 5]], small.square() / 2, rtol=1e-4, atol=0)
+    inside = difference[2:7].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(kl_penalties(estimator, inside)[0].sum(), inside)
+    torch.testing.assert_close(slope, -kl_penalties(estimator, difference[2:7])[1], rtol=1e-12, atol=1e-12)
+
+
+def test_terms_act_on_tokens_without_an_advantage_and_not_on_tokens_without_a_weight(head_case):
+    case = head_case()
+    arguments = token_arguments(case, has_old=True) | {"advantages_T": torch.zeros(37)}
+    for rule in (LossRule(kl_coefficient=0.1), LossRule(entropy_coefficient=0.1)):
+        output, hidden_grad, _ = run(case, rule, arguments)
+        weights = output.weights_T
+        assert torch.equal(hidden_grad.abs().sum(1) > 0, weights != 0) and (weights != 0).any()
+        assert not output.is_live_T[arguments["weights_T"] == 0].any()
+    output, hidden_grad, _ = run(case, LossRule(), arguments)
+    assert output.loss == 0 and not output.is_live_T.any() and not hidden_grad.any()
+
+
+def test_an_even_distribution_has_no_entropy_gradient_and_the_bonus_is_its_entropy(head_case):
+    case = head_case()
+    arguments = token_arguments(case, has_old=True) | {"advantages_T": torch.zeros(37)}
+    hidden, weight = torch.zeros_like(case.hidden_TD).requires_grad_(), case.weight_VpD.clone().requires_grad_()
+    output = linear_policy_loss(hidden, weight, case.targets_T, rule=LossRule(entropy_coefficient=0.1), **arguments)
+    output.loss.backward()
+    expected = -0.1 * math.log(case.vocab_size) * output.weights_T.sum() / 321
+    torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
+    assert hidden.grad.abs().max() < 1e-7 and weight.grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [(LossRule(surrogate="gspo"), "sequence_T"), (LossRule(kl_coefficient=0.1), "reference_logprobs_T")],
+)
+def test_what_a_rule_needs_is_named(rule, name, head_case):
+    case = head_case()
+    with pytest.raises(ValueError, match=name):
+        run(case, rule, token_arguments(case, has_old=True) | {name: None})
+
+
+def halves_of_sequences(case, arguments, rule):
+    """Return (loss, dH of this rank's tokens, dW) where two ranks hold a part of every sequence each."""
+    mine = torch.arange(131) % 2 == dist.get_rank()
+    part = {name: value[mine] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    hidden, weight = case.leaves()
+    hidden = hidden.detach()[mine].requires_grad_()
+    output = linear_policy_loss(
+        hidden, weight, case.targets_T[mine], rule=rule, **part, sequence_group=dist.group.WORLD
+    )
+    output.loss.backward()
+    return output.loss.item(), hidden.grad.numpy(), weight.grad.numpy()
+
+
+def test_sequences_that_lie_on_two_ranks_have_the_ratio_of_the_whole(head_case, relative_error):
+    case = head_case(num_tokens=131)
+    whole, hidden_grad, weight_grad = run(case, GSPO, sequence_arguments(case))
+    by_rank = run_gloo_ranks(halves_of_sequences, 2, case, sequence_arguments(case), GSPO, timeout_s=120)
+    assert sum(loss for loss, *_ in by_rank) == pytest.approx(whole.loss.item(), rel=1e-5)
+    joined = torch.empty_like(hidden_grad)
+    for rank, (_, part, _) in enumerate(by_rank):
+        joined[rank::2] = torch.from_numpy(part)
+    assert relative_error(joined, hidden_grad) < 1e-6
+    assert relative_error(sum(torch.from_numpy(grad) for *_, grad in by_rank), weight_grad) < 1e-6

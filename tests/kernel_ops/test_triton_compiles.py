@@ -32,7 +32,7 @@ def compiled():
 
 
 def test_every_kernel_fits_hopper_and_keeps_to_its_spill_budget(compiled):
-    assert len(compiled) == 13
+    assert len(compiled) == 15
     for name, kernel in compiled.items():
         assert kernel["shared_bytes"] <= SHARED_BYTES_LIMIT, name
         assert kernel["registers"] <= 255, name

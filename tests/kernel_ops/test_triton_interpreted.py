@@ -4,6 +4,7 @@ What the interpreter cannot show (races, tensor-core rounding, warp specializati
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,34 @@ def test_policy_loss_and_gradients_equal_float64_autograd(shape, head_case, rela
     assert output.loss.double().item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-8)
     assert relative_error(hidden_grad, hidden.grad) < 2.5e-3
     assert relative_error(main_grad, weight.grad) < 1.3e-3
+    assert (main_grad[case.vocab_size :] == 0).all()
+
+
+@pytest.mark.parametrize("has_old", [True, False], ids=["old given", "old is current"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        LossRule(entropy_coefficient=0.3),
+        LossRule(entropy_coefficient=3.0, kl_coefficient=0.5, surrogate="gspo", clip_low=0.1),
+        LossRule(surrogate="gspo", context="importance", clip_low=0.1),
+        LossRule(kl_coefficient=0.5, kl_estimator="k2", surrogate="cispo"),
+    ],
+    ids=["entropy", "gspo with both terms", "gspo over two prompts", "cispo with k2"],
+)
+def test_terms_and_surrogates_equal_float64_autograd(rule, has_old, head_case, relative_error, nan_empty):
+    case = make_case(head_case)
+    arguments = policy_arguments(case) | ({} if has_old else {"old_logprobs_T": None})
+    sequence_T = torch.arange(5).repeat_interleave(torch.tensor([11, 1, 20, 0, 13]))
+    arguments |= {"sequence_T": sequence_T, "reference_logprobs_T": case.logprobs_T.float() - 0.4}
+    output, hidden_grad, main_grad = run_policy(case, rule, arguments | {"num_sequences": 5}, small_path())
+    hidden, weight = case.leaves(torch.float64)
+    loss, *_ = linear_policy_loss_reference(hidden, weight, case.targets_T, rule=rule, **arguments)
+    loss.backward()
+    assert output.loss.double().item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    # The entropy's part is rounded to bfloat16 once more than the log-prob's.
+    factor = 2 if rule.entropy_coefficient else 1
+    assert relative_error(hidden_grad, hidden.grad) < 2.5e-3 * factor
+    assert relative_error(main_grad, weight.grad) < 1.5e-3 * factor
     assert (main_grad[case.vocab_size :] == 0).all()
 
 
@@ -176,6 +205,18 @@ def test_targets_down_to_minus_100_nats_and_up_to_certainty_keep_their_digits():
     torch.testing.assert_close(logprobs.double(), truth, rtol=3e-6, atol=1e-24)
 
 
+TOKEN_RULES = (
+    LossRule(),
+    LossRule(ratio_form="soft"),
+    LossRule(context="importance"),
+    LossRule(context="replace"),
+    LossRule(surrogate="gspo", clip_low=0.1, clip_high=0.15),
+    LossRule(surrogate="cispo", clip_low=1.0),
+    LossRule(kl_coefficient=0.3, kl_estimator="k2"),
+    LossRule(kl_coefficient=0.3, kl_estimator="k3", surrogate="cispo"),
+)
+
+
 @pytest.mark.parametrize("has_old", [True, False], ids=["old given", "old is current"])
 def test_the_token_loss_kernel_equals_the_torch_form(has_old, nan_empty):
     from p2o_kernels.policy_loss.triton_path import token_losses_triton
@@ -184,15 +225,19 @@ def test_the_token_loss_kernel_equals_the_torch_form(has_old, nan_empty):
     logprobs = -5 * torch.rand(700, generator=generator)
     old = logprobs + 25 * torch.randn(700, generator=generator) * (torch.rand(700, generator=generator) < 0.1)
     old = old + 0.3 * torch.randn(700, generator=generator)
-    for rule in (LossRule(), LossRule(ratio_form="soft"), LossRule(context="importance"), LossRule(context="replace")):
+    for rule in TOKEN_RULES:
         tokens = token_inputs(
             rule,
-            torch.randn(700, generator=generator),
-            torch.rand(700, generator=generator),
-            old if has_old else None,
-            old + 3 * torch.randn(700, generator=generator),
-            torch.rand(700, generator=generator) < 0.5,
+            advantages_N=torch.randn(700, generator=generator),
+            weights_N=torch.rand(700, generator=generator),
+            old_logprobs_N=old if has_old else None,
+            sampling_logprobs_N=old + 3 * torch.randn(700, generator=generator),
+            is_templated_N=torch.rand(700, generator=generator) < 0.5,
+            # From nothing over the series of the kernel's expm1 to beyond the bound of the ratio.
+            reference_logprobs_N=logprobs + torch.logspace(-4, 1.5, 700) * (-1) ** torch.arange(700),
         )
+        if rule.surrogate == "gspo" and has_old:
+            tokens = replace(tokens, log_ratio_N=0.2 * torch.randn(700, generator=generator))
         computed, expected = token_losses_triton(rule, logprobs, tokens), token_losses_torch(rule, logprobs, tokens)
         for name in expected.__slots__:
             torch.testing.assert_close(getattr(computed, name), getattr(expected, name), rtol=2e-6, atol=1e-7)
@@ -209,7 +254,14 @@ def test_the_token_loss_kernel_treats_nan_like_the_torch_form(has_old, form):
     weights = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat_interleave(64)
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat_interleave(64)
     rule = LossRule(ratio_form=form)
-    tokens = token_inputs(rule, advantages, weights, old if has_old else None, sampling, torch.ones_like(old) > 0)
+    tokens = token_inputs(
+        rule,
+        advantages_N=advantages,
+        weights_N=weights,
+        old_logprobs_N=old if has_old else None,
+        sampling_logprobs_N=sampling,
+        is_templated_N=torch.ones_like(old) > 0,
+    )
     computed, expected = token_losses_triton(rule, logprobs, tokens), token_losses_torch(rule, logprobs, tokens)
     for name in expected.__slots__:
         torch.testing.assert_close(getattr(computed, name), getattr(expected, name), equal_nan=True)

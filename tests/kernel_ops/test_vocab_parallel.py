@@ -91,6 +91,8 @@ def loss_arguments(vocab_size):
             "old_logprobs_T": old,
             "sampling_logprobs_T": old + 2 * torch.randn(61, generator=generator),
             "is_templated_T": torch.rand(61, generator=generator) < 0.7,
+            "reference_logprobs_T": old + torch.randn(61, generator=generator),
+            "sequence_T": torch.arange(3).repeat_interleave(torch.tensor([30, 1, 30])),
             "loss_scale": 1 / 61,
             "temperature": 0.6,
             "vocab_size": vocab_size,
@@ -111,6 +113,7 @@ def loss_of_shards(rules, has_old, path):
             targets,
             rule=rule,
             **arguments | ({} if has_old else {"old_logprobs_T": None}),
+            num_sequences=3,
             tp_group=dist.group.WORLD,
             vocab_start=start,
             path=path,
@@ -125,6 +128,7 @@ def loss_of_shards(rules, has_old, path):
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_sharded_policy_loss_and_gradients_are_those_of_the_whole_head(num_ranks, has_old, relative_error):
     rules = [LossRule(context=context) for context in ("sampling", "replace", "importance", "ratio_mask")]
+    rules += [LossRule(surrogate="gspo", clip_low=0.05), LossRule(kl_coefficient=0.2, entropy_coefficient=0.3)]
     by_rank = run_gloo_ranks(loss_of_shards, num_ranks, rules, has_old, PATHS["small chunks"], timeout_s=240)
     for index, rule in enumerate(rules):
         hidden, weight, targets, arguments = loss_arguments(181)

@@ -10,7 +10,7 @@ from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
 from megatron_p2o.policy.training.forward import Denominator
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import hard_problems
-from megatron_p2o.rl.objective import TokenStats, compares_with_sampling
+from megatron_p2o.rl.objective import compares_with_sampling, zero_stats
 from megatron_p2o.testing.fakes import fake_problem, fake_rollout
 
 UNKNOWN: Any = "median_of_means"
@@ -20,7 +20,7 @@ GROUPS = make_groups([SIBLINGS], AdvantageConfig(), [0.5])
 
 def contribution(**settings: Any) -> None:
     denominator = Denominator(objective=ObjectiveConfig(**settings), num_loss_tokens=8, num_samples=2, counts_here=True)
-    denominator.contribution(torch.ones(()), TokenStats.zero(), None, 0)  # pyright: ignore[reportArgumentType]
+    denominator.contribution(torch.ones(()), zero_stats(), None, 0)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

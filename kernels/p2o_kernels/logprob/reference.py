@@ -17,4 +17,4 @@ def linear_logprob_reference(
     logits_TV = hidden_TD.to(dtype) @ weight_VpD[:vocab_size].to(dtype).T / temperature
     logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
     entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
-    return logprobs_TV.gather(1, targets_T.long()[:, None]).squeeze(1), entropy_T.detach()
+    return logprobs_TV.gather(1, targets_T.long()[:, None]).squeeze(1), entropy_T

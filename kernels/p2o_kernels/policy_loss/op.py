@@ -1,7 +1,7 @@
 """`linear_policy_loss`: LM head, log-probs on the original prompt, P2O loss and both gradients in one pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,17 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from p2o_kernels.advantage import active_token_index
-from p2o_kernels.lm_head import HeadShard, LmHeadPath, SoftmaxChunk, make_shard, path_for
+from p2o_kernels.lm_head import HeadShard, LmHeadPath, SoftmaxChunk, make_shard, path_for, with_entropy_gradient
 from p2o_kernels.logprob.op import linear_logprob_of_shard
-from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, TokenLosses, token_inputs, token_losses_torch
+from p2o_kernels.policy_loss.sequence_ratio import sequence_log_ratios
+from p2o_kernels.policy_loss.token_loss import (
+    LossRule,
+    TokenInputs,
+    TokenLosses,
+    context_weighted,
+    token_inputs,
+    token_losses_torch,
+)
 
 TWO_PHASE_DEAD_SHARE = 1 / 3
 """Computing log-probs first (2T) and all of it for the live rows T' only (6T') beats one pass (6T) below T' = 2/3 T."""
@@ -38,7 +46,7 @@ class PolicyLoss(NamedTuple):
     is_clipped_T: Tensor
     """bool"""
     is_live_T: Tensor
-    """bool: weight and advantage are not zero, so the token went through the head."""
+    """bool: the token has a weight, and an advantage or a KL or entropy term: it went through the head."""
 
 
 def linear_policy_loss(
@@ -52,6 +60,10 @@ def linear_policy_loss(
     old_logprobs_T: Tensor | None = None,
     sampling_logprobs_T: Tensor | None = None,
     is_templated_T: Tensor | None = None,
+    reference_logprobs_T: Tensor | None = None,
+    sequence_T: Tensor | None = None,
+    num_sequences: int = 0,
+    sequence_group: ProcessGroup | None = None,
     loss_scale: float = 1.0,
     temperature: float = 1.0,
     tp_group: ProcessGroup | None = None,
@@ -64,16 +76,23 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """Compute the P2O loss and, in the same pass, both gradients: three matrix products, no [T, V] logits.
 
-    Equals `(weights * token_loss(linear_logprob(...))).sum() * loss_scale` and its backward. Rows whose weight or
-    advantage is zero never reach the first product. Arguments not listed are those of `linear_logprob`, whose hidden
-    gradient is a partial sum under `tp_group` as well. Only hidden and weight get gradients.
+    Equals `(weights * token_loss(linear_logprob(...))).sum() * loss_scale` and its backward. Rows whose weight is zero
+    never reach the first product, nor do those whose advantage is zero unless the rule has a KL or entropy term.
+    Arguments not listed are those of `linear_logprob`, whose hidden gradient is a partial sum under `tp_group` as well.
+    Only hidden and weight get gradients.
+
+    `gspo` against given old log-probs takes a fourth product: the ratio of a sequence needs all its log-probs before
+    the first token's gradient. Where this pass provides the old ones the ratio is 1, and there are three.
 
     Args:
         advantages_T, weights_T: float32; the weight is a factor on the token's loss, 0 outside the loss mask.
-        rule: context mode, clips and context-ratio band.
+        rule: context, surrogate with its clips, context-ratio band, KL and entropy terms.
         old_logprobs_T: float32, under the same prompt before the first update; None: this pass provides them.
         sampling_logprobs_T: float32, under the prompt of sampling; for `importance` and `ratio_mask`.
         is_templated_T: bool, whether the prompts differ; for `ratio_mask`.
+        reference_logprobs_T: float32, of the reference policy under the same prompt; for the KL term.
+        sequence_T: int64 in [0, num_sequences), ascending: the sequence of each token; for `gspo`.
+        sequence_group: the ranks that hold other tokens of the same sequences (context parallelism); all must call.
         loss_scale: 1 / global denominator, known before the call so that the gradient needs no second pass.
         weight_main_grad_VpD: float32 [Vp, D]. The weight gradient is added to it **during the forward call**, none is
             returned to autograd, and the gradient that arrives at `loss` must be 1.
@@ -93,17 +112,44 @@ def linear_policy_loss(
         old_logprobs_T=old_logprobs_T,
         sampling_logprobs_T=sampling_logprobs_T,
         is_templated_T=is_templated_T,
+        reference_logprobs_T=reference_logprobs_T,
     )
     _check_main_grad(weight_main_grad_VpD, weight_VpD, shard)
-    tokens = token_inputs(rule, advantages_T, weights_T, old_logprobs_T, sampling_logprobs_T, is_templated_T)
-    tokens, live = _live_rows(path, tokens)
+    tokens = token_inputs(
+        rule,
+        advantages_N=advantages_T,
+        weights_N=weights_T,
+        old_logprobs_N=old_logprobs_T,
+        sampling_logprobs_N=sampling_logprobs_T,
+        is_templated_N=is_templated_T,
+        reference_logprobs_N=reference_logprobs_T,
+    )
+
+    def logprobs_of(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return linear_logprob_of_shard(hidden_TD[rows], weight_VpD, targets_T[rows], shard, path)[0]
+
+    if rule.surrogate == "gspo" and tokens.old_logprobs_N is not None:
+        rows = _index(path, advantages_T, weights_T)
+        log_ratios = logprobs_of(rows) - tokens.old_logprobs_N[rows]
+        log_ratio_T = sequence_log_ratios(rows, log_ratios, sequence_T, num_sequences, sequence_group)
+        tokens = replace(tokens, log_ratio_N=log_ratio_T)
+    tokens, live = _live_rows(path, rule, tokens)
     may_lose_rows = tokens.mask_logprobs_N is not None and not path.compacts_rows
     if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
-        with torch.no_grad():
-            logprobs, _ = linear_logprob_of_shard(hidden_TD[live], weight_VpD, targets_T[live], shard, path)
-        tokens, live = _masked_rows(path, rule, tokens, live, logprobs)
+        tokens, live = _masked_rows(path, rule, tokens, live, logprobs_of(live))
     wants_grad = _wants_grad(hidden_TD), _wants_grad(weight_VpD)
-    call = _Call(shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy, *wants_grad)
+    call = _Call(
+        shard,
+        path,
+        rule,
+        tokens,
+        live,
+        loss_scale,
+        weight_main_grad_VpD,
+        with_entropy or rule.entropy_coefficient > 0,
+        *wants_grad,
+    )
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_TD, weight_VpD, targets_T, call))  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -129,10 +175,19 @@ def _wants_grad(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and tensor.requires_grad
 
 
-def _live_rows(path: LmHeadPath, tokens: TokenInputs, live: Tensor | None = None) -> tuple[TokenInputs, Tensor]:
-    """Keep the tokens whose weight and advantage are not zero; return them and their row numbers."""
-    implementation = "triton" if path.is_triton else "torch"
-    rows = active_token_index(tokens.advantages_N, tokens.weights_N, implementation=implementation)
+def _index(path: LmHeadPath, advantages_N: Tensor, weights_N: Tensor) -> Tensor:
+    """Return the row numbers of the tokens that have both."""
+    return active_token_index(advantages_N, weights_N, implementation="triton" if path.is_triton else "torch")
+
+
+def _live_rows(
+    path: LmHeadPath, rule: LossRule, tokens: TokenInputs, live: Tensor | None = None
+) -> tuple[TokenInputs, Tensor]:
+    """Keep the tokens that have a loss; return them and their row numbers."""
+    advantages_N = tokens.advantages_N
+    rows = _index(
+        path, torch.ones_like(advantages_N) if rule.acts_without_advantage else advantages_N, tokens.weights_N
+    )
     return tokens.select(rows), rows if live is None else live[rows]
 
 
@@ -140,9 +195,10 @@ def _masked_rows(
     path: LmHeadPath, rule: LossRule, tokens: TokenInputs, live: Tensor, logprobs_N: Tensor
 ) -> tuple[TokenInputs, Tensor]:
     """Apply the context mask that the log-probs of a first phase decide, and drop the rows it kills."""
-    advantages_N, sampling_N, is_templated_N = tokens.advantages_N, tokens.mask_logprobs_N, tokens.is_templated_N
-    masked = token_inputs(rule, advantages_N, tokens.weights_N, logprobs_N, sampling_N, is_templated_N)
-    return _live_rows(path, masked, live)
+    assert tokens.mask_logprobs_N is not None and tokens.is_templated_N is not None
+    weights_N = context_weighted(rule, tokens.weights_N, logprobs_N, tokens.mask_logprobs_N, tokens.is_templated_N)
+    masked = replace(tokens, weights_N=weights_N, old_logprobs_N=logprobs_N, mask_logprobs_N=None, is_templated_N=None)
+    return _live_rows(path, rule, masked, live)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -161,7 +217,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
             tokens = call.tokens.select(torch.arange(start, start + len(rows), device=rows.device))
             losses = token_losses(call.rule, chunk.logprobs_C, tokens)
             outputs.put(rows, chunk, losses)
-            gradients.add(rows, hidden_CD, targets_C, chunk, losses.logprob_grad_N * call.loss_scale)
+            if call.rule.entropy_coefficient > 0:
+                outputs.add_entropy_term(rows, chunk, call.rule.entropy_coefficient)
+            gradients.add(rows, hidden_CD, targets_C, chunk, losses)
         ctx.gradients = gradients
         result = outputs.result(call.loss_scale)
         ctx.mark_non_differentiable(*(values_T for values_T in result if values_T is not result.loss))
@@ -215,6 +273,13 @@ class _Outputs:
         if chunk.entropy_C is not None:
             self.entropy_T[rows] = chunk.entropy_C
 
+    def add_entropy_term(self, rows: Tensor, chunk: SoftmaxChunk, coefficient: float) -> None:
+        """Take the weighted entropies from the losses of a chunk that has been put."""
+        assert chunk.entropy_C is not None
+        weights_C = self.weights_T[rows]
+        # A weight of 0 keeps out an entropy that is nan.
+        self.losses_T[rows] -= torch.where(weights_C != 0, coefficient * weights_C * chunk.entropy_C, 0.0)
+
     def result(self, loss_scale: float) -> PolicyLoss:
         """Return the outcome of the call; each tensor has memory of its own."""
         return PolicyLoss(
@@ -252,18 +317,21 @@ class _Gradients:
     def are_wanted(self) -> bool:
         return self.hidden_TD is not None or self.weight_VpD is not None
 
-    def add(
-        self, rows: Tensor, hidden_CD: Tensor, targets_C: Tensor, chunk: SoftmaxChunk, logprob_grad_C: Tensor
-    ) -> None:
+    def add(self, rows: Tensor, hidden_CD: Tensor, targets_C: Tensor, chunk: SoftmaxChunk, losses: TokenLosses) -> None:
         """Add a chunk; rows that clipping or the context mask left without gradient are dropped where that is cheap."""
         if not self.are_wanted:
             return
-        path, shard = self.call.path, self.call.shard
+        path, shard, call = self.call.path, self.call.shard, self.call
+        logprob_grad_C = losses.logprob_grad_N * call.loss_scale
+        entropy_grad_C = losses.weights_N * (-call.rule.entropy_coefficient * call.loss_scale)
         if path.compacts_rows:
-            kept = logprob_grad_C.nonzero().squeeze(1)
+            kept = (logprob_grad_C.abs() + entropy_grad_C.abs() != 0).nonzero().squeeze(1)
             if len(kept) < len(rows):
                 chunk, rows, hidden_CD = chunk.select(kept), rows[kept], hidden_CD[kept]
-                targets_C, logprob_grad_C = targets_C[kept], logprob_grad_C[kept]
+                targets_C, logprob_grad_C, entropy_grad_C = targets_C[kept], logprob_grad_C[kept], entropy_grad_C[kept]
+        if call.rule.entropy_coefficient > 0:
+            chunk = with_entropy_gradient(chunk, logprob_grad_C, entropy_grad_C)
+            logprob_grad_C = torch.ones_like(logprob_grad_C)
         if self.hidden_TD is not None:
             grad_CD = path.hidden_grad(shard, chunk, targets_C, logprob_grad_C)
             self.hidden_TD[rows] = grad_CD.to(self.hidden_TD.dtype)

@@ -18,6 +18,8 @@ def linear_policy_loss_reference(
     old_logprobs_T: Tensor | None = None,
     sampling_logprobs_T: Tensor | None = None,
     is_templated_T: Tensor | None = None,
+    reference_logprobs_T: Tensor | None = None,
+    sequence_T: Tensor | None = None,
     loss_scale: float = 1.0,
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -27,6 +29,7 @@ def linear_policy_loss_reference(
     logprobs_T, entropy_T = linear_logprob_reference(
         hidden_TD, weight_VpD, targets_T, temperature=temperature, vocab_size=vocab_size, dtype=dtype
     )
+    given_T = (weights_T != 0) & (advantages_T != 0)
     first_pass_T = logprobs_T.detach() if old_logprobs_T is None else old_logprobs_T.to(dtype)
     old_T = first_pass_T
     token_weights_T = weights_T.to(dtype)
@@ -44,10 +47,45 @@ def linear_policy_loss_reference(
         factor_T = torch.where(rho_T.isnan(), rho_T, factor_T)
         token_weights_T = torch.where(token_weights_T != 0, token_weights_T * factor_T, 0.0)
     advantages_T = advantages_T.to(dtype)
-    counts_T = token_weights_T != 0
-    ratio_T = torch.where(counts_T, logprobs_T - old_T, 0.0).clamp(-20, 20).exp()
+    log_ratio_T = torch.where(weights_T != 0, logprobs_T - old_T, 0.0)
+    losses_T = surrogate_reference(rule, log_ratio_T, logprobs_T, advantages_T, given_T, sequence_T)
+    if rule.kl_coefficient > 0:
+        assert reference_logprobs_T is not None
+        losses_T = losses_T + rule.kl_coefficient * kl_reference(rule, reference_logprobs_T.to(dtype) - logprobs_T)
+    losses_T = losses_T - rule.entropy_coefficient * entropy_T
+    losses_T = torch.where(token_weights_T != 0, token_weights_T * losses_T, 0.0)
+    return loss_scale * losses_T.sum(), logprobs_T.detach(), entropy_T.detach()
+
+
+def surrogate_reference(
+    rule: LossRule,
+    log_ratio_T: Tensor,
+    logprobs_T: Tensor,
+    advantages_T: Tensor,
+    given_T: Tensor,
+    sequence_T: Tensor | None,
+) -> Tensor:
+    """Return the loss of the policy gradient by token; the ratio of a sequence is the mean over `given_T`."""
+    if rule.surrogate == "gspo":
+        assert sequence_T is not None
+        for sequence in sequence_T.unique():
+            members = (sequence_T == sequence) & given_T
+            if members.any():
+                # The ratio's value is the sequence's, its gradient the token's own.
+                own = log_ratio_T[members] - log_ratio_T[members].detach()
+                log_ratio_T = log_ratio_T.index_put((members,), log_ratio_T[members].detach().mean() + own)
+    ratio_T = log_ratio_T.clamp(-20, 20).exp()
     clipped_T = ratio_T.clamp(1 - rule.clip_low, 1 + rule.clip_high)
+    if rule.surrogate == "cispo":
+        return -clipped_T.detach() * advantages_T * logprobs_T
     losses_T = torch.maximum(-advantages_T * ratio_T, -advantages_T * clipped_T)
-    losses_T = torch.where(advantages_T < 0, torch.minimum(losses_T, -rule.dual_clip * advantages_T), losses_T)
-    losses_T = torch.where(counts_T, token_weights_T * losses_T, 0.0)
-    return loss_scale * losses_T.sum(), logprobs_T.detach(), entropy_T
+    if rule.surrogate == "gspo":
+        return losses_T
+    return torch.where(advantages_T < 0, torch.minimum(losses_T, -rule.dual_clip * advantages_T), losses_T)
+
+
+def kl_reference(rule: LossRule, difference_T: Tensor) -> Tensor:
+    """Return the estimate of KL(policy || reference) by token; `difference_T`: log-prob of reference minus policy."""
+    if rule.kl_estimator == "k2":
+        return difference_T.square() / 2
+    return difference_T.exp() - 1 - difference_T

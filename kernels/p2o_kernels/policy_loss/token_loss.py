@@ -3,7 +3,7 @@
 Legend: N tokens, in any order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, assert_never
 
 import torch
@@ -15,6 +15,8 @@ MAX_CONTEXT_LOG_RATIO = 60.0
 """The same for the context ratio."""
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
+Surrogate = Literal["ppo", "gspo", "cispo"]
+KlEstimator = Literal["k2", "k3"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,15 +28,28 @@ class LossRule:
     """
 
     context: Context = "ratio_mask"
+    surrogate: Surrogate = "ppo"
+    """What is made of the policy ratio: `ppo` clips the loss by token, `gspo` by sequence, `cispo` clips the weight of
+    the log-prob. README.md has the formulas."""
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0
-    """Bound on the loss of tokens with negative advantage, in units of -advantage."""
+    """Bound on the loss of tokens with negative advantage, in units of -advantage; of `ppo` alone."""
     ratio_low: float = 0.01
     ratio_high: float = 10.0
     """Band of rho, both ends inclusive."""
     ratio_form: Literal["hard", "soft"] = "hard"
     """Outside the band: weight 0, or clip(rho) / rho."""
+    kl_coefficient: float = 0.0
+    """Factor of the estimate of KL(policy || reference) that is added to a token's loss."""
+    kl_estimator: KlEstimator = "k3"
+    entropy_coefficient: float = 0.0
+    """Factor of the entropy in nats that is taken from a token's loss."""
+
+    @property
+    def acts_without_advantage(self) -> bool:
+        """Whether a token whose advantage is zero has a loss all the same."""
+        return self.kl_coefficient > 0 or self.entropy_coefficient > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,20 +65,15 @@ class TokenInputs:
     """Sampling log-probs on c of a context-ratio weight that is still to be applied; None: there is none."""
     is_templated_N: Tensor | None = None
     """Whether x differs from c: the context ratio of other tokens is 1."""
+    log_ratio_N: Tensor | None = None
+    """Log of the policy ratio, in the place of log-prob minus old log-prob: of `gspo`, the same over a sequence."""
+    reference_logprobs_N: Tensor | None = None
+    """Of the reference policy, where the rule has a KL term."""
 
     def select(self, rows: Tensor) -> "TokenInputs":
         """Return some tokens."""
-
-        def pick(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows]
-
-        return TokenInputs(
-            advantages_N=self.advantages_N[rows],
-            weights_N=self.weights_N[rows],
-            old_logprobs_N=pick(self.old_logprobs_N),
-            mask_logprobs_N=pick(self.mask_logprobs_N),
-            is_templated_N=pick(self.is_templated_N),
-        )
+        given: dict[str, Tensor | None] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: values[rows] for name, values in given.items() if values is not None})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,42 +93,49 @@ class TokenLosses:
 
 def token_inputs(
     rule: LossRule,
+    *,
     advantages_N: Tensor,
     weights_N: Tensor,
     old_logprobs_N: Tensor | None,
     sampling_logprobs_N: Tensor | None,
     is_templated_N: Tensor | None,
+    reference_logprobs_N: Tensor | None = None,
 ) -> TokenInputs:
     """Choose the log-probs that `rule.context` compares with, and apply the context ratio where it is known already.
 
     Raises:
-        ValueError: the context needs an input that is None.
+        ValueError: the rule needs an input that is None.
     """
+    mask_N = None
     match rule.context:
         case "sampling" | "replace":
-            return TokenInputs(advantages_N=advantages_N, weights_N=weights_N, old_logprobs_N=old_logprobs_N)
+            pass
         case "importance":
-            sampling_N = _given(sampling_logprobs_N, "sampling_logprobs_T", rule)
-            return TokenInputs(advantages_N=advantages_N, weights_N=weights_N, old_logprobs_N=sampling_N)
+            old_logprobs_N = _given(sampling_logprobs_N, "sampling_logprobs_T", f"context={rule.context!r}")
         case "ratio_mask":
-            sampling_N = _given(sampling_logprobs_N, "sampling_logprobs_T", rule)
-            templated_N = _given(is_templated_N, "is_templated_T", rule)
+            sampling_N = _given(sampling_logprobs_N, "sampling_logprobs_T", f"context={rule.context!r}")
+            templated_N = _given(is_templated_N, "is_templated_T", f"context={rule.context!r}")
             if old_logprobs_N is None:
-                return TokenInputs(
-                    advantages_N=advantages_N,
-                    weights_N=weights_N,
-                    mask_logprobs_N=sampling_N,
-                    is_templated_N=templated_N,
-                )
-            weights_N = context_weighted(rule, weights_N, old_logprobs_N, sampling_N, templated_N)
-            return TokenInputs(advantages_N=advantages_N, weights_N=weights_N, old_logprobs_N=old_logprobs_N)
+                mask_N = sampling_N
+            else:
+                weights_N = context_weighted(rule, weights_N, old_logprobs_N, sampling_N, templated_N)
         case _:
             assert_never(rule.context)
+    if rule.kl_coefficient > 0:
+        reference_logprobs_N = _given(reference_logprobs_N, "reference_logprobs_T", "kl_coefficient > 0")
+    return TokenInputs(
+        advantages_N=advantages_N,
+        weights_N=weights_N,
+        old_logprobs_N=old_logprobs_N,
+        mask_logprobs_N=mask_N,
+        is_templated_N=None if mask_N is None else is_templated_N,
+        reference_logprobs_N=reference_logprobs_N if rule.kl_coefficient > 0 else None,
+    )
 
 
-def _given(values_N: Tensor | None, name: str, rule: LossRule) -> Tensor:
+def _given(values_N: Tensor | None, name: str, rule: str) -> Tensor:
     if values_N is None:
-        raise ValueError(f"{name} is None: context={rule.context!r} needs it")
+        raise ValueError(f"{name} is None: {rule} needs it")
     return values_N
 
 
@@ -143,31 +160,68 @@ def context_weighted(
 
 
 def token_losses_torch(rule: LossRule, logprobs_N: Tensor, tokens: TokenInputs) -> TokenLosses:
-    """Return the dual-clipped losses and their derivative, in the dtype of `logprobs_N`.
-
-    With r = exp(clamp(lp - old, +-20)): u = max(-A r, -A clip(r, 1 - low, 1 + high)), and min(u, -dual A) for A < 0.
-    """
+    """Return the weighted losses and their derivatives, in the dtype of `logprobs_N`; README.md has the formulas."""
     old_N = logprobs_N if tokens.old_logprobs_N is None else tokens.old_logprobs_N
     weights_N = tokens.weights_N.to(logprobs_N.dtype)
     if tokens.mask_logprobs_N is not None:
         assert tokens.is_templated_N is not None
         weights_N = context_weighted(rule, weights_N, old_N, tokens.mask_logprobs_N, tokens.is_templated_N)
-    advantages_N = tokens.advantages_N.to(logprobs_N.dtype)
-    log_ratio_N = logprobs_N - old_N
+    log_ratio_N = logprobs_N - old_N if tokens.log_ratio_N is None else tokens.log_ratio_N
     ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    plain_N = -advantages_N * ratio_N
-    clipped_N = -advantages_N * ratio_N.clamp(1 - rule.clip_low, 1 + rule.clip_high)
-    losses_N = torch.maximum(plain_N, clipped_N)
-    ceiling_N = -rule.dual_clip * advantages_N
-    is_capped_N = (advantages_N < 0) & (losses_N > ceiling_N)
-    is_clipped_N = (clipped_N > plain_N) | is_capped_N
-    counts_N = weights_N != 0
-    # Asked so that nan, in a log-prob or in the weight, has a gradient, which then is nan and shows.
-    has_gradient_N = counts_N & ~is_clipped_N & ~(log_ratio_N.abs() > MAX_LOG_RATIO) | weights_N.isnan()
+    advantages_N = tokens.advantages_N.to(logprobs_N.dtype)
+    losses_N, logprob_grad_N, is_clipped_N = _surrogate(rule, logprobs_N, log_ratio_N, ratio_N, advantages_N)
+    if rule.kl_coefficient > 0:
+        assert tokens.reference_logprobs_N is not None
+        penalties_N, penalty_grad_N = kl_penalties(rule.kl_estimator, tokens.reference_logprobs_N - logprobs_N)
+        losses_N = losses_N + rule.kl_coefficient * penalties_N
+        logprob_grad_N = logprob_grad_N + rule.kl_coefficient * penalty_grad_N
+    counts_N = weights_N != 0  # also a weight that is nan, so that it shows in loss and gradient
     return TokenLosses(
-        losses_N=torch.where(counts_N, weights_N * torch.where(is_capped_N, ceiling_N, losses_N), 0.0),
-        logprob_grad_N=torch.where(has_gradient_N, weights_N * plain_N, 0.0),
+        losses_N=torch.where(counts_N, weights_N * losses_N, 0.0),
+        logprob_grad_N=torch.where(counts_N, weights_N * logprob_grad_N, 0.0),
         weights_N=weights_N,
         ratio_N=ratio_N,
         is_clipped_N=is_clipped_N,
     )
+
+
+def _surrogate(
+    rule: LossRule, logprobs_N: Tensor, log_ratio_N: Tensor, ratio_N: Tensor, advantages_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of the policy gradient, its derivative in the log-prob, and where the clip acts."""
+    band_N = ratio_N.clamp(1 - rule.clip_low, 1 + rule.clip_high)
+    plain_N, clipped_N = -advantages_N * ratio_N, -advantages_N * band_N
+    match rule.surrogate:
+        case "cispo":
+            return clipped_N * logprobs_N, clipped_N, band_N != ratio_N
+        case "ppo" | "gspo":
+            losses_N = torch.maximum(plain_N, clipped_N)
+            is_clipped_N = clipped_N > plain_N
+            if rule.surrogate == "ppo":
+                ceiling_N = -rule.dual_clip * advantages_N
+                is_capped_N = (advantages_N < 0) & (losses_N > ceiling_N)
+                losses_N = torch.where(is_capped_N, ceiling_N, losses_N)
+                is_clipped_N = is_clipped_N | is_capped_N
+            # Asked so that a log-prob that is nan has a gradient, which then is nan and shows.
+            has_gradient_N = ~is_clipped_N & ~(log_ratio_N.abs() > MAX_LOG_RATIO)
+            return losses_N, torch.where(has_gradient_N, plain_N, 0.0), is_clipped_N
+        case _:
+            assert_never(rule.surrogate)
+
+
+def kl_penalties(estimator: KlEstimator, difference_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the estimates of KL(policy || reference) in nats, and their derivatives in the policy's log-prob.
+
+    `difference_N` is the reference's log-prob minus the policy's. Beyond `MAX_LOG_RATIO` k3 goes on with the slope that
+    it has there, so that the pull never ends.
+    """
+    match estimator:
+        case "k2":
+            return difference_N.square() / 2, -difference_N
+        case "k3":
+            bounded_N = difference_N.clamp(max=MAX_LOG_RATIO)
+            excess_N = bounded_N.expm1()
+            beyond_N = (difference_N - bounded_N) * (excess_N + 1)
+            return excess_N - difference_N + beyond_N, -excess_N
+        case _:
+            assert_never(estimator)

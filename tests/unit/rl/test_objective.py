@@ -25,7 +25,7 @@ from megatron_p2o.rl.objective import (
 from megatron_p2o.rl.packing import pack
 from megatron_p2o.testing.fakes import fake_logprobs
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample, no_tokens
-from p2o_kernels import PolicyLoss
+from p2o_kernels import LossRule, PolicyLoss
 from p2o_kernels.policy_loss.token_loss import token_inputs, token_losses_torch
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
@@ -88,11 +88,11 @@ def policy_loss(
     rule = loss_rule(objective)
     tokens = token_inputs(
         rule,
-        batch.advantages_T[rows],
-        batch.loss_weights_T[rows],
-        picked(batch.old_logprobs_T),
-        batch.sampling_logprobs_T[rows],
-        batch.is_templated_T[rows],
+        advantages_N=batch.advantages_T[rows],
+        weights_N=batch.loss_weights_T[rows],
+        old_logprobs_N=picked(batch.old_logprobs_T),
+        sampling_logprobs_N=batch.sampling_logprobs_T[rows],
+        is_templated_N=batch.is_templated_T[rows],
     )
     logprobs_N = logprobs_T[rows]
     losses = token_losses_torch(rule, logprobs_N.detach(), tokens)
@@ -169,7 +169,7 @@ def test_the_rule_of_the_kernels_has_every_setting_of_the_objective(
     settings = {"context": context, "ratio_form": form, "ratio_low": 0.02, "ratio_high": 7.0}
     settings |= {"clip_low": 0.15, "clip_high": 0.28, "dual_clip": 4.0}
     # The denominator divides what the rule sums: it is no part of it.
-    assert asdict(loss_rule(ObjectiveConfig(**settings, denominator=denominator))) == settings
+    assert loss_rule(ObjectiveConfig(**settings, denominator=denominator)) == LossRule(**settings)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
