@@ -10,7 +10,7 @@ from megatron_p2o.config.tree import Config, RolloutConfig
 from megatron_p2o.processes import allow_many_files
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.outlet import WeightOutlet
-from megatron_p2o.rollout.servers.remote import AgentAddress, NodeMirror, RemoteServer
+from megatron_p2o.rollout.servers.remote import DaemonAddress, NodeMirror, RemoteServer
 from megatron_p2o.rollout.servers.server import Server
 from megatron_p2o.rollout.servers.server_arguments import does_release_memory, engine_places
 from megatron_p2o.rollout.servers.start import engine_log, start_server
@@ -26,7 +26,7 @@ def start_engines(
     config: Config,
     run_dir: Path,
     stop_token_ids: Sequence[int],
-    agents: Sequence[AgentAddress] = (),
+    daemons: Sequence[DaemonAddress] = (),
     outlet: WeightOutlet | None = None,
     *,
     releases_memory: bool | None = None,
@@ -37,7 +37,7 @@ def start_engines(
 
     Args:
         stop_token_ids: every token that ends a response.
-        agents: of the other nodes that get engines, in order.
+        daemons: of the other nodes that get engines, in order.
         outlet: see `open_outlet`.
         releases_memory: whether to lend the engines' memory; None as `rollout.release_memory` says.
 
@@ -45,15 +45,15 @@ def start_engines(
         ValueError: `sglang` holds an unknown argument, or one that another setting decides.
         EngineStartFailed: a server died or took too long; the message ends with its log.
     """
-    places = {f"engine {place.index}": place for place in engine_places(config.rollout.num_engines, 1 + len(agents))}
-    mirrors = [NodeMirror(address, config.rollout.stall_timeout_s) for address in agents]
+    places = {f"engine {place.index}": place for place in engine_places(config.rollout.num_engines, 1 + len(daemons))}
+    mirrors = [NodeMirror(address, config.rollout.stall_timeout_s) for address in daemons]
 
     def start(name: str, restart: int) -> Server:
         place = places[name]
         if place.node == 0:
             return start_server(config, run_dir, place, restart)
         log_path = engine_log(run_dir, place, restart)
-        return RemoteServer(agents[place.node - 1], place, restart, log_path, mirrors[place.node - 1])
+        return RemoteServer(daemons[place.node - 1], place, restart, log_path, mirrors[place.node - 1])
 
     allow_connections(config.rollout)
     servers: list[Server] = []

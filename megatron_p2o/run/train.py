@@ -51,7 +51,7 @@ from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.outlet import open_outlet
-from megatron_p2o.rollout.servers.remote import meet_agents
+from megatron_p2o.rollout.servers.remote import meet_daemons
 from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import check_arguments
 from megatron_p2o.rollout.start import start_engines
@@ -88,12 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before the weights, which take minutes: whatever is wrong with the problems is said in the first seconds.
     inputs = load_inputs(config) if os.environ.get("RANK", "0") == "0" and not options.evaluate else None
     policy = build_policy(config)
-    agents = meet_agents(config, options.config)
+    daemons = meet_daemons(config, options.config)
     outlet = open_outlet(config, policy.largest_weight_bytes, policy.meeting)
     if outlet is not None:
         policy.deliver_to(outlet.take)
     policy.wait_for_ranks()
-    start = partial(start_engines, config, run_dir, agents=agents, outlet=outlet)
+    start = partial(start_engines, config, run_dir, daemons=daemons, outlet=outlet)
     if not policy.is_conductor:
         policy.serve()
         return 0

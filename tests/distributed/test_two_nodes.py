@@ -84,35 +84,35 @@ nodes = nodes_from_options(2, int(sys.argv[1]), f"127.0.0.1:{sys.argv[2]}")
 elastic_launch(agent_settings(1, nodes, timeout_s=60), sys.executable)("-c", *sys.argv[3:])
 """
 
-MEETS_AGENTS = """
+MEETS_DAEMONS = """
 import sys, urllib.error
 from dataclasses import replace
 from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from megatron_p2o.config.read import load_config
-from megatron_p2o.rollout.servers.remote import meet_agents
+from megatron_p2o.rollout.servers.remote import meet_daemons
 
-def refusal(agent):
+def refusal(daemon):
     try:
-        agent.call("GET", "/servers/1")
+        daemon.call("GET", "/servers/1")
     except urllib.error.HTTPError as error:
         return error.code
 
 dist.init_process_group("gloo")
 path = Path(sys.argv[1])
-agents = meet_agents(load_config(path), path)
+daemons = meet_daemons(load_config(path), path)
 if dist.get_rank() == 0:
-    (agent,) = agents
+    (daemon,) = daemons
     store = _get_default_store()
-    told = [key for key in store.list_keys() if b"agent-" in store.get(key) or agent.key.encode() in store.get(key)]
+    told = [key for key in store.list_keys() if b"daemon-" in store.get(key) or daemon.key.encode() in store.get(key)]
     values = [store.get(key).decode() for key in told]
-    print(refusal(agent), refusal(replace(agent, key="another")), agent.key in str(values), values)
+    print(refusal(daemon), refusal(replace(daemon, key="another")), daemon.key in str(values), values)
 dist.barrier()
 """
 
 
-def test_the_key_of_a_node_s_agent_reaches_rank_0_and_is_not_in_the_store(tmp_path: Path) -> None:
+def test_the_key_of_a_node_s_daemon_reaches_rank_0_and_is_not_in_the_store(tmp_path: Path) -> None:
     config = Config(
         run=RunConfig(name="run"),
         model=ModelConfig(path="model"),
@@ -127,7 +127,7 @@ def test_the_key_of_a_node_s_agent_reaches_rank_0_and_is_not_in_the_store(tmp_pa
     command = [sys.executable, "-c", AGENT_OF_ENGINES]
     nodes = [
         subprocess.Popen(
-            [*command, str(node), port, MEETS_AGENTS, str(tmp_path / "config.yaml")], stdout=subprocess.PIPE, text=True
+            [*command, str(node), port, MEETS_DAEMONS, str(tmp_path / "config.yaml")], stdout=subprocess.PIPE, text=True
         )
         for node in (1, 0)
     ]
@@ -136,6 +136,6 @@ def test_the_key_of_a_node_s_agent_reaches_rank_0_and_is_not_in_the_store(tmp_pa
     finally:
         for node in nodes:
             node.kill()
-    # With its key the agent looks for an engine that nobody has started; without, it does not look.
-    assert re.fullmatch(r"500 401 False \['agent-1-[0-9a-f]{32}\.json'\]\n", "".join(printed)), printed
-    assert [path.name for path in (tmp_path / "engines").iterdir()] == ["agent-1.log"]
+    # With its key the daemon looks for an engine that nobody has started; without, it does not look.
+    assert re.fullmatch(r"500 401 False \['daemon-1-[0-9a-f]{32}\.json'\]\n", "".join(printed)), printed
+    assert [path.name for path in (tmp_path / "engines").iterdir()] == ["daemon-1.log"]

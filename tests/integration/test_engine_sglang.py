@@ -1,6 +1,6 @@
 """The rollout engine on real SGLang servers. One pair of servers serves all tests; the last test ends them.
 
-The second of the pair is on another node, as far as the run can tell: behind that node's agent.
+The second of the pair is on another node, as far as the run can tell: behind that node's daemon.
 """
 
 import base64
@@ -32,7 +32,7 @@ from megatron_p2o.rollout.broker import Broker, EnginesLost
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.servers.client import EngineClient
-from megatron_p2o.rollout.servers.remote import ADDRESS_VARIABLE, AgentAddress, start_agent
+from megatron_p2o.rollout.servers.remote import ADDRESS_VARIABLE, DaemonAddress, start_daemon
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
@@ -79,20 +79,20 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def agent(model_path: Path, run_dir: Path) -> Iterator[tuple["subprocess.Popen[bytes]", AgentAddress]]:
+def daemon(model_path: Path, run_dir: Path) -> Iterator[tuple["subprocess.Popen[bytes]", DaemonAddress]]:
     (run_dir / "config.yaml").write_text(dump_config(config_of(model_path)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ADDRESS_VARIABLE, "127.0.0.2")
-        process, address = start_agent(run_dir / "config.yaml", node_rank=1, head_address="127.0.0.1")
+        process, address = start_daemon(run_dir / "config.yaml", node_rank=1, head_address="127.0.0.1")
     with process:
         yield process, address
         process.kill()
 
 
 @pytest.fixture(scope="module")
-def engines(model_path: Path, run_dir: Path, agent: tuple[Any, AgentAddress]) -> Iterator[SglangEngines]:
+def engines(model_path: Path, run_dir: Path, daemon: tuple[Any, DaemonAddress]) -> Iterator[SglangEngines]:
     # A server on the CPU goes through the motions of giving its memory away, and keeps it.
-    with start_engines(config_of(model_path), run_dir, [EOS], [agent[1]], releases_memory=True) as started:
+    with start_engines(config_of(model_path), run_dir, [EOS], [daemon[1]], releases_memory=True) as started:
         yield started
 
 
@@ -358,7 +358,7 @@ class FloatTensor:
 
 
 def test_nobody_without_the_keys_samples_or_changes_weights(
-    engines: SglangEngines, run_dir: Path, agent: tuple["subprocess.Popen[bytes]", AgentAddress]
+    engines: SglangEngines, run_dir: Path, daemon: tuple["subprocess.Popen[bytes]", DaemonAddress]
 ) -> None:
     server, remote = engines._supervisor.servers
 
@@ -376,7 +376,7 @@ def test_nobody_without_the_keys_samples_or_changes_weights(
     assert status("/generate", server.api_key) == 200
     assert status("/generate", None, remote.base_url) == status("/generate", server.admin_key, remote.base_url) == 401
     assert status("/generate", remote.api_key, remote.base_url) == 200
-    process, address = agent
+    process, address = daemon
     keys = (server.api_key, server.admin_key, address.key)
     family = [psutil.Process(pid) for pid in (server.pid, remote.pid, process.pid)]
     family += [child for member in list(family) for child in member.children(recursive=True)]
@@ -386,7 +386,7 @@ def test_nobody_without_the_keys_samples_or_changes_weights(
     assert not [key for key in keys for text in exposed if key in text]
     listening = [c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN]
     assert set(listening) <= {"127.0.0.1", "127.0.0.2", "::"}, "torch's store, inside SGLang, listens everywhere"
-    assert listening.count("127.0.0.2") == 1, "only the agent is there for other nodes"
+    assert listening.count("127.0.0.2") == 1, "only the daemon is there for other nodes"
 
 
 def test_the_host_memory_of_every_engine_is_known_whatever_node_it_is_on(engines: SglangEngines) -> None:

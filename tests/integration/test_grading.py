@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_p2o.config.tree import GradingConfig
-from megatron_p2o.rewards.pool import WorkerPool
 from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rewards.worker_pool import WorkerPool
 from megatron_p2o.types import CORRECT, INCORRECT, Problem
 
 pytestmark = pytest.mark.slow

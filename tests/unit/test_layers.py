@@ -123,15 +123,18 @@ def test_every_listed_layer_exists() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("megatron_p2o.rewards.pool", "from megatron_p2o.data.chat import ChatRenderer"),
-        ("megatron_p2o.rewards.pool", "from megatron_p2o import data"),
-        ("megatron_p2o.rewards.pool", "def later():\n    import megatron_p2o.policy"),
-        ("megatron_p2o.rewards.pool", "from ..data import chat"),
-        ("megatron_p2o.rewards.pool", "if TYPE_CHECKING:\n    from megatron_p2o.evolve.search.pool import Pool"),
-        ("megatron_p2o.rewards.pool", "importlib.import_module('megatron_p2o.run.train')"),
-        ("megatron_p2o.rewards.pool", "from megatron_p2o.testing.fakes import FakePolicy"),
-        ("megatron_p2o.rewards.pool", "from p2o_kernels.logprob import linear_logprob"),
-        ("megatron_p2o.rewards.pool", "from megatron_p2o.config.read import load_config"),
+        ("megatron_p2o.rewards.worker_pool", "from megatron_p2o.data.chat import ChatRenderer"),
+        ("megatron_p2o.rewards.worker_pool", "from megatron_p2o import data"),
+        ("megatron_p2o.rewards.worker_pool", "def later():\n    import megatron_p2o.policy"),
+        ("megatron_p2o.rewards.worker_pool", "from ..data import chat"),
+        (
+            "megatron_p2o.rewards.worker_pool",
+            "if TYPE_CHECKING:\n    from megatron_p2o.evolve.search.candidate_pool import Pool",
+        ),
+        ("megatron_p2o.rewards.worker_pool", "importlib.import_module('megatron_p2o.run.train')"),
+        ("megatron_p2o.rewards.worker_pool", "from megatron_p2o.testing.fakes import FakePolicy"),
+        ("megatron_p2o.rewards.worker_pool", "from p2o_kernels.logprob import linear_logprob"),
+        ("megatron_p2o.rewards.worker_pool", "from megatron_p2o.config.read import load_config"),
         ("megatron_p2o.algorithm", "from megatron_p2o.rewards.registry import make_grader"),
         ("megatron_p2o.algorithm", "from megatron_p2o.run.train import main"),
         ("megatron_p2o.rl.packing", "from megatron_p2o.algorithm import p2o_step"),
@@ -153,7 +156,10 @@ def test_forbidden_import_is_found_however_it_is_written(module: str, source: st
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("megatron_p2o.rewards.pool", "from megatron_p2o.types import Grade\nfrom . import extract\nimport sympy"),
+        (
+            "megatron_p2o.rewards.worker_pool",
+            "from megatron_p2o.types import Grade\nfrom . import extract\nimport sympy",
+        ),
         ("megatron_p2o.policy.model.head", "from p2o_kernels.logprob import linear_logprob\nimport megatron.core"),
         ("megatron_p2o.rollout.servers.server", "import sglang\nfrom megatron_p2o.rl.packing import pack"),
         (

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from megatron_p2o.evolve.record.history import EndedBy, Picked
 from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, ReflectionUnavailable
-from megatron_p2o.evolve.search.pool import Candidate, CandidatePool
+from megatron_p2o.evolve.search.candidate_pool import Candidate, CandidatePool
 from megatron_p2o.evolve.search.round import Round
 from megatron_p2o.evolve.search.score_book import BudgetSpent
 from megatron_p2o.evolve.search.selection import pick_parent

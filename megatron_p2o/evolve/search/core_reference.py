@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from megatron_p2o.evolve.record.history import EndedBy, Picked
 from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, ReflectionUnavailable
 from megatron_p2o.evolve.search.budget import reference_cost
-from megatron_p2o.evolve.search.pool import Candidate
+from megatron_p2o.evolve.search.candidate_pool import Candidate
 from megatron_p2o.evolve.search.round import Round
 from megatron_p2o.evolve.search.selection import reference_selection
 from megatron_p2o.evolve.trial import TemplateRejected, Trial, TrialFailed, total_reward

@@ -15,7 +15,7 @@ from megatron_p2o.rewards.math.exact import ExactJudge, quick_verdict
 from megatron_p2o.rewards.math.match import verdict
 from megatron_p2o.rewards.math.reading.latex import is_refused, is_too_long
 from megatron_p2o.rewards.math.reading.spelling import normal_form
-from megatron_p2o.rewards.pool import WorkerPool
+from megatron_p2o.rewards.worker_pool import WorkerPool
 from megatron_p2o.types import CORRECT, INCORRECT, FinishReason, Grade, Problem
 
 logger = logging.getLogger(__name__)

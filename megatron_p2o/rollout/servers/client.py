@@ -16,7 +16,7 @@ WEIGHTS, KV_CACHE = "weights", "kv_cache"
 """What a server can give the memory of away; SGLang's names."""
 
 GONE = 502
-"""Status with which a node's agent says that the engine behind it is gone; SGLang has no use for it."""
+"""Status with which a node's daemon says that the engine behind it is gone; SGLang has no use for it."""
 
 
 NOT_THE_REQUEST = (401, 403, 404, 405)

@@ -1,4 +1,4 @@
-"""Engines on other nodes, as rank 0 sees them: through the agent of their node."""
+"""Engines on other nodes, as rank 0 sees them: through the daemon of their node."""
 
 import asyncio
 import json
@@ -35,9 +35,9 @@ from megatron_p2o.rollout.servers.server_arguments import EnginePlace, engine_pl
 ADDRESS_VARIABLE = "P2O_NODE_ADDRESS"
 """Environment variable: where the other nodes reach this one, if that is not where it sends from to the head."""
 
-AGENT_MODULE = "megatron_p2o.run.agent"
-ADDRESS_FILE = re.compile(r"agent-\d+-[0-9a-f]{32}\.json")
-AGENT_START_TIMEOUT_S = 120.0
+DAEMON_MODULE = "megatron_p2o.run.node_daemon"
+ADDRESS_FILE = re.compile(r"daemon-\d+-[0-9a-f]{32}\.json")
+DAEMON_START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 30.0
 READY_POLL_S = 0.5
 PIECE_BYTES = 1 << 22
@@ -45,14 +45,14 @@ PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AgentAddress:
-    """How to reach the agent of a node."""
+class DaemonAddress:
+    """How to reach the daemon of a node."""
 
     url: str
     key: str
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the agent's answer.
+        """Return the daemon's answer.
 
         Raises:
             OSError: it is gone, silent, or refuses.
@@ -67,7 +67,7 @@ class AgentAddress:
 class NodeMirror:
     """Implements `client.Mirror`: sends each bucket to a node once, however many engines it has."""
 
-    def __init__(self, address: AgentAddress, timeout_s: float) -> None:
+    def __init__(self, address: DaemonAddress, timeout_s: float) -> None:
         self._address = address
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._placed: dict[int, tuple[int, asyncio.Task[MemoryAddress]]] = {}
@@ -108,13 +108,15 @@ async def pieces_of(bucket: StagingBuffer) -> AsyncIterator[bytes]:
 
 
 class RemoteServer:
-    """Implements `server.Server` for an engine of another node. Its keys are the agent's, which knows the engine's."""
+    """Implements `server.Server` for an engine of another node. Its keys are the daemon's, which knows the engine's."""
 
-    def __init__(self, address: AgentAddress, place: EnginePlace, restart: int, log_path: Path, mirror: Mirror) -> None:
-        """Have the agent start the engine and return without waiting.
+    def __init__(
+        self, address: DaemonAddress, place: EnginePlace, restart: int, log_path: Path, mirror: Mirror
+    ) -> None:
+        """Have the daemon start the engine and return without waiting.
 
         Raises:
-            EngineStartFailed: the agent is gone.
+            EngineStartFailed: the daemon is gone.
         """
         self.name = f"engine {place.index}"
         self.log_path = log_path
@@ -149,7 +151,7 @@ class RemoteServer:
         try:
             return self._address.call("GET", self._path)["log_tail"]
         except OSError as error:
-            return f"the agent of its node does not answer: {error}"
+            return f"the daemon of its node does not answer: {error}"
 
     def host_memory(self) -> HostMemory:
         try:
@@ -161,24 +163,24 @@ class RemoteServer:
         try:
             self._address.call("DELETE", self._path)
         except OSError:
-            return  # the agent is gone, and its engines with it
+            return  # the daemon is gone, and its engines with it
 
     def _call(self, method: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
             return self._address.call(method, self._path, body)
         except OSError as error:
-            raise EngineStartFailed(f"{self.name}: the agent of its node at {self._address.url}: {error}") from error
+            raise EngineStartFailed(f"{self.name}: the daemon of its node at {self._address.url}: {error}") from error
 
 
-def meet_agents(config: Config, config_path: Path) -> list[AgentAddress]:
-    """Start this node's agent if it is this rank's to start; on rank 0 return all agents. All ranks must call.
+def meet_daemons(config: Config, config_path: Path) -> list[DaemonAddress]:
+    """Start this node's daemon if it is this rank's to start; on rank 0 return all daemons. All ranks must call.
 
-    A node that has engines but not rank 0 has an agent. Its first rank starts it and leaves address and key in a file
+    A node that has engines but not rank 0 has a daemon. Its first rank starts it and leaves address and key in a file
     of the run's folder that only its user can read, and the name of that file in torch.distributed's store, which
     anybody in the nodes' network can read.
 
     Raises:
-        EngineStartFailed: an agent did not come up.
+        EngineStartFailed: a daemon did not come up.
         TimeoutError: a file is not to be seen here.
     """
     num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
@@ -188,26 +190,26 @@ def meet_agents(config: Config, config_path: Path) -> list[AgentAddress]:
     store, node = _get_default_store(), int(os.environ["GROUP_RANK"])
     folder = config_path.parent / "engines"
     if dist.get_rank() == 0:
-        keys = [f"{AGENT_MODULE}/{other}" for other in range(1, last_node + 1)]
+        keys = [f"{DAEMON_MODULE}/{other}" for other in range(1, last_node + 1)]
         deadline = time.monotonic() + config.parallel.timeout_s
         store.wait(keys, timedelta(seconds=config.parallel.timeout_s))
         return [take_address(folder, store.get(key).decode(), deadline) for key in keys]
     if 0 < node <= last_node and os.environ["LOCAL_RANK"] == "0":
-        address = start_agent(config_path, node, os.environ["MASTER_ADDR"])[1]
-        store.set(f"{AGENT_MODULE}/{node}", leave_address(folder, node, address))
+        address = start_daemon(config_path, node, os.environ["MASTER_ADDR"])[1]
+        store.set(f"{DAEMON_MODULE}/{node}", leave_address(folder, node, address))
     return []
 
 
-def leave_address(folder: Path, node_rank: int, address: AgentAddress) -> str:
-    """Write how to reach an agent to a new file that only this user can read, and return its name."""
-    name = f"agent-{node_rank}-{secrets.token_hex(16)}.json"
+def leave_address(folder: Path, node_rank: int, address: DaemonAddress) -> str:
+    """Write how to reach a daemon to a new file that only this user can read, and return its name."""
+    name = f"daemon-{node_rank}-{secrets.token_hex(16)}.json"
     with open_private(folder / f".{name}") as file:
         file.write(json.dumps(to_json(address)).encode())
     (folder / f".{name}").rename(folder / name)
     return name
 
 
-def take_address(folder: Path, name: str, deadline: float) -> AgentAddress:
+def take_address(folder: Path, name: str, deadline: float) -> DaemonAddress:
     """Return what `leave_address` has written, perhaps on another machine, and remove it.
 
     Raises:
@@ -215,31 +217,33 @@ def take_address(folder: Path, name: str, deadline: float) -> AgentAddress:
         ValueError: `name` is not one of `leave_address`.
     """
     if not ADDRESS_FILE.fullmatch(name):
-        raise ValueError(f"{name!r} in the store of the ranks names no agent: somebody else writes to it")
+        raise ValueError(f"{name!r} in the store of the ranks names no daemon: somebody else writes to it")
     path = folder / name
     while not path.exists():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{path}, written by another node, is not to be seen here: do all nodes share {folder}?")
         os.listdir(folder)  # has a network filesystem look again
         time.sleep(READY_POLL_S)
-    address = from_text(AgentAddress, path.read_bytes())
+    address = from_text(DaemonAddress, path.read_bytes())
     path.unlink()
     return address
 
 
-def start_agent(config_path: Path, node_rank: int, head_address: str) -> tuple["subprocess.Popen[bytes]", AgentAddress]:
-    """Start the agent of this node as a child process that ends with the calling thread.
+def start_daemon(
+    config_path: Path, node_rank: int, head_address: str
+) -> tuple["subprocess.Popen[bytes]", DaemonAddress]:
+    """Start the daemon of this node as a child process that ends with the calling thread.
 
     Raises:
         EngineStartFailed: it did not come up.
     """
     key = secrets.token_urlsafe(32)
-    log_path = config_path.parent / "engines" / f"agent-{node_rank}.log"
+    log_path = config_path.parent / "engines" / f"daemon-{node_rank}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     address = os.environ.get(ADDRESS_VARIABLE) or own_address(head_address)
     with open_private(log_path) as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", AGENT_MODULE, str(config_path), address, "--parent", str(os.getpid())],
+            [sys.executable, "-m", DAEMON_MODULE, str(config_path), address, "--parent", str(os.getpid())],
             env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -248,15 +252,15 @@ def start_agent(config_path: Path, node_rank: int, head_address: str) -> tuple["
     assert process.stdin is not None and process.stdout is not None
     with suppress(BrokenPipeError), process.stdin as pipe:  # it died: what it printed says why
         pipe.write(f"{key}\n".encode())
-    is_there, _, _ = select.select([process.stdout], [], [], AGENT_START_TIMEOUT_S)
+    is_there, _, _ = select.select([process.stdout], [], [], DAEMON_START_TIMEOUT_S)
     url = process.stdout.readline().decode().strip() if is_there else ""
     if not url:
         process.kill()
         raise EngineStartFailed(
-            f"the engines' agent of node {node_rank} did not listen at {address} within {AGENT_START_TIMEOUT_S:g} s; "
+            f"the daemon of node {node_rank} did not listen at {address} within {DAEMON_START_TIMEOUT_S:g} s; "
             f"set {ADDRESS_VARIABLE} if that is not this node's address; log: {log_path}\n{log_path.read_text()}"
         )
-    return process, AgentAddress(url=url, key=key)
+    return process, DaemonAddress(url=url, key=key)
 
 
 def own_address(head_address: str) -> str:

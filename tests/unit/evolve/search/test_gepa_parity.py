@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.evolve.search.pool import CandidatePool, Score
+from megatron_p2o.evolve.search.candidate_pool import CandidatePool, Score
 from megatron_p2o.evolve.search.selection import EXPLORATION_SHARE, pick_parent
 from megatron_p2o.evolve.trial import Trial, total_reward
 

@@ -14,7 +14,7 @@ from megatron_p2o.evolve.search.budget import (
     split_problems,
     split_sizes,
 )
-from megatron_p2o.evolve.search.pool import CandidatePool, Score
+from megatron_p2o.evolve.search.candidate_pool import CandidatePool, Score
 from megatron_p2o.evolve.search.publish import assign, greedy_cover
 from megatron_p2o.evolve.search.selection import EXPLORATION_SHARE, front_credit, pick_parent, reference_selection
 from megatron_p2o.types import PLAIN, Template

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from megatron_p2o.config.tree import GradingConfig
-from megatron_p2o.rewards.pool import WorkerPool
 from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rewards.worker_pool import WorkerPool
 from megatron_p2o.rewards.workers import GraderFailed
 from megatron_p2o.types import CORRECT, INCORRECT, Grade, Problem
 

@@ -1,4 +1,4 @@
-"""The process of `rollout.servers.agent`: `python -m megatron_p2o.run.agent CONFIG ADDRESS`, the key on standard input.
+"""The process of `rollout.servers.daemon`: `python -m megatron_p2o.run.node_daemon CONFIG ADDRESS`, its key on stdin.
 
 Prints the URL it listens at as its only line.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 from megatron_p2o.config.read import load_config
 from megatron_p2o.machine.memory_plan import with_planned_cache
 from megatron_p2o.processes import allow_many_files, end_with_parent
-from megatron_p2o.rollout.servers.agent import serve
+from megatron_p2o.rollout.servers.daemon import serve
 from megatron_p2o.terminal import set_up_logging
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="megatron_p2o.run.agent")
+    parser = argparse.ArgumentParser(prog="megatron_p2o.run.node_daemon")
     parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
     parser.add_argument("address", help="this node's own, to listen at")
     parser.add_argument("--parent", type=int, metavar="PID", required=True, help="ends with this process")

@@ -1,6 +1,6 @@
-"""The engines' agent on a node that rank 0 is not on: starts engines there, passes requests on, holds weights for them.
+"""The daemon of a node that rank 0 is not on: starts engines there, passes requests on, holds weights for them.
 
-That node's first rank starts it (`run.agent`); rank 0 talks to it through `rollout.servers.remote`. It is the one
+That node's first rank starts it (`run.node_daemon`); rank 0 talks to it through `rollout.servers.remote`. It is the one
 process of a run that listens at an address other machines reach, and only in runs of several nodes: the engines stay on
 loopback behind it, because SGLang's weight routes unpickle what they are sent.
 """
@@ -38,7 +38,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(slots=True)
-class HostedEngine:
+class HostedServer:
     """A server of this node and how far it is."""
 
     server: EngineServer
@@ -48,7 +48,7 @@ class HostedEngine:
 
 
 @dataclass(slots=True)
-class Agent:
+class NodeDaemon:
     """What this node holds for the run."""
 
     config: Config
@@ -56,7 +56,7 @@ class Agent:
     key: str
     session: aiohttp.ClientSession
     """To the engines."""
-    engines: dict[str, HostedEngine] = field(default_factory=dict[str, HostedEngine])
+    engines: dict[str, HostedServer] = field(default_factory=dict[str, HostedServer])
     staging: dict[int, MemoryFile] = field(default_factory=dict[int, MemoryFile])
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32))
     """Starting and ending servers takes seconds to minutes."""
@@ -96,7 +96,7 @@ class Agent:
         if old is not None:
             await self._in_thread(old.server.stop)
         server = await self._in_thread(lambda: start_server(self.config, self.run_dir, place, wanted["restart"]))
-        engine = self.engines[request.match_info["index"]] = HostedEngine(server)
+        engine = self.engines[request.match_info["index"]] = HostedServer(server)
         self.pool.submit(self._wait_until_ready, engine)
         return self._description(engine)
 
@@ -138,7 +138,7 @@ class Agent:
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             return web.Response(status=GONE, text=repr(error))
 
-    def _wait_until_ready(self, engine: HostedEngine) -> None:
+    def _wait_until_ready(self, engine: HostedServer) -> None:
         try:
             engine.server.wait_until_ready(self.config.rollout.startup_timeout_s)
             engine.state = "ready"
@@ -146,7 +146,7 @@ class Agent:
             engine.error = str(error)
             engine.state = "failed"
 
-    def _description(self, engine: HostedEngine) -> web.Response:
+    def _description(self, engine: HostedServer) -> web.Response:
         return web.json_response(
             {
                 "state": engine.state,
@@ -166,8 +166,8 @@ async def serve(config: Config, run_dir: Path, key: str, address: str) -> None:
     """Listen at a free port of `address`, print the URL, and go on until the process is ended."""
     limit = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limit) as session:
-        agent = Agent(config=config, run_dir=run_dir, key=key, session=session)
-        runner = web.AppRunner(agent.application(), access_log=None, shutdown_timeout=0)
+        daemon = NodeDaemon(config=config, run_dir=run_dir, key=key, session=session)
+        runner = web.AppRunner(daemon.application(), access_log=None, shutdown_timeout=0)
         await runner.setup()
         site = web.TCPSite(runner, address, 0)
         await site.start()
@@ -176,4 +176,4 @@ async def serve(config: Config, run_dir: Path, key: str, address: str) -> None:
             await asyncio.Event().wait()
         finally:
             await runner.cleanup()
-            agent.close()
+            daemon.close()
