@@ -370,12 +370,12 @@ def test_a_loop_that_is_held_up_is_an_error_that_says_of_what() -> None:
         adding = threading.Thread(target=broker.add_engine, args=("engine 1", make_client, str))
         adding.start()
         assert is_held.wait(WAIT_S)
-        broker._loop_timeout_s = 0.05
+        broker._thread._timeout_s = 0.05
         with pytest.raises(TimeoutError, match=r"did not admit nobody within 0\.05 s.*grading\.num_workers.*run\.dir"):
             broker.admit(NOBODY)
         with pytest.raises(TimeoutError, match=r"did not serve version 3 within 0\.05 s"):
             broker.serve(3)
-        broker._loop_timeout_s = WAIT_S
+        broker._thread._timeout_s = WAIT_S
         may_go_on.set()
         adding.join()
 
@@ -408,7 +408,7 @@ def test_aborts_that_find_the_engine_gone_say_nothing(error: Exception, caplog: 
         for future in futures:
             future.cancel()
         settled(broker)
-        while broker._chores - {engine.heartbeat for engine in broker._engines}:
+        while broker._thread.chores - {engine.heartbeat for engine in broker._engines}:
             settled(broker)
     warned = [record for record in caplog.records if "could not abort" in record.message]
     assert len(warned) == (0 if isinstance(error, EngineUnreachable) else 50)

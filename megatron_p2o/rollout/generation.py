@@ -1,0 +1,59 @@
+"""One request at one engine: sampled within its time, cut short when that is over."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from megatron_p2o.rollout.requests import EngineHandle, GenerationRequest, StoppableClock
+from megatron_p2o.rollout.servers.client import Generation
+
+ABORT_GRACE_S = 10.0
+"""How long an engine may take to hand over what an aborted request has so far."""
+
+STOPPED_POLL_S = 1.0
+"""How often to look whether a clock that stands still goes on."""
+
+logger = logging.getLogger(__name__)
+
+
+class TimedGeneration:
+    """Has engines sample, each request for a limited time."""
+
+    def __init__(
+        self, clock: StoppableClock, timeout_s: float, later: Callable[[Coroutine[Any, Any, None]], object]
+    ) -> None:
+        """Args:
+        timeout_s: longest wait for an engine's answer, by `clock`.
+        later: runs something nobody waits for.
+        """
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._later = later
+
+    async def generate(self, request: GenerationRequest, engine: EngineHandle) -> Generation | None:
+        """Return what the engine sampled, cut short when the time is over; None when it does not hand even that over.
+
+        Raises what the engine's client raises. Cancelled, it has the engine drop the request.
+        """
+        client = engine.client
+        answer = asyncio.ensure_future(client.generate(request.prompt.sampling_ids, request.sampling, request.id))
+        try:
+            if not await self._comes_in_time(answer):
+                await client.abort(request.id)
+            return await asyncio.wait_for(answer, ABORT_GRACE_S)
+        except TimeoutError:
+            logger.warning("%s did not end %s within rollout.request_timeout_s", engine.name, request.id)
+            return None
+        except asyncio.CancelledError:
+            if not engine.is_lost:
+                self._later(client.abort(request.id))
+            raise
+        finally:
+            answer.cancel()
+
+    async def _comes_in_time(self, answer: "asyncio.Future[Generation]") -> bool:
+        deadline_s = self._clock.now_s() + self._timeout_s
+        while not answer.done() and (left_s := deadline_s - self._clock.now_s()) > 0:
+            await asyncio.wait([answer], timeout=max(left_s, STOPPED_POLL_S) if self._clock.is_stopped else left_s)
+        return answer.done()

@@ -1,0 +1,70 @@
+"""Which waiting request goes next, and to which engine."""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+
+from megatron_p2o.rollout.requests import EVERYONE, PRIORITIES, EngineHandle, GenerationRequest, Priority
+
+
+class RequestQueues:
+    """The requests that have no slot yet, and the engine that has each problem's prompt in its cache."""
+
+    def __init__(self, slots_per_engine: int) -> None:
+        self._slots = slots_per_engine
+        self._queues: dict[Priority, deque[GenerationRequest]] = {priority: deque() for priority in PRIORITIES}
+        self._homes: dict[str, EngineHandle] = {}
+        self._num_open: Counter[str] = Counter()
+        """Requests of each problem that have been added and not settled."""
+        self.admitted: frozenset[Priority] = EVERYONE
+        """Requests of other priorities wait."""
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a new request; it is open until `settled`."""
+        self._num_open[request.prompt.problem.id] += 1
+        self._queues[request.priority].append(request)
+
+    def add_again(self, request: GenerationRequest) -> None:
+        """Queue an open request before the others: its engine was lost."""
+        self._queues[request.priority].appendleft(request)
+
+    def take(self, engines: Sequence[EngineHandle]) -> tuple[GenerationRequest, EngineHandle] | None:
+        """Return the request that goes next and the engine it goes to; None while it has to wait or there is none."""
+        for priority in PRIORITIES:
+            queue = self._queues[priority]
+            if priority in self.admitted and queue:
+                engine = self._engine_for(queue[0].prompt.problem.id, engines)
+                return None if engine is None else (queue.popleft(), engine)
+        return None
+
+    def remove(self, request: GenerationRequest) -> bool:
+        """Take a request out and return whether it was waiting."""
+        queue = self._queues[request.priority]
+        is_waiting = request in queue
+        if is_waiting:
+            queue.remove(request)
+        return is_waiting
+
+    def take_all(self) -> Iterator[GenerationRequest]:
+        """Yield and take out every waiting request, admitted or not."""
+        for queue in self._queues.values():
+            while queue:
+                yield queue.popleft()
+
+    def settled(self, request: GenerationRequest) -> None:
+        """Close an open request; with its last one a problem loses its engine."""
+        problem_id = request.prompt.problem.id
+        self._num_open[problem_id] -= 1
+        if self._num_open[problem_id] == 0:
+            del self._num_open[problem_id]
+            self._homes.pop(problem_id, None)
+
+    def _engine_for(self, problem_id: str, engines: Sequence[EngineHandle]) -> EngineHandle | None:
+        """Return the engine that has the problem's prompt in its cache, else the least loaded; None if all are full."""
+        free = [engine for engine in engines if engine.num_running < self._slots]
+        if not free:
+            return None
+        home = self._homes.get(problem_id)
+        if home not in free:
+            home = min(free, key=lambda engine: engine.num_running)
+            self._homes[problem_id] = home
+        return home

@@ -1,0 +1,96 @@
+"""Which request goes next, and where: the rules without an event loop."""
+
+import asyncio
+from concurrent.futures import Future
+from typing import Any, cast
+
+from megatron_p2o.rollout.queues import RequestQueues
+from megatron_p2o.rollout.requests import EVERYONE, NOBODY, EngineHandle, GenerationRequest, Priority
+from megatron_p2o.testing.fakes import FakeRenderer, fake_problem
+from megatron_p2o.types import PLAIN, SamplingParams
+
+
+def request(number: int, priority: Priority = "training") -> GenerationRequest:
+    prompt = FakeRenderer().render(fake_problem(number), PLAIN)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=8)
+    return GenerationRequest(f"request {number}", prompt, sampling, priority, Future())
+
+
+def engine(name: str) -> EngineHandle:
+    return EngineHandle(name, cast(Any, None), str)
+
+
+def start(queues: RequestQueues, *engines: EngineHandle) -> tuple[GenerationRequest, str] | None:
+    """Give the next request its slot, as the broker does."""
+    taken = queues.take(engines)
+    if taken is None:
+        return None
+    one, where = taken
+    where.running[one] = cast("asyncio.Task[None]", None)
+    return one, where.name
+
+
+def test_training_goes_first_whatever_came_first() -> None:
+    queues, only = RequestQueues(slots_per_engine=8), engine("a")
+    late, early = request(1), request(2, "evolution")
+    queues.add(early)
+    queues.add(late)
+    assert [start(queues, only), start(queues, only), start(queues, only)] == [(late, "a"), (early, "a"), None]
+
+
+def test_a_priority_that_is_not_admitted_waits_and_others_pass_it() -> None:
+    queues, only = RequestQueues(slots_per_engine=8), engine("a")
+    training, evolution = request(1), request(2, "evolution")
+    queues.add(training)
+    queues.add(evolution)
+    queues.admitted = NOBODY
+    assert start(queues, only) is None
+    queues.admitted = frozenset[Priority]({"evolution"})
+    assert [start(queues, only), start(queues, only)] == [(evolution, "a"), None]
+    queues.admitted = EVERYONE
+    assert start(queues, only) == (training, "a")
+
+
+def test_evolution_does_not_take_the_slot_that_training_waits_for() -> None:
+    queues, only = RequestQueues(slots_per_engine=1), engine("a")
+    for each in (request(1), request(2), request(3, "evolution")):
+        queues.add(each)
+    assert start(queues, only) is not None
+    assert start(queues, only) is None
+
+
+def test_a_problem_keeps_its_engine_until_its_last_request_has_settled() -> None:
+    queues, a, b = RequestQueues(slots_per_engine=2), engine("a"), engine("b")
+    first, second, third, other = request(1), request(1), request(1), request(2)
+    for each in (first, other, second):
+        queues.add(each)
+    assert start(queues, a, b) == (first, "a")
+    assert start(queues, a, b) == (other, "b")  # the least loaded
+    b.running.clear()
+    assert start(queues, a, b) == (second, "a")  # where the prompt is cached, though b is idle
+    queues.add(third)
+    assert start(queues, a, b) == (third, "b")  # a is full: the problem moves
+    a.running.clear()
+    b.running.clear()
+    for each in (first, second, third):
+        queues.settled(each)
+    queues.add(again := request(1))
+    assert start(queues, a, b) == (again, "a")
+
+
+def test_a_request_of_a_lost_engine_goes_before_the_others() -> None:
+    queues, only = RequestQueues(slots_per_engine=8), engine("a")
+    for each in (lost := request(1), waiting := request(2)):
+        queues.add(each)
+    assert start(queues, only) == (lost, "a")
+    queues.add_again(lost)
+    assert [start(queues, only), start(queues, only)] == [(lost, "a"), (waiting, "a")]
+
+
+def test_a_request_is_removed_once_and_only_while_it_waits() -> None:
+    queues, only = RequestQueues(slots_per_engine=8), engine("a")
+    for each in (gone := request(1), kept := request(2, "evolution")):
+        queues.add(each)
+    assert queues.remove(gone) and not queues.remove(gone)
+    assert list(queues.take_all()) == [kept]
+    assert start(queues, only) is None
