@@ -6,13 +6,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_p2o.evaluation.outcome import Answer
+from megatron_p2o.evaluation.outcome import GradedResponse
 from megatron_p2o.metrics.jsonl import JsonObject, keep_lines, read_lines, read_records
 from megatron_p2o.records import from_json, to_json
 
 
 class AnswerFile:
-    """`<set>.jsonl`: a first line {"settings": ...} of what the answers depend on, then one `Answer` a line.
+    """`<set>.jsonl`: a first line {"settings": ...} of what the answers depend on, then one `GradedResponse` a line.
 
     Used in `with`. A line that a kill has torn is dropped, a damaged one passed over: it is answered again. Written by
     one process.
@@ -29,7 +29,7 @@ class AnswerFile:
         first = next(read_lines(path), None)
         if first is not None:
             _check_settings(path, first.get("settings"), settings)
-        answers = read_records(path, lambda line: None if "settings" in line else from_json(Answer, line))
+        answers = read_records(path, lambda line: None if "settings" in line else from_json(GradedResponse, line))
         self.answers = {
             (answer.problem_id, answer.sample): answer for answer in answers if answer is not None and answer.is_decided
         }
@@ -39,7 +39,7 @@ class AnswerFile:
         if first is None:
             self._write({"settings": dict(settings)})
 
-    def append(self, answer: Answer) -> None:
+    def append(self, answer: GradedResponse) -> None:
         """Keep an answer: it is handed to the operating system before this returns."""
         self._write(to_json(answer))
         self.answers[answer.problem_id, answer.sample] = answer

@@ -29,9 +29,9 @@ from megatron_p2o.evaluation.outcome import (
     BOOTSTRAP_SEED,
     Evaluation,
     NothingDecided,
-    answer_of,
     evaluation_of,
     evaluation_record,
+    graded_response,
     problems_digest,
 )
 from megatron_p2o.evaluation.protocol import Protocol, all_asked, answered, evaluation_sampling, protocol_of
@@ -165,7 +165,7 @@ def answer(benchmarks: Sequence[Benchmark], parts: SamplingParts, config: Config
         sampling = evaluation_sampling(config, benchmark.protocol)
         with EvaluationProgress(benchmark.name, **asdict(benchmark.protocol), **counts) as progress:
             for sample, rollout in answered(missing, sampling, parts):
-                benchmark.file.append(answer_of(rollout, sample, parts.renderer.decode(rollout.completion)))
+                benchmark.file.append(graded_response(rollout, sample, parts.renderer.decode(rollout.completion)))
                 progress.advance()
 
 

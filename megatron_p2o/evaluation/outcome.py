@@ -20,8 +20,8 @@ class NothingDecided(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """One graded answer. A set holds one per problem and sample index."""
+class GradedResponse:
+    """One graded response to a problem of a set. A set holds one per problem and sample index."""
 
     problem_id: str
     sample: int
@@ -87,11 +87,11 @@ class Evaluation:
     """Problems that were too long under the template of a templated evaluation, and asked without it."""
 
 
-def answer_of(rollout: Rollout, sample: int, response: str = "") -> Answer:
+def graded_response(rollout: Rollout, sample: int, response: str = "") -> GradedResponse:
     """Return a rollout as the `sample`-th answer to its problem."""
     completion = rollout.completion
     problem = completion.prompt.problem
-    return Answer(
+    return GradedResponse(
         problem_id=problem.id,
         sample=sample,
         grade=rollout.grade,
@@ -104,7 +104,7 @@ def answer_of(rollout: Rollout, sample: int, response: str = "") -> Answer:
 
 
 def evaluation_of(
-    answers: Sequence[Answer],
+    answers: Sequence[GradedResponse],
     problems: Sequence[Problem],
     samples_per_problem: int,
     temperature: float,

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_p2o.config.tree import Config
-from megatron_p2o.evaluation.outcome import Evaluation, answer_of, evaluation_of
+from megatron_p2o.evaluation.outcome import Evaluation, evaluation_of, graded_response
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.rl.sampling import SamplingParts, asked, graded_rollouts
 from megatron_p2o.seeds import seed_of
@@ -52,7 +52,7 @@ def evaluate(
     protocol = protocol_of(name, len(problems), config)
     sampling = evaluation_sampling(config, protocol)
     rollouts = list(answered(all_asked(problems, protocol), sampling, parts, template))
-    answers = [answer_of(rollout, sample) for sample, rollout in rollouts]
+    answers = [graded_response(rollout, sample) for sample, rollout in rollouts]
     prompts = [rollout.completion.prompt for _, rollout in rollouts]
     too_long = {prompt.problem.id for prompt in prompts if prompt.is_templated != bool(template.text)}
     return evaluation_of(answers, problems, protocol.num_samples, protocol.temperature, len(too_long))

@@ -16,7 +16,7 @@ HEAD_CHARACTERS, TAIL_CHARACTERS = 1500, 700
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class ShownResponse:
     """One response."""
 
     label: str
@@ -29,18 +29,18 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """A problem and up to three of its answers, oldest first."""
+class ShownProblem:
+    """A problem and up to three responses to it, oldest first."""
 
     problem_id: str
     level: str
     question: str
     gold: str
     is_internalised: bool
-    answers: Sequence[Answer]
+    answers: Sequence[ShownResponse]
 
 
-def find_examples(run: Run, limit: int = NUM_EXAMPLES) -> list[Example]:
+def find_examples(run: Run, limit: int = NUM_EXAMPLES) -> list[ShownProblem]:
     """Return problems that templates helped, internalised ones first; for a run without templates, any of its problems.
 
     Opens only the rollout files of the steps in question; problems whose steps were not written out are passed over.
@@ -51,7 +51,7 @@ def find_examples(run: Run, limit: int = NUM_EXAMPLES) -> list[Example]:
     candidates = list(dict.fromkeys([*spread(internalised, limit), *spread(helped, limit), *internalised, *helped]))
     if not candidates:
         candidates = spread([entry.problem_id for entry in run.ledger], limit)
-    examples: list[Example] = []
+    examples: list[ShownProblem] = []
     for problem_id in candidates[: 4 * limit]:
         example = _example(problem_id, run.ledger, reader, problem_id in internalised)
         if example is not None:
@@ -93,7 +93,7 @@ def shortened(text: str) -> str:
 
 def _example(
     problem_id: str, ledger: Iterable[LedgerEntry], reader: RolloutReader, is_internalised: bool
-) -> Example | None:
+) -> ShownProblem | None:
     history = [entry for entry in ledger if entry.problem_id == problem_id]
     helped = next((entry for entry in history if entry.templated_solved), None)
     wanted: list[tuple[str, LedgerEntry, bool, bool]] = []
@@ -113,7 +113,7 @@ def _example(
     if not found:
         return None
     any_line = found[0][2]
-    return Example(
+    return ShownProblem(
         problem_id=problem_id,
         level=str(any_line["level"]),
         question=str(any_line["question"]),
@@ -128,8 +128,8 @@ def _fits(is_templated: bool, is_correct: bool) -> Callable[[JsonObject], bool]:
     return lambda line: line["is_templated"] == is_templated and line["grade"] == wanted
 
 
-def _answer(label: str, line: JsonObject) -> Answer:
-    return Answer(
+def _answer(label: str, line: JsonObject) -> ShownResponse:
+    return ShownResponse(
         label=label,
         text=shortened(str(line["response"])),
         is_correct=line["grade"] == "correct",

@@ -18,7 +18,7 @@ LINEAGE_EVENTS: Mapping[str, type[LineageEvent]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JournalledTemplate:
+class ReflectedTemplate:
     """A candidate that reflection wrote."""
 
     id: int
@@ -29,22 +29,22 @@ class JournalledTemplate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JournalledRound:
+class RoundLineage:
     """The candidates of one round."""
 
     version: int
     """Of the library it published."""
-    candidates: Mapping[int, JournalledTemplate]
+    candidates: Mapping[int, ReflectedTemplate]
     """By id; those the round began with are not among them."""
 
 
-def read_rounds(directory: Path) -> list[JournalledRound]:
+def read_rounds(directory: Path) -> list[RoundLineage]:
     """Return the rounds that have published a library, from `journal-*.jsonl` files; none when there is no folder."""
     rounds = [_round(path) for path in sorted(directory.glob("journal-*.jsonl"))]
     return [found for found in rounds if found is not None]
 
 
-def ancestors(round_: JournalledRound, template_id: int) -> Iterator[JournalledTemplate]:
+def ancestors(round_: RoundLineage, template_id: int) -> Iterator[ReflectedTemplate]:
     """Yield the template's ancestors that the round wrote, nearest first."""
     known = round_.candidates.get(template_id)
     while known is not None and known.parent != PLAIN.id:
@@ -53,10 +53,10 @@ def ancestors(round_: JournalledRound, template_id: int) -> Iterator[JournalledT
             yield known
 
 
-def _round(path: Path) -> JournalledRound | None:
+def _round(path: Path) -> RoundLineage | None:
     picks: dict[int, Picked] = {}
     texts: dict[int, str] = {}
-    candidates: dict[int, JournalledTemplate] = {}
+    candidates: dict[int, ReflectedTemplate] = {}
     version: int | None = None
     for event in _events(path):
         match event:
@@ -66,7 +66,7 @@ def _round(path: Path) -> JournalledRound | None:
                 texts[event.proposal] = event.text
             case Accepted():
                 pick = picks[event.proposal]
-                candidates[event.candidate] = JournalledTemplate(
+                candidates[event.candidate] = ReflectedTemplate(
                     id=event.candidate,
                     text=texts[event.proposal],
                     parent=pick.parent,
@@ -74,7 +74,7 @@ def _round(path: Path) -> JournalledRound | None:
                 )
             case Published():
                 version = event.version
-    return None if version is None else JournalledRound(version=version, candidates=candidates)
+    return None if version is None else RoundLineage(version=version, candidates=candidates)
 
 
 def _events(path: Path) -> Iterator[LineageEvent]:

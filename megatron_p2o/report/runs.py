@@ -12,7 +12,7 @@ from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.jsonl import JsonObject, read_lines, read_records
 from megatron_p2o.metrics.read import MetricLine, read_metrics, read_object
 from megatron_p2o.records import from_json
-from megatron_p2o.report.lineage import JournalledRound, ancestors, read_rounds
+from megatron_p2o.report.lineage import RoundLineage, ancestors, read_rounds
 from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
 from megatron_p2o.types import Template
 
@@ -21,7 +21,7 @@ Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LibraryTemplate:
+class ShownTemplate:
     """A template of a library's lineage, as the report shows it."""
 
     id: int
@@ -35,12 +35,12 @@ class LibraryTemplate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedLibrary:
+class ShownLibrary:
     """One `templates/library-<version>.json`."""
 
     version: int
-    templates: Sequence[LibraryTemplate]
-    ancestors: Sequence[LibraryTemplate]
+    templates: Sequence[ShownTemplate]
+    ancestors: Sequence[ShownTemplate]
     """Of the templates, as far as the round's journal tells them."""
     num_problems: Mapping[int, int]
     """Template id to the number of problems it is assigned to."""
@@ -56,7 +56,7 @@ class Run:
     seed: int | None
     """None when the run recorded none."""
     lines: Sequence[MetricLine]
-    libraries: Sequence[PublishedLibrary]
+    libraries: Sequence[ShownLibrary]
     """Oldest first; empty for a run without evolution."""
     ledger: Sequence[LedgerEntry]
     rounds: Sequence[JsonObject]
@@ -122,7 +122,7 @@ def _settings_in(path: Path) -> object:
         raise ValueError(f"{path} cannot be read ({error}): restore it") from error
 
 
-def read_libraries(directory: Path) -> list[PublishedLibrary]:
+def read_libraries(directory: Path) -> list[ShownLibrary]:
     """Return the published libraries of a run directory, oldest first; empty when the run has none."""
     rounds = {found.version: found for found in read_rounds(directory / "evolution")}
     libraries = [_library_in(path, rounds) for path in sorted((directory / "templates").glob("library-*.json"))]
@@ -137,14 +137,14 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
     return list(entries.values())
 
 
-def _library_in(path: Path, rounds: Mapping[int, JournalledRound]) -> PublishedLibrary:
+def _library_in(path: Path, rounds: Mapping[int, RoundLineage]) -> ShownLibrary:
     try:
         stored = from_json(LibraryFile, read_json_object(path), skips_unknown=True)
     except ValueError as error:
         raise ValueError(f"{path} is no library of templates ({error}): restore it") from error
     templates = [_template(template) for template in stored.templates]
     assigned = Counter(template_id for ids in stored.assignments.values() for template_id in set(ids))
-    return PublishedLibrary(
+    return ShownLibrary(
         version=stored.version,
         templates=templates,
         ancestors=_ancestors(templates, rounds[stored.version]) if stored.version in rounds else [],
@@ -152,11 +152,11 @@ def _library_in(path: Path, rounds: Mapping[int, JournalledRound]) -> PublishedL
     )
 
 
-def _ancestors(templates: Sequence[LibraryTemplate], round_: JournalledRound) -> list[LibraryTemplate]:
+def _ancestors(templates: Sequence[ShownTemplate], round_: RoundLineage) -> list[ShownTemplate]:
     published = {template.id for template in templates}
     found = {older.id: older for template in templates for older in ancestors(round_, template.id)}
     return [
-        LibraryTemplate(
+        ShownTemplate(
             id=older.id,
             text=older.text,
             parent=older.parent,
@@ -169,8 +169,8 @@ def _ancestors(templates: Sequence[LibraryTemplate], round_: JournalledRound) ->
     ]
 
 
-def _template(template: Template) -> LibraryTemplate:
-    return LibraryTemplate(
+def _template(template: Template) -> ShownTemplate:
+    return ShownTemplate(
         id=template.id,
         text=template.text,
         parent=template.parent,

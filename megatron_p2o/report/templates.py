@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_p2o.report.charts import number_text
-from megatron_p2o.report.examples import Example, find_examples
-from megatron_p2o.report.runs import LibraryTemplate, PublishedLibrary, Run
+from megatron_p2o.report.examples import ShownProblem, find_examples
+from megatron_p2o.report.runs import Run, ShownLibrary, ShownTemplate
 from megatron_p2o.types import PLAIN
 
 
@@ -56,7 +56,7 @@ class RunExamples:
     """Problems of one run with their answers."""
 
     name: str
-    examples: Sequence[Example]
+    examples: Sequence[ShownProblem]
 
 
 def templates_of(runs: Sequence[Run]) -> list[RunTemplates]:
@@ -102,26 +102,26 @@ def word_changes(before: str, after: str) -> list[Words]:
 class _Lineage:
     """One library as a forest. Ids are unique within a version; between versions only the text tells."""
 
-    library: PublishedLibrary
+    library: ShownLibrary
     earlier: Mapping[str, int]
     """Text of every template of an earlier library to the first version that held it."""
 
-    def parent_of(self, template: LibraryTemplate) -> LibraryTemplate | None:
+    def parent_of(self, template: ShownTemplate) -> ShownTemplate | None:
         """Return the parent as far as library and journal know it; None for what the round began with."""
         if template.parent is None or template.parent == template.id:
             return None
         return next((other for other in self.templates() if other.id == template.parent), None)
 
-    def templates(self) -> list[LibraryTemplate]:
+    def templates(self) -> list[ShownTemplate]:
         """Return the published templates and their known ancestors."""
         return [*self.library.templates, *self.library.ancestors]
 
-    def below(self, parent: LibraryTemplate | None) -> list[LibraryTemplate]:
+    def below(self, parent: ShownTemplate | None) -> list[ShownTemplate]:
         """Return the templates reflected from `parent` (None: the roots), those with the best descendant first."""
         children = [template for template in self.templates() if self.parent_of(template) == parent]
         return sorted(children, key=lambda template: (-self.best_score(template), template.id))
 
-    def best_score(self, template: LibraryTemplate) -> float:
+    def best_score(self, template: ShownTemplate) -> float:
         """Return the best score among a template and what descends from it."""
         return max(template.score or 0.0, *(self.best_score(child) for child in self.below(template)), 0.0)
 
@@ -140,7 +140,7 @@ def _run_templates(run: Run) -> RunTemplates:
     return RunTemplates(name=run.name, libraries=trees[::-1])
 
 
-def _node(template: LibraryTemplate, lineage: _Lineage) -> TemplateNode:
+def _node(template: ShownTemplate, lineage: _Lineage) -> TemplateNode:
     parent = lineage.parent_of(template)
     return TemplateNode(
         id=template.id,
@@ -151,7 +151,7 @@ def _node(template: LibraryTemplate, lineage: _Lineage) -> TemplateNode:
     )
 
 
-def _facts(template: LibraryTemplate, lineage: _Lineage) -> Iterator[str]:
+def _facts(template: ShownTemplate, lineage: _Lineage) -> Iterator[str]:
     if template.score is None:
         yield "an ancestor, not published"
     else:

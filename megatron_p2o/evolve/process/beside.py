@@ -22,7 +22,7 @@ class Rounds(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Round:
+class _RoundBeside:
     running: RunningRound
     based_on: int
     """Version of the library that was in use when it began."""
@@ -37,7 +37,7 @@ class BesideTraining:
 
     def __init__(self, rounds: Rounds) -> None:
         self._rounds = rounds
-        self._round: _Round | None = None
+        self._round: _RoundBeside | None = None
 
     @property
     def running(self) -> RunningRound | None:
@@ -48,7 +48,7 @@ class BesideTraining:
         library = self.newest(library)
         if self._round is None:
             problem_ids = tuple(dict.fromkeys(problem.id for problem in hard))
-            self._round = _Round(
+            self._round = _RoundBeside(
                 running=RunningRound(epoch=epoch, problem_ids=problem_ids),
                 based_on=library.version,
                 library=self._rounds.start(hard, library, epoch),

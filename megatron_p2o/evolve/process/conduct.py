@@ -51,29 +51,29 @@ async def conduct_round(
     """
     with open_journal(journal_path(run_dir, spec.epoch), spec.fingerprint(), notify) as journal:
         history = RoundHistory(journal.records, journal.append, spec.fingerprint())
-        state = open_round(spec, split, history, runner, reflector, notify)
+        round_ = open_round(spec, split, history, runner, reflector, notify)
         library = published_library(history, run_dir)
         if library is not None:
-            state.restore_candidates()
+            round_.restore_candidates()
         else:
-            ended_by = await run_until(core_of(state).run(), finish) or "deadline"
-            state.book.cancel()
-            library = build_library(state)
+            ended_by = await run_until(core_of(round_).run(), finish) or "deadline"
+            round_.book.cancel()
+            library = build_library(round_)
             library.save(run_dir)
             history.add(Published(version=library.version, ended_by=ended_by))
             journal.sync()
         control = None
         if spec.settings.evolution.plain_control and not finish.is_set():
-            control = await run_until(plain_coverage(state, runner), finish)
+            control = await run_until(plain_coverage(round_, runner), finish)
         assert history.published is not None, "set above or before"
-        return round_stats(state, library, history.published.ended_by, control)
+        return round_stats(round_, library, history.published.ended_by, control)
 
 
-def core_of(state: Round) -> AsynchronousCore | ReferenceCore:
+def core_of(round_: Round) -> AsynchronousCore | ReferenceCore:
     """Return the rules `evolution.rules` names."""
-    if state.rules.is_lock_step:
-        return ReferenceCore(state, rollout_budget(state.spec, state.split))
-    return AsynchronousCore(state)
+    if round_.rules.is_lock_step:
+        return ReferenceCore(round_, rollout_budget(round_.spec, round_.split))
+    return AsynchronousCore(round_)
 
 
 async def run_until(work: Coroutine[Any, Any, Result], finish: asyncio.Event) -> Result | None:
@@ -153,10 +153,10 @@ def salvage(spec: RoundSpec, split: Split, run_dir: Path) -> tuple[PublishedLibr
     """
     records, _ = read_journal(journal_path(run_dir, spec.epoch))
     history = RoundHistory(records, lambda _: None, spec.fingerprint())
-    state = open_round(spec, split, history, Nobody(), Nobody(), lambda _: None)
-    state.restore_candidates()
-    library = build_library(state)
-    return library, round_stats(state, library, "service_lost")
+    round_ = open_round(spec, split, history, Nobody(), Nobody(), lambda _: None)
+    round_.restore_candidates()
+    library = build_library(round_)
+    return library, round_stats(round_, library, "service_lost")
 
 
 class Nobody:

@@ -10,7 +10,7 @@ from megatron_p2o.evolve.search.score_book import ScoreBook
 from megatron_p2o.evolve.trial import TrialFailed, TrialRunner
 
 
-async def plain_coverage(state: Round, runner: TrialRunner) -> float | None:
+async def plain_coverage(round_: Round, runner: TrialRunner) -> float | None:
     """Return the share of development problems solved plainly within as many samples as they had trials.
 
     Sampled at the training temperature: greedy repeats would all be alike. A sample without a verdict is replaced by
@@ -18,14 +18,14 @@ async def plain_coverage(state: Round, runner: TrialRunner) -> float | None:
     """
     book = ScoreBook(
         runner,
-        state.history,
+        round_.history,
         RolloutBudget(sys.maxsize),
-        temperature=state.spec.settings.sampling_temperature,
+        temperature=round_.spec.settings.sampling_temperature,
         feedback_ids=(),
     )
     num_samples = {
-        problem_id: sum(problem_id in state.pool.scores(candidate_id) for candidate_id in range(1, len(state.pool)))
-        for problem_id in state.split.dev
+        problem_id: sum(problem_id in round_.pool.scores(candidate_id) for candidate_id in range(1, len(round_.pool)))
+        for problem_id in round_.split.dev
     }
     try:
         outcomes = await asyncio.gather(*(_is_solved(book, key, number) for key, number in num_samples.items()))
@@ -33,7 +33,7 @@ async def plain_coverage(state: Round, runner: TrialRunner) -> float | None:
         book.cancel()
     decided = [is_solved for is_solved in outcomes if is_solved is not None]
     if len(decided) < len(outcomes):
-        state.notify(f"pass@N leaves out {len(outcomes) - len(decided)} of {len(outcomes)} problems: too few verdicts")
+        round_.notify(f"pass@N leaves out {len(outcomes) - len(decided)} of {len(outcomes)} problems: too few verdicts")
     return sum(decided) / len(decided) if decided else None
 
 

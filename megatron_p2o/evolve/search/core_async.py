@@ -37,12 +37,12 @@ MAX_PAIRINGS = 3
 class AsynchronousCore:
     """Runs a `Round` to its end."""
 
-    def __init__(self, state: Round) -> None:
-        """Restore the candidates that `state` had before a kill."""
-        state.restore_candidates()
-        self._round = state
-        self._open = state.history.open_proposals()
-        self._next = max(state.history.picks, default=-1) + 1
+    def __init__(self, round_: Round) -> None:
+        """Restore the candidates that `round_` had before a kill."""
+        round_.restore_candidates()
+        self._round = round_
+        self._open = round_.history.open_proposals()
+        self._next = max(round_.history.picks, default=-1) + 1
         self._ended_by: EndedBy | None = None
         self._num_waiting = 0
         self._progress = asyncio.Event()

@@ -37,11 +37,11 @@ class _Child:
 class ReferenceCore:
     """Runs a `Round` to its end."""
 
-    def __init__(self, state: Round, budget: int) -> None:
+    def __init__(self, round_: Round, budget: int) -> None:
         """`budget` is in the authors' unit: see `reference_cost`."""
-        self._round = state
+        self._round = round_
         self._remaining = budget
-        self._rng = random.Random(state.spec.epoch + len(state.spec.problems))
+        self._rng = random.Random(round_.spec.epoch + len(round_.spec.problems))
         self._used: set[str] = set()
         self._num_proposals = 0
 

@@ -86,15 +86,15 @@ def keep_round(run_dir: Path, stats: RoundStats) -> None:
     write_whole(path, "\n".join([*kept, json.dumps(to_json(stats))]) + "\n")
 
 
-def build_library(state: Round) -> PublishedLibrary:
+def build_library(round_: Round) -> PublishedLibrary:
     """Return the cover's templates, best first, and their assignment to all hard problems."""
-    spec = state.spec
-    solved = {candidate.id: state.pool.solved(candidate.id) for candidate in state.pool.qualified()}
-    if not state.rules.publishes_empty:
+    spec = round_.spec
+    solved = {candidate.id: round_.pool.solved(candidate.id) for candidate in round_.pool.qualified()}
+    if not round_.rules.publishes_empty:
         del solved[0]
-    cover = [state.pool.template(candidate_id) for candidate_id in greedy_cover(solved)]
-    if state.rules.reuses_scores:
-        solved = {template.id: solved[template.id] | solved_feedback(state, template) for template in cover}
+    cover = [round_.pool.template(candidate_id) for candidate_id in greedy_cover(solved)]
+    if round_.rules.reuses_scores:
+        solved = {template.id: solved[template.id] | solved_feedback(round_, template) for template in cover}
     assignments = assign(
         [problem.id for problem in spec.problems],
         cover,
@@ -111,37 +111,37 @@ def build_library(state: Round) -> PublishedLibrary:
     )
 
 
-def solved_feedback(state: Round, template: Template) -> frozenset[str]:
+def solved_feedback(round_: Round, template: Template) -> frozenset[str]:
     """Return the feedback problems `template` is known to solve: from minibatches of its children, and from training.
 
     Those its own lineage was reflected on prove nothing. The authors score templates on development problems only.
     """
     trials = {
-        problem_id: state.book.known(template.text, problem_id)
-        for problem_id in state.split.feedback
+        problem_id: round_.book.known(template.text, problem_id)
+        for problem_id in round_.split.feedback
         if problem_id not in template.lineage_problem_ids
     }
     return frozenset(key for key, trial in trials.items() if trial is not None and trial.is_solved)
 
 
-def round_stats(state: Round, library: PublishedLibrary, ended_by: EndedBy, plain: float | None = None) -> RoundStats:
+def round_stats(round_: Round, library: PublishedLibrary, ended_by: EndedBy, plain: float | None = None) -> RoundStats:
     """Return the numbers of a round that published `library`; `plain` is the control's coverage."""
-    covered = frozenset[str]().union(*(state.pool.solved(template.id) for template in library.templates))
+    covered = frozenset[str]().union(*(round_.pool.solved(template.id) for template in library.templates))
     return RoundStats(
-        epoch=state.spec.epoch,
+        epoch=round_.spec.epoch,
         library_version=library.version,
         ended_by=ended_by,
-        num_hard=len(state.spec.problems),
-        num_dev=len(state.split.dev),
-        num_feedback=len(state.split.feedback),
-        num_candidates=len(state.pool),
+        num_hard=len(round_.spec.problems),
+        num_dev=len(round_.split.dev),
+        num_feedback=len(round_.split.feedback),
+        num_candidates=len(round_.pool),
         num_templates=len(library.templates),
-        num_rollouts=state.history.num_scored,
-        num_tokens=state.history.num_tokens,
+        num_rollouts=round_.history.num_scored,
+        num_tokens=round_.history.num_tokens,
         best_score=max((template.score for template in library.templates), default=0.0),
-        coverage=len(covered) / len(state.split.dev),
+        coverage=len(covered) / len(round_.split.dev),
         plain_coverage=plain,
-        outcomes=state.history.outcome_counts(),
+        outcomes=round_.history.outcome_counts(),
     )
 
 

@@ -70,7 +70,7 @@ class RoundSpec:
 
 
 class Round:
-    """The state of a round in progress, rebuilt from its history when it is resumed."""
+    """A round in progress, rebuilt from its history when it is resumed."""
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ def mixed(prompt: Prompt, place: int) -> Reply:
 
 
 def decidable(prompt: Prompt, place: int) -> Reply:
-    """Answer as `mixed` does, with a wrong answer where the grader could not decide."""
+    """GradedResponse as `mixed` does, with a wrong answer where the grader could not decide."""
     reply = mixed(prompt, place)
     return Reply(text="no") if reply.text == "?" else reply
 

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from megatron_p2o.evaluation.outcome import Answer, evaluation_metrics, evaluation_of
+from megatron_p2o.evaluation.outcome import GradedResponse, evaluation_metrics, evaluation_of
 from megatron_p2o.metrics.step import asked_plainly_metrics, epoch_metrics, library_metrics, step_metrics
 from megatron_p2o.metrics.values import numbers_of
 from megatron_p2o.testing.fakes import UNDECIDED, FakeLibrary, fake_problem
@@ -213,7 +213,7 @@ def test_epoch_and_evaluation_metrics_are_named_by_area() -> None:
     hard = [Problem(id="h", question="?", answer="2")]
     grades: tuple[Grade, ...] = (CORRECT, INCORRECT, UNDECIDED, CORRECT)
     answers = [
-        Answer(problem_id="h", sample=sample, grade=grade, finish_reason="stop", num_tokens=1)
+        GradedResponse(problem_id="h", sample=sample, grade=grade, finish_reason="stop", num_tokens=1)
         for sample, grade in enumerate(grades)
     ]
     numbers = numbers_of(

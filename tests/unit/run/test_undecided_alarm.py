@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_p2o.algorithm import Parts, StepResult, TrainState
-from megatron_p2o.evaluation.outcome import Answer, evaluation_metrics, evaluation_of
+from megatron_p2o.evaluation.outcome import GradedResponse, evaluation_metrics, evaluation_of
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.step import step_metrics
 from megatron_p2o.metrics.values import MetricValue, numbers_of
@@ -62,7 +62,7 @@ def test_an_evaluation_with_more_undecided_answers_than_the_alarm_is_warned_of(
 ) -> None:
     grades = [CORRECT, UNDECIDED, UNDECIDED, INCORRECT]
     answers = [
-        Answer(problem_id=PROBLEM.id, sample=number, grade=grade, finish_reason=reason, num_tokens=1)
+        GradedResponse(problem_id=PROBLEM.id, sample=number, grade=grade, finish_reason=reason, num_tokens=1)
         for number, (grade, reason) in enumerate(zip(grades, ("stop", "stop", "abort", "stop"), strict=True))
     ]
     outcome = evaluation_of(answers, [PROBLEM], 4, 0.6)
