@@ -7,7 +7,7 @@ ARG GPU_BASE_IMAGE=docker.io/lmsysorg/sglang:v0.5.21
 FROM ${CPU_BASE_IMAGE} AS cpu
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates libgomp1 libnuma1 python3 python3-venv \
+    && apt-get install -y --no-install-recommends bubblewrap ca-certificates libgomp1 libnuma1 python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 ARG TORCH_VERSION=2.13.0
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -65,6 +65,9 @@ RUN if [ "${INSTALL_APEX}" = 1 ]; then \
         MAX_JOBS="${MAX_JOBS}" APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-cache-dir --no-deps --no-build-isolation \
             "apex @ git+https://github.com/NVIDIA/apex@${APEX_COMMIT}"; \
     fi
+# For the reward `python`, which runs answers in namespaces.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends bubblewrap && rm -rf /var/lib/apt/lists/*
 COPY requirements/gpu.txt requirements/gpu.txt
 # cuDNN last: installing others drags it down, and fused attention then fails with CUDNN_STATUS_BAD_PARAM.
 RUN pip install --no-cache-dir --no-deps "megatron-core==${MEGATRON_CORE_VERSION}" -r requirements/gpu.txt \
