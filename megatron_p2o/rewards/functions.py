@@ -41,6 +41,10 @@ ENTRY_POINTS = "megatron_p2o.rewards"
 
 BUILT_IN: Mapping[str, str] = {
     "math": "megatron_p2o.rewards.built_in.math:math_reward",
+    "exact": "megatron_p2o.rewards.built_in.exact:ExactReward",
+    "regex": "megatron_p2o.rewards.built_in.regex:RegexReward",
+    "json_schema": "megatron_p2o.rewards.built_in.json_schema:JsonSchemaReward",
+    "python": "megatron_p2o.rewards.built_in.python:PythonReward",
 }
 """Short name to the callable it stands for."""
 
