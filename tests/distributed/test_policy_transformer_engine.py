@@ -21,8 +21,8 @@ from megatron_p2o.policy.model.layer_choice import Capabilities
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
-from megatron_p2o.testing.tiny_families import write_tiny_family
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.testing.tiny_model_types import write_tiny_model
 
 VOCAB_SIZE = 131
 SAMPLES = random_samples((3, 17, 1, 20, 30, 9, 9, 2), vocab_size=VOCAB_SIZE)
@@ -114,7 +114,7 @@ def continued(model: Path, folder: Path, capabilities: Capabilities, *, is_savin
 def report(folder: Path) -> dict[str, Any]:
     """Return everything the test looks at; runs where the stand-in is on the path."""
     model = write_tiny_qwen3(folder / "model", vocab_size=VOCAB_SIZE, num_kv_heads=4, tie_embeddings=True)
-    experts = write_tiny_family(folder / "experts", EXPERTS, vocab_size=VOCAB_SIZE)
+    experts = write_tiny_model(folder / "experts", EXPERTS, vocab_size=VOCAB_SIZE)
     with closing(build_policy(config_of(model), capabilities=CAPABLE)) as policy:
         names = [name for name, _ in policy._shard.models[0].named_parameters()]
         reason = policy.layers.layers_reason

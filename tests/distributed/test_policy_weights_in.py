@@ -14,7 +14,7 @@ from megatron_p2o.policy.weights.hf_directory import WeightFiles
 from megatron_p2o.policy.weights.hf_weights import load_hf_weights
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
-from megatron_p2o.testing.tiny_families import write_tiny_family
+from megatron_p2o.testing.tiny_model_types import write_tiny_model
 
 VOCAB_SIZE = 131
 """Odd, so that tensor parallelism pads it."""
@@ -57,7 +57,7 @@ def load_train_export(config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("family", "parallel"),
+    ("model_type", "parallel"),
     [
         ("qwen2", ParallelConfig(tensor=2)),
         ("qwen2-tied", ParallelConfig(pipeline=2)),
@@ -69,9 +69,9 @@ def load_train_export(config: Any) -> dict[str, Any]:
     ids=lambda value: value if isinstance(value, str) else f"tensor-{value.tensor}-pipeline-{value.pipeline}",
 )
 def test_families_under_layouts_equal_transformers_and_ranks_read_only_their_part(
-    tmp_path: Path, family: str, parallel: ParallelConfig
+    tmp_path: Path, model_type: str, parallel: ParallelConfig
 ):
-    directory = write_tiny_family(tmp_path, family, vocab_size=VOCAB_SIZE)
+    directory = write_tiny_model(tmp_path, model_type, vocab_size=VOCAB_SIZE)
     config = policy_config(directory, parallel=parallel)
     results = run_gloo_ranks(load_train_export, parallel.world_size, config)
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says of a model the trainer computes: sizes, and what its family has."""
+"""What a Hugging Face config.json says of a model the trainer computes: sizes, and what its model type has."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ MAX_EXPERTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
+class ModelType:
     """What distinguishes the layers of one `model_type`. All have RMS norms, rotary embeddings and gated SiLU MLPs."""
 
     has_qkv_bias: bool = False
@@ -23,11 +23,11 @@ class Family:
     has_experts: bool = False
 
 
-FAMILIES = {
-    "qwen3": Family(has_qk_norm=True),
-    "qwen3_moe": Family(has_qk_norm=True, has_experts=True),
-    "qwen2": Family(has_qkv_bias=True),
-    "llama": Family(),
+MODEL_TYPES = {
+    "qwen3": ModelType(has_qk_norm=True),
+    "qwen3_moe": ModelType(has_qk_norm=True, has_experts=True),
+    "qwen2": ModelType(has_qkv_bias=True),
+    "llama": ModelType(),
 }
 """By `model_type`; Qwen2.5 calls itself qwen2."""
 
@@ -56,7 +56,7 @@ class Experts:
 class Architecture:
     """What the trainer must know of a model."""
 
-    family: Family
+    model_type: ModelType
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -120,9 +120,9 @@ class Architecture:
         }
         for part, size in (("q", query_size), ("k", key_size), ("v", key_size)):
             shapes[f"self_attn.{part}_proj.weight"] = (size, self.hidden_size)
-            if self.family.has_qkv_bias:
+            if self.model_type.has_qkv_bias:
                 shapes[f"self_attn.{part}_proj.bias"] = (size,)
-        if self.family.has_qk_norm:
+        if self.model_type.has_qk_norm:
             shapes |= {f"self_attn.{part}_norm.weight": (self.head_dim,) for part in "qk"}
         return shapes
 
@@ -146,25 +146,25 @@ def read_architecture(directory: Path) -> Architecture:
     """Return the architecture of a Hugging Face model directory.
 
     Raises:
-        ValueError: not of one of the `FAMILIES`, or it uses a feature the trainer does not compute.
+        ValueError: not of one of the `MODEL_TYPES`, or it uses a feature the trainer does not compute.
     """
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"model.path={directory} has no config.json: name a Hugging Face model directory")
     settings = read_json_object(path)
     _check_supported(settings, path)
-    family, rope, sizes = FAMILIES[settings["model_type"]], _rope(settings), _Sizes(settings, path)
+    model_type, rope, sizes = MODEL_TYPES[settings["model_type"]], _rope(settings), _Sizes(settings, path)
     num_heads, hidden_size = sizes.count("num_attention_heads"), sizes.count("hidden_size")
     factor = sizes.positive("rope factor", rope.get("factor")) if rope["rope_type"] == "llama3" else None
     return Architecture(
-        family=family,
+        model_type=model_type,
         num_layers=sizes.count("num_hidden_layers", at_most=MAX_LAYERS),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=sizes.count("num_key_value_heads", num_heads),
         head_dim=sizes.count("head_dim", hidden_size // num_heads),
         intermediate_size=sizes.count("intermediate_size"),
-        experts=_experts(sizes) if family.has_experts else None,
+        experts=_experts(sizes) if model_type.has_experts else None,
         vocab_size=sizes.count("vocab_size"),
         norm_epsilon=sizes.positive("rms_norm_eps", settings.get("rms_norm_eps")),
         rope_theta=sizes.positive("rope_theta", rope["rope_theta"]),
@@ -216,8 +216,8 @@ def _check_supported(settings: Mapping[str, Any], path: Path) -> None:
     ]
     rules = [
         (
-            isinstance(model_type, str) and model_type in FAMILIES,
-            f"model_type is {model_type!r}, must be one of {', '.join(sorted(FAMILIES))}",
+            isinstance(model_type, str) and model_type in MODEL_TYPES,
+            f"model_type is {model_type!r}, must be one of {', '.join(sorted(MODEL_TYPES))}",
         ),
         (settings.get("hidden_act") == "silu", f"hidden_act is {settings.get('hidden_act')!r}, must be 'silu'"),
         (not settings.get("attention_bias"), "attention_bias is set"),

@@ -32,7 +32,7 @@ class HeadTask:
     """Whether the weight's gradient may be added to Megatron's float32 buffer, past autograd. The gradient of the loss
     must be 1 then, and nothing may wait for the weight's autograd hook."""
     expected_dead_share: float = 0.0
-    """Share of the tokens with an advantage that the context ratio dropped in the last update."""
+    """RankSamples of the tokens with an advantage that the context ratio dropped in the last update."""
 
 
 class PolicyHead(ColumnParallelLinear):

@@ -1,6 +1,6 @@
 """What Megatron builds a transformer layer from: its own modules or Transformer Engine's, with our attention and norms.
 
-Both have the same parameters, by different names (`hf_weights.LAYER_ORIGINS`), and the same names in a checkpoint.
+Both have the same parameters, by different names (`hf_weights.LAYER_MAPPINGS`), and the same names in a checkpoint.
 """
 
 from typing import Any

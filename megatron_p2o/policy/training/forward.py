@@ -22,7 +22,7 @@ from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.policy.model.attention import PackLayout, pack_layout, sample_positions
 from megatron_p2o.policy.model.head import HeadTask
 from megatron_p2o.policy.model.parallel import context_group
-from megatron_p2o.policy.training.shares import Share
+from megatron_p2o.policy.training.rank_samples import RankSamples
 from megatron_p2o.rl.objective import loss_rule, merged_stats, stats_on_cpu, token_stats, zero_stats
 from megatron_p2o.rl.packing import context_part, context_positions, pack
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
@@ -47,7 +47,7 @@ class MicroBatch:
     part: PackedBatch
     """What this rank computes of it: all, without context parallelism."""
     samples: tuple[int, ...]
-    """Index of each packed sample in the rank's share; empty for a filler."""
+    """Index of each packed sample in the rank's samples; empty for a filler."""
     token_ids_T: Tensor
     """Of `part`, padded to what the model takes."""
     positions_T: Tensor
@@ -129,15 +129,15 @@ class PassResult:
         return PassResult(loss=self.loss.cpu(), divisor=self.divisor.cpu(), stats=stats_on_cpu(self.stats))
 
 
-def make_micro_batches(share: Share, device: torch.device, length_multiple: int) -> list[MicroBatch]:
-    """Return the share packed into its micro-batches, a filler for each that is empty.
+def make_micro_batches(rank_samples: RankSamples, device: torch.device, length_multiple: int) -> list[MicroBatch]:
+    """Return the samples packed into its micro-batches, a filler for each that is empty.
 
     All that the host has to know of them is asked of the GPU here, before it has work to be waited for.
 
     Args:
         length_multiple: of a pack's tokens; see `length_multiple`.
     """
-    samples, old_logprobs = share.samples, share.old_logprobs
+    samples, old_logprobs = rank_samples.samples, rank_samples.old_logprobs
     filler_old = None if old_logprobs is None else [FILLER.sampling_logprobs]
     return [
         _micro_batch(
@@ -149,7 +149,7 @@ def make_micro_batches(share: Share, device: torch.device, length_multiple: int)
         )
         if members
         else _micro_batch([FILLER], filler_old, device, (), length_multiple)
-        for members in share.micro_batches
+        for members in rank_samples.micro_batches
     ]
 
 
@@ -244,7 +244,7 @@ def response_logprobs(modules: Sequence[DistributedDataParallel], batches: Seque
 
 
 def _by_sample(micro_batch: MicroBatch, logprobs_T: Tensor) -> Iterator[tuple[int, Logprobs]]:
-    """Yield (index in the rank's share, log-probs of the response) of the samples of a pack."""
+    """Yield (index in the rank's samples, log-probs of the response) of the samples of a pack."""
     whole = micro_batch.whole
     logprobs_N = logprobs_T[whole.loss_mask_T].cpu().numpy()
     index_N = whole.sample_index_T[whole.loss_mask_T].cpu().numpy()

@@ -1,7 +1,7 @@
 """Rank 0 conducts: its `MegatronPolicy` is the Policy of the algorithm, and every other rank follows its commands.
 
-A command is one collective method of `PolicyShard`, with each rank's share of the samples; ranks of one data-parallel
-replica get the same share. The answers come back in one gather, so a command has ended everywhere when it returns.
+A command is one collective method of `PolicyShard`, with each rank's part of the samples; ranks of one data-parallel
+replica get the same part. The answers come back in one gather, so a command has ended everywhere when it returns.
 """
 
 import functools
@@ -26,8 +26,8 @@ from megatron_p2o.policy.model.layer_choice import Capabilities, LayerChoice, ma
 from megatron_p2o.policy.model.parallel import Ranks, data_rank_of, end_parallel, initialize_parallel
 from megatron_p2o.policy.training.checkpoint import check_checkpoint
 from megatron_p2o.policy.training.forward import PassResult
+from megatron_p2o.policy.training.rank_samples import RankSamples, check_samples, split_over_ranks
 from megatron_p2o.policy.training.shard import PolicyShard, UpdateReply
-from megatron_p2o.policy.training.shares import Share, check_samples, shares_of
 from megatron_p2o.policy.weights.hf_directory import first_of
 from megatron_p2o.processes import RankMemory
 from megatron_p2o.rl.objective import stats_as_numbers
@@ -151,10 +151,10 @@ class MegatronPolicy:
         if not samples:
             learning_rate = self._everywhere("skip")[0]
             return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=learning_rate, outcome="empty")
-        shares = self._shares(samples, old_logprobs)
+        by_rank = self._by_rank(samples, old_logprobs)
         replies = cast(
             list[UpdateReply],
-            self._conduct("update", [(share, num_loss_tokens, len(samples)) for share in shares]),
+            self._conduct("update", [(rank_samples, num_loss_tokens, len(samples)) for rank_samples in by_rank]),
         )
         # Forward, and twice as much backward.
         flops = 3 * sum(self._shard.architecture.forward_flops(s.num_tokens, len(s.response_ids)) for s in samples)
@@ -165,8 +165,10 @@ class MegatronPolicy:
         check_samples(samples, None, self.vocab_size)
         if not samples:
             return []
-        shares = self._shares(samples, None)
-        replies = cast(list[dict[int, Logprobs]], self._conduct("logprobs", [(share,) for share in shares]))
+        by_rank = self._by_rank(samples, None)
+        replies = cast(
+            list[dict[int, Logprobs]], self._conduct("logprobs", [(rank_samples,) for rank_samples in by_rank])
+        )
         by_index = {index: row for reply in replies for index, row in reply.items()}
         return [by_index[index] for index in range(len(samples))]
 
@@ -271,9 +273,11 @@ class MegatronPolicy:
             if not self._is_delivery:
                 self._gather(None)
 
-    def _shares(self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None) -> list[Share]:
+    def _by_rank(self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None) -> list[RankSamples]:
         micro_batch_tokens = self._config.optimizer.micro_batch_tokens
-        return shares_of(samples, old_logprobs, self._config.parallel, micro_batch_tokens, self._shard.architecture)
+        return split_over_ranks(
+            samples, old_logprobs, self._config.parallel, micro_batch_tokens, self._shard.architecture
+        )
 
     def _everywhere(self, method: Method, *arguments: Any) -> list[Any]:
         """Run a method with the same arguments on all ranks; returns their answers by rank."""

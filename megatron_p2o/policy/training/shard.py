@@ -24,8 +24,8 @@ from megatron_p2o.policy.training.forward import (
     response_logprobs,
 )
 from megatron_p2o.policy.training.optimizer import Optimization, StepOutcome
+from megatron_p2o.policy.training.rank_samples import RankSamples
 from megatron_p2o.policy.training.settings import machine_problems, policy_settings
-from megatron_p2o.policy.training.shares import Share
 from megatron_p2o.policy.weights.hf_directory import WeightFiles
 from megatron_p2o.policy.weights.hf_weights import diverged_weights, export_hf_weights, load_hf_weights
 from megatron_p2o.processes import RankMemory, own_host_memory
@@ -74,11 +74,11 @@ class PolicyShard:
         # The last stage holds the results; its tensor ranks all know the same, its context ranks each their part.
         self.speaks = ranks.tensor_rank == 0 and ranks.pipeline_rank == config.parallel.pipeline - 1
 
-    def update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
-        """Take one optimizer step on the shares of all data-parallel ranks."""
+    def update(self, rank_samples: RankSamples, num_loss_tokens: int, num_samples: int) -> UpdateReply:
+        """Take one optimizer step on the samples of all data-parallel ranks."""
         self._num_updates += 1
         with traced(self._trace_path()):
-            return self._update(share, num_loss_tokens, num_samples)
+            return self._update(rank_samples, num_loss_tokens, num_samples)
 
     def _trace_path(self) -> Path | None:
         number = self._num_updates
@@ -86,9 +86,9 @@ class PolicyShard:
             return None
         return self.config.run.folder / "profile" / f"update-{number}-rank-{self.ranks.rank}.json.gz"
 
-    def _update(self, share: Share, num_loss_tokens: int, num_samples: int) -> UpdateReply:
+    def _update(self, rank_samples: RankSamples, num_loss_tokens: int, num_samples: int) -> UpdateReply:
         optimization = self.optimization
-        batches = self._micro_batches(share)
+        batches = self._micro_batches(rank_samples)
         denominator = Denominator(
             objective=self.config.objective,
             num_loss_tokens=num_loss_tokens,
@@ -110,14 +110,14 @@ class PolicyShard:
         self.optimization.skip()
         return learning_rate
 
-    def logprobs(self, share: Share) -> dict[int, Logprobs]:
+    def logprobs(self, rank_samples: RankSamples) -> dict[int, Logprobs]:
         """Return the responses' log-probs by place in the caller's list, for the ranks that speak."""
-        batches = self._micro_batches(share)
+        batches = self._micro_batches(rank_samples)
         logprobs = response_logprobs(self.optimization.modules, batches)
-        return {share.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
+        return {rank_samples.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
 
-    def _micro_batches(self, share: Share) -> list[MicroBatch]:
-        return make_micro_batches(share, self.ranks.device, length_multiple(self.models[0].config))
+    def _micro_batches(self, rank_samples: RankSamples) -> list[MicroBatch]:
+        return make_micro_batches(rank_samples, self.ranks.device, length_multiple(self.models[0].config))
 
     def diverged(self) -> list[str]:
         """Return the Hugging Face names of this rank's weights that are not finite."""

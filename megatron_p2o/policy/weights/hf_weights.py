@@ -24,7 +24,7 @@ from megatron_p2o.policy.weights.hf_directory import WeightFiles, first_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class ParameterMapping:
     """Which Hugging Face tensors a parameter is made of."""
 
     names: tuple[str, ...]
@@ -34,81 +34,83 @@ class Origin:
     """`stacked`: one after the other. `grouped`: for each key/value group its query heads, key head and value head."""
 
 
-def _whole(name: str) -> Origin:
-    return Origin(names=(name,), cut_dimension=None)
+def _whole(name: str) -> ParameterMapping:
+    return ParameterMapping(names=(name,), cut_dimension=None)
 
 
-def _grouped(suffix: str) -> Origin:
+def _grouped(suffix: str) -> ParameterMapping:
     names = tuple(f"self_attn.{part}_proj.{suffix}" for part in "qkv")
-    return Origin(names=names, cut_dimension=0, joined="grouped")
+    return ParameterMapping(names=names, cut_dimension=0, joined="grouped")
 
 
-def _gate_and_up(prefix: str) -> Origin:
+def _gate_and_up(prefix: str) -> ParameterMapping:
     names = (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
-    return Origin(names=names, cut_dimension=0, joined="stacked")
+    return ParameterMapping(names=names, cut_dimension=0, joined="stacked")
 
 
-MODEL_ORIGINS = {
-    "embedding.word_embeddings.weight": Origin(names=("model.embed_tokens.weight",), cut_dimension=0),
-    "output_layer.weight": Origin(names=("lm_head.weight",), cut_dimension=0),
+MODEL_MAPPINGS = {
+    "embedding.word_embeddings.weight": ParameterMapping(names=("model.embed_tokens.weight",), cut_dimension=0),
+    "output_layer.weight": ParameterMapping(names=("lm_head.weight",), cut_dimension=0),
     "decoder.final_layernorm.weight": _whole("model.norm.weight"),
 }
 """Parameters outside the layers."""
 
-LAYER_ORIGINS = {
+LAYER_MAPPINGS = {
     "input_layernorm.weight": _whole("input_layernorm.weight"),
     "self_attention.linear_qkv.layer_norm_weight": _whole("input_layernorm.weight"),
     "self_attention.linear_qkv.weight": _grouped("weight"),
     "self_attention.linear_qkv.bias": _grouped("bias"),
     "self_attention.q_layernorm.weight": _whole("self_attn.q_norm.weight"),
     "self_attention.k_layernorm.weight": _whole("self_attn.k_norm.weight"),
-    "self_attention.linear_proj.weight": Origin(names=("self_attn.o_proj.weight",), cut_dimension=1),
+    "self_attention.linear_proj.weight": ParameterMapping(names=("self_attn.o_proj.weight",), cut_dimension=1),
     "pre_mlp_layernorm.weight": _whole("post_attention_layernorm.weight"),
     "mlp.linear_fc1.layer_norm_weight": _whole("post_attention_layernorm.weight"),
     "mlp.linear_fc1.weight": _gate_and_up("mlp"),
-    "mlp.linear_fc2.weight": Origin(names=("mlp.down_proj.weight",), cut_dimension=1),
+    "mlp.linear_fc2.weight": ParameterMapping(names=("mlp.down_proj.weight",), cut_dimension=1),
     "mlp.router.weight": _whole("mlp.gate.weight"),
     "mlp.experts.local_experts.{expert}.linear_fc1.weight": _gate_and_up("mlp.experts.{expert}"),
     "mlp.experts.linear_fc1.weight{expert}": _gate_and_up("mlp.experts.{expert}"),
-    "mlp.experts.local_experts.{expert}.linear_fc2.weight": Origin(
+    "mlp.experts.local_experts.{expert}.linear_fc2.weight": ParameterMapping(
         names=("mlp.experts.{expert}.down_proj.weight",), cut_dimension=1
     ),
-    "mlp.experts.linear_fc2.weight{expert}": Origin(names=("mlp.experts.{expert}.down_proj.weight",), cut_dimension=1),
+    "mlp.experts.linear_fc2.weight{expert}": ParameterMapping(
+        names=("mlp.experts.{expert}.down_proj.weight",), cut_dimension=1
+    ),
 }
 """Parameters of a Megatron layer, with the names inside a Hugging Face layer: every family, and both the layers of
 megatron-core alone and those of Transformer Engine (norms inside the linear layers, experts in one module)."""
 
 
-def origin_of(parameter_name: str, layer_offset: int, ties_embeddings: bool) -> Origin:
+def mapping_of(parameter_name: str, layer_offset: int, ties_embeddings: bool) -> ParameterMapping:
     """Return where a parameter of this pipeline stage comes from; `layer_offset` is the stage's first layer."""
     if parameter_name == "output_layer.weight" and ties_embeddings:
-        return MODEL_ORIGINS["embedding.word_embeddings.weight"]
-    if parameter_name in MODEL_ORIGINS:
-        return MODEL_ORIGINS[parameter_name]
+        return MODEL_MAPPINGS["embedding.word_embeddings.weight"]
+    if parameter_name in MODEL_MAPPINGS:
+        return MODEL_MAPPINGS[parameter_name]
     layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter_name)
     assert layer is not None, parameter_name
     expert = re.search(r"(?<=local_experts\.)\d+|(?<=\.weight)\d+$", layer[2])
     place = layer[2] if expert is None else f"{layer[2][: expert.start()]}{{expert}}{layer[2][expert.end() :]}"
-    origin = LAYER_ORIGINS[place]
+    mapping = LAYER_MAPPINGS[place]
     prefix = f"model.layers.{int(layer[1]) + layer_offset}"
     number = "" if expert is None else expert[0]
-    return replace(origin, names=tuple(f"{prefix}.{name.replace('{expert}', number)}" for name in origin.names))
+    return replace(mapping, names=tuple(f"{prefix}.{name.replace('{expert}', number)}" for name in mapping.names))
 
 
-def join_parts(parts: Sequence[Tensor], origin: Origin, num_groups: int) -> Tensor:
+def join_parts(parts: Sequence[Tensor], mapping: ParameterMapping, num_groups: int) -> Tensor:
     """Return the parameter made of this rank's cut of each part; `num_groups` key/value groups are on this rank."""
-    if origin.joined == "grouped":
+    if mapping.joined == "grouped":
         return torch.cat([part.unflatten(0, (num_groups, -1)) for part in parts], dim=1).flatten(0, 1)
     return torch.cat(list(parts))
 
 
-def split_parts(parameter: Tensor, origin: Origin, num_groups: int, head_dim: int) -> list[Tensor]:
+def split_parts(parameter: Tensor, mapping: ParameterMapping, num_groups: int, head_dim: int) -> list[Tensor]:
     """Return the parts that `join_parts` was given."""
-    if origin.joined == "grouped":
+    if mapping.joined == "grouped":
         grouped = parameter.unflatten(0, (num_groups, -1))
         sizes = [grouped.shape[1] - 2 * head_dim, head_dim, head_dim]
         return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
-    return list(parameter.chunk(len(origin.names)))
+    return list(parameter.chunk(len(mapping.names)))
 
 
 @torch.no_grad()
@@ -123,17 +125,17 @@ def load_hf_weights(models: Sequence[PolicyModel], files: WeightFiles, architect
     """
     num_groups = _groups_per_rank(models[0])
     files.check(architecture.weight_shapes())
-    for parameter_name, parameter, origin in _parameters(models):
-        parts = [_read_cut(files, name, origin.cut_dimension) for name in origin.names]
-        check_finite(files.directory, dict(zip(origin.names, parts, strict=True)))
-        joined = join_parts(parts, origin, num_groups)
+    for parameter_name, parameter, mapping in _parameters(models):
+        parts = [_read_cut(files, name, mapping.cut_dimension) for name in mapping.names]
+        check_finite(files.directory, dict(zip(mapping.names, parts, strict=True)))
+        joined = join_parts(parts, mapping, num_groups)
         assert joined.shape == parameter.shape, parameter_name
         parameter.copy_(joined)
 
 
 def diverged_weights(models: Sequence[PolicyModel]) -> list[str]:
     """Return the Hugging Face names of this rank's parameters that are not finite everywhere. Local to the rank."""
-    names = [origin.names for _, _, origin in _parameters(models)]
+    names = [mapping.names for _, _, mapping in _parameters(models)]
     are_finite = _are_finite([parameter for _, parameter, _ in _parameters(models)])
     return [name for group, is_finite in zip(names, are_finite, strict=True) if not is_finite for name in group]
 
@@ -176,7 +178,7 @@ def export_hf_weights(models: Sequence[PolicyModel], architecture: Architecture)
 def _sent(models: Sequence[PolicyModel], stages: ProcessGroup) -> Iterator[tuple[str, Tensor]]:
     """Yield the full tensors of this stage and send them to the others."""
     source = dist.get_rank()
-    names = [name for _, origin in _exported(models) for name in origin.names]
+    names = [name for _, mapping in _exported(models) for name in mapping.names]
     dist.broadcast_object_list([names], source, group=stages)
     for name, tensor in _gathered(models):
         dist.broadcast(tensor, source, group=stages)
@@ -201,19 +203,19 @@ def _gathered(models: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
     """Yield the full tensors of this stage on every tensor rank."""
     num_groups, head_dim = _groups_per_rank(models[0]), models[0].config.kv_channels
     assert head_dim is not None
-    for parameter, origin in _exported(models):
-        for name, part in zip(origin.names, split_parts(parameter.data, origin, num_groups, head_dim), strict=True):
-            full = _gather(part.contiguous(), origin.cut_dimension)
+    for parameter, mapping in _exported(models):
+        for name, part in zip(mapping.names, split_parts(parameter.data, mapping, num_groups, head_dim), strict=True):
+            full = _gather(part.contiguous(), mapping.cut_dimension)
             is_vocabulary = name in ("model.embed_tokens.weight", "lm_head.weight")
             yield name, full[: models[0].real_vocab_size].contiguous() if is_vocabulary else full
 
 
-def _exported(models: Sequence[PolicyModel]) -> Iterator[tuple[Tensor, Origin]]:
+def _exported(models: Sequence[PolicyModel]) -> Iterator[tuple[Tensor, ParameterMapping]]:
     """Yield the parameters of this stage but the last stage's copy of a tied embedding."""
     is_tied = models[0].share_embeddings_and_output_weights
-    for name, parameter, origin in _parameters(models):
+    for name, parameter, mapping in _parameters(models):
         if not (is_tied and name == "output_layer.weight"):
-            yield parameter, origin
+            yield parameter, mapping
 
 
 def _gather(part: Tensor, cut_dimension: int | None) -> Tensor:
@@ -226,11 +228,11 @@ def _gather(part: Tensor, cut_dimension: int | None) -> Tensor:
     return torch.cat(parts, dim=cut_dimension)
 
 
-def _parameters(models: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor, Origin]]:
+def _parameters(models: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor, ParameterMapping]]:
     for model in models:
         offset = get_transformer_layer_offset(model.config, model.vp_stage)
         for name, parameter in model.named_parameters():
-            yield name, parameter, origin_of(name, offset, model.share_embeddings_and_output_weights)
+            yield name, parameter, mapping_of(name, offset, model.share_embeddings_and_output_weights)
 
 
 def _read_cut(files: WeightFiles, name: str, cut_dimension: int | None) -> Tensor:

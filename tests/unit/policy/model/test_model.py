@@ -15,7 +15,7 @@ from megatron_p2o.policy.model.layer_choice import Capabilities
 from megatron_p2o.policy.model.model import padded_vocab_size, transformer_config
 from megatron_p2o.policy.model.parallel import check_world_size, data_rank_of
 from megatron_p2o.policy.training.megatron_settings import check_offload, megatron_overrides, offload_problem
-from megatron_p2o.testing.tiny_families import LLAMA3_ROPE
+from megatron_p2o.testing.tiny_model_types import LLAMA3_ROPE
 
 QWEN3_4B = {
     "model_type": "qwen3",

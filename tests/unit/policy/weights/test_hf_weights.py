@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.policy.weights.hf_directory import WeightFiles, write_hf_directory
-from megatron_p2o.policy.weights.hf_weights import LAYER_ORIGINS, join_parts, origin_of, split_parts
-from megatron_p2o.testing.tiny_families import TINY_FAMILIES, write_tiny_family
+from megatron_p2o.policy.weights.hf_weights import LAYER_MAPPINGS, join_parts, mapping_of, split_parts
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.testing.tiny_model_types import TINY_MODEL_TYPES, write_tiny_model
 
-QKV = LAYER_ORIGINS["self_attention.linear_qkv.weight"]
+QKV = LAYER_MAPPINGS["self_attention.linear_qkv.weight"]
 
 
 def test_each_key_value_group_holds_its_query_heads_then_key_then_value():
@@ -32,32 +32,32 @@ def test_each_key_value_group_holds_its_query_heads_then_key_then_value():
 
 
 def test_layers_of_a_later_stage_have_global_numbers():
-    origin = origin_of("decoder.layers.1.mlp.linear_fc1.weight", layer_offset=18, ties_embeddings=False)
-    assert origin.names == ("model.layers.19.mlp.gate_proj.weight", "model.layers.19.mlp.up_proj.weight")
-    assert origin_of("output_layer.weight", 0, True).names == ("model.embed_tokens.weight",)
-    assert origin_of("output_layer.weight", 0, False).names == ("lm_head.weight",)
+    mapping = mapping_of("decoder.layers.1.mlp.linear_fc1.weight", layer_offset=18, ties_embeddings=False)
+    assert mapping.names == ("model.layers.19.mlp.gate_proj.weight", "model.layers.19.mlp.up_proj.weight")
+    assert mapping_of("output_layer.weight", 0, True).names == ("model.embed_tokens.weight",)
+    assert mapping_of("output_layer.weight", 0, False).names == ("lm_head.weight",)
 
 
 @pytest.mark.parametrize("style", ["local_experts.37.linear_fc{}.weight", "linear_fc{}.weight37"])
 def test_an_expert_has_its_number_in_either_form_of_megatrons_names(style: str):
     prefix, parts = "decoder.layers.2.mlp.experts.", "model.layers.3.mlp.experts.37."
-    assert origin_of(prefix + style.format(1), 1, False).names == (
+    assert mapping_of(prefix + style.format(1), 1, False).names == (
         f"{parts}gate_proj.weight",
         f"{parts}up_proj.weight",
     )
-    down = origin_of(prefix + style.format(2), 1, False)
+    down = mapping_of(prefix + style.format(2), 1, False)
     assert (down.names, down.cut_dimension) == ((f"{parts}down_proj.weight",), 1)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_the_expected_tensors_are_those_transformers_writes(tmp_path: Path, family: str):
-    directory = write_tiny_family(tmp_path, family)
+@pytest.mark.parametrize("model_type", TINY_MODEL_TYPES)
+def test_the_expected_tensors_are_those_transformers_writes(tmp_path: Path, model_type: str):
+    directory = write_tiny_model(tmp_path, model_type)
     state = load_file(directory / "model.safetensors")
     assert read_architecture(directory).weight_shapes() == {name: tuple(value.shape) for name, value in state.items()}
 
 
 def test_one_error_names_every_tensor_that_does_not_fit(tmp_path: Path):
-    source = write_tiny_family(tmp_path, "qwen2-tied")
+    source = write_tiny_model(tmp_path, "qwen2-tied")
     state = load_file(source / "model.safetensors")
     shapes = read_architecture(source).weight_shapes()
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()

@@ -1,4 +1,4 @@
-"""Write a tiny random model of each family the policy computes, without a tokenizer."""
+"""Write a tiny random model of each model type the policy computes, without a tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ LLAMA3_ROPE = {
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
-TINY_FAMILIES: dict[str, dict[str, Any]] = {
+TINY_MODEL_TYPES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen2": {"model_type": "qwen2"},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -27,11 +27,11 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True, **EXPERTS},
     "qwen3-moe-raw-weights": {"model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": False, **EXPERTS},
 }
-"""Settings of config.json in which they differ from the common ones of `write_tiny_family`."""
+"""Settings of config.json in which they differ from the common ones of `write_tiny_model`."""
 
 
-def write_tiny_family(directory: Path, family: str, *, vocab_size: int = 131, seed: int = 0) -> Path:
-    """Write config.json and float32 safetensors of `TINY_FAMILIES[family]`; return `directory`.
+def write_tiny_model(directory: Path, model_type: str, *, vocab_size: int = 131, seed: int = 0) -> Path:
+    """Write config.json and float32 safetensors of `TINY_MODEL_TYPES[model_type]`; return `directory`.
 
     Norm weights and biases are random too, so that one which is left out or mixed up shows. Torch's global random
     state is untouched.
@@ -48,7 +48,7 @@ def write_tiny_family(directory: Path, family: str, *, vocab_size: int = 131, se
             "pad_token_id": 0,
             "bos_token_id": None,
             "eos_token_id": 1,
-            **TINY_FAMILIES[family],
+            **TINY_MODEL_TYPES[model_type],
         }
     )
     generator = torch.Generator().manual_seed(seed)

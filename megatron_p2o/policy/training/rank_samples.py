@@ -11,7 +11,7 @@ from megatron_p2o.types import Logprobs, TrainSample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
+class RankSamples:
     """The samples of one data-parallel rank."""
 
     samples: tuple[TrainSample, ...]
@@ -23,14 +23,14 @@ class Share:
     """Places in `samples` of each forward pass, the same number on every rank; empty where there are too few."""
 
 
-def shares_of(
+def split_over_ranks(
     samples: Sequence[TrainSample],
     old_logprobs: Sequence[Logprobs] | None,
     parallel: ParallelConfig,
     micro_batch_tokens: int,
     architecture: Architecture,
-) -> list[Share]:
-    """Return one share per data-parallel rank, balanced by arithmetic within the budget of tokens.
+) -> list[RankSamples]:
+    """Return the samples of each data-parallel rank, balanced by arithmetic within the budget of tokens.
 
     A long sample costs more per token, for its attention; see `plan_micro_batches`.
     """
@@ -44,15 +44,15 @@ def shares_of(
         # The interleaved schedule passes micro-batches on in groups of as many as there are stages.
         multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
     )
-    return [_share(samples, old_logprobs, batches) for batches in plan]
+    return [_rank_samples(samples, old_logprobs, batches) for batches in plan]
 
 
-def _share(
+def _rank_samples(
     samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, batches: Sequence[Sequence[int]]
-) -> Share:
+) -> RankSamples:
     indices = [index for members in batches for index in members]
     places = iter(range(len(indices)))
-    return Share(
+    return RankSamples(
         samples=tuple(samples[index] for index in indices),
         indices=tuple(indices),
         old_logprobs=None if old_logprobs is None else tuple(old_logprobs[index] for index in indices),

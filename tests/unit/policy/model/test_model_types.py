@@ -1,4 +1,4 @@
-"""Every family of models against transformers, in one process."""
+"""Every model type against transformers, in one process."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,14 +16,14 @@ from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.policy.weights.hf_directory import write_hf_directory
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
-from megatron_p2o.testing.tiny_families import TINY_FAMILIES, write_tiny_family
+from megatron_p2o.testing.tiny_model_types import TINY_MODEL_TYPES, write_tiny_model
 
 VOCAB_SIZE = 131
 
 
-@pytest.fixture(scope="module", params=[name for name in TINY_FAMILIES if name != "qwen3"])
+@pytest.fixture(scope="module", params=[name for name in TINY_MODEL_TYPES if name != "qwen3"])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_family(tmp_path_factory.mktemp("family"), request.param, vocab_size=VOCAB_SIZE)
+    return write_tiny_model(tmp_path_factory.mktemp("model"), request.param, vocab_size=VOCAB_SIZE)
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from megatron_p2o.config.tree import ParallelConfig
-from megatron_p2o.policy.model.architecture import Architecture, Family
-from megatron_p2o.policy.training.shares import check_samples, shares_of
+from megatron_p2o.policy.model.architecture import Architecture, ModelType
+from megatron_p2o.policy.training.rank_samples import check_samples, split_over_ranks
 from megatron_p2o.testing.policy_oracle import random_samples
 
 SAMPLES = random_samples((4, 1, 9, 3), vocab_size=50)
 SHAPE = Architecture(
-    family=Family(),
+    model_type=ModelType(),
     num_layers=1,
     hidden_size=8,
     num_heads=2,
@@ -35,23 +35,29 @@ SHAPE = Architecture(
 )
 def test_a_share_keeps_samples_log_probs_and_places_together(parallel: ParallelConfig, num_batches: int):
     old_logprobs = [np.full(len(sample.response_ids), index, np.float32) for index, sample in enumerate(SAMPLES)]
-    shares = shares_of(SAMPLES, old_logprobs, parallel, 1000, SHAPE)
-    assert sorted(index for share in shares for index in share.indices) == [0, 1, 2, 3]
-    for share in shares:
-        assert share.old_logprobs is not None
-        for sample, index, row in zip(share.samples, share.indices, share.old_logprobs, strict=True):
+    by_rank = split_over_ranks(SAMPLES, old_logprobs, parallel, 1000, SHAPE)
+    assert sorted(index for rank_samples in by_rank for index in rank_samples.indices) == [0, 1, 2, 3]
+    for rank_samples in by_rank:
+        assert rank_samples.old_logprobs is not None
+        for sample, index, row in zip(
+            rank_samples.samples, rank_samples.indices, rank_samples.old_logprobs, strict=True
+        ):
             assert sample is SAMPLES[index]
             assert row[0] == index
-        assert len(share.micro_batches) == num_batches
-        assert [place for members in share.micro_batches for place in members] == list(range(len(share.samples)))
-    assert [len(share.samples) for share in shares_of(SAMPLES[:1], None, parallel, 1000, SHAPE)] == [1, 0]
+        assert len(rank_samples.micro_batches) == num_batches
+        assert [place for members in rank_samples.micro_batches for place in members] == list(
+            range(len(rank_samples.samples))
+        )
+    assert [
+        len(rank_samples.samples) for rank_samples in split_over_ranks(SAMPLES[:1], None, parallel, 1000, SHAPE)
+    ] == [1, 0]
 
 
 def test_context_ranks_share_the_budget_of_rounded_samples():
     samples = random_samples((5, 5), vocab_size=50)  # 9 and 10 tokens, 12 and 12 in multiples of 4
     for budget, expected in ((12, ((0, 1),)), (11, ((0,), (1,)))):
-        (share,) = shares_of(samples, None, ParallelConfig(context=2), budget, SHAPE)
-        assert share.micro_batches == expected
+        (rank_samples,) = split_over_ranks(samples, None, ParallelConfig(context=2), budget, SHAPE)
+        assert rank_samples.micro_batches == expected
 
 
 def test_samples_that_cannot_be_packed_are_refused():
@@ -70,12 +76,12 @@ def test_ranks_share_the_arithmetic_rather_than_the_tokens():
     # With attention, one sample of 60 tokens is more work than 80 tokens in samples of 10.
     samples = random_samples((60, *(10,) * 14), vocab_size=50)
     long = max(range(len(samples)), key=lambda index: samples[index].num_tokens)
-    shares = shares_of(samples, None, ParallelConfig(data=2), 1000, SHAPE)
+    by_rank = split_over_ranks(samples, None, ParallelConfig(data=2), 1000, SHAPE)
     flops = [
-        sum(SHAPE.forward_flops(sample.num_tokens, len(sample.response_ids)) for sample in share.samples)
-        for share in shares
+        sum(SHAPE.forward_flops(sample.num_tokens, len(sample.response_ids)) for sample in rank_samples.samples)
+        for rank_samples in by_rank
     ]
-    tokens = [sum(sample.num_tokens for sample in share.samples) for share in shares]
-    with_long = next(number for number, share in enumerate(shares) if long in share.indices)
+    tokens = [sum(sample.num_tokens for sample in rank_samples.samples) for rank_samples in by_rank]
+    with_long = next(number for number, rank_samples in enumerate(by_rank) if long in rank_samples.indices)
     assert max(flops) / min(flops) < 1.1
     assert tokens[with_long] < tokens[1 - with_long]
