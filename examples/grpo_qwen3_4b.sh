@@ -17,4 +17,4 @@
 #SBATCH --output=logs/%x-%j.out
 set -euo pipefail
 exec bash examples/slurm/launch.sh examples/grpo_qwen3_4b.yaml \
-    --set parallel.data=$((8 * SLURM_JOB_NUM_NODES)) --set rollout.num_engines=$((8 * SLURM_JOB_NUM_NODES)) "$@"
+    --set rollout.num_engines=$((8 * SLURM_JOB_NUM_NODES)) "$@"

@@ -3,7 +3,7 @@
 #   sbatch --job-name=eval_best examples/p2o_eval.sh runs/p2o_qwen3_4b/checkpoints/best
 #   sbatch --job-name=eval_base examples/p2o_eval.sh models/Qwen3-4B \
 #       --benchmark aime24=data/eval/aime24.jsonl --set rollout.num_engines=8
-# A checkpoint takes as many GPUs as its run had, or other ones by `--set parallel.data=N`; a model directory one node.
+# A checkpoint takes as many GPUs as its run had, or as many as there are by `--set parallel.data=null`; a model directory one node.
 #SBATCH --job-name=p2o_eval
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

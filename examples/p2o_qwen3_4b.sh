@@ -18,5 +18,5 @@ set -euo pipefail
 : "${P2O_REFLECTION_URL:?set it to the base URL of an OpenAI-compatible endpoint, e.g. https://host/v1}"
 : "${P2O_REFLECTION_API_KEY:?set it to the key of that endpoint}"
 exec bash examples/slurm/launch.sh examples/p2o_qwen3_4b.yaml \
-    --set parallel.data=$((8 * SLURM_JOB_NUM_NODES)) --set rollout.num_engines=$((8 * SLURM_JOB_NUM_NODES)) \
+    --set rollout.num_engines=$((8 * SLURM_JOB_NUM_NODES)) \
     --set evolution.reflection.base_url="$P2O_REFLECTION_URL" "$@"

@@ -16,4 +16,4 @@
 set -euo pipefail
 # Engines are spread evenly, and the first node's eighth GPU is the reflection server's.
 exec bash examples/slurm/launch.sh examples/p2o_qwen3_4b_selfref.yaml \
-    --set parallel.data=$((8 * SLURM_JOB_NUM_NODES)) --set rollout.num_engines=$((7 * SLURM_JOB_NUM_NODES)) "$@"
+    --set rollout.num_engines=$((7 * SLURM_JOB_NUM_NODES)) "$@"

@@ -15,7 +15,7 @@ set -euo pipefail
 policy="${P2O_TINY_POLICY:-runs/tiny}"
 [ -f "$policy/card.json" ] || PATH="$PWD/.venv/bin:$PATH" python -m megatron_p2o.tiny.policy --out "$policy" --seed 1
 exec bash examples/slurm/launch.sh examples/tiny_slurm.yaml \
-    --set parallel.data="$SLURM_JOB_NUM_NODES" --set model.path="$policy/model" \
+    --set model.path="$policy/model" \
     --set data.train="$policy/problems/train.jsonl" \
     --set data.evaluation.heldout_easy="$policy/problems/heldout_easy.jsonl" \
     --set data.evaluation.heldout_hard="$policy/problems/heldout_hard.jsonl" "$@"

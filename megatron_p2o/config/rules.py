@@ -96,7 +96,7 @@ def _process_rules(config: Config) -> list[Rule]:
     return [
         (
             not config.parallel.sequence or config.parallel.tensor > 1,
-            "parallel.sequence needs parallel.tensor > 1: set parallel.sequence to false",
+            "parallel.sequence=true needs parallel.tensor > 1: leave it out",
         ),
         (
             config.parallel.virtual_pipeline <= 1 or config.parallel.pipeline > 1,

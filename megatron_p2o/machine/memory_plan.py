@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_p2o.config.tree import Config
+from megatron_p2o.machine.layout import layout_line, with_layout
 from megatron_p2o.machine.nodes import nodes_of_slurm
 from megatron_p2o.policy.model.architecture import Architecture, element_bytes, read_architecture
 from megatron_p2o.rollout.refresh.outlet import NUM_SPANS, bucket_capacity
@@ -161,7 +162,7 @@ class MemoryPlan:
     def _remedies(self, config: Config, phase: str) -> str:
         parallel = config.parallel
         given = {
-            "set parallel.distributed_optimizer": parallel.data * parallel.context > 1
+            "set parallel.distributed_optimizer": parallel.num_replicas * parallel.context > 1
             and not parallel.distributed_optimizer,
             "raise parallel.tensor or parallel.pipeline": True,
             "lower optimizer.micro_batch_tokens": phase == "training",
@@ -201,22 +202,30 @@ def planned_memory(config: Config, gpus: Gpus | None = None) -> list[str]:
     Raises:
         ValueError: trainer and engines do not fit them; the message has the numbers and the settings to change.
     """
+    given = config.parallel
     if gpus is not None:
+        config = with_layout(config, gpus.num_nodes, gpus.count)
         plan = checked_plan(config, gpus, has_saver=True)
     elif torch.cuda.is_available():
         nodes = nodes_of_slurm(os.environ)
         gpus = gpus_here(nodes.count if nodes else num_nodes_for(config, torch.cuda.device_count()))
+        config = with_layout(config, gpus.num_nodes, gpus.count)
         plan = checked_plan(config, gpus)
     else:
         return []
     lending = "engines lend theirs to the trainer" if plan.num_lending else "engines keep theirs"
     head = f"memory of {gpus.num_nodes} x {gpus.count} GPUs of {gpus.num_bytes / GIB:.1f} GiB, {lending}"
-    return [head, *plan.describe().splitlines(), *filter(None, [plan.warning()])]
+    layout = [layout_line(given, config.parallel, gpus.num_nodes, gpus.count)] if given != config.parallel else []
+    return [*layout, head, *plan.describe().splitlines(), *filter(None, [plan.warning()])]
 
 
 def num_nodes_for(config: Config, num_gpus: int) -> int:
-    """Return how many nodes of `num_gpus` a run takes with a trainer's rank on each GPU."""
-    return -(-config.parallel.world_size // num_gpus)
+    """Return how many nodes of `num_gpus` a run takes with a trainer's rank on each GPU.
+
+    Where the number of replicas is derived, the engines say how many GPUs there are to be.
+    """
+    engine_ranks = config.rollout.num_engines * config.rollout.tensor_parallel if config.parallel.data is None else 0
+    return -(-max(config.parallel.world_size, engine_ranks) // num_gpus)
 
 
 def gpus_here(num_nodes: int) -> Gpus:
@@ -277,7 +286,7 @@ def trainer_memory(config: Config, architecture: Architecture) -> TrainerMemory:
     """Return what the trainer's largest rank holds."""
     parallel, element = config.parallel, element_bytes(config.model.dtype)
     parameters = num_trainer_parameters(config, architecture)
-    num_shares = parallel.data * parallel.context if parallel.distributed_optimizer else 1
+    num_shares = parallel.num_replicas * parallel.context if parallel.distributed_optimizer else 1
     owned = 0 if any(config.megatron.get(name) for name in OTHER_OPTIMIZERS) else -(-parameters // num_shares)
     reduces_in_float32 = config.megatron.get("grad_reduce_in_fp32", True)
     return TrainerMemory(
@@ -303,7 +312,11 @@ def stored_inputs(config: Config, architecture: Architecture) -> int:
     """Return the elements of the layers' inputs that one micro-batch leaves on a rank, recomputed layers or not."""
     parallel = config.parallel
     num_stored = -(-architecture.num_layers // parallel.pipeline // config.megatron.get("recompute_num_layers", 1))
-    tokens = config.optimizer.micro_batch_tokens // parallel.context // (parallel.tensor if parallel.sequence else 1)
+    tokens = (
+        config.optimizer.micro_batch_tokens
+        // parallel.context
+        // (parallel.tensor if parallel.is_sequence_parallel else 1)
+    )
     return tokens * architecture.hidden_size * num_stored
 
 
@@ -317,7 +330,7 @@ def likely_activations(config: Config, architecture: Architecture) -> int:
     inner = architecture.intermediate_size
     if architecture.experts is not None:
         inner = architecture.experts.num_experts_per_token * architecture.experts.intermediate_size
-    whole = 6 * architecture.hidden_size // (parallel.tensor if parallel.sequence else 1)
+    whole = 6 * architecture.hidden_size // (parallel.tensor if parallel.is_sequence_parallel else 1)
     layer = tokens * (whole + (6 * query + 5 * key + 5 * inner) // parallel.tensor)
     if config.megatron.get("recompute_granularity") == "full":
         num_at_once = config.megatron.get("recompute_num_layers", 1)

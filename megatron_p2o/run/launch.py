@@ -27,6 +27,7 @@ from megatron_p2o.config.read import dump_config, with_template_date
 from megatron_p2o.config.tree import Config, ParallelConfig
 from megatron_p2o.evolve.reflection.reflectors import secrets_of
 from megatron_p2o.files import limit_readers, write_whole
+from megatron_p2o.machine.layout import with_layout
 from megatron_p2o.machine.nodes import Nodes, nodes_of_slurm
 from megatron_p2o.machine.rendezvous import BACKEND
 from megatron_p2o.processes import (
@@ -63,6 +64,7 @@ def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = 
             the run's folder and settings, or another `p2o` works in that folder.
     """
     nodes = nodes or nodes_of_slurm(os.environ) or this_machine()
+    config = with_layout(config, nodes.count)
     num_ranks = ranks_per_node(config, nodes)
     check_engines(config)
     run_dir = config.run.folder
@@ -133,7 +135,7 @@ def ranks_per_node(config: Config, nodes: Nodes) -> int:
     parallel = config.parallel
     product = (
         f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
-        f"parallel.context={parallel.context} x parallel.data={parallel.data}"
+        f"parallel.context={parallel.context} x parallel.data={parallel.num_replicas}"
     )
     num_ranks, rest = divmod(parallel.world_size, nodes.count)
     if rest:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -32,7 +32,9 @@ from megatron_p2o.evolve.process.beside import BesideTraining
 from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path
 from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution, TemplateLibrary
+from megatron_p2o.machine.layout import gpus_here, layout_line, with_layout
 from megatron_p2o.machine.memory_plan import planned_memory, with_planned_cache
+from megatron_p2o.machine.nodes import nodes_of_slurm
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngines, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.memory import ProcessMemory, peak_meter
@@ -84,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("megatron_p2o.evolve.process.session").setLevel(logging.INFO)  # one line a round
     run_dir = options.config.parent
     sys.excepthook = partial(report_error, run_dir)
-    config = with_planned_cache(load_config(options.config))
+    config = load_config(options.config)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    config = with_planned_cache(replace(config, parallel=config.parallel.for_processes(num_processes)))
     # Before the weights, which take minutes: whatever is wrong with the problems is said in the first seconds.
     inputs = load_inputs(config) if os.environ.get("RANK", "0") == "0" and not options.evaluate else None
     policy = build_policy(config)
@@ -145,6 +149,13 @@ def dry_run(config: Config) -> None:
     Raises:
         ValueError: a file, a row, a prompt or a setting of policy or engines is bad; the message names it.
     """
+    given, nodes, problems = config.parallel, nodes_of_slurm(os.environ), list[str]()
+    num_nodes = nodes.count if nodes else 1
+    try:
+        config = with_layout(config, num_nodes)
+        say(layout_line(given, config.parallel, num_nodes, gpus_here()))
+    except ValueError as error:
+        problems.append(str(error))
     settings = policy_settings(config)
     check_weights(config, settings)
     check_values(config)
@@ -155,7 +166,7 @@ def dry_run(config: Config) -> None:
     resumed = check_resume(dated, config.run.folder)
     for change in resumed.changes if resumed else ():
         say(f"changed since the checkpoint: {change}")
-    problems = machine_problems(config, settings, machine_capabilities())
+    problems += machine_problems(config, settings, machine_capabilities())
     try:
         check_arguments(config)
     except EngineStartFailed as error:

@@ -40,7 +40,7 @@ def test_every_rank_and_the_last_message_name_the_rank_that_failed_first(model_p
         dist.destroy_process_group()
         return str(caught.value)
 
-    config = policy_config(model_path, parallel=ParallelConfig(tensor=2, timeout_s=20))
+    config = policy_config(model_path, parallel=ParallelConfig(tensor=2, timeout_s=20, sequence=False))
     conductor, follower = run_gloo_ranks(fail_with_message, 2, config, timeout_s=15)
     assert follower.startswith("policy.update failed on rank 1: AttributeError")
     assert conductor.startswith(follower) and conductor.endswith("(seen on rank 0 as RuntimeError)")
@@ -127,7 +127,7 @@ def test_the_number_of_processes_must_be_the_product_of_the_parallel_sizes(model
             build_policy(config)
         return str(caught.value)
 
-    config = policy_config(model_path, parallel=ParallelConfig(tensor=2, data=2))
+    config = policy_config(model_path, parallel=ParallelConfig(tensor=2, data=2, sequence=False))
     messages = run_gloo_ranks(build_with_wrong_sizes, 2, config)
     assert messages[0] == messages[1]
     assert "= 4 must equal the number of trainer processes, 2: set parallel.data to 1" in messages[0]

@@ -33,7 +33,7 @@ CASES: dict[int, dict[str, Case]] = {
         "recomputed": (ParallelConfig(), 48, RECOMPUTE),
     },
     2: {
-        "tensor": (ParallelConfig(tensor=2), 48, {}),
+        "tensor": (ParallelConfig(tensor=2, sequence=False), 48, {}),
         "sequence": (ParallelConfig(tensor=2, sequence=True), 40, RECOMPUTE),
         "pipeline": (ParallelConfig(pipeline=2), 48, {}),
         "interleaved": (ParallelConfig(pipeline=2, virtual_pipeline=2), 48, {}),

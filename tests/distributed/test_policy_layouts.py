@@ -24,7 +24,7 @@ VOCAB_SIZE = 131
 LENGTHS = (3, 17, 1, 20, 30, 9, 9)
 
 LAYOUTS = [
-    pytest.param(ParallelConfig(tensor=2), id="tensor-2"),
+    pytest.param(ParallelConfig(tensor=2, sequence=False), id="tensor-2"),
     pytest.param(ParallelConfig(tensor=2, sequence=True), id="tensor-2-sequence"),
     pytest.param(ParallelConfig(pipeline=2), id="pipeline-2"),
     pytest.param(ParallelConfig(data=2), id="data-2"),
@@ -143,7 +143,7 @@ def test_a_data_rank_without_samples_takes_part_and_counts_for_nothing(tmp_path:
 
 
 SAVED = {
-    "tensor": ParallelConfig(tensor=2),
+    "tensor": ParallelConfig(tensor=2, sequence=False),
     "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "context": ParallelConfig(context=2),
     "data, sharded": ParallelConfig(data=2, distributed_optimizer=True),
@@ -158,7 +158,7 @@ LOADED = {
         "single": ParallelConfig(),
     },
     "context": {"context": SAVED["context"], "interleaved": SAVED["interleaved"], "single": ParallelConfig()},
-    "data, sharded": {"tensor, sharded": ParallelConfig(tensor=2, distributed_optimizer=True)},
+    "data, sharded": {"tensor, sharded": ParallelConfig(tensor=2, distributed_optimizer=True, sequence=False)},
     "context, sharded": {
         "context, sharded": SAVED["context, sharded"],
         "single, sharded": ParallelConfig(distributed_optimizer=True),

@@ -29,7 +29,7 @@ SAMPLES = random_samples((3, 17, 1, 20, 30, 9, 9, 2), vocab_size=VOCAB_SIZE)
 CAPABLE = Capabilities(has_cuda=False, flash_attn_problem="is not installed", transformer_engine_problem=None)
 INCAPABLE = replace(CAPABLE, transformer_engine_problem="is not installed")
 LAYOUTS = {
-    "tensor": ParallelConfig(tensor=2),
+    "tensor": ParallelConfig(tensor=2, sequence=False),
     "sequence": ParallelConfig(tensor=2, sequence=True),
     "context": ParallelConfig(context=2),
     "pipeline": ParallelConfig(pipeline=2),

@@ -59,10 +59,10 @@ def load_train_export(config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model_type", "parallel"),
     [
-        ("qwen2", ParallelConfig(tensor=2)),
+        ("qwen2", ParallelConfig(tensor=2, sequence=False)),
         ("qwen2-tied", ParallelConfig(pipeline=2)),
         ("llama-3.2", ParallelConfig(tensor=2, sequence=True)),
-        ("llama", ParallelConfig(tensor=2, pipeline=2)),
+        ("llama", ParallelConfig(tensor=2, pipeline=2, sequence=False)),
         ("qwen3-moe", ParallelConfig(tensor=2, sequence=True)),
         ("qwen3-moe", ParallelConfig(pipeline=2)),
     ],

@@ -37,7 +37,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from megatron_p2o.config.tree import ParallelConfig
 from megatron_p2o.policy.model.parallel import initialize_parallel
 
-initialize_parallel(ParallelConfig(tensor=2, timeout_s=60), seed=1)
+initialize_parallel(ParallelConfig(tensor=2, timeout_s=60, sequence=False), seed=1)
 rank = torch.tensor([float(dist.get_rank())])
 dist.all_reduce(rank)
 first = _get_default_store().compare_set("first", "", f"rank {dist.get_rank()}").decode()

@@ -11,6 +11,7 @@ import pytest
 from megatron_p2o.config.read import dump_config, load_config
 from megatron_p2o.config.rules import problems_of
 from megatron_p2o.config.tree import Config
+from megatron_p2o.machine.layout import with_layout
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.yaml"))
@@ -120,12 +121,13 @@ def test_the_baselines_differ_from_p2o_in_nothing_else() -> None:
 def test_self_reflection_leaves_a_gpu_to_its_server() -> None:
     config = settings("p2o_qwen3_4b_selfref")
     assert config.evolution.reflection.backend == "self"
-    assert (config.rollout.num_engines + 1) * config.rollout.tensor_parallel == config.parallel.world_size == 8
+    assert (config.rollout.num_engines + 1) * config.rollout.tensor_parallel == 8
+    assert with_layout(config, num_nodes=1, gpus_per_node=8).parallel.data == 8
 
 
 def test_the_large_run_and_its_engines_fill_four_nodes() -> None:
     config = settings("p2o_qwen3_32b")
-    assert config.parallel.world_size == 4 * 8
+    assert with_layout(config, num_nodes=4, gpus_per_node=8).parallel.data == 2, "a replica on two nodes"
     assert config.parallel.tensor <= 8, "tensor parallelism stays within a node"
     assert config.rollout.num_engines * config.rollout.tensor_parallel == 4 * 8
 
@@ -164,5 +166,5 @@ def test_on_any_number_of_nodes_every_gpu_has_a_trainer_rank_and_an_engine_rank(
     settings_file, *options = outcome.stdout.split()
     assert set(options[::2]) == {"--set"}
     config = load_config(EXAMPLES.parent / settings_file, options[1::2])
-    assert config.parallel.world_size == 8 * num_nodes
+    assert with_layout(config, num_nodes, gpus_per_node=8).parallel.world_size == 8 * num_nodes
     assert config.rollout.num_engines * config.rollout.tensor_parallel == 8 * num_nodes - num_idle

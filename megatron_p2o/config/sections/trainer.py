@@ -1,6 +1,6 @@
 """Settings of the policy and how it is trained: model, layout of the ranks, LM head, optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seconds
@@ -39,11 +39,12 @@ class ParallelConfig:
     and leaves the pipeline idle less."""
     context: PositiveInt = 1
     """Ranks that share the tokens of every sequence (context parallelism), for sequences too long for one GPU."""
-    data: PositiveInt = 1
-    """Replicas of the model, each on its own samples (data parallelism)."""
-    sequence: bool = False
+    data: PositiveInt | None = None
+    """Replicas of the model, each on its own samples (data parallelism). None: as many as fill the GPUs of all nodes of
+    the launch, or without GPUs one rank on each node; the run's config.yaml holds the number."""
+    sequence: bool | None = None
     """Whether tensor-parallel ranks also share the tokens of norms and dropout (sequence parallelism), which saves
-    activation memory. Needs `parallel.tensor` > 1."""
+    activation memory. Needs `parallel.tensor` > 1. None: true where `parallel.tensor` is more than 1."""
     distributed_optimizer: bool = False
     """Whether data-parallel ranks share the optimizer state instead of a copy on each. A run cannot change it on
     resume."""
@@ -54,8 +55,37 @@ class ParallelConfig:
     prompts for hours between two commands. If rank 0 dies, the other ranks notice at once, whatever this limit."""
 
     @property
+    def num_model_ranks(self) -> int:
+        """Ranks of one replica."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def num_replicas(self) -> int:
+        """`data`; 1 where `for_processes` has not derived it."""
+        return self.data or 1
+
+    @property
+    def is_sequence_parallel(self) -> bool:
+        return self.tensor > 1 if self.sequence is None else self.sequence
+
+    @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.context * self.data
+        return self.num_model_ranks * self.num_replicas
+
+    def for_processes(self, num_processes: int) -> "ParallelConfig":
+        """Return the layout over so many processes: `data` and `sequence` derived where they are None.
+
+        Raises:
+            ValueError: they are no whole number of replicas.
+        """
+        if self.data is None and num_processes % self.num_model_ranks:
+            raise ValueError(
+                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline} x parallel.context={self.context} "
+                f"= {self.num_model_ranks} ranks of one replica must divide the {num_processes} processes of the "
+                "launch: change one of them, or set parallel.data and leave GPUs idle"
+            )
+        data = num_processes // self.num_model_ranks if self.data is None else self.data
+        return replace(self, data=data, sequence=self.is_sequence_parallel)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

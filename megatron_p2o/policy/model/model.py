@@ -166,7 +166,7 @@ def _decided_settings(
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "context_parallel_size": parallel.context,
-        "sequence_parallel": parallel.sequence,
+        "sequence_parallel": parallel.is_sequence_parallel,
         "params_dtype": torch_dtype,
         "pipeline_dtype": torch_dtype,
         "bf16": dtype == "bfloat16",
@@ -203,8 +203,8 @@ def _check_divides(architecture: Architecture, parallel: ParallelConfig) -> None
     inner = ("intermediate_size", architecture.intermediate_size)
     if experts is not None:
         inner = ("moe_intermediate_size", experts.intermediate_size)
-        if parallel.tensor > 1 and not parallel.sequence:
-            raise ValueError("parallel.tensor > 1 with experts needs sequence parallelism: set parallel.sequence=true")
+        if parallel.tensor > 1 and not parallel.is_sequence_parallel:
+            raise ValueError("parallel.tensor > 1 with experts needs sequence parallelism: leave parallel.sequence out")
     for name, size in (
         ("num_key_value_heads", architecture.num_kv_heads),
         ("num_attention_heads", architecture.num_heads),

@@ -85,15 +85,15 @@ def check_world_size(parallel: ParallelConfig, num_processes: int) -> None:
     if num_processes != parallel.world_size:
         raise ValueError(
             f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x parallel.context="
-            f"{parallel.context} x parallel.data={parallel.data} = {parallel.world_size} must equal the number of "
-            f"trainer processes, {num_processes}: "
+            f"{parallel.context} x parallel.data={parallel.num_replicas} = {parallel.world_size} must equal the number "
+            f"of trainer processes, {num_processes}: "
             f"set parallel.data to {_fitting_data(parallel, num_processes)} or start {parallel.world_size} processes"
         )
 
 
 def data_rank_of(rank: int, parallel: ParallelConfig) -> int:
     """Return the data-parallel rank of a world rank."""
-    return rank // (parallel.tensor * parallel.context) % parallel.data
+    return rank // (parallel.tensor * parallel.context) % parallel.num_replicas
 
 
 def tensor_group() -> ProcessGroup:

@@ -126,7 +126,7 @@ def _check_name(name: str, known: set[str]) -> None:
     if name in EXPERT_SIZES:
         raise ValueError(
             f"megatron.{name} is not supported: every rank computes its cut of all experts. Remove it; "
-            "parallel.tensor with parallel.sequence=true cuts them smaller"
+            "parallel.tensor cuts them smaller"
         )
     if name in OWNERS:
         owner = OWNERS[name]

@@ -39,7 +39,7 @@ def split_over_ranks(
     plan = plan_micro_batches(
         [-(-sample.num_tokens // rounded_to) * rounded_to for sample in samples],
         [architecture.forward_flops(sample.num_tokens, len(sample.response_ids)) for sample in samples],
-        parallel.data,
+        parallel.num_replicas,
         micro_batch_tokens * parallel.context,
         # The interleaved schedule passes micro-batches on in groups of as many as there are stages.
         multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,

@@ -281,7 +281,7 @@ class MegatronPolicy:
 
     def _everywhere(self, method: Method, *arguments: Any) -> list[Any]:
         """Run a method with the same arguments on all ranks; returns their answers by rank."""
-        return self._conduct(method, [arguments] * self._config.parallel.data)
+        return self._conduct(method, [arguments] * self._config.parallel.num_replicas)
 
     def _conduct(self, method: Method, arguments_by_data_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
         commands = [

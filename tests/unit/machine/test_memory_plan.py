@@ -15,7 +15,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_p2o.cli import main
 from megatron_p2o.config.read import load_config
 from megatron_p2o.config.tree import Config, OptimizerConfig, ParallelConfig
-from megatron_p2o.machine.memory_plan import GIB, RESERVE_BYTES, Gpus, MemoryPlan, memory_plan, trainer_memory
+from megatron_p2o.machine.layout import with_layout
+from megatron_p2o.machine.memory_plan import (
+    GIB,
+    RESERVE_BYTES,
+    Gpus,
+    MemoryPlan,
+    memory_plan,
+    num_nodes_for,
+    trainer_memory,
+)
 from megatron_p2o.policy.model.architecture import Architecture, read_architecture
 from megatron_p2o.policy.training.ranks import build_policy
 from megatron_p2o.testing.fakes import fake_config
@@ -205,9 +214,12 @@ def test_the_doctor_plans_for_gpus_that_are_elsewhere(tmp_path: Path, capsys: py
     command = ["doctor", str(example), "--set", f"model.path={tmp_path}", "--strict", "--plan"]
     assert main([*command, "8x80"]) == 0
     planned = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("plan ")]
-    plan = plan_of(load_config(example), architecture, replace(GPU_80, num_nodes=4))
-    assert planned[0] == "memory of 4 x 8 GPUs of 80.0 GiB, engines lend theirs to the trainer"
-    assert planned[1:] == plan.describe().splitlines()
+    plan = plan_of(with_layout(load_config(example), 4, 8), architecture, replace(GPU_80, num_nodes=4))
+    assert planned[0].startswith(
+        "layout: tensor 8 x pipeline 2 x context 1 x data 2 = 32 ranks, sequence parallelism on"
+    )
+    assert planned[1] == "memory of 4 x 8 GPUs of 80.0 GiB, engines lend theirs to the trainer"
+    assert planned[2:] == plan.describe().splitlines()
     assert main([*command, "8x20"]) == 1
     assert re.search(r"plan +MISSING \w+ does not fit a GPU: .* of 20\.0 GiB\. Remedies: ", capsys.readouterr().out)
     assert main([*command, "80"]) == 2
@@ -217,9 +229,11 @@ def test_the_doctor_plans_for_gpus_that_are_elsewhere(tmp_path: Path, capsys: py
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*qwen3*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("releases", [True, False], ids=["memory lent", "memory kept"])
 def test_every_example_for_80_gb_gpus_fits_them(path: Path, releases: bool, tmp_path: Path) -> None:
-    config = load_config(path)
+    settings = load_config(path)
     size = "32B" if "32b" in path.stem else "4B"
-    gpus = replace(GPU_80, num_nodes=config.parallel.world_size // 8)
+    gpus = replace(GPU_80, num_nodes=num_nodes_for(settings, 8))
+    assert gpus.num_nodes == (4 if size == "32B" else 1)
+    config = with_layout(settings, gpus.num_nodes, gpus.count)
     plan = plan_of(config, qwen3(size, tmp_path), gpus, releases)
     plan.check(config)
     assert plan.warning() == ""

@@ -67,7 +67,8 @@ def said(settings_file: Path, capsys: pytest.CaptureFixture[str], **settings: ob
 
 
 def test_nothing_wrong_is_summed_up(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(settings_file, capsys).splitlines()
+    layout, *lines = said(settings_file, capsys).splitlines()
+    assert layout.startswith("layout: tensor 1 x pipeline 1 x context 1 x data ")
     assert lines[:2] == ["train: 8 problems, 2 steps in each of 2 epochs", "evaluation.held: 8 problems"]
     # <|im_start|>user\n…<|im_end|>\n<|im_start|>assistant\n of one token a character, but for the special tokens.
     num_tokens = len("*user\n0+1*\n*assistant\n")

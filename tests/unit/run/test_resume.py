@@ -126,7 +126,7 @@ def test_the_same_settings_and_files_change_nothing(tmp_path: Path, model: Path)
         ),
         ("evaluation.every_steps=7", "evaluation.every_steps: 30 -> 7: from the next evaluation on"),
         ("logging.console=false", "logging.console: True -> False: no result depends on it"),
-        ("parallel.data=2", "parallel.data: 1 -> 2: no result depends on it"),
+        ("parallel.data=2", "parallel.data: none -> 2: no result depends on it"),
         ("sglang.attention_backend=fa3", "sglang.attention_backend: none -> fa3: from step 3 on"),
     ],
 )

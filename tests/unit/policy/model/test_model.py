@@ -52,7 +52,7 @@ def test_a_published_configuration_gives_megatrons_sizes(tmp_path: Path):
     architecture = architecture_of(QWEN3_4B, tmp_path)
     assert architecture.rope_theta == 1e6
     assert architecture.ties_embeddings
-    config = transformer_config(architecture, ParallelConfig(tensor=8, pipeline=2), "bfloat16", {})
+    config = transformer_config(architecture, ParallelConfig(tensor=8, pipeline=2, sequence=False), "bfloat16", {})
     assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (36, 2560, 9728)
     assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (32, 8, 128)
     assert config.params_dtype == torch.bfloat16 and config.bf16
@@ -75,8 +75,8 @@ def test_each_family_gets_its_biases_norms_and_experts(tmp_path: Path):
 
 def test_experts_are_cut_over_the_tensor_ranks_only(tmp_path: Path):
     architecture = architecture_of({**QWEN3_4B, **QWEN3_30B_EXPERTS}, tmp_path)
-    with pytest.raises(ValueError, match=r"set parallel\.sequence=true"):
-        transformer_config(architecture, ParallelConfig(tensor=2), "float32", {})
+    with pytest.raises(ValueError, match=r"needs sequence parallelism: leave parallel\.sequence out"):
+        transformer_config(architecture, ParallelConfig(tensor=2, sequence=False), "float32", {})
     for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
         with pytest.raises(ValueError, match=rf"megatron\.{name} is not supported: .* Remove it; parallel\.tensor"):
             megatron_overrides({name: 2})
@@ -140,7 +140,10 @@ def test_unknown_and_decided_overrides_are_refused(overrides: dict[str, Any], me
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        (ParallelConfig(tensor=16), r"parallel\.tensor=16 must divide the model's num_key_value_heads=8"),
+        (
+            ParallelConfig(tensor=16, sequence=False),
+            r"parallel\.tensor=16 must divide the model's num_key_value_heads=8",
+        ),
         (ParallelConfig(pipeline=5), r"parallel\.pipeline=5 must divide the model's num_hidden_layers=36"),
     ],
 )
@@ -155,7 +158,7 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_the_tensor_ranks():
 
 
 def test_a_wrong_number_of_processes_is_explained():
-    parallel = ParallelConfig(tensor=2, pipeline=2, data=1)
+    parallel = ParallelConfig(tensor=2, pipeline=2, data=1, sequence=False)
     check_world_size(parallel, 4)
     with pytest.raises(ValueError, match=r"= 4 must equal .* 8: set parallel\.data to 2 or start 4 processes"):
         check_world_size(parallel, 8)
@@ -164,7 +167,7 @@ def test_a_wrong_number_of_processes_is_explained():
 
 
 def test_tensor_ranks_are_neighbours_and_stages_are_farthest_apart():
-    parallel = ParallelConfig(tensor=2, data=3, pipeline=2)
+    parallel = ParallelConfig(tensor=2, data=3, pipeline=2, sequence=False)
     assert [data_rank_of(rank, parallel) for rank in range(12)] == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]
     parallel = ParallelConfig(tensor=1, context=2, data=2, pipeline=2)
     assert [data_rank_of(rank, parallel) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
