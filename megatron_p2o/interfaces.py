@@ -42,8 +42,8 @@ class Policy(Protocol):
             samples: the rollouts that carry gradient; may be empty (then nothing moves and the step counts).
             old_logprobs: [R] each, under `context_ids`, before the first update of this rollout batch; None when this
                 is that first update, so that its own forward pass provides them.
-            num_loss_tokens: response tokens of the whole mini-batch including the dropped rollouts: the denominator
-                `objective.denominator: all` uses.
+            num_loss_tokens: response tokens of the whole mini-batch including the dropped rollouts: what
+                `objective.normalization: token_mean` divides by.
         """
         ...
 

@@ -251,7 +251,7 @@ class TokenStats(Generic[Number]):
     loss_tokens: Number
     """Response tokens."""
     carrying_tokens: Number
-    """Of those, the ones with an advantage and a weight."""
+    """Of those, the ones with a weight, and with an advantage or an entropy or KL term."""
     live_tokens: Number
     """Of those, the ones that went through the LM head."""
     kept_tokens: Number

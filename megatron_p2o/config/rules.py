@@ -48,10 +48,6 @@ def _sampling_rules(config: Config) -> list[Rule]:
 def _objective_rules(config: Config) -> list[Rule]:
     return [
         (
-            config.objective.normalization == "global" or config.objective.denominator == "all",
-            "objective.normalization=micro_batch is defined for objective.denominator=all only",
-        ),
-        (
             config.scoring.importance_cap is None or config.scoring.recompute,
             f"scoring.importance_cap={config.scoring.importance_cap} needs scoring.recompute=true: the trainer has no "
             "log-probs under templates otherwise",

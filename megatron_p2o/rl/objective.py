@@ -9,6 +9,11 @@ with (x, or x with template z), and the gradient's prompt is `TrainSample.contex
     importance   c        x            1              true importance ratio under the clip
     ratio_mask   x        x            context ratio  production
 
+`objective.surrogate` says what is made of the ratio: PPO's clip by token, GSPO's by sequence (arXiv:2507.18071), or
+CISPO's weight of the log-prob (arXiv:2506.13585). Any of them goes with any context: the ratio of a sequence is that of
+its tokens in the table, and a token's weight multiplies its own loss. docs/objectives.md says what each combination
+means.
+
 The loss and its gradient are computed by `p2o_kernels.linear_policy_loss` together with the LM head; its specification
 is `p2o_kernels/policy_loss/reference.py`. Here is what it is told, and what is reported.
 """
@@ -101,22 +106,57 @@ def loss_rule(objective: ObjectiveConfig) -> LossRule:
     """Return the settings of the token loss as the fused kernels take them."""
     return LossRule(
         context=objective.context,
+        surrogate=objective.surrogate,
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
         dual_clip=objective.dual_clip,
         ratio_low=objective.ratio_low,
         ratio_high=objective.ratio_high,
         ratio_form=objective.ratio_form,
+        entropy_coefficient=objective.entropy_coefficient,
     )
 
 
-def token_stats(batch: PackedBatch, outcome: PolicyLoss) -> TokenStats[Tensor]:
+def has_loss(sample: TrainSample, objective: ObjectiveConfig) -> bool:
+    """Whether a forward pass of the sample changes the gradient: it has an advantage, or a term acts without one."""
+    return sample.advantage != 0 or loss_rule(objective).acts_without_advantage
+
+
+def with_length_weights(
+    samples: Sequence[TrainSample], minibatch: Sequence[TrainSample], objective: ObjectiveConfig, max_new_tokens: int
+) -> list[TrainSample]:
+    """Return `samples` weighted by length so that a mean over all tokens is the mean that `normalization` asks for.
+
+    With N rollouts in the mini-batch, those without gradient included, and T response tokens, each token of a response
+    of length R weighs T / (N R) for `sequence_mean`, and T / (N max_new_tokens) for `sequence_sum`.
+    """
+    num_tokens = sum(len(sample.response_ids) for sample in minibatch)
+
+    def weighted(sample: TrainSample, length: int) -> TrainSample:
+        ones = np.ones(len(sample.response_ids), np.float32)
+        weights = ones if sample.loss_weights is None else sample.loss_weights
+        return replace(sample, loss_weights=weights * np.float32(num_tokens / (len(minibatch) * length)))
+
+    match objective.normalization:
+        case "sequence_mean":
+            return [weighted(sample, len(sample.response_ids)) for sample in samples]
+        case "sequence_sum":
+            return [weighted(sample, max_new_tokens) for sample in samples]
+        case "token_mean" | "kept_token_mean" | "micro_batch_mean":
+            return list(samples)
+        case _:
+            assert_never(objective.normalization)
+
+
+def token_stats(batch: PackedBatch, outcome: PolicyLoss, *, acts_without_advantage: bool = False) -> TokenStats[Tensor]:
     """Return what happened to the tokens of `batch`; only those that may carry gradient are looked at.
 
-    A token without advantage or weight is in the denominator `all` and nowhere else, so that it does not matter whether
-    it was dropped before packing.
+    A token without advantage or weight is in `loss_tokens` and nowhere else, so that it does not matter whether it was
+    dropped before packing. Where a term acts without an advantage, the weight alone decides.
     """
-    carries_T = batch.loss_mask_T & (batch.loss_weights_T != 0) & (batch.advantages_T != 0)
+    carries_T = batch.loss_mask_T & (batch.loss_weights_T != 0)
+    if not acts_without_advantage:
+        carries_T = carries_T & (batch.advantages_T != 0)
     live_T = outcome.is_live_T
     is_kept_T = outcome.weights_T != 0
     is_templated_T = batch.is_templated_T & carries_T

@@ -6,7 +6,14 @@ from dataclasses import replace
 from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import Policy
 from megatron_p2o.rl.grouping import chunks, train_samples
-from megatron_p2o.rl.objective import compares_with_sampling, with_caps, with_mismatch, with_trainer_logprobs
+from megatron_p2o.rl.objective import (
+    compares_with_sampling,
+    has_loss,
+    with_caps,
+    with_length_weights,
+    with_mismatch,
+    with_trainer_logprobs,
+)
 from megatron_p2o.types import Group, Logprobs, TrainSample, UpdateReport
 
 NUM_PROBED = 4
@@ -18,7 +25,7 @@ def update(groups: Sequence[Group], policy: Policy, config: Config) -> list[Upda
     parts = chunks(groups, config.schedule.problems_per_update)
     minibatches = [train_samples(part, config.objective) for part in parts]
     live = [
-        scored(carrying_gradient(samples, config), part, policy, config)
+        length_weighted(scored(carrying_gradient(samples, config), part, policy, config), samples, config)
         for samples, part in zip(minibatches, parts, strict=True)
     ]
     # The first update's own forward pass gives its old log-probs; later ones need theirs before the policy moves.
@@ -50,8 +57,16 @@ def with_probe(report: UpdateReport, samples: Sequence[TrainSample], policy: Pol
 
 
 def carrying_gradient(samples: Sequence[TrainSample], config: Config) -> list[TrainSample]:
-    """Return the samples the forward pass needs: a zero advantage has no gradient, only a place in the denominator."""
-    return [sample for sample in samples if sample.advantage != 0 or not config.objective.drop_zero_advantage]
+    """Return the samples the forward pass needs: what has no loss has only a place in the denominator."""
+    objective = config.objective
+    return [sample for sample in samples if has_loss(sample, objective) or not objective.drop_zero_advantage]
+
+
+def length_weighted(
+    samples: Sequence[TrainSample], minibatch: Sequence[TrainSample], config: Config
+) -> list[TrainSample]:
+    """Return the samples of `minibatch` that carry gradient with the weights of `objective.normalization`."""
+    return with_length_weights(samples, minibatch, config.objective, config.rollout.max_new_tokens)
 
 
 def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Config) -> Sequence[Logprobs] | None:

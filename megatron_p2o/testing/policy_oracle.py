@@ -97,10 +97,16 @@ class PolicyOracle:
 
     def logprobs_R(self, sample: TrainSample) -> Tensor:
         """Return log pi(response | context) at the sampling temperature, [R], differentiable."""
+        return self.logprobs_and_entropies_R(sample)[0]
+
+    def logprobs_and_entropies_R(self, sample: TrainSample) -> tuple[Tensor, Tensor]:
+        """Return the log-probs, and the entropies of the distributions of the same tokens; both differentiable."""
         ids = torch.from_numpy(np.concatenate([sample.context_ids, sample.response_ids]).astype(np.int64))
         logits = self.model(ids[None]).logits[0] / self.config.rollout.temperature
         targets = ids[len(sample.context_ids) :]
-        return logits[len(sample.context_ids) - 1 : -1].log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        logprobs_RV = logits[len(sample.context_ids) - 1 : -1].log_softmax(-1)
+        entropies_R = -(logprobs_RV.exp() * logprobs_RV).sum(-1)
+        return logprobs_RV.gather(1, targets[:, None]).squeeze(1), entropies_R
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         with torch.no_grad():
@@ -113,12 +119,13 @@ class PolicyOracle:
         objective, settings = self.config.objective, self.config.optimizer
         total, num_kept = torch.zeros(()), 0.0
         for index, sample in enumerate(samples):
-            logprobs_R = self.logprobs_R(sample)
+            logprobs_R, entropies_R = self.logprobs_and_entropies_R(sample)
             old_R = logprobs_R.detach() if old_logprobs is None else torch.from_numpy(old_logprobs[index])
             losses_R, weights_R = token_losses(logprobs_R, old_R, sample, objective)
+            losses_R = losses_R - objective.entropy_coefficient * entropies_R
             total = total + (losses_R * weights_R).sum()
             num_kept += float((weights_R != 0).sum())
-        loss = total / (num_kept if objective.denominator == "kept" else num_loss_tokens)
+        loss = total / (num_kept if objective.normalization == "kept_token_mean" else num_loss_tokens)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
@@ -138,15 +145,27 @@ class PolicyOracle:
 def token_losses(
     logprobs_R: Tensor, old_R: Tensor, sample: TrainSample, objective: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
-    """Return the dual-clipped loss and the weight of each token, for the contexts `replace` and `ratio_mask`."""
-    advantage = sample.advantage
-    ratio_R = (logprobs_R - old_R).exp()
-    clipped_R = ratio_R.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    losses_R = torch.maximum(-advantage * ratio_R, -advantage * clipped_R)
-    if advantage < 0:
-        losses_R = losses_R.clamp(max=-objective.dual_clip * advantage)
-    weights_R = torch.ones_like(old_R)
+    """Return the loss and the weight of each token; for the contexts `replace`, `importance` and `ratio_mask`."""
+    first_R = old_R
+    if objective.context == "importance":
+        old_R = torch.from_numpy(sample.sampling_logprobs)
+    weights_R = torch.ones_like(old_R) if sample.loss_weights is None else torch.from_numpy(sample.loss_weights)
     if objective.context == "ratio_mask" and sample.is_templated:
-        rho_R = (old_R - torch.from_numpy(sample.sampling_logprobs)).exp()
-        weights_R = ((rho_R >= objective.ratio_low) & (rho_R <= objective.ratio_high)).float()
-    return losses_R, weights_R
+        rho_R = (first_R - torch.from_numpy(sample.sampling_logprobs)).exp()
+        weights_R = weights_R * ((rho_R >= objective.ratio_low) & (rho_R <= objective.ratio_high)).float()
+    return surrogate_losses(logprobs_R, old_R, sample.advantage, objective), weights_R
+
+
+def surrogate_losses(logprobs_R: Tensor, old_R: Tensor, advantage: float, objective: ObjectiveConfig) -> Tensor:
+    """Return the policy gradient's loss of each token of one response."""
+    ratio_R = (logprobs_R - old_R).exp()
+    if objective.surrogate == "gspo":
+        # One number for all tokens, with the gradient of each token's own log-prob: GSPO-token, eq. 14.
+        ratio_R = (logprobs_R - old_R).mean().exp().detach() * (logprobs_R - logprobs_R.detach()).exp()
+    clipped_R = ratio_R.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    if objective.surrogate == "cispo":
+        return -advantage * clipped_R.detach() * logprobs_R
+    losses_R = torch.maximum(-advantage * ratio_R, -advantage * clipped_R)
+    if advantage < 0 and objective.surrogate == "ppo":
+        losses_R = losses_R.clamp(max=-objective.dual_clip * advantage)
+    return losses_R

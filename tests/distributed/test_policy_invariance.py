@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_p2o.config.tree import Config, OptimizerConfig, ParallelConfig
+from megatron_p2o.config.tree import Config, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_p2o.policy.training.ranks import build_policy
+from megatron_p2o.rl.objective import with_length_weights
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.types import TrainSample
 
 VOCAB_SIZE = 131
 SAMPLES = random_samples((3, 17, 1, 20, 30, 9, 9, 2), vocab_size=VOCAB_SIZE)
@@ -73,6 +75,11 @@ def config_of(model: Path, case: Case) -> Config:
     return replace(policy_config(model, parallel=parallel, optimizer=optimizer), megatron=megatron)
 
 
+def samples_of(config: Config) -> list[TrainSample]:
+    """Return the samples weighted as `objective.normalization` asks for."""
+    return with_length_weights(SAMPLES, SAMPLES, config.objective, max_new_tokens=40)
+
+
 def train_each(configs: Sequence[Config]) -> list[dict[str, Any]]:
     """Return, for each configuration in turn, what two updates give; the second against old log-probs."""
     results: list[dict[str, Any]] = []
@@ -82,7 +89,7 @@ def train_each(configs: Sequence[Config]) -> list[dict[str, Any]]:
             policy.serve()
             continue
         order = np.random.default_rng(number).permutation(len(SAMPLES))
-        samples = [SAMPLES[index] for index in order]
+        samples = [samples_of(config)[index] for index in order]
         before = policy.logprobs(samples)
         reports = [policy.update(samples, None, 120), policy.update(samples, before, 120)]
         results.append(
@@ -116,3 +123,49 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_layout(
         assert result["tokens"] == pytest.approx(expected["tokens"], rel=1e-5, abs=1e-5), name
         for weight, tensor in expected["weights"].items():
             np.testing.assert_allclose(result["weights"][weight], tensor, atol=1e-5, err_msg=f"{name}: {weight}")
+
+
+OBJECTIVES = {
+    "gspo": ObjectiveConfig(surrogate="gspo", normalization="sequence_mean", clip_low=0.01, clip_high=0.01),
+    "gspo, importance": ObjectiveConfig(surrogate="gspo", context="importance", clip_low=0.9, clip_high=9.0),
+    "cispo": ObjectiveConfig(surrogate="cispo", normalization="sequence_sum", clip_low=1.0, clip_high=0.1),
+    "entropy": ObjectiveConfig(entropy_coefficient=0.05, context="replace"),
+}
+LAYOUTS: dict[int, dict[str, Case]] = {
+    1: {"a micro-batch per sample": CASES[1]["a micro-batch per sample"]},
+    2: {name: CASES[2][name] for name in ("sequence", "interleaved", "context", "data, sharded, overlapped")},
+    4: {name: CASES[4][name] for name in ("tensor, context", "pipeline, context", "context, data")},
+}
+
+
+def with_objective(config: Config, objective: ObjectiveConfig) -> Config:
+    return replace(config, objective=objective)
+
+
+@pytest.fixture(scope="module")
+def expected_of(model: Path) -> dict[str, dict[str, Any]]:
+    config = config_of(model, (ParallelConfig(), 10_000, {}))
+    results = train_each([with_objective(config, objective) for objective in OBJECTIVES.values()])
+    # The order in which samples are packed follows the number of the configuration.
+    return dict(zip(OBJECTIVES, results, strict=True))
+
+
+@pytest.mark.parametrize("num_processes", list(LAYOUTS))
+def test_no_objective_depends_on_the_layout(
+    model: Path, expected_of: dict[str, dict[str, Any]], num_processes: int
+) -> None:
+    """Ratios of whole sequences above all, whose tokens lie on several ranks and in several packs."""
+    cases = [
+        (f"{layout}: {name}", name, with_objective(config_of(model, case), objective))
+        for layout, case in LAYOUTS[num_processes].items()
+        for name, objective in OBJECTIVES.items()
+    ]
+    results = run_gloo_ranks(train_each, num_processes, [config for *_, config in cases], timeout_s=240)[0]
+    for (label, name, _), result in zip(cases, results, strict=True):
+        expected = expected_of[name]
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=2e-6), label
+        assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-5), label
+        assert result["tokens"] == pytest.approx(expected["tokens"], rel=1e-5, abs=1e-5), label
+        for weight, tensor in expected["weights"].items():
+            np.testing.assert_allclose(result["weights"][weight], tensor, atol=1e-5, err_msg=f"{label}: {weight}")
+    assert 0 < expected_of["gspo"]["tokens"]["clipped_tokens"] < sum(len(each.response_ids) for each in SAMPLES)

@@ -99,10 +99,10 @@ def test_scores_losses_and_updated_weights_equal_transformers_under_every_layout
         assert getattr(planned, part) == pytest.approx(largest, rel=padding), part
 
 
-@pytest.mark.parametrize("denominator", ["all", "kept"])
-def test_the_denominator_counts_tokens_of_all_ranks(tmp_path: Path, denominator: Any):
+@pytest.mark.parametrize("normalization", ["token_mean", "kept_token_mean"])
+def test_the_denominator_counts_tokens_of_all_ranks(tmp_path: Path, normalization: Any):
     directory = write_tiny_qwen3(tmp_path, vocab_size=VOCAB_SIZE)
-    objective = ObjectiveConfig(denominator=denominator, ratio_low=0.3, ratio_high=2.0)
+    objective = ObjectiveConfig(normalization=normalization, ratio_low=0.3, ratio_high=2.0)
     config = policy_config(directory, parallel=ParallelConfig(data=2), objective=objective)
     samples = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
     oracle = PolicyOracle(config)
@@ -127,11 +127,11 @@ def test_a_data_rank_without_samples_takes_part_and_counts_for_nothing(tmp_path:
         policy.close()
         return outcome
 
-    for denominator in ("all", "kept"):
+    for normalization in ("token_mean", "kept_token_mean"):
         config = policy_config(
             directory,
             parallel=ParallelConfig(data=2),
-            objective=ObjectiveConfig(denominator=denominator, context="replace"),
+            objective=ObjectiveConfig(normalization=normalization, context="replace"),
         )
         report, logprobs = run_gloo_ranks(update_with_one_sample, 2, config)[0]
         oracle = PolicyOracle(config)

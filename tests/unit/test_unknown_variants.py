@@ -32,9 +32,8 @@ def contribution(**settings: Any) -> None:
         lambda: compares_with_sampling(UNKNOWN),
         lambda: hard_problems(GROUPS, 1, UNKNOWN),
         lambda: contribution(normalization=UNKNOWN),
-        lambda: contribution(denominator=UNKNOWN),
     ],
-    ids=["estimator", "baseline", "context of samples", "context of ratios", "counted", "normalization", "denominator"],
+    ids=["estimator", "baseline", "context of samples", "context of ratios", "counted", "normalization"],
 )
 def test_a_variant_without_a_formula_is_an_error_that_names_it(use: Callable[[], object]) -> None:
     with pytest.raises((ValueError, AssertionError), match=UNKNOWN):

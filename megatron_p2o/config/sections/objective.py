@@ -32,20 +32,29 @@ class ObjectiveConfig:
     """Largest context ratio that `ratio_mask` keeps, inclusive (the paper's)."""
     ratio_form: Literal["hard", "soft"] = "hard"
     """Weight of a token whose context ratio rho lies outside the band. `hard`: 0. `soft`: clip(rho) / rho."""
-    clip_low: Annotated[float, Range(at_least=0, below=1)] = 0.2
-    """PPO's lower clip: policy ratios below 1 minus this bound the loss (the paper's)."""
+    surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """Loss made of the policy ratio. `ppo`: clipped token by token (arXiv:1707.06347; the paper's). `gspo`: one ratio
+    for a whole response, the geometric mean over its tokens, and one clip (arXiv:2507.18071). `cispo`: the log-prob
+    weighted by the clipped ratio, so that every token keeps a gradient (arXiv:2506.13585)."""
+    clip_low: Annotated[float, Range(at_least=0, at_most=1)] = 0.2
+    """Lower clip: policy ratios below 1 minus this bound the loss (the paper's). 1: no lower clip. GSPO's is 0.0003."""
     clip_high: NonNegativeFloat = 0.2
-    """PPO's upper clip: policy ratios above 1 plus this bound the loss (the paper's)."""
+    """Upper clip: policy ratios above 1 plus this bound the loss (the paper's). GSPO's is 0.0004."""
     dual_clip: Annotated[float, Range(above=1)] = 3.0
-    """Bound on the loss of tokens with negative advantage, in units of -advantage (the paper's)."""
-    denominator: Literal["all", "kept"] = "all"
-    """Tokens that the loss is divided by. `all`: the response tokens of the mini-batch. `kept`: those of them with a
-    non-zero weight and in a rollout with gradient."""
-    normalization: Literal["global", "micro_batch"] = "global"
-    """Batch over which the loss is a mean. `global`: the mini-batch. `micro_batch`: each micro-batch, as the authors;
-    the result then depends on packing. For comparison only."""
+    """Bound on the loss of tokens with negative advantage, in units of -advantage (the paper's). For `ppo` alone."""
+    normalization: Literal["token_mean", "kept_token_mean", "sequence_mean", "sequence_sum", "micro_batch_mean"] = (
+        "token_mean"
+    )
+    """Mean that the loss is. `token_mean`: over the response tokens of the mini-batch (DAPO, arXiv:2503.14476).
+    `kept_token_mean`: over those of them with a non-zero weight and in a rollout with gradient. `sequence_mean`: over
+    the rollouts, each the mean of its tokens (GRPO, arXiv:2402.03300). `sequence_sum`: over the rollouts, each the sum
+    of its tokens divided by `rollout.max_new_tokens` (Dr. GRPO, arXiv:2503.20783). `micro_batch_mean`: over the tokens
+    of each micro-batch, as the authors; the result then depends on packing, for comparison only."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Factor of the mean entropy, in nats per token, that is taken from the loss (arXiv:1602.01783)."""
     drop_zero_advantage: bool = True
-    """Whether rollouts without gradient stay out of the forward pass, which saves time."""
+    """Whether rollouts without gradient stay out of the forward pass, which saves time. They always take part where an
+    entropy or KL term acts on them."""
     drop_failed_templated: bool = False
     """Whether failed templated rollouts get no gradient. They shape the baseline either way."""
 

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_p2o.policy.model.parallel import context_group
 from megatron_p2o.types import PackedBatch
 from p2o_kernels import HeadOptions, LossRule, PolicyLoss, linear_logprob, linear_policy_loss
 from p2o_kernels.lm_head import path_for
@@ -97,7 +98,7 @@ def _logprobs(
 def _loss(hidden_TD: Tensor, weight: Tensor, task: HeadTask, placed: Mapping[str, Any]) -> PolicyLoss:
     """Return the loss under `task.rule`; `placed` as above."""
     assert task.rule is not None
-    batch = task.batch
+    batch, context = task.batch, context_group()
     return linear_policy_loss(
         hidden_TD,
         weight,
@@ -108,6 +109,9 @@ def _loss(hidden_TD: Tensor, weight: Tensor, task: HeadTask, placed: Mapping[str
         old_logprobs_T=batch.old_logprobs_T,
         sampling_logprobs_T=batch.sampling_logprobs_T,
         is_templated_T=batch.is_templated_T,
+        sequence_T=batch.sample_index_T,
+        num_sequences=len(batch.cu_seqlens) - 1,
+        sequence_group=context if context.size() > 1 else None,
         weight_main_grad_VpD=_float32_main_grad(weight) if task.adds_to_main_grad else None,
         expected_dead_share=task.expected_dead_share,
         **placed,

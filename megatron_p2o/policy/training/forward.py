@@ -34,6 +34,7 @@ FILLER = TrainSample(
     advantage=0.0,
     sampling_logprobs=np.zeros(1, np.float32),
     is_templated=False,
+    loss_weights=np.zeros(1, np.float32),
 )
 """Stands in where a data-parallel rank has too few samples but takes part in the collectives; counts for nothing."""
 
@@ -75,24 +76,18 @@ class Denominator:
         The quotient of the sums over all micro-batches and ranks is the loss of the step.
         """
         match self.objective.normalization:
-            case "micro_batch":
+            case "micro_batch_mean":
                 # The authors': token mean of the micro-batch, weighted by its share of the rows.
                 share = len(micro_batch.samples) / self.num_samples
                 num_tokens = micro_batch.whole.loss_mask_T.sum().clamp(min=1)
                 return loss * (share / num_tokens), self._once(1, number, loss)
-            case "global":
-                return loss, self._of_all_tokens(loss, stats, number)
+            case "kept_token_mean":
+                return loss, stats.kept_tokens.int()
+            case "token_mean" | "sequence_mean" | "sequence_sum":
+                # The means over sequences are in the tokens' weights: `rl.objective.with_length_weights`.
+                return loss, self._once(self.num_loss_tokens, number, loss)
             case _:
                 assert_never(self.objective.normalization)
-
-    def _of_all_tokens(self, loss: Tensor, stats: TokenStats[Tensor], number: int) -> Tensor:
-        match self.objective.denominator:
-            case "kept":
-                return stats.kept_tokens.int()
-            case "all":
-                return self._once(self.num_loss_tokens, number, loss)
-            case _:
-                assert_never(self.objective.denominator)
 
     def _once(self, value: int, number: int, like: Tensor) -> Tensor:
         value = value if self.counts_here and number == 0 else 0
@@ -193,7 +188,7 @@ def forward_backward(
     objective = denominator.objective
     rule = loss_rule(objective)
     # With a divisor per micro-batch the gradient that reaches the head's loss is not 1.
-    adds_to_main_grad = objective.normalization == "global" and not modules[0].ddp_config.overlap_grad_reduce
+    adds_to_main_grad = objective.normalization != "micro_batch_mean" and not modules[0].ddp_config.overlap_grad_reduce
 
     def forward_step(micro_batches_left: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Any, Any]:
         number, micro_batch = next(micro_batches_left)
@@ -210,7 +205,7 @@ def forward_backward(
         outcome = PolicyLoss(*output)
 
         def loss_of(loss: Tensor) -> tuple[Tensor, Tensor, PassResult]:
-            stats = token_stats(micro_batch.part, outcome)
+            stats = token_stats(micro_batch.part, outcome, acts_without_advantage=rule.acts_without_advantage)
             if not micro_batch.samples:
                 stats = zero_stats(loss.device)
             loss, divisor = denominator.contribution(loss, stats, micro_batch, number)

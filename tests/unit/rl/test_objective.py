@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.rl.objective import (
+    has_loss,
     loss_rule,
     merged_stats,
     stats_as_numbers,
     token_stats,
     total_stats,
     with_caps,
+    with_length_weights,
     with_mismatch,
     with_trainer_logprobs,
     zero_stats,
@@ -162,14 +164,14 @@ def mixed_batch(seed: int = 0, *, with_old: bool = True) -> tuple[Tensor, Packed
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize(("denominator", "form"), [("all", "hard"), ("kept", "soft")])
+@pytest.mark.parametrize(("surrogate", "form"), [("gspo", "hard"), ("cispo", "soft")])
 def test_the_rule_of_the_kernels_has_every_setting_of_the_objective(
-    context: Context, denominator: Literal["all", "kept"], form: Literal["hard", "soft"]
+    context: Context, surrogate: Literal["gspo", "cispo"], form: Literal["hard", "soft"]
 ) -> None:
     settings = {"context": context, "ratio_form": form, "ratio_low": 0.02, "ratio_high": 7.0}
-    settings |= {"clip_low": 0.15, "clip_high": 0.28, "dual_clip": 4.0}
-    # The denominator divides what the rule sums: it is no part of it.
-    assert loss_rule(ObjectiveConfig(**settings, denominator=denominator)) == LossRule(**settings)
+    settings |= {"clip_low": 0.15, "clip_high": 0.28, "dual_clip": 4.0, "surrogate": surrogate}
+    settings |= {"entropy_coefficient": 0.01}
+    assert asdict(loss_rule(ObjectiveConfig(**settings))) == asdict(LossRule(**settings))
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -434,6 +436,40 @@ def test_statistics_of_a_pass_merge_as_those_of_the_updates_do() -> None:
     assert merged == replace(no_tokens(), kept_tokens=7.0, entropy_sum=0.75, mismatch_abs_max=2.0)
     assert merged_stats(zero_stats(), on_device(one)) == on_device(one)
     assert total_stats([]) == no_tokens()
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_length_weights_make_the_token_mean_the_mean_that_was_asked_for(has_weights: bool) -> None:
+    samples, _ = random_samples()
+    if has_weights:
+        samples = [replace(each, loss_weights=np.full(len(each.response_ids), 0.5, np.float32)) for each in samples]
+    live = samples[:3]  # the others have no loss, but count
+    losses = [np.linspace(0.1, 1.0, len(sample.response_ids)) for sample in live]
+    num_tokens = sum(len(sample.response_ids) for sample in samples)
+
+    def mean(normalization: Any) -> float:
+        weighted = with_length_weights(live, samples, ObjectiveConfig(normalization=normalization), 50)
+        rows = [sample.loss_weights for sample in weighted]
+        sums = [(row * (1 if weights is None else weights)).sum() for row, weights in zip(losses, rows, strict=True)]
+        return sum(sums) / num_tokens * (2 if has_weights else 1)
+
+    assert mean("token_mean") == pytest.approx(sum(row.sum() for row in losses) / num_tokens, rel=1e-6)
+    assert mean("sequence_mean") == pytest.approx(sum(row.mean() for row in losses) / 5, rel=1e-6)
+    assert mean("sequence_sum") == pytest.approx(sum(row.sum() / 50 for row in losses) / 5, rel=1e-6)
+
+
+def test_for_responses_of_one_length_all_means_over_tokens_and_rollouts_are_one() -> None:
+    samples = [replace(sample_of([Token(-1.0, -1.0, -1.0, 1.0, False)] * 4), advantage=a) for a in (1.0, -1.0)]
+    for normalization in ("sequence_mean", "sequence_sum"):
+        weighted = with_length_weights(samples, samples, ObjectiveConfig(normalization=normalization), 4)
+        assert all((sample.loss_weights == 1).all() for sample in weighted)
+
+
+def test_rollouts_without_an_advantage_have_a_loss_where_a_term_acts_on_them() -> None:
+    sample = replace(sample_of([Token(-1.0, -1.0, -1.0, 1.0, False)]), advantage=0.0)
+    assert not has_loss(sample, ObjectiveConfig())
+    assert has_loss(replace(sample, advantage=1e-6), ObjectiveConfig())
+    assert has_loss(sample, ObjectiveConfig(entropy_coefficient=0.01))
 
 
 def random_samples() -> tuple[list[TrainSample], list[Logprobs]]:
