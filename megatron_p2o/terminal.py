@@ -27,6 +27,17 @@ def printable(text: str) -> str:
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+MAX_QUOTED_CHARS = 200
+"""Of what others wrote, in a message."""
+
+
+def quoted(text: str | bytes) -> str:
+    """Return the beginning of `text` on one line, for a message; what a terminal would obey is escaped."""
+    head = text[: 4 * MAX_QUOTED_CHARS]
+    words = (head.decode(errors="replace") if isinstance(head, bytes) else head).split()
+    return printable(" ".join(words))[:MAX_QUOTED_CHARS]
+
+
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line to `stream` (standard output by default) at once."""
     print(printable(text), file=stream or sys.stdout, flush=True)

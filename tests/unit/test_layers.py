@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = (ROOT, ROOT / "kernels")
 """Folders whose packages are importable by name."""
 
-GROUND = ("types", "errors", "files", "processes", "records", "seeds", "terminal", "config")
+GROUND = ("types", "errors", "files", "processes", "records", "seeds", "terminal", "endpoints", "config")
 """Sees nothing of ours but itself, and everybody sees it."""
 
 CONTRACT = (*GROUND, "interfaces")
@@ -23,6 +23,7 @@ ROOMS = ("policy", "rollout", "rewards", "evolve", "data", "metrics")
 ORDER: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, ()),
     "config": ("terminal",),
+    "endpoints": ("terminal",),
     "config.read": ("config",),
     "interfaces": ("types", "files"),
     "rl": (*CONTRACT, "p2o_kernels"),

@@ -1,8 +1,7 @@
 """Where the settings say that the reflecting model is."""
 
-from urllib.parse import urlsplit
-
 from megatron_p2o.config.tree import ReflectionConfig
+from megatron_p2o.endpoints.address import checked_address
 
 
 def endpoint_of(config: ReflectionConfig) -> tuple[str, str]:
@@ -11,13 +10,4 @@ def endpoint_of(config: ReflectionConfig) -> tuple[str, str]:
         raise ValueError(
             f"evolution.reflection.backend={config.backend} needs evolution.reflection.base_url and .model"
         )
-    try:
-        address = urlsplit(config.base_url)
-        is_address = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
-    except ValueError:  # such as a port that is no number
-        is_address = False
-    if not is_address:
-        raise ValueError(
-            f"evolution.reflection.base_url={config.base_url!r} must be an address such as https://host/v1"
-        )
-    return config.base_url, config.model
+    return checked_address(config.base_url, "evolution.reflection"), config.model

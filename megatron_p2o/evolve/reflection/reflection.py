@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 
 from megatron_p2o.evolve.trial import Trial
-from megatron_p2o.terminal import printable
 from megatron_p2o.types import Problem
 
 MAX_PROMPT_CHARS = 90_000
@@ -135,14 +134,3 @@ def shorten(text: str, max_chars: int) -> str:
     missing = len(text) - num_head - num_tail
     tail = text[len(text) - num_tail :]
     return f"{text[:num_head]}\n[... {missing} characters left out ...]\n{tail}"
-
-
-MAX_QUOTED_CHARS = 200
-"""Of what others wrote, in a message."""
-
-
-def quoted(text: str | bytes) -> str:
-    """Return the beginning of `text` on one line, for a message; what a terminal would obey is escaped."""
-    head = text[: 4 * MAX_QUOTED_CHARS]
-    words = (head.decode(errors="replace") if isinstance(head, bytes) else head).split()
-    return printable(" ".join(words))[:MAX_QUOTED_CHARS]

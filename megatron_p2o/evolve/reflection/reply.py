@@ -2,14 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, cast
 
-import orjson
-
-from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, quoted
-
-CUT_REASONS = frozenset({"length", "max_tokens"})
-"""Finish reasons of a reply that its limit of tokens ended."""
+from megatron_p2o.endpoints.reply import Reply
+from megatron_p2o.evolve.reflection.reflection import ReflectionRefused
+from megatron_p2o.terminal import quoted
 
 CUT = "cut off: raise evolution.reflection.max_tokens"
 ONLY_REASONING = "reasoning used up evolution.reflection.max_tokens: raise it, or turn the model's reasoning down"
@@ -42,43 +38,6 @@ THINKING_ALOUD = re.compile(
     re.IGNORECASE,
 )
 """Begins what speaks of the work on the instruction. "Let me think step by step." is an instruction."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reply:
-    """The first choice of a chat completion."""
-
-    text: str
-    """What the model says; reasoning may precede it between <think> and </think>."""
-    has_reasoning: bool
-    """Whether reasoning came in a field of its own."""
-    is_cut: bool
-    is_declined: bool
-    """The endpoint itself marks the reply as a refusal."""
-
-
-def read_reply(content: bytes) -> Reply:
-    """Return the reply in the body of a chat completion. Raises `ReflectionRefused` when it is none."""
-    try:
-        answer: Any = orjson.loads(content)  # refuses lone surrogates and deep nesting
-        choice: Any = answer["choices"][0]
-        message: Any = choice["message"]
-        text, reason = _text_of(message.get("content")), str(choice.get("finish_reason"))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ReflectionRefused("not a chat completion", quoted(content)) from error
-    return Reply(
-        text=text,
-        has_reasoning=bool(message.get("reasoning_content") or message.get("reasoning")),
-        is_cut=reason.lower() in CUT_REASONS,
-        is_declined=bool(message.get("refusal")) or reason == "content_filter",
-    )
-
-
-def _text_of(content: Any) -> str:
-    """Return the text of a message, which may come in parts of several types."""
-    if isinstance(content, list):
-        return "".join(str(part["text"]) for part in cast(list[Any], content) if part.get("type") == "text")
-    return content if isinstance(content, str) else ""
 
 
 def template_of(reply: Reply, parent_text: str) -> str:

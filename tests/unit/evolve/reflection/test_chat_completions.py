@@ -13,13 +13,9 @@ import pytest
 from aiohttp import web
 
 from megatron_p2o.config.tree import ReflectionConfig
-from megatron_p2o.evolve.reflection.chat_completions import (
-    MAX_REFUSED_REQUESTS,
-    MAX_REPLY_BYTES,
-    MAX_USELESS_REPLIES,
-    ChatCompletions,
-    is_loopback,
-)
+from megatron_p2o.endpoints.bounded_client import MAX_REPLY_BYTES, is_loopback
+from megatron_p2o.endpoints.chat import ChatEndpoint
+from megatron_p2o.evolve.reflection.chat_completions import MAX_REFUSED_REQUESTS, MAX_USELESS_REPLIES, ChatCompletions
 from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, ReflectionRequest, ReflectionUnavailable
 from megatron_p2o.evolve.reflection.reflectors import Reflector, build_reflector
 
@@ -301,7 +297,7 @@ def test_an_error_of_the_client_that_nobody_expects_costs_one_proposal(monkeypat
     async def fail(*_: Any) -> bytes:
         raise AssertionError(f"decoder of {KEY}")
 
-    monkeypatch.setattr(ChatCompletions, "_post", fail)
+    monkeypatch.setattr(ChatEndpoint, "_post", fail)
     outcome, _ = propose(GOOD)
     assert isinstance(outcome, ReflectionRefused) and str(outcome) == "the client fails with AssertionError"
     assert outcome.detail == "decoder of ***"

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, quoted
+from megatron_p2o.endpoints.reply import EndpointRefused, read_reply
+from megatron_p2o.evolve.reflection.reflection import ReflectionRefused
 from megatron_p2o.evolve.reflection.reply import (
     CUT,
     DECLINED,
@@ -15,9 +16,9 @@ from megatron_p2o.evolve.reflection.reply import (
     ONLY_REASONING,
     SAME_AS_PARENT,
     THINKS_ALOUD,
-    read_reply,
     template_of,
 )
+from megatron_p2o.terminal import quoted
 
 PARENT = "Ask."
 
@@ -231,7 +232,7 @@ def test_text_that_comes_in_parts_is_joined() -> None:
     ],
 )
 def test_what_is_no_chat_completion_is_refused_and_quoted(content: bytes) -> None:
-    with pytest.raises(ReflectionRefused, match="not a chat completion") as refused:
+    with pytest.raises(EndpointRefused, match="not a chat completion") as refused:
         read_reply(content)
     assert refused.value.detail == quoted(content)
 
@@ -286,5 +287,5 @@ def test_any_text_gives_a_part_of_it_or_a_refusal(text: str, finish_reason: str 
 def test_any_json_is_a_reply_or_a_refusal(value: Any) -> None:
     try:
         template_of(read_reply(json.dumps(value).encode()), PARENT)
-    except ReflectionRefused:
+    except (ReflectionRefused, EndpointRefused):
         return
