@@ -18,6 +18,8 @@ from megatron_p2o.rewards.math.reading.answer import (
     read,
     readings,
 )
+from megatron_p2o.rewards.math.reading.names import choice
+from megatron_p2o.rewards.math.reading.parameters import without_parameters
 from megatron_p2o.rewards.math.reading.tree import Node, is_ordered_name
 from megatron_p2o.rewards.math.reading.units import NO_LABEL, Label, in_units, labels_agree
 from megatron_p2o.rewards.math.relations import (
@@ -38,11 +40,13 @@ from megatron_p2o.rewards.math.relations import (
     value_of,
     without_modulus,
 )
+from megatron_p2o.rewards.math.vectors import in_one_notation
 
 ROUGHLY = Fraction(1, 100)
 """How far what stands after an approximation sign may be off, relative to the exact value before it."""
 
 _HUNDRED = Node("number", value=Fraction(100))
+_ARTICLE = re.compile(r"^(?:an?|the) (?=[A-Za-z]{3})", re.IGNORECASE)
 _BRACKETS = ("()", "[]", "{}")
 MIN_FOLDED_LETTERS = 4
 
@@ -72,8 +76,11 @@ def verdict(gold: str, answer: str, judge: Judge) -> bool | None:
 
 
 def _verdict(gold: str, answer: str, judge: Judge) -> bool | None:
+    gold, answer = without_parameters(gold, answer)
     if gold == answer:
         return True
+    if (letter := choice(gold)) and choice(answer):
+        return letter == choice(answer)
     has_point = re.search(r"\d\.\d", gold) is not None
     answers = readings(answer, has_decimal_comma=has_point)
     found = _any(_agree(one, other, judge) for one in readings(gold) for other in answers)
@@ -108,6 +115,7 @@ def _agree(gold: Answer, answer: Answer, judge: Judge) -> bool | None:
         return True
     if isinstance(gold, Relation) or isinstance(answer, Relation):
         return _relations_agree(gold, answer, judge)
+    gold, answer = in_one_notation(gold, answer)
     if isinstance(gold, Labelled) or isinstance(answer, Labelled):
         return _labelled_agree(gold, answer, judge)
     if isinstance(gold, Items) and isinstance(answer, Items):
@@ -133,6 +141,7 @@ def _decimal(answer: Answer) -> tuple[str, str, int] | None:
 def same_words(gold: str, answer: str) -> bool:
     """Return whether two texts are the same words. Case counts where letters may be symbols: `mgh` is not `MgH`."""
     gold, answer = (re.sub(r"[\s{}]+", " ", text).strip() for text in (gold, answer))
+    gold, answer = (_ARTICLE.sub("", text) for text in (gold, answer))
     if gold == answer:
         return True
     words, others = gold.split(), answer.split()
@@ -189,6 +198,8 @@ def _single_agrees(gold: Answer, answer: Answer, judge: Judge) -> bool | None:
         return False
     if isinstance(gold, Items) and gold.kind == "{}" and len(gold.parts) == 1:
         return _agree(gold.parts[0], answer, judge)
+    if isinstance(answer, Items) and answer.kind.startswith("residue "):
+        return _agree(gold, answer.parts[0], judge)  # 3 is what x is modulo 7
     if isinstance(answer, Items) and answer.kind == "{}" and len(answer.parts) == 1:
         return _agree(gold, answer.parts[0], judge)
     return False
@@ -243,6 +254,8 @@ def _kinds_agree(gold: Items, answer: Items) -> bool:
     """A point is no set, an open interval no closed one. Brackets may be left out, but those of an interval."""
     if gold.kind == answer.kind:
         return True
+    if gold.kind.startswith("residue") and answer.kind.startswith("residue"):
+        return "residue" in (gold.kind, answer.kind)
     kinds = {gold.kind, answer.kind}
     if "" not in kinds:
         return False
@@ -313,7 +326,7 @@ def _agrees_with_bare_value(gold: Relation, answer: Answer, judge: Judge) -> boo
 
 def _same_relation(gold: Relation, answer: Relation, judge: Judge) -> bool | None:
     name, other = name_of(gold), name_of(answer)
-    if name and name == other:
+    if name and (name == other or {name, other} == {"y", "f(x)"}):
         return _agree(value_of(gold), value_of(answer), judge)
     if name and gold.signs[0] == "=" and other == "" and len(answer.sides) > 2 and answer.sides[0] == name:
         return _last_value_agrees(value_of(gold), Relation(answer.sides, answer.signs), judge)

@@ -3,6 +3,7 @@
 import re
 
 from megatron_p2o.rewards.math.reading.answer import Answer, Items, Labelled, Quantity, Relation, Unread, Words, read
+from megatron_p2o.rewards.math.reading.forms import reals_without
 from megatron_p2o.rewards.math.reading.tree import CONSTANTS, FUNCTIONS
 
 _GREEK = (
@@ -128,6 +129,8 @@ def interval_of(relation: Relation) -> tuple[str, Items] | None:
     """Return the unknown and the interval that an inequality such as `0<x<1` or `x>2` gives it."""
     sides, signs = relation.sides, relation.signs
     if signs == (r"\in",) and isinstance(items := read(sides[1]), Items):
+        return sides[0], items
+    if signs == (r"\ne",) and is_name(sides[0]) and isinstance(items := read(reals_without([sides[1]])), Items):
         return sides[0], items
     if all(sign in _MORE for sign in signs):
         sides, signs = sides[::-1], tuple(MIRRORED[sign] for sign in reversed(signs))

@@ -6,12 +6,14 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
+from megatron_p2o.rewards.math.reading.forms import cases, multiplied_matrix, residue, simplified
+from megatron_p2o.rewards.math.reading.labels import TEXT, split_label
 from megatron_p2o.rewards.math.reading.latex import outer_brackets, split_at
 from megatron_p2o.rewards.math.reading.names import chemical_formula
 from megatron_p2o.rewards.math.reading.parser import parse_expression
 from megatron_p2o.rewards.math.reading.spelling import AND, LIST_SEPARATOR, OR
 from megatron_p2o.rewards.math.reading.tree import FUNCTIONS, Node, NotUnderstoodError
-from megatron_p2o.rewards.math.reading.units import NO_LABEL, Label, is_unit_symbol, read_label
+from megatron_p2o.rewards.math.reading.units import NO_LABEL, Label
 
 MIN_WORD_LETTERS = 4
 """Letters without \\text are a word from this length on, a product of variables below it."""
@@ -20,7 +22,9 @@ SHORT_WORDS = frozenset({"yes", "no", "true", "false", "none", "odd", "even", "a
 """Words too, whatever their length."""
 
 _SPELLED_OUT = {
-    **{"infinity": r"\infty", "does not exist": "DNE"},
+    **{"infinity": r"\infty", "does not exist": "DNE", "none": r"\emptyset"},
+    **dict.fromkeys(("no solution", "no solutions", "there is no solution", "there are no solutions"), r"\emptyset"),
+    **dict.fromkeys(("empty set", "the empty set"), r"\emptyset"),
     **dict.fromkeys(("all real numbers", "all reals", r"\mathbb{R}", r"\mathbb R"), r"(-\infty,\infty)"),
 }
 """Words and their symbols."""
@@ -111,18 +115,7 @@ _MATRIX = re.compile(r"\\begin\{([bp]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{
 _OUTWARD = re.compile(r"([\[\]])([^\[\]()]+,[^\[\]()]+)([\[\]])")
 """An open interval may be written ]0,1[."""
 
-_TEXT = r"\\text\{[^{}]*\}(?:\^\{?-?\d+\}?)?"
-_LABEL = re.compile(rf"(?:(?<!^)(?:\\cdot|/)?{_TEXT})(?:(?:\\cdot|/|\\times)?{_TEXT})*$")
-_FRACTION_OF_UNITS = re.compile(rf"\\frac\{{({_TEXT})\}}\{{({_TEXT})\}}$")
-_TEMPERATURE = re.compile(r"\\degree ?(?:\\text\{([CF])\}|([CF]))$")
-_TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
-_BARE_UNIT = re.compile(r"(?<=[\d }])([A-Za-z]+)((?:\^\{?\d\}?)?)$")
-_BARE_WORDS = re.compile(r"^([^A-Za-z\\]*\d) ?((?<= )[A-Za-z]{3}[A-Za-z ]*|[AaPp]\.?[Mm]\.?)$")
-"""Words without \\text after a number: `5 apples`, `3 PM`."""
-
-_CURRENCY = re.compile(r"^([+-]?)(\\\$|€|£|¥)(?=.)|(\\\$|€|£|¥)$")
-_CURRENCIES = {"\\$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen"}
-_COMPOUND = re.compile(rf"(?:[\d.]+{_TEXT}){{2,}}")
+_COMPOUND = re.compile(rf"(?:[\d.]+{TEXT}){{2,}}")
 _APPROXIMATELY = re.compile(
     r"^=|^(?:\\approx|\\sim|\\simeq|~)(?![A-Za-z])|^\\text\{(?:about|approximately|approx\.?)\}"
 )
@@ -159,7 +152,11 @@ def read(text: str) -> Answer:
 
 
 def _read(text: str) -> Answer:
-    text = _SPELLED_OUT.get(text, text)
+    text = simplified(_SPELLED_OUT.get(text, text))
+    known = residue(text)
+    if known:
+        parts = tuple(_quantity(str(number), 1) for number in known[1:])
+        return Items(f"residue {known[0]}".strip(), parts, is_ordered=True)
     outward = _OUTWARD.fullmatch(text)
     if outward and outward[1] + outward[3] != "[]":
         return _read("[("[outward[1] == "]"] + outward[2] + "])"[outward[3] == "["])
@@ -238,7 +235,7 @@ def _read_text(text: str) -> Answer:
         return _read(_SPELLED_OUT[bare.lower()])
     if _WORDS.fullmatch(bare):
         parts = re.split(r" (?:and|or) ", bare)
-        if len(parts) > 1 and all(len(part) == 1 for part in parts):
+        if len(parts) > 1 and all(len(part) == 1 or (part.istitle() and " " not in part) for part in parts):
             return _items("", parts, is_ordered=False)
         return Words(" ".join(bare.split()))
     words = re.search(r"[A-Za-z]{2}[A-Za-z ./]*$", bare)
@@ -254,7 +251,12 @@ def _read_one(text: str) -> Answer:
     if based:
         return Based(based[1].replace("+", ""), based[2], int(based[3]))
     if _COMPOUND.fullmatch(text):
-        return Items("compound", tuple(_read(part) for part in re.findall(rf"[\d.]+{_TEXT}", text)), is_ordered=True)
+        return Items("compound", tuple(_read(part) for part in re.findall(rf"[\d.]+{TEXT}", text)), is_ordered=True)
+    pairs = cases(text)
+    if pairs is not None:
+        rows = tuple(Items("case", (_read(value), _read(condition)), is_ordered=True) for value, condition in pairs)
+        return Items("cases", rows, is_ordered=False)
+    text = multiplied_matrix(text) or text
     matrix = _MATRIX.fullmatch(text)
     if matrix:
         rows = [row.split("&") for row in matrix[2].strip().removesuffix("\\\\").split(r"\\")]
@@ -267,7 +269,7 @@ def _read_one(text: str) -> Answer:
     core, label = split_label(text)
     if label != NO_LABEL:
         return Labelled(_quantity(core, label.factor), label)
-    return _quantity(text, 1)
+    return _quantity(core, 1)
 
 
 def _has_a_word(text: str) -> bool:
@@ -279,7 +281,7 @@ def _has_a_word(text: str) -> bool:
 
 
 def _quantity(text: str, factor: int) -> Answer:
-    parts, _ = split_at(text, _COLON)
+    parts, _ = split_at(re.sub(r"(?<=\d)(?:\\text\{ ?to ?\}| to )(?=\d)", ":", text), _COLON)
     if len(parts) > 1 and factor == 1:
         return _items("ratio", parts, is_ordered=True)
     is_percent = text.endswith(r"\%")
@@ -292,35 +294,3 @@ def _quantity(text: str, factor: int) -> Answer:
     if factor != 1:
         expression = Node("product", (Node("number", value=Fraction(factor)), expression))
     return Quantity(expression, text, is_percent)
-
-
-def split_label(text: str) -> tuple[str, Label]:
-    r"""Return an answer without the words, unit or currency beside it, and what they say.
-
-    Words in \text after a lone letter or other words are no label: `\triangle\text{ABC}` is a name.
-    """
-    text = _BARE_WORDS.sub(r"\1\\text{\2}", text)
-    currency = _CURRENCY.search(text)
-    if currency:
-        core, label = split_label(currency[1] + text[currency.end() :] if currency[2] else text[: currency.start()])
-        name = _CURRENCIES[currency[2] or currency[3]]
-        return core, Label("unit", f"{name}^1", label.factor) if label.kind in ("none", "unit") else label
-    temperature = _TEMPERATURE.search(text)
-    if temperature:
-        return text[: temperature.start()], Label("unit", _TEMPERATURES[temperature[1] or temperature[2]])
-    text = _FRACTION_OF_UNITS.sub(r"\1/\2", text)
-    found = _LABEL.search(text)
-    if found and found.start() > 0 and re.search(r"\d|\\pi|[A-Za-z](?![{}])", text[: found.start()]):
-        core, words = text[: found.start()].strip(), found.group()
-        if re.search(r"[\d)}\]%A-Za-z!]$", core) and not re.search(r"\\text|[_^]$", core):
-            label = read_label(words.removeprefix(r"\cdot"))
-            has_letters = re.search(r"(?<![\\A-Za-z])[A-Za-z]|\\(?:triangle|angle)", core)
-            if label.kind == "unit" or not has_letters:
-                return core, label
-    bare = _BARE_UNIT.search(text)
-    if bare and is_unit_symbol(bare[1]) and not re.search(r"(?<![\\A-Za-z])[A-Za-z]", text[: bare.start()]):
-        return text[: bare.start()].strip(), read_label(rf"\text{{{bare[1]}}}{bare[2]}")
-    degree = re.fullmatch(r"(-?[\d.]+|-?\\frac\{\d+\}\{\d+\})\\degree", text)
-    if degree:
-        return degree[1], Label("unit", "degree^1")
-    return text, NO_LABEL

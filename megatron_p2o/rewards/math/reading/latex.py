@@ -93,10 +93,9 @@ COSTLY_FORMS = (
     re.compile(r"![)}]*!|\d{4,}[)}]*!"),
     re.compile(r"binom\{?\d{4,}"),
     re.compile(r"\\(?:sum|prod|i{0,3}int|oint|lim|det)(?![A-Za-z])"),
-    re.compile(r"\\begin\{"),
 )
-r"""Towers of powers, huge exponents, factorials of factorials, huge binomials, operations over a range,
-matrices: refused unless the gold answer has the same form."""
+r"""Towers of powers, huge exponents, factorials of factorials, huge binomials, operations over a range:
+refused unless the gold answer has the same form."""
 
 
 _POWER_OF_A_BRACKET = re.compile(r"\)\^\{?-?\d{3,}")
@@ -116,4 +115,6 @@ def is_refused(gold: str, answer: str) -> bool:
         return True
     if _POWER_OF_A_BRACKET.search(answer) and not _HIGH_POWER.search(gold):
         return True
+    if r"\begin{" in answer and r"\begin{" not in gold and not gold.startswith("("):
+        return True  # a point may be answered by a column
     return any(form.search(answer) and not form.search(gold) for form in COSTLY_FORMS)

@@ -1,4 +1,4 @@
-"""Names made of letters whose order counts: chemical formulas."""
+"""Names made of letters: chemical formulas and the letters of choices."""
 
 import re
 
@@ -20,3 +20,19 @@ def chemical_formula(text: str) -> str:
     if "_" not in formula or not _FORMULA.fullmatch(formula):
         return ""
     return formula if len(re.findall("[A-Z]", formula)) > 1 else ""
+
+
+_CHOICE = re.compile(
+    r"(?:(?i:option|choice|answer|statement):? ?)?(?:\(([A-J])\)|([A-J])(?:[).:]|$))(?P<text>.*)", re.DOTALL
+)
+_OTHER_CHOICE = re.compile(
+    r"\b[A-J]\b|^ ?[\^_'+*/=!<>&|-]|[,;\x01-\x03]|\b(?:or|and|not|no|isn|maybe|wrong|false|incorrect|either|neither)\b"
+)
+
+
+def choice(text: str) -> str:
+    """Return the letter that names the choice in `A. 5`, `(A) 5`, `Option A`; "" for anything else or for two."""
+    found = _CHOICE.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip())
+    if found is None or _OTHER_CHOICE.search(found["text"]):
+        return ""
+    return found[1] or found[2]

@@ -24,6 +24,7 @@ _CHARACTERS = {
         "°": r"\degree ",
     },
     **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "±": r"\pm ", "∓": r"\mp "},
+    **{"Ω": r"\Omega ", "⁄": "/", "…": r"\ldots "},
     **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "√": r"\sqrt "},
     **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
     **{"⅕": r"\frac{1}{5}", "⅙": r"\frac{1}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}"},
@@ -56,6 +57,7 @@ AND, OR = "\x02", "\x03"
 _UNITS = re.compile(r"\s*[A-Za-z]+(?:\^-?\d)?(?:[\s/]+[A-Za-z]+(?:\^-?\d)?)+\s*|\s*[A-Za-z]{2,}\^-?\d\s*")
 """Several units with their exponents in \\mathrm."""
 
+_QUANTITIES_IN_WORDS = re.compile(r"\s*(?:\d[\d.,]*(?: [A-Za-z/]+)+\s*)+")
 _PERCENT = "(?:percent(?:age)?|per cent|pct)"
 _GROUP = r"(?<![\d.,])([1-9]\d{0,2}(?:SEPARATOR\d{3})+)(?!\d)(?!SEPARATOR\d)"
 _CERTAIN_GROUPS = [
@@ -64,6 +66,7 @@ _CERTAIN_GROUPS = [
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"(?<=\d)(?:\\[,;: ]|~|\s|\\text\{ \})+(?:\\text\{)?([kM]?)\}?\\Omega\s*$", r"\\text{\1ohm}"),
         (r",\\!\s*", "{,}"),
         (r"\\!", ""),
         (r"\\[()\[\]]|(?<!\\)\$", " "),
@@ -79,6 +82,22 @@ _REWRITES = tuple(
         (rf"\s*\\checkmark{_END}\s*$|^\*\*(?=.*\*\*$)|(?<=\w)\*\*$", ""),
         (r"(?<=\d)(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|\^\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th))$", ""),
         (rf"\\[dtc]frac{_END}", r"\\frac"),
+        (r"\*\*(-?\w+)", r"^{\1}"),
+        (r"\*\*(?=[({])", "^"),
+        (r"(?<=\d) x (?=10\^)", r"\\times "),
+        (rf"^\\(?:therefore|Rightarrow|implies){_END}|\\(?:small|footnotesize|mathsf|ensuremath|unboldmath){_END}", ""),
+        (r"^\s*\\underline\{([^{}]*)\}\s*$|^\s*[\"`*]([^\"`*]*)[\"`*]\s*$", r"\1\2"),
+        (r"\\text\{\s*\\?\$\s*\}|\{\\\$\}|^USD ?(?=\d)", r"\\$"),
+        (r"(?<=\d)¢", r"\\text{ cents}"),
+        (rf"\\(?:dots|cdots|dotsc){_END}", r"\\ldots "),
+        (rf"\\([RZNQC]){_END}", r"\\mathbb{\1}"),
+        (r"\\mathcal\{O\}", "O"),
+        (
+            rf"\s*\(?\s*\\(?:p?mod|bmod){_END}\s*(?:\{{(\w+)\}}|(\w+))\s*\)?|"
+            r"(?:\\?\s)*\(\s*(?:\\text\{\s*)?mod(?:ulo)?\s*\}?\s*(\d+)\s*\)",
+            r"\\pmod{\1\2\3}",
+        ),
+        (r"\\text\{\s*([A-Za-z]+),? and\s*\}(?=\d)", r"\\text{\1}"),
         (rf"\{{([^{{}}]*)\\over{_END}([^{{}}]*)\}}", r"\\frac{\1}{\2}"),
         (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ{_END})|\^\s*\\degree{_END}", r"\\degree "),
         (rf"\^\s*(?:\{{\s*\\prime\s*\}}|\\prime{_END})", "'"),
@@ -111,6 +130,17 @@ _REWRITES = tuple(
 
 A space stays between two word characters: `12 45` is not `1245`."""
 
+_AXIS = rf"(?:\\([ij])math{_END}|([ijk])(?![A-Za-z]))"
+_BOLD = r"\\(?:mathbf|boldsymbol|bm)\s*"
+_UNIT_VECTOR = re.compile(
+    rf"\\(?:wide)?hat\s*\{{\s*{_BOLD}\{{\s*{_AXIS}\s*\}}\s*\}}|"
+    rf"(?:\\(?:(?:wide)?hat|vec)\s*|{_BOLD})(?:\{{\s*{_AXIS}\s*\}}|(?<!\w){_AXIS})"
+)
+"""A unit vector along an axis; alone, `\\mathbf{i}` may be anything."""
+
+_ROW_END = re.compile(r"\\\\\s*\[[\d.]+ ?[a-z]{2}\]")
+_NUMBER_WORDS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_BASE_IN_WORDS = re.compile(rf"(?<=\d)_\{{?(?:\\text\{{)?({'|'.join(_NUMBER_WORDS)})\}}*$")
 _DOUBLED = re.compile(
     r"\\\\(?=(?:left|right|[dt]?frac|sqrt|pi|le|ge|leq|geq|text|in|cup|infty|cdot|times)(?![A-Za-z]))"
 )
@@ -141,7 +171,8 @@ def normal_form(text: str) -> str:
     if not text.isascii():
         text = _ascii(text)
     if "\\" in text or "$" in text:
-        text = _without_fonts(text)
+        text = _without_fonts(_with_unit_vectors(_ROW_END.sub(r"\\\\", text)))
+        text = _BASE_IN_WORDS.sub(lambda found: f"_{2 + _NUMBER_WORDS.index(found[1])}", text)
         separator = LIST_SEPARATOR if len(_EQUALS.findall(text)) > 1 else " "
         text = _QUAD.sub(separator, text)
         text = _SYSTEM.sub(lambda found: found[2].replace(r"\\", LIST_SEPARATOR), text)
@@ -158,6 +189,17 @@ def _bare(text: str) -> str:
     while text.startswith("{") and closing_brace(text, 1) == len(text) - 1:
         text = text[1:-1].strip()
     return text
+
+
+def _with_unit_vectors(text: str) -> str:
+    """Return `text` with one spelling of the vectors i, j, k where at least two of them stand."""
+    if len({_axis(found) for found in _UNIT_VECTOR.finditer(text)}) < 2:
+        return text
+    return _UNIT_VECTOR.sub(lambda found: rf"\hat{{{_axis(found)}}}", text)
+
+
+def _axis(found: re.Match[str]) -> str:
+    return next(letter for letter in found.groups() if letter)
 
 
 def _ascii(text: str) -> str:
@@ -202,6 +244,8 @@ def _out_of_font(font: str, content: str) -> str:
     is_text = re.fullmatch(_TEXT_FONTS, font) and _ONLY_TEXT.fullmatch(content)
     if is_text and re.search("[A-Za-z]", content):
         return rf"\text{{{' '.join(content.replace('~', ' ').split())}}}"
+    if re.fullmatch(_TEXT_FONTS, font) and _QUANTITIES_IN_WORDS.fullmatch(content):
+        return re.sub("[A-Za-z][A-Za-z /]*", lambda found: rf"\text{{{found.group().strip()}}}", content.strip())
     unit = re.sub(r"\^\{?(-?\d)\}?", r"^\1", re.sub(r"\\[,;: ]|~|\\cdot", " ", content))
     if font == "mathrm" and _UNITS.fullmatch(unit):
         return rf"\text{{{' '.join(unit.split())}}}"

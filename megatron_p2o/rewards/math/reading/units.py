@@ -28,6 +28,7 @@ _SYMBOLS = {
     **{"sec": "second", "min": "minute", "h": "hour", "hr": "hour", "hrs": "hour", "cc": "centimeter^3"},
     **{"mph": "mile/hour", "kph": "kilometer/hour", "kmh": "kilometer/hour", "rpm": "revolution/minute"},
     **{"rad": "radian", "deg": "degree", "AU": "astronomicalunit", "ly": "lightyear", "yr": "year", "wk": "week"},
+    **{"ohm": "ohm", "kohm": "kiloohm", "Mohm": "megaohm"},
     **{"sq": "square", "cu": "cubic", "ml": "milliliter", "amu": "dalton", "cents": "cent", "USD": "dollar"},
 }
 _IRREGULAR = {
@@ -37,6 +38,7 @@ _IRREGULAR = {
 }
 _METRIC = "meter gram liter second newton joule watt volt ampere hertz electronvolt pascal kelvin mole calorie"
 _OTHER_UNITS = (
+    "kiloohm megaohm "
     "inch foot yard mile pound ounce gallon quart pint cup ton tonne acre hectare minute hour day week month year cent "
     "dollar euro rupee yen degree radian unit coulomb farad tesla ohm erg parsec bar angstrom lightyear revolution "
     "astronomicalunit dalton celsius fahrenheit decade century fortnight knot"
@@ -74,7 +76,14 @@ _FRACTION_WORD = re.compile(r"(?:n|f|nd|red|ie|x|gh|ur)ths?$|illions?$|teens?$")
 _COUNTED = frozenset(_IRREGULAR.values()) | {"time"}
 MAX_WORDS = 3
 
+_PER = re.compile(r"\b(?:an?|each|every) (?=(?:second|minute|hour|day|week|month|year|person)\b)")
+_DIMENSION = re.compile(r"(?<=s) (?:old|tall|long|wide|high|deep|away|apart|thick)$")
+_IN_TOTAL = re.compile(r"(?:^| )(?:(?:in )?total|in all|altogether)$")
+_PARTS_OF = re.compile(r"(?P<counted>.*?) ?of (?:the |an? )?(?P<whole>[a-z]+(?: [a-z]+)?)")
+"""`cups of flour`, or of a fraction `of the cake`."""
+
 _WORD = re.compile(r"[A-Za-z]+")
+_LONE_TEXT = re.compile(r"^\\text\{([^{}]*)\}$")
 _FACTOR = re.compile(r"(?P<slash>/)|\^\{?(?P<exponent>-?\d+)\}?|\\text\{(?P<text>[^{}]*)\}")
 _BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
@@ -123,6 +132,7 @@ def is_unit_symbol(text: str) -> bool:
 
 def in_units(text: str) -> str:
     r"""Return `9.8 m/s^2` as `9.8\text{m}/\text{s}^2`, where the letters behind a number are known to be units."""
+    text = re.sub(r"\\Omega ?", "ohm", re.sub(r"\\mu ?", "u", text))
     found = re.fullmatch(r"([+-]?[\d.]+)([A-Za-z/ ]+(?:\^\{?-?\d\}?)?)", text)
     return found[1] + re.sub(r" ?([A-Za-z]+)", r"\\text{\1}", found[2]) if found else text
 
@@ -132,7 +142,7 @@ def read_label(text: str) -> Label:
     r"""Return what `text` says: one or more \text, with exponents, `\cdot` or `/` between them; "" for no words."""
     if not text:
         return NO_LABEL
-    factor, text = _split_factor(text)
+    factor, text = _split_factor(_LONE_TEXT.sub(lambda found: _plain(found[1]), text))
     if not text:
         return Label("none", factor=factor)
     clock = re.fullmatch(r"\\text\{([ap])\.?\s?m\.?\}", text.lower())
@@ -144,6 +154,19 @@ def read_label(text: str) -> Label:
     words = re.fullmatch(r"\\text\{([^{}]*)\}", text)
     name = " ".join(_singular(word) for word in _WORD.findall(words[1].lower())) if words else text
     return Label("thing" if words and _is_counted(words[1]) else "other", name, factor)
+
+
+def _plain(words: str) -> str:
+    r"""Return a \text of words without those that say nothing: old, in total, of the cake."""
+    plain = _IN_TOTAL.sub("", _DIMENSION.sub("", _PER.sub("per ", words.strip(" ."))))
+    parts = _PARTS_OF.fullmatch(plain)
+    if parts and not any(_changes(word) for word in parts["whole"].split()):
+        plain = parts["counted"]
+    return rf"\text{{{plain}}}" if plain else ""
+
+
+def _changes(word: str) -> bool:
+    return word in _SPEAKING or word in FACTORS or _FRACTION_WORD.search(word) is not None
 
 
 def _split_factor(text: str) -> tuple[int, str]:
@@ -161,7 +184,7 @@ def _is_counted(text: str) -> bool:
     words = text.strip(" .").lower().split()
     if not 0 < len(words) <= MAX_WORDS or not all(re.fullmatch("[a-z-]+", word) for word in words):
         return False
-    if any(word in _SPEAKING or word in FACTORS or _FRACTION_WORD.search(word) for word in words):
+    if any(map(_changes, words)):
         return False
     last = words[-1]
     return last in _IRREGULAR or _singular(last) in _COUNTED or (len(last) > 3 and last.endswith("s"))

@@ -110,7 +110,7 @@ def test_equal_answer_is_accepted_without_algebra(gold: str, answer: str) -> Non
         ("120", "120_8"),
         ("10101_2", "10101_3"),
         (r"\text{even}", r"\text{odd}"),
-        (r"\text{no solution}", r"\text{no solutions}"),
+        (r"\text{no solution}", r"\text{one solution}"),
         ("evil", "live"),
         ("3", "1=3"),
         ("3", "1+1=4"),
