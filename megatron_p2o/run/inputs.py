@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_p2o.config.tree import Config
+from megatron_p2o.config.tree import Config, ScheduleConfig
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
 from megatron_p2o.data.problems import load_problems
@@ -104,6 +104,12 @@ def check_phrases(config: Config) -> None:
     reflection = config.evolution.reflection
     if config.evolution.enabled and reflection.backend == "phrasebook" and reflection.phrases is not None:
         Phrasebook.from_file(Path(reflection.phrases), config.run.seed)
+
+
+def planned_steps(schedule: ScheduleConfig, num_steps_per_epoch: int) -> int:
+    """Return how many steps the whole run has: at most, where dynamic sampling takes several batches for one."""
+    num_steps = num_steps_per_epoch * schedule.epochs
+    return num_steps if schedule.max_steps is None else min(num_steps, schedule.max_steps)
 
 
 def evolution_notice(config: Config, num_steps_per_epoch: int) -> str | None:

@@ -1,9 +1,10 @@
 """How templates are tried out: rendered, sampled on the training engines and graded, on behalf of prompt evolution."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from megatron_p2o.evaluation.protocol import template_of
+from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.evolve.reflection.guards import TOO_LONG, is_too_long_to_count
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed
@@ -89,6 +90,27 @@ def _trial(completion: Completion, reward: float, text: str) -> Trial:
         num_tokens=len(completion.token_ids),
         weight_version=completion.weight_versions[-1],
     )
+
+
+class EvolutionLink:
+    """What passes between training and prompt evolution besides rounds: scores go in, numbers come out."""
+
+    def __init__(self, session: EvolutionSession | None, decode: Callable[[Completion], str]) -> None:
+        """`session`: None, without evolution, is told nothing and has nothing to say."""
+        self._session, self._decode = session, decode
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """Tell evolution how the templates of training rollouts did."""
+        if self._session is not None:
+            for score in free_scores(groups, self._decode):
+                self._session.observe(score)
+
+    def take_statistics(self) -> Mapping[str, float]:
+        """Return the numbers of the last round by name; empty when none ran since they were last asked for."""
+        if self._session is None:
+            return {}
+        last_round, self._session.last_round = self._session.last_round, None
+        return round_statistics(last_round)
 
 
 def free_scores(groups: Sequence[Group], decode: Callable[[Completion], str]) -> list[FreeScore]:

@@ -17,7 +17,7 @@ from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.evolve.process.conduct import journal_path
 from megatron_p2o.evolve.record.history import Accepted, Opened, Picked, Published, Reflected, Scored, event_to_json
 from megatron_p2o.evolve.record.journal import Journal
-from megatron_p2o.evolve.record.library import ShownLibrary
+from megatron_p2o.evolve.record.library import PublishedLibrary
 from megatron_p2o.evolve.search.publish import RoundStats, keep_round
 from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.metrics.log import open_metrics_log
@@ -286,7 +286,7 @@ def test_a_template_whose_parent_is_unknown_is_a_root_that_says_so(tmp_path: Pat
 def test_library_and_journal_of_evolution_give_the_lineage_with_its_unpublished_ancestors(tmp_path: Path) -> None:
     run = grpo_run(tmp_path)
     winner = Template(id=4, text="Count twice, slowly.", parent=2, lineage_problem_ids=frozenset("abc"), score=0.75)
-    library = ShownLibrary(version=1, templates=(winner,), assignments={"h1": (winner, winner, PLAIN)})
+    library = PublishedLibrary(version=1, templates=(winner,), assignments={"h1": (winner, winner, PLAIN)})
     library.save(run)
     with Journal(journal_path(run, 0)) as journal:
         for event in (

@@ -3,9 +3,12 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import assert_never
 
+from megatron_p2o.algorithm import StepResult
 from megatron_p2o.config.tree import AlarmsConfig
+from megatron_p2o.metrics.read import read_metrics
 from megatron_p2o.metrics.trend import Rise, rise_of
 from megatron_p2o.metrics.values import Mean, MetricValue, numbers_of
 from megatron_p2o.types import Group, UpdateReport
@@ -24,6 +27,9 @@ MAX_SICK_STEPS = 3
 MIN_MASTERED = 10
 """Mastered problems in a step below which their failures are no alarm."""
 
+FORGOTTEN = "hard/forgotten_share"
+"""Metric key of the share of mastered problems that fail plainly."""
+
 
 class MismatchAlarm(RuntimeError):
     """Engine and trainer differ too much; `alarms.mismatch_action` is stop."""
@@ -35,6 +41,37 @@ class StepGivenUp(RuntimeError):
 
 class NothingLearnt(RuntimeError):
     """No gradient of several steps on end was finite."""
+
+
+class Alarms:
+    """Looks at every step of a run."""
+
+    def __init__(self, alarms: AlarmsConfig, earlier_mismatches: Sequence[float]) -> None:
+        """`earlier_mismatches`: see `MismatchWatch`."""
+        self._alarms = alarms
+        self._health = HealthWatch()
+        self._mismatch = MismatchWatch(alarms, earlier_mismatches)
+
+    def is_healthy(self, step: int, result: StepResult, metrics: Mapping[str, MetricValue]) -> bool:
+        """Warn of what is wrong with a step; return whether the policy before it could be sampled and learnt from.
+
+        Raises:
+            NothingLearnt: no update of several steps on end had a finite gradient.
+        """
+        warn_of_forgotten(step, metrics, self._alarms.forgotten)
+        warn_of_skipped_updates(step, result.reports)
+        warn_of_undecided(step, metrics, self._alarms.undecided)
+        return self._health.is_healthy(step, result.groups, result.reports)
+
+    def check(self, step: int, result: StepResult, metrics: Mapping[str, MetricValue]) -> None:
+        """End the run where going on is no use.
+
+        Raises:
+            StepGivenUp: every rollout was given up on.
+            MismatchAlarm: engine and trainer differ too much, and settings say stop.
+        """
+        stop_where_nothing_was_sampled(step, result.groups)
+        self._mismatch.look(step, metrics)
 
 
 class HealthWatch:
@@ -113,6 +150,12 @@ class MismatchWatch:
                 assert_never(self._alarms.mismatch_action)
 
 
+def earlier_mismatches(run_dir: Path) -> list[float]:
+    """Return what engine and trainer differed by in each step that metrics.jsonl holds."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [line.metrics[MISMATCH] for line in lines if MISMATCH in line.metrics]
+
+
 def warn_of_skipped_updates(step: int, reports: Sequence[UpdateReport]) -> None:
     """Warn of updates whose gradient was not finite; one without samples is no fault."""
     num_skipped = sum(report.outcome == "non_finite" for report in reports)
@@ -124,16 +167,18 @@ def warn_of_skipped_updates(step: int, reports: Sequence[UpdateReport]) -> None:
         )
 
 
-def warn_of_forgotten(step: int, num_forgotten: int, num_mastered: int, alarm: float) -> None:
+def warn_of_forgotten(step: int, metrics: Mapping[str, MetricValue], alarm: float) -> None:
     """Warn where more than the share `alarm` of a step's mastered problems fails plainly.
 
     See `HardSampleLedger.forgotten`; fewer than `MIN_MASTERED` say nothing.
     """
-    if num_mastered >= MIN_MASTERED and num_forgotten > alarm * num_mastered:
+    share = metrics[FORGOTTEN]
+    assert isinstance(share, Mean), "forgotten of mastered problems"
+    if share.count >= MIN_MASTERED and share.sum > alarm * share.count:
         logger.warning(
             "step %d: %d of %d mastered problems fail without a template, more than alarms.forgotten=%g: raise "
             "assignment.num_plain, lower optimizer.lr, or go back to an earlier checkpoint",
-            *(step, num_forgotten, num_mastered, alarm),
+            *(step, share.sum, share.count, alarm),
         )
 
 

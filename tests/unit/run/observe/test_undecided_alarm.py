@@ -1,30 +1,21 @@
 """A step or an evaluation with too many answers that the grader could not decide is warned of."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_p2o.algorithm import Parts, StepResult, TrainState
+from megatron_p2o.algorithm import StepResult, TrainState
 from megatron_p2o.evaluation.outcome import GradedResponse, evaluation_metrics, evaluation_of
-from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.step import step_metrics
-from megatron_p2o.metrics.values import MetricValue, numbers_of
-from megatron_p2o.rl.hard_samples import HardSampleLedger
-from megatron_p2o.run.alarms import warn_of_undecided
-from megatron_p2o.run.observer import RunObserver
+from megatron_p2o.metrics.values import numbers_of
+from megatron_p2o.run.observe.alarms import warn_of_undecided
+from megatron_p2o.run.observe.observer import RunObserver
 from megatron_p2o.testing.fakes import (
     UNDECIDED,
-    FakeEngines,
-    FakeGrader,
     FakeLibrary,
-    FakePolicy,
-    FakeRenderer,
-    Reply,
     fake_config,
     fake_problem,
     fake_rollout,
@@ -76,56 +67,19 @@ def test_an_evaluation_with_more_undecided_answers_than_the_alarm_is_warned_of(
     assert "1 of 3 answers" in caplog.text, "what the engines gave up was never graded"
 
 
-def observed_evaluation(answer: str, run_dir: Path, written: list[Mapping[str, MetricValue]]) -> RunObserver:
-    """Return an observer that has evaluated the set "aime", answered with `answer`, after a step."""
-    metrics = SimpleNamespace(
-        write=lambda step, epoch, numbers: written.append(numbers), announce=lambda what: None, num_lines=0
-    )
-    files: Any = SimpleNamespace(
-        run_dir=run_dir,
-        checkpoints=SimpleNamespace(check=lambda: None, begin=lambda *_: None, confirm=lambda step: None),
-        metrics=metrics,
-        ledger=SimpleNamespace(append=lambda entries: None, ledger=HardSampleLedger(), num_entries=0),
-    )
-    parts = Parts(
-        engines=FakeEngines(reply=lambda prompt, index: Reply(text=answer)),
-        grader=FakeGrader(),
-        renderer=FakeRenderer(),
-        policy=FakePolicy(),
-        evolution=None,
-    )
-    observer = RunObserver(
-        config=fake_config(
-            {
-                "schedule.save_every_steps": 0,
-                "evaluation.every_steps": 1,
-                "evaluation.best_set": "aime",
-                "logging.rollouts_every_steps": 0,
-            }
-        ),
-        parts=parts,
-        files=files,
-        clock=PhaseClock(),
-        stop=SimpleNamespace(),  # pyright: ignore[reportArgumentType]
-        evaluation_sets={"aime": [fake_problem(number) for number in range(5)]},
-        observe_groups=lambda groups: None,
-        keep_library=lambda library: None,
-        take_round_statistics=dict,
-        process_metrics=lambda _: {},
-        resumed=None,
-    )
-    result = StepResult(groups=step_of(2, 0), hard=[], reports=[], num_batches=1)
-    observer.on_step(TrainState(library=FakeLibrary(), step=1), result)
-    return observer
-
-
 def test_an_evaluation_without_any_verdict_is_warned_of_and_is_no_zero(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_observer: Callable[..., RunObserver], written: list[tuple[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    written: list[Mapping[str, MetricValue]] = []
+    def evaluate_after_a_step(answer: str) -> None:
+        settings = {"schedule.save_every_steps": 0, "evaluation.every_steps": 1, "evaluation.best_set": "aime"}
+        sets = {"aime": [fake_problem(number) for number in range(5)]}
+        observer = make_observer(fake_config(settings), answer=answer, evaluation_sets=sets)
+        result = StepResult(groups=step_of(2, 0), hard=[], reports=[], num_batches=1)
+        observer.on_step(TrainState(library=FakeLibrary(), step=1), result)
+
     with caplog.at_level(logging.WARNING):
-        observed_evaluation("?", tmp_path, written)
+        evaluate_after_a_step("?")
     assert "evaluation of aime at step 1: none of 80 answers has a verdict: it has no outcome" in caplog.text
-    assert not any(key.startswith("eval/") for numbers in written for key in numbers)
-    observed_evaluation("no", tmp_path, written)
-    assert numbers_of(written[-1])["eval/aime/avg"] == 0.0
+    assert not any(key.startswith("eval/") for name, metrics in written if name == "metrics" for key in metrics)
+    evaluate_after_a_step("no")
+    assert numbers_of([metrics for name, metrics in written if name == "metrics"][-1])["eval/aime/avg"] == 0.0

@@ -6,20 +6,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_p2o.algorithm import StepResult, TrainState
-from megatron_p2o.config.tree import AlarmsConfig, Config
-from megatron_p2o.metrics.clock import PhaseClock
+from megatron_p2o.config.tree import AlarmsConfig
 from megatron_p2o.metrics.trend import Rise, rise_of
 from megatron_p2o.metrics.values import Mean, numbers_of
-from megatron_p2o.rl.hard_samples import HardSampleLedger
-from megatron_p2o.run.alarms import MISMATCH, HealthWatch, MismatchAlarm, MismatchWatch, NothingLearnt, StepGivenUp
-from megatron_p2o.run.observer import RunObserver
+from megatron_p2o.run.observe.alarms import (
+    MISMATCH,
+    HealthWatch,
+    MismatchAlarm,
+    MismatchWatch,
+    NothingLearnt,
+    StepGivenUp,
+)
+from megatron_p2o.run.observe.observer import RunObserver
 from megatron_p2o.run_folder.state import RunState
 from megatron_p2o.testing.fakes import FakeLibrary, fake_config, fake_problem, fake_rollout
 from megatron_p2o.types import FinishReason, Group, UpdateOutcome, UpdateReport, no_tokens
@@ -30,52 +34,26 @@ SENTENCE = (
 )
 
 
-def observer_of(config: Config, run_dir: Path, written: list[str], resumed: RunState | None = None) -> RunObserver:
-    """Return an observer whose files only remember, in `written`, that they were written."""
+@pytest.fixture
+def observed_step(make_observer: Callable[..., RunObserver]) -> Callable[..., None]:
+    """Return what has an observer look at one step."""
 
-    def remember(name: str) -> Callable[..., None]:
-        return lambda *_: written.append(name)
+    def observe(
+        settings: dict[str, Any],
+        sums: dict[str, float],
+        *,
+        outcome: UpdateOutcome = "applied",
+        groups: Sequence[Group] = (),
+        resumed: RunState | None = None,
+    ) -> None:
+        report = UpdateReport(
+            loss=0.0, grad_norm=1.0, learning_rate=1.0, outcome=outcome, tokens=replace(no_tokens(), **sums)
+        )
+        result = StepResult(groups=list(groups), hard=[], reports=[report], num_batches=1)
+        config = fake_config({"schedule.save_every_steps": 0, "evaluation.every_steps": 0, **settings})
+        make_observer(config, resumed=resumed).on_step(TrainState(library=FakeLibrary()), result)
 
-    nothing = SimpleNamespace(check=lambda: None, confirm=lambda _: None, save=remember("checkpoint"))
-    files: Any = SimpleNamespace(
-        run_dir=run_dir,
-        checkpoints=nothing,
-        metrics=SimpleNamespace(write=remember("metrics")),
-        ledger=SimpleNamespace(append=remember("ledger"), ledger=HardSampleLedger()),
-        rollouts=SimpleNamespace(write=remember("rollouts")),
-    )
-    parts: Any = SimpleNamespace(renderer=SimpleNamespace(decode=None))
-    return RunObserver(
-        config=config,
-        parts=parts,
-        files=files,
-        clock=PhaseClock(),
-        stop=SimpleNamespace(),  # pyright: ignore[reportArgumentType]
-        evaluation_sets={},
-        observe_groups=remember("groups"),
-        keep_library=remember("library"),
-        take_round_statistics=dict,
-        process_metrics=lambda _: {},
-        resumed=resumed,
-    )
-
-
-def observed_step(
-    settings: dict[str, Any],
-    run_dir: Path,
-    sums: dict[str, float],
-    written: list[str],
-    *,
-    outcome: UpdateOutcome = "applied",
-    groups: Sequence[Group] = (),
-    resumed: RunState | None = None,
-) -> None:
-    report = UpdateReport(
-        loss=0.0, grad_norm=1.0, learning_rate=1.0, outcome=outcome, tokens=replace(no_tokens(), **sums)
-    )
-    result = StepResult(groups=list(groups), hard=[], reports=[report], num_batches=1)
-    config = fake_config({"schedule.save_every_steps": 0, "evaluation.every_steps": 0, **settings})
-    observer_of(config, run_dir, written, resumed).on_step(TrainState(library=FakeLibrary()), result)
+    return observe
 
 
 SUMS = {"mismatch_tokens": 8.0, "mismatch_abs_sum": 2.0, "mismatch_ratio_sum": 8.0, "mismatch_kl_sum": 0.5}
@@ -84,36 +62,41 @@ SUMS |= {"mismatch_abs_max": 3.0}
 
 @pytest.mark.parametrize(("alarm", "warns"), [(0.2, True), (0.25, False)])
 def test_a_mismatch_above_the_alarm_is_warned_of_with_its_numbers(
-    alarm: float, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    alarm: float, warns: bool, observed_step: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        observed_step({"alarms.mismatch": alarm}, tmp_path, SUMS, [])
-    assert [record.name for record in caplog.records] == (["megatron_p2o.run.alarms"] if warns else [])
+        observed_step({"alarms.mismatch": alarm}, SUMS)
+    assert [record.name for record in caplog.records] == (["megatron_p2o.run.observe.alarms"] if warns else [])
     assert ("differ by 0.25 nats a token" in caplog.text) == warns
 
 
-def test_a_run_that_is_to_stop_at_it_ends_after_the_step_is_on_record(tmp_path: Path) -> None:
-    written: list[str] = []
+def test_a_run_that_is_to_stop_at_it_ends_after_the_step_is_on_record(
+    observed_step: Callable[..., None], written: list[tuple[str, Any]]
+) -> None:
     settings = {"alarms.mismatch": 0.2, "alarms.mismatch_action": "stop", "schedule.save_every_steps": 1}
     with pytest.raises(MismatchAlarm, match=SENTENCE + r"0\.2:"):
-        observed_step(settings, tmp_path, SUMS, written)
-    assert {"metrics", "ledger", "rollouts"} <= set(written) and "checkpoint" not in written
+        observed_step(settings, SUMS)
+    assert {"metrics", "ledger", "rollouts"} <= {name for name, _ in written} and "checkpoint" not in [
+        name for name, _ in written
+    ]
 
 
-def test_a_step_that_compared_nothing_alarms_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    observed_step({"alarms.mismatch_action": "stop"}, tmp_path, {}, [])
+def test_a_step_that_compared_nothing_alarms_nobody(
+    observed_step: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    observed_step({"alarms.mismatch_action": "stop"}, {})
     assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["mismatch_abs_sum", "mismatch_abs_max"])
 def test_a_difference_that_is_no_number_is_too_large(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, observed_step: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     sums = SUMS | {"mismatch_abs_sum": math.nan, name: math.nan}
-    observed_step({"alarms.mismatch": 1e9}, tmp_path, sums, [])
+    observed_step({"alarms.mismatch": 1e9}, sums)
     assert "engine and trainer differ by nan nats a token" in caplog.text
     with pytest.raises(MismatchAlarm, match="differ by nan nats a token"):
-        observed_step({"alarms.mismatch": 1e9, "alarms.mismatch_action": "stop"}, tmp_path, sums, [])
+        observed_step({"alarms.mismatch": 1e9, "alarms.mismatch_action": "stop"}, sums)
 
 
 DRIFT = [0.011 + 0.025 * step / 29 for step in range(30)]
@@ -165,7 +148,9 @@ def test_a_fresh_run_says_nothing_of_its_first_steps(caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
-def test_a_resumed_run_compares_with_the_first_steps_of_the_whole_run(tmp_path: Path) -> None:
+def test_a_resumed_run_compares_with_the_first_steps_of_the_whole_run(
+    tmp_path: Path, observed_step: Callable[..., None]
+) -> None:
     lines = [
         {"step": step + 1, "epoch": 0, "time": "", "metrics": {MISMATCH: mean, "train/loss": 0.0}}
         for step, mean in enumerate(DRIFT[:27])
@@ -177,29 +162,30 @@ def test_a_resumed_run_compares_with_the_first_steps_of_the_whole_run(tmp_path: 
     sums = SUMS | {"mismatch_abs_sum": 8 * DRIFT[27]}
     settings = {"alarms.mismatch_action": "stop"}
     with pytest.raises(MismatchAlarm, match=r"0\.0149 when the run began"):
-        observed_step(settings, tmp_path, sums, [], resumed=state)
-    observed_step(settings, tmp_path, sums, [])
+        observed_step(settings, sums, resumed=state)
+    observed_step(settings, sums)
 
 
 def test_an_update_that_was_skipped_is_warned_of_and_one_without_samples_is_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    observed_step: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    observed_step({}, tmp_path, {}, [], outcome="empty")
+    observed_step({}, {}, outcome="empty")
     assert not caplog.records
-    observed_step({}, tmp_path, {}, [], outcome="non_finite")
+    observed_step({}, {}, outcome="non_finite")
     assert "the gradient of 1 of 1 updates was not finite" in caplog.text
 
 
-def test_a_step_of_which_nothing_came_back_ends_the_run_with_the_step_on_record(tmp_path: Path) -> None:
+def test_a_step_of_which_nothing_came_back_ends_the_run_with_the_step_on_record(
+    observed_step: Callable[..., None], written: list[tuple[str, Any]]
+) -> None:
     def group(*reasons: FinishReason) -> Group:
         rollouts = tuple(fake_rollout(fake_problem(1), reward=0, finish_reason=reason) for reason in reasons)
         return Group(problem=fake_problem(1), rollouts=rollouts, advantages=(0.0,) * len(rollouts))
 
-    written: list[str] = []
     with pytest.raises(StepGivenUp, match=r"step 0: all 3 rollouts were given up on"):
-        observed_step({}, tmp_path, {}, written, groups=[group("abort", "abort"), group("abort")])
-    assert {"metrics", "ledger", "rollouts"} <= set(written)
-    observed_step({}, tmp_path, {}, [], groups=[group("abort", "abort"), group("stop")])
+        observed_step({}, {}, groups=[group("abort", "abort"), group("abort")])
+    assert {"metrics", "ledger", "rollouts"} <= {name for name, _ in written}
+    observed_step({}, {}, groups=[group("abort", "abort"), group("stop")])
 
 
 @pytest.mark.parametrize(
@@ -217,16 +203,15 @@ def test_a_round_that_is_skipped_for_want_of_hard_problems_is_warned_of_and_coun
     settings: dict[str, Any],
     epoch: int,
     expected: int | None,
-    tmp_path: Path,
+    make_observer: Callable[..., RunObserver],
+    written: list[tuple[str, Any]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    written: list[Any] = []
     config = fake_config({"hard.min_problems": 10, "schedule.epochs": 2, **settings})
-    observer = observer_of(config, tmp_path, [])
-    observer._files.metrics.write = lambda *line: written.append(line[2])  # pyright: ignore[reportAttributeAccessIssue]
+    observer = make_observer(config)
     hard = [fake_problem(number) for number in range(num_hard)]
     observer.on_epoch(TrainState(library=FakeLibrary(), epoch=epoch), hard)
-    (numbers,) = map(numbers_of, written)
+    (numbers,) = [numbers_of(metrics) for _, metrics in written]
     assert numbers["hard/set_size"] == num_hard
     assert numbers.get("evolution/skipped_rounds_count") == expected
     said = (

@@ -1,0 +1,117 @@
+"""Rank 0 of a run that trains: what it begins from, what it starts, the training, the end."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from megatron_p2o.algorithm import train
+from megatron_p2o.config.tree import Config
+from megatron_p2o.data.batches import epoch_batches
+from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution
+from megatron_p2o.policy.training.ranks import MegatronPolicy
+from megatron_p2o.rollout.engines import SglangEngines
+from megatron_p2o.run.beginning import Beginning, beginning_of
+from megatron_p2o.run.inputs import Inputs, evolution_notice, planned_steps
+from megatron_p2o.run.observe.alarms import NothingLearnt, StepGivenUp
+from megatron_p2o.run.observe.files import open_files
+from megatron_p2o.run.observe.observer import RunObserver
+from megatron_p2o.run.parts import RunParts, StartEngines, start_parts
+from megatron_p2o.run_folder.checkpoints import LATEST_FILE, POLICY_FOLDER
+from megatron_p2o.run_folder.made_with import note_start
+from megatron_p2o.run_folder.state import StopRequest
+from megatron_p2o.terminal import say
+from megatron_p2o.types import Problem
+
+logger = logging.getLogger(__name__)
+
+BatchesOf = Callable[[int], Sequence[Sequence[Problem]]]
+"""The problems of each step of an epoch; the same whenever asked."""
+
+
+def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Inputs, start_engines: StartEngines) -> None:
+    """Train to the end of the schedule or to a stop request, and save. Closes what it has started, however it ends.
+
+    Raises:
+        CheckpointError, ResumeRefused: the run cannot go on from its checkpoint; nothing was started.
+        PolicyDiverged, NothingLearnt, StepGivenUp: training cannot go on; the message says what to go back to.
+    """
+    beginning = beginning_of(config, run_dir, inputs.train)
+    batches_of = partial(epoch_batches, inputs.train, config.schedule.problems_per_step, config.run.seed)
+    num_steps_per_epoch = len(batches_of(0))
+    say_what_starts(config, run_dir, policy, num_steps_per_epoch)
+    stop = StopRequest(run_dir)
+    with ExitStack() as stack:
+        started = start_parts(config, run_dir, policy, inputs.renderer, start_engines, stop.is_made, stack)
+        load_weights(policy, started.engines, beginning)
+        num_steps = planned_steps(config.schedule, num_steps_per_epoch)
+        files = open_files(config, run_dir, policy, beginning, num_steps, stack)
+        note_start(run_dir, beginning.made_with, beginning.state.step, [asdict(each) for each in beginning.changes])
+        observer = RunObserver(config, started, files, inputs.evaluation, beginning, stop)
+        train_and_save(config, beginning, batches_of, started, observer, stop)
+
+
+def say_what_starts(config: Config, run_dir: Path, policy: MegatronPolicy, num_steps_per_epoch: int) -> None:
+    """Tell the person watching how the policy was built, and what comes next."""
+    notice = evolution_notice(config, num_steps_per_epoch)
+    if notice is not None:
+        logger.warning(notice)
+    say(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}")
+    say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")
+
+
+def load_weights(policy: MegatronPolicy, engines: SglangEngines, beginning: Beginning) -> None:
+    """Have trainer and engines hold the weights the run begins with.
+
+    Also of a fresh run: from the first rollout on, what the engines serve has been compared with the trainer. Raises
+    `PolicyDiverged`, which says how to go back, when a checkpoint's weights are not finite.
+    """
+    if beginning.checkpoint is not None:
+        load_finite(policy, beginning.checkpoint)
+    engines.refresh(policy.weights(), version=beginning.state.step)
+
+
+def load_finite(policy: MegatronPolicy, checkpoint: Path) -> None:
+    """Load a checkpoint's policy. Raises `PolicyDiverged`, which says how to go back, when it is not finite."""
+    policy.load(checkpoint / POLICY_FOLDER)
+    try:
+        policy.check_finite()
+    except PolicyDiverged as error:
+        raise PolicyDiverged(
+            f"{checkpoint}: {error}; write the name of an earlier checkpoint into {checkpoint.parent / LATEST_FILE}"
+        ) from error
+
+
+def begin_unfinished_round(beginning: Beginning, evolution: PromptEvolution | None) -> None:
+    """Go on with the round that ran beside training when the checkpoint was written; its journal knows how far."""
+    resumed = beginning.resumed
+    if resumed is not None and evolution is not None and resumed.round_problem_ids:
+        evolution.evolve(beginning.round_problems, beginning.state.library, resumed.round_epoch)
+
+
+def train_and_save(
+    config: Config,
+    beginning: Beginning,
+    batches_of: BatchesOf,
+    started: RunParts,
+    observer: RunObserver,
+    stop: StopRequest,
+) -> None:
+    """Train from where the run begins, and save where it ends. Raises as `conduct`."""
+    if beginning.resumed is None:
+        observer.on_start(beginning.state)
+    begin_unfinished_round(beginning, started.parts.evolution)
+    try:
+        state = train(batches_of, beginning.state, observer.ledger, started.parts, observer, config)
+    except PolicyDiverged as error:  # by a step whose gradient was finite, at the weights of the newest checkpoint
+        raise PolicyDiverged(f"{error}; {observer.way_back(is_newest_good=True)}") from error
+    except (NothingLearnt, StepGivenUp) as error:
+        way = observer.way_back(is_newest_good=False)
+        raise type(error)(f"{error}; if the policy has diverged: {way}") from error
+    if stop.is_made():
+        observer.on_stop(state)
+        stop.clear()
+    else:
+        observer.on_end(state)

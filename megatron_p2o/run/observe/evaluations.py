@@ -1,0 +1,93 @@
+"""What is evaluated during a run: the policy on the sets of `data.evaluation`, and which checkpoint is best."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import assert_never
+
+from megatron_p2o.algorithm import TrainState
+from megatron_p2o.config.tree import Config, EvaluationConfig
+from megatron_p2o.evaluation.outcome import Evaluation, NothingDecided, evaluation_metrics
+from megatron_p2o.evaluation.protocol import evaluate
+from megatron_p2o.rl.sampling import SamplingParts
+from megatron_p2o.run.beginning import Beginning
+from megatron_p2o.run.observe.alarms import warn_of_undecided
+from megatron_p2o.run.observe.step_log import StepLog
+from megatron_p2o.run.resume import is_measured_otherwise
+from megatron_p2o.run_folder.checkpoints import Best, checkpoint_name, read_best
+from megatron_p2o.types import PLAIN, Problem, Template
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluations:
+    """Measures the policy of a run."""
+
+    def __init__(
+        self, sets: Mapping[str, Sequence[Problem]], parts: SamplingParts, config: Config, log: StepLog
+    ) -> None:
+        self._sets, self._parts, self._config, self._log = sets, parts, config, log
+
+    def measure(self, state: TrainState, template: Template = PLAIN) -> dict[str, Evaluation]:
+        """Return the outcome on each set under `template`, and write it down; a set without a verdict has none."""
+        self._log.announce("evaluation")
+        prefix = "" if template is PLAIN else "templated_"
+        outcome: dict[str, Evaluation] = {}
+        for name, problems in self._sets.items():
+            try:
+                outcome[name] = evaluate(name, problems, self._parts, self._config, template)
+            except NothingDecided as error:
+                logger.warning("evaluation of %s at step %d: %s: it has no outcome", prefix + name, state.step, error)
+        self._log.take_phases()  # they are not of a step
+        metrics = evaluation_metrics({prefix + name: each for name, each in outcome.items()})
+        self._log.write(state, metrics)
+        warn_of_undecided(state.step, metrics, self._config.alarms.undecided)
+        return outcome
+
+
+class BestSoFar:
+    """Knows which checkpoint has done best on `evaluation.best_set`."""
+
+    def __init__(self, settings: EvaluationConfig, best: Best | None) -> None:
+        """`best`: of the run until now."""
+        self._settings, self._best = settings, best
+
+    def take(self, step: int, outcome: Mapping[str, Evaluation]) -> Best | None:
+        """Return, and note, what makes the checkpoint of this step the best so far; None when it is not."""
+        settings = self._settings
+        if settings.best_set is None or step == 0:
+            return None
+        score = _score(outcome.get(settings.best_set), settings)
+        if score is None or (self._best is not None and score <= self._best.score):
+            return None
+        self._best = Best(
+            checkpoint=checkpoint_name(step),
+            step=step,
+            set=settings.best_set,
+            metric=settings.best_metric,
+            score=score,
+        )
+        return self._best
+
+
+def best_before(run_dir: Path, settings: EvaluationConfig, beginning: Beginning) -> Best | None:
+    """Return the best checkpoint before the one a run goes on from; None when another measure found it."""
+    if beginning.resumed is None or is_measured_otherwise(beginning.changes, settings.best_set):
+        return None
+    best = read_best(run_dir)
+    if best is None or best.step > beginning.resumed.step:
+        return None
+    return best if (best.set, best.metric) == (settings.best_set, settings.best_metric) else None
+
+
+def _score(outcome: Evaluation | None, settings: EvaluationConfig) -> float | None:
+    """Return what decides which checkpoint is the best; None where too few answers have a verdict."""
+    if outcome is None:
+        return None
+    match settings.best_metric:
+        case "avg":
+            return outcome.accuracy
+        case "pass_at_k":
+            return outcome.pass_at.get(str(outcome.samples_per_problem))
+        case _:
+            assert_never(settings.best_metric)

@@ -1,0 +1,74 @@
+"""What a run has counted and found so far, over all its starts: what of its state is no cursor of training."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+from megatron_p2o.algorithm import TrainState
+from megatron_p2o.evaluation.protocol import template_of
+from megatron_p2o.run_folder.state import RunState
+from megatron_p2o.types import PLAIN, Group, RunningRound, Template
+
+RoundStatistics = Mapping[str, float]
+"""Numbers of the last evolution round by name; empty when none ran since they were last asked for."""
+
+
+class Progress:
+    """The counts of a run. Begins with those of the checkpoint that the run goes on from."""
+
+    def __init__(self, resumed: RunState | None) -> None:
+        self.num_rollouts_train = resumed.num_rollouts_train if resumed else 0
+        self.num_rollouts_evolution = resumed.num_rollouts_evolution if resumed else 0
+        self.first_round: RoundStatistics = resumed.first_round if resumed else {}
+        self.published_accuracy: Mapping[str, float] = resumed.published_accuracy if resumed else {}
+        """By evaluation set, under the first published template that was measured; empty before."""
+        self.best_template = template_of(resumed.best_template) if resumed else PLAIN
+        """Of the last library that had any: an empty library, after everything was internalised, does not make the last
+        template worth less."""
+        self._library_version = resumed.library_version if resumed else 0
+        self._wall_s_before = resumed.wall_s if resumed else 0.0
+        self._started = time.monotonic()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds spent so far."""
+        return self._wall_s_before + time.monotonic() - self._started
+
+    def count_rollouts(self, groups: Sequence[Group]) -> None:
+        self.num_rollouts_train += sum(len(group.rollouts) for group in groups)
+
+    def is_new_library(self, version: int) -> bool:
+        """Return whether the library of this version has not been seen before, and note that it has."""
+        is_new = version != self._library_version
+        self._library_version = version
+        return is_new
+
+    def count_round(self, statistics: RoundStatistics) -> None:
+        self.num_rollouts_evolution += int(statistics.get("num_rollouts", 0))
+        self.first_round = self.first_round or statistics
+
+    def note_published(self, template: Template, accuracy: Mapping[str, float]) -> None:
+        """Note the best template of a new library and, where it was measured, its accuracy by evaluation set."""
+        self.best_template = template
+        self.published_accuracy = self.published_accuracy or accuracy
+
+    def run_state(
+        self, state: TrainState, running: RunningRound | None, *, num_ledger_entries: int, num_metrics_lines: int
+    ) -> RunState:
+        """Return what a checkpoint of `state` says; `running`: the round of evolution beside training, if any."""
+        return RunState(
+            step=state.step,
+            epoch=state.epoch,
+            batch=state.batch,
+            hard_problem_ids=tuple(problem.id for problem in state.hard),
+            library_version=state.library.version,
+            num_ledger_entries=num_ledger_entries,
+            num_metrics_lines=num_metrics_lines,
+            first_round=self.first_round,
+            published_accuracy=self.published_accuracy,
+            num_rollouts_train=self.num_rollouts_train,
+            num_rollouts_evolution=self.num_rollouts_evolution,
+            best_template=self.best_template.text,
+            wall_s=self.wall_s,
+            round_epoch=running.epoch if running else -1,
+            round_problem_ids=running.problem_ids if running else (),
+        )

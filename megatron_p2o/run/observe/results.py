@@ -1,0 +1,45 @@
+"""The file results.json: what came of a run."""
+
+import json
+from collections.abc import Mapping
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.evaluation.outcome import Evaluation, evaluation_record
+from megatron_p2o.evolve.search.publish import rounds_path
+from megatron_p2o.files import write_whole
+from megatron_p2o.metrics.jsonl import read_lines
+from megatron_p2o.run.observe.files import RunFiles
+from megatron_p2o.run.observe.progress import Progress
+
+RESULTS_FILE = "results.json"
+
+
+def write_results(
+    files: RunFiles,
+    config: Config,
+    progress: Progress,
+    num_steps: int,
+    plain: Mapping[str, Evaluation],
+    templated: Mapping[str, Evaluation],
+) -> None:
+    """Write the results of a run of `num_steps` steps that has ended. Raises `OSError`.
+
+    `plain`, `templated`: the last evaluation, and the one under the best template; empty without one.
+    """
+    results = {
+        "arm": config.run.arm,
+        "seed": config.run.seed,
+        "num_steps": num_steps,
+        "evaluation": {name: evaluation_record(outcome) for name, outcome in plain.items()},
+        "templated_evaluation": {name: evaluation_record(outcome) for name, outcome in templated.items()},
+        "templated_accuracy_when_published": progress.published_accuracy,
+        "best_template": progress.best_template.text,
+        "first_round": dict(progress.first_round),
+        "rounds": list(read_lines(rounds_path(files.run_dir))),
+        "pass_at_n_plain": progress.first_round.get("pass_at_n_plain"),
+        "num_internalised": len(files.ledger.ledger.internalised()),
+        "num_rollouts_train": progress.num_rollouts_train,
+        "num_rollouts_evolution": progress.num_rollouts_evolution,
+        "wall_s": progress.wall_s,
+    }
+    write_whole(files.run_dir / RESULTS_FILE, json.dumps(results, indent=1))

@@ -1,0 +1,72 @@
+"""What is logged of a run: its numbers, the ledger of its problems, its rollouts."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from megatron_p2o.algorithm import StepResult, TrainState
+from megatron_p2o.metrics.clock import PhaseClock
+from megatron_p2o.metrics.step import asked_plainly_metrics, forgotten_metrics, phase_metrics, step_metrics
+from megatron_p2o.metrics.values import Last, MetricValue, Sum
+from megatron_p2o.rl.hard_samples import ledger_entry
+from megatron_p2o.run.observe.files import RunFiles
+from megatron_p2o.run.observe.processes import ProcessMeter
+from megatron_p2o.types import Completion
+
+
+class StepLog:
+    """Writes down what a run does, step by step."""
+
+    def __init__(
+        self,
+        files: RunFiles,
+        clock: PhaseClock,
+        processes: ProcessMeter,
+        decode: Callable[[Completion], str],
+        rollouts_every_steps: int,
+    ) -> None:
+        self._files, self._clock, self._processes, self._decode = files, clock, processes, decode
+        self._rollouts_every_steps = rollouts_every_steps
+        self._step_began = time.monotonic()
+
+    def begin_step(self) -> None:
+        """Note that what is done between two steps is done: a step's seconds count from here."""
+        self._step_began = time.monotonic()
+
+    def write_step(self, state: TrainState, result: StepResult) -> Mapping[str, MetricValue]:
+        """Write a step's numbers, what became of its problems and, where they are due, its rollouts.
+
+        Returns the numbers, less those of processes.
+        """
+        phases = self._clock.take()
+        seconds = {**phases.seconds, "step": time.monotonic() - self._step_began}
+        of_processes = {name: Last(value) for name, value in self._processes.metrics(phases.peak_bytes).items()}
+        entries = [ledger_entry(group, state.epoch, state.step) for group in result.groups]
+        metrics = {
+            **step_metrics(result.groups, result.reports, seconds, phases.peak_bytes),
+            "rollout/batches_count": Sum(result.num_batches),
+            **asked_plainly_metrics(result.groups, state.library),
+            **forgotten_metrics(*self._files.ledger.ledger.forgotten(entries)),
+        }
+        self.write(state, {**metrics, **of_processes})
+        self._files.ledger.append(entries)
+        if is_due(state.step, self._rollouts_every_steps):
+            self._files.rollouts.write(state.step, result.groups, self._decode)
+        return metrics
+
+    def write(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
+        """Write numbers of `state`; none are no line."""
+        if metrics:
+            self._files.metrics.write(state.step, state.epoch, metrics)
+
+    def take_phases(self) -> Mapping[str, MetricValue]:
+        """Return what the phases since the last step or call took."""
+        return phase_metrics(self._clock.take().seconds)
+
+    def announce(self, activity: str) -> None:
+        """Tell the person watching what the run is doing now."""
+        self._files.metrics.announce(activity)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Return whether what is done every so many steps is done after this one; 0 is never."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,111 @@
+"""The parts of a run: where implementations meet. Engines, grader and evolution are started here, and closed again."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_p2o.algorithm import Parts
+from megatron_p2o.config.tree import Config
+from megatron_p2o.data.chat import ChatRenderer
+from megatron_p2o.evolve.process.beside import BesideTraining
+from megatron_p2o.evolve.process.session import EvolutionSession
+from megatron_p2o.interfaces import PromptEvolution
+from megatron_p2o.metrics.clock import PhaseClock, TimedEngines, TimedEvolution, TimedGrader, TimedPolicy
+from megatron_p2o.metrics.memory import peak_meter
+from megatron_p2o.policy.training.ranks import MegatronPolicy
+from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rollout.engines import SglangEngines
+from megatron_p2o.run.observe.processes import ProcessMeter
+from megatron_p2o.run.trials import EvolutionLink, TrialSubmitter
+from megatron_p2o.types import Completion, Prompt, SamplingParams
+
+StartEngines = Callable[[Sequence[int]], SglangEngines]
+"""Starts the engines, given the tokens that end a response."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunParts:
+    """What was started for a run, and what measures it."""
+
+    parts: Parts
+    """For the algorithm; what they take is counted by `clock`."""
+    engines: SglangEngines
+    clock: PhaseClock
+    processes: ProcessMeter
+    evolution: EvolutionLink
+
+
+def start_parts(
+    config: Config,
+    run_dir: Path,
+    policy: MegatronPolicy,
+    renderer: ChatRenderer,
+    start_engines: StartEngines,
+    is_stopping: Callable[[], bool],
+    stack: ExitStack,
+) -> RunParts:
+    """Start the grader, the engines and evolution; `stack` closes them, also when a later one does not start.
+
+    `is_stopping`: whether the run is to stop; a round of evolution then ends.
+
+    Raises what cannot be started.
+    """
+    grader = make_grader(config.grading)
+    stack.callback(grader.close)
+    grader.check()
+    engines = stack.enter_context(start_engines(renderer.eos_token_ids))
+    session = None
+    if config.evolution.enabled:
+        submit = TrialSubmitter(_sampler(engines), renderer, grader, config.evolution.max_template_tokens)
+        session = start_session(config, run_dir, submit, engines, is_stopping)
+        stack.callback(session.close)
+    clock = PhaseClock(peak_meter())
+    evolution = evolution_of(session, config)
+    return RunParts(
+        parts=Parts(
+            policy=TimedPolicy(policy, clock),
+            engines=TimedEngines(engines, clock),
+            grader=TimedGrader(grader, clock),
+            renderer=renderer,
+            evolution=TimedEvolution(evolution, clock) if evolution else None,
+        ),
+        engines=engines,
+        clock=clock,
+        processes=ProcessMeter(policy, engines, grader, session),
+        evolution=EvolutionLink(session, renderer.decode),
+    )
+
+
+def start_session(
+    config: Config,
+    run_dir: Path,
+    submit_trial: TrialSubmitter,
+    engines: SglangEngines,
+    is_stopping: Callable[[], bool],
+) -> EvolutionSession:
+    """Return rank 0's side of evolution, with a server of the initial policy where that is what reflects."""
+    url = key = model = None
+    if config.evolution.reflection.backend == "self":
+        url, key = engines.start_reflection_server()
+        model = config.model.path
+    return EvolutionSession(
+        config,
+        run_dir,
+        submit_trial,
+        reflection_url=url,
+        reflection_model=model,
+        reflection_api_key=key,
+        is_stopping=is_stopping,
+    )
+
+
+def evolution_of(session: EvolutionSession | None, config: Config) -> PromptEvolution | None:
+    """Return evolution as the algorithm sees it: waited for, or beside training; None is plain GRPO."""
+    return BesideTraining(session) if session is not None and config.evolution.beside_training else session
+
+
+def _sampler(engines: SglangEngines) -> Callable[[Prompt, SamplingParams], "Future[Completion]"]:
+    """Return what samples one rollout for evolution, on what the engines have to spare."""
+    return lambda prompt, sampling: engines.broker.submit(prompt, sampling, priority="evolution")

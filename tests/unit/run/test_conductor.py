@@ -1,0 +1,173 @@
+"""A run from its beginning to its end on rank 0, with fakes for trainer and engines: what is started is closed."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_p2o.config.read import load_config
+from megatron_p2o.config.tree import Config
+from megatron_p2o.interfaces import NamedWeights
+from megatron_p2o.run.conductor import conduct
+from megatron_p2o.run.inputs import load_inputs
+from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, Reply
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.types import Completion, Prompt, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("tiny"), max_positions=512)
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> Config:
+    """Two epochs of two steps of two problems, four rollouts each; nothing evolves."""
+    return config_of(tmp_path, model)
+
+
+def config_of(tmp_path: Path, model: Path, *overrides: str) -> Config:
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"id": f"p{n}", "question": f"{n}+1", "answer": "2"}) + "\n" for n in range(4)))
+    return load_config(
+        None,
+        [
+            *(f"run.directory={tmp_path}", "run.name=run", f"model.path={model}", f"data.train={train}"),
+            *("schedule.problems_per_step=2", "schedule.problems_per_update=2", "schedule.epochs=2"),
+            *("rollout.group_size=4", "rollout.max_new_tokens=100", "evolution.enabled=false"),
+            *("grading.num_workers=1", "logging.console=false", "evaluation.at_start=false"),
+            *overrides,
+        ],
+    )
+
+
+class LostEngine(RuntimeError):
+    """What a fake part fails with."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Engines(FakeEngines):
+    """Engines that know whether they are closed."""
+
+    reply: Callable[[Prompt, int], Reply] = lambda prompt, index: Reply(text="!")
+    fails: str = ""
+    """Name of the call that raises."""
+    is_closed: bool = False
+    broker: Any = field(default_factory=SimpleNamespace)
+
+    def __enter__(self) -> "Engines":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.is_closed = True
+
+    def refresh(self, weights: NamedWeights, version: int) -> None:
+        if self.fails == "refresh":
+            raise LostEngine("refresh")
+        FakeEngines.refresh(self, weights, version)
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Completion]]:
+        if self.fails == "generate":
+            raise LostEngine("generate")
+        return FakeEngines.generate(self, prompts, sampling, places)
+
+    def start_reflection_server(self) -> tuple[str, str]:
+        raise LostEngine("reflection")
+
+    def host_memory(self) -> Sequence[Any]:
+        return []
+
+    def metrics(self) -> Mapping[str, float]:
+        return {}
+
+
+class Policy(FakePolicy):
+    """A trainer's handle as far as a run on rank 0 asks it."""
+
+    layers = SimpleNamespace(layers_reason="fake", attention_reason="fake")
+
+    def memory(self) -> Sequence[Any]:
+        return []
+
+    def check_finite(self) -> None: ...
+
+
+def run(config: Config, start: Callable[[Sequence[int]], Engines]) -> None:
+    policy: Any = Policy()
+    engines: Any = start
+    conduct(config, config.run.folder, policy, load_inputs(config), engines)
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != "zombie"}
+
+
+def test_a_run_trains_to_the_end_of_its_schedule_and_leaves_its_results(config: Config) -> None:
+    before, engines = children(), Engines()
+    run(config, lambda stop_token_ids: engines)
+    folder = config.run.folder
+    assert engines.is_closed and children() <= before
+    assert engines.refreshes == [0, 1, 2, 3, 4]
+    assert json.loads((folder / "results.json").read_text())["num_steps"] == 4
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "perf/step_s" in line["metrics"]] == [1, 2, 3, 4]
+    assert len((folder / "hard_samples.jsonl").read_text().splitlines()) == 8
+    assert (folder / "checkpoints" / "latest").read_text() == "step-000004"
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_stood(config: Config) -> None:
+    folder = config.run.folder
+
+    def stop_in_the_second_step(prompt: Prompt, index: int) -> Reply:
+        if len(first.samplings) == 2:
+            (folder / "stop").touch()
+        return Reply(text="!")
+
+    first, second = Engines(reply=stop_in_the_second_step), Engines()
+    run(config, lambda stop_token_ids: first)
+    assert (folder / "checkpoints" / "latest").read_text() == "step-000002"
+    assert not (folder / "stop").exists() and not (folder / "results.json").exists()
+    run(config, lambda stop_token_ids: second)
+    assert second.refreshes == [2, 3, 4]
+    asked = [prompt.problem.id for engines in (first, second) for prompt in engines.prompts[::4]]
+    assert sorted(asked[:4]) == sorted(asked[4:]) == ["p0", "p1", "p2", "p3"]
+    assert [json.loads(line)["step"] for line in (folder / "history.jsonl").read_text().splitlines()] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("start", ()),
+        ("reflection", ("evolution.enabled=true", "evolution.reflection.backend=self", "hard.min_problems=2")),
+        ("refresh", ()),
+        ("files", ()),
+        ("generate", ()),
+    ],
+)
+def test_what_was_started_is_closed_wherever_a_run_fails(stage: str, settings: Sequence[str], config: Config) -> None:
+    engines = Engines(fails=stage)
+    started: list[Engines] = []
+    if stage == "files":
+        (config.run.folder / "hard_samples.jsonl").mkdir(parents=True)
+
+    def start(stop_token_ids: Sequence[int]) -> Engines:
+        assert children() > before, "the grader is at work"
+        if stage == "start":
+            raise LostEngine(stage)
+        started.append(engines)
+        return engines
+
+    before = children()
+    with pytest.raises((LostEngine, OSError)):
+        run(config_of(config.run.folder.parent, Path(config.model.path), *settings), start)
+    assert children() <= before, "no grader is left"
+    assert all(each.is_closed for each in started) and bool(started) == (stage != "start")
