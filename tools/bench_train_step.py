@@ -34,7 +34,8 @@ from bench.cases import Shape
 from bench.measure import matmul_ceiling, peak_bytes, time_interleaved
 
 from megatron_p2o.config.tree import HeadConfig
-from megatron_p2o.machine.memory_plan import GIB, trainer_memory
+from megatron_p2o.machine.memory.plan import GIB
+from megatron_p2o.machine.memory.trainer import trainer_memory
 from megatron_p2o.policy.model.architecture import Architecture, read_architecture
 from megatron_p2o.policy.model.attention import pack_layout, sample_positions
 from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins

@@ -17,7 +17,9 @@ from megatron_p2o.config.read import missing_paths
 from megatron_p2o.config.source import shown
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evolve.reflection.probe import has_checkpoint, needs_endpoint, probe
-from megatron_p2o.machine.memory_plan import GIB, Gpus, num_nodes_for, planned_memory
+from megatron_p2o.machine.memory.engine import Gpus
+from megatron_p2o.machine.memory.here import num_nodes_for, planned_memory
+from megatron_p2o.machine.memory.plan import GIB
 from megatron_p2o.policy.model.layer_choice import choose_layers, import_failure, machine_capabilities
 from megatron_p2o.policy.training.settings import (
     PolicySettings,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_p2o.config.read import load_config
-from megatron_p2o.machine.memory_plan import with_planned_cache
+from megatron_p2o.machine.memory.here import with_planned_cache
 from megatron_p2o.processes import allow_many_files, end_with_parent
 from megatron_p2o.rollout.servers.daemon import serve
 from megatron_p2o.terminal import set_up_logging

@@ -26,7 +26,7 @@ from megatron_p2o.evaluation.benchmark import (
     write_results,
 )
 from megatron_p2o.machine.layout import gpus_here, layout_line, with_layout
-from megatron_p2o.machine.memory_plan import planned_memory, with_planned_cache
+from megatron_p2o.machine.memory.here import planned_memory, with_planned_cache
 from megatron_p2o.machine.nodes import nodes_of_slurm
 from megatron_p2o.policy.model.layer_choice import machine_capabilities
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy

@@ -10,7 +10,7 @@ import torch
 
 from megatron_p2o.config.tree import ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_p2o.interfaces import PolicyDiverged
-from megatron_p2o.machine.memory_plan import trainer_memory
+from megatron_p2o.machine.memory.trainer import trainer_memory
 from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.testing.distributed import run_gloo_ranks

@@ -16,15 +16,11 @@ from megatron_p2o.cli import main
 from megatron_p2o.config.read import load_config
 from megatron_p2o.config.tree import Config, OptimizerConfig, ParallelConfig
 from megatron_p2o.machine.layout import with_layout
-from megatron_p2o.machine.memory_plan import (
-    GIB,
-    RESERVE_BYTES,
-    Gpus,
-    MemoryPlan,
-    memory_plan,
-    num_nodes_for,
-    trainer_memory,
-)
+from megatron_p2o.machine.memory.engine import Gpus
+from megatron_p2o.machine.memory.here import num_nodes_for
+from megatron_p2o.machine.memory.plan import GIB, RESERVE_BYTES, MemoryPlan, memory_plan
+from megatron_p2o.machine.memory.trainer import trainer_memory
+from megatron_p2o.machine.memory.words import check_fits, described, warning_of
 from megatron_p2o.policy.model.architecture import Architecture, read_architecture
 from megatron_p2o.policy.training.ranks import build_policy
 from megatron_p2o.testing.fakes import fake_config
@@ -32,7 +28,7 @@ from megatron_p2o.testing.held_memory import held_bytes
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[4] / "examples"
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -147,7 +143,7 @@ def test_a_cache_larger_than_what_is_left_gets_what_is_left(tmp_path: Path) -> N
         asking = replace(config, rollout=replace(config.rollout, max_total_tokens=asked))
         plan = plan_of(asking, architecture)
         assert plan.cache_tokens == planned
-        plan.check(asking)
+        check_fits(plan, asking)
 
 
 def test_an_engine_s_share_is_of_what_it_finds_before_the_first_step(tmp_path: Path) -> None:
@@ -173,7 +169,7 @@ def test_the_reflection_server_shares_a_gpu_and_keeps_its_memory(tmp_path: Path)
 def test_what_cannot_fit_is_refused_with_every_number_and_the_settings_to_change(tmp_path: Path) -> None:
     config = config_of(parallel=ParallelConfig(data=8))
     with pytest.raises(ValueError) as refused:
-        plan_of(config, qwen3("4B", tmp_path), Gpus(count=8, num_bytes=70 * GIB, num_nodes=1)).check(config)
+        check_fits(plan_of(config, qwen3("4B", tmp_path), Gpus(count=8, num_bytes=70 * GIB, num_nodes=1)), config)
     message = str(refused.value)
     # 18 bytes a parameter, 2 in the engine, two buckets: 76.4 GiB.
     assert message.startswith(
@@ -181,21 +177,21 @@ def test_what_cannot_fit_is_refused_with_every_number_and_the_settings_to_change
         "weights 7.5; together 76.4 of 70.0 GiB. Remedies: set parallel.distributed_optimizer; raise parallel.tensor"
     )
     sharded = replace(config, parallel=ParallelConfig(data=8, distributed_optimizer=True))
-    plan_of(sharded, qwen3("4B", tmp_path), Gpus(count=8, num_bytes=70 * GIB, num_nodes=1)).check(sharded)
+    check_fits(plan_of(sharded, qwen3("4B", tmp_path), Gpus(count=8, num_bytes=70 * GIB, num_nodes=1)), sharded)
 
 
 def test_activations_that_likely_do_not_fit_are_warned_of_until_they_are_recomputed(tmp_path: Path) -> None:
     config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True))
     architecture = qwen3("4B", tmp_path)
     plan = plan_of(config, architecture)
-    plan.check(config)
+    check_fits(plan, config)
     # By hand: 36 layers of 16,384 tokens, 6 hidden states and queries, 5 of keys and the MLP, 2 bytes each.
     elements = 6 * (2560 + 4096) + 5 * (1024 + 9728)
     assert plan.trainer.likely_activations == 36 * 16384 * elements * 2
-    assert "activations about 102.9" in plan.warning() and "recompute" in plan.warning()
+    assert "activations about 102.9" in warning_of(plan) and "recompute" in warning_of(plan)
     recomputing = replace(config, megatron={"recompute_granularity": "full", "recompute_num_layers": 1})
     assert plan_of(recomputing, architecture).trainer.likely_activations == 16384 * 2 * (36 * 2560 + elements)
-    assert plan_of(recomputing, architecture).warning() == ""
+    assert warning_of(plan_of(recomputing, architecture)) == ""
     # With the whole optimizer on each rank, its step takes more: 4 bytes for each parameter of 2.
     whole = plan_of(replace(recomputing, parallel=ParallelConfig(data=8)), architecture).trainer
     assert whole.likely_activations == 2 * whole.parameters > 15e9
@@ -205,7 +201,7 @@ def test_a_cache_too_small_for_one_response_is_refused(tmp_path: Path) -> None:
     config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True), rollout__max_new_tokens=12288)
     gpus = Gpus(count=8, num_bytes=43 * GIB, num_nodes=1)
     with pytest.raises(ValueError, match=r"would hold \d+ tokens, fewer than .*rollout\.max_new_tokens = 16384"):
-        plan_of(config, qwen3("4B", tmp_path), gpus).check(config)
+        check_fits(plan_of(config, qwen3("4B", tmp_path), gpus), config)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="--strict asks a CUDA build for its GPU packages")
@@ -219,7 +215,7 @@ def test_the_doctor_plans_for_gpus_that_are_elsewhere(tmp_path: Path, capsys: py
         "layout: tensor 8 x pipeline 2 x context 1 x data 2 = 32 ranks, sequence parallelism on"
     )
     assert planned[1] == "memory of 4 x 8 GPUs of 80.0 GiB, engines lend theirs to the trainer"
-    assert planned[2:] == plan.describe().splitlines()
+    assert planned[2:] == described(plan)
     assert main([*command, "8x20"]) == 1
     assert re.search(r"plan +MISSING \w+ does not fit a GPU: .* of 20\.0 GiB\. Remedies: ", capsys.readouterr().out)
     assert main([*command, "80"]) == 2
@@ -235,7 +231,7 @@ def test_every_example_for_80_gb_gpus_fits_them(path: Path, releases: bool, tmp_
     assert gpus.num_nodes == (4 if size == "32B" else 1)
     config = with_layout(settings, gpus.num_nodes, gpus.count)
     plan = plan_of(config, qwen3(size, tmp_path), gpus, releases)
-    plan.check(config)
-    assert plan.warning() == ""
+    check_fits(plan, config)
+    assert warning_of(plan) == ""
     for parts in plan.phases.values():
         assert sum(parts.values()) <= 80 * GIB - RESERVE_BYTES, parts

@@ -1,0 +1,90 @@
+"""The plan of memory for the GPUs of this machine, or of one that need not exist: printed, checked, and carried out."""
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.machine.layout import layout_line, with_layout
+from megatron_p2o.machine.memory.engine import Gpus, engine_share
+from megatron_p2o.machine.memory.plan import GIB, MemoryPlan, memory_plan
+from megatron_p2o.machine.memory.words import check_fits, described, warning_of
+from megatron_p2o.machine.nodes import nodes_of_slurm
+from megatron_p2o.policy.model.architecture import read_architecture
+from megatron_p2o.rollout.servers.server_arguments import does_release_memory
+from megatron_p2o.terminal import say
+
+logger = logging.getLogger(__name__)
+
+
+def with_planned_cache(config: Config) -> Config:
+    """Return the settings with the size of the KV cache in them, for the engines of this machine, and print the plan.
+
+    Without a GPU returns `config`.
+
+    Raises:
+        ValueError: trainer and engines do not fit this machine's GPUs.
+    """
+    if not torch.cuda.is_available():
+        return config
+    plan = checked_plan(config, gpus_here(int(os.environ.get("GROUP_WORLD_SIZE", "1"))))
+    if os.environ.get("RANK", "0") == "0":
+        for line in described(plan):
+            say(line)
+        if warning_of(plan):
+            logger.warning(warning_of(plan))
+    if engine_share(config) is not None:
+        return config
+    return replace(config, rollout=replace(config.rollout, max_total_tokens=plan.cache_tokens))
+
+
+def planned_memory(config: Config, gpus: Gpus | None = None) -> list[str]:
+    """Return who takes how much of a GPU, and what may go wrong, one line each.
+
+    `gpus`: of machines that need not exist, with everything installed; None: of the node this is, no lines without any.
+
+    Raises:
+        ValueError: trainer and engines do not fit them; the message has the numbers and the settings to change.
+    """
+    given = config.parallel
+    if gpus is not None:
+        config = with_layout(config, gpus.num_nodes, gpus.count)
+        plan = checked_plan(config, gpus, has_saver=True)
+    elif torch.cuda.is_available():
+        nodes = nodes_of_slurm(os.environ)
+        gpus = gpus_here(nodes.count if nodes else num_nodes_for(config, torch.cuda.device_count()))
+        config = with_layout(config, gpus.num_nodes, gpus.count)
+        plan = checked_plan(config, gpus)
+    else:
+        return []
+    lending = "engines lend theirs to the trainer" if plan.num_lending else "engines keep theirs"
+    head = f"memory of {gpus.num_nodes} x {gpus.count} GPUs of {gpus.num_bytes / GIB:.1f} GiB, {lending}"
+    layout = [layout_line(given, config.parallel, gpus.num_nodes, gpus.count)] if given != config.parallel else []
+    return [*layout, head, *described(plan), *filter(None, [warning_of(plan)])]
+
+
+def num_nodes_for(config: Config, num_gpus: int) -> int:
+    """Return how many nodes of `num_gpus` a run takes with a trainer's rank on each GPU.
+
+    Where the number of replicas is derived, the engines say how many GPUs there are to be.
+    """
+    engine_ranks = config.rollout.num_engines * config.rollout.tensor_parallel if config.parallel.data is None else 0
+    return -(-max(config.parallel.world_size, engine_ranks) // num_gpus)
+
+
+def gpus_here(num_nodes: int) -> Gpus:
+    """Return the GPUs of this node of a run of `num_nodes`."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_bytes = torch.cuda.get_device_properties(local_rank).total_memory
+    return Gpus(count=torch.cuda.device_count(), num_bytes=num_bytes, num_nodes=num_nodes)
+
+
+def checked_plan(config: Config, gpus: Gpus, *, has_saver: bool | None = None) -> MemoryPlan:
+    """Return the plan, or raise `ValueError` when it does not fit; `has_saver`: see `does_release_memory`."""
+    releases = does_release_memory(config, gpus.count, has_saver=has_saver)
+    plan = memory_plan(config, read_architecture(Path(config.model.path)), gpus, releases_memory=releases)
+    check_fits(plan, config)
+    return plan
