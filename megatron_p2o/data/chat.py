@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig
-from megatron_p2o.data.markup import Frame, MarkupEncoder
+from megatron_p2o.data.markup import Frame, MarkupEncoder, control_tokens
 from megatron_p2o.data.tokenizer import chat_text, end_of_response_ids, load_tokenizer
 from megatron_p2o.files import read_json_object
 from megatron_p2o.interfaces import PromptRenderer, PromptTooLongError
@@ -92,6 +92,8 @@ class ChatRenderer:
         self.tokenizer = load_tokenizer(model.path)
         self.eos_token_ids = end_of_response_ids(self.tokenizer, Path(model.path))
         """See `end_of_response_ids`."""
+        self.control_tokens = tuple(control_tokens(self.tokenizer))
+        """The texts of the control tokens; see `MarkupEncoder`."""
         self.limit = limit or _own_limit(data)
         self._model = model
         self._date = _date_of(model)

@@ -59,7 +59,7 @@ def start_parts(
     session = None
     if config.evolution.enabled:
         submit = TrialSubmitter(_sampler(engines), renderer, grader, config.evolution.max_template_tokens)
-        session = start_session(config, run_dir, submit, engines, is_stopping)
+        session = start_session(config, run_dir, submit, engines, renderer.control_tokens, is_stopping)
         stack.callback(session.close)
     clock = PhaseClock(peak_meter())
     evolution = evolution_of(session, config)
@@ -83,6 +83,7 @@ def start_session(
     run_dir: Path,
     submit_trial: TrialSubmitter,
     engines: SglangEngines,
+    control_tokens: Sequence[str],
     is_stopping: Callable[[], bool],
 ) -> EvolutionSession:
     """Return rank 0's side of evolution, with a server of the initial policy where that is what reflects."""
@@ -97,6 +98,7 @@ def start_session(
         reflection_url=url,
         reflection_model=model,
         reflection_api_key=key,
+        control_tokens=control_tokens,
         is_stopping=is_stopping,
     )
 

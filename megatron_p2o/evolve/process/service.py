@@ -115,7 +115,9 @@ class Service:
         split = split_of(spec)
         if split is None:
             raise ValueError(f"{len(spec.problems)} hard problems are too few for a round: rank 0 should not ask")
-        reflector = build_reflector(spec.settings.evolution.reflection, spec.settings.seed, os.environ)
+        reflector = build_reflector(
+            spec.settings.evolution.reflection, spec.settings.seed, os.environ, spec.settings.control_tokens
+        )
         try:
             stats = await conduct_round(spec, split, self._run_dir, self._runner, reflector, self._finish, self._notify)
         finally:

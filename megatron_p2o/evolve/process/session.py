@@ -62,6 +62,7 @@ class EvolutionSession:
         reflection_url: str | None = None,
         reflection_model: str | None = None,
         reflection_api_key: str | None = None,
+        control_tokens: Sequence[str] = (),
         is_stopping: Callable[[], bool] = lambda: False,
         finish_grace_s: float = FINISH_GRACE_S,
     ) -> None:
@@ -70,10 +71,13 @@ class EvolutionSession:
         `is_stopping` tells whether the run is to stop: `evolve` then leaves its round to the next start.
 
         `reflection_url`, `reflection_model` and `reflection_api_key` are of the server that serves the initial policy
-        under `evolution.reflection.backend: self`. Raises `ValueError` or `OSError` for unusable reflection settings.
+        under `evolution.reflection.backend: self`;
+        `control_tokens` is what its tokenizer takes for control tokens. Raises `ValueError` or `OSError` for unusable
+        reflection settings.
         """
         self._config = config
-        self._settings = _round_settings(config, reflection_url, reflection_model)
+        settings = _round_settings(config, reflection_url, reflection_model)
+        self._settings = replace(settings, control_tokens=tuple(control_tokens))
         self._run_dir = run_dir
         self._submit_trial = submit_trial
         self._is_stopping = is_stopping

@@ -1,6 +1,6 @@
 """Reflection by a language model behind an OpenAI-compatible endpoint: a hosted one, or the initial policy's server."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_p2o.config.tree import ReflectionConfig
@@ -12,6 +12,7 @@ from megatron_p2o.evolve.reflection.reflection import (
     ReflectionRequest,
     ReflectionUnavailable,
     reflection_prompt,
+    with_markup_as_text,
 )
 from megatron_p2o.evolve.reflection.reply import template_of
 from megatron_p2o.seeds import seed_of
@@ -32,8 +33,11 @@ class ChatCompletions:
         api_key: str | None,
         seed: int,
         extra_body: Mapping[str, Any] | None = None,
+        control_tokens: Sequence[str] = (),
     ) -> None:
         """`extra_body` goes into every request, beneath `config.extra_body`.
+
+        `control_tokens` are what the model's tokenizer takes for control tokens also in what a user says.
 
         Raises `ValueError` when the endpoint is not named, or the key or a proxy of the environment cannot be used.
         """
@@ -50,6 +54,7 @@ class ChatCompletions:
         self._config = config
         self._seed = seed
         self._extra_body = {**(extra_body or {}), **config.extra_body}
+        self._control_tokens = tuple(control_tokens)
         self._endpoint = ChatEndpoint(endpoint, api_key)
         self._num_refused = self._num_useless = 0
         """In a row."""
@@ -57,7 +62,8 @@ class ChatCompletions:
     async def propose(self, request: ReflectionRequest) -> str:
         """Raises `ReflectionUnavailable` for what the next request would meet as well, or after too many bad ones."""
         try:
-            reply = await self._reply_to(reflection_prompt(request), request.proposal)
+            prompt = with_markup_as_text(reflection_prompt(request), self._control_tokens)
+            reply = await self._reply_to(prompt, request.proposal)
             self._num_refused = 0
             template = template_of(reply, request.parent_text)
         except ReflectionRefused as refused:

@@ -1,6 +1,7 @@
 """Asking for a better template: what reflection is shown, how its answer is read, and which answers are refused."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_p2o.evolve.trial import Trial
@@ -116,6 +117,17 @@ def _lacks_final_answer(trial: Trial) -> bool:
 
 SPECIAL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>")
 """Chat markup such as <|im_end|>: what holds it is no instruction but a reply that went on for too long."""
+
+
+def with_markup_as_text(text: str, control_tokens: Iterable[str]) -> str:
+    """Return `text` with a blank in every control token, as in `< |im_end|>`: a server reads it as text then.
+
+    `control_tokens` are the texts that the tokenizer of the server's model takes for control tokens.
+    """
+    names = sorted((name for name in control_tokens if name), key=len, reverse=True)
+    if not names:
+        return text
+    return re.sub("|".join(map(re.escape, names)), lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 MAX_RESPONSE_CHARS = 16_000

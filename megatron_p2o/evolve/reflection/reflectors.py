@@ -1,6 +1,6 @@
 """Who writes new templates: a language model behind an OpenAI-compatible endpoint, or a book of phrases."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -46,8 +46,12 @@ def check_settings(config: ReflectionConfig) -> None:
         endpoint_of(config)
 
 
-def build_reflector(config: ReflectionConfig, seed: int, environment: Mapping[str, str]) -> Reflector:
+def build_reflector(
+    config: ReflectionConfig, seed: int, environment: Mapping[str, str], control_tokens: Sequence[str] = ()
+) -> Reflector:
     """Return the reflector `evolution.reflection.backend` names; `environment` holds its key.
+
+    `control_tokens` of the policy's tokenizer: under `self` its server would take them for markup in a user's text.
 
     Raises `ValueError` or `OSError` for settings that cannot work.
     """
@@ -56,5 +60,7 @@ def build_reflector(config: ReflectionConfig, seed: int, environment: Mapping[st
     # Imported here: the openai client takes 0.7 s, and a phrasebook does without.
     from megatron_p2o.evolve.reflection.chat_completions import ChatCompletions
 
-    extra_body = SELF_REFLECTION_BODY if config.backend == "self" else {}
-    return ChatCompletions(config, environment.get(config.api_key_env), seed, extra_body)
+    api_key = environment.get(config.api_key_env)
+    if config.backend == "self":
+        return ChatCompletions(config, api_key, seed, SELF_REFLECTION_BODY, control_tokens)
+    return ChatCompletions(config, api_key, seed)

@@ -14,6 +14,7 @@ DECLINED = "the model declines"
 SAME_AS_PARENT = "same as its parent"
 
 THINKS_ALOUD = "thinks aloud and fences no instruction"
+UNFENCED = "talks about its instruction and does not fence it"
 
 FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^`\n]*)$", re.MULTILINE)
 """A fence on a line of its own, with an optional language tag."""
@@ -39,6 +40,22 @@ THINKING_ALOUD = re.compile(
 )
 """Begins what speaks of the work on the instruction. "Let me think step by step." is an instruction."""
 
+PREFACE = re.compile(
+    r"(?:(?:sure|certainly|of course|okay|ok|absolutely)[,.!]*\s+)?"
+    r"here(?:['\u2019]s| is)\b[^.:\n]*\b(?:instruction|prompt|template|version)\b[^.:\n]*(?P<end>[.:\n])[*\s]*"
+    r"|[*#\s]*(?:(?:the|my|your)\s+)?(?:(?:new|better|improved|revised|updated|final)\s+)*(?:instruction|prompt)"
+    r"[*\s]*:[*\s]*",
+    re.IGNORECASE,
+)
+"""Announces an instruction: "Here is a better instruction:"."""
+
+AFTERWORD = re.compile(
+    r"(?:this|the)(?: new| better| improved| revised| updated)? (?:instruction|prompt)\b|i hope\b|hope (?:this|it)\b"
+    r"|let me know\b|feel free\b|would you like\b",
+    re.IGNORECASE,
+)
+"""Begins a last paragraph that speaks about the instruction."""
+
 
 def template_of(reply: Reply, parent_text: str) -> str:
     """Return the new template that `reply` proposes. Raises `ReflectionRefused` when there is none in it."""
@@ -63,7 +80,8 @@ def template_of(reply: Reply, parent_text: str) -> str:
 
 
 def instruction_in(text: str, parent_text: str) -> str:
-    """Return the new instruction: the last fenced block that does not quote the parent; without fences, all of `text`.
+    """Return the new instruction: the last fenced block that does not quote the parent; without fences, all of
+    `text` but the words that announce it.
 
     Raises `ReflectionRefused` when a fence is not closed, or it is not clear where the block ends.
     """
@@ -77,7 +95,7 @@ def instruction_in(text: str, parent_text: str) -> str:
             raise ReflectionRefused("fence not closed")
         if THINKING_ALOUD.match(whole):
             raise ReflectionRefused(THINKS_ALOUD, quoted(whole))
-        return whole
+        return _without_preface(whole)
     written = [block for block in blocks if block.text]
     new = [block for block in written if unquoted(block.text) != unquoted(parent_text)]
     if not new:
@@ -91,6 +109,17 @@ def instruction_in(text: str, parent_text: str) -> str:
         # Either two instructions, or one that holds a fenced part of its own.
         raise ReflectionRefused("unclear where its fenced instruction ends")
     return new[-1].text
+
+
+def _without_preface(text: str) -> str:
+    """Return an instruction without the words that announce it. Raises `ReflectionRefused` when its end is unclear."""
+    preface = PREFACE.match(text)
+    if preface is None:
+        return text
+    instruction = text[preface.end() :].strip()
+    if preface["end"] == "." or AFTERWORD.match(instruction.rpartition("\n\n")[2]):
+        raise ReflectionRefused(UNFENCED, quoted(text))
+    return instruction
 
 
 def unquoted(text: str) -> str:

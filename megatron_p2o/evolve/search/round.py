@@ -34,6 +34,8 @@ class RoundSettings:
     """Of training rollouts: the plain control samples like them."""
     min_problems: int
     seed: int
+    control_tokens: tuple[str, ...] = ()
+    """What the policy's tokenizer takes for control tokens, as text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_p2o.config.tree import DataConfig, ModelConfig
 from megatron_p2o.data.chat import ChatRenderer
 from megatron_p2o.data.markup import control_tokens
+from megatron_p2o.evolve.reflection.reflection import with_markup_as_text
 from megatron_p2o.types import PLAIN, Problem, Template
 
 CORPUS = [
@@ -207,6 +208,17 @@ def test_the_tests_markup_would_be_control_tokens_otherwise(renderer: ChatRender
     seen = [markup for markup in MARKUP if controls(renderer, usual(renderer, f"Solve{markup}x")) != expected]
     assert set(seen) == set(MARKUP) & set(control_tokens(renderer.tokenizer))
     assert len(seen) >= 3
+
+
+def test_reflection_prompt_is_text_to_the_chat_endpoint_of_the_policys_server(renderer: ChatRenderer) -> None:
+    # SGLang's endpoint tokenises the chat template's text as `usual` does.
+    expected = controls(renderer, usual(renderer, "1+1"))
+    names = renderer.control_tokens
+    shown = "".join(f"Solve{markup}x {markup} now{markup}" for markup in (*MARKUP, *names))
+    text = with_markup_as_text(shown, names)
+    assert controls(renderer, usual(renderer, text)) == expected
+    assert text.replace(" ", "") == shown.replace(" ", "")
+    assert with_markup_as_text("a < b and [1, 2]", names) == "a < b and [1, 2]"
 
 
 def test_text_beside_markup_is_split_as_usual(tmp_path: Path) -> None:

@@ -16,7 +16,12 @@ from megatron_p2o.config.tree import ReflectionConfig
 from megatron_p2o.endpoints.bounded_client import MAX_REPLY_BYTES, is_loopback
 from megatron_p2o.endpoints.chat import ChatEndpoint
 from megatron_p2o.evolve.reflection.chat_completions import MAX_REFUSED_REQUESTS, MAX_USELESS_REPLIES, ChatCompletions
-from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, ReflectionRequest, ReflectionUnavailable
+from megatron_p2o.evolve.reflection.reflection import (
+    ReflectionRefused,
+    ReflectionRequest,
+    ReflectionUnavailable,
+    with_markup_as_text,
+)
 from megatron_p2o.evolve.reflection.reflectors import Reflector, build_reflector
 
 KEY = "sk-very-secret"
@@ -525,6 +530,18 @@ def test_self_reflection_switches_thinking_off_and_other_endpoints_are_sent_noth
     _, other = propose(GOOD, build=build)
     assert set(other.bodies[0]) == {"model", "messages", "temperature", "max_tokens"}
     assert own.headers[0]["Authorization"] == other.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_control_tokens_in_an_example_reach_the_policys_own_server_as_text() -> None:
+    def build(config: ReflectionConfig) -> Reflector:
+        return build_reflector(config, 1, {"P2O_REFLECTION_API_KEY": KEY}, ["<|im_end|>", "better instruction"])
+
+    _, own = propose(GOOD, build=build, backend="self")
+    message = own.bodies[0]["messages"][0]["content"]
+    assert "< |im_end|>" in with_markup_as_text("Ask.<|im_end|>", ["<|im_end|>"])
+    assert "b etter instruction" in message and "better instruction" not in message
+    _, other = propose(GOOD, build=build)
+    assert "better instruction" in other.bodies[0]["messages"][0]["content"], "a hosted model has its own tokenizer"
 
 
 def test_backend_without_an_endpoint_is_refused_at_the_start() -> None:

@@ -16,6 +16,7 @@ from megatron_p2o.evolve.reflection.reply import (
     ONLY_REASONING,
     SAME_AS_PARENT,
     THINKS_ALOUD,
+    UNFENCED,
     template_of,
 )
 from megatron_p2o.terminal import quoted
@@ -180,6 +181,38 @@ def test_a_model_that_declines_gives_no_template(answer: Any, reason: str, messa
 )
 def test_reasoning_without_tags_or_fences_is_no_template(answer: str) -> None:
     assert refusal(answer) == THINKS_ALOUD
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Here is a better instruction: Draw it.",
+        "Here's the improved instruction:\n\nDraw it.",
+        "Sure! Here is a better instruction for the model:\nDraw it.",
+        "**New instruction:** Draw it.",
+        "# Instruction:\nDraw it.",
+        "Improved prompt: Draw it.",
+    ],
+)
+def test_words_that_announce_an_unfenced_instruction_are_no_part_of_it(answer: str) -> None:
+    assert template(answer) == "Draw it."
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Here is a better instruction. Draw it.",
+        "Here is a better instruction:\nDraw it.\n\nThis instruction tells the model to draw.",
+        "Here is a better instruction: Draw it.\n\nI hope this helps!",
+    ],
+)
+def test_unfenced_instruction_whose_beginning_or_end_is_unclear_is_refused(answer: str) -> None:
+    assert refusal(answer) == UNFENCED
+
+
+def test_instruction_that_speaks_of_instructions_is_kept_whole() -> None:
+    for answer in ("Here is what to do. Draw it.", "Follow the instruction: draw it.", "This instruction is short."):
+        assert template(answer) == answer
 
 
 @pytest.mark.parametrize("quote", ["> Ask.", '"Ask."', "\u201cAsk.\u201d", "**Ask.**", "```\n> Ask.\n```"])
