@@ -186,7 +186,8 @@ def _report(options: argparse.Namespace) -> int:
         raise ConfigError(missing)
     folder = options.output or options.runs[0]
     limit_readers_as(options.runs[0])
-    write_report(options.runs, folder / "report.html")
+    for sentence in write_report(options.runs, folder / "report.html"):
+        say(f"p2o: {sentence}", sys.stderr)
     print_table(write_summary(options.runs, folder / "summary.json"))
     say(f"{folder}/report.html and summary.json written")
     return 0

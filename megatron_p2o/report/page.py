@@ -30,18 +30,19 @@ ASSETS = Path(__file__).parent / "assets"
 """Jinja templates, style sheet and script."""
 
 
-def write_report(run_dirs: Sequence[Path], output: Path) -> None:
-    """Write the report of the runs, side by side, to `output` (replaced in one rename).
+def write_report(run_dirs: Sequence[Path], output: Path) -> list[str]:
+    """Write the report of the runs, side by side, to `output` (replaced in one rename); return which files are damaged.
 
     Works for a run in progress and for runs that lack parts: GRPO has no templates, a first step has no evaluation.
 
     Raises:
-        ValueError: no run was named, one of them is not a run directory, or a file in it is damaged.
+        ValueError: no run was named, or one of them is not a run directory.
     """
     if not run_dirs:
         raise ValueError("a report needs at least one run directory")
     runs = [read_run(directory) for directory in run_dirs]
     write_whole(output, render(runs))
+    return [sentence for run in runs for sentence in run.damages]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +78,7 @@ def render(runs: Sequence[Run]) -> str:
             script=script,
             script_hash=f"sha256-{digest}",
             overview=overview_of(runs, styles),
+            damages=[sentence for run in runs for sentence in run.damages],
             training=training_figures(runs, styles),
             by_source=by_source(runs),
             effectiveness=effectiveness_figures(runs, styles),
@@ -162,6 +164,8 @@ def duration_text(seconds: float) -> str:
 def _state(run: Run) -> str:
     if run.results is not None:
         return "finished"
+    if any("results.json" in sentence for sentence in run.damages):
+        return "results.json damaged"
     if not run.lines:
         return "no step yet"
     return f"step {run.lines[-1].step} at {run.lines[-1].time[:16].replace('T', ' ')} UTC"

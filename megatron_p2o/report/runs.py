@@ -1,9 +1,11 @@
 """A run directory as the report reads it: every part may be missing, and the run may still be writing."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_p2o.config.tree import RunConfig
 from megatron_p2o.config.yaml_reader import load_yaml
@@ -15,6 +17,8 @@ from megatron_p2o.records import from_json
 from megatron_p2o.report.lineage import RoundLineage, ancestors, read_rounds
 from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
 from megatron_p2o.types import Template
+
+Content = TypeVar("Content")
 
 Points = list[tuple[float, float]]
 """(x, y), x ascending."""
@@ -47,6 +51,27 @@ class ShownLibrary:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Outcome:
+    accuracy: float
+    by_source: Mapping[str, float] | None = None
+    interval: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Results:
+    """What of `results.json` must be of its type to be shown."""
+
+    arm: str | None = None
+    seed: int | None = None
+    evaluation: Mapping[str, _Outcome] | None = None
+    templated_evaluation: Mapping[str, _Outcome] | None = None
+    num_rollouts_train: int | None = None
+    num_rollouts_evolution: int | None = None
+    pass_at_n_plain: float | None = None
+    wall_s: float = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """One run directory."""
 
@@ -63,6 +88,8 @@ class Run:
     """Of evolution, `evolution/rounds.jsonl`: why each ended and how its proposals did."""
     results: JsonObject | None
     """`results.json`, which is written at the end; None while the run is in progress or when it was ended early."""
+    damages: Sequence[str]
+    """A sentence for each file of the run that cannot be read. The report does without it."""
 
     @property
     def name(self) -> str:
@@ -82,25 +109,51 @@ class Run:
 
 
 def read_run(directory: Path) -> Run:
-    """Read a run directory.
+    """Read a run directory; a file that is damaged costs what it holds and a sentence in `damages`.
 
     Raises:
-        ValueError: it is not a run directory, or a file in it is damaged (other than by being written right now).
+        ValueError: it is not a run directory.
     """
     if not (directory / "metrics.jsonl").exists() and not (directory / "results.json").exists():
         raise ValueError(f"{directory} holds neither metrics.jsonl nor results.json: name the directory of a run")
-    results = read_object(directory / "results.json")
-    arm, seed = _arm_and_seed(directory, results)
+    damages: list[str] = []
+    results = _unless_damaged(lambda: read_results(directory), None, damages)
+    arm, seed = _unless_damaged(lambda: _arm_and_seed(directory, results), (directory.name, None), damages)
     return Run(
         directory=directory,
         arm=arm,
         seed=seed,
         lines=read_metrics(directory / "metrics.jsonl"),
-        libraries=read_libraries(directory),
+        libraries=read_libraries(directory, damages),
         ledger=read_ledger(directory / "hard_samples.jsonl"),
         rounds=list(read_lines(directory / "evolution" / "rounds.jsonl")),
         results=results,
+        damages=damages,
     )
+
+
+def read_results(directory: Path) -> JsonObject | None:
+    """Return a run's `results.json`; None before it is written.
+
+    Raises:
+        ValueError: it is damaged; the message names the file.
+    """
+    path = directory / "results.json"
+    results = read_object(path)
+    try:
+        from_json(_Results, results or {}, skips_unknown=True)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no results of a run ({error}): restore it") from error
+    return results
+
+
+def _unless_damaged(read: Callable[[], Content], otherwise: Content, damages: list[str]) -> Content:
+    """Return what `read` does, or `otherwise` when the file is damaged."""
+    try:
+        return read()
+    except ValueError as error:
+        damages.append(str(error))
+        return otherwise
 
 
 def _arm_and_seed(directory: Path, results: JsonObject | None) -> tuple[str, int | None]:
@@ -122,11 +175,12 @@ def _settings_in(path: Path) -> object:
         raise ValueError(f"{path} cannot be read ({error}): restore it") from error
 
 
-def read_libraries(directory: Path) -> list[ShownLibrary]:
-    """Return the published libraries of a run directory, oldest first; empty when the run has none."""
+def read_libraries(directory: Path, damages: list[str]) -> list[ShownLibrary]:
+    """Return the published libraries of a run directory, oldest first; those that are damaged go to `damages`."""
     rounds = {found.version: found for found in read_rounds(directory / "evolution")}
-    libraries = [_library_in(path, rounds) for path in sorted((directory / "templates").glob("library-*.json"))]
-    return sorted(libraries, key=lambda library: library.version)
+    paths = sorted((directory / "templates").glob("library-*.json"))
+    read = [_unless_damaged(partial(_library_in, path, rounds), None, damages) for path in paths]
+    return sorted(filter(None, read), key=lambda library: library.version)
 
 
 def read_ledger(path: Path) -> list[LedgerEntry]:

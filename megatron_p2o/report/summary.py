@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.jsonl import JsonObject
-from megatron_p2o.metrics.read import read_object
+from megatron_p2o.report.runs import read_results
 from megatron_p2o.terminal import SafeConsole
 
 SPENT: tuple[tuple[str, str], ...] = (
@@ -33,19 +33,28 @@ def summarize(run_dirs: Sequence[Path]) -> JsonObject:
 
     `runs` has one object per run, ordered by arm as first named and by seed: `accuracy` of every set of problems asked
     plainly, `template_accuracy` of every set asked through the run's best template, null for a number it does not have;
-    `arms` the mean, lowest and highest of each over an arm's seeds; `unfinished` the runs without results.json.
-
-    Raises:
-        ValueError: a results.json is damaged or says neither arm nor seed.
+    `arms` the mean, lowest and highest of each over an arm's seeds; `unfinished` the runs without results.json;
+    `damaged` what is wrong with the results.json of others, by run.
     """
-    found = {directory: read_object(directory / "results.json") for directory in run_dirs}
-    rows = [_row(directory, results) for directory, results in found.items() if results is not None]
+    rows: list[JsonObject] = []
+    unfinished: list[str] = []
+    damaged: dict[str, str] = {}
+    for directory in run_dirs:
+        try:
+            results = read_results(directory)
+            if results is None:
+                unfinished.append(directory.name)
+            else:
+                rows.append(_row(directory, results))
+        except ValueError as error:
+            damaged[directory.name] = str(error)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     rows.sort(key=lambda row: (arms.index(row["arm"]), row["seed"]))
     return {
         "runs": rows,
         "arms": {arm: _over_seeds([row for row in rows if row["arm"] == arm]) for arm in arms},
-        "unfinished": [directory.name for directory, results in found.items() if results is None],
+        "unfinished": unfinished,
+        "damaged": damaged,
     }
 
 
@@ -71,6 +80,8 @@ def print_table(summary: Mapping[str, Any], stream: TextIO | None = None) -> Non
     console.print(table)
     for name in summary["unfinished"]:
         console.print(f"{name} has not finished: it wrote no results.json", soft_wrap=True)
+    for name, sentence in summary["damaged"].items():
+        console.print(f"{name} is left out: {sentence}", soft_wrap=True)
 
 
 def _columns(rows: Sequence[JsonObject]) -> Iterator[tuple[str, Callable[[JsonObject], str]]]:
@@ -91,7 +102,7 @@ def _sets(rows: Sequence[JsonObject], asked: str) -> list[str]:
 
 def _row(directory: Path, results: JsonObject) -> JsonObject:
     if "arm" not in results or "seed" not in results:
-        raise ValueError(f"{directory / 'results.json'} must name arm and seed: run the training again")
+        raise ValueError(f"{directory / 'results.json'} must name arm and seed: restore it")
     evaluation = results.get("evaluation") or {}
     return {
         "arm": str(results["arm"]),

@@ -1,6 +1,7 @@
 """Damaged, foreign and hostile files given to every command: one message that names the file, and status 2."""
 
 import gzip
+import html
 import json
 import os
 import shutil
@@ -312,6 +313,11 @@ def test_a_folder_that_may_not_be_written_is_named(folder: Path, capsys: pytest.
 REPORTS: dict[str, tuple[str, str | bytes, str]] = {
     "results deep": ("results.json", "[" * 100_000, "results.json is nested too deeply"),
     "results binary": ("results.json", b"\xff\xfe", "results.json is not UTF-8"),
+    "results without numbers": (
+        "results.json",
+        '{"evaluation": {"easy": {"accuracy": "x"}}}',
+        "results.json holds no results of a run (_Re",
+    ),
     "results a list": ("results.json", "[]", "results.json must hold a JSON object"),
     "library of another kind": ("templates/library-1.json", '{"version": "x"}', "library-1.json is no library"),
     "library of a number": ("templates/library-1.json", '{"version": 1, "templates": 3}', "library-1.json is no"),
@@ -321,7 +327,7 @@ REPORTS: dict[str, tuple[str, str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", REPORTS)
-def test_a_damaged_file_of_a_run_is_named_by_its_report(
+def test_a_damaged_file_of_a_run_costs_its_own_line_of_the_report(
     folder: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     name, content, message = REPORTS[case]
@@ -329,7 +335,13 @@ def test_a_damaged_file_of_a_run_is_named_by_its_report(
     (run / "templates").mkdir(parents=True)
     (run / "metrics.jsonl").write_text(json.dumps(METRICS) + "\n")
     (run / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    assert message in refusal(capsys, "report", "runs/first")
+    assert main(["report", "runs/first"]) == 0
+    told, page = capsys.readouterr(), (run / "report.html").read_text()
+    (line,) = told.err.splitlines()
+    assert message in line and html.escape(message, quote=False) in page
+    assert "50.0 %" in page, "the reward of metrics.jsonl is shown"
+    if name == "results.json":
+        assert f"first is left out: runs/first/{name}" in told.out and "results.json damaged" in page
 
 
 @pytest.mark.parametrize("output", ["problems.jsonl", "problems.jsonl/below", "/proc/p2o"])

@@ -108,11 +108,14 @@ def test_the_table_outside_a_terminal_is_one_plain_line_per_run(tmp_path: Path) 
     assert "\x1b" not in stream.getvalue()
 
 
-def test_results_that_are_damaged_or_nameless_are_errors_that_say_which_file(tmp_path: Path) -> None:
-    run = finished_run(tmp_path, "p2o", 1, 0.5)
+def test_results_that_are_damaged_or_nameless_cost_their_own_line(tmp_path: Path) -> None:
+    run, other = finished_run(tmp_path, "p2o", 1, 0.5), finished_run(tmp_path, "grpo", 1, 0.5)
     (run / "results.json").write_text('{"arm": "p2o", ')
-    with pytest.raises(ValueError, match=r"p2o-seed1/results\.json is not JSON"):
-        summarize([run])
+    summary = summarize([run, other])
+    assert "p2o-seed1/results.json is not JSON" in summary["damaged"]["p2o-seed1"]
+    assert [row["arm"] for row in summary["runs"]] == ["grpo"] and summary["unfinished"] == []
     (run / "results.json").write_text('{"arm": "p2o"}')
-    with pytest.raises(ValueError, match=r"p2o-seed1/results\.json must name arm and seed"):
-        summarize([run])
+    assert "p2o-seed1/results.json must name arm and seed" in summarize([run, other])["damaged"]["p2o-seed1"]
+    stream = io.StringIO()
+    print_table(summarize([run, other]), stream)
+    assert stream.getvalue().splitlines()[-1].startswith("p2o-seed1 is left out: ")
