@@ -116,9 +116,10 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 def _checked_config(path: Path, overrides: Sequence[str]) -> Config:
     """Return the settings, or raise `ConfigError` with everything that is wrong with them and the files they name."""
     from megatron_p2o.run.inputs import missing_packages
+    from megatron_p2o.run_folder.place import place_problems
 
     config = load_config(path, overrides)
-    missing = [*missing_paths(config), *missing_packages(config)]
+    missing = [*place_problems(config.run), *missing_paths(config), *missing_packages(config)]
     if missing:
         raise ConfigError(missing)
     return config

@@ -32,6 +32,7 @@ from megatron_p2o.rollout.refresh.outlet import uses_devices
 from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import check_arguments
 from megatron_p2o.run.inputs import load_inputs, missing_packages, summary_of
+from megatron_p2o.run_folder.place import place_problems
 from megatron_p2o.terminal import say
 
 REQUIRED = {
@@ -157,7 +158,7 @@ def _engines(config: Config) -> Finding:
 
 def examine_inputs(config: Config) -> list[Finding]:
     """Return whether the files that the settings name are there and can be read here, and what a run makes of them."""
-    lacking = [*missing_paths(config), *missing_packages(config)]
+    lacking = [*place_problems(config.run), *missing_paths(config), *missing_packages(config)]
     findings = [Finding(subject="files", finding=sentence, is_missing=True) for sentence in lacking]
     if findings:
         return findings

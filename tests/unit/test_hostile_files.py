@@ -252,7 +252,7 @@ def test_phrases_that_cannot_be_used_are_named(
 
 RUN_FOLDERS: dict[str, tuple[Change, str, str]] = {
     "under a file": (lambda root: None, "problems.jsonl", "problems.jsonl/first: Not a directory: a file stands where"),
-    "a file": (lambda root: (root / "first").touch(), "runs", "runs/first: File exists: something else stands where"),
+    "a file": (lambda root: (root / "first").touch(), "runs", "written: runs/first is a file"),
     "a dangling link": (lambda root: (root / "first").symlink_to("/gone/x"), "runs", "runs/first: File exists"),
     "too long": (lambda root: None, "x" * 300, "File name too long: choose a shorter one"),
     **{
@@ -275,6 +275,40 @@ RUN_FOLDERS: dict[str, tuple[Change, str, str]] = {
     "no folder of ours": (lambda root: None, "/proc/p2o", "/proc/p2o: No such file or directory: check the path"),
 }  # fmt: skip
 """What is done below `runs`, the run's directory, and what is told when the run starts."""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "run.directory=/dev/null",
+            "run.directory=/dev/null and run.name=first must name a folder that can be written",
+        ),
+        ("run.directory=problems.jsonl", "run.directory=problems.jsonl and run.name=first must name a folder"),
+        (f"run.directory={'x' * 300}", "File name too long: choose a shorter one"),
+        (f"run.name={'x' * 300}", "File name too long: choose a shorter one"),
+        (f"run.name={'/'.join(['x' * 99] * 50)}", "File name too long: choose a shorter one"),
+    ],
+)
+def test_a_run_folder_that_can_not_be_made_is_refused_by_the_dry_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert message in dry_run(capsys, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "grading.num_workers=100000",
+        "rollout.num_engines=1000000",
+        "parallel.tensor=100000",
+        "evaluation.num_samples=1000000",
+    ],
+)
+def test_an_absurd_count_is_refused_with_its_rule(
+    folder: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    assert f"{override} must be at least 1 and at most " in dry_run(capsys, override)
 
 
 @pytest.mark.parametrize("case", RUN_FOLDERS)

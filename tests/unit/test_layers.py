@@ -36,7 +36,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "report": (*CONTRACT, "rl", "metrics", "evolve", "evaluation", "run_folder"),
     "machine": (*CONTRACT, "policy", "rollout"),
     "run": (*CONTRACT, "config.read", *ROOMS, "rl", "algorithm", "run_folder", "evaluation", "machine"),
-    "machine.doctor": (*CONTRACT, "config.read", *ROOMS, "machine", "run"),
+    "machine.doctor": (*CONTRACT, "config.read", *ROOMS, "machine", "run_folder", "run"),
     "cli": (*CONTRACT, "config.read", *ROOMS, "machine", "machine.doctor", "run_folder", "evaluation", "report", "run"),
 }
 """Module or folder to what it may import of our own, besides itself; lowest first. CONTRIBUTING shows the picture."""

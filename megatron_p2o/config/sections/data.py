@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, NumSamples, PositiveInt
 from megatron_p2o.config.shape import IS_SHORTHAND
 
 
@@ -14,7 +14,7 @@ class EvaluationSetConfig:
 
     file: str = field(metadata=IS_SHORTHAND)
     """File of the set's problems, JSONL or parquet."""
-    num_samples: PositiveInt | None = None
+    num_samples: NumSamples | None = None
     """Answers to each problem of this set. None: `evaluation.num_samples`."""
     temperature: NonNegativeFloat | None = None
     """Sampling temperature of answers to this set. None: `evaluation.temperature`."""
@@ -53,7 +53,7 @@ class EvaluationConfig:
 
     every_steps: NonNegativeInt = 30
     """Rollout steps between two evaluations. 0 evaluates at the end, and at the start if `evaluation.at_start`."""
-    num_samples: PositiveInt | None = None
+    num_samples: NumSamples | None = None
     """Answers to each problem of a set that has no number of its own. None: 16 in sets of fewer than 100 problems, 1 in
     larger ones (the paper's protocol)."""
     temperature: NonNegativeFloat | None = None

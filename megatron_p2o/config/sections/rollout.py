@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_p2o.config.ranges import NonNegativeInt, PositiveInt, Range, Seconds
+from megatron_p2o.config.ranges import NonNegativeInt, NumRanks, PositiveInt, Range, Seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
     """Sampling, and the SGLang servers that do it."""
 
-    group_size: Annotated[int, Range(at_least=2, reason="a group of one has no baseline")] = 6
+    group_size: Annotated[int, Range(at_least=2, at_most=4096, reason="one rollout has no baseline")] = 6
     """Rollouts per problem and step: G, the paper's 6."""
     temperature: Annotated[float, Range(at_least=1e-6, reason="greedy rollouts are all alike")] = 0.6
     """Sampling temperature of the training rollouts (the paper's)."""
@@ -19,9 +19,9 @@ class RolloutConfig:
     distribution, not of the part that top-p keeps and the tokens are drawn from: training would use wrong ratios."""
     max_new_tokens: PositiveInt = 12288
     """Longest completion in tokens (the paper's). A longer one is cut off and counts as truncated."""
-    num_engines: PositiveInt = 1
+    num_engines: NumRanks = 1
     """SGLang servers of the run, spread evenly over its nodes."""
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: NumRanks = 1
     """GPUs of one SGLang server (its tensor parallelism)."""
     max_running_requests: PositiveInt = 256
     """Requests that an engine decodes at once; the broker keeps no more in flight."""
@@ -66,10 +66,12 @@ class RolloutConfig:
 class GradingConfig:
     """Answer checking."""
 
-    num_workers: PositiveInt = 2
+    num_workers: Annotated[int, Range(at_least=1, at_most=1024, reason="each is a process of one machine")] = 2
     """Processes that compare answers by algebra."""
     deadline_s: Seconds = 1.0
     """Processor time for one answer in seconds; a busy machine does not use it up. A worker that takes more is killed
     and the answer is undecided. Most answers take a thousandth of a second, those that need math-verify up to 0.3 s."""
-    memory_limit_mib: Annotated[int, Range(at_least=256, reason="math-verify alone takes about 70")] = 2048
+    memory_limit_mib: Annotated[int, Range(at_least=256, at_most=2**24, reason="math-verify alone takes about 70")] = (
+        2048
+    )
     """Address space of one worker, at most, in MiB."""

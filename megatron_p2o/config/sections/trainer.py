@@ -3,7 +3,15 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seconds
+from megatron_p2o.config.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    NumRanks,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seconds,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,17 +37,17 @@ class ModelConfig:
 class ParallelConfig:
     """How the trainer's ranks divide the work; their product is the number of processes."""
 
-    tensor: PositiveInt = 1
+    tensor: NumRanks = 1
     """Ranks that share every layer's matrices (tensor parallelism). More than 1 for a model whose layers do not fit one
     GPU."""
-    pipeline: PositiveInt = 1
+    pipeline: NumRanks = 1
     """Ranks that share the layers, one consecutive part each (pipeline parallelism)."""
     virtual_pipeline: PositiveInt = 1
     """Parts of the model on each pipeline stage (the interleaved schedule). More than 1 needs `parallel.pipeline` > 1
     and leaves the pipeline idle less."""
-    context: PositiveInt = 1
+    context: NumRanks = 1
     """Ranks that share the tokens of every sequence (context parallelism), for sequences too long for one GPU."""
-    data: PositiveInt | None = None
+    data: NumRanks | None = None
     """Replicas of the model, each on its own samples (data parallelism). None: as many as fill the GPUs of all nodes of
     the launch, or without GPUs one rank on each node; the run's config.yaml holds the number."""
     sequence: bool | None = None

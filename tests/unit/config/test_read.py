@@ -213,7 +213,7 @@ def test_cross_check_names_the_places_of_both_settings(tmp_path: Path) -> None:
         ("evaluation: {temperature: -1}", "evaluation.temperature=-1.0 must be at least 0"),
         (
             "grading: {memory_limit_mib: 64}",
-            "grading.memory_limit_mib=64 must be at least 256: math-verify alone takes about 70",
+            "grading.memory_limit_mib=64 must be at least 256 and at most 16777216: math-verify alone takes about 70",
         ),
     ],
 )

@@ -186,7 +186,7 @@ def test_a_range_includes_and_excludes_its_ends_as_written(
 
 def test_a_broken_range_is_told_in_words() -> None:
     assert range_problems(fake_config({"optimizer.beta1": 2.0, "optimizer.lr": math.inf, "rollout.group_size": 1})) == [
-        "rollout.group_size=1 must be at least 2: a group of one has no baseline",
+        "rollout.group_size=1 must be at least 2 and at most 4096: one rollout has no baseline",
         "optimizer.lr=inf must be a finite number",
         "optimizer.beta1=2.0 must be at least 0 and less than 1",
     ]
