@@ -21,7 +21,7 @@ from megatron_p2o.config.read import load_config
 from megatron_p2o.errors import expected_message
 from megatron_p2o.policy.training.ranks import PolicyError
 from megatron_p2o.policy.weights.conversion import checkpoint_to_hf, hf_to_checkpoint
-from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, checked
+from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
 from megatron_p2o.run_folder.state import CheckpointError
 from megatron_p2o.terminal import printable, say, set_up_logging
 
@@ -34,7 +34,7 @@ def main() -> None:
         if arguments.direction == "to-hf":
             policy_folder = source
             if (source / POLICY_FOLDER).is_dir():
-                checked(source)
+                undamaged(source)
                 policy_folder = source / POLICY_FOLDER
             checkpoint_to_hf(load_config(arguments.config or settings_above(source)), policy_folder, arguments.out)
         else:

@@ -92,6 +92,6 @@ def best_template(library: TemplateLibrary) -> Template:
     return max(templated, key=lambda template: template.score, default=PLAIN)
 
 
-def template_of(text: str) -> Template:
+def template_with_text(text: str) -> Template:
     """Return a template that is in no library, to ask problems through; PLAIN for ""."""
     return Template(id=UNNUMBERED, text=text, parent=None) if text else PLAIN

@@ -25,7 +25,7 @@ NEEDS_WANDB = (
 )
 
 
-def missing_packages(settings: LoggingConfig) -> list[str]:
+def missing_sink_packages(settings: LoggingConfig) -> list[str]:
     """Return one sentence for each sink that is asked for and whose package is not installed."""
     wanted = {
         "tensorboard": NEEDS_TENSORBOARD if settings.tensorboard else None,

@@ -24,7 +24,7 @@ from megatron_p2o.report.figures import (
 )
 from megatron_p2o.report.rounds import rounds_table
 from megatron_p2o.report.runs import Run, read_run
-from megatron_p2o.report.templates import examples_of, templates_of
+from megatron_p2o.report.templates import shown_problems, shown_templates
 
 ASSETS = Path(__file__).parent / "assets"
 """Jinja templates, style sheet and script."""
@@ -83,8 +83,8 @@ def render(runs: Sequence[Run]) -> str:
             by_source=by_source(runs),
             effectiveness=effectiveness_figures(runs, styles),
             rounds=rounds_table(runs),
-            templates=templates_of(runs),
-            examples=examples_of(runs),
+            templates=shown_templates(runs),
+            examples=shown_problems(runs),
             ledger=ledger_of(runs),
             health=health_figures(runs, styles),
             failures=failures_table(runs),

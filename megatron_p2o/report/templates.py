@@ -59,12 +59,12 @@ class RunExamples:
     examples: Sequence[ShownProblem]
 
 
-def templates_of(runs: Sequence[Run]) -> list[RunTemplates]:
+def shown_templates(runs: Sequence[Run]) -> list[RunTemplates]:
     """Return each run's templates as trees of who was reflected from whom; runs without any are left out."""
     return [_run_templates(run) for run in runs if any(library.templates for library in run.libraries)]
 
 
-def examples_of(runs: Sequence[Run]) -> list[RunExamples]:
+def shown_problems(runs: Sequence[Run]) -> list[RunExamples]:
     """Return problems with their plain and templated answers; none when no rollouts were written."""
     found = [RunExamples(name=run.name, examples=find_examples(run)) for run in runs_with_examples(runs)]
     return [run for run in found if run.examples]

@@ -32,7 +32,7 @@ from p2o_kernels import LossRule, PolicyLoss
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
 
-MAX_LOG_RATIO = 20.0
+MAX_MISMATCH_LOG_RATIO = 20.0
 """The ratio of trainer to engine is exp of the log-prob difference clamped to +-20."""
 
 _STATS = tuple(field.name for field in fields(TokenStats))
@@ -163,7 +163,7 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss, *, acts_without_advanta
     trainer_T, engine_T, is_compared_T = _on_one_prompt(batch, outcome, carries_T)
     difference_T = torch.where(is_compared_T, trainer_T - engine_T, torch.zeros_like(trainer_T))
     zero_T = torch.zeros_like(outcome.ratio_T)
-    bounded_T = difference_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    bounded_T = difference_T.clamp(-MAX_MISMATCH_LOG_RATIO, MAX_MISMATCH_LOG_RATIO)
     return replace(
         zero_stats(outcome.loss.device),
         loss_tokens=_sum(batch.loss_mask_T),
@@ -218,7 +218,7 @@ def with_mismatch(
     if not trainer:
         return stats
     difference = np.concatenate(trainer).astype(np.float64) - np.concatenate(engine)
-    bounded = np.clip(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    bounded = np.clip(difference, -MAX_MISMATCH_LOG_RATIO, MAX_MISMATCH_LOG_RATIO)
     return replace(
         stats,
         mismatch_tokens=float(len(difference)),

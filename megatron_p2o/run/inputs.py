@@ -28,7 +28,7 @@ def missing_packages(config: Config, *, for_training: bool = True) -> list[str]:
     """Return one sentence for each package that the settings need and this machine lacks: readers of files, sinks."""
     files = [*([config.data.train] if for_training else []), *(given.file for given in config.data.evaluation.values())]
     readers = [missing_package(Path(file)) for file in dict.fromkeys(files)]
-    return [*filter(None, readers), *(sinks.missing_packages(config.logging) if for_training else ())]
+    return [*filter(None, readers), *(sinks.missing_sink_packages(config.logging) if for_training else ())]
 
 
 def load_inputs(config: Config) -> Inputs:

@@ -50,7 +50,7 @@ from megatron_p2o.run.inputs import load_inputs, summary_of
 from megatron_p2o.run.parts import StartEngines
 from megatron_p2o.run.rank_errors import report_error
 from megatron_p2o.run.resume import check_resume
-from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, checked
+from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
 from megatron_p2o.run_folder.state import STATE_FILE, read_state
 from megatron_p2o.terminal import say, set_up_logging
 
@@ -112,7 +112,7 @@ def evaluate_checkpoint(
         CheckpointError: the checkpoint is damaged.
         ValueError: a problem file or earlier answers in `output` are not usable.
     """
-    checked(checkpoint)
+    undamaged(checkpoint)
     step = read_state(checkpoint / STATE_FILE).step
     subject = checkpoint_subject(checkpoint, step)
     renderer = chat_renderer(config)

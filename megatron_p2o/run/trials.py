@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
-from megatron_p2o.evaluation.protocol import template_of
+from megatron_p2o.evaluation.protocol import template_with_text
 from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.evolve.reflection.guards import TOO_LONG, is_too_long_to_count
 from megatron_p2o.evolve.search.publish import RoundStats
@@ -43,7 +43,7 @@ class TrialSubmitter:
         if is_too_long_to_count(template_text, self._max_template_tokens):
             return Rejection(reason=TOO_LONG)
         try:
-            prompt = self._renderer.render(problem, template_of(template_text))
+            prompt = self._renderer.render(problem, template_with_text(template_text))
         except PromptTooLongError:
             return Rejection(reason="its prompt is too long")
         except ValueError:  # the model's tokenizer or chat template does not take the text

@@ -292,7 +292,7 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
-def checked(checkpoint: Path | None) -> Path | None:
+def undamaged(checkpoint: Path | None) -> Path | None:
     """Return a checkpoint that a user names, if any. Raises `CheckpointError` when it is damaged."""
     damage = damage_of(checkpoint) if checkpoint else None
     if damage is not None:

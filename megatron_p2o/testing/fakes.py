@@ -49,11 +49,11 @@ from megatron_p2o.types import (
 END_OF_SEQUENCE = 0
 """Token that ends a fake completion; every other token is the code point of a character."""
 
-Journal = list[str]
+CallLog = list[str]
 """Names of the calls in the order they were made: generate, release, update, logprobs, weights, refresh, evolve."""
 
 
-def encode(text: str) -> TokenIds:
+def fake_token_ids(text: str) -> TokenIds:
     """Return one token per character: its code point."""
     return np.array([ord(character) for character in text], dtype=np.int32)
 
@@ -80,7 +80,10 @@ class FakeRenderer:
                 f"{self.max_prompt_tokens}"
             )
         return Prompt(
-            problem=problem, template=template, sampling_ids=encode(text), training_ids=encode(problem.question)
+            problem=problem,
+            template=template,
+            sampling_ids=fake_token_ids(text),
+            training_ids=fake_token_ids(problem.question),
         )
 
     def decode(self, completion: Completion) -> str:
@@ -88,7 +91,7 @@ class FakeRenderer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reply:
+class FakeReply:
     """What a fake engine samples for one prompt."""
 
     text: str
@@ -98,7 +101,7 @@ class Reply:
 
     @property
     def token_ids(self) -> TokenIds:
-        ids = encode(self.text)
+        ids = fake_token_ids(self.text)
         return np.append(ids, np.int32(END_OF_SEQUENCE)) if self.finish_reason == "stop" else ids
 
 
@@ -106,9 +109,9 @@ class Reply:
 class FakeEngines:
     """Implements `RolloutEngines`: replies by a function, and finishes the last prompt first."""
 
-    reply: Callable[[Prompt, int], Reply]
+    reply: Callable[[Prompt, int], FakeReply]
     """(prompt, its index in the call) to what is sampled."""
-    journal: Journal = field(default_factory=Journal)
+    journal: CallLog = field(default_factory=CallLog)
     version: int = 0
     num_updates: int = 0
     """Of the served weights."""
@@ -140,7 +143,7 @@ class FakeEngines:
         self.refreshes.append(version)
         self.journal.append("refresh")
 
-    def _completion(self, prompt: Prompt, reply: Reply) -> Completion:
+    def _completion(self, prompt: Prompt, reply: FakeReply) -> Completion:
         own = fake_logprobs(prompt.sampling_ids, reply.token_ids, self.num_updates)
         return Completion(
             prompt=prompt,
@@ -164,7 +167,7 @@ class UpdateCall:
 class FakePolicy:
     """Implements `Policy`: its one weight is the number of updates that had samples."""
 
-    journal: Journal = field(default_factory=Journal)
+    journal: CallLog = field(default_factory=CallLog)
     num_updates: int = 0
     updates: list[UpdateCall] = field(default_factory=list[UpdateCall])
     asked_logprobs: list[tuple[TrainSample, ...]] = field(default_factory=list[tuple[TrainSample, ...]])
@@ -257,7 +260,7 @@ class FakeEvolution:
 
     templates: Sequence[Template]
     """One per rollout of a group; empty: nothing helped."""
-    journal: Journal = field(default_factory=Journal)
+    journal: CallLog = field(default_factory=CallLog)
     calls: list[EvolveCall] = field(default_factory=list[EvolveCall])
 
     def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> TemplateLibrary:

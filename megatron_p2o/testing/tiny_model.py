@@ -6,7 +6,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-CHAT_TEMPLATE = (
+CHATML_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -93,7 +93,7 @@ def write_kernel_sized_qwen3(directory: Path) -> Path:
 
 
 def character_tokenizer(vocab_size: int = 256) -> PreTrainedTokenizerFast:
-    """Return a word-level tokenizer whose words are single ASCII characters, with `CHAT_TEMPLATE`."""
+    """Return a word-level tokenizer whose words are single ASCII characters, with `CHATML_TEMPLATE`."""
     characters = [*SPECIAL_TOKENS, "\n", *(chr(code) for code in range(32, 127))]
     words = characters + [f"<extra_{index}>" for index in range(vocab_size - len(characters))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
@@ -106,5 +106,5 @@ def character_tokenizer(vocab_size: int = 256) -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = CHATML_TEMPLATE
     return fast

@@ -60,7 +60,7 @@ HARD_SHARE = 0.7
 MAX_NEW_TOKENS = 36
 """The longest response has 32."""
 
-CHAT_TEMPLATE = (
+TINY_CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -100,14 +100,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         eos_token="<|end|>",
         extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=TINY_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         padding_side="left",
         model_max_length=512,
     )
 
 
-def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+def new_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """Return an untrained float32 Qwen3 of 194,944 parameters."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
@@ -351,7 +351,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = Supervision(num_steps=arguments.supervised_steps)
     tokenizer = build_tokenizer()
-    policy = build_policy(tokenizer, arguments.seed)
+    policy = new_policy(tokenizer, arguments.seed)
     say(f"{policy.num_parameters()} parameters, {len(tokenizer)} tokens")
     write_problems(arguments.out / "problems", arguments.num_train, arguments.num_held_out, arguments.seed)
     supervise(policy, tokenizer, settings, arguments.seed)

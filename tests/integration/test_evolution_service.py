@@ -31,7 +31,7 @@ from megatron_p2o.config.tree import (
 from megatron_p2o.evolve.process.beside import BesideTraining
 from megatron_p2o.evolve.process.conduct import journal_path
 from megatron_p2o.evolve.process.session import EvolutionSession
-from megatron_p2o.evolve.record.history import digest
+from megatron_p2o.evolve.record.history import template_digest
 from megatron_p2o.evolve.record.journal import read_journal
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.search.publish import rounds_path
@@ -122,7 +122,7 @@ class KillingTask(KeyPhraseTask):
         self._signal = signal_number
 
     def submit(self, template_text: str, problem: Problem, sampling: SamplingParams) -> "Future[Trial | Rejection]":
-        self.asked.append((digest(template_text), problem.id))
+        self.asked.append((template_digest(template_text), problem.id))
         if len(self.asked) in self._kill_at:
             assert self.session is not None and self.session.service_process_id is not None
             self.signalled.append(self.session.service_process_id)
@@ -218,7 +218,7 @@ def test_a_round_beside_training_that_is_cut_off_goes_on_where_it_was(
     hard = [problem for problem in PROBLEMS if problem.id in running.problem_ids]
     library = second.evolve(hard, EMPTY_LIBRARY, running.epoch)
     assert library.templates
-    assert not known & {(digest(text), problem_id) for text, problem_id, *_ in second_task.requests}
+    assert not known & {(template_digest(text), problem_id) for text, problem_id, *_ in second_task.requests}
 
 
 def test_a_round_that_is_waited_for_ends_when_the_run_is_to_stop_and_goes_on_later(
@@ -229,7 +229,7 @@ def test_a_round_that_is_waited_for_ends_when_the_run_is_to_stop_and_goes_on_lat
 
     class StoppingTask(KeyPhraseTask):
         def submit(self, template_text: str, problem: Problem, sampling: SamplingParams) -> "Future[Trial | Rejection]":
-            asked.append((digest(template_text), problem.id))
+            asked.append((template_digest(template_text), problem.id))
             if len(asked) == 100:
                 is_stopping.set()
             return super().submit(template_text, problem, sampling) if len(asked) < 100 else Future()
@@ -249,7 +249,7 @@ def test_a_round_that_is_waited_for_ends_when_the_run_is_to_stop_and_goes_on_lat
     sessions.append(resumed)
     library = resumed.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
     assert library.templates
-    repeated = {(digest(text), problem_id) for text, problem_id, _, _ in task.requests} & known
+    repeated = {(template_digest(text), problem_id) for text, problem_id, _, _ in task.requests} & known
     assert not repeated
 
 

@@ -13,17 +13,17 @@ from megatron_p2o.rl.grouping import num_informative
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 from megatron_p2o.testing.fakes import (
     UNDECIDED,
+    CallLog,
     FakeEngines,
     FakeGrader,
     FakeLibrary,
     FakePolicy,
     FakeRenderer,
-    Journal,
-    Reply,
-    encode,
+    FakeReply,
     fake_config,
     fake_logprobs,
     fake_problem,
+    fake_token_ids,
 )
 from megatron_p2o.types import CORRECT, INCORRECT, PLAIN, Problem, Prompt, Template
 from p2o_kernels.advantage.reference import group_advantages_reference
@@ -39,15 +39,15 @@ def credits(rewards: list[float], anchor: float | None = None) -> tuple[float, .
     return tuple(group_advantages_reference(rewards, [True] * len(rewards), "grpo", anchor))
 
 
-def mixed_reply(prompt: Prompt, index: int) -> Reply:
+def mixed_reply(prompt: Prompt, index: int) -> FakeReply:
     """Solve about a third of the rollouts, with responses of different lengths, by prompt and place alone."""
     draw = zlib.crc32(prompt.sampling_ids.tobytes() + bytes([index]))
-    return Reply(text="yes") if draw % 3 == 0 else Reply(text="no" + "!" * (draw % 5))
+    return FakeReply(text="yes") if draw % 3 == 0 else FakeReply(text="no" + "!" * (draw % 5))
 
 
-def solved_by(places: Mapping[str, Sequence[int]], group_size: int = 4) -> Callable[[Prompt, int], Reply]:
+def solved_by(places: Mapping[str, Sequence[int]], group_size: int = 4) -> Callable[[Prompt, int], FakeReply]:
     """Return a reply that solves only the given rollouts of the given problems."""
-    return lambda prompt, index: Reply(
+    return lambda prompt, index: FakeReply(
         text="yes" if index % group_size in places.get(prompt.problem.id, ()) else "no, sorry"
     )
 
@@ -60,11 +60,11 @@ class Step:
     policy: FakePolicy
     engines: FakeEngines
     grader: FakeGrader
-    journal: Journal
+    journal: CallLog
 
 
 def run_step(
-    reply: Callable[[Prompt, int], Reply] = mixed_reply,
+    reply: Callable[[Prompt, int], FakeReply] = mixed_reply,
     settings: Mapping[str, Any] | None = None,
     templates: Mapping[str, Sequence[Template]] | None = None,
     *,
@@ -74,7 +74,7 @@ def run_step(
     ledger: HardSampleLedger | None = None,
 ) -> Step:
     """Run one step from a policy that has already moved `step` times."""
-    journal = Journal()
+    journal = CallLog()
     policy, grader = FakePolicy(journal=journal, num_updates=step), FakeGrader()
     engines = FakeEngines(reply=reply, journal=journal, version=step, num_updates=step)
     parts = Parts(policy=policy, engines=engines, grader=grader, renderer=FakeRenderer(), evolution=None)
@@ -93,7 +93,7 @@ def test_engine_sees_the_template_and_training_does_not(context: Context, recomp
     asked = [chr(prompt.sampling_ids[0]) for prompt in step.engines.prompts]
     assert asked == ["q"] * 4 + ["§", "§", "q", "§"] + ["§"] * 4 + ["q"] * 4
     samples = [sample for call in step.policy.updates for sample in call.samples]
-    questions = {tuple(encode(problem.question)) for problem in PROBLEMS}
+    questions = {tuple(fake_token_ids(problem.question)) for problem in PROBLEMS}
     assert {tuple(sample.context_ids) for sample in samples} <= questions
     assert any(sample.is_templated for sample in samples) and not all(sample.is_templated for sample in samples)
 
@@ -101,16 +101,16 @@ def test_engine_sees_the_template_and_training_does_not(context: Context, recomp
 def test_each_response_is_trained_on_the_bare_prompt_of_its_own_problem() -> None:
     asked: dict[str, Prompt] = {}
 
-    def numbered(prompt: Prompt, index: int) -> Reply:
+    def numbered(prompt: Prompt, index: int) -> FakeReply:
         asked[f"reply {index}"] = prompt
-        return Reply(text=f"reply {index}")
+        return FakeReply(text=f"reply {index}")
 
     step = run_step(numbered, {"objective.drop_zero_advantage": False}, TEMPLATED)
     samples = [sample for call in step.policy.updates for sample in call.samples]
     assert len(samples) == len(asked) == 16
     for sample in samples:
         prompt = asked["".join(chr(token) for token in sample.response_ids[:-1])]
-        assert np.array_equal(sample.context_ids, encode(prompt.problem.question))
+        assert np.array_equal(sample.context_ids, fake_token_ids(prompt.problem.question))
         assert np.array_equal(sample.sampling_logprobs, fake_logprobs(prompt.sampling_ids, sample.response_ids))
         assert sample.is_templated == (prompt.template.text != "")
 
@@ -134,7 +134,7 @@ def test_rollouts_are_in_the_order_they_were_asked_whatever_finishes_first() -> 
 
 def test_rewards_are_the_grades_of_the_decoded_text() -> None:
     texts = {0: "yes", 1: "no", 2: "?", 3: "yes!"}
-    step = run_step(lambda prompt, index: Reply(text=texts[index % 4]), problems=PROBLEMS[:2])
+    step = run_step(lambda prompt, index: FakeReply(text=texts[index % 4]), problems=PROBLEMS[:2])
     for group in step.result.groups:
         assert [rollout.grade for rollout in group.rollouts] == [CORRECT, INCORRECT, UNDECIDED, INCORRECT]
         won, lost, other = credits([1, 0, 0])
@@ -182,7 +182,7 @@ def test_true_importance_ratios_never_need_scoring() -> None:
 @pytest.mark.parametrize("drop_failed", [False, True])
 @pytest.mark.parametrize("num_updates", [1, 2])
 def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_failed: bool, num_updates: int) -> None:
-    def mismatched(prompt: Prompt, index: int) -> Reply:
+    def mismatched(prompt: Prompt, index: int) -> FakeReply:
         finish = "abort" if index == 5 else "stop"
         reply = replace(mixed_reply(prompt, index), finish_reason=finish)
         return replace(reply, logprobs=np.full(len(reply.token_ids), -9.0, np.float32))
@@ -231,8 +231,12 @@ def test_rollouts_are_sampled_as_configured() -> None:
 
 
 def test_a_rollout_that_was_given_up_on_is_not_trained_on_and_its_siblings_are_credited() -> None:
-    def one_lost(prompt: Prompt, index: int) -> Reply:
-        return Reply(text="lost", finish_reason="abort") if index == 1 else Reply(text="yes" if index == 0 else "no")
+    def one_lost(prompt: Prompt, index: int) -> FakeReply:
+        return (
+            FakeReply(text="lost", finish_reason="abort")
+            if index == 1
+            else FakeReply(text="yes" if index == 0 else "no")
+        )
 
     step = run_step(one_lost, {"schedule.problems_per_update": 1}, problems=PROBLEMS[:1])
     (group,) = step.result.groups
@@ -247,7 +251,7 @@ def test_a_rollout_that_was_given_up_on_is_not_trained_on_and_its_siblings_are_c
 
 def test_an_undecided_answer_is_no_wrong_answer() -> None:
     """As a failure beside five successes it would get an advantage of -2.04."""
-    reply = {index: Reply(text="?" if index == 5 else "yes") for index in range(6)}
+    reply = {index: FakeReply(text="?" if index == 5 else "yes") for index in range(6)}
     step = run_step(lambda prompt, index: reply[index % 6], {"rollout.group_size": 6}, problems=PROBLEMS[:2])
     for group in step.result.groups:
         assert group.rollouts[5].grade == UNDECIDED and not group.rollouts[5].is_decided
@@ -259,14 +263,14 @@ def test_an_undecided_answer_is_no_wrong_answer() -> None:
 
 
 def test_an_undecided_answer_does_not_decide_what_is_hard() -> None:
-    reply = {0: Reply(text="yes"), 1: Reply(text="yes"), 2: Reply(text="?"), 3: Reply(text="?")}
+    reply = {0: FakeReply(text="yes"), 1: FakeReply(text="yes"), 2: FakeReply(text="?"), 3: FakeReply(text="?")}
     assert run_step(lambda prompt, index: reply[index % 4]).result.hard == []
-    assert run_step(lambda prompt, index: Reply(text="?")).result.hard == []
+    assert run_step(lambda prompt, index: FakeReply(text="?")).result.hard == []
 
 
 def test_a_step_that_trains_on_nothing_still_compares_engine_and_trainer() -> None:
-    def off_by_a_quarter(prompt: Prompt, index: int) -> Reply:
-        reply = Reply(text="no")
+    def off_by_a_quarter(prompt: Prompt, index: int) -> FakeReply:
+        reply = FakeReply(text="no")
         truth = fake_logprobs(prompt.sampling_ids, reply.token_ids, num_updates=5)
         return replace(reply, logprobs=truth + np.float32(0.25))
 
@@ -278,7 +282,7 @@ def test_a_step_that_trains_on_nothing_still_compares_engine_and_trainer() -> No
 
 
 def test_a_step_whose_rollouts_are_all_lost_moves_nothing_and_counts() -> None:
-    step = run_step(lambda prompt, index: Reply(text="", finish_reason="abort"), templates=TEMPLATED)
+    step = run_step(lambda prompt, index: FakeReply(text="", finish_reason="abort"), templates=TEMPLATED)
     assert step.result.hard == []
     assert [(call.samples, call.num_loss_tokens) for call in step.policy.updates] == [((), 0), ((), 0)]
     assert step.engines.refreshes == [1] and step.engines.num_updates == 0
@@ -316,9 +320,9 @@ def test_a_library_made_for_another_group_size_is_refused(sizes: tuple[int, int]
 
 
 def test_a_step_that_fails_has_moved_nothing() -> None:
-    journal = Journal()
+    journal = CallLog()
 
-    def lost(prompt: Prompt, index: int) -> Reply:
+    def lost(prompt: Prompt, index: int) -> FakeReply:
         raise ConnectionError("engine lost")
 
     policy = FakePolicy(journal=journal)

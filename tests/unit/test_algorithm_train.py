@@ -13,14 +13,14 @@ from megatron_p2o.algorithm import Parts, StepResult, TrainState, train
 from megatron_p2o.interfaces import PromptEvolution, RoundInterrupted, TemplateLibrary
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, ledger_entry
 from megatron_p2o.testing.fakes import (
+    CallLog,
     FakeEngines,
     FakeEvolution,
     FakeGrader,
     FakeLibrary,
     FakePolicy,
     FakeRenderer,
-    Journal,
-    Reply,
+    FakeReply,
     UpdateCall,
     fake_config,
     fake_problem,
@@ -33,11 +33,11 @@ HARD = frozenset(f"problem-{number:03d}" for number in (1, 4, 6, 7, 10))
 """Solved through a template only."""
 
 
-def reply_of(prompt: Prompt, index: int) -> Reply:
+def reply_of(prompt: Prompt, index: int) -> FakeReply:
     """Solve templated prompts three times in four, easy plain ones half the time, hard plain ones never."""
     draw = zlib.crc32(prompt.sampling_ids.tobytes() + bytes([index])) % 8
     chance = 6 if prompt.is_templated else 0 if prompt.problem.id in HARD else 4
-    return Reply(text="yes") if draw < chance else Reply(text="no" + "!" * draw)
+    return FakeReply(text="yes") if draw < chance else FakeReply(text="no" + "!" * draw)
 
 
 def batches_of(epoch: int) -> list[list[Problem]]:
@@ -81,12 +81,12 @@ class Run:
     policy: FakePolicy
     engines: FakeEngines
     recorder: Recorder
-    journal: Journal
+    journal: CallLog
 
 
 def run(
     settings: Mapping[str, Any] | None = None,
-    evolution: Callable[[Journal], PromptEvolution | None] = lambda journal: None,
+    evolution: Callable[[CallLog], PromptEvolution | None] = lambda journal: None,
     *,
     start: TrainState | None = None,
     entries: Sequence[LedgerEntry] = (),
@@ -94,7 +94,7 @@ def run(
     stop_at_step: int | None = None,
 ) -> Run:
     """Train from `start` to the end or to `stop_at_step`."""
-    journal = Journal()
+    journal = CallLog()
     start = start or TrainState(library=FakeLibrary())
     policy = policy or FakePolicy()
     policy.journal = journal
@@ -123,7 +123,7 @@ def trace(finished: Run) -> object:
     return finished.journal, updates, asked, finished.engines.refreshes
 
 
-def evolving(journal: Journal) -> PromptEvolution:
+def evolving(journal: CallLog) -> PromptEvolution:
     return FakeEvolution(templates=TEMPLATES, journal=journal)
 
 
@@ -154,7 +154,7 @@ def test_templates_of_a_round_are_used_from_the_next_epoch_on_its_hard_problems_
 def test_evolution_is_given_the_hard_problems_of_the_whole_epoch_and_the_last_library() -> None:
     given: list[FakeEvolution] = []
 
-    def recorded(journal: Journal) -> PromptEvolution:
+    def recorded(journal: CallLog) -> PromptEvolution:
         given.append(FakeEvolution(templates=TEMPLATES, journal=journal))
         return given[0]
 

@@ -16,7 +16,7 @@ from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.metrics.memory import ProcessMemory
 from megatron_p2o.processes import HostMemory, RankMemory
 from megatron_p2o.run.trials import round_statistics
-from megatron_p2o.tiny.policy import build_policy, build_tokenizer
+from megatron_p2o.tiny.policy import build_tokenizer, new_policy
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").rglob("*.md")])
@@ -164,7 +164,7 @@ def test_the_dry_run_names_as_many_problems_as_the_data_page_says() -> None:
 
 
 def test_the_tiny_policy_has_as_many_parameters_as_is_said() -> None:
-    said = f"{build_policy(build_tokenizer(), seed=1).num_parameters():,} parameters"
+    said = f"{new_policy(build_tokenizer(), seed=1).num_parameters():,} parameters"
     for path in (
         ROOT / "README.md",
         ROOT / "examples" / "tiny_cpu" / "base.yaml",

@@ -11,7 +11,7 @@ from megatron_p2o.evolve.record.journal import Journal, free_name, read_journal
 from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.reflection.reflection import ReflectionRequest, ReflectionUnavailable
 from megatron_p2o.evolve.reflection.reflectors import Reflector
-from megatron_p2o.evolve.search.budget import RolloutBudget, Split, automatic_budget, split_problems
+from megatron_p2o.evolve.search.budget import RolloutBudget, RoundSplit, automatic_budget, split_problems
 from megatron_p2o.evolve.search.control import plain_coverage
 from megatron_p2o.evolve.search.core_async import AsynchronousCore
 from megatron_p2o.evolve.search.core_reference import ReferenceCore
@@ -29,7 +29,7 @@ def journal_path(run_dir: Path, epoch: int) -> Path:
     return run_dir / "evolution" / f"journal-{epoch:04d}.jsonl"
 
 
-def split_of(spec: RoundSpec) -> Split | None:
+def split_of(spec: RoundSpec) -> RoundSplit | None:
     """Return the round's split; None when there are too few hard problems for a round."""
     problem_ids = [problem.id for problem in spec.problems]
     return split_problems(problem_ids, spec.settings.evolution.dev_size, spec.settings.min_problems, spec.rng("split"))
@@ -37,7 +37,7 @@ def split_of(spec: RoundSpec) -> Split | None:
 
 async def conduct_round(
     spec: RoundSpec,
-    split: Split,
+    split: RoundSplit,
     run_dir: Path,
     runner: TrialRunner,
     reflector: Reflector,
@@ -104,7 +104,7 @@ def open_journal(path: Path, fingerprint: str, notify: Callable[[str], None]) ->
     return journal
 
 
-def rollout_budget(spec: RoundSpec, split: Split) -> int:
+def rollout_budget(spec: RoundSpec, split: RoundSplit) -> int:
     """Return `evolution.max_rollouts`, or GEPA's automatic budget."""
     settings = spec.settings.evolution
     return settings.max_rollouts or automatic_budget(settings.budget, len(split.dev))
@@ -112,7 +112,7 @@ def rollout_budget(spec: RoundSpec, split: Split) -> int:
 
 def open_round(
     spec: RoundSpec,
-    split: Split,
+    split: RoundSplit,
     history: RoundHistory,
     runner: TrialRunner,
     reflector: Reflector,
@@ -146,7 +146,7 @@ def published_library(history: RoundHistory, run_dir: Path) -> PublishedLibrary 
         return None
 
 
-def salvage(spec: RoundSpec, split: Split, run_dir: Path) -> tuple[PublishedLibrary, RoundStats]:
+def salvage(spec: RoundSpec, split: RoundSplit, run_dir: Path) -> tuple[PublishedLibrary, RoundStats]:
     """Return what the journal of a lost round is good for, without writing to it.
 
     Raises `ForeignJournal` when it is not of this round, `OSError` when it cannot be read.

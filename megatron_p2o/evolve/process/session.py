@@ -20,7 +20,7 @@ from megatron_p2o.evolve.record.history import EndedBy, ForeignJournal
 from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.reflection.reflection import shorten
 from megatron_p2o.evolve.reflection.reflectors import check_settings, secrets_of
-from megatron_p2o.evolve.search.budget import Split
+from megatron_p2o.evolve.search.budget import RoundSplit
 from megatron_p2o.evolve.search.publish import RoundStats, keep_round, rounds_path
 from megatron_p2o.evolve.search.round import RoundSettings, RoundSpec
 from megatron_p2o.evolve.trial import FreeScore
@@ -249,7 +249,7 @@ class EvolutionSession:
                     raise ServiceLost(f"the service sent {type(message).__name__}, which only rank 0 sends")
 
     def _collected(
-        self, spec: RoundSpec, split: Split, published: RoundStats | None
+        self, spec: RoundSpec, split: RoundSplit, published: RoundStats | None
     ) -> tuple[PublishedLibrary, RoundStats]:
         """Return the round's library from its file, or what its journal is good for."""
         try:

@@ -26,7 +26,7 @@ class Scored:
     """A rollout was graded."""
 
     template: str
-    """`digest` of the template's text."""
+    """`template_digest` of the template's text."""
     problem_id: str
     occasion: str
     """Tells repeated measurements of a pair apart; "" is the one that is reused."""
@@ -171,7 +171,7 @@ class RoundHistory:
         self._is_opened = True
 
 
-def digest(text: str) -> str:
+def template_digest(text: str) -> str:
     """Return a short name for a template's text: 64 bits of its sha256."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 

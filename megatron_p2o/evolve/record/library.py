@@ -52,7 +52,7 @@ class PublishedLibrary:
             is_sorted=True,
         )
         path = library_path(run_dir, self.version)
-        write_whole(path, json.dumps({"checksum": checksum(content), **content}, indent=1) + "\n")
+        write_whole(path, json.dumps({"checksum": json_digest(content), **content}, indent=1) + "\n")
         return path
 
 
@@ -76,7 +76,7 @@ def load_library(path: Path) -> PublishedLibrary:
         expected = content.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a template library ({error!r}): {WAYS_OUT}") from error
-    if checksum(content) != expected:
+    if json_digest(content) != expected:
         raise ValueError(f"{path} does not match its checksum, it was altered or damaged: {WAYS_OUT}")
     stored = from_json(LibraryFile, content)
     by_id = {template.id: template for template in stored.templates} | {PLAIN.id: PLAIN}
@@ -87,7 +87,7 @@ def load_library(path: Path) -> PublishedLibrary:
     )
 
 
-def checksum(content: Any) -> str:
+def json_digest(content: Any) -> str:
     """Return the sha256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -14,7 +14,7 @@ from megatron_p2o.evolve.reflection.reflection import (
     reflection_prompt,
     with_markup_as_text,
 )
-from megatron_p2o.evolve.reflection.reply import template_of
+from megatron_p2o.evolve.reflection.reply import template_in
 from megatron_p2o.seeds import seed_of
 
 MAX_REFUSED_REQUESTS = 5
@@ -65,7 +65,7 @@ class ChatCompletions:
             prompt = with_markup_as_text(reflection_prompt(request), self._control_tokens)
             reply = await self._reply_to(prompt, request.proposal)
             self._num_refused = 0
-            template = template_of(reply, request.parent_text)
+            template = template_in(reply, request.parent_text)
         except ReflectionRefused as refused:
             self._num_useless += 1
             if self._num_refused >= MAX_REFUSED_REQUESTS or self._num_useless >= MAX_USELESS_REPLIES:

@@ -57,7 +57,7 @@ AFTERWORD = re.compile(
 """Begins a last paragraph that speaks about the instruction."""
 
 
-def template_of(reply: Reply, parent_text: str) -> str:
+def template_in(reply: Reply, parent_text: str) -> str:
     """Return the new template that `reply` proposes. Raises `ReflectionRefused` when there is none in it."""
     _, has_thought, tail = reply.text.rpartition("</think>")
     is_thinking = not has_thought and "<think>" in reply.text

@@ -43,7 +43,7 @@ class RolloutBudget:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
+class RoundSplit:
     """Disjoint problem ids; together all hard problems."""
 
     dev: tuple[str, ...]
@@ -63,11 +63,13 @@ def split_sizes(num_hard: int, dev_size: int, min_problems: int) -> tuple[int, i
     return num_dev, num_hard - num_dev
 
 
-def split_problems(problem_ids: Sequence[str], dev_size: int, min_problems: int, rng: random.Random) -> Split | None:
+def split_problems(
+    problem_ids: Sequence[str], dev_size: int, min_problems: int, rng: random.Random
+) -> RoundSplit | None:
     """Return a random split of `problem_ids` by `split_sizes`."""
     sizes = split_sizes(len(problem_ids), dev_size, min_problems)
     if sizes is None:
         return None
     shuffled = list(problem_ids)
     rng.shuffle(shuffled)
-    return Split(dev=tuple(shuffled[: sizes[0]]), feedback=tuple(shuffled[sizes[0] :]))
+    return RoundSplit(dev=tuple(shuffled[: sizes[0]]), feedback=tuple(shuffled[sizes[0] :]))

@@ -11,7 +11,7 @@ from megatron_p2o.evolve.record.history import Accepted, Disqualified, Ended, Pi
 from megatron_p2o.evolve.reflection.guards import refusal_of
 from megatron_p2o.evolve.reflection.reflection import Example, ReflectionRefused, ReflectionRequest, shorten
 from megatron_p2o.evolve.reflection.reflectors import Reflector
-from megatron_p2o.evolve.search.budget import Split
+from megatron_p2o.evolve.search.budget import RoundSplit
 from megatron_p2o.evolve.search.candidate_pool import Candidate, CandidatePool, Score
 from megatron_p2o.evolve.search.rules import rules_named
 from megatron_p2o.evolve.search.score_book import ScoreBook
@@ -77,7 +77,7 @@ class Round:
     def __init__(
         self,
         spec: RoundSpec,
-        split: Split,
+        split: RoundSplit,
         history: RoundHistory,
         book: ScoreBook,
         reflector: Reflector,

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from megatron_p2o.evolve.record.history import RoundHistory, Scored, ScoreKey, digest
+from megatron_p2o.evolve.record.history import RoundHistory, Scored, ScoreKey, template_digest
 from megatron_p2o.evolve.reflection.reflection import MAX_RESPONSE_CHARS, shorten
 from megatron_p2o.evolve.search.budget import RolloutBudget
 from megatron_p2o.evolve.trial import (
@@ -49,13 +49,13 @@ class ScoreBook:
         self._budget = budget
         self._temperature = temperature
         self._feedback_ids = frozenset(feedback_ids)
-        self._free = {(digest(free.template_text), free.problem_id, ""): free.trial for free in free_scores}
+        self._free = {(template_digest(free.template_text), free.problem_id, ""): free.trial for free in free_scores}
         self._is_loss_final = is_loss_final
         self._in_flight: dict[ScoreKey, asyncio.Task[Trial]] = {}
 
     def known(self, text: str, problem_id: str, *, occasion: str = "", min_version: int = 0) -> Trial | None:
         """Return what was measured for the pair on policy version `min_version` or later."""
-        key = (digest(text), problem_id, occasion)
+        key = (template_digest(text), problem_id, occasion)
         trial = self._history.trials.get(key) or self._free.get(key)
         return trial if trial is not None and trial.weight_version >= min_version else None
 
@@ -73,7 +73,7 @@ class ScoreBook:
         `TrialFailed` if one did. Raises `BudgetSpent` before anything is sampled.
         """
         known = [self.known(text, key, occasion=occasion, min_version=min_version) for key in problem_ids]
-        keys = [(digest(text), problem_id, occasion) for problem_id in problem_ids]
+        keys = [(template_digest(text), problem_id, occasion) for problem_id in problem_ids]
         num_new = sum(e is None and key not in self._in_flight for e, key in zip(known, keys, strict=True))
         if not self._budget.try_spend(num_new):
             raise BudgetSpent(f"{self._budget.spent} of {self._budget.limit} rollouts are used")

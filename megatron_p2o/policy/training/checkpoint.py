@@ -32,7 +32,7 @@ from megatron_p2o.policy.training.optimizer import Optimization
 from megatron_p2o.policy.training.random_state import load_random_state, random_state_path, save_random_state
 from megatron_p2o.policy.training.safe_pickle import check_pickle, weights_only_loading
 
-WRITE_TIMEOUT_S = 3600.0
+RANK_WRITE_TIMEOUT_S = 3600.0
 """Longest wait for this rank's files of one checkpoint."""
 
 METADATA_FILE = ".metadata"
@@ -98,8 +98,8 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Return when nothing is being written any more, whatever became of it. Raises `TimeoutError`."""
-        if self._writing is not None and not futures.wait([self._writing], WRITE_TIMEOUT_S).done:
-            raise TimeoutError(f"rank {dist.get_rank()} has been writing a checkpoint for {WRITE_TIMEOUT_S:g} s")
+        if self._writing is not None and not futures.wait([self._writing], RANK_WRITE_TIMEOUT_S).done:
+            raise TimeoutError(f"rank {dist.get_rank()} has been writing a checkpoint for {RANK_WRITE_TIMEOUT_S:g} s")
 
     def _write(self, staged: dict[str, Any], directory: Path, writing: "Future[DigestsByName]") -> None:
         try:

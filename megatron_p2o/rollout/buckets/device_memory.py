@@ -37,8 +37,8 @@ class DeviceMemory:
         device = current_device()
         cuda = driver()
         num_pages = -(-num_bytes // PAGE_BYTES)
-        pointer = checked("cuMemAlloc", cuda.cuMemAlloc(num_pages * PAGE_BYTES))
-        handle = checked("cuIpcGetMemHandle", cuda.cuIpcGetMemHandle(pointer))
+        pointer = driver_values("cuMemAlloc", cuda.cuMemAlloc(num_pages * PAGE_BYTES))
+        handle = driver_values("cuIpcGetMemHandle", cuda.cuIpcGetMemHandle(pointer))
         self.content = span(int(pointer), num_bytes, device)
         """[num_bytes] uint8."""
         self.address = MemoryAddress(
@@ -75,13 +75,13 @@ def open_device_memory(address: MemoryAddress) -> Tensor:
     handle = cuda.CUipcMemHandle()
     handle.reserved = bytes.fromhex(address.ipc_handle)
     flags = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
-    pointer = checked("cuIpcOpenMemHandle", cuda.cuIpcOpenMemHandle(handle, flags))
+    pointer = driver_values("cuIpcOpenMemHandle", cuda.cuIpcOpenMemHandle(handle, flags))
     return span(int(pointer), address.num_bytes, device)
 
 
 def close_device_memory(memory: Tensor) -> None:
     """Give up what `open_device_memory` returned; nothing may be reading it."""
-    checked("cuIpcCloseMemHandle", driver().cuIpcCloseMemHandle(memory.data_ptr()))
+    driver_values("cuIpcCloseMemHandle", driver().cuIpcCloseMemHandle(memory.data_ptr()))
 
 
 def current_device() -> torch.device:
@@ -116,7 +116,7 @@ def driver() -> Any:
     return importlib.import_module(f"{BINDINGS}.driver")
 
 
-def checked(call: str, answer: tuple[Any, ...]) -> Any:
+def driver_values(call: str, answer: tuple[Any, ...]) -> Any:
     """Return what a call of the driver gave, or raise `RuntimeError` with the setting that does without it."""
     error, *values = answer
     if int(error) != 0:

@@ -111,13 +111,13 @@ def parse(text: str) -> LoadMessage | FinishMessage:
     return from_tagged({kind.__name__: kind for kind in (LoadMessage, FinishMessage)}, json.loads(text), "kind")
 
 
-def write_report(report: RefreshReport, path: Path) -> None:
-    """Write what `read_report` reads. A reader sees all of it or nothing."""
+def write_refresh_report(report: RefreshReport, path: Path) -> None:
+    """Write what `read_refresh_report` reads. A reader sees all of it or nothing."""
     write_whole(path, json.dumps(to_json(report)))
 
 
-def read_report(path: Path) -> RefreshReport:
-    """Return what `write_report` wrote."""
+def read_refresh_report(path: Path) -> RefreshReport:
+    """Return what `write_refresh_report` wrote."""
     return from_text(RefreshReport, path.read_bytes())
 
 

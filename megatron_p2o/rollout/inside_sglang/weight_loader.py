@@ -35,7 +35,7 @@ from megatron_p2o.rollout.buckets.weight_message import (
     RefreshReport,
     TensorEntry,
     parse,
-    write_report,
+    write_refresh_report,
 )
 
 
@@ -154,7 +154,7 @@ class WeightLoader:
             unopened=refresh.unopened,
         )
         self._forget_all_but(refresh.addresses)
-        write_report(report, Path(f"{message.report_path}.{tensor_parallel_rank()}"))
+        write_refresh_report(report, Path(f"{message.report_path}.{tensor_parallel_rank()}"))
 
     def _map(self, address: MemoryAddress) -> Tensor:
         """Return the bytes at an address; the mapping is kept, because the trainer fills the same memory again."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_p2o.rollout.buckets.weight_message import RefreshReport, read_report
+from megatron_p2o.rollout.buckets.weight_message import RefreshReport, read_refresh_report
 
 MAX_NAMES_SHOWN = 5
 
@@ -18,7 +18,7 @@ class MemoryOutOfReach(RefreshFailed):
 
 def take_report(path: Path) -> RefreshReport:
     """Read a report and remove its file."""
-    report = read_report(path)
+    report = read_refresh_report(path)
     path.unlink()
     return report
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from megatron_p2o.algorithm import TrainState
-from megatron_p2o.evaluation.protocol import template_of
+from megatron_p2o.evaluation.protocol import template_with_text
 from megatron_p2o.run_folder.state import RunState
 from megatron_p2o.types import PLAIN, Group, RunningRound, Template
 
@@ -21,7 +21,7 @@ class Progress:
         self.first_round: RoundStatistics = resumed.first_round if resumed else {}
         self.published_accuracy: Mapping[str, float] = resumed.published_accuracy if resumed else {}
         """By evaluation set, under the first published template that was measured; empty before."""
-        self.best_template = template_of(resumed.best_template) if resumed else PLAIN
+        self.best_template = template_with_text(resumed.best_template) if resumed else PLAIN
         """Of the last library that had any: an empty library, after everything was internalised, does not make the last
         template worth less."""
         self._library_version = resumed.library_version if resumed else 0

@@ -19,7 +19,7 @@ from megatron_p2o.evaluation.protocol import Protocol, evaluate, protocol_of
 from megatron_p2o.evaluation.tables import print_comparison, print_results
 from megatron_p2o.metrics.values import numbers_of
 from megatron_p2o.rl.sampling import SamplingParts
-from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_config, fake_problem
+from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, FakeReply, fake_config, fake_problem
 from megatron_p2o.types import Prompt, Template
 
 MODEL = Subject(path="model", weights_sha256="a" * 64, step=None)
@@ -29,10 +29,10 @@ class Killed(Exception):
     """Ends an evaluation in the middle."""
 
 
-def parts_of(answers: Callable[[Prompt, int], Reply]) -> SamplingParts:
+def parts_of(answers: Callable[[Prompt, int], FakeReply]) -> SamplingParts:
     """Return parts whose engine answers by (prompt, place among the problem's prompts)."""
 
-    def reply(prompt: Prompt, index: int) -> Reply:
+    def reply(prompt: Prompt, index: int) -> FakeReply:
         places = engines.places[-1]
         assert places is not None
         return answers(prompt, places[index])
@@ -41,18 +41,18 @@ def parts_of(answers: Callable[[Prompt, int], Reply]) -> SamplingParts:
     return SamplingParts(engines=engines, grader=FakeGrader(), renderer=FakeRenderer())
 
 
-def mixed(prompt: Prompt, place: int) -> Reply:
+def mixed(prompt: Prompt, place: int) -> FakeReply:
     """Solve problem n in the first n samples; the others fail in every way there is."""
     number = int(prompt.problem.id[-3:])
     if place < number:
-        return Reply(text="yes")
-    return [Reply(text="no"), Reply(text="no", finish_reason="length"), Reply(text="?")][place % 3]
+        return FakeReply(text="yes")
+    return [FakeReply(text="no"), FakeReply(text="no", finish_reason="length"), FakeReply(text="?")][place % 3]
 
 
-def decidable(prompt: Prompt, place: int) -> Reply:
+def decidable(prompt: Prompt, place: int) -> FakeReply:
     """GradedResponse as `mixed` does, with a wrong answer where the grader could not decide."""
     reply = mixed(prompt, place)
-    return Reply(text="no") if reply.text == "?" else reply
+    return FakeReply(text="no") if reply.text == "?" else reply
 
 
 def sets_config(folder: Path, num_problems: int = 5, **settings: Any) -> Config:
@@ -143,13 +143,13 @@ def test_a_problem_that_is_too_long_under_the_template_is_asked_plainly_and_coun
 
 def test_answers_without_a_verdict_change_no_rate() -> None:
     problems = [fake_problem(number) for number in range(3)]
-    lost = {0: Reply(text="?"), 1: Reply(text="", finish_reason="abort")}
+    lost = {0: FakeReply(text="?"), 1: FakeReply(text="", finish_reason="abort")}
 
-    def answers(prompt: Prompt, place: int) -> Reply:
+    def answers(prompt: Prompt, place: int) -> FakeReply:
         """Give the third problem no verdict at all, the others the same as if they were asked twice."""
         if prompt.problem == problems[2] or place >= 2:
             return lost[place % 2]
-        return Reply(text="yes" if place < int(prompt.problem.id[-3:]) else "no")
+        return FakeReply(text="yes" if place < int(prompt.problem.id[-3:]) else "no")
 
     config = fake_config({"evaluation.num_samples": 4, "evaluation.temperature": 0.6})
     outcome = evaluate("aime", problems, parts_of(answers), config)
@@ -171,8 +171,8 @@ def test_a_table_says_how_many_answers_have_no_verdict(tmp_path: Path) -> None:
 
 
 def test_a_set_without_any_verdict_has_no_outcome(tmp_path: Path) -> None:
-    def undecided(prompt: Prompt, place: int) -> Reply:
-        return Reply(text="?")
+    def undecided(prompt: Prompt, place: int) -> FakeReply:
+        return FakeReply(text="?")
 
     config = sets_config(tmp_path)
     with pytest.raises(NothingDecided, match="none of 20 answers has a verdict"):
@@ -188,7 +188,7 @@ def test_an_interrupted_evaluation_goes_on_and_repeats_nothing(tmp_path: Path, n
     whole = evaluated(config, parts_of(decidable), tmp_path / "whole")
     num_answered = 0
 
-    def killed_later(prompt: Prompt, place: int) -> Reply:
+    def killed_later(prompt: Prompt, place: int) -> FakeReply:
         nonlocal num_answered
         if num_answered == num_before:
             raise Killed
@@ -216,8 +216,8 @@ def test_an_interrupted_evaluation_goes_on_and_repeats_nothing(tmp_path: Path, n
 def test_answers_without_a_verdict_are_sampled_again(tmp_path: Path) -> None:
     config = sets_config(tmp_path)
 
-    def lost(prompt: Prompt, place: int) -> Reply:
-        return Reply(text="", finish_reason="abort") if place == 0 else mixed(prompt, place)
+    def lost(prompt: Prompt, place: int) -> FakeReply:
+        return FakeReply(text="", finish_reason="abort") if place == 0 else mixed(prompt, place)
 
     first = evaluated(config, parts_of(lost), tmp_path)["sets"]["aime"]
     assert (first["num_aborted"], first["num_grading_errors"]) == (5, 3)
@@ -259,8 +259,8 @@ def test_answers_of_another_evaluation_are_refused(
 def written(folder: Path, counts: Sequence[int], num_samples: int = 4, **changes: Any) -> Path:
     """Write results of a policy that answered problem n correctly `counts[n]` times."""
 
-    def solves(prompt: Prompt, place: int) -> Reply:
-        return Reply(text="yes" if place < counts[int(prompt.problem.id[-3:])] else "no")
+    def solves(prompt: Prompt, place: int) -> FakeReply:
+        return FakeReply(text="yes" if place < counts[int(prompt.problem.id[-3:])] else "no")
 
     folder.mkdir()
     config = sets_config(folder, num_problems=len(counts), num_samples=num_samples)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_p2o.metrics.clock import PhaseClock, TimedGrader
 from megatron_p2o.rl.sampling import SamplingParts, graded_rollouts
-from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, Reply, fake_problem
+from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, FakeReply, fake_problem
 from megatron_p2o.types import CORRECT, INCORRECT, PLAIN, FinishReason, Grade, Problem, SamplingParams
 
 PROBLEM = fake_problem(1)
@@ -65,13 +65,13 @@ def test_a_verdict_that_is_being_found_cannot_be_cancelled() -> None:
 
 
 def test_rollouts_are_handed_on_while_others_are_still_sampled() -> None:
-    engines = FakeEngines(reply=lambda prompt, index: Reply(text="yes"))
+    engines = FakeEngines(reply=lambda prompt, index: FakeReply(text="yes"))
     renderer = FakeRenderer()
     parts = SamplingParts(engines=engines, grader=TimedGrader(FakeGrader(), PhaseClock()), renderer=renderer)
     rollouts = graded_rollouts(
         [renderer.render(PROBLEM, PLAIN)] * 3, SamplingParams(temperature=1, max_new_tokens=4), parts
     )
     drawn: list[str] = []
-    engines.reply = lambda prompt, index: drawn.append("") or Reply(text="yes")
+    engines.reply = lambda prompt, index: drawn.append("") or FakeReply(text="yes")
     next(rollouts)
     assert len(drawn) == 1

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
 from megatron_p2o.rl.grouping import make_groups, train_samples
-from megatron_p2o.testing.fakes import UNDECIDED, encode, fake_problem, fake_rollout
+from megatron_p2o.testing.fakes import UNDECIDED, fake_problem, fake_rollout, fake_token_ids
 from megatron_p2o.types import PLAIN, Group, Rollout, Template
 from p2o_kernels.advantage.reference import group_advantages_reference
 
@@ -66,7 +66,7 @@ def test_a_group_that_was_given_up_on_has_no_credit(baseline) -> None:
 def test_distilling_samples_stand_on_the_bare_prompt(context) -> None:
     group = make_group(rollouts(templated=[1, 0], plain=[0]), AdvantageConfig(), plain_success_rate=0.0)
     samples = train_samples([group], ObjectiveConfig(context=context))
-    assert [sample.context_ids.tolist() for sample in samples] == [encode(PROBLEM.question).tolist()] * 3
+    assert [sample.context_ids.tolist() for sample in samples] == [fake_token_ids(PROBLEM.question).tolist()] * 3
     assert [sample.is_templated for sample in samples] == [True, True, False]
     assert tuple(sample.advantage for sample in samples) == group.advantages
     for sample, rollout in zip(samples, group.rollouts, strict=True):
@@ -77,8 +77,8 @@ def test_distilling_samples_stand_on_the_bare_prompt(context) -> None:
 def test_without_distillation_samples_stand_on_the_prompt_they_were_sampled_with() -> None:
     group = make_group(rollouts(templated=[1], plain=[0]), AdvantageConfig(), plain_success_rate=0.0)
     samples = train_samples([group], ObjectiveConfig(context="sampling"))
-    assert samples[0].context_ids.tolist() == encode("Go on.\n\n" + PROBLEM.question).tolist()
-    assert samples[1].context_ids.tolist() == encode(PROBLEM.question).tolist()
+    assert samples[0].context_ids.tolist() == fake_token_ids("Go on.\n\n" + PROBLEM.question).tolist()
+    assert samples[1].context_ids.tolist() == fake_token_ids(PROBLEM.question).tolist()
     assert [sample.is_templated for sample in samples] == [False, False]
 
 

@@ -15,7 +15,7 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.run.conductor import conduct
 from megatron_p2o.run.inputs import load_inputs
-from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, Reply
+from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, FakeReply
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
@@ -54,7 +54,7 @@ class LostEngine(RuntimeError):
 class Engines(FakeEngines):
     """Engines that know whether they are closed."""
 
-    reply: Callable[[Prompt, int], Reply] = lambda prompt, index: Reply(text="!")
+    reply: Callable[[Prompt, int], FakeReply] = lambda prompt, index: FakeReply(text="!")
     fails: str = ""
     """Name of the call that raises."""
     is_closed: bool = False
@@ -127,10 +127,10 @@ def test_a_run_trains_to_the_end_of_its_schedule_and_leaves_its_results(config: 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_stood(config: Config) -> None:
     folder = config.run.folder
 
-    def stop_in_the_second_step(prompt: Prompt, index: int) -> Reply:
+    def stop_in_the_second_step(prompt: Prompt, index: int) -> FakeReply:
         if len(first.samplings) == 2:
             (folder / "stop").touch()
-        return Reply(text="!")
+        return FakeReply(text="!")
 
     first, second = Engines(reply=stop_in_the_second_step), Engines()
     run(config, lambda stop_token_ids: first)

@@ -13,7 +13,7 @@ from megatron_p2o.testing.fakes import (
     FakeEngines,
     FakeGrader,
     FakeRenderer,
-    Reply,
+    FakeReply,
     fake_problem,
     fake_rollout,
 )
@@ -34,7 +34,7 @@ class BrokenGrader:
 
 
 def sampled(prompt: Prompt, sampling: SamplingParams) -> Future[Completion]:
-    engines = FakeEngines(reply=lambda prompt, index: Reply(text="?"))
+    engines = FakeEngines(reply=lambda prompt, index: FakeReply(text="?"))
     completion: Future[Completion] = Future()
     completion.set_result(dict(engines.generate([prompt], sampling))[0])
     return completion
@@ -60,7 +60,7 @@ def test_free_scores_are_over_the_answers_that_were_decided() -> None:
 
 
 def test_a_grader_that_cannot_work_ends_the_step() -> None:
-    engines = FakeEngines(reply=lambda prompt, index: Reply(text="yes"))
+    engines = FakeEngines(reply=lambda prompt, index: FakeReply(text="yes"))
     parts = SamplingParts(engines=engines, grader=BrokenGrader(), renderer=FakeRenderer())
     with pytest.raises(RuntimeError, match="no worker starts"):
         list(graded_rollouts([FakeRenderer().render(PROBLEM, HINT)], SAMPLING, parts))

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from megatron_p2o.files import FileDigest
-from megatron_p2o.run_folder.checkpoints import Best, CheckpointSaver, checked, damage_of, latest_checkpoint, read_best
+from megatron_p2o.run_folder.checkpoints import (
+    Best,
+    CheckpointSaver,
+    damage_of,
+    latest_checkpoint,
+    read_best,
+    undamaged,
+)
 from megatron_p2o.run_folder.state import STATE_FILE, CheckpointError, RunState, read_state, write_state
 from megatron_p2o.testing.fakes import FakePolicy
 
@@ -101,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert latest_checkpoint(tmp_path) == folder / "step-000001"
     assert "step-000002 is damaged" in caplog.text
     with pytest.raises(CheckpointError, match=rf"step-000002 is damaged: (its |it has )?{named}"):
-        checked(folder / "step-000002")
+        undamaged(folder / "step-000002")
     hurt(folder / "step-000001" / file)
     with pytest.raises(CheckpointError, match=rf"step-000001 is damaged.*{named}.*no checkpoint is left"):
         latest_checkpoint(tmp_path)
@@ -136,7 +143,7 @@ def test_a_file_of_a_checkpoint_that_is_other_json_is_damage_and_no_crash(tmp_pa
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     (checkpoint / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
-        checked(checkpoint)
+        undamaged(checkpoint)
     (checkpoint / STATE_FILE).write_text(content)
     with pytest.raises(CheckpointError, match=r"run_state\.json is no readable run state"):
         read_state(checkpoint / STATE_FILE)

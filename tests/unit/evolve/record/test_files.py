@@ -28,7 +28,7 @@ from megatron_p2o.evolve.record.history import (
     Reflected,
     RoundHistory,
     Scored,
-    digest,
+    template_digest,
 )
 from megatron_p2o.evolve.record.journal import Journal, encode_line, read_journal
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
@@ -146,7 +146,7 @@ def test_journal_drops_everything_from_a_corrupted_byte_on(tmp_path: Path) -> No
 def test_history_replays_to_the_state_it_had() -> None:
     written: list[object] = []
     history = RoundHistory([], written.append, "round-a")
-    scored = Scored(template=digest("z"), problem_id="p", occasion="", trial=TRIAL)
+    scored = Scored(template=template_digest("z"), problem_id="p", occasion="", trial=TRIAL)
     for event in (
         Picked(proposal=0, parent=0, minibatch=("p", "q")),
         Picked(proposal=1, parent=0, minibatch=("q", "r")),
@@ -163,7 +163,7 @@ def test_history_replays_to_the_state_it_had() -> None:
     replayed = RoundHistory(json.loads(json.dumps(written)), lambda _: None, "round-a")
     for state in (history, replayed):
         assert state.open_proposals() == [0]
-        assert state.trials[digest("z"), "p", ""] == TRIAL
+        assert state.trials[template_digest("z"), "p", ""] == TRIAL
         assert (state.num_scored, state.num_tokens) == (1, 12), "the control's rollouts are not the round's"
         assert state.candidate_of == {0: 1} and state.disqualified == {1: "too long"}
         assert state.reflections[1].refusal == "empty"

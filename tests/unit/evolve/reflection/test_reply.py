@@ -17,7 +17,7 @@ from megatron_p2o.evolve.reflection.reply import (
     SAME_AS_PARENT,
     THINKS_ALOUD,
     UNFENCED,
-    template_of,
+    template_in,
 )
 from megatron_p2o.terminal import quoted
 
@@ -30,7 +30,7 @@ def body(content: Any, finish_reason: str | None = "stop", **message: Any) -> by
 
 
 def template(content: Any, finish_reason: str | None = "stop", parent: str = PARENT, **message: Any) -> str:
-    return template_of(read_reply(body(content, finish_reason, **message)), parent)
+    return template_in(read_reply(body(content, finish_reason, **message)), parent)
 
 
 def refusal(content: Any, finish_reason: str | None = "stop", parent: str = PARENT, **message: Any) -> str:
@@ -319,6 +319,6 @@ def test_any_text_gives_a_part_of_it_or_a_refusal(text: str, finish_reason: str 
 @given(VALUES | st.builds(lambda message: {"choices": [{"message": message}]}, VALUES))
 def test_any_json_is_a_reply_or_a_refusal(value: Any) -> None:
     try:
-        template_of(read_reply(json.dumps(value).encode()), PARENT)
+        template_in(read_reply(json.dumps(value).encode()), PARENT)
     except (ReflectionRefused, EndpointRefused):
         return

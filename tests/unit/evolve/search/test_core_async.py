@@ -11,13 +11,13 @@ import pytest
 
 from megatron_p2o.config.tree import ReflectionConfig
 from megatron_p2o.evolve.process.conduct import conduct_round, journal_path, split_of
-from megatron_p2o.evolve.record.history import RoundHistory, digest
+from megatron_p2o.evolve.record.history import RoundHistory, template_digest
 from megatron_p2o.evolve.record.journal import encode_line, read_journal
 from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
 from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, ReflectionRequest, ReflectionUnavailable
 from megatron_p2o.evolve.reflection.reflectors import Reflector
-from megatron_p2o.evolve.search.budget import Split
+from megatron_p2o.evolve.search.budget import RoundSplit
 from megatron_p2o.evolve.search.core_async import rung_ends
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.search.round import RoundSpec
@@ -52,7 +52,7 @@ class Script:
     async def close(self) -> None: ...
 
 
-def split_for(spec: RoundSpec) -> Split:
+def split_for(spec: RoundSpec) -> RoundSplit:
     split = split_of(spec)
     assert split is not None
     return split
@@ -362,7 +362,7 @@ def test_parent_and_child_are_compared_on_the_same_policy_version(tmp_path: Path
             versions.setdefault(key, set()).add(record["trial"]["weight_version"])
         if record["event"] == "Accepted":
             picked = history.picks[record["proposal"]]
-            pair = (digest(texts[picked.parent]), digest(texts[record["candidate"]]))
+            pair = (template_digest(texts[picked.parent]), template_digest(texts[record["candidate"]]))
             common = set.intersection(*(versions[side, key] for side in pair for key in picked.minibatch))
             assert common, "some policy version has both sides on the whole minibatch"
     assert num_again > 0, "the stale side was measured again"
@@ -470,7 +470,7 @@ def test_round_cut_at_any_event_goes_on_without_repeating_a_finished_rollout(tmp
         kept = RoundHistory(records[:cut], lambda _: None, spec.fingerprint())
         task = KeyPhraseTask(PROBLEMS)
         library, stats, history = run_round(spec, run_dir, task)
-        asked = {(digest(text), key) for text, key, *_ in task.requests}
+        asked = {(template_digest(text), key) for text, key, *_ in task.requests}
         assert not asked & {(template, key) for template, key, _ in kept.trials}
         assert stats.num_rollouts == kept.num_scored + task.requests.total() <= 400
         assert set(task.requests.values()) <= {1}

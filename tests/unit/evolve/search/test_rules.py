@@ -54,7 +54,7 @@ def test_rollout_budget_refuses_what_would_exceed_it_and_then_still_takes_less()
     assert not budget.try_spend(1)
 
 
-# Split
+# RoundSplit
 
 
 @pytest.mark.parametrize(

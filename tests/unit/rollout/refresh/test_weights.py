@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_p2o.rollout.buckets.device_memory import BLOCK_WORDS, checked, checksum
+from megatron_p2o.rollout.buckets.device_memory import BLOCK_WORDS, checksum, driver_values
 from megatron_p2o.rollout.buckets.staging import StagingBuffer, laid_out
 from megatron_p2o.rollout.inside_sglang import weight_loader
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
@@ -205,9 +205,9 @@ def test_the_loader_gives_up_memory_that_the_trainer_no_longer_uses(model: Fused
 def test_what_the_driver_refuses_is_told_by_its_name_and_with_a_remedy() -> None:
     # As NVIDIA's binding numbers them, whose text is the number only.
     code = IntEnum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_OUT_OF_MEMORY": 2})
-    assert checked("cuMemAlloc", (code(0), 7)) == 7
+    assert driver_values("cuMemAlloc", (code(0), 7)) == 7
     with pytest.raises(RuntimeError, match=r"cuMemAlloc: .*CUDA_ERROR_OUT_OF_MEMORY.*rollout\.weight_transfer=host"):
-        checked("cuMemAlloc", (code(2), 0))
+        driver_values("cuMemAlloc", (code(2), 0))
 
 
 def test_a_staging_buffer_grows_for_a_large_tensor() -> None:

@@ -15,7 +15,7 @@ from megatron_p2o.run.beginning import Beginning
 from megatron_p2o.run.observe.observer import RunObserver
 from megatron_p2o.run.parts import RunParts
 from megatron_p2o.run_folder.state import RunState
-from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeLibrary, FakePolicy, FakeRenderer, Reply
+from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeLibrary, FakePolicy, FakeRenderer, FakeReply
 from megatron_p2o.types import Problem
 
 Written = list[tuple[str, Any]]
@@ -54,7 +54,7 @@ def make_observer(tmp_path: Path, written: Written) -> MakeObserver:
         )
         started: Any = RunParts(
             parts=Parts(
-                engines=FakeEngines(reply=lambda prompt, index: Reply(text=answer)),
+                engines=FakeEngines(reply=lambda prompt, index: FakeReply(text=answer)),
                 grader=FakeGrader(),
                 renderer=FakeRenderer(),
                 policy=FakePolicy(),
