@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_p2o.config.ranges import range_problems
-from megatron_p2o.config.tree import Config
+from megatron_p2o.config.tree import Config, OptimizerConfig
 
 MAX_NAME_CHARS = 64
 
@@ -20,6 +20,7 @@ def problems_of(config: Config) -> list[str]:
         *_run_rules(config),
         *_sampling_rules(config),
         *_objective_rules(config),
+        *_optimizer_rules(config.optimizer),
         *_process_rules(config),
         *_evaluation_rules(config),
     ]
@@ -51,6 +52,24 @@ def _objective_rules(config: Config) -> list[Rule]:
             config.scoring.importance_cap is None or config.scoring.recompute,
             f"scoring.importance_cap={config.scoring.importance_cap} needs scoring.recompute=true: the trainer has no "
             "log-probs under templates otherwise",
+        ),
+    ]
+
+
+def _optimizer_rules(optimizer: OptimizerConfig) -> list[Rule]:
+    return [
+        (
+            optimizer.warmup_steps == 0 or optimizer.warmup_share == 0,
+            f"optimizer.warmup_share={optimizer.warmup_share:g} and optimizer.warmup_steps={optimizer.warmup_steps} "
+            "both say how long warm-up is: set one of them to 0",
+        ),
+        (
+            optimizer.lr_decay != "constant" or optimizer.min_lr == 0,
+            f"optimizer.min_lr={optimizer.min_lr:g} is where a decay ends: set optimizer.lr_decay to linear or cosine",
+        ),
+        (
+            optimizer.lr_decay == "constant" or optimizer.min_lr <= optimizer.lr,
+            f"optimizer.min_lr={optimizer.min_lr:g} must be at most optimizer.lr={optimizer.lr:g}",
         ),
     ]
 

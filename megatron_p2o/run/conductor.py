@@ -45,8 +45,9 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
     stop = StopRequest(run_dir)
     with ExitStack() as stack:
         started = start_parts(config, run_dir, policy, inputs.renderer, start_engines, stop.is_made, stack)
-        load_weights(policy, started.engines, beginning)
         num_steps = planned_steps(config.schedule, num_steps_per_epoch)
+        policy.plan_updates(num_steps * config.schedule.updates_per_step)
+        load_weights(policy, started.engines, beginning)
         files = open_files(config, run_dir, policy, beginning, num_steps, stack)
         note_start(run_dir, beginning.made_with, beginning.state.step, [asdict(each) for each in beginning.changes])
         observer = RunObserver(config, started, files, inputs.evaluation, beginning, stop)

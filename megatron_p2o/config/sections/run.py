@@ -56,6 +56,11 @@ class ScheduleConfig:
     """Checkpoints kept on disk, the newest included. One more is kept: the newest whose policy a later step has sampled
     and learnt from, because the last may have just diverged."""
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a rollout step."""
+        return self.problems_per_step // self.problems_per_update
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlarmsConfig:

@@ -125,7 +125,15 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay (the paper's); norms have none."""
     warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of linear warm-up; the learning rate is constant afterwards."""
+    """Optimizer steps of linear warm-up. Step k of W, from 0, takes `lr` (k + 1) / (W + 1)."""
+    warmup_share: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    """Warm-up as a share of the run's optimizer steps, rounded up; instead of `optimizer.warmup_steps`."""
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate from the end of warm-up to that of the run, where it is `optimizer.min_lr`: a
+    straight line, or half a cosine (arXiv:1608.03983). The run's length follows from the problems and `schedule`; with
+    dynamic sampling it may end before."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
     clip_grad: PositiveFloat = 1.0
     """Largest global norm of the gradient (the paper's); a larger gradient is scaled down to it."""
     micro_batch_tokens: PositiveInt = 16384

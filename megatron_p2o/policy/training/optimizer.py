@@ -1,4 +1,4 @@
-"""Megatron's optimizer and schedule as this trainer uses them: AdamW, linear warm-up then constant, guarded steps."""
+"""Megatron's optimizer and schedule as this trainer uses them: AdamW, warm-up and decay, guarded steps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from megatron_p2o.policy.model.model import PolicyModel
 from megatron_p2o.policy.training.megatron_settings import NO_OVERRIDES, MegatronOverrides
 from megatron_p2o.types import UpdateOutcome
 
-CONSTANT_FOREVER = 2**31 - 1
-"""Steps of the schedule's constant part, which has no end."""
+FOREVER = 2**31 - 1
+"""Steps of a schedule, or of a part of it, that has no end."""
 
 GROUP_STATE = ("params", "step")
 """What a group of Adam's parameters holds besides settings; a fused Adam keeps its step there."""
@@ -59,22 +59,37 @@ class Optimization:
             megatron_optimizer_config(settings, config, is_sharded=is_sharded, overrides=overrides),
             list(self.modules),
         )
-        # The schedule is also what exempts the norms from weight decay.
-        self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=settings.lr / (settings.warmup_steps + 1),
-            max_lr=settings.lr,
-            min_lr=settings.lr,
-            lr_warmup_steps=settings.warmup_steps,
-            lr_decay_steps=CONSTANT_FOREVER,
-            lr_decay_style="constant",
-            start_wd=settings.weight_decay,
-            end_wd=settings.weight_decay,
-            wd_incr_steps=CONSTANT_FOREVER,
-            wd_incr_style="constant",
-        )
+        self._rates = settings
+        self._num_planned = FOREVER
+        self.scheduler = self._schedule()
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
+
+    def _schedule(self) -> OptimizerParamScheduler:
+        """Return the schedule of the rates; it is also what exempts the norms from weight decay."""
+        rates = self._rates
+        num_warmup = max(rates.warmup_steps, math.ceil(rates.warmup_share * self._num_planned))
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=rates.lr / (num_warmup + 1),
+            max_lr=rates.lr,
+            min_lr=rates.min_lr,
+            lr_warmup_steps=num_warmup,
+            # At the first step behind the run's last one the rate would be `min_lr`.
+            lr_decay_steps=max(self._num_planned, num_warmup + 1),
+            lr_decay_style=rates.lr_decay,
+            start_wd=rates.weight_decay,
+            end_wd=rates.weight_decay,
+            wd_incr_steps=FOREVER,
+            wd_incr_style="constant",
+        )
+
+    def plan(self, num_updates: int) -> None:
+        """Lay the schedule over so many optimizer steps; those that were done count."""
+        num_done = self.scheduler.num_steps
+        self._num_planned = max(1, num_updates)
+        self.scheduler = self._schedule()
+        self.scheduler.step(increment=num_done)
 
     def settings(self) -> list[dict[str, Any]]:
         """Return the settings of each parameter group: rates, decay, betas and eps, without parameters and step."""
@@ -96,7 +111,17 @@ class Optimization:
 
     @property
     def learning_rate(self) -> float:
-        """The rate the next step uses: step k of W warm-up steps (from 0) uses lr * (k + 1) / (W + 1)."""
+        """The rate the next step uses.
+
+        With N steps planned and W of them warm-up, step k (from 0) uses lr (k + 1) / (W + 1) for k < W; then, with
+        d = (k - W) / (N - W): min_lr + (lr - min_lr) (1 - d), or ... (1 + cos(pi d)) / 2; min_lr from step N on.
+
+        Raises:
+            RuntimeError: it depends on the number of steps, and none has been planned.
+        """
+        rates = self._rates
+        if self._num_planned == FOREVER and (rates.lr_decay != "constant" or rates.warmup_share > 0):
+            raise RuntimeError("the learning rate depends on the number of updates: call plan_updates first")
         return float(self.optimizer.param_groups[0]["lr"])
 
     def clear_gradients(self) -> None:
@@ -141,6 +166,7 @@ def megatron_optimizer_config(
     return MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
+        min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.beta1,
         adam_beta2=settings.beta2,

@@ -36,7 +36,9 @@ from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 ERROR_KEY = "megatron_p2o/policy_error"
 """Where the first rank that fails leaves its error for the others, in torch.distributed's store."""
 
-Method = Literal["update", "skip", "logprobs", "diverged", "memory", "export", "deliver", "save", "load", "close"]
+Method = Literal[
+    "update", "plan_updates", "skip", "logprobs", "diverged", "memory", "export", "deliver", "save", "load", "close"
+]
 
 
 class PolicyError(RuntimeError):
@@ -159,6 +161,10 @@ class MegatronPolicy:
         # Forward, and twice as much backward.
         flops = 3 * sum(self._shard.architecture.forward_flops(s.num_tokens, len(s.response_ids)) for s in samples)
         return _update_report(replies, flops / self._ranks.world_size)
+
+    def plan_updates(self, num_updates: int) -> None:
+        """Say how many updates the whole run has, those that were done included: what the learning rate goes by."""
+        self._everywhere("plan_updates", num_updates)
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         """Return log pi(response | context_ids) at the sampling temperature, [R] float32 each, without gradient."""

@@ -104,6 +104,10 @@ class PolicyShard:
             outcome=outcome, learning_rate=learning_rate, result=result.on_cpu() if self.speaks else None
         )
 
+    def plan_updates(self, num_updates: int) -> None:
+        """See `Optimization.plan`."""
+        self.optimization.plan(num_updates)
+
     def skip(self) -> float:
         """Let an update without samples pass; returns the learning rate it would have used."""
         learning_rate = self.optimization.learning_rate

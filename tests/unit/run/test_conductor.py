@@ -94,6 +94,11 @@ class Policy(FakePolicy):
     """A trainer's handle as far as a run on rank 0 asks it."""
 
     layers = SimpleNamespace(layers_reason="fake", attention_reason="fake")
+    num_planned: int | None = None
+
+    def plan_updates(self, num_updates: int) -> None:
+        assert self.num_updates == 0, "before the checkpoint is loaded"
+        self.num_planned = num_updates
 
     def memory(self) -> Sequence[Any]:
         return []
@@ -101,10 +106,11 @@ class Policy(FakePolicy):
     def check_finite(self) -> None: ...
 
 
-def run(config: Config, start: Callable[[Sequence[int]], Engines]) -> None:
-    policy: Any = Policy()
-    engines: Any = start
-    conduct(config, config.run.folder, policy, load_inputs(config), engines)
+def run(config: Config, start: Callable[[Sequence[int]], Engines]) -> Policy:
+    policy, engines = Policy(), start
+    taken: Any = (policy, load_inputs(config), engines)
+    conduct(config, config.run.folder, *taken)
+    return policy
 
 
 def children() -> set[int]:
@@ -113,8 +119,9 @@ def children() -> set[int]:
 
 def test_a_run_trains_to_the_end_of_its_schedule_and_leaves_its_results(config: Config) -> None:
     before, engines = children(), Engines()
-    run(config, lambda stop_token_ids: engines)
+    policy = run(config, lambda stop_token_ids: engines)
     folder = config.run.folder
+    assert policy.num_planned == 4 * config.schedule.updates_per_step
     assert engines.is_closed and children() <= before
     assert engines.refreshes == [0, 1, 2, 3, 4]
     assert json.loads((folder / "results.json").read_text())["num_steps"] == 4

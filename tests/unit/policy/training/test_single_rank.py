@@ -347,6 +347,57 @@ def test_the_learning_rate_warms_up_over_applied_skipped_and_empty_updates(model
     assert [report.outcome for report in reports] == ["applied", "empty", "non_finite", "applied", "applied"]
 
 
+def rates_of(model: Path, optimizer: OptimizerConfig, num_updates: int, num_planned: int) -> list[float]:
+    """Return the learning rates of updates without samples, of which the schedule counts each."""
+    with policy_of(policy_config(model, optimizer=optimizer)) as policy:
+        policy.plan_updates(num_planned)
+        return [policy.update([], None, 0).learning_rate for _ in range(num_updates)]
+
+
+def test_the_learning_rate_decays_over_what_is_left_of_the_run_after_warm_up(model: Path):
+    """By the formulas written out: steps 0 and 1 are warm-up, steps 2 to 9 decay, 10 and 11 were not planned."""
+    linear = OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, lr_decay="linear")
+    done = [(step - 2) / 8 for step in range(2, 10)]
+    warmup = [1e-3 / 3, 2e-3 / 3]
+    expected = [*warmup, *(1e-4 + 9e-4 * (1 - share) for share in done), 1e-4, 1e-4]
+    assert rates_of(model, linear, 12, num_planned=10) == pytest.approx(expected)
+    cosine = replace(linear, lr_decay="cosine", warmup_steps=0, warmup_share=0.11)  # 1.1 of 10 steps: 2
+    expected = [*warmup, *(1e-4 + 9e-4 * (1 + np.cos(np.pi * share)) / 2 for share in done), 1e-4, 1e-4]
+    assert rates_of(model, cosine, 12, num_planned=10) == pytest.approx(expected)
+
+
+def test_a_run_of_one_update_or_of_warm_up_alone_has_a_schedule_too(model: Path):
+    optimizer = OptimizerConfig(lr=1e-3, lr_decay="cosine")
+    assert rates_of(model, optimizer, 2, num_planned=1) == pytest.approx([1e-3, 0.0])
+    optimizer = replace(optimizer, warmup_steps=5)
+    assert rates_of(model, optimizer, 3, num_planned=3) == pytest.approx([1e-3 / 6, 2e-3 / 6, 3e-3 / 6])
+
+
+def test_a_learning_rate_that_depends_on_the_runs_length_is_not_guessed(model: Path):
+    for optimizer in (OptimizerConfig(lr_decay="linear"), OptimizerConfig(warmup_share=0.1)):
+        with (
+            policy_of(policy_config(model, optimizer=optimizer)) as policy,
+            pytest.raises(PolicyError, match="call plan_updates first"),
+        ):
+            policy.update(SAMPLES, None, 120)
+
+
+def test_a_resumed_run_decays_over_the_length_it_has_now(model: Path, tmp_path: Path):
+    optimizer = OptimizerConfig(lr=1e-3, lr_decay="linear")
+    with policy_of(policy_config(model, optimizer=optimizer)) as policy:
+        policy.plan_updates(4)
+        rates = [policy.update(SAMPLES, None, 120).learning_rate for _ in range(2)]
+        policy.save(tmp_path / "checkpoint").result(60)
+    assert rates == pytest.approx([1e-3, 0.75e-3])
+    for order in ("plan first", "load first"):
+        with policy_of(policy_config(model, optimizer=optimizer)) as policy:
+            calls = [lambda: policy.plan_updates(8), lambda: policy.load(tmp_path / "checkpoint")]
+            for call in calls if order == "plan first" else reversed(calls):
+                call()
+            assert policy.update(SAMPLES, None, 120).learning_rate == pytest.approx(0.75e-3), order
+            assert policy.update(SAMPLES, None, 120).learning_rate == pytest.approx(0.625e-3), order
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_policy_that_is_not_finite_is_neither_served_nor_saved_until_a_good_one_is_loaded(
     model: Path, tmp_path: Path, value: float
