@@ -76,6 +76,6 @@ def test_a_killed_evaluation_of_a_model_directory_goes_on_to_the_same_results(ti
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in runs]
     assert results[0] == results[1]
     easy, hard = results[0]["sets"]["easy"], results[0]["sets"]["hard"]
-    assert easy["num_correct"] == sum(line["grade"] == "correct" for line in whole)
+    assert easy["num_correct"] == sum(line["grade"]["reward"] == 1.0 for line in whole)
     assert 0 < easy["accuracy"] < easy["pass_at"]["4"]
     assert (hard["samples_per_problem"], hard["temperature"], hard["accuracy"]) == (1, 0.0, 0.0)
