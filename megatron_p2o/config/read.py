@@ -35,7 +35,7 @@ from megatron_p2o.config.source import (
     read_with_bases,
 )
 from megatron_p2o.config.suggestions import did_you_mean
-from megatron_p2o.config.tree import REFERENCE_PRESET, Config
+from megatron_p2o.config.tree import PRESETS, Config
 from megatron_p2o.config.yaml_reader import dump_yaml
 
 __all__ = ["ConfigError", "ConfigProblem", "dump_config", "load_config", "missing_paths", "with_template_date"]
@@ -60,8 +60,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     if path is not None:
         settings = over(read_with_bases(path, problems), settings)
     preset = settings.get(("preset",))
-    if preset is not None and preset.value == "reference":
-        settings = over(_reference_settings(), settings)
+    if preset is not None:
+        settings = over(_preset_settings(preset.value), settings)
     problems += _unknown_names(settings)
     config = _build(Config, (), settings, problems, source=source)
     refused = {problem.name for problem in problems if annotation_at(tuple(problem.name.split("."))) is not None}
@@ -130,10 +130,12 @@ def _recorded_date(path: Path) -> str | None:
     return found.value if found is not None and isinstance(found.value, str) else None
 
 
-def _reference_settings() -> Settings:
+def _preset_settings(preset: object) -> Settings:
+    """Return what a preset sets; one that there is not sets nothing, and is refused where it is read."""
+    values = PRESETS[preset] if isinstance(preset, str) and preset in PRESETS else {}
     return {
-        tuple(name.split(".")): Setting(value=value, text=str(value), where="preset: reference")
-        for name, value in REFERENCE_PRESET.items()
+        tuple(name.split(".")): Setting(value=value, text=str(value), where=f"preset: {preset}")
+        for name, value in values.items()
     }
 
 

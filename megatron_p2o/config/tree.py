@@ -25,6 +25,7 @@ from megatron_p2o.config.sections.trainer import HeadConfig, ModelConfig, Optimi
 
 __all__ = [
     "GEPA_BUDGETS",
+    "PRESETS",
     "REFERENCE_PRESET",
     "AdvantageConfig",
     "AlarmsConfig",
@@ -115,3 +116,6 @@ REFERENCE_PRESET: Mapping[str, Any] = {
     "evolution.guard_leaks": False,
 }
 """Dotted field to the authors' value, applied as a default: what a file or `--set` names wins."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {"p2o": {}, "reference": REFERENCE_PRESET}
+"""By the value of `preset`."""

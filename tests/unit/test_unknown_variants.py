@@ -1,21 +1,54 @@
-"""A variant of the objective that a setting may name and a formula was forgotten for is an error, never another one."""
+"""A value that a setting may name and code was forgotten for is an error, never another value.
 
-from collections.abc import Callable
-from typing import Any
+Reading settings refuses what is no value of a `Literal`; these are what a value meets that was added there alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
 
-from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
+from megatron_p2o.config.read import load_config
+from megatron_p2o.config.source import annotation_at, is_section
+from megatron_p2o.config.tree import (
+    PRESETS,
+    AdvantageConfig,
+    AlarmsConfig,
+    Config,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ReflectionConfig,
+)
+from megatron_p2o.evolve.reflection.reflectors import build_reflector, check_settings, secrets_of
+from megatron_p2o.evolve.search.rules import RULES, rules_named
+from megatron_p2o.files import limit_readers
+from megatron_p2o.machine.memory.trainer import bucket_bytes
+from megatron_p2o.metrics.values import Mean
+from megatron_p2o.policy.model.architecture import element_bytes
+from megatron_p2o.policy.model.layer_choice import Capabilities, choose_layers
 from megatron_p2o.policy.training.forward import Denominator
+from megatron_p2o.policy.training.optimizer import Optimization
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import hard_problems
-from megatron_p2o.rl.objective import compares_with_sampling, zero_stats
-from megatron_p2o.testing.fakes import fake_problem, fake_rollout
+from megatron_p2o.rl.objective import compares_with_sampling, with_length_weights, zero_stats
+from megatron_p2o.rollout.refresh.outlet import uses_devices
+from megatron_p2o.run.observe.alarms import MISMATCH, MismatchWatch
+from megatron_p2o.run.observe.evaluations import BestSoFar
+from megatron_p2o.testing.fakes import fake_config, fake_problem, fake_rollout
+from p2o_kernels.lm_head.path import HeadOptions
+from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, context_weighted, token_losses_torch
 
 UNKNOWN: Any = "median_of_means"
 SIBLINGS = [fake_rollout(fake_problem(1), reward=reward) for reward in (1.0, 0.0)]
 GROUPS = make_groups([SIBLINGS], AdvantageConfig(), [0.5])
+WITH_ENGINE = Capabilities(has_cuda=False, flash_attn_problem=None, transformer_engine_problem=None)
+WITHOUT_ENGINE = replace(WITH_ENGINE, transformer_engine_problem="is not installed")
+TOKENS = TokenInputs(advantages_N=torch.ones(1), weights_N=torch.ones(1))
 
 
 def contribution(**settings: Any) -> None:
@@ -23,18 +56,98 @@ def contribution(**settings: Any) -> None:
     denominator.contribution(torch.ones(()), zero_stats(), None, 0)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda: make_groups([SIBLINGS], AdvantageConfig(estimator=UNKNOWN), [0.5]),
-        lambda: make_groups([SIBLINGS], AdvantageConfig(baseline=UNKNOWN), [0.5]),
-        lambda: train_samples(GROUPS, ObjectiveConfig(context=UNKNOWN)),
-        lambda: compares_with_sampling(UNKNOWN),
-        lambda: hard_problems(GROUPS, 1, UNKNOWN),
-        lambda: contribution(normalization=UNKNOWN),
+def context_weights(ratio_form: Any) -> None:
+    context_weighted(LossRule(ratio_form=ratio_form), *[torch.ones(1)] * 3, torch.ones(1, dtype=torch.bool))
+
+
+def score(best_metric: Any) -> None:
+    outcome: Any = {"aime": SimpleNamespace(accuracy=1.0, pass_at={}, samples_per_problem=1)}
+    BestSoFar(EvaluationConfig(best_set="aime", best_metric=best_metric), None).take(1, outcome)
+
+
+def mismatch(action: Any) -> None:
+    numbers = {MISMATCH: Mean(1, 1), "mismatch/logprob_abs_max": Mean(1, 1), "mismatch/kl_mean": Mean(0, 1)}
+    MismatchWatch(AlarmsConfig(mismatch=0.1, mismatch_action=action), []).look(1, numbers)
+
+
+def transfer(where: Any) -> Config:
+    return replace(fake_config(), rollout=replace(fake_config().rollout, weight_transfer=where))
+
+
+def normalized(how: Any) -> None:
+    with_length_weights([], [], ObjectiveConfig(normalization=how), 8)
+
+
+def learning_rate(decay: Any) -> None:
+    optimizer = SimpleNamespace(param_groups=[{}])
+    update: Any = SimpleNamespace(_rates=OptimizerConfig(lr_decay=decay), _num_planned=8, optimizer=optimizer)
+    Optimization._schedule(update)
+
+
+def reflected_by(backend: Any) -> ReflectionConfig:
+    return ReflectionConfig(backend=backend)
+
+
+USES: dict[str, list[Callable[[Any], object]]] = {
+    "run.readable_by": [lambda value: limit_readers(Path(), value)],
+    "model.dtype": [element_bytes],
+    "model.layer_backend": [
+        lambda value: choose_layers(value, WITH_ENGINE),
+        lambda value: choose_layers(value, WITHOUT_ENGINE),
     ],
-    ids=["estimator", "baseline", "context of samples", "context of ratios", "counted", "normalization"],
+    "preset": [lambda value: load_config(None, [f"preset={value}"])],
+    "rollout.weight_transfer": [
+        lambda value: uses_devices(transfer(value)),
+        lambda value: bucket_bytes(transfer(value), None),  # pyright: ignore[reportArgumentType]
+    ],
+    "hard.counted": [lambda value: hard_problems(GROUPS, 1, value)],
+    "advantage.estimator": [lambda value: make_groups([SIBLINGS], AdvantageConfig(estimator=value), [0.5])],
+    "advantage.baseline": [lambda value: make_groups([SIBLINGS], AdvantageConfig(baseline=value), [0.5])],
+    "objective.context": [
+        lambda value: train_samples(GROUPS, ObjectiveConfig(context=value)),
+        compares_with_sampling,
+    ],
+    "objective.ratio_form": [context_weights],
+    "objective.surrogate": [lambda value: token_losses_torch(LossRule(surrogate=value), torch.ones(1), TOKENS)],
+    "objective.normalization": [lambda value: contribution(normalization=value), normalized],
+    "optimizer.lr_decay": [learning_rate],
+    "head.kernel": [lambda value: HeadOptions(kernel=value)],
+    "head.weight_grad": [lambda value: HeadOptions(weight_grad=value)],
+    "evolution.rules": [rules_named],
+    "evolution.reflection.backend": [
+        lambda value: secrets_of(reflected_by(value)),
+        lambda value: check_settings(reflected_by(value)),
+        lambda value: build_reflector(reflected_by(value), 0, {}),
+    ],
+    "evaluation.best_metric": [score],
+    "alarms.mismatch_action": [mismatch],
+}
+"""For each setting that names a variant, what is done by its value."""
+
+
+def choices(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield every setting whose values are a `Literal`, and those."""
+    for name in cls.__annotations__:
+        annotation: Any = annotation_at(tuple(f"{prefix}{name}".split(".")))
+        if is_section(annotation):
+            yield from choices(annotation, f"{prefix}{name}.")
+        elif get_origin(annotation) is Literal:
+            yield prefix + name, get_args(annotation)
+
+
+def test_every_setting_that_names_a_variant_is_tried_here() -> None:
+    assert sorted(USES) == sorted(name for name, _ in choices())
+
+
+@pytest.mark.parametrize(
+    "use", [pytest.param(use, id=f"{name} {number}") for name, uses in USES.items() for number, use in enumerate(uses)]
 )
-def test_a_variant_without_a_formula_is_an_error_that_names_it(use: Callable[[], object]) -> None:
-    with pytest.raises((ValueError, AssertionError), match=UNKNOWN):
-        use()
+def test_a_variant_without_a_formula_is_an_error_that_names_it(use: Callable[[Any], object]) -> None:
+    with pytest.raises(Exception, match=UNKNOWN):
+        use(UNKNOWN)
+
+
+def test_the_tables_of_presets_and_rules_hold_every_value_of_their_settings() -> None:
+    values = dict(choices())
+    assert set(PRESETS) == set(values["preset"])
+    assert set(RULES) == set(values["evolution.rules"])

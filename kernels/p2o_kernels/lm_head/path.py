@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -15,14 +15,23 @@ _TORCH_ON_CUDA = "run torch on CUDA by path=TorchHead() (setting head.kernel: to
 _CUDA_CHUNK_BYTES = 2**30
 """A chunk of the torch path on CUDA: each reads the whole weight, and small products leave the device idle."""
 
+Kernel = Literal["warp_specialized", "plain", "torch"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadOptions:
     """How CUDA tensors are computed; a CPU has one way."""
 
-    kernel: Literal["warp_specialized", "plain", "torch"] = "warp_specialized"
+    kernel: Kernel = "warp_specialized"
     """`plain` is the same Triton product without warp specialization; `torch` takes any dtype and needs no triton."""
     weight_grad: WeightGrad = "fast"
+
+    def __post_init__(self) -> None:
+        if self.kernel not in get_args(Kernel) or self.weight_grad not in get_args(WeightGrad):
+            raise ValueError(
+                f"kernel={self.kernel} must be one of {', '.join(get_args(Kernel))}, and "
+                f"weight_grad={self.weight_grad} one of {', '.join(get_args(WeightGrad))}"
+            )
 
 
 class LmHeadPath(Protocol):

@@ -4,6 +4,7 @@ Exact for parameters, gradients and optimizer state, a lower bound and an estima
 """
 
 from dataclasses import dataclass
+from typing import assert_never
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.policy.model.architecture import Architecture, element_bytes
@@ -110,10 +111,14 @@ def likely_activations(config: Config, architecture: Architecture) -> int:
 
 def bucket_bytes(config: Config, architecture: Architecture) -> int:
     """Return what a trainer rank keeps on its GPU for handing weights over; see `rollout.weight_transfer`."""
-    if config.rollout.weight_transfer == "host":
-        return 0
-    largest = architecture.largest_weight_bytes(config.model.dtype)
-    return NUM_SPANS * bucket_capacity(config, largest)
+    match config.rollout.weight_transfer:
+        case "host":
+            return 0
+        case "auto" | "device":
+            largest = architecture.largest_weight_bytes(config.model.dtype)
+            return NUM_SPANS * bucket_capacity(config, largest)
+        case _:
+            assert_never(config.rollout.weight_transfer)
 
 
 def cut_size(name: str, shape: tuple[int, ...], tensor: int) -> int:

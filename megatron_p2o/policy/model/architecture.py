@@ -35,9 +35,13 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 """Constants of Llama 3's scaled rotary embedding that Megatron has fixed; the factor is free."""
 
 
+ELEMENT_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
+"""By `model.dtype`."""
+
+
 def element_bytes(dtype: str) -> int:
     """Return the size of one number of a weight in `model.dtype`."""
-    return 4 if dtype == "float32" else 2
+    return ELEMENT_BYTES[dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 
@@ -46,20 +46,29 @@ def choose_layers(setting: Literal["auto", "transformer_engine", "local"], capab
         ValueError: Transformer Engine is set but cannot be used.
     """
     problem = capabilities.transformer_engine_problem
-    if setting == "transformer_engine" and problem is not None:
-        raise ValueError(
-            f"model.layer_backend=transformer_engine cannot be used here: Transformer Engine {problem}. "
-            "Set model.layer_backend to auto or local, or repair that; `p2o doctor` shows what is found"
-        )
-    if setting != "local" and problem is None:
-        return LayerChoice(
-            layers="transformer_engine",
-            layers_reason="Transformer Engine's (model.layer_backend=local for megatron-core's own)",
-            attention="transformer_engine",
-            attention_reason="Transformer Engine's choice of flash-attn and cuDNN, packed (NVTE_DEBUG=1 shows it)",
-        )
+    match setting:
+        case "local":
+            return _local_layers(capabilities, "model.layer_backend=local")
+        case "transformer_engine" if problem is not None:
+            raise ValueError(
+                f"model.layer_backend=transformer_engine cannot be used here: Transformer Engine {problem}. "
+                "Set model.layer_backend to auto or local, or repair that; `p2o doctor` shows what is found"
+            )
+        case "auto" if problem is not None:
+            return _local_layers(capabilities, f"Transformer Engine {problem}")
+        case "auto" | "transformer_engine":
+            return LayerChoice(
+                layers="transformer_engine",
+                layers_reason="Transformer Engine's (model.layer_backend=local for megatron-core's own)",
+                attention="transformer_engine",
+                attention_reason="Transformer Engine's choice of flash-attn and cuDNN, packed (NVTE_DEBUG=1 shows it)",
+            )
+        case _:
+            assert_never(setting)
+
+
+def _local_layers(capabilities: Capabilities, why: str) -> LayerChoice:
     kernel, kernel_reason = _local_attention(capabilities)
-    why = "model.layer_backend=local" if setting == "local" else f"Transformer Engine {problem}"
     return LayerChoice(
         layers="local", layers_reason=f"megatron-core's own: {why}", attention=kernel, attention_reason=kernel_reason
     )

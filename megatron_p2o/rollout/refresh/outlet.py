@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, assert_never
 
 import torch
 import torch.distributed as dist
@@ -150,14 +150,21 @@ def uses_devices(config: Config) -> bool:
     Raises:
         ValueError: it is set to "device", and this machine's GPUs cannot share memory.
     """
-    setting = config.rollout.weight_transfer
     can = can_share_device_memory()
-    if setting == "device" and torch.cuda.is_available() and not can:
-        raise ValueError(
-            f"rollout.weight_transfer=device needs the package {BINDINGS}, which is not installed: "
-            "pip install cuda-bindings, or leave the setting out"
-        )
-    return can if setting == "auto" else setting == "device"
+    match config.rollout.weight_transfer:
+        case "host":
+            return False
+        case "auto":
+            return can
+        case "device" if can or not torch.cuda.is_available():
+            return True
+        case "device":
+            raise ValueError(
+                f"rollout.weight_transfer=device needs the package {BINDINGS}, which is not installed: "
+                "pip install cuda-bindings, or leave the setting out"
+            )
+        case _:
+            assert_never(config.rollout.weight_transfer)
 
 
 def bucket_capacity(config: Config, largest_weight_bytes: int) -> int:
