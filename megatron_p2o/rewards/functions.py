@@ -45,6 +45,7 @@ BUILT_IN: Mapping[str, str] = {
     "regex": "megatron_p2o.rewards.built_in.regex:RegexReward",
     "json_schema": "megatron_p2o.rewards.built_in.json_schema:JsonSchemaReward",
     "python": "megatron_p2o.rewards.built_in.python:PythonReward",
+    "judge": "megatron_p2o.rewards.built_in.judge:JudgeReward",
 }
 """Short name to the callable it stands for."""
 
