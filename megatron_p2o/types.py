@@ -3,7 +3,8 @@
     Problem -> Prompt -> Completion -> Rollout -> Group -> TrainSample -> PackedBatch
 
 All are frozen: a stage returns new values and never edits the ones it was given. This file is also the
-glossary: the words defined here are used for the same idea everywhere.
+glossary: the words defined here are used for the same idea everywhere. The examples follow one problem from record to
+record; a test runs them in order. CONTRIBUTING lists the words that other modules define.
 
 Dimension letters: P problems, G rollouts per group, L tokens of one sample, R tokens of one response,
 T packed tokens, V vocabulary (Vp: this rank's share), D hidden size.
@@ -31,7 +32,10 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One verifiable problem."""
+    """One verifiable problem.
+
+    >>> problem = Problem(id="sum-1", question="2+3?", answer="5", source="toy", level="easy")
+    """
 
     id: str
     """Stable over epochs and runs; keys the ledger and the template assignment."""
@@ -48,7 +52,10 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """An instruction put in front of a question while sampling. Id 0 is always the empty template."""
+    """An instruction put in front of a question while sampling. Id 0 is always the empty template.
+
+    >>> template = Template(id=1, text="Add.", parent=None, score=0.75, weight_version=4)
+    """
 
     id: int
     text: str
@@ -69,7 +76,11 @@ PLAIN = Template(id=0, text="", parent=None)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunningRound:
-    """A round of prompt evolution that has begun and published nothing yet."""
+    """A round of prompt evolution that has begun and published nothing yet.
+
+    >>> RunningRound(epoch=0, problem_ids=("sum-1", "sum-2")).problem_ids[0] == problem.id
+    True
+    """
 
     epoch: int
     """After which it began."""
@@ -79,7 +90,14 @@ class RunningRound:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A problem as one rollout asks it: sampled with the template, trained without it."""
+    """A problem as one rollout asks it: sampled with the template, trained without it.
+
+    >>> plain_ids = np.array([50, 43, 51, 63], np.int32)  # "2+3?", one token a character
+    >>> ids = np.array([65, 100, 100, 46, *plain_ids], np.int32)  # with "Add." in front
+    >>> prompt = Prompt(problem=problem, template=template, sampling_ids=ids, training_ids=plain_ids)
+    >>> prompt.is_templated
+    True
+    """
 
     problem: Problem
     template: Template
@@ -95,7 +113,11 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to sample a completion."""
+    """How to sample a completion.
+
+    >>> SamplingParams(temperature=0.6, max_new_tokens=4096, top_p=0.95).seed is None
+    True
+    """
 
     temperature: float
     """0 is greedy."""
@@ -107,7 +129,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What an engine sampled for a prompt."""
+    """What an engine sampled for a prompt.
+
+    >>> completion = Completion(
+    ...     prompt=prompt,
+    ...     token_ids=np.array([53, 2], np.int32),  # "5" and the end of the sequence
+    ...     logprobs=np.array([-0.7, -0.1], np.float32),
+    ...     finish_reason="stop",
+    ...     weight_versions=(4,),
+    ... )
+    >>> completion.is_aborted
+    False
+    """
 
     prompt: Prompt
     token_ids: TokenIds
@@ -126,7 +159,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """Verdict on one completion."""
+    """Verdict on one completion.
+
+    >>> Grade(reward=0.5, feedback="one of two tests passes").is_decided
+    True
+    >>> Grade.undecided("the grader was lost").is_decided
+    False
+    """
 
     reward: float | None
     """In [0, 1]; 0 or 1 for tasks that know only right and wrong. None: undecided, there is no verdict (the engine gave
@@ -156,7 +195,12 @@ INCORRECT = Grade(reward=0.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """A graded completion."""
+    """A graded completion.
+
+    >>> right = Rollout(completion=completion, grade=CORRECT)
+    >>> right.reward
+    1.0
+    """
 
     completion: Completion
     grade: Grade
@@ -176,7 +220,11 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """All rollouts of one problem in one step; advantages are relative to the group."""
+    """All rollouts of one problem in one step; advantages are relative to the group.
+
+    >>> wrong = Rollout(completion=completion, grade=INCORRECT)
+    >>> group = Group(problem=problem, rollouts=(right, wrong), advantages=(0.5, -0.5))  # reward less the mean
+    """
 
     problem: Problem
     rollouts: tuple[Rollout, ...]
@@ -187,7 +235,18 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSample:
-    """One sequence to take the gradient on."""
+    """One sequence to take the gradient on.
+
+    >>> sample = TrainSample(
+    ...     context_ids=prompt.training_ids,  # asked with the template, trained without
+    ...     response_ids=completion.token_ids,
+    ...     advantage=group.advantages[0],
+    ...     sampling_logprobs=completion.logprobs,
+    ...     is_templated=True,
+    ... )
+    >>> sample.num_tokens  # 4 + 2 - 1
+    5
+    """
 
     context_ids: TokenIds
     """[P] the bare prompt, unless `objective.context` is "sampling"."""
@@ -211,7 +270,15 @@ class TrainSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """Samples laid end to end without padding. Position t predicts `target_ids_T[t]`, its successor in the sample."""
+    """Samples laid end to end without padding. Position t predicts `target_ids_T[t]`, its successor in the sample.
+
+    >>> from megatron_p2o.rl.packing import pack
+    >>> batch = pack([sample], old_logprobs=None)
+    >>> batch.token_ids_T.tolist(), batch.target_ids_T.tolist()
+    ([50, 43, 51, 63, 53], [43, 51, 63, 53, 2])
+    >>> batch.loss_mask_T.tolist()
+    [False, False, False, True, True]
+    """
 
     token_ids_T: "Tensor"
     """int64"""
@@ -246,6 +313,10 @@ class TokenStats(Generic[Number]):
     taken at the end. Float64 scalars while a pass computes them, numbers in a report.
 
     `mismatch_*` compare the log-probs of engine and trainer under one prompt.
+
+    >>> tokens = replace(no_tokens(), loss_tokens=2.0, carrying_tokens=2.0, live_tokens=2.0, entropy_sum=1.8)
+    >>> tokens.entropy_sum / tokens.live_tokens  # mean entropy of a token, nats
+    0.9
     """
 
     loss_tokens: Number
@@ -295,7 +366,12 @@ the last two cases the weights stand still and the learning-rate schedule advanc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateReport:
-    """What one optimizer step did, over the whole batch and all ranks."""
+    """What one optimizer step did, over the whole batch and all ranks.
+
+    >>> report = UpdateReport(loss=-0.5, grad_norm=0.3, learning_rate=1e-6, outcome="applied", tokens=tokens)
+    >>> report.tokens.loss_tokens
+    2.0
+    """
 
     loss: float
     grad_norm: float
