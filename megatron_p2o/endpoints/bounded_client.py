@@ -21,7 +21,7 @@ class ReplyUnreadable(Exception):
     """A reply is larger than allowed, or packed in a way nobody asked for."""
 
 
-def is_loopback(url: str) -> bool:
+def is_loopback_url(url: str) -> bool:
     """Return whether `url` is of this machine, to which no proxy leads."""
     host = urlsplit(url).hostname or ""
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, omit
 
-from megatron_p2o.endpoints.bounded_client import ReplyUnreadable, http_client, is_loopback
+from megatron_p2o.endpoints.bounded_client import ReplyUnreadable, http_client, is_loopback_url
 from megatron_p2o.endpoints.reply import EndpointRefused
 from megatron_p2o.terminal import quoted
 
@@ -67,7 +67,9 @@ class ChatEndpoint:
             timeout=endpoint.timeout_s,
             max_retries=endpoint.max_retries,
             default_headers={"Accept-Encoding": "identity"},
-            http_client=http_client(endpoint.timeout_s, endpoint.may_use_proxy and not is_loopback(endpoint.base_url)),
+            http_client=http_client(
+                endpoint.timeout_s, endpoint.may_use_proxy and not is_loopback_url(endpoint.base_url)
+            ),
         )
         # The endpoint need not be OpenAI's: what the environment says of an account there is none of its business.
         self._client.organization = self._client.project = None

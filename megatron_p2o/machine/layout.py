@@ -18,7 +18,7 @@ def with_layout(config: Config, num_nodes: int, gpus_per_node: int | None = None
     """
     parallel = config.parallel
     # Without GPUs: no more ranks on a node than one replica needs.
-    on_node = (gpus_here() if gpus_per_node is None else gpus_per_node) or -(-parallel.num_model_ranks // num_nodes)
+    on_node = (num_gpus_here() if gpus_per_node is None else gpus_per_node) or -(-parallel.num_model_ranks // num_nodes)
     return replace(config, parallel=parallel.for_processes(num_nodes * on_node))
 
 
@@ -35,6 +35,6 @@ def layout_line(given: ParallelConfig, laid_out: ParallelConfig, num_nodes: int,
     )
 
 
-def gpus_here() -> int:
+def num_gpus_here() -> int:
     """Return how many GPUs this machine shows."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

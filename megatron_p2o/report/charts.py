@@ -123,7 +123,7 @@ def _plot(chart: LineChart, lines: Sequence[Line]) -> Plot:
     xs = [x for line in lines for x, _ in line.points]
     x_low, x_high = _widened(min(xs), max(xs))
     y_ticks = value_ticks(chart, lines)
-    frame = Frame(x_low=x_low, x_high=x_high, y_low=y_ticks[0], y_high=y_ticks[-1])
+    frame = PlotArea(x_low=x_low, x_high=x_high, y_low=y_ticks[0], y_high=y_ticks[-1])
     shown, num_xs = _positions(lines, MAX_ROWS), len(set(xs))
     return Plot(
         summary=_summary(chart, lines),
@@ -142,7 +142,7 @@ def _plot(chart: LineChart, lines: Sequence[Line]) -> Plot:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
+class PlotArea:
     """The ranges of the axes."""
 
     x_low: float
@@ -217,7 +217,7 @@ def _summary(chart: LineChart, lines: Sequence[Line]) -> str:
     return f"{chart.title}. {ranges}"
 
 
-def _strokes(line: Line, frame: Frame) -> Iterator[Stroke]:
+def _strokes(line: Line, frame: PlotArea) -> Iterator[Stroke]:
     style = f"s{line.style % NUM_STYLES}"
     if len(line.points) >= SMOOTHED_FROM:
         smooth = moving_average(line.points, len(line.points) // 25)
@@ -229,16 +229,16 @@ def _strokes(line: Line, frame: Frame) -> Iterator[Stroke]:
         yield Stroke(path=_dots(line.points, frame), css_class=f"dots {style}")
 
 
-def _path(points: Points, frame: Frame) -> str:
+def _path(points: Points, frame: PlotArea) -> str:
     return "M" + "L".join(f"{frame.left(x)} {frame.top(y)}" for x, y in points)
 
 
-def _dots(points: Points, frame: Frame) -> str:
+def _dots(points: Points, frame: PlotArea) -> str:
     # A stroke of no length with round caps is a dot that the stretched drawing does not distort.
     return "".join(f"M{frame.left(x)} {frame.top(y)}h0" for x, y in points)
 
 
-def _x_labels(frame: Frame) -> list[TickLabel]:
+def _x_labels(frame: PlotArea) -> list[TickLabel]:
     # Steps, epochs and rollouts are counted: a tick between two of them would mean nothing.
     candidates = ticks(frame.x_low, frame.x_high, 4)
     x_ticks = [tick for tick in candidates if frame.x_low <= tick <= frame.x_high and round(tick, 6).is_integer()]
@@ -250,7 +250,7 @@ def _legend(lines: Iterable[Line]) -> list[LegendEntry]:
     return [LegendEntry(text=legend, style=style) for style, legend in sorted(entries)]
 
 
-def _hover_values(chart: LineChart, lines: Sequence[Line], frame: Frame) -> dict[str, object]:
+def _hover_values(chart: LineChart, lines: Sequence[Line], frame: PlotArea) -> dict[str, object]:
     xs = _positions(lines, MAX_POINTS)
     numbers = [dict(line.points) for line in lines]
     return {

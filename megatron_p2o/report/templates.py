@@ -13,7 +13,7 @@ from megatron_p2o.types import PLAIN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Words:
+class WordSpan:
     """Some words of a template, beside those of its parent."""
 
     kind: Literal["kept", "added", "dropped"]
@@ -28,7 +28,7 @@ class TemplateNode:
     score: float | None
     """From 0 to 1; None for one that was not published."""
     facts: Sequence[str]
-    text: Sequence[Words]
+    text: Sequence[WordSpan]
     """Empty for the one that asks plainly."""
     children: Sequence["TemplateNode"]
 
@@ -81,20 +81,20 @@ def runs_with_examples(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run is first_of_arm.get(run.arm)] or list(runs[:1])
 
 
-def word_changes(before: str, after: str) -> list[Words]:
+def word_changes(before: str, after: str) -> list[WordSpan]:
     """Return `after` with its changes against `before`, word by word."""
     old, new = re.findall(r"\s+|[^\s]+", before), re.findall(r"\s+|[^\s]+", after)
-    changes: list[Words] = []
+    changes: list[WordSpan] = []
     for kind, old_from, old_to, new_from, new_to in difflib.SequenceMatcher(
         None, old, new, autojunk=False
     ).get_opcodes():
         if kind == "equal":
-            changes.append(Words(kind="kept", text="".join(new[new_from:new_to])))
+            changes.append(WordSpan(kind="kept", text="".join(new[new_from:new_to])))
             continue
         if old_to > old_from:
-            changes.append(Words(kind="dropped", text="".join(old[old_from:old_to])))
+            changes.append(WordSpan(kind="dropped", text="".join(old[old_from:old_to])))
         if new_to > new_from:
-            changes.append(Words(kind="added", text="".join(new[new_from:new_to])))
+            changes.append(WordSpan(kind="added", text="".join(new[new_from:new_to])))
     return changes
 
 

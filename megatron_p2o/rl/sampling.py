@@ -70,9 +70,9 @@ def graded_rollouts(
     for index, completion in parts.engines.generate(prompts, sampling, places):
         waiting.append((index, completion, submitted(completion, parts)))
         while waiting and waiting[0][2].done():
-            yield judged(*waiting.popleft())
+            yield rollout_of(*waiting.popleft())
     while waiting:
-        yield judged(*waiting.popleft())
+        yield rollout_of(*waiting.popleft())
 
 
 def submitted(completion: Completion, parts: SamplingParts) -> Future[Grade]:
@@ -85,11 +85,11 @@ def submitted(completion: Completion, parts: SamplingParts) -> Future[Grade]:
     return ungraded
 
 
-def judged(index: int, completion: Completion, grade: Future[Grade]) -> tuple[int, Rollout]:
-    return index, Rollout(completion=completion, grade=verdict(grade, completion.prompt.problem))
+def rollout_of(index: int, completion: Completion, grade: Future[Grade]) -> tuple[int, Rollout]:
+    return index, Rollout(completion=completion, grade=awaited_grade(grade, completion.prompt.problem))
 
 
-def verdict(grade: Future[Grade], problem: Problem) -> Grade:
+def awaited_grade(grade: Future[Grade], problem: Problem) -> Grade:
     """Wait for a grade. Raise `TimeoutError` when the grader has not answered long after its own deadline."""
     try:
         return grade.result(GRADING_TIMEOUT_S)

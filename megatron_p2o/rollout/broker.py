@@ -15,7 +15,7 @@ from typing import TypeVar
 from megatron_p2o.rollout.generation import TimedGeneration
 from megatron_p2o.rollout.given_up import GivenUp, are_logprobs
 from megatron_p2o.rollout.heartbeat import EngineStalled, watch
-from megatron_p2o.rollout.loop_thread import LoopThread
+from megatron_p2o.rollout.loop_thread import BrokerLoop
 from megatron_p2o.rollout.queues import RequestQueues
 from megatron_p2o.rollout.requests import (
     EVERYONE,
@@ -77,7 +77,7 @@ class Broker:
         prefix = secrets.token_hex(4)
         self._ids = (f"{prefix}-{number:012d}" for number in count())
         """Of one length: SGLang aborts every request whose id begins with the one it is given."""
-        self._thread = LoopThread(loop_timeout_s)
+        self._thread = BrokerLoop(loop_timeout_s)
         self._clock = StoppableClock(self._thread.loop.time)
         self._generation = TimedGeneration(self._clock, request_timeout_s, self._thread.later)
 

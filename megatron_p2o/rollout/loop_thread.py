@@ -13,7 +13,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class LoopThread:
+class BrokerLoop:
     """Runs the broker's coroutines. Whoever creates it must call `close`."""
 
     def __init__(self, timeout_s: float) -> None:

@@ -47,7 +47,7 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
         started = start_parts(config, run_dir, policy, inputs.renderer, start_engines, stop.is_made, stack)
         num_steps = planned_steps(config.schedule, num_steps_per_epoch)
         policy.plan_updates(num_steps * config.schedule.updates_per_step)
-        load_weights(policy, started.engines, beginning)
+        begin_weights(policy, started.engines, beginning)
         files = open_files(config, run_dir, policy, beginning, num_steps, stack)
         note_start(run_dir, beginning.made_with, beginning.state.step, [asdict(each) for each in beginning.changes])
         observer = RunObserver(config, started, files, inputs.evaluation, beginning, stop)
@@ -63,7 +63,7 @@ def say_what_starts(config: Config, run_dir: Path, policy: MegatronPolicy, num_s
     say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")
 
 
-def load_weights(policy: MegatronPolicy, engines: SglangEngines, beginning: Beginning) -> None:
+def begin_weights(policy: MegatronPolicy, engines: SglangEngines, beginning: Beginning) -> None:
     """Have trainer and engines hold the weights the run begins with.
 
     Also of a fresh run: from the first rollout on, what the engines serve has been compared with the trainer. Raises

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_p2o.config.read import load_config
 from megatron_p2o.machine.memory.here import with_planned_cache
 from megatron_p2o.processes import allow_many_files, end_with_parent
-from megatron_p2o.rollout.servers.daemon import serve
+from megatron_p2o.rollout.servers.daemon import serve_node
 from megatron_p2o.terminal import set_up_logging
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     if not key:
         sys.exit("no key on standard input")
     config = with_planned_cache(load_config(options.config))
-    asyncio.run(serve(config, options.config.parent, key, options.address))
+    asyncio.run(serve_node(config, options.config.parent, key, options.address))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from megatron_p2o.evaluation.benchmark import (
     open_benchmarks,
     write_results,
 )
-from megatron_p2o.machine.layout import gpus_here, layout_line, with_layout
+from megatron_p2o.machine.layout import layout_line, num_gpus_here, with_layout
 from megatron_p2o.machine.memory.here import planned_memory, with_planned_cache
 from megatron_p2o.machine.nodes import nodes_of_slurm
 from megatron_p2o.policy.model.layer_choice import machine_capabilities
@@ -138,7 +138,7 @@ def dry_run(config: Config) -> None:
     num_nodes = nodes.count if nodes else 1
     try:
         config = with_layout(config, num_nodes)
-        say(layout_line(given, config.parallel, num_nodes, gpus_here()))
+        say(layout_line(given, config.parallel, num_nodes, num_gpus_here()))
     except ValueError as error:
         problems.append(str(error))
     settings = policy_settings(config)

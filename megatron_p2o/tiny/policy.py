@@ -171,7 +171,7 @@ def demonstrations(
     return list(zip(prompt_ids(tokenizer, messages), tokenizer(responses)["input_ids"], strict=True))
 
 
-def pack(samples: Sequence[tuple[list[int], list[int]]], row_length: int) -> tuple[Tensor, Tensor, Tensor]:
+def supervised_rows(samples: Sequence[tuple[list[int], list[int]]], row_length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Lay samples end to end in rows: token ids, position ids and targets, int64 [rows, row_length].
 
     Positions restart at 0 with each sample, which tells transformers to keep attention inside it. Targets are the next
@@ -213,7 +213,7 @@ def supervise(policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, sett
         optimizer.param_groups[0]["lr"] = settings.lr * warmup * (1 - step / settings.num_steps)
         may_give_up = step >= settings.first_lesson * settings.num_steps
         samples = demonstrations(tokenizer, settings.batch_size, train_starts, may_give_up, generator)
-        token_ids, position_ids, targets = pack(samples, row_length=96)
+        token_ids, position_ids, targets = supervised_rows(samples, row_length=96)
         logits = policy(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -244,7 +244,7 @@ def sample_texts(
     return texts
 
 
-def is_correct(problem: Problem, text: str) -> bool:
+def answers_correctly(problem: Problem, text: str) -> bool:
     """Return whether the last box of the response holds the answer, up to spaces."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
     return bool(boxed) and boxed[-1].split() == (problem.answer or "").split()
@@ -299,7 +299,9 @@ def measure(
                 instruction=kind,
                 temperature=used_temperature,
                 num_samples=num_in_cell,
-                num_correct=sum(is_correct(problem, text) for problem, text in zip(problems, texts, strict=True)),
+                num_correct=sum(
+                    answers_correctly(problem, text) for problem, text in zip(problems, texts, strict=True)
+                ),
             )
             measurements.append(measurement)
     return measurements

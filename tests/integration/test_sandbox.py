@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_p2o.rewards.sandbox.namespaces import bubblewrap
-from megatron_p2o.rewards.sandbox.process import Ended, Family, Limits, SandboxedProcess, SandboxFailed
+from megatron_p2o.rewards.sandbox.process import Limits, ProcessEnd, ProcessTree, SandboxedProcess, SandboxFailed
 from megatron_p2o.rewards.sandbox.verdict import Sandbox, check_sandbox
 
 LIMITS = Limits(processor_s=1, memory_mib=256, scratch_mib=4, output_bytes=1 << 18, waiting_samples=4)
@@ -36,12 +36,12 @@ BOTH = pytest.mark.parametrize("has_namespaces", [NAMESPACES, pytest.param(False
 ONLY_NAMESPACES = pytest.mark.parametrize("has_namespaces", [NAMESPACES])
 
 
-def run(code: str, has_namespaces: bool, standard_input: bytes = b"", limits: Limits = LIMITS) -> Ended:
+def run(code: str, has_namespaces: bool, standard_input: bytes = b"", limits: Limits = LIMITS) -> ProcessEnd:
     with SandboxedProcess({"mode": "program", "code": code}, limits, has_namespaces) as process:
         return process.finish(standard_input)
 
 
-def last_error(ended: Ended) -> str:
+def last_error(ended: ProcessEnd) -> str:
     return ended.errors.decode().strip().rpartition("\n")[2]
 
 
@@ -317,10 +317,10 @@ def test_a_busy_process_does_not_wait_and_a_sleeping_one_does() -> None:
     with subprocess.Popen([sys.executable, "-c", "print(1, flush=True)\nwhile True: pass"], stdout=-1) as busy:
         assert busy.stdout is not None
         busy.stdout.readline()
-        assert not any(Family(busy.pid).is_waiting for _ in range(20))
+        assert not any(ProcessTree(busy.pid).is_waiting for _ in range(20))
         busy.kill()
     with subprocess.Popen(["sleep", "1000"]) as asleep:
-        while not Family(asleep.pid).is_waiting:
+        while not ProcessTree(asleep.pid).is_waiting:
             time.sleep(0.01)
         asleep.kill()
 

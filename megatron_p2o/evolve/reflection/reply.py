@@ -89,7 +89,7 @@ def instruction_in(text: str, parent_text: str) -> str:
     inline = INLINE_FENCE.fullmatch(whole)
     if inline:
         return inline[1].strip()
-    blocks = fenced_blocks(whole)
+    blocks = outermost_blocks(whole)
     if not blocks:
         if "```" in whole:
             raise ReflectionRefused("fence not closed")
@@ -145,7 +145,7 @@ class FencedBlock:
     """Whether the opening fence is three marks and nothing else, as any closing fence is."""
 
 
-def fenced_blocks(text: str) -> list[FencedBlock]:
+def outermost_blocks(text: str) -> list[FencedBlock]:
     """Return the outermost fenced blocks, in order.
 
     As in Markdown a fence is closed by one of its mark, of its length or longer, without a tag. Unlike there one with a

@@ -52,7 +52,7 @@ class JsonSchemaReward:
 
     def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
         try:
-            document = parsed(document_in(response))
+            document = parsed_json(document_in(response))
         except NotJson as error:
             return Grade(reward=0.0, reason="no JSON", feedback=f"The answer is not a JSON document: {error}.")
         fault = self._fault(document, problem)
@@ -92,7 +92,7 @@ def document_in(response: str) -> str:
     return blocks[-1][1] if blocks else said.strip()
 
 
-def parsed(text: str) -> Any:
+def parsed_json(text: str) -> Any:
     """Return a JSON document, read as strictly as RFC 8259 allows. Raises `NotJson`.
 
     Two members of one name, NaN and infinities, numbers out of the range of floating point and nesting beyond

@@ -75,7 +75,7 @@ class PythonReward:
             done.append(outcome)
             if not outcome.is_passed and not self._is_partial:
                 break
-        return grade_of(done, len(tests), self._is_partial)
+        return tests_grade(done, len(tests), self._is_partial)
 
     def _tests(self, problem: Problem) -> list[CodeTest]:
         """Return the tests of a problem's row. Raises `ValueError`."""
@@ -94,7 +94,7 @@ def code_in(response: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
-def grade_of(done: Sequence[TestOutcome], num_tests: int, is_partial: bool) -> Grade:
+def tests_grade(done: Sequence[TestOutcome], num_tests: int, is_partial: bool) -> Grade:
     """Return the share of the tests that are passed, or 0 without all; the feedback is on the first that is not."""
     failed = [(number, outcome) for number, outcome in enumerate(done, 1) if not outcome.is_passed]
     if not failed:

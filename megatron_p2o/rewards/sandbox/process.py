@@ -68,7 +68,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ended:
+class ProcessEnd:
     """How a process ended."""
 
     ending: Ending
@@ -157,7 +157,7 @@ class SandboxedProcess:
         os.close(self._ready)
         self._ready = -1
 
-    def finish(self, standard_input: bytes) -> Ended:
+    def finish(self, standard_input: bytes) -> ProcessEnd:
         """Return how a program ended that was given `standard_input`, and what it wrote. Raises `SandboxFailed`."""
         self._to_send = memoryview(bytes(self._to_send) + standard_input)
         self._is_last = True
@@ -165,7 +165,7 @@ class SandboxedProcess:
         self._run_until(lambda: False)
         return self._ended()
 
-    def start(self) -> "dict[str, Any] | Ended":
+    def start(self) -> "dict[str, Any] | ProcessEnd":
         """Return the first message of a process that speaks in lines, or how it ended. Raises `SandboxFailed`."""
         self.wait_until_ready()
         return self.receive()
@@ -177,7 +177,7 @@ class SandboxedProcess:
         if stdin is not None and not stdin.closed and stdin not in self._selector.get_map():
             self._selector.register(stdin, selectors.EVENT_WRITE)
 
-    def receive(self) -> "dict[str, Any] | Ended":
+    def receive(self) -> "dict[str, Any] | ProcessEnd":
         """Return the next line of JSON, {"error": ...} for what is none, or how the process ended."""
         self._run_until(lambda: b"\n" in self._buffer)
         line, newline, rest = bytes(self._buffer).partition(b"\n")
@@ -228,7 +228,7 @@ class SandboxedProcess:
 
     def _broken_limit(self) -> Ending | None:
         """Look at what the process and those below it do; return the limit that they have broken."""
-        family = Family(self._process.pid)
+        family = ProcessTree(self._process.pid)
         if family.processor_s > self._limits.processor_s + EVASION_S:
             return "processor_time"
         is_idle = not self._turn(0)  # what writes to a full pipe sleeps too
@@ -286,7 +286,7 @@ class SandboxedProcess:
         self._ending = ending
         self._process.kill()
 
-    def _ended(self) -> Ended:
+    def _ended(self) -> ProcessEnd:
         code = self._process.wait()
         status = 128 - code if code < 0 else code
         ending = self._ending
@@ -294,10 +294,10 @@ class SandboxedProcess:
             ending = "processor_time"
         elif ending == "exited" and status == KILLED:
             raise SandboxFailed("an answer's process was killed from outside: is there memory to spare?")
-        return Ended(ending=ending, status=status, output=bytes(self._buffer), errors=bytes(self._errors))
+        return ProcessEnd(ending=ending, status=status, output=bytes(self._buffer), errors=bytes(self._errors))
 
 
-class Family:
+class ProcessTree:
     """What a process and all below it do at a moment."""
 
     def __init__(self, process_id: int) -> None:

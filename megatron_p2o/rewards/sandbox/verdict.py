@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_p2o.rewards.sandbox.code_tests import CallTest, CodeTest, ProgramTest, PythonTest
 from megatron_p2o.rewards.sandbox.inside.values import decoded, encoded
-from megatron_p2o.rewards.sandbox.process import Ended, Limits, SandboxedProcess, SandboxFailed
+from megatron_p2o.rewards.sandbox.process import Limits, ProcessEnd, SandboxedProcess, SandboxFailed
 
 MAX_SHOWN_CHARACTERS = 300
 
@@ -65,54 +65,58 @@ def run_program(sandbox: Sandbox, code: str, test: ProgramTest) -> TestOutcome:
     """Return whether the program prints what it should; spaces at the ends of lines and blank lines last are free."""
     with sandbox.process({"mode": "program", "code": code}) as process:
         ended = process.finish(test.standard_input.encode(errors="replace"))
-    given = f"input {shown(test.standard_input)}"
+    given = f"input {shown_value(test.standard_input)}"
     if ended.ending != "exited" or ended.status != 0:
         return TestOutcome(is_passed=False, detail=f"{given}: {how(ended)}")
     output = ended.output.decode(errors="replace")
     if lines_of(output) == lines_of(test.output):
         return PASSED
-    return TestOutcome(is_passed=False, detail=f"{given}: got {shown(output)}, expected {shown(test.output)}")
+    return TestOutcome(
+        is_passed=False, detail=f"{given}: got {shown_value(output)}, expected {shown_value(test.output)}"
+    )
 
 
 def run_calls(sandbox: Sandbox, code: str, tests: Sequence[CallTest]) -> Iterator[TestOutcome]:
     """Yield an outcome per test. All calls are made in one process; when it ends, what is left has failed."""
     with sandbox.process({"mode": "functions", "code": code}) as process:
-        reply: dict[str, Any] | Ended = process.start()
-        if isinstance(reply, Ended) or "error" in reply:
+        reply: dict[str, Any] | ProcessEnd = process.start()
+        if isinstance(reply, ProcessEnd) or "error" in reply:
             yield from [TestOutcome(is_passed=False, detail=loading_fault(reply))] * len(tests)
             return
         for test in tests:
-            if not isinstance(reply, Ended):
+            if not isinstance(reply, ProcessEnd):
                 process.send(call_of(test))
                 reply = process.receive()
-            yield judged(reply, test)
+            yield call_outcome(reply, test)
 
 
 def call_of(test: CallTest) -> dict[str, Any]:
     return {"call": test.function, "args": encoded(test.arguments), "kwargs": encoded(test.keywords)}
 
 
-def judged(reply: "dict[str, Any] | Ended", test: CallTest) -> TestOutcome:
+def call_outcome(reply: "dict[str, Any] | ProcessEnd", test: CallTest) -> TestOutcome:
     given = ", ".join([*map(repr, test.arguments), *(f"{name}={value!r}" for name, value in test.keywords.items())])
     call = f"{test.function}({given[:MAX_SHOWN_CHARACTERS]})"
-    if isinstance(reply, Ended):
+    if isinstance(reply, ProcessEnd):
         return TestOutcome(is_passed=False, detail=f"{call}: {how(reply)}")
     if "value" not in reply:
-        return TestOutcome(is_passed=False, detail=f"{call}: {text_of(reply.get('error'))}")
+        return TestOutcome(is_passed=False, detail=f"{call}: {error_text(reply.get('error'))}")
     try:
         value = decoded(reply["value"])
     except (ValueError, RecursionError):
         return TestOutcome(is_passed=False, detail=f"{call}: no plain value")
-    if is_equal(value, test.expected) or is_equal([value], test.expected):
+    if is_json_equal(value, test.expected) or is_json_equal([value], test.expected):
         return PASSED
-    return TestOutcome(is_passed=False, detail=f"{call}: got {shown(value)}, expected {shown(test.expected)}")
+    return TestOutcome(
+        is_passed=False, detail=f"{call}: got {shown_value(value)}, expected {shown_value(test.expected)}"
+    )
 
 
 def run_python(sandbox: Sandbox, code: str, tests: Sequence[PythonTest]) -> Iterator[TestOutcome]:
     """Yield an outcome per test. The tests run in one process, the answer in another: its functions are called over."""
     with sandbox.process({"mode": "functions", "code": code}) as answer:
         loaded = answer.start()
-        if isinstance(loaded, Ended) or not isinstance(names := loaded.get("functions"), list):
+        if isinstance(loaded, ProcessEnd) or not isinstance(names := loaded.get("functions"), list):
             yield from [TestOutcome(is_passed=False, detail=loading_fault(loaded))] * len(tests)
             return
         functions = [name for name in names if isinstance(name, str) and name.isidentifier()]
@@ -121,12 +125,12 @@ def run_python(sandbox: Sandbox, code: str, tests: Sequence[PythonTest]) -> Iter
         with sandbox.process(request) as tester:
             message = tester.start()
             for _ in tests:
-                while not isinstance(message, Ended) and "call" in message:
+                while not isinstance(message, ProcessEnd) and "call" in message:
                     tester.send(reply_of(answer, message))
                     message = tester.receive()
-                if isinstance(message, Ended) or "outcome" not in message:
+                if isinstance(message, ProcessEnd) or "outcome" not in message:
                     raise ValueError(f"the tests themselves do not run: {how(message)}")
-                detail = text_of(message["outcome"])
+                detail = error_text(message["outcome"])
                 yield TestOutcome(is_passed=not detail, detail=detail)
                 message = tester.receive()
 
@@ -135,25 +139,25 @@ def reply_of(answer: SandboxedProcess, call: dict[str, Any]) -> dict[str, Any]:
     """Return the answer's reply to a call of the tests, checked: only plain values get to them."""
     answer.send(call)
     reply = answer.receive()
-    if isinstance(reply, Ended):
+    if isinstance(reply, ProcessEnd):
         return {"error": how(reply)}
     if "value" not in reply:
-        return {"error": text_of(reply.get("error"))}
+        return {"error": error_text(reply.get("error"))}
     try:
         return {"value": encoded(decoded(reply["value"]))}
     except (ValueError, TypeError, RecursionError):
         return {"error": "it returned no plain value"}
 
 
-def is_equal(value: Any, expected: Any) -> bool:
+def is_json_equal(value: Any, expected: Any) -> bool:
     """Return whether a value is what JSON expects: tuples are lists, keys of objects are texts, floats are near."""
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(value, list | tuple) and isinstance(expected, list):
-        return len(value) == len(expected) and all(map(is_equal, value, expected))
+        return len(value) == len(expected) and all(map(is_json_equal, value, expected))
     if isinstance(value, dict) and isinstance(expected, dict):
-        named = {key if isinstance(key, str) else shown(key): entry for key, entry in value.items()}
-        return named.keys() == expected.keys() and all(is_equal(named[key], expected[key]) for key in expected)
+        named = {key if isinstance(key, str) else shown_value(key): entry for key, entry in value.items()}
+        return named.keys() == expected.keys() and all(is_json_equal(named[key], expected[key]) for key in expected)
     if isinstance(value, float) or isinstance(expected, float):
         return is_near(value, expected)
     return bool(value == expected)
@@ -173,13 +177,13 @@ def lines_of(output: str) -> list[str]:
     return lines
 
 
-def loading_fault(reply: "dict[str, Any] | Ended") -> str:
-    return how(reply) if isinstance(reply, Ended) else f"the code does not load: {text_of(reply.get('error'))}"
+def loading_fault(reply: "dict[str, Any] | ProcessEnd") -> str:
+    return how(reply) if isinstance(reply, ProcessEnd) else f"the code does not load: {error_text(reply.get('error'))}"
 
 
-def how(end: "dict[str, Any] | Ended") -> str:
+def how(end: "dict[str, Any] | ProcessEnd") -> str:
     """Return how a process ended, for people and for reflection."""
-    if not isinstance(end, Ended):
+    if not isinstance(end, ProcessEnd):
         return f"no result: {end!r:.{MAX_SHOWN_CHARACTERS}}"
     if end.ending != "exited":
         causes = {"processor_time": "computes too long", "output": "prints too much", "waiting": "waits too long"}
@@ -188,11 +192,11 @@ def how(end: "dict[str, Any] | Ended") -> str:
     return f"it ended with status {end.status}" + (f" ({last})" if last else "")
 
 
-def text_of(value: Any) -> str:
+def error_text(value: Any) -> str:
     return value[: 4 * MAX_SHOWN_CHARACTERS] if isinstance(value, str) else "no reply"
 
 
-def shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python shows no number of thousands of digits

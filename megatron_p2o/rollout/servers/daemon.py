@@ -162,7 +162,7 @@ class NodeDaemon:
         return asyncio.get_running_loop().run_in_executor(self.pool, call)
 
 
-async def serve(config: Config, run_dir: Path, key: str, address: str) -> None:
+async def serve_node(config: Config, run_dir: Path, key: str, address: str) -> None:
     """Listen at a free port of `address`, print the URL, and go on until the process is ended."""
     limit = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limit) as session:

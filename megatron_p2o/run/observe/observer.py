@@ -13,7 +13,7 @@ from megatron_p2o.run.observe.alarms import Alarms, earlier_mismatches, warn_of_
 from megatron_p2o.run.observe.evaluations import BestSoFar, Evaluations, best_before
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.progress import Progress
-from megatron_p2o.run.observe.results import write_results
+from megatron_p2o.run.observe.results import write_run_results
 from megatron_p2o.run.observe.saving import Saver
 from megatron_p2o.run.observe.step_log import StepLog, is_due
 from megatron_p2o.run.parts import RunParts
@@ -93,7 +93,7 @@ class RunObserver:
         template = self._progress.best_template
         templated = self._evaluations.measure(state, template) if template is not PLAIN else {}
         self._saver.finish(self._best.take(state.step, plain))
-        write_results(self._files, self._config, self._progress, state.step, plain, templated)
+        write_run_results(self._files, self._config, self._progress, state.step, plain, templated)
 
     def way_back(self, is_newest_good: bool) -> str:
         """Return which checkpoint to go back to, and how; see `CheckpointSaver.way_back`."""

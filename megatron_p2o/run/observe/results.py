@@ -14,7 +14,7 @@ from megatron_p2o.run.observe.progress import Progress
 RESULTS_FILE = "results.json"
 
 
-def write_results(
+def write_run_results(
     files: RunFiles,
     config: Config,
     progress: Progress,

@@ -27,7 +27,7 @@ from megatron_p2o.report.examples import find_examples, shortened, spread
 from megatron_p2o.report.figures import by_epoch, over_rollouts
 from megatron_p2o.report.page import ASSETS, duration_text, write_report
 from megatron_p2o.report.runs import read_run
-from megatron_p2o.report.templates import Words, word_changes
+from megatron_p2o.report.templates import WordSpan, word_changes
 from megatron_p2o.rl.hard_samples import ledger_entry
 from megatron_p2o.types import PLAIN, Completion, Grade, Group, Problem, Prompt, Rollout, Template
 
@@ -359,7 +359,7 @@ def test_word_changes_mark_exactly_what_changed() -> None:
         ("dropped", "step."),
         ("added", "<b>."),
     ]
-    assert word_changes("Same.", "Same.") == [Words(kind="kept", text="Same.")]
+    assert word_changes("Same.", "Same.") == [WordSpan(kind="kept", text="Same.")]
     assert word_changes("", "") == []
 
 

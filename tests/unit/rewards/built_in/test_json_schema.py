@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.rewards.built_in.json_schema import MAX_DEPTH, NotJson, is_same, parsed
+from megatron_p2o.rewards.built_in.json_schema import MAX_DEPTH, NotJson, is_same, parsed_json
 from megatron_p2o.rewards.functions import RewardSpec, load_function
 from megatron_p2o.types import Grade, Problem
 
@@ -116,9 +116,9 @@ def test_bad_settings_are_refused_at_the_start(arguments: dict[str, Any], words:
 
 def test_nesting_up_to_the_limit_is_read() -> None:
     text = "[" * MAX_DEPTH + "]" * MAX_DEPTH
-    assert parsed(text) == json.loads(text)
+    assert parsed_json(text) == json.loads(text)
     with pytest.raises(NotJson):
-        parsed(f"[[{text}]]")
+        parsed_json(f"[[{text}]]")
 
 
 def test_true_is_not_one_and_order_does_not_count() -> None:

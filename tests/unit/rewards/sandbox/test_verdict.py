@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.rewards.sandbox.verdict import is_equal, lines_of, shown
+from megatron_p2o.rewards.sandbox.verdict import is_json_equal, lines_of, shown_value
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from megatron_p2o.rewards.sandbox.verdict import is_equal, lines_of, shown
     ],
 )
 def test_values_that_json_cannot_tell_apart_are_equal(value: Any, expected: Any) -> None:
-    assert is_equal(value, expected)
+    assert is_json_equal(value, expected)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_values_that_json_cannot_tell_apart_are_equal(value: Any, expected: Any)
     ],
 )
 def test_other_values_are_not(value: Any, expected: Any) -> None:
-    assert not is_equal(value, expected)
+    assert not is_json_equal(value, expected)
 
 
 def test_spaces_at_the_ends_of_lines_and_blank_lines_last_do_not_count() -> None:
@@ -58,5 +58,5 @@ def test_spaces_at_the_ends_of_lines_and_blank_lines_last_do_not_count() -> None
 
 
 def test_long_values_are_shown_in_part() -> None:
-    assert len(shown("x" * 10_000)) < 400
-    assert shown(10**5000) == "a number too long to show"
+    assert len(shown_value("x" * 10_000)) < 400
+    assert shown_value(10**5000) == "a number too long to show"
