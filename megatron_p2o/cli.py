@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_p2o import __version__
 from megatron_p2o.config.read import ConfigError, dump_config, load_config, missing_paths
 from megatron_p2o.config.tree import Config
 from megatron_p2o.errors import expected_message
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="p2o", description="Joint policy and prompt optimization (arXiv:2603.21877).")
+    parser.add_argument("--version", action="version", version=f"p2o {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train, or go on with a run that was interrupted")

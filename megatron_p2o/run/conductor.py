@@ -21,6 +21,7 @@ from megatron_p2o.run.observe.observer import RunObserver
 from megatron_p2o.run.parts import RunParts, StartEngines, start_parts
 from megatron_p2o.run_folder.checkpoints import LATEST_FILE, POLICY_FOLDER
 from megatron_p2o.run_folder.made_with import note_start
+from megatron_p2o.run_folder.results import finished_line
 from megatron_p2o.run_folder.state import StopRequest
 from megatron_p2o.terminal import say
 from megatron_p2o.types import Problem
@@ -51,7 +52,8 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
         files = open_files(config, run_dir, policy, beginning, num_steps, stack)
         note_start(run_dir, beginning.made_with, beginning.state.step, [asdict(each) for each in beginning.changes])
         observer = RunObserver(config, started, files, inputs.evaluation, beginning, stop)
-        train_and_save(config, beginning, batches_of, started, observer, stop)
+        ending = train_and_save(config, beginning, batches_of, started, observer, stop)
+    say(ending)
 
 
 def say_what_starts(config: Config, run_dir: Path, policy: MegatronPolicy, num_steps_per_epoch: int) -> None:
@@ -99,8 +101,8 @@ def train_and_save(
     started: RunParts,
     observer: RunObserver,
     stop: StopRequest,
-) -> None:
-    """Train from where the run begins, and save where it ends. Raises as `conduct`."""
+) -> str:
+    """Train from where the run begins, save where it ends, and return what to say of that. Raises as `conduct`."""
     if beginning.resumed is None:
         observer.on_start(beginning.state)
     begin_unfinished_round(beginning, started.parts.evolution)
@@ -114,5 +116,6 @@ def train_and_save(
     if stop.is_made():
         observer.on_stop(state)
         stop.clear()
-    else:
-        observer.on_end(state)
+        return f"stopped after step {state.step}, all is saved in {config.run.folder}: the same command goes on"
+    observer.on_end(state)
+    return finished_line(config.run.folder, state.step)

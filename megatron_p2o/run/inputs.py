@@ -63,6 +63,7 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
     notice = evolution_notice(config, num_steps)
     return [
         f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {schedule.epochs} epochs",
+        planned_work(config, num_steps),
         *(f"evaluation.{name}: {len(problems)} problems" for name, problems in inputs.evaluation.items()),
         f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens",
         f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",
@@ -110,6 +111,19 @@ def planned_steps(schedule: ScheduleConfig, num_steps_per_epoch: int) -> int:
     """Return how many steps the whole run has: at most, where dynamic sampling takes several batches for one."""
     num_steps = num_steps_per_epoch * schedule.epochs
     return num_steps if schedule.max_steps is None else min(num_steps, schedule.max_steps)
+
+
+def planned_work(config: Config, num_steps_per_epoch: int) -> str:
+    """Return how many steps and training rollouts the whole run has, as a line."""
+    schedule = config.schedule
+    num_steps = planned_steps(schedule, num_steps_per_epoch)
+    # Dynamic sampling asks further batches of the epoch for a step.
+    num_batches = min(num_steps * schedule.max_batches_per_step, num_steps_per_epoch * schedule.epochs)
+    num_rollouts = num_batches * schedule.problems_per_step * config.rollout.group_size
+    at_most = "at most " if schedule.max_batches_per_step > 1 else ""
+    is_cut = num_steps < num_steps_per_epoch * schedule.epochs
+    limit = f", where schedule.max_steps={schedule.max_steps} ends it" if is_cut else ""
+    return f"whole run: {at_most}{num_steps} steps{limit}, {at_most}{num_rollouts} training rollouts"
 
 
 def evolution_notice(config: Config, num_steps_per_epoch: int) -> str | None:

@@ -42,7 +42,7 @@ from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import check_arguments
 from megatron_p2o.run.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
-from megatron_p2o.run.resume import check_resume
+from megatron_p2o.run.resume import check_resume, finished
 from megatron_p2o.run_folder.lock import hold_run
 from megatron_p2o.terminal import say
 
@@ -77,10 +77,14 @@ def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = 
 
 def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arguments: Sequence[str]) -> int:
     """Run the ranks of this node to their end; see `launch`."""
+    trains, dated = not arguments, with_template_date(config, run_dir / "config.yaml")
+    if trains and (ending := finished(dated, run_dir)):  # asked on every node: none waits for another then
+        say(ending)
+        return 0
     if nodes.is_head:
         forget_errors(run_dir)  # before the settings, which the other nodes wait for
-        if not arguments:  # it trains: what a checkpoint cannot go on with must not become the run's settings
-            check_resume(with_template_date(config, run_dir / "config.yaml"), run_dir)
+        if trains:  # what a checkpoint cannot go on with must not become the run's settings
+            check_resume(dated, run_dir)
     resolved = share_settings(config, run_dir, nodes)
     prepare_environment(config)
     prepare_gpus(config.parallel)

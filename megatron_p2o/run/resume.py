@@ -15,6 +15,7 @@ from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, 
 from megatron_p2o.run.inputs import load_inputs
 from megatron_p2o.run_folder.checkpoints import pointed_name
 from megatron_p2o.run_folder.made_with import MadeWith, made_with, read_made_with
+from megatron_p2o.run_folder.results import finished_line, steps_of_results
 from megatron_p2o.run_folder.resume_effects import (
     CHAT_TEMPLATE,
     MAPPINGS,
@@ -126,6 +127,26 @@ def check_resume(config: Config, run_dir: Path) -> Resumption | None:
     if _may_ask_others(old, new):
         new = made_with(config, load_inputs(config).train)
     return resumption(old, new, state, checkpoint)
+
+
+def finished(config: Config, run_dir: Path) -> str:
+    """Return that a run has nothing left to do with these settings, and how to train on; "" where it has.
+
+    Something is left where steps are, where its results are not those of its last step, and where a setting or a file
+    has changed that results depend on. Starts nothing. Raises as `check_resume`.
+    """
+    num_steps = steps_of_results(run_dir)
+    how = check_resume(config, run_dir) if num_steps is not None else None
+    if how is None:
+        return ""
+    state = read_state(run_dir / "checkpoints" / pointed_name(run_dir / "checkpoints") / STATE_FILE)
+    schedule = config.schedule
+    is_at_limit = schedule.max_steps is not None and state.step >= schedule.max_steps
+    is_done = state.step == num_steps and (is_at_limit or state.epoch >= schedule.epochs)
+    if not is_done or any(change.when != WHEN["none"] for change in how.changes):
+        return ""
+    limit = f"schedule.max_steps={schedule.max_steps}" if is_at_limit else f"schedule.epochs={schedule.epochs}"
+    return f"{finished_line(run_dir, state.step)}; to train on: raise {limit}"
 
 
 def _may_ask_others(old: MadeWith, new: MadeWith) -> bool:

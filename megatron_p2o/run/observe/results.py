@@ -1,17 +1,14 @@
 """The file results.json: what came of a run."""
 
-import json
 from collections.abc import Mapping
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evaluation.outcome import Evaluation, evaluation_record
 from megatron_p2o.evolve.search.publish import rounds_path
-from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.jsonl import read_lines
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.progress import Progress
-
-RESULTS_FILE = "results.json"
+from megatron_p2o.run_folder.results import write_results_file
 
 
 def write_run_results(
@@ -42,4 +39,4 @@ def write_run_results(
         "num_rollouts_evolution": progress.num_rollouts_evolution,
         "wall_s": progress.wall_s,
     }
-    write_whole(files.run_dir / RESULTS_FILE, json.dumps(results, indent=1))
+    write_results_file(files.run_dir, results)

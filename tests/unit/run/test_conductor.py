@@ -15,6 +15,8 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.run.conductor import conduct
 from megatron_p2o.run.inputs import load_inputs
+from megatron_p2o.run.launch import launch
+from megatron_p2o.run.resume import finished
 from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, FakeReply
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import Completion, Prompt, SamplingParams
@@ -41,6 +43,7 @@ def config_of(tmp_path: Path, model: Path, *overrides: str) -> Config:
             *("schedule.problems_per_step=2", "schedule.problems_per_update=2", "schedule.epochs=2"),
             *("rollout.group_size=4", "rollout.max_new_tokens=100", "evolution.enabled=false"),
             *("grading.num_workers=1", "logging.console=false", "evaluation.at_start=false"),
+            "model.template_date=2026-01-02",
             *overrides,
         ],
     )
@@ -131,7 +134,42 @@ def test_a_run_trains_to_the_end_of_its_schedule_and_leaves_its_results(config: 
     assert (folder / "checkpoints" / "latest").read_text() == "step-000004"
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_stood(config: Config) -> None:
+def test_a_run_that_is_finished_says_so_at_once_and_starts_nothing(
+    config: Config, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = config.run.folder
+    assert finished(config, folder) == "", "it has not begun"
+    run(config, lambda stop_token_ids: Engines())
+    line = f"finished after 4 steps: results are in {folder}/results.json; to look at them: p2o report {folder}"
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert launch(config) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{line}; to train on: raise schedule.epochs=2"]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path in written} == written
+    assert not (folder / "config.yaml").exists(), "no rank was started"
+
+    def left(*overrides: str) -> str:
+        return finished(config_of(tmp_path, model, *overrides), folder)
+
+    assert left("logging.rollouts_every_steps=5").startswith("finished after 4 steps: ")
+    assert left("schedule.epochs=3") == "", "steps are left"
+    assert left("optimizer.lr=1e-7") == "", "its results would be others"
+    (folder / "results.json").write_text('{"num_steps": 3}')
+    assert left() == "", "those results are of an earlier end"
+    (folder / "results.json").unlink()
+    assert left() == "", "it ended before its results were written"
+
+
+def test_a_run_that_max_steps_ends_says_what_to_raise(tmp_path: Path, model: Path, config: Config) -> None:
+    limited = config_of(tmp_path, model, "schedule.max_steps=1")
+    run(limited, lambda stop_token_ids: Engines())
+    assert finished(limited, config.run.folder).endswith("; to train on: raise schedule.max_steps=1")
+    assert finished(config_of(tmp_path, model, "schedule.max_steps=2"), config.run.folder) == ""
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_stood(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = config.run.folder
 
     def stop_in_the_second_step(prompt: Prompt, index: int) -> FakeReply:
@@ -143,6 +181,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_stood(config: Co
     run(config, lambda stop_token_ids: first)
     assert (folder / "checkpoints" / "latest").read_text() == "step-000002"
     assert not (folder / "stop").exists() and not (folder / "results.json").exists()
+    said = f"stopped after step 2, all is saved in {folder}: the same command goes on"
+    assert capsys.readouterr().out.splitlines()[-1] == said
     run(config, lambda stop_token_ids: second)
     assert second.refreshes == [2, 3, 4]
     asked = [prompt.problem.id for engines in (first, second) for prompt in engines.prompts[::4]]

@@ -12,7 +12,7 @@ import yaml
 from megatron_p2o.cli import BAD_INPUT, main
 from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.metrics import sinks
-from megatron_p2o.run.inputs import check_hard_set, evolution_notice, missing_packages
+from megatron_p2o.run.inputs import check_hard_set, evolution_notice, missing_packages, planned_work
 from megatron_p2o.testing.fakes import fake_config
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
@@ -69,7 +69,9 @@ def said(settings_file: Path, capsys: pytest.CaptureFixture[str], **settings: ob
 def test_nothing_wrong_is_summed_up(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout, *lines = said(settings_file, capsys).splitlines()
     assert layout.startswith("layout: tensor 1 x pipeline 1 x context 1 x data ")
-    assert lines[:2] == ["train: 8 problems, 2 steps in each of 2 epochs", "evaluation.held: 8 problems"]
+    assert lines[0] == "train: 8 problems, 2 steps in each of 2 epochs"
+    assert lines.pop(1) == "whole run: 4 steps, 72 training rollouts"
+    assert lines[1] == "evaluation.held: 8 problems"
     # <|im_start|>user\n…<|im_end|>\n<|im_start|>assistant\n of one token a character, but for the special tokens.
     num_tokens = len("*user\n0+1*\n*assistant\n")
     assert lines[2] == f"first prompt: {num_tokens} tokens"
@@ -93,6 +95,25 @@ def test_a_problem_that_does_not_fit_beside_its_response_is_named(
 def test_a_response_that_fills_the_context_is_refused(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = "rollout.max_new_tokens=200 leaves no room for a prompt in the 200 positions"
     assert expected in said(settings_file, capsys, rollout__max_new_tokens=200)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule.max_steps": 3}, "3 steps, where schedule.max_steps=3 ends it, 72 training rollouts"),
+        ({"schedule.max_steps": 4}, "4 steps, 96 training rollouts"),
+        ({"rollout.group_size": 2, "schedule.max_steps": 9}, "4 steps, 24 training rollouts"),
+        ({"schedule.max_batches_per_step": 2}, "at most 4 steps, at most 96 training rollouts"),
+        (
+            {"schedule.max_batches_per_step": 2, "schedule.max_steps": 1},
+            "at most 1 steps, where schedule.max_steps=1 ends it, at most 48 training rollouts",
+        ),
+    ],
+)
+def test_the_whole_run_is_counted_with_the_limit_of_its_steps(settings: dict[str, int], expected: str) -> None:
+    schedule = {"schedule.problems_per_step": 3, "schedule.problems_per_update": 3, "schedule.epochs": 2}
+    config = fake_config({"rollout.group_size": 8, **schedule, **settings})
+    assert planned_work(config, num_steps_per_epoch=2) == f"whole run: {expected}"
 
 
 def test_an_epoch_that_never_has_enough_hard_problems_is_refused(
@@ -171,7 +192,7 @@ def test_a_folder_named_like_a_package_is_none(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    (sentence,) = sinks.missing_packages(LoggingConfig(wandb_project="p2o"))
+    (sentence,) = sinks.missing_sink_packages(LoggingConfig(wandb_project="p2o"))
     assert sentence.startswith("logging.wandb_project=p2o needs the package wandb")
     config = fake_config()
     assert missing_packages(replace(config, logging=LoggingConfig())) == []
