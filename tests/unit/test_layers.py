@@ -207,6 +207,19 @@ def test_a_folder_holds_at_most_a_dozen_files_and_the_top_ten_modules() -> None:
     assert counts[ROOT / "megatron_p2o"] <= 11, "ten, and __init__"
 
 
+def test_functions_and_files_stay_within_the_limits_that_contributing_names() -> None:
+    long_functions = {
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in source_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or node.lineno) - node.lineno >= 60
+        and ROOT / "kernels" not in path.parents
+    }
+    assert long_functions == set()
+    assert {path for path in source_files() if path.read_text(encoding="utf-8").count("\n") > 600} == set()
+
+
 def test_folder_of_the_kernels_is_no_package_of_that_name() -> None:
     # `kernels` is a package on PyPI that transformers imports: ours must never be found under that name.
     assert not (ROOT / "kernels" / "__init__.py").exists()

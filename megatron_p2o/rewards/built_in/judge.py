@@ -44,6 +44,13 @@ class NoVerdict(Exception):
     """A reply of the judge holds no verdict, or several; the message says which."""
 
 
+def _check_at_least(**limits: tuple[float, float]) -> None:
+    """Raise `ValueError` for an argument below its least value; each is given with it."""
+    for name, (value, least) in limits.items():
+        if isinstance(value, bool) or value < least:
+            raise ValueError(f"judge {name}={value!r} must be at least {least}")
+
+
 class JudgeReward:
     """The judge's score as a reward in [0, 1]. Asynchronous: a worker asks about many responses at a time."""
 
@@ -89,13 +96,7 @@ class JudgeReward:
         self._rubric = rubric_text(rubric, rubric_file)
         self._extract = checked_extract(extract, "judge")
         self._shows_answer = shows_answer
-        for name, value, least in (
-            ("scale", scale, 1),
-            ("max_retries", max_retries, 0),
-            ("timeout_s", timeout_s, 1e-3),
-        ):
-            if isinstance(value, bool) or value < least:
-                raise ValueError(f"judge {name}={value!r} must be at least {least}")
+        _check_at_least(scale=(scale, 1), max_retries=(max_retries, 0), timeout_s=(timeout_s, 1e-3))
         self._scale = scale
         self._request = {"temperature": temperature, "max_tokens": max_tokens, "extra_body": dict(extra_body or {})}
         self._endpoint = Endpoint(
