@@ -30,7 +30,7 @@ class StepResult:
     """What one step did."""
 
     groups: list[Group]
-    """All that were sampled, trained on or not."""
+    """All that were sampled, trained on or not, with the credit of their grades: without what `rl.shaping` takes."""
     hard: list[Problem]
     reports: list[UpdateReport]
     """One per optimizer step."""
@@ -93,7 +93,9 @@ def p2o_step(
     parts.engines.release_memory()
 
     # Distil: the gradient is taken on (x, y), whatever template y was sampled with.
-    reports = update(most_informative(groups, len(problems)), parts.policy, config)
+    learnt = most_informative(groups, len(problems))
+    rates = [ledger.plain_success_rate(group.problem.id) for group in learnt]
+    reports = update(learnt, rates, parts.policy, config)
 
     parts.engines.refresh(parts.policy.weights(), version=state.step + 1)
     return StepResult(groups=groups, hard=hard, reports=reports, num_batches=num_batches)

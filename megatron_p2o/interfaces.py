@@ -51,6 +51,10 @@ class Policy(Protocol):
         """Return log pi(response | context_ids) at the sampling temperature, [R] each, without gradient."""
         ...
 
+    def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        """Return the same of the initial policy. Only where `objective.kl_coefficient` is above 0."""
+        ...
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the current weights under Hugging Face names. Must be consumed to the end.
 

@@ -261,6 +261,8 @@ class TrainSample:
     """[R] what the engine said, where `sampling_logprobs` are the trainer's own (`scoring.recompute`)."""
     loss_weights: Logprobs | None = None
     """[R] factors on the tokens' losses; None: 1 each."""
+    reference_logprobs: Logprobs | None = None
+    """[R] log-probs of the initial policy under `context_ids`, where the objective has a KL term in the loss."""
 
     @property
     def num_tokens(self) -> int:
@@ -302,6 +304,8 @@ class PackedBatch:
     """int64 index of the sample (in the list that was packed) each position belongs to."""
     engine_logprobs_T: "Tensor | None"
     """float32 where `sampling_logprobs_T` are the trainer's own, else None."""
+    reference_logprobs_T: "Tensor | None" = None
+    """float32 log-probs of the initial policy, where the samples have them."""
 
 
 Number = TypeVar("Number", float, "Tensor")
@@ -348,6 +352,10 @@ class TokenStats(Generic[Number]):
     mismatch_kl_sum: Number
     """r - 1 - log r, which estimates KL(engine || trainer) in nats: unbiased, since the engine sampled the tokens, and
     never negative (John Schulman's k3, http://joschu.net/blog/kl-approx.html)."""
+    reference_tokens: Number
+    """Tokens compared with the initial policy: those with a KL term, in the loss or in the reward."""
+    reference_kl_sum: Number
+    """The same estimate of KL(policy || initial policy), nats, whatever `objective.kl_estimator` is."""
     weighted_tokens: Number
     """Tokens with an advantage and a truncated importance weight (`scoring.importance_cap`)."""
     capped_tokens: Number

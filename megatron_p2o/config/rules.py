@@ -47,7 +47,19 @@ def _sampling_rules(config: Config) -> list[Rule]:
 
 
 def _objective_rules(config: Config) -> list[Rule]:
+    overlong_tokens, max_new_tokens = config.advantage.overlong_tokens, config.rollout.max_new_tokens
     return [
+        (
+            config.objective.kl_coefficient == 0
+            or config.objective.kl_as == "reward"
+            or config.objective.kl_estimator != "k1",
+            "objective.kl_estimator=k1 in the loss has the gradient of the log-prob alone, whatever the initial policy "
+            "is: set objective.kl_estimator to k2 or k3, or objective.kl_as to reward",
+        ),
+        (
+            overlong_tokens is None or overlong_tokens <= max_new_tokens,
+            f"advantage.overlong_tokens={overlong_tokens} must be at most rollout.max_new_tokens={max_new_tokens}",
+        ),
         (
             config.scoring.importance_cap is None or config.scoring.recompute,
             f"scoring.importance_cap={config.scoring.importance_cap} needs scoring.recompute=true: the trainer has no "

@@ -80,6 +80,10 @@ class TimedPolicy:
         with self._clock.measure("logprobs"):
             return self._policy.logprobs(samples)
 
+    def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        with self._clock.measure("logprobs"):
+            return self._policy.reference_logprobs(samples)
+
 
 class TimedEngines:
     """An engine whose generation counts as `rollout`, and whose change to new weights as `refresh`."""

@@ -11,6 +11,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     train/ratio_mask_kept_share         response tokens of templated rollouts with an advantage
     train/clipped_share                 tokens that keep a weight after the context ratio
     train/*_mean                        tokens that went through the LM head
+    train/reference_kl_mean             tokens with a KL term: KL(policy || initial policy) in nats by k3
     train/empty_updates_count           updates without a gradient: the rollouts of every group had one outcome
     train/non_finite_updates_count      updates that were skipped because their gradient was not finite
     memory/<phase>_peak_bytes           of the conducting rank: tensors on its GPU; without one, resident memory
@@ -95,6 +96,7 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
         "train/ratio_mask_kept_share": Mean(total.templated_kept_tokens, total.templated_tokens),
         "train/clipped_share": Mean(total.clipped_tokens, total.kept_tokens),
         "train/ratio_mean": Mean(total.ratio_sum, total.live_tokens),
+        "train/reference_kl_mean": Mean(total.reference_kl_sum, total.reference_tokens),
         "mismatch/logprob_abs_mean": Mean(total.mismatch_abs_sum, total.mismatch_tokens),
         "mismatch/ratio_mean": Mean(total.mismatch_ratio_sum, total.mismatch_tokens),
         "mismatch/kl_mean": Mean(total.mismatch_kl_sum, total.mismatch_tokens),

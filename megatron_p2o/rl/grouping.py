@@ -15,7 +15,10 @@ Item = TypeVar("Item")
 
 
 def make_groups(
-    siblings: Sequence[Sequence[Rollout]], advantage: AdvantageConfig, plain_success_rates: Sequence[float]
+    siblings: Sequence[Sequence[Rollout]],
+    advantage: AdvantageConfig,
+    plain_success_rates: Sequence[float],
+    penalties: Sequence[Sequence[float]] | None = None,
 ) -> list[Group]:
     """Return each problem's rollouts with their advantages; an undecided one has none and shapes no baseline.
 
@@ -24,6 +27,7 @@ def make_groups(
     Args:
         siblings: the rollouts of each problem, at least one.
         plain_success_rates: of each problem; anchors templated groups when `advantage.baseline` is "plain_anchored".
+        penalties: of each rollout, taken from its reward; None: none.
     """
     rollouts = [rollout for group in siblings for rollout in group]
     anchors = [
@@ -31,9 +35,13 @@ def make_groups(
         for group, rate in zip(siblings, plain_success_rates, strict=True)
         for _ in group
     ]
+    rewards = [rollout.grade.reward or 0.0 for rollout in rollouts]
+    if penalties is not None:
+        taken = [penalty for group in penalties for penalty in group]
+        rewards = [reward - penalty for reward, penalty in zip(rewards, taken, strict=True)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     advantages = grouped_advantage(
-        torch.tensor([rollout.grade.reward or 0.0 for rollout in rollouts], dtype=torch.float32, device=device),
+        torch.tensor(rewards, dtype=torch.float32, device=device),
         torch.tensor([number for number, group in enumerate(siblings) for _ in group], device=device),
         torch.tensor([rollout.is_decided for rollout in rollouts], device=device),
         estimator=advantage.estimator,
@@ -62,13 +70,18 @@ def _anchor(group: Sequence[Rollout], plain_success_rate: float, advantage: Adva
             assert_never(advantage.baseline)
 
 
+def has_sample(rollout: Rollout) -> bool:
+    """Whether a rollout can be trained on: it has a verdict and a response."""
+    return rollout.is_decided and len(rollout.completion.token_ids) > 0
+
+
 def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[TrainSample]:
     """Return every decided rollout that has a response as a sample on the prompt the gradient is taken on."""
     samples: list[TrainSample] = []
     for group in groups:
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
             completion = rollout.completion
-            if not rollout.is_decided or len(completion.token_ids) == 0:
+            if not has_sample(rollout) or (objective.drop_truncated and completion.finish_reason == "length"):
                 continue
             prompt = completion.prompt
             if objective.drop_failed_templated and prompt.is_templated and rollout.reward == 0:

@@ -114,7 +114,14 @@ def loss_rule(objective: ObjectiveConfig) -> LossRule:
         ratio_high=objective.ratio_high,
         ratio_form=objective.ratio_form,
         entropy_coefficient=objective.entropy_coefficient,
+        kl_coefficient=objective.kl_coefficient if has_kl_loss(objective) else 0.0,
+        kl_estimator="k2" if objective.kl_estimator == "k2" else "k3",
     )
+
+
+def has_kl_loss(objective: ObjectiveConfig) -> bool:
+    """Whether the tokens' losses have a KL term, and the samples need the initial policy's log-probs."""
+    return objective.kl_coefficient > 0 and objective.kl_as == "loss"
 
 
 def has_loss(sample: TrainSample, objective: ObjectiveConfig) -> bool:
@@ -163,6 +170,8 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss, *, acts_without_advanta
     trainer_T, engine_T, is_compared_T = _on_one_prompt(batch, outcome, carries_T)
     difference_T = torch.where(is_compared_T, trainer_T - engine_T, torch.zeros_like(trainer_T))
     zero_T = torch.zeros_like(outcome.ratio_T)
+    reference_T = outcome.logprobs_T if batch.reference_logprobs_T is None else batch.reference_logprobs_T
+    is_referred_T = live_T & (batch.reference_logprobs_T is not None)
     bounded_T = difference_T.clamp(-MAX_MISMATCH_LOG_RATIO, MAX_MISMATCH_LOG_RATIO)
     return replace(
         zero_stats(outcome.loss.device),
@@ -179,9 +188,17 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss, *, acts_without_advanta
         mismatch_abs_sum=_sum(difference_T.abs()),
         mismatch_abs_max=difference_T.abs().max().detach().double(),
         mismatch_ratio_sum=_sum(torch.where(is_compared_T, bounded_T.exp(), zero_T)),
-        # A small difference would leave nothing of its square in float32.
-        mismatch_kl_sum=_sum(bounded_T.double().expm1() - difference_T.double()),
+        mismatch_kl_sum=_k3_sum(difference_T),
+        reference_tokens=_sum(is_referred_T),
+        reference_kl_sum=_k3_sum(torch.where(is_referred_T, reference_T - outcome.logprobs_T, zero_T)),
     )
+
+
+def _k3_sum(difference_T: Tensor) -> Tensor:
+    """Return the sum of exp(d) - 1 - d; in float64, where a small difference leaves something of its square."""
+    difference_T = difference_T.detach().double()
+    bounded_T = difference_T.clamp(-MAX_MISMATCH_LOG_RATIO, MAX_MISMATCH_LOG_RATIO)
+    return (bounded_T.expm1() - difference_T).sum()
 
 
 def _sum(values_T: Tensor) -> Tensor:
@@ -225,7 +242,19 @@ def with_mismatch(
         mismatch_abs_sum=float(np.abs(difference).sum()),
         mismatch_abs_max=float(np.abs(difference).max()),
         mismatch_ratio_sum=float(np.exp(bounded).sum()),
-        mismatch_kl_sum=float((np.expm1(bounded) - difference).sum()),
+        mismatch_kl_sum=float(_k3_sum(torch.as_tensor(difference))),
+    )
+
+
+def with_reference_kl(
+    stats: TokenStats[float], policy: Sequence[Logprobs], reference: Sequence[Logprobs]
+) -> TokenStats[float]:
+    """Return `stats` with the `reference_*` of log-probs under one prompt, [R] each."""
+    differences = [ours.astype(np.float64) - row for ours, row in zip(reference, policy, strict=True)]
+    return replace(
+        stats,
+        reference_tokens=float(sum(map(len, differences))),
+        reference_kl_sum=float(sum(float(_k3_sum(torch.as_tensor(row))) for row in differences)),
     )
 
 

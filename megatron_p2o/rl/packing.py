@@ -37,7 +37,10 @@ def pack(
         rows = [np.pad(row, (start, 0)) for start, row in zip(starts, values, strict=True)]
         return torch.from_numpy(padded(rows).astype(np.float32)).to(device)
 
-    engine = [sample.engine_logprobs for sample in samples if sample.engine_logprobs is not None]
+    def on_all_responses(values: Sequence[Logprobs | None]) -> torch.Tensor | None:
+        given = [row for row in values if row is not None]
+        return on_responses(given) if len(given) == len(samples) else None
+
     ones = [np.ones(len(sample.response_ids), np.float32) for sample in samples]
     mask_T = on_responses(ones)
     sample_index_T = np.repeat(np.arange(len(samples)), lengths)
@@ -57,7 +60,8 @@ def pack(
         is_templated_T=torch.from_numpy(np.array([s.is_templated for s in samples])[sample_index_T]).to(device),
         old_logprobs_T=None if old_logprobs is None else on_responses(old_logprobs),
         sample_index_T=_int64(sample_index_T, device),
-        engine_logprobs_T=on_responses(engine) if len(engine) == len(samples) else None,
+        engine_logprobs_T=on_all_responses([sample.engine_logprobs for sample in samples]),
+        reference_logprobs_T=on_all_responses([sample.reference_logprobs for sample in samples]),
     )
 
 
@@ -82,7 +86,10 @@ def ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     """Return the part of a batch, packed in multiples of 2 * `size`, that a context-parallel rank computes."""
     positions = context_positions(batch.cu_seqlens, rank, size)
-    old_T, engine_T = batch.old_logprobs_T, batch.engine_logprobs_T
+
+    def of_part(values_T: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values_T is None else values_T[positions]
+
     return replace(
         batch,
         token_ids_T=batch.token_ids_T[positions],
@@ -93,9 +100,10 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
         advantages_T=batch.advantages_T[positions],
         sampling_logprobs_T=batch.sampling_logprobs_T[positions],
         is_templated_T=batch.is_templated_T[positions],
-        old_logprobs_T=None if old_T is None else old_T[positions],
+        old_logprobs_T=of_part(batch.old_logprobs_T),
         sample_index_T=batch.sample_index_T[positions],
-        engine_logprobs_T=None if engine_T is None else engine_T[positions],
+        engine_logprobs_T=of_part(batch.engine_logprobs_T),
+        reference_logprobs_T=of_part(batch.reference_logprobs_T),
     )
 
 

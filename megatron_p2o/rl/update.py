@@ -8,33 +8,47 @@ from megatron_p2o.interfaces import Policy
 from megatron_p2o.rl.grouping import chunks, train_samples
 from megatron_p2o.rl.objective import (
     compares_with_sampling,
+    has_kl_loss,
     has_loss,
     with_caps,
     with_length_weights,
     with_mismatch,
     with_trainer_logprobs,
 )
+from megatron_p2o.rl.shaping import shaped
 from megatron_p2o.types import Group, Logprobs, TrainSample, UpdateReport
 
 NUM_PROBED = 4
 """Samples that stand for a step whose groups all agree: it has no training pass that would show a mismatch."""
 
 
-def update(groups: Sequence[Group], policy: Policy, config: Config) -> list[UpdateReport]:
-    """Take one optimizer step per mini-batch of groups, all against the policy that sampled them."""
+def update(
+    groups: Sequence[Group], plain_success_rates: Sequence[float], policy: Policy, config: Config
+) -> list[UpdateReport]:
+    """Take one optimizer step per mini-batch of groups, all against the policy that sampled them.
+
+    `plain_success_rates`: of each group's problem, for the baseline of shaped rewards.
+    """
+    groups, measured = shaped(groups, plain_success_rates, policy, config)
     parts = chunks(groups, config.schedule.problems_per_update)
     minibatches = [train_samples(part, config.objective) for part in parts]
     live = [
         length_weighted(scored(carrying_gradient(samples, config), part, policy, config), samples, config)
         for samples, part in zip(minibatches, parts, strict=True)
     ]
+    live = with_references(live, policy, config)
     # The first update's own forward pass gives its old log-probs; later ones need theirs before the policy moves.
     old_logprobs = [None, *(old_logprobs_of(samples, policy, config) for samples in live[1:])]
     reports = [
         updated(policy, samples, old, minibatch, config)
         for samples, old, minibatch in zip(live, old_logprobs, minibatches, strict=True)
     ]
-    return reports if any(live) else [with_probe(reports[0], minibatches[0], policy), *reports[1:]]
+    if not any(live):
+        reports[0] = with_probe(reports[0], minibatches[0], policy)
+    if measured.reference_tokens:
+        tokens = {"reference_tokens": measured.reference_tokens, "reference_kl_sum": measured.reference_kl_sum}
+        reports[0] = replace(reports[0], tokens=replace(reports[0].tokens, **tokens))
+    return reports
 
 
 def updated(
@@ -54,6 +68,16 @@ def with_probe(report: UpdateReport, samples: Sequence[TrainSample], policy: Pol
     probe = [sample for sample in samples if not sample.is_templated][:NUM_PROBED]
     engine = [sample.sampling_logprobs for sample in probe]
     return replace(report, tokens=with_mismatch(report.tokens, policy.logprobs(probe) if probe else [], engine))
+
+
+def with_references(
+    minibatches: Sequence[Sequence[TrainSample]], policy: Policy, config: Config
+) -> Sequence[Sequence[TrainSample]]:
+    """Return the samples with the initial policy's log-probs, if the loss has a KL term; one pass for all of them."""
+    if not has_kl_loss(config.objective):
+        return minibatches
+    rows = iter(policy.reference_logprobs([sample for minibatch in minibatches for sample in minibatch]))
+    return [[replace(sample, reference_logprobs=next(rows)) for sample in minibatch] for minibatch in minibatches]
 
 
 def carrying_gradient(samples: Sequence[TrainSample], config: Config) -> list[TrainSample]:

@@ -50,7 +50,8 @@ END_OF_SEQUENCE = 0
 """Token that ends a fake completion; every other token is the code point of a character."""
 
 CallLog = list[str]
-"""Names of the calls in the order they were made: generate, release, update, logprobs, weights, refresh, evolve."""
+"""Names of the calls in the order they were made: generate, release, update, logprobs, reference_logprobs, weights,
+refresh, evolve."""
 
 
 def fake_token_ids(text: str) -> TokenIds:
@@ -187,6 +188,10 @@ class FakePolicy:
         self.journal.append("logprobs")
         self.asked_logprobs.append(tuple(samples))
         return [fake_logprobs(sample.context_ids, sample.response_ids, self.num_updates) for sample in samples]
+
+    def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        self.journal.append("reference_logprobs")
+        return [fake_logprobs(sample.context_ids, sample.response_ids) for sample in samples]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "num_updates", torch.tensor(self.num_updates)

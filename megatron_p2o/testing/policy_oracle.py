@@ -123,6 +123,11 @@ class PolicyOracle:
             old_R = logprobs_R.detach() if old_logprobs is None else torch.from_numpy(old_logprobs[index])
             losses_R, weights_R = token_losses(logprobs_R, old_R, sample, objective)
             losses_R = losses_R - objective.entropy_coefficient * entropies_R
+            if sample.reference_logprobs is not None:
+                difference_R = torch.from_numpy(sample.reference_logprobs) - logprobs_R
+                k3_R = difference_R.exp() - 1 - difference_R
+                estimate_R = k3_R if objective.kl_estimator == "k3" else difference_R.square() / 2
+                losses_R = losses_R + objective.kl_coefficient * estimate_R
             total = total + (losses_R * weights_R).sum()
             num_kept += float((weights_R != 0).sum())
         loss = total / (num_kept if objective.normalization == "kept_token_mean" else num_loss_tokens)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_p2o.config.tree import Config, ObjectiveConfig, OptimizerConfig, ParallelConfig
-from megatron_p2o.policy.training.ranks import build_policy
+from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.rl.objective import with_length_weights
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
@@ -80,6 +80,14 @@ def samples_of(config: Config) -> list[TrainSample]:
     return with_length_weights(SAMPLES, SAMPLES, config.objective, max_new_tokens=40)
 
 
+def with_references(policy: MegatronPolicy, samples: list[TrainSample], config: Config) -> list[TrainSample]:
+    """Return the samples with the initial policy's log-probs where there is a KL term, whatever has moved since."""
+    if config.objective.kl_coefficient == 0:
+        return samples
+    rows = policy.reference_logprobs(samples)
+    return [replace(sample, reference_logprobs=row) for sample, row in zip(samples, rows, strict=True)]
+
+
 def train_each(configs: Sequence[Config]) -> list[dict[str, Any]]:
     """Return, for each configuration in turn, what two updates give; the second against old log-probs."""
     results: list[dict[str, Any]] = []
@@ -91,7 +99,8 @@ def train_each(configs: Sequence[Config]) -> list[dict[str, Any]]:
         order = np.random.default_rng(number).permutation(len(SAMPLES))
         samples = [samples_of(config)[index] for index in order]
         before = policy.logprobs(samples)
-        reports = [policy.update(samples, None, 120), policy.update(samples, before, 120)]
+        reports = [policy.update(with_references(policy, samples, config), None, 120)]
+        reports.append(policy.update(with_references(policy, samples, config), before, 120))
         results.append(
             {
                 "losses": [report.loss for report in reports],
@@ -129,7 +138,7 @@ OBJECTIVES = {
     "gspo": ObjectiveConfig(surrogate="gspo", normalization="sequence_mean", clip_low=0.01, clip_high=0.01),
     "gspo, importance": ObjectiveConfig(surrogate="gspo", context="importance", clip_low=0.9, clip_high=9.0),
     "cispo": ObjectiveConfig(surrogate="cispo", normalization="sequence_sum", clip_low=1.0, clip_high=0.1),
-    "entropy": ObjectiveConfig(entropy_coefficient=0.05, context="replace"),
+    "entropy and KL": ObjectiveConfig(entropy_coefficient=0.05, kl_coefficient=0.5, context="replace"),
 }
 LAYOUTS: dict[int, dict[str, Case]] = {
     1: {"a micro-batch per sample": CASES[1]["a micro-batch per sample"]},
@@ -168,4 +177,5 @@ def test_no_objective_depends_on_the_layout(
         assert result["tokens"] == pytest.approx(expected["tokens"], rel=1e-5, abs=1e-5), label
         for weight, tensor in expected["weights"].items():
             np.testing.assert_allclose(result["weights"][weight], tensor, atol=1e-5, err_msg=f"{label}: {weight}")
+    assert expected_of["entropy and KL"]["tokens"]["reference_kl_sum"] > 0.01
     assert 0 < expected_of["gspo"]["tokens"]["clipped_tokens"] < sum(len(each.response_ids) for each in SAMPLES)

@@ -216,6 +216,38 @@ def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_fa
         assert report.tokens.capped_tokens == sum(int((row > 2.0).sum()) for row in rows)
 
 
+def test_a_kl_term_in_the_loss_keeps_every_rollout_and_asks_the_initial_policy_once() -> None:
+    agree = {"objective.kl_coefficient": 0.1, "objective.normalization": "sequence_mean"}
+    step = run_step(solved_by({PROBLEMS[0].id: range(4)}), agree, step=2)
+    assert step.journal.count("reference_logprobs") == 1
+    assert step.journal.index("reference_logprobs") < step.journal.index("update")
+    for call in step.policy.updates:
+        assert len(call.samples) == 8, "groups whose rollouts all agree take part"
+        for sample in call.samples:
+            expected = fake_logprobs(sample.context_ids, sample.response_ids, 0)
+            np.testing.assert_array_equal(sample.reference_logprobs, expected)
+            share = call.num_loss_tokens / (8 * len(sample.response_ids))
+            np.testing.assert_allclose(sample.loss_weights, share, rtol=1e-6)
+
+
+def test_a_kl_term_in_the_reward_changes_the_credit_and_no_grade() -> None:
+    settings = {"objective.kl_coefficient": 0.1, "objective.kl_as": "reward", "objective.kl_estimator": "k1"}
+    plain, shaped = run_step(step=2), run_step(settings=settings, step=2)
+    seen = [
+        [
+            (rollout.grade, advantage)
+            for group in step.result.groups
+            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        ]
+        for step in (plain, shaped)
+    ]
+    assert seen[0] == seen[1]
+    credit = [[sample.advantage for call in step.policy.updates for sample in call.samples] for step in (plain, shaped)]
+    assert credit[0] != credit[1][: len(credit[0])]
+    assert all(sample.reference_logprobs is None for call in shaped.policy.updates for sample in call.samples)
+    assert shaped.result.reports[0].tokens.reference_tokens > 0 == shaped.result.reports[1].tokens.reference_tokens
+
+
 def test_engines_serve_the_updated_weights_under_the_next_version() -> None:
     step = run_step(step=7)
     assert step.engines.refreshes == [8] and step.engines.version == 8

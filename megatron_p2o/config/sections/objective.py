@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_p2o.config.ranges import NonNegativeFloat, Range
+from megatron_p2o.config.ranges import NonNegativeFloat, PositiveInt, Range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +16,10 @@ class AdvantageConfig:
     baseline: Literal["group", "plain_anchored"] = "group"
     """Rewards that a templated group is compared with. `group`: its own. `plain_anchored`: it is joined by as many
     virtual rollouts as it has, at the ledger's running estimate of the problem's plain success rate."""
+    overlong_tokens: PositiveInt | None = None
+    """Last tokens before `rollout.max_new_tokens` over which the reward falls in a straight line by 1 in all (DAPO's
+    soft overlong punishment, arXiv:2503.14476, eq. 13). Grades, ledger and metrics see the reward without it. None: it
+    does not fall."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +56,24 @@ class ObjectiveConfig:
     of each micro-batch, as the authors; the result then depends on packing, for comparison only."""
     entropy_coefficient: NonNegativeFloat = 0.0
     """Factor of the mean entropy, in nats per token, that is taken from the loss (arXiv:1602.01783)."""
+    kl_coefficient: NonNegativeFloat = 0.0
+    """Factor of the KL divergence from the initial policy, estimated under the prompt of the gradient. Above 0 each
+    rank keeps its part of the weights of `model.path`, as it is when the run starts or resumes, in host memory; they
+    change places with the policy's for a forward pass per step."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimate of the divergence from one token, d being log-prob of the initial policy minus the policy's
+    (http://joschu.net/blog/kl-approx.html). `k1`: -d. `k2`: d^2 / 2. `k3`: exp(d) - 1 - d (GRPO's)."""
+    kl_as: Literal["loss", "reward"] = "loss"
+    """Place of the KL term. `loss`: added to each token's loss (GRPO; `k2` and `k3`). `reward`: summed over a response
+    and taken from its reward before the advantage (arXiv:2009.01325; `k1` is unbiased there, arXiv:2510.01555)."""
     drop_zero_advantage: bool = True
     """Whether rollouts without gradient stay out of the forward pass, which saves time. They always take part where an
     entropy or KL term acts on them."""
     drop_failed_templated: bool = False
     """Whether failed templated rollouts get no gradient. They shape the baseline either way."""
+    drop_truncated: bool = False
+    """Whether rollouts that `rollout.max_new_tokens` cut off get no gradient (DAPO's overlong filtering,
+    arXiv:2503.14476). They shape the baseline either way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

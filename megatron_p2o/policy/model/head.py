@@ -109,6 +109,7 @@ def _loss(hidden_TD: Tensor, weight: Tensor, task: HeadTask, placed: Mapping[str
         old_logprobs_T=batch.old_logprobs_T,
         sampling_logprobs_T=batch.sampling_logprobs_T,
         is_templated_T=batch.is_templated_T,
+        reference_logprobs_T=batch.reference_logprobs_T,
         sequence_T=batch.sample_index_T,
         num_sequences=len(batch.cu_seqlens) - 1,
         sequence_group=context if context.size() > 1 else None,

@@ -35,6 +35,7 @@ FILLER = TrainSample(
     sampling_logprobs=np.zeros(1, np.float32),
     is_templated=False,
     loss_weights=np.zeros(1, np.float32),
+    reference_logprobs=np.zeros(1, np.float32),
 )
 """Stands in where a data-parallel rank has too few samples but takes part in the collectives; counts for nothing."""
 

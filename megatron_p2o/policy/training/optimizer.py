@@ -1,7 +1,8 @@
 """Megatron's optimizer and schedule as this trainer uses them: AdamW, warm-up and decay, guarded steps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,18 @@ class Optimization:
         for module in self.modules:
             if module.ddp_config.overlap_param_gather:
                 module.start_param_sync(force_sync=True)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Make the weights whole, and have no forward pass inside gather them again: they may be others. Collective."""
+        overlapped = [module for module in self.modules if module.ddp_config.overlap_param_gather]
+        for module in overlapped:
+            module.disable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for module in overlapped:
+                module.enable_forward_pre_hook()
 
     def skip(self) -> None:
         """Advance the schedule without a step."""

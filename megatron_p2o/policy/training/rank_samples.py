@@ -70,10 +70,11 @@ def check_samples(samples: Sequence[TrainSample], old_logprobs: Sequence[Logprob
         if len(sample.context_ids) < 1 or len(sample.response_ids) < 1:
             raise ValueError(f"samples[{index}] has an empty context or response: both need at least one token")
         rows = [sample.sampling_logprobs, *([] if old_logprobs is None else [old_logprobs[index]])]
+        rows += [] if sample.reference_logprobs is None else [sample.reference_logprobs]
         if any(len(row) != len(sample.response_ids) for row in rows):
             raise ValueError(
                 f"samples[{index}] has {len(sample.response_ids)} response tokens but "
-                f"{[len(row) for row in rows]} log-probs (sampling, old): must be one per token"
+                f"{[len(row) for row in rows]} log-probs (sampling, old, reference): must be one per token"
             )
         for ids in (sample.context_ids, sample.response_ids):
             if ids.min() < 0 or ids.max() >= vocab_size:

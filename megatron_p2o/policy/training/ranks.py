@@ -37,7 +37,18 @@ ERROR_KEY = "megatron_p2o/policy_error"
 """Where the first rank that fails leaves its error for the others, in torch.distributed's store."""
 
 Method = Literal[
-    "update", "plan_updates", "skip", "logprobs", "diverged", "memory", "export", "deliver", "save", "load", "close"
+    "update",
+    "plan_updates",
+    "skip",
+    "logprobs",
+    "reference_logprobs",
+    "diverged",
+    "memory",
+    "export",
+    "deliver",
+    "save",
+    "load",
+    "close",
 ]
 
 
@@ -168,13 +179,20 @@ class MegatronPolicy:
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         """Return log pi(response | context_ids) at the sampling temperature, [R] float32 each, without gradient."""
+        return self._logprobs("logprobs", samples)
+
+    def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
+        """Return the same of the initial policy, for which `objective.kl_coefficient` must be above 0."""
+        return self._logprobs("reference_logprobs", samples)
+
+    def _logprobs(
+        self, method: Literal["logprobs", "reference_logprobs"], samples: Sequence[TrainSample]
+    ) -> list[Logprobs]:
         check_samples(samples, None, self.vocab_size)
         if not samples:
             return []
         by_rank = self._by_rank(samples, None)
-        replies = cast(
-            list[dict[int, Logprobs]], self._conduct("logprobs", [(rank_samples,) for rank_samples in by_rank])
-        )
+        replies = cast(list[dict[int, Logprobs]], self._conduct(method, [(each,) for each in by_rank]))
         by_index = {index: row for reply in replies for index, row in reply.items()}
         return [by_index[index] for index in range(len(samples))]
 

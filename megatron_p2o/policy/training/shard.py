@@ -23,6 +23,7 @@ from megatron_p2o.policy.training.forward import (
     make_micro_batches,
     response_logprobs,
 )
+from megatron_p2o.policy.training.host_weights import HostWeights
 from megatron_p2o.policy.training.optimizer import Optimization, StepOutcome
 from megatron_p2o.policy.training.rank_samples import RankSamples
 from megatron_p2o.policy.training.settings import machine_problems, policy_settings
@@ -68,6 +69,8 @@ class PolicyShard:
             is_sharded=config.parallel.distributed_optimizer,
             overrides=settings.overrides,
         )
+        has_reference = config.objective.kl_coefficient > 0
+        self._initial = HostWeights(self.models) if has_reference else None
         self._dead_share = 0.0
         self._num_updates = 0
         self.writer = CheckpointWriter(config.parallel.timeout_s)
@@ -119,6 +122,13 @@ class PolicyShard:
         batches = self._micro_batches(rank_samples)
         logprobs = response_logprobs(self.optimization.modules, batches)
         return {rank_samples.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
+
+    def reference_logprobs(self, samples: RankSamples) -> dict[int, Logprobs]:
+        """Return the same of the initial policy, whose weights change places with the policy's meanwhile."""
+        if self._initial is None:
+            raise RuntimeError("objective.kl_coefficient=0 keeps no weights of the initial policy")
+        with self.optimization.whole_weights(), self._initial.in_place():
+            return self.logprobs(samples)
 
     def _micro_batches(self, rank_samples: RankSamples) -> list[MicroBatch]:
         return make_micro_batches(rank_samples, self.ranks.device, length_multiple(self.models[0].config))

@@ -195,6 +195,7 @@ def test_every_metric_of_the_tokens_has_its_own_numerator_and_denominator() -> N
         "train/clipped_share": ("clipped_tokens", "kept_tokens"),
         "train/ratio_mean": ("ratio_sum", "live_tokens"),
         "train/entropy_mean": ("entropy_sum", "live_tokens"),
+        "train/reference_kl_mean": ("reference_kl_sum", "reference_tokens"),
         "mismatch/logprob_abs_mean": ("mismatch_abs_sum", "mismatch_tokens"),
         "mismatch/ratio_mean": ("mismatch_ratio_sum", "mismatch_tokens"),
         "mismatch/kl_mean": ("mismatch_kl_sum", "mismatch_tokens"),

@@ -121,3 +121,17 @@ def test_zero_advantage_samples_are_still_samples() -> None:
     samples = train_samples([group], ObjectiveConfig())
     assert [(sample.advantage, len(sample.response_ids)) for sample in samples] == [(0.0, 3), (0.0, 3)]
     assert all(rollout.completion.prompt.template == PLAIN for rollout in group.rollouts)
+
+
+def test_truncated_rollouts_are_trained_on_unless_they_are_dropped_and_shape_the_baseline_either_way() -> None:
+    problem = fake_problem(1)
+    siblings = [
+        fake_rollout(problem, reward=1.0),
+        fake_rollout(problem, reward=0.0, finish_reason="length"),
+        fake_rollout(problem, reward=0.0),
+    ]
+    (group,) = make_groups([siblings], AdvantageConfig(), [0.5])
+    whole = train_samples([group], ObjectiveConfig())
+    kept = train_samples([group], ObjectiveConfig(drop_truncated=True))
+    assert [sample.advantage for sample in whole] == list(group.advantages)
+    assert [sample.advantage for sample in kept] == [group.advantages[0], group.advantages[2]]

@@ -21,6 +21,7 @@ from megatron_p2o.rl.objective import (
     with_caps,
     with_length_weights,
     with_mismatch,
+    with_reference_kl,
     with_trainer_logprobs,
     zero_stats,
 )
@@ -170,7 +171,7 @@ def test_the_rule_of_the_kernels_has_every_setting_of_the_objective(
 ) -> None:
     settings = {"context": context, "ratio_form": form, "ratio_low": 0.02, "ratio_high": 7.0}
     settings |= {"clip_low": 0.15, "clip_high": 0.28, "dual_clip": 4.0, "surrogate": surrogate}
-    settings |= {"entropy_coefficient": 0.01}
+    settings |= {"entropy_coefficient": 0.01, "kl_coefficient": 0.02, "kl_estimator": "k2"}
     assert asdict(loss_rule(ObjectiveConfig(**settings))) == asdict(LossRule(**settings))
 
 
@@ -355,6 +356,8 @@ def test_token_sums_are_those_counted_by_hand() -> None:
             "mismatch_ratio_sum": math.exp(0.5) + math.exp(-1.0),
             "mismatch_kl_sum": (math.exp(0.5) - 1 - 0.5) + (math.exp(-1.0) - 1 + 1.0),
             "mismatch_abs_max": 1.0,
+            "reference_tokens": 0,
+            "reference_kl_sum": 0,
             "weighted_tokens": 0,
             "capped_tokens": 0,
         }
@@ -470,6 +473,20 @@ def test_rollouts_without_an_advantage_have_a_loss_where_a_term_acts_on_them() -
     assert not has_loss(sample, ObjectiveConfig())
     assert has_loss(replace(sample, advantage=1e-6), ObjectiveConfig())
     assert has_loss(sample, ObjectiveConfig(entropy_coefficient=0.01))
+    assert has_loss(sample, ObjectiveConfig(kl_coefficient=0.01))
+    assert not has_loss(sample, ObjectiveConfig(kl_coefficient=0.01, kl_as="reward"))
+
+
+def test_the_divergence_from_the_initial_policy_is_summed_over_the_tokens_with_a_term() -> None:
+    rows = [np.array([-1.0, -2.0, -3.0], np.float32), np.array([-1.5, -2.0, -0.5], np.float32)]
+    tokens = [Token(float(value), float(value), -1.0, 1.0, False) for value in rows[0]]
+    batch = pack([replace(sample_of(tokens), reference_logprobs=rows[1])], None)
+    logprobs_T = torch.zeros(len(batch.loss_mask_T)).masked_scatter(batch.loss_mask_T, torch.as_tensor(rows[0]))
+    _, stats = policy_loss(logprobs_T.double(), batch, ObjectiveConfig(context="replace"))
+    expected = sum(math.exp(d) - 1 - d for d in (-0.5, 0.0, 2.5))
+    assert (stats.reference_tokens, stats.reference_kl_sum) == (3, pytest.approx(expected))
+    alone = with_reference_kl(no_tokens(), rows[:1], rows[1:])
+    assert (alone.reference_tokens, alone.reference_kl_sum) == (3, pytest.approx(expected))
 
 
 def random_samples() -> tuple[list[TrainSample], list[Logprobs]]:

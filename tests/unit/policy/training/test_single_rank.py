@@ -198,7 +198,9 @@ OBJECTIVES = {
     "gspo, importance": ObjectiveConfig(surrogate="gspo", context="importance", clip_low=0.5, clip_high=2.0),
     "cispo": ObjectiveConfig(surrogate="cispo", context="importance", clip_low=1.0, clip_high=1.5),
     "entropy": ObjectiveConfig(entropy_coefficient=0.05, context="replace"),
-    "everything": ObjectiveConfig(surrogate="gspo", entropy_coefficient=0.02),
+    "k2": ObjectiveConfig(kl_coefficient=0.1, kl_estimator="k2"),
+    "k3": ObjectiveConfig(kl_coefficient=0.1, kl_estimator="k3", surrogate="cispo"),
+    "everything": ObjectiveConfig(surrogate="gspo", entropy_coefficient=0.02, kl_coefficient=0.1),
 }
 NEAR = [
     # Log-probs of sampling that the tiny policy's are near to, so that no ratio is astronomic.
@@ -211,14 +213,21 @@ NEAR = [
 def test_three_updates_equal_transformers_with_torch_adamw(any_model: Path, objective: ObjectiveConfig):
     config = policy_config(any_model, objective=objective)
     oracle = PolicyOracle(config)
+    samples = NEAR
+    if objective.kl_coefficient:
+        dead = [replace(sample, advantage=0.0) for sample in NEAR[:2]]  # their KL and entropy count
+        samples = [
+            replace(sample, reference_logprobs=row + np.float32(0.2) * np.sin(np.arange(len(row)), dtype=np.float32))
+            for sample, row in zip([*NEAR, *dead], oracle.logprobs([*NEAR, *dead]), strict=True)
+        ]
     with policy_of(config) as policy:
         old: Any = None
         for _ in range(3):
-            report = policy.update(NEAR, old, 120)
-            loss, grad_norm = oracle.update(NEAR, old, 120)
+            report = policy.update(samples, old, 120)
+            loss, grad_norm = oracle.update(samples, old, 120)
             assert report.loss == pytest.approx(loss, abs=1e-6, rel=1e-6)
             assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
-            old = old or oracle.logprobs(NEAR)
+            old = old or oracle.logprobs(samples)
         assert_same_weights(weights_of(policy), oracle.weights(), atol=1e-5)
     if objective == OBJECTIVES["gspo"]:
         assert 0 < report.tokens.clipped_tokens < report.tokens.kept_tokens, report.tokens
@@ -345,6 +354,47 @@ def test_the_learning_rate_warms_up_over_applied_skipped_and_empty_updates(model
         ]
     assert [report.learning_rate for report in reports] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
     assert [report.outcome for report in reports] == ["applied", "empty", "non_finite", "applied", "applied"]
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "distributed optimizer"])
+def test_the_initial_policy_answers_after_updates_and_a_load_and_the_policy_is_left_as_it_was(
+    model: Path, tmp_path: Path, is_sharded: bool
+):
+    parallel = ParallelConfig(timeout_s=30.0, distributed_optimizer=is_sharded)
+    config = policy_config(model, objective=ObjectiveConfig(kl_coefficient=0.1), parallel=parallel)
+    with policy_of(config) as policy:
+        initial = policy.logprobs(SAMPLES)
+        samples = [replace(sample, reference_logprobs=row) for sample, row in zip(SAMPLES, initial, strict=True)]
+        policy.update(samples, None, 120)
+        policy.save(tmp_path / "checkpoint").result(60)
+        weights, moved = weights_of(policy), policy.logprobs(SAMPLES)
+        for asked, row, other in zip(policy.reference_logprobs(SAMPLES), initial, moved, strict=True):
+            np.testing.assert_array_equal(asked, row)
+            assert np.abs(other - row).max() > 1e-3
+        assert_same_weights(weights_of(policy), weights, atol=0)
+        after = policy.update(samples, None, 120)
+    with policy_of(config) as policy:
+        policy.load(tmp_path / "checkpoint")
+        for asked, row in zip(policy.reference_logprobs(SAMPLES), initial, strict=True):
+            np.testing.assert_array_equal(asked, row)
+        assert policy.update(samples, None, 120) == after
+
+
+def test_without_a_kl_term_no_weights_of_the_initial_policy_are_kept(model: Path):
+    with (
+        policy_of(policy_config(model)) as policy,
+        pytest.raises(PolicyError, match=r"objective\.kl_coefficient=0 keeps"),
+    ):
+        policy.reference_logprobs(SAMPLES)
+
+
+def test_samples_without_the_log_probs_that_a_kl_term_needs_are_refused(model: Path):
+    with policy_of(policy_config(model, objective=ObjectiveConfig(kl_coefficient=0.1))) as policy:
+        with pytest.raises(PolicyError, match="reference_logprobs_T is None"):
+            policy.update(SAMPLES, None, 120)
+        short = [replace(sample, reference_logprobs=np.zeros(2, np.float32)) for sample in SAMPLES]
+        with pytest.raises(ValueError, match=r"samples\[0\] has 3 response tokens but \[3, 2\] log-probs"):
+            policy.update(short, None, 120)
 
 
 def rates_of(model: Path, optimizer: OptimizerConfig, num_updates: int, num_planned: int) -> list[float]:
