@@ -46,6 +46,7 @@ BUILT_IN: Mapping[str, str] = {
     "json_schema": "megatron_p2o.rewards.built_in.json_schema:JsonSchemaReward",
     "python": "megatron_p2o.rewards.built_in.python:PythonReward",
     "judge": "megatron_p2o.rewards.built_in.judge:JudgeReward",
+    "reasoning_gym": "megatron_p2o.rewards.built_in.reasoning_gym:ReasoningGymReward",
 }
 """Short name to the callable it stands for."""
 

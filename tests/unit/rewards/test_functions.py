@@ -92,7 +92,7 @@ def test_a_package_names_its_functions_by_entry_points(tmp_path: Path, monkeypat
     found = {"megatron_p2o.rewards": [entry]}
     monkeypatch.setattr(functions.importlib.metadata, "entry_points", lambda group: found[group])
     assert load("long")(PROBLEM, "abc", "stop") == 0.3
-    assert "judge, long" in refusal("short")
+    assert "reasoning_gym, long" in refusal("short")
 
 
 def test_a_class_becomes_one_instance_with_the_arguments(tmp_path: Path) -> None:
