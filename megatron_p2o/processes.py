@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -138,3 +139,8 @@ def _of_process(process_id: int) -> HostMemory:
         return HostMemory()
     found = {name: 1024 * int(kib) for name, kib in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status, re.MULTILINE)}
     return HostMemory(resident_bytes=found.get("VmRSS", 0), peak_bytes=found.get("VmHWM", 0))
+
+
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Raise `SystemExit` with the signal's status: a handler after which the exit stacks end what this process runs."""
+    raise SystemExit(128 + number)

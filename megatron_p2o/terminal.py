@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -38,6 +39,12 @@ def quoted(text: str | bytes) -> str:
     return printable(" ".join(words))[:MAX_QUOTED_CHARS]
 
 
+def listed(names: Sequence[str], limit: int) -> str:
+    """Return how a message lists names: the first `limit`, and how many more there are; "none" when there are none."""
+    shown = ", ".join(names[:limit]) or "none"
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line to `stream` (standard output by default) at once."""
     print(printable(text), file=stream or sys.stdout, flush=True)
@@ -48,6 +55,16 @@ class SafeConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+
+PLAIN_TEXT_WIDTH = 1000
+"""Columns of a table that goes to a file or a pipe: no row of ours is longer."""
+
+
+def table_console(stream: TextIO | None = None) -> SafeConsole:
+    """Return a console for a table on `stream` (standard output by default): as wide as a terminal, else plain text."""
+    target = stream or sys.stdout
+    return SafeConsole(file=target, width=None if target.isatty() else PLAIN_TEXT_WIDTH, highlight=False, markup=False)
 
 
 class _SafeRecord(logging.LogRecord):

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_p2o.config.tree import DataConfig
 from megatron_p2o.data.raw_rows import BadRowError, encodable, parsed, raw_rows
 from megatron_p2o.records import to_json
+from megatron_p2o.terminal import listed
 from megatron_p2o.types import Problem
 
 MAX_REPORTED_ROWS = 20
@@ -91,9 +92,7 @@ def _report_answers(path: Path, marked: Sequence[int], unlikely: Sequence[int]) 
 
 
 def _rows(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:MAX_REPORTED_ROWS]))
-    num_more = len(numbers) - MAX_REPORTED_ROWS
-    return f"rows {shown} and {num_more} more" if num_more > 0 else f"rows {shown}"
+    return f"rows {listed([str(number) for number in numbers], MAX_REPORTED_ROWS)}"
 
 
 def _problem(raw_row: object, data: DataConfig) -> Problem:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from urllib.parse import quote
 
 import torch
@@ -39,6 +38,7 @@ from megatron_p2o.evaluation.tables import EvaluationProgress, print_results
 from megatron_p2o.files import digest_of, write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
+from megatron_p2o.processes import exit_on_signal
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.start import start_engines
@@ -122,7 +122,7 @@ def evaluate_directory(config: Config, output: Path) -> None:
     Raises:
         ValueError: a problem file, the model directory or earlier answers in `output` are not usable.
     """
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     config = replace(config, rollout=replace(config.rollout, num_engines=_engines_here(config)))
     config = with_template_date(config, output / "config.yaml")
     subject = directory_subject(Path(config.model.path))
@@ -233,8 +233,3 @@ def _engines_here(config: Config) -> int:
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    # An exception unwinds the exit stack, which ends the engines and the graders.
-    raise SystemExit(128 + number)

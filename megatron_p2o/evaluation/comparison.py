@@ -9,6 +9,7 @@ from megatron_p2o.evaluation.intervals import difference_interval
 from megatron_p2o.evaluation.outcome import BOOTSTRAP_SEED
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.metrics.read import read_object
+from megatron_p2o.terminal import listed
 
 MAX_NAMED_PROBLEMS = 5
 """Problems an error lists one by one."""
@@ -101,15 +102,10 @@ def _check_problems(name: str, first: Mapping[str, Any], second: Mapping[str, An
     ids = [set(outcome["correct_by_problem"]) for outcome in (first, second)]
     only = [sorted(ids[0] - ids[1]), sorted(ids[1] - ids[0])]
     if any(only):
+        only_first, only_second = (listed(names, MAX_NAMED_PROBLEMS) for names in only)
         raise ValueError(
-            f"{name}: the problems differ: only the first has {_listed(only[0])}, only the second {_listed(only[1])}: "
+            f"{name}: the problems differ: only the first has {only_first}, only the second {only_second}: "
             "evaluate both on the same file"
         )
     if first["problems_sha256"] != second["problems_sha256"]:
         raise ValueError(f"{name}: the ids agree but questions or gold answers differ: evaluate both on the same file")
-
-
-def _listed(ids: list[str]) -> str:
-    shown = ", ".join(ids[:MAX_NAMED_PROBLEMS])
-    more = len(ids) - MAX_NAMED_PROBLEMS
-    return f"{shown} and {more} more" if more > 0 else shown or "none"

@@ -9,10 +9,7 @@ from rich.box import SIMPLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_p2o.terminal import SafeConsole, printable
-
-PLAIN_TEXT_WIDTH = 140
-"""Columns of a table where there is no terminal whose width would count."""
+from megatron_p2o.terminal import SafeConsole, printable, table_console
 
 
 class EvaluationProgress:
@@ -63,7 +60,7 @@ def print_results(results: Mapping[str, Any], stream: TextIO | None = None) -> N
     for name, outcome in results["sets"].items():
         if outcome["by_level"]:
             levels = "  ".join(f"{level} {_percent(share)}" for level, share in outcome["by_level"].items())
-            _console(stream).print(f"{name} by level: {levels}", soft_wrap=True)
+            table_console(stream).print(f"{name} by level: {levels}", soft_wrap=True)
 
 
 def print_comparison(comparison: Mapping[str, Any], stream: TextIO | None = None) -> None:
@@ -88,10 +85,12 @@ def print_comparison(comparison: Mapping[str, Any], stream: TextIO | None = None
     for name, pair in comparison["sets"].items():
         if pair["num_undecided_problems"]:
             left_out = f"{name}: {pair['num_undecided_problems']} problems have no verdict in one of the two: left out"
-            _console(stream).print(left_out, soft_wrap=True)
+            table_console(stream).print(left_out, soft_wrap=True)
     for side, key in (("first", "only_first"), ("second", "only_second")):
         if comparison[key]:
-            _console(stream).print(f"only the {side} has {', '.join(comparison[key])}: not compared", soft_wrap=True)
+            table_console(stream).print(
+                f"only the {side} has {', '.join(comparison[key])}: not compared", soft_wrap=True
+            )
 
 
 def _pass_at_all(outcome: Mapping[str, Any]) -> str:
@@ -110,7 +109,7 @@ def interval_text(interval: Mapping[str, float], sign: str = "") -> str:
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO | None, footer: str) -> None:
-    console = _console(stream)
+    console = table_console(stream)
     table = Table(box=SIMPLE if console.is_terminal else None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("set", "test") else "right")
@@ -118,11 +117,6 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream:
         table.add_row(*row)
     console.print(table)
     console.print(footer, soft_wrap=True)
-
-
-def _console(stream: TextIO | None) -> SafeConsole:
-    target = stream or sys.stdout
-    return SafeConsole(file=target, width=None if target.isatty() else PLAIN_TEXT_WIDTH, highlight=False, markup=False)
 
 
 def _percent(share: float) -> str:

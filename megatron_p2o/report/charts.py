@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_p2o.report.runs import Points
 from megatron_p2o.report.tables import Table
 
-Points = Sequence[tuple[float, float]]
 Unit = Literal["share", "number"]
 """A share is shown in percent on an axis from 0 to 1."""
 

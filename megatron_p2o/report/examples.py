@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_p2o.evolve.reflection.reflection import shorten
 from megatron_p2o.metrics.jsonl import JsonObject, read_lines
 from megatron_p2o.metrics.rollouts import step_files
 from megatron_p2o.report.runs import Run
@@ -11,8 +12,8 @@ from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 NUM_EXAMPLES = 4
 """Problems shown per run."""
 
-HEAD_CHARACTERS, TAIL_CHARACTERS = 1500, 700
-"""What is shown of a longer answer; the boxed answer stands at its end."""
+MAX_SHOWN_CHARACTERS = 2200
+"""Of a response: its beginning and its end, where the boxed answer stands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,14 +84,6 @@ def spread(items: Sequence[str], limit: int) -> list[str]:
     return distinct[::stride][:limit]
 
 
-def shortened(text: str) -> str:
-    """Return the text, or its beginning and end around a note of what was left out."""
-    omitted = len(text) - HEAD_CHARACTERS - TAIL_CHARACTERS
-    if omitted <= 0:
-        return text
-    return f"{text[:HEAD_CHARACTERS]}\n[… {omitted} characters …]\n{text[-TAIL_CHARACTERS:]}"
-
-
 def _example(
     problem_id: str, ledger: Iterable[LedgerEntry], reader: RolloutReader, is_internalised: bool
 ) -> ShownProblem | None:
@@ -131,7 +124,7 @@ def _fits(is_templated: bool, is_correct: bool) -> Callable[[JsonObject], bool]:
 def _answer(label: str, line: JsonObject) -> ShownResponse:
     return ShownResponse(
         label=label,
-        text=shortened(str(line["response"])),
+        text=shorten(str(line["response"]), MAX_SHOWN_CHARACTERS),
         is_correct=line["grade"] == "correct",
         num_tokens=int(line["num_response_tokens"]),
         template=str(line["template"]),

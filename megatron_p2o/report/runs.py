@@ -20,7 +20,7 @@ from megatron_p2o.types import Template
 
 Content = TypeVar("Content")
 
-Points = list[tuple[float, float]]
+Points = Sequence[tuple[float, float]]
 """(x, y), x ascending."""
 
 

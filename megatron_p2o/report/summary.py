@@ -1,7 +1,6 @@
 """The outcome of several finished runs as one table: every arm, every seed."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +12,7 @@ from rich.table import Table
 from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.report.runs import read_results
-from megatron_p2o.terminal import SafeConsole
+from megatron_p2o.terminal import table_console
 
 SPENT: tuple[tuple[str, str], ...] = (
     ("plain pass@N", "pass_at_n_plain"),
@@ -23,9 +22,6 @@ SPENT: tuple[tuple[str, str], ...] = (
 )
 """Heading and key of the table's last columns. `plain pass@N`: of the problems that chose the first round's templates,
 the share that as many plain samples solved as the round took (`evolution.plain_control`)."""
-
-PLAIN_TEXT_WIDTH = 1000
-"""Columns of the table where there is no terminal whose width would count: no row is folded."""
 
 
 def summarize(run_dirs: Sequence[Path]) -> JsonObject:
@@ -67,11 +63,8 @@ def write_summary(run_dirs: Sequence[Path], output: Path) -> JsonObject:
 
 def print_table(summary: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Print every run as a row: drawn on a terminal, aligned plain text anywhere else."""
-    target = stream or sys.stdout
-    is_terminal = target.isatty()
-    width = None if is_terminal else PLAIN_TEXT_WIDTH
-    console = SafeConsole(file=target, width=width, highlight=False, markup=False)
-    table = Table(box=SIMPLE if is_terminal else None, pad_edge=False)
+    console = table_console(stream)
+    table = Table(box=SIMPLE if console.is_terminal else None, pad_edge=False)
     columns = list(_columns(summary["runs"]))
     for heading, _ in columns:
         table.add_column(heading, justify="left" if heading == "arm" else "right")

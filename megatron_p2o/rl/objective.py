@@ -20,7 +20,7 @@ is `p2o_kernels/policy_loss/reference.py`. Here is what it is told, and what is 
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Literal, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -28,9 +28,7 @@ from torch import Tensor
 
 from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
-from p2o_kernels import LossRule, PolicyLoss
-
-Context = Literal["sampling", "replace", "importance", "ratio_mask"]
+from p2o_kernels import Context, LossRule, PolicyLoss
 
 MAX_MISMATCH_LOG_RATIO = 20.0
 """The ratio of trainer to engine is exp of the log-prob difference clamped to +-20."""

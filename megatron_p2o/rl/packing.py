@@ -107,6 +107,11 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     )
 
 
+def rounded_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is not below `number`."""
+    return -(-number // multiple) * multiple
+
+
 def plan_micro_batches(
     lengths: Sequence[int], costs: Sequence[float], num_ranks: int, budget_tokens: int, multiple: int = 1
 ) -> list[list[list[int]]]:
@@ -129,7 +134,7 @@ def plan_micro_batches(
     """
     step = num_ranks * multiple
     at_least = -(-sum(min(length, budget_tokens) for length in lengths) // budget_tokens)
-    num_batches = -(-max(1, at_least) // step) * step
+    num_batches = rounded_up(max(1, at_least), step)
     while (batches := _costliest_first(lengths, costs, num_batches, budget_tokens)) is None:
         num_batches += step
     batches.sort(key=lambda members: -_total(costs, members))

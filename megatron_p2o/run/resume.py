@@ -27,9 +27,10 @@ from megatron_p2o.run_folder.resume_effects import (
     effect_of_file,
 )
 from megatron_p2o.run_folder.state import STATE_FILE, CheckpointError, RunState, read_state
+from megatron_p2o.terminal import listed
 from megatron_p2o.types import Problem
 
-MAX_NAMES = 5
+MAX_PROBLEMS_NAMED = 5
 """Problems that a sentence names."""
 
 MAX_VALUE_CHARS = 60
@@ -225,7 +226,7 @@ def of_ids(ids: Sequence[str], problems: Sequence[Problem], made: MadeWith | Non
     if missing and made is None:
         raise ResumeRefused(
             f"{checkpoint} is in the middle of an epoch of which data.train no longer holds {len(missing)} problems "
-            f"({_named(missing)}): restore the file, or {NEW_RUN}"
+            f"({listed(missing, MAX_PROBLEMS_NAMED)}): restore the file, or {NEW_RUN}"
         )
     return [by_id[problem_id] for problem_id in ids if problem_id in by_id]
 
@@ -299,7 +300,11 @@ def _moved_problems(old: MadeWith, new: MadeWith) -> list[str]:
         return []
     added = [problem_id for problem_id in ids[1] if problem_id not in old.problems]
     removed = [problem_id for problem_id in ids[0] if problem_id not in new.problems]
-    kinds = [f"{len(found)} {kind} ({_named(found)})" for found, kind in ((added, "added"), (removed, "gone")) if found]
+    kinds = [
+        f"{len(found)} {kind} ({listed(found, MAX_PROBLEMS_NAMED)})"
+        for found, kind in ((added, "added"), (removed, "gone"))
+        if found
+    ]
     return [f"problems of data.train: {', '.join(kinds) or 'in another order'}"]
 
 
@@ -310,13 +315,9 @@ def _problem_changes(old: MadeWith, new: MadeWith, when: str) -> list[Change]:
         Change(name=text, old=len(old.problems), new=len(new.problems), when=when) for text in _moved_problems(old, new)
     ]
     if edited:
-        text = f"question or answer of {len(edited)} problems of data.train ({_named(edited)})"
+        text = f"question or answer of {len(edited)} problems of data.train ({listed(edited, MAX_PROBLEMS_NAMED)})"
         changes.append(Change(name=text, old="before", new="now", when="the next time they are asked"))
     return changes
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
 
 
 def _quoted(value: Any) -> str:

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from megatron_p2o.config.read import load_config, with_template_date
 from megatron_p2o.config.tree import Config
@@ -37,7 +36,7 @@ from megatron_p2o.policy.training.settings import (
     megatron_summary,
     policy_settings,
 )
-from megatron_p2o.processes import end_with_parent
+from megatron_p2o.processes import end_with_parent, exit_on_signal
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.refresh.outlet import open_outlet
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, metavar="PID", default=os.getppid(), help="ends with this process")
     options = parser.parse_args(arguments)
     end_with_parent(options.parent)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     set_up_logging()
     logging.getLogger("megatron_p2o.evolve.process.session").setLevel(logging.INFO)  # one line a round
     run_dir = options.config.parent
@@ -163,11 +162,6 @@ def dry_run(config: Config) -> None:
         problems.append(str(error))
     for problem in problems:
         say(f"not on this machine: {problem}")
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    # An exception unwinds the exit stack, which ends the engines, the graders and the evolution service.
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,12 @@ class RecordingFiles(WeightFiles):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.reads: list[tuple[str, tuple[int, ...]]] = []
+        self.num_bytes_read = 0
 
     def read(self, name: str, dimension: int | None = None, start: int = 0, end: int | None = None) -> torch.Tensor:
         tensor = super().read(name, dimension, start, end)
         self.reads.append((name, tuple(tensor.shape)))
+        self.num_bytes_read += tensor.nbytes
         return tensor
 
 

@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 
 from megatron_p2o.metrics.console import ConsoleSink
-from megatron_p2o.terminal import SafeConsole, printable, say
+from megatron_p2o.terminal import SafeConsole, listed, printable, say
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,7 +83,7 @@ def test_the_progress_of_a_run_shows_what_evolution_quotes(is_terminal: bool) ->
 
 LOGGER = """
 import logging, sys, threading
-from megatron_p2o.terminal import set_up_logging
+from megatron_p2o.terminal import listed, set_up_logging
 set_up_logging()
 hostile = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
 own = logging.getLogger("library")
@@ -142,3 +142,10 @@ def test_nothing_is_printed_past_the_terminal_module() -> None:
         for path in checked
         if path not in allowed and prints_in(path.read_text())
     } == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [([], "none"), (["a", "b"], "a, b"), (["a", "b", "c", "d"], "a, b and 2 more")]
+)
+def test_a_message_lists_the_first_names_and_counts_the_others(names: list[str], expected: str) -> None:
+    assert listed(names, 2) == expected

@@ -19,6 +19,7 @@ from megatron_p2o.policy.model.attention import PackLayout
 from megatron_p2o.policy.model.head import HeadTask, PolicyHead
 from megatron_p2o.policy.model.layer_choice import LayerBackend
 from megatron_p2o.policy.model.layer_specs import block_spec
+from megatron_p2o.rl.packing import rounded_up
 from p2o_kernels import HeadOptions
 
 
@@ -43,7 +44,7 @@ def transformer_config(
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     """Return the rows of the embedding: `vocab_size` rounded up to a multiple of the tensor-parallel size."""
-    return -(-vocab_size // tensor) * tensor
+    return rounded_up(vocab_size, tensor)
 
 
 def build_models(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_p2o.config.tree import ParallelConfig
 from megatron_p2o.policy.model.architecture import Architecture
-from megatron_p2o.rl.packing import plan_micro_batches
+from megatron_p2o.rl.packing import plan_micro_batches, rounded_up
 from megatron_p2o.types import Logprobs, TrainSample
 
 
@@ -37,7 +37,7 @@ def split_over_ranks(
     # Context parallelism rounds every sample up, and gives each of its ranks an equal part of the pack.
     rounded_to = 2 * parallel.context if parallel.context > 1 else 1
     plan = plan_micro_batches(
-        [-(-sample.num_tokens // rounded_to) * rounded_to for sample in samples],
+        [rounded_up(sample.num_tokens, rounded_to) for sample in samples],
         [architecture.forward_flops(sample.num_tokens, len(sample.response_ids)) for sample in samples],
         parallel.num_replicas,
         micro_batch_tokens * parallel.context,

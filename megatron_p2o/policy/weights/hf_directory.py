@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_p2o.files import read_json_object
+from megatron_p2o.terminal import listed
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -30,7 +31,7 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of what `git clone` leaves of a large file without Git LFS."""
 
-MAX_NAMES = 8
+MAX_TENSORS_NAMED = 8
 """Tensors an error names of each kind."""
 
 
@@ -40,8 +41,6 @@ class WeightFiles:
     def __init__(self, directory: Path) -> None:
         """Raise `ValueError` when the directory holds no safetensors."""
         self.directory = directory
-        self.num_bytes_read = 0
-        """Of the tensors and cuts returned so far."""
         self._files = ExitStack()
         self._open: dict[str, Any] = {}
         self._file_of = self._read_index()
@@ -97,9 +96,7 @@ class WeightFiles:
         Reads only that when it is used; but along dimension 1, parts of rows, the machine reads whole pages.
         """
         cut = (slice(None),) * (dimension or 0) + (slice(start, end),)
-        tensor = self._slice(name)[cut]
-        self.num_bytes_read += tensor.nbytes
-        return tensor
+        return self._slice(name)[cut]
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
@@ -218,4 +215,4 @@ def _write_config(source: Path, directory: Path, dtype: str) -> None:
 
 def first_of(names: Sequence[str]) -> str:
     """Return how an error lists the names of tensors."""
-    return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+    return listed(names, MAX_TENSORS_NAMED)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_p2o.rollout.buckets.weight_message import RefreshReport, read_refresh_report
+from megatron_p2o.terminal import listed
 
 MAX_NAMES_SHOWN = 5
 
@@ -47,22 +48,17 @@ def complaint_of(reports: Sequence[RefreshReport]) -> str:
         if report.corrupted:
             return (
                 f"(rank {rank}) holds {len(report.corrupted)} weights that differ from the trainer's: "
-                f"{_listed(report.corrupted)}"
+                f"{listed(report.corrupted, MAX_NAMES_SHOWN)}"
             )
         if report.unwritten:
             return (
                 f"(rank {rank}) has {len(report.unwritten)} parameters that no traceable copy filled: "
-                f"{_listed(report.unwritten)}; either the policy left weights out, or this model cannot be verified: "
-                "set rollout.verify_every to 0"
+                f"{listed(report.unwritten, MAX_NAMES_SHOWN)}; either the policy left weights out, or this model "
+                "cannot be verified: set rollout.verify_every to 0"
             )
         if report.num_verified == 0:
             return f"(rank {rank}) compared nothing"
     ignored = set.intersection(*(set(report.ignored) for report in reports))
     if ignored:
-        return f"has no use for {len(ignored)} weights it was sent: {_listed(tuple(sorted(ignored)))}"
+        return f"has no use for {len(ignored)} weights it was sent: {listed(sorted(ignored), MAX_NAMES_SHOWN)}"
     return ""
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:MAX_NAMES_SHOWN])
-    return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown}, ..."

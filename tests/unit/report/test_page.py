@@ -18,12 +18,13 @@ from megatron_p2o.evolve.process.conduct import journal_path
 from megatron_p2o.evolve.record.history import Accepted, Opened, Picked, Published, Reflected, Scored, event_to_json
 from megatron_p2o.evolve.record.journal import Journal
 from megatron_p2o.evolve.record.library import PublishedLibrary
+from megatron_p2o.evolve.reflection.reflection import shorten
 from megatron_p2o.evolve.search.publish import RoundStats, keep_round
 from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.step import step_metrics
-from megatron_p2o.report.examples import find_examples, shortened, spread
+from megatron_p2o.report.examples import MAX_SHOWN_CHARACTERS, find_examples, spread
 from megatron_p2o.report.figures import by_epoch, over_rollouts
 from megatron_p2o.report.page import ASSETS, duration_text, write_report
 from megatron_p2o.report.runs import read_run
@@ -388,9 +389,10 @@ def test_examples_of_steps_that_were_not_written_are_passed_over(tmp_path: Path)
 
 def test_long_answers_keep_their_beginning_and_their_end() -> None:
     text = "a" * 5000 + "\\boxed{1}"
-    assert shortened(text).startswith("a" * 1500) and shortened(text).endswith("\\boxed{1}")
-    assert f"[… {5009 - 2200} characters …]" in shortened(text)
-    assert shortened("short") == "short"
+    kept = shorten(text, MAX_SHOWN_CHARACTERS)
+    assert kept.startswith("a" * 1100) and kept.endswith("\\boxed{1}")
+    assert f"[... {5009 - 2200} characters left out ...]" in kept
+    assert shorten("short", MAX_SHOWN_CHARACTERS) == "short"
 
 
 def test_spread_picks_distinct_items_evenly() -> None:

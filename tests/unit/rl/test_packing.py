@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_p2o.rl.packing import context_part, pack, plan_micro_batches
+from megatron_p2o.rl.packing import context_part, pack, plan_micro_batches, rounded_up
 from megatron_p2o.types import Logprobs, TrainSample
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=20)
@@ -197,3 +197,7 @@ def test_plans_are_close_to_the_differencing_rule_of_peers() -> None:
         ours = max(sum(costs[index] for members in rank for index in members) for rank in plan)
         mean = sum(costs) / 8
         assert max(largest_differencing(costs, 8)) <= ours <= 1.01 * mean
+
+
+def test_a_number_is_rounded_up_to_the_next_multiple_and_no_further() -> None:
+    assert [rounded_up(number, 4) for number in range(10)] == [0, 4, 4, 4, 4, 8, 8, 8, 8, 12]
