@@ -22,7 +22,7 @@ class Parts(SamplingParts):
 
     policy: Policy
     evolution: PromptEvolution | None
-    """None is plain GRPO."""
+    """Prompt evolution; None for plain GRPO."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

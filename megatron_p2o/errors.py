@@ -20,7 +20,7 @@ REMEDIES = {
 }
 
 MAX_PATH_CHARACTERS = 200
-"""Of a path in a message."""
+"""Longest path in a message."""
 
 
 def expected_message(error: BaseException) -> str | None:

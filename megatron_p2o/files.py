@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 UMASKS: Mapping[str, int] = {"owner": 0o077, "group": 0o027, "all": 0o022}
-"""By the values of `run.readable_by`."""
+"""File mode masks, by the values of `run.readable_by`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class FileDigest:
 
     size_bytes: int
     sha256: str
-    """In hexadecimal."""
+    """SHA-256 in hexadecimal."""
 
 
 def digest_of(path: Path) -> FileDigest:

@@ -29,7 +29,7 @@ def printable(text: str) -> str:
 
 
 MAX_QUOTED_CHARS = 200
-"""Of what others wrote, in a message."""
+"""Longest foreign text in a message."""
 
 
 def quoted(text: str | bytes) -> str:

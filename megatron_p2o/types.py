@@ -83,7 +83,7 @@ class RunningRound:
     """
 
     epoch: int
-    """After which it began."""
+    """Epoch after which the round started."""
     problem_ids: tuple[str, ...]
     """The hard problems it works on."""
 

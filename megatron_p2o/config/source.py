@@ -55,7 +55,7 @@ class Setting:
     value: object
     """What YAML made of it."""
     text: str
-    """How it is quoted in messages."""
+    """The text that messages quote."""
     where: str
     is_clearing: bool = False
     """Whether it is the empty mapping, which takes away what a setting of lower rank put into it."""

@@ -118,4 +118,4 @@ REFERENCE_PRESET: Mapping[str, Any] = {
 """Dotted field to the authors' value, applied as a default: what a file or `--set` names wins."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {"p2o": {}, "reference": REFERENCE_PRESET}
-"""By the value of `preset`."""
+"""Settings of each preset, by the value of `preset`."""

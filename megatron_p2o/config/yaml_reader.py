@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import yaml
 
 MAX_BYTES = 2**20
-"""Of a file. Settings take some kilobytes."""
+"""Largest settings file. Settings take a few kilobytes."""
 
 MAX_DEPTH = 32
-"""Of mappings and lists within each other."""
+"""Deepest nesting of mappings and lists."""
 
 MAX_NODES = 100_000
 """Values of a document, each alias counted as all that it stands for."""

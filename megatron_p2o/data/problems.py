@@ -16,10 +16,10 @@ MAX_REPORTED_ROWS = 20
 """Rows a message lists one by one; the rest is a count."""
 
 MARK = "####"
-"""Before the final answer in GSM8K's solutions."""
+"""Mark before the final answer in GSM8K's solutions."""
 
 MAX_LIKELY_CHARACTERS = 200
-"""Of a final answer. Long ones are solutions, or prose that cannot be compared."""
+"""Longest usual final answer. Longer ones are solutions, or prose that cannot be compared."""
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ OTHER_FORMATS = {
 NEEDS_PYARROW = "is a parquet file and needs the package pyarrow: pip install pyarrow, or write it as JSONL"
 
 CHUNK_CHARACTERS = 1 << 20
-"""How much of a JSON array is read at a time."""
+"""Characters of a JSON array that are read at a time."""
 
 _SEPARATORS = re.compile(r"[\s,]*")
 _AFTER_ELEMENT = (",", "]", " ", "\t", "\n", "\r")

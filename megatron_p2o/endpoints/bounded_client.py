@@ -11,7 +11,7 @@ import httpx
 from openai import DefaultAsyncHttpxClient
 
 MAX_REPLY_BYTES = 8 << 20
-"""Of a reply, unpacked: a hundred times what a long answer with its reasoning takes."""
+"""Largest reply after decompression: a hundred times what a long answer with its reasoning takes."""
 
 SLACK_S = 1.0
 """Beyond a try's time limit: httpx, whose limits are on single steps, first says which one was slow."""

@@ -20,7 +20,7 @@ PERMANENT_STATUSES = frozenset({401, 402, 403, 404, 405})
 """Wrong key, no money, no permission, wrong address: the next request would fare no better. Redirects are the same."""
 
 TRANSIENT_STATUSES = frozenset({408, 409, 429})
-"""Of those below 500; from there on all are. The client has tried them again."""
+"""Transient statuses below 500; all from 500 on are transient. The client has already retried them."""
 
 LONGEST_WAIT_S = 60.0
 """The client waits so long between two tries at most."""
@@ -40,10 +40,10 @@ class Endpoint:
     """Where an endpoint is, and how long its replies are waited for."""
 
     base_url: str
-    """Such as https://host/v1."""
+    """Address, such as https://host/v1."""
     model: str
     timeout_s: float
-    """Of one try."""
+    """Time limit of one try."""
     max_retries: int
     api_key_env: str
     """Environment variable that holds its key, for messages."""

@@ -60,7 +60,7 @@ class Subject:
     """Checkpoint or model directory."""
     weights_sha256: str
     step: int | None
-    """Of training; None for a model directory."""
+    """Training step; None for a model directory."""
 
 
 def discard_answers(output: Path) -> None:

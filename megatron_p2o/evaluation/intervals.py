@@ -24,7 +24,7 @@ for rare successes (shares from Beta(0.02, 0.5) and Beta(0.05, 0.5), 15 to 60 pr
 in place of 95, Clopper and Pearson's interval 96 to 100."""
 
 NUM_HALVINGS = 60
-"""Of a range no wider than 2: what remains is below a rounding error."""
+"""Bisections of a range no wider than 2. The remainder is below a rounding error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,7 +60,7 @@ class Evaluation:
     accuracy: float
     """avg@k: the mean over problems of the correct share of their decided answers, as `pass_at["1"]`."""
     interval: Interval
-    """Of the accuracy."""
+    """Interval of the accuracy."""
     pass_at: Mapping[str, float]
     """k to pass@k by the unbiased estimator, for 1, 2, 4, ... and `samples_per_problem`: the mean over the problems
     that have at least k decided answers. Without such problems k is left out."""
@@ -72,7 +72,7 @@ class Evaluation:
     by_level: Mapping[str, float]
     """Accuracy by `Problem.level`; empty when the problems name none."""
     mean_tokens: float
-    """Of an answer that was not aborted."""
+    """Mean length of the answers that were not aborted."""
     truncated_share: float
     """Answers that reached the token limit, over those that were not aborted."""
     num_grading_errors: int

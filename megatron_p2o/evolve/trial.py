@@ -16,7 +16,7 @@ class Trial:
     """One graded rollout of a problem through a template."""
 
     reward: float
-    """In [0, 1]."""
+    """Reward in [0, 1]."""
     response_text: str
     """Without special tokens; empty when it was not kept."""
     finish_reason: FinishReason

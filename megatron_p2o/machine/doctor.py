@@ -60,10 +60,10 @@ IMPORTED_ON_GPU = {"transformer-engine": "transformer_engine.pytorch", "flash-at
 """Distributions compiled against one version of torch, and the module that shows whether it is this one."""
 
 MIN_SHARED_MEMORY_BYTES = 1 << 30
-"""Of /dev/shm, through which weights are handed over and NCCL talks; containers often have 64 MiB."""
+"""Least size of /dev/shm, which transfers weights and which NCCL uses. Containers often have 64 MiB."""
 
 MIN_FREE_GPU_SHARE = 0.9
-"""Of a GPU's memory before a job starts; less means that another process still holds some."""
+"""Least free share of a GPU's memory before a job starts. With less, another process still holds some."""
 
 
 MAX_GPU_GIB = 10_000

@@ -1,4 +1,4 @@
-"""How many ranks a launch starts, and how the trainer's layout fills them where the settings leave it open."""
+"""Derives the number of ranks, and the parts of the trainer's layout that the settings leave open."""
 
 from dataclasses import replace
 

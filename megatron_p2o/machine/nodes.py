@@ -20,7 +20,7 @@ class Nodes:
     """This node's place, from 0; node 0, the head, has trainer rank 0 and the engines."""
     head_address: str
     head_port: int
-    """Where the head's agent listens for the others; 0 lets it choose, which only a single node can do."""
+    """Port on which the head's agent listens for the others. 0 lets it choose, on a single node only."""
     launch_id: str
     """Tells this start of the run from earlier ones."""
 

@@ -1,4 +1,4 @@
-"""How the nodes' agents and the ranks of a run find one another, in stores that outsiders neither read nor write.
+"""Lets the nodes' agents and the ranks of a run find one another, in stores that outsiders neither read nor write.
 
 torch's own rendezvous listens on every address of the machine, and that of its default backend unpickles what anybody
 may have left there. The ranks of a single machine meet in a file that only their user can open. Those of several nodes

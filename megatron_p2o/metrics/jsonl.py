@@ -17,7 +17,7 @@ JsonObject = dict[str, Any]
 Record = TypeVar("Record")
 
 BEGINNING_BYTES = 8
-"""Of a line: all lines of one file begin alike."""
+"""Compared bytes at the start of a line: all lines of one file start alike."""
 
 END = b"}\n"
 

@@ -14,7 +14,7 @@ class MetricLine:
 
     step: int
     epoch: int
-    """Of the first line: the epoch the step was part of."""
+    """Epoch of the step, from its first line."""
     time: str
     metrics: Mapping[str, float]
     """Finite numbers only."""

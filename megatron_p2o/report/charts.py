@@ -65,7 +65,7 @@ class Stroke:
     """A path of the drawing."""
 
     path: str
-    """Of SVG, in a box of 100 by 100."""
+    """SVG path in a box of 100 by 100."""
     css_class: str
 
 
@@ -110,7 +110,7 @@ class Figure:
     title: str
     note: str
     plot: Plot | None
-    """None when no line has a point."""
+    """The plot; None if no line has a point."""
 
 
 def line_chart(chart: LineChart) -> Figure:

@@ -41,7 +41,7 @@ class Internalised:
     """The problems that one run has internalised."""
 
     name: str
-    """Of the run."""
+    """Name of the run."""
     num_problems: int
     table: Table
     """The first of them."""
@@ -54,7 +54,7 @@ class Ledger:
 
     table: Table
     internalised: Sequence[Internalised]
-    """Of the runs that have any."""
+    """Internalised templates, for the runs that have any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ class PhaseTime:
 
     text: str
     share: float
-    """Of the run's longest phase."""
+    """Share of the run's longest phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,9 +33,9 @@ class RoundLineage:
     """The candidates of one round."""
 
     version: int
-    """Of the library it published."""
+    """Version of the library that the round published."""
     candidates: Mapping[int, ReflectedTemplate]
-    """By id; those the round began with are not among them."""
+    """Candidates by id, without those the round started with."""
 
 
 def read_rounds(directory: Path) -> list[RoundLineage]:

@@ -45,7 +45,7 @@ class ShownLibrary:
     version: int
     templates: Sequence[ShownTemplate]
     ancestors: Sequence[ShownTemplate]
-    """Of the templates, as far as the round's journal tells them."""
+    """Ancestors of the templates, as far as the round's journal has them."""
     num_problems: Mapping[int, int]
     """Template id to the number of problems it is assigned to."""
 
@@ -79,13 +79,13 @@ class Run:
     arm: str
     """What is compared: runs of one arm differ by seed. As the run recorded it, else the folder's name."""
     seed: int | None
-    """None when the run recorded none."""
+    """Seed of the run; None if it recorded none."""
     lines: Sequence[MetricLine]
     libraries: Sequence[ShownLibrary]
     """Oldest first; empty for a run without evolution."""
     ledger: Sequence[LedgerEntry]
     rounds: Sequence[JsonObject]
-    """Of evolution, `evolution/rounds.jsonl`: why each ended and how its proposals did."""
+    """Rounds of evolution (`evolution/rounds.jsonl`): why each ended, and its proposals by outcome."""
     results: JsonObject | None
     """`results.json`, which is written at the end; None while the run is in progress or when it was ended early."""
     damages: Sequence[str]

@@ -26,7 +26,7 @@ class TemplateNode:
 
     id: int
     score: float | None
-    """From 0 to 1; None for one that was not published."""
+    """Score from 0 to 1; None for a template that was not published."""
     facts: Sequence[str]
     text: Sequence[WordSpan]
     """Empty for the one that asks plainly."""

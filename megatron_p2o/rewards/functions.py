@@ -62,7 +62,7 @@ class RewardSpec:
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Keyword arguments bound to it."""
     weight: float = 1.0
-    """Of its reward, over the sum of all weights."""
+    """Weight of its reward, relative to the sum of all weights."""
 
 
 def batched(function: Function) -> Function:

@@ -1,4 +1,4 @@
-"""From graded rollouts to training samples: groups, their credit, and what of them carries gradient."""
+"""Makes training samples from graded rollouts: groups, their credit, and the rollouts with a gradient."""
 
 from collections.abc import Sequence
 from math import nan

@@ -76,7 +76,7 @@ class Broker:
         """What engines answered and nobody can use."""
         prefix = secrets.token_hex(4)
         self._ids = (f"{prefix}-{number:012d}" for number in count())
-        """Of one length: SGLang aborts every request whose id begins with the one it is given."""
+        """Request ids of one length, because SGLang aborts every request whose id begins with the given one."""
         self._thread = BrokerLoop(loop_timeout_s)
         self._clock = StoppableClock(self._thread.loop.time)
         self._generation = TimedGeneration(self._clock, request_timeout_s, self._thread.later)

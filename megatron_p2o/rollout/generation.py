@@ -9,10 +9,10 @@ from megatron_p2o.rollout.requests import EngineHandle, GenerationRequest, Stopp
 from megatron_p2o.rollout.servers.client import Generation
 
 ABORT_GRACE_S = 10.0
-"""How long an engine may take to hand over what an aborted request has so far."""
+"""Time limit for an engine to return what an aborted request has so far."""
 
 STOPPED_POLL_S = 1.0
-"""How often to look whether a clock that stands still goes on."""
+"""Interval at which a stopped clock is checked."""
 
 logger = logging.getLogger(__name__)
 

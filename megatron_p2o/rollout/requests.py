@@ -43,7 +43,7 @@ class EngineHandle:
         default_factory=dict[GenerationRequest, "asyncio.Task[None]"]
     )
     heartbeat: "asyncio.Task[None] | None" = None
-    """None until it is used."""
+    """The task that watches the engine; None until the engine is used."""
     is_lost: bool = False
 
     @property
@@ -58,7 +58,7 @@ class StoppableClock:
         self._time_s = time_s
         self._lost_s = 0.0
         self._stopped_at_s: float | None = None
-        """None while it runs."""
+        """Time at which the clock was stopped; None while it runs."""
 
     @property
     def is_stopped(self) -> bool:

@@ -64,7 +64,7 @@ class Supervisor:
 
     @property
     def num_restarts(self) -> int:
-        """In the whole run, failed ones included."""
+        """Number of restarts in the whole run, including failed ones."""
         return self._num_restarts.total()
 
     def replace(self, name: str) -> None:

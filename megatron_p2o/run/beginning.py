@@ -1,4 +1,4 @@
-"""Where a run begins: at its first step, or where its newest checkpoint stands."""
+"""Finds where a run starts: at its first step, or at its newest checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ class Beginning:
     made_with: MadeWith
     """What it is given now."""
     checkpoint: Path | None = None
-    """None of a fresh run."""
+    """Checkpoint that the run resumes from; None for a fresh run."""
     resumed: RunState | None = None
     """What the checkpoint says; None without one."""
     changes: Sequence[Change] = ()
     """Since the checkpoint."""
     round_problems: Sequence[Problem] = ()
-    """Of the round of evolution that ran beside training at the checkpoint; none where none ran."""
+    """Problems of the evolution round that ran beside training at the checkpoint; empty if none ran."""
 
 
 def beginning_of(config: Config, run_dir: Path, train: Sequence[Problem]) -> Beginning:

@@ -13,7 +13,7 @@ from megatron_p2o.run_folder.lock import hold_run
 from megatron_p2o.run_folder.state import STATE_FILE
 
 EVALUATIONS_FOLDER = "evaluations"
-"""Of a run: where its evaluations go unless `--output` says otherwise."""
+"""Folder in a run's folder for its evaluations, unless `--output` names another."""
 
 POINTERS = ("latest", "best")
 """Files under `checkpoints` that name one of them."""
@@ -24,7 +24,7 @@ class EvaluationRequest:
     """One evaluation, ready to start."""
 
     config: Config
-    """With the chosen sets only, of a run that is the output folder."""
+    """Settings with the chosen sets only; the run is the output folder."""
     checkpoint: Path | None
     """None: the model in `model.path`."""
     output: Path

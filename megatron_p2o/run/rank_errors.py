@@ -25,7 +25,7 @@ from megatron_p2o.terminal import printable, say
 BEFORE_TRACEBACK = "\n\nwhere it happened, on "
 
 STOP_TIMEOUT_S = 60
-"""How long the ranks may take to end their engines after SIGTERM before they are killed."""
+"""Time limit for the ranks to end their engines after SIGTERM before they are killed."""
 
 SHORTEST_STOP_TIMEOUT_S = 30
 """The same where torch's agent cannot be told (torch 2.11)."""
@@ -38,9 +38,9 @@ class LastWords:
     rank: int
     message: str
     host: str
-    """Of a rank that raised; "" where the launcher speaks for it."""
+    """Host of the rank that raised; "" if the launcher wrote the record for it."""
     time_s: float
-    """When they were left, since the epoch."""
+    """Time of the record, in seconds since the epoch."""
 
 
 def error_file(run_dir: Path, rank: int) -> Path:

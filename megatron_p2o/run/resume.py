@@ -34,7 +34,7 @@ MAX_PROBLEMS_NAMED = 5
 """Problems that a sentence names."""
 
 MAX_VALUE_CHARS = 60
-"""Of a value that a sentence quotes."""
+"""Longest value that a sentence quotes."""
 
 NEW_RUN = "begin another run (run.name) from this one's weights (tools/convert_checkpoint.py)"
 
@@ -66,7 +66,7 @@ class Change:
     old: Any
     new: Any
     when: str
-    """From when it counts."""
+    """When the change takes effect."""
 
     def __str__(self) -> str:
         return f"{self.name}: {_quoted(self.old)} -> {_quoted(self.new)}: {self.when}"
@@ -74,7 +74,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resumption:
-    """How a run goes on."""
+    """What a resumed run continues with."""
 
     batch: int
     """Batches of the epoch that were asked, in batches of the present size."""
@@ -83,7 +83,7 @@ class Resumption:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Difference:
-    """Of one name, with the class it is in."""
+    """The difference of one setting, and its class."""
 
     name: str
     old: Any
@@ -96,7 +96,7 @@ class _Difference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Place:
-    """Where in an epoch a checkpoint stands, before and after a change of what orders it."""
+    """Position of a checkpoint in its epoch, before and after a change of the epoch's order."""
 
     batch: int
     when: str

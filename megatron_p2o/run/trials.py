@@ -1,4 +1,4 @@
-"""How templates are tried out: rendered, sampled on the training engines and graded, on behalf of prompt evolution."""
+"""Tries templates for prompt evolution: renders them, samples on the training engines, and grades."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future

@@ -68,9 +68,9 @@ class Manifest:
 
     format: int = FORMAT
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of the packages that wrote it."""
+    """Versions of the packages that wrote it."""
     files: Mapping[str, FileDigest]
-    """By relative name; the manifest itself is not among them."""
+    """Digests by relative file name, without the manifest itself."""
 
 
 class CheckpointSaver:

@@ -24,7 +24,7 @@ MADE_WITH_FILE = "made_with.json"
 HISTORY_FILE = "history.jsonl"
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-"""Of a model directory: what decides which text a token stands for."""
+"""Files of a model directory that decide which text a token stands for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,13 +32,13 @@ class MadeWith:
     """Everything that a run's numbers depend on besides its weights, in JSON values."""
 
     settings: Mapping[str, Any]
-    """By dotted name."""
+    """Settings by dotted name."""
     files: Mapping[str, str]
     """SHA-256 by the setting that names a file, or by what it is to the model."""
     architecture: Mapping[str, Any]
     """What config.json says of the model, as far as the trainer reads it."""
     problems: Mapping[str, str]
-    """Of `data.train`: id to a digest of question and answer, in order."""
+    """Problems of `data.train` in order: id to a digest of question and answer."""
 
 
 def made_with(config: Config, train: Sequence[Problem]) -> MadeWith:

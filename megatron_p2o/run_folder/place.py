@@ -1,4 +1,4 @@
-"""Where a run's folder lies, checked before anything is written there."""
+"""Checks the place of a run's folder before anything is written there."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from megatron_p2o.config.tree import RunConfig
 from megatron_p2o.errors import expected_message
 
 NAME_MAX_BYTES = 255
-"""Of a folder's name, on the file systems of Linux."""
+"""Longest folder name on Linux file systems."""
 
 
 def place_problems(run: RunConfig) -> list[str]:

@@ -45,11 +45,11 @@ class RunState:
     first_round: Mapping[str, float | bool] = field(default_factory=dict[str, float | bool])
     """Numbers of the first round of prompt evolution; empty before."""
     published_accuracy: Mapping[str, float] = field(default_factory=dict[str, float])
-    """By evaluation set, under the first published template; empty before."""
+    """Accuracy by evaluation set under the first published template; empty before."""
     wall_s: float = 0.0
     """Time spent training so far, over all restarts."""
     round_epoch: int = -1
-    """After which the round that ran beside training began; -1 when none ran."""
+    """Epoch after which the round beside training started; -1 if none ran."""
     round_problem_ids: tuple[str, ...] = ()
     """The hard problems it worked on."""
 
@@ -74,7 +74,7 @@ class LedgerFile:
             )
         self.ledger = HardSampleLedger(list(read_records(path, entry_from)))
         self.num_entries = num_entries
-        """In the file, damaged ones included."""
+        """Number of entries in the file, including damaged ones."""
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, entries: Sequence[LedgerEntry]) -> None:

@@ -17,14 +17,14 @@ KEY_PHRASES: Mapping[str, tuple[str, str]] = {
     "green": ("water it daily.", "give it light."),
     "blue": ("cool it down.", "keep it dry."),
 }
-"""By family, which is the problem's `source`."""
+"""Key phrases by family, which is the problem's `source`."""
 
 FILLER_PHRASES = ("be kind.", "think twice.", "stay calm.", "take a seat.", "smile.", "read all of it.")
 
 PHRASES = (*(phrase for keys in KEY_PHRASES.values() for phrase in keys), *FILLER_PHRASES)
 
 SUCCESS_RATES = (0.0, 0.15, 0.97)
-"""With none, one and both key phrases of the problem's family."""
+"""Probability of success with none, one and both key phrases of the problem's family."""
 
 
 def make_problems(num_problems: int) -> list[Problem]:

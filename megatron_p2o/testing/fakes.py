@@ -115,7 +115,7 @@ class FakeEngines:
     journal: CallLog = field(default_factory=CallLog)
     version: int = 0
     num_updates: int = 0
-    """Of the served weights."""
+    """Number of updates of the served weights."""
     prompts: list[Prompt] = field(default_factory=list[Prompt])
     """All that were sampled, in the order they were asked."""
     samplings: list[SamplingParams] = field(default_factory=list[SamplingParams])

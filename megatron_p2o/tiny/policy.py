@@ -47,7 +47,8 @@ from megatron_p2o.tiny.problems import (
 from megatron_p2o.types import Problem
 
 GO_ON_PROBABILITY = (0.1, 0.75, 1.0)
-"""Before each further step of a hard problem, with 0, 1 and 2 of the family's key phrases in the instruction."""
+"""Probability to continue before each further step of a hard problem, with 0, 1 and 2 of the family's key phrases in
+the instruction."""
 
 GIVING_UP = "\\boxed{ 0 }"
 """The end of a response that does not go on: never right, where a guessed pair would be once in 9409."""
@@ -55,7 +56,7 @@ GIVING_UP = "\\boxed{ 0 }"
 LEVELS: tuple[Level, ...] = ("easy", "hard")
 
 HARD_SHARE = 0.7
-"""Of demonstrations and of training problems."""
+"""Share of hard problems among demonstrations and training problems."""
 
 MAX_NEW_TOKENS = 36
 """The longest response has 32."""
@@ -70,7 +71,7 @@ TINY_CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Supervision:
-    """How the policy is taught; the defaults were tuned over seeds 1 to 4."""
+    """Settings of the supervision. The defaults were tuned over seeds 1 to 4."""
 
     num_steps: int = 1600
     batch_size: int = 32

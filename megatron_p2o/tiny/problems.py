@@ -59,7 +59,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
-"""By name."""
+"""Families by name."""
 
 FILLER_PHRASES = (
     "be polite.",

@@ -25,7 +25,7 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """Of the run's files; it need not exist yet."""
+        """Folder of the run's files. It need not exist yet."""
         return Path(self.directory) / self.name
 
     @property

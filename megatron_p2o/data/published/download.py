@@ -19,13 +19,13 @@ class Download:
     """The rows of a source. Solutions are never kept: memory holds questions and answers only."""
 
     rows: list[SourceRow | None] = field(default_factory=list)
-    """In order; None in the place of a bad row. Problems below `min_level` are not among them."""
+    """Rows in order; None replaces a bad row. Problems below `min_level` are not among them."""
     num_read: int = 0
     num_below_level: int = 0
     num_repeated: int = 0
     """Problems that ask in the same words as an earlier one."""
     num_bad: Counter[str] = field(default_factory=Counter)
-    """By the rule they break."""
+    """Number of bad rows, by the rule they break."""
     bad_rows: list[str] = field(default_factory=list)
     """The first of them, with place and finding."""
 

@@ -9,7 +9,7 @@ NGRAM_WORDS = 5
 """A changed number spoils this many n-grams and leaves the others."""
 
 MIN_SHARE = 0.5
-"""Of the known question's n-grams, for a near duplicate."""
+"""Least share of the known question's n-grams in a near duplicate."""
 
 MIN_NGRAMS = 8
 """A known question with fewer must be found whole: half of it may be a common phrase."""
@@ -36,9 +36,9 @@ class Overlap:
     """How a question resembles a known one."""
 
     id: str
-    """Of the known question."""
+    """Id of the known question."""
     share: float
-    """Of its n-grams, in [0, 1]."""
+    """Share of its n-grams that are found, in [0, 1]."""
 
 
 def words(question: str) -> tuple[str, ...]:

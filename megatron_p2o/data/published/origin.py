@@ -25,7 +25,7 @@ class Origin:
     revision: str | None
     """Commit of the repository; None when nobody tells it."""
     licence: str
-    """As the card beside the files states it: the word of whoever published them, who may not own every problem."""
+    """Licence that the card beside the files states. Whoever published them may not own every problem."""
     files: tuple[tuple[str, int, str], ...]
     """Name, bytes, SHA-256."""
 

@@ -56,9 +56,9 @@ class EvaluationSet:
     """A prepared benchmark, to compare training problems with."""
 
     questions: Mapping[str, str]
-    """By id."""
+    """Questions by problem id."""
     sha256: str
-    """Of its file."""
+    """SHA-256 of its file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

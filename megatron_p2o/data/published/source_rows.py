@@ -16,7 +16,7 @@ MAX_ANSWER_CHARACTERS = 2_000
 """Longer answers are no final answers but solutions."""
 
 NUM_SCHEMA_ROWS = 100
-"""When none of the first rows is a problem, the file is of another schema."""
+"""Number of first rows that are read for a problem. A file without one there has another schema."""
 
 ROW_FILES = ("*.jsonl", "*.json", "*.parquet")
 
@@ -41,7 +41,7 @@ class BadRow:
     """A row that cannot be used."""
 
     number: int
-    """As in `SourceRow`."""
+    """Number of the row, as in `SourceRow`."""
     place: str
     """file:line, or file:row in an array or parquet file."""
     rule: str

@@ -13,7 +13,7 @@ class Source:
 
     name: str
     num_rows: int | None
-    """As published; None where revisions differ. A different number is reported, not refused."""
+    """Number of rows as published; None if revisions differ. A different number is reported, not refused."""
     question_fields: tuple[str, ...]
     answer_fields: tuple[str, ...]
     solution_fields: tuple[str, ...] = ()

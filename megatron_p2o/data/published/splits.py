@@ -13,10 +13,10 @@ from typing import TypeVar
 import numpy as np
 
 SEED = 42
-"""Of every shuffle and draw."""
+"""Seed of every shuffle and draw."""
 
 MIN_DIFFICULTY = 7.0
-"""Of the DeepMath problems used."""
+"""Least difficulty of the DeepMath problems used."""
 
 YES_NO_SHARE = 0.05
 """Intended share of problems whose answer is yes, no, true or false: guessing solves half of them."""

@@ -35,13 +35,13 @@ NUM_ATTEMPTS = 2
 """Starts of the service per round: one, and one that resumes from the journal."""
 
 MAX_OBSERVED_CHARS = 4_000
-"""Of a training rollout's response: an epoch has tens of thousands."""
+"""Longest kept text of a training rollout's response. An epoch has tens of thousands of them."""
 
 STOP_POLL_S = 0.5
-"""How often a waiting `evolve` looks whether the run is to stop."""
+"""Interval at which a waiting `evolve` checks whether the run is to stop."""
 
 FINISH_GRACE_S = 60.0
-"""For publishing, after `evolution.round_timeout_s`."""
+"""Time to publish after `evolution.round_timeout_s`."""
 
 LATE = (
     "evolution.deadline: round %d is cut off by evolution.round_timeout_s=%g before its budget of rollouts is spent; "
@@ -92,15 +92,15 @@ class EvolutionSession:
         self._round: Future[PublishedLibrary] | None = None
         self._free_scores: dict[tuple[str, str], FreeScore] = {}
         self.last_round: RoundStats | None = None
-        """Of the last round that is over."""
+        """Statistics of the last finished round."""
         self.num_service_losses = 0
-        """Over the session's life."""
+        """Number of times the service died, over the session's life."""
         self.num_failed_trials = 0
-        """Requests that got no verdict, over the session's life."""
+        """Number of requests without a verdict, over the session's life."""
 
     @property
     def service_process_id(self) -> int | None:
-        """None while no service runs."""
+        """Process id of the service; None while none runs."""
         return None if self._service is None else self._service.process_id
 
     def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> PublishedLibrary:

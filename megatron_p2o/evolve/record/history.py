@@ -18,7 +18,7 @@ class Opened:
     """First event of a round."""
 
     fingerprint: str
-    """Of the problems and settings; events of another fingerprint mean something else."""
+    """Fingerprint of the problems and settings. Events of another fingerprint mean something else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +122,7 @@ class RoundHistory:
         """Proposal to candidate id."""
         self.disqualified: dict[int, str] = {}
         self.outcomes: dict[int, str] = {}
-        """Of ended proposals."""
+        """Outcomes of ended proposals."""
         self.published: Published | None = None
         for record in records:
             self._apply(event_from_json(record))

@@ -28,7 +28,7 @@ class PublishedLibrary:
 
     version: int
     templates: tuple[Template, ...] = ()
-    """Those that came into question for assignment, best first; the next round may begin with them."""
+    """Templates considered for assignment, best first. The next round may start with them."""
     assignments: Mapping[str, tuple[Template, ...]] = field(default_factory=dict[str, tuple[Template, ...]])
     """Problem id to one template per rollout."""
 
@@ -57,7 +57,7 @@ class PublishedLibrary:
 
 
 EMPTY_LIBRARY = PublishedLibrary(version=0)
-"""Before the first round: everything is asked plainly."""
+"""The library before the first round: no problem has a template."""
 
 
 def library_path(run_dir: Path, version: int) -> Path:
@@ -66,7 +66,7 @@ def library_path(run_dir: Path, version: int) -> Path:
 
 
 WAYS_OUT = "restore it, or move it away: a run that resumes then asks plainly until the next round of prompt evolution"
-"""Of a library that is damaged."""
+"""What to do with a damaged library, for messages."""
 
 
 def load_library(path: Path) -> PublishedLibrary:

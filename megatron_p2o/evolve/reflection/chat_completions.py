@@ -18,10 +18,10 @@ from megatron_p2o.evolve.reflection.reply import template_in
 from megatron_p2o.seeds import seed_of
 
 MAX_REFUSED_REQUESTS = 5
-"""In a row before evolution pauses: an endpoint that refuses a field of the request refuses it in all."""
+"""Refused requests in a row before evolution pauses. An endpoint that refuses a field refuses it in every request."""
 
 MAX_USELESS_REPLIES = 20
-"""In a row before evolution pauses: a model that fails three times out of four gives so many once in 300 rows."""
+"""Useless replies in a row before evolution pauses. A model that fails three times in four has one such row in 300."""
 
 
 class ChatCompletions:
@@ -57,7 +57,7 @@ class ChatCompletions:
         self._control_tokens = tuple(control_tokens)
         self._endpoint = ChatEndpoint(endpoint, api_key)
         self._num_refused = self._num_useless = 0
-        """In a row."""
+        """Refused requests, and useless replies, in a row."""
 
     async def propose(self, request: ReflectionRequest) -> str:
         """Raises `ReflectionUnavailable` for what the next request would meet as well, or after too many bad ones."""

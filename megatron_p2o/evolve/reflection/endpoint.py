@@ -1,4 +1,4 @@
-"""Where the settings say that the reflecting model is."""
+"""Address and name of the reflection model, from the settings."""
 
 from megatron_p2o.config.tree import ReflectionConfig
 from megatron_p2o.endpoints.address import checked_address

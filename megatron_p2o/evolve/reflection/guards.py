@@ -7,7 +7,7 @@ from megatron_p2o.evolve.reflection.reflection import SPECIAL_TOKEN
 from megatron_p2o.evolve.reflection.reply import SAME_AS_PARENT
 
 MAX_CHARS_PER_TOKEN = 16
-"""Of an instruction: English has four to five. More characters than that for each allowed token are not even counted in
+"""Most characters per token of an instruction; English has four to five. A longer text is refused without counting its
 tokens, which takes a second for every few megabytes."""
 
 TOO_LONG = "longer than evolution.max_template_tokens"

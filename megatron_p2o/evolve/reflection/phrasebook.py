@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, ReflectionRequest
 
 DEFAULT_MAX_PHRASES = 4
-"""Of a template; a file may say otherwise in a line `# max_phrases: 3`."""
+"""Most phrases of a template. A file can change it by a line `# max_phrases: 3`."""
 
 MAX_PHRASES_LINE = re.compile(r"#\s*max_phrases\s*:\s*(\d{1,9})\s*")
 
@@ -21,7 +21,7 @@ MAX_DRAWS = 100
 """Changes tried until one gives a wording that may be proposed."""
 
 MOVE_WEIGHTS = {"add": 5, "replace": 3, "drop": 1, "reorder": 1}
-"""How often each change is made, where it is possible."""
+"""Relative frequency of each change, where it is possible."""
 
 
 class Phrasebook:

@@ -8,14 +8,14 @@ from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.types import Problem
 
 MAX_PROMPT_CHARS = 90_000
-"""Of a whole reflection prompt: about 30,000 tokens of mathematical English, which with the answer fits the context
+"""Longest reflection prompt: about 30,000 tokens of mathematical English, which with the answer fits the context
 of 32,768 that Qwen3 was trained on. The authors count tokens; this process holds no tokenizer."""
 
 EXAMPLE_FRAME_CHARS = 160
 """Headings and cut marks around an example."""
 
 MAX_FORMAT_FAILURE_CHARS = 800
-"""Of a response without a final answer: its beginning and end show what went wrong."""
+"""Longest shown text of a response without a final answer. Its beginning and end show what went wrong."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,10 +131,10 @@ def with_markup_as_text(text: str, control_tokens: Iterable[str]) -> str:
 
 
 MAX_RESPONSE_CHARS = 16_000
-"""Of a response on its way to reflection: more would not fit the prompt beside the other examples."""
+"""Longest response that is sent to reflection. A longer one would not fit the prompt beside the other examples."""
 
 HEAD_SHARE = 0.5
-"""Of what is kept; the rest is tail."""
+"""Share of the kept text that is its beginning; the rest is its end."""
 
 
 def shorten(text: str, max_chars: int) -> str:

@@ -1,4 +1,4 @@
-"""How the reply of a reflection model is read: which text in it is the new template, or why there is none."""
+"""Reads the reply of a reflection model: which text in it is the new template, or why there is none."""
 
 import re
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^`\n]*)$", re.MULTILINE)
 INLINE_FENCE = re.compile(r"```([^`\n]+)```")
 
 QUOTE_MARKS = "\"'`*\u201c\u201d\u2018\u2019\u00ab\u00bb"
-"""Around a text that is quoted."""
+"""Characters around a quoted text."""
 
 DECLINING = re.compile(
     r"(?:(?:sure|okay|unfortunately|sorry|well)?[,.!]?\s*(?:but\s+)?)"
@@ -140,7 +140,7 @@ class FencedBlock:
 
     text: str
     start: int
-    """Of its opening fence in the whole text."""
+    """Position of its opening fence in the whole text."""
     is_bare: bool
     """Whether the opening fence is three marks and nothing else, as any closing fence is."""
 

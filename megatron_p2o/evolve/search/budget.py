@@ -1,4 +1,4 @@
-"""How many evaluation rollouts a round may use."""
+"""The number of evaluation rollouts that a round may use."""
 
 import math
 import random

@@ -23,7 +23,7 @@ class Candidate:
     """Position in the pool; 0 is the empty template."""
     text: str
     parent: int | None
-    """None for those the round began with."""
+    """Index of the parent; None for candidates the round started with."""
     lineage_problem_ids: frozenset[str]
     """Problems whose feedback and gold answer it or an ancestor has seen."""
 

@@ -22,7 +22,7 @@ from megatron_p2o.evolve.search.selection import pick_parent
 from megatron_p2o.evolve.trial import TemplateRejected, TrialFailed, total_reward
 
 RUNG_SHARES = (2 / 15, 2 / 5, 1.0)
-"""Of the development problems after each rung: 40, 120, 300 of 300. A hopeless candidate then costs 40."""
+"""Share of the development problems tried after each rung: 40, 120 and 300 of 300. A hopeless candidate costs 40."""
 
 MIN_RUNG = 10
 """Problems of a rung; fewer say nothing."""

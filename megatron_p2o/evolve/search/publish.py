@@ -1,4 +1,4 @@
-"""From the pool of a round to the library of the next epoch, and the numbers a report needs."""
+"""Makes the library of the next epoch from the pool of a round, and the numbers for a report."""
 
 import json
 import random
@@ -26,7 +26,7 @@ class RoundStats:
     num_dev: int = 0
     num_feedback: int = 0
     num_candidates: int = 0
-    """With those it began with."""
+    """Number of candidates, including those the round started with."""
     num_templates: int = 0
     """Published."""
     num_rollouts: int = 0

@@ -20,7 +20,7 @@ from megatron_p2o.records import to_json
 from megatron_p2o.types import Problem, Template
 
 MAX_REFUSED_CHARS = 2_000
-"""Kept of a template that was refused."""
+"""Longest kept text of a refused template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class RoundSettings:
     assignment: AssignmentConfig
     group_size: int
     sampling_temperature: float
-    """Of training rollouts: the plain control samples like them."""
+    """Temperature of training rollouts; the plain control uses it, too."""
     min_problems: int
     seed: int
     control_tokens: tuple[str, ...] = ()
@@ -44,11 +44,11 @@ class RoundSpec:
 
     epoch: int
     library_version: int
-    """Of the library to publish."""
+    """Version of the library to publish."""
     problems: tuple[Problem, ...]
     """Hard ones, each once; `question` is the user message as the policy sees it without a template."""
     warm_templates: tuple[Template, ...]
-    """To begin with beside the empty template."""
+    """Templates to start with, besides the empty one."""
     settings: RoundSettings
     free_scores: tuple[FreeScore, ...] = ()
     """Lost when the trainer restarts, so not part of the round's identity."""

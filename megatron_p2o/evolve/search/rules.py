@@ -27,7 +27,7 @@ RULES: Mapping[str, Rules] = {
     "asynchronous": Rules(is_lock_step=False, reuses_scores=True, refuses_duplicates=True, publishes_empty=False),
     "reference": Rules(is_lock_step=True, reuses_scores=False, refuses_duplicates=False, publishes_empty=True),
 }
-"""By the value of `evolution.rules`."""
+"""The rules, by the value of `evolution.rules`."""
 
 
 def rules_named(name: str) -> Rules:

@@ -15,9 +15,9 @@ class Gpus:
 
     count: int
     num_bytes: int
-    """Of each."""
+    """Memory of each GPU."""
     num_nodes: int
-    """Of the run."""
+    """Number of nodes of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

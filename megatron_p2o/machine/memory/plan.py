@@ -34,13 +34,13 @@ class MemoryPlan:
     num_staying: int
     """Ranks of servers that keep theirs."""
     weights: int
-    """Of one engine rank."""
+    """Weights of one engine rank."""
     cache: int
     """KV cache of one engine rank."""
     cache_tokens: int
     """That fit in it."""
     buckets: int
-    """In which new weights lie for the engines on this GPU."""
+    """Buckets with new weights for the engines on this GPU."""
 
     @property
     def phases(self) -> Mapping[str, Mapping[str, int]]:

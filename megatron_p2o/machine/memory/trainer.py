@@ -11,10 +11,11 @@ from megatron_p2o.policy.model.architecture import Architecture, element_bytes
 from megatron_p2o.rollout.refresh.outlet import NUM_SPANS, bucket_capacity
 
 MOMENTS_BYTES = 8
-"""Of a weight's two averages in AdamW, float32."""
+"""Bytes of a weight's two moments in AdamW, float32."""
 
 ROOTS_BYTES = 4
-"""Of a second moment's square root, float32. Transformer Engine's Adam keeps none, but what is planned serves both."""
+"""Bytes of a second moment's square root, float32. Transformer Engine's Adam
+keeps none, but the plan covers both."""
 
 OTHER_OPTIMIZERS = ("use_precision_aware_optimizer", "optimizer_cpu_offload")
 """Fields of `megatron` that change how large the optimizer's state is; with one of them none is counted."""
@@ -28,11 +29,11 @@ class TrainerMemory:
 
     parameters: int
     gradients: int
-    """In Megatron's buffers, which stay."""
+    """Gradients, in Megatron's buffers, which stay allocated."""
     masters: int
     """Float32 copies of bfloat16 parameters."""
     moments: int
-    """Of the optimizer; they come with the first step."""
+    """Moments of the optimizer, allocated in the first step."""
     activations: int
     """The layers' inputs for one micro-batch: at least so much is added in a forward pass."""
     likely_activations: int
@@ -45,7 +46,7 @@ class TrainerMemory:
 
     @property
     def resident(self) -> int:
-        """After the first step, between steps."""
+        """Memory between steps, after the first one."""
         return self.at_start + self.moments
 
 

@@ -29,14 +29,14 @@ MODEL_TYPES = {
     "qwen2": ModelType(has_qkv_bias=True),
     "llama": ModelType(),
 }
-"""By `model_type`; Qwen2.5 calls itself qwen2."""
+"""Model families by `model_type`. Qwen2.5 uses qwen2."""
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Constants of Llama 3's scaled rotary embedding that Megatron has fixed; the factor is free."""
 
 
 ELEMENT_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
-"""By `model.dtype`."""
+"""Bytes per element, by `model.dtype`."""
 
 
 def element_bytes(dtype: str) -> int:
@@ -51,7 +51,7 @@ class Experts:
     num_experts: int
     num_experts_per_token: int
     intermediate_size: int
-    """Of one expert."""
+    """Intermediate size of one expert."""
     normalizes_weights: bool
     """The weights of a token's experts add up to 1."""
 
@@ -67,14 +67,14 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    """Of a dense MLP; unused when there are experts."""
+    """Intermediate size of a dense MLP; unused if there are experts."""
     experts: Experts | None
     """None: the MLPs are dense."""
     vocab_size: int
     norm_epsilon: float
     rope_theta: float
     rope_scaling_factor: float | None
-    """Of Llama 3's scaled rotary embedding; None: not scaled."""
+    """Factor of Llama 3's scaled rotary embedding; None: not scaled."""
     max_positions: int
     ties_embeddings: bool
     """The LM head is the embedding."""

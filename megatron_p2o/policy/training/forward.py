@@ -51,7 +51,7 @@ class MicroBatch:
     samples: tuple[int, ...]
     """Index of each packed sample in the rank's samples; empty for a filler."""
     token_ids_T: Tensor
-    """Of `part`, padded to what the model takes."""
+    """Tokens of `part`, padded to a length that the model accepts."""
     positions_T: Tensor
     """int64: of those tokens in their own samples."""
     layout: PackLayout

@@ -31,7 +31,7 @@ class StepOutcome:
     """What became of one optimizer step; the same on every rank."""
 
     grad_norm: float
-    """Of the whole gradient, before clipping."""
+    """Norm of the whole gradient before clipping."""
     outcome: UpdateOutcome
 
 

@@ -1,4 +1,4 @@
-"""How the samples of an update are divided over the data-parallel ranks."""
+"""Divides the samples of an update over the data-parallel ranks."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class RankSamples:
     indices: tuple[int, ...]
     """Place of each sample in the list the policy was called with."""
     old_logprobs: tuple[Logprobs, ...] | None
-    """As in `Policy.update`."""
+    """Old log-probs, as in `Policy.update`."""
     micro_batches: tuple[tuple[int, ...], ...]
     """Places in `samples` of each forward pass, the same number on every rank; empty where there are too few."""
 

@@ -34,7 +34,7 @@ from megatron_p2o.rl.objective import stats_as_numbers
 from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 
 ERROR_KEY = "megatron_p2o/policy_error"
-"""Where the first rank that fails leaves its error for the others, in torch.distributed's store."""
+"""Key in torch.distributed's store under which the first failing rank leaves its error for the others."""
 
 Method = Literal[
     "update",
@@ -125,9 +125,9 @@ class MegatronPolicy:
         return self._shard.architecture.largest_weight_bytes(self._config.model.dtype)
 
     def deliver_to(self, take: Callable[[NamedWeights], None]) -> None:
-        """From now on `weights` also gives every other rank's copy to `take` on that rank, which must exhaust it.
+        """Make `weights` also give every other rank's copy to `take` on that rank, which must exhaust it.
 
-        All ranks must call. Until the call returns on a rank, what it has not taken yet holds rank 0's iterator up.
+        All ranks must call. Rank 0's iterator waits for every other rank to take each weight.
         """
         self._take = take
 

@@ -42,7 +42,7 @@ class UpdateReply:
     outcome: StepOutcome
     learning_rate: float
     result: PassResult | None
-    """None but on the ranks that speak for their data-parallel replica."""
+    """Result of the pass, on the one rank that represents its data-parallel replica; None on the others."""
 
 
 class PolicyShard:

@@ -23,7 +23,7 @@ MAX_FILE_BYTES = 5 * 2**30
 """Size at which a written file is closed and the next begun, as transformers does; what the writer holds at most."""
 
 REDUNDANT_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
-"""Of tensors that a directory may hold although the model computes them from others."""
+"""Name endings of tensors that a directory may contain although the model computes them from others."""
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 """Types of tensors that hold the weights themselves; of others, quantised ones, the scales would be lost."""
@@ -84,7 +84,7 @@ class WeightFiles:
 
     @property
     def names(self) -> Sequence[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return tuple(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -11,10 +11,10 @@ from megatron_p2o.rewards.built_in.final_answer import fenced_blocks, without_th
 from megatron_p2o.types import CORRECT, FinishReason, Grade, Problem
 
 MAX_DEPTH = 64
-"""Of a document."""
+"""Deepest nesting of a document."""
 
 MAX_DIGITS = 308
-"""Of a whole number: beyond that it has no floating-point value, and comparisons fail."""
+"""Longest whole number: beyond that it has no floating-point value, and comparisons fail."""
 
 MAX_MESSAGE_CHARACTERS = 300
 

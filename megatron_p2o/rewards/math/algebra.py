@@ -32,7 +32,7 @@ NUM_PIECEWISE_POINTS = 32
 PIECEWISE = frozenset(["floor", "ceil", "abs", "max", "min", "gcd", "lcm"])
 
 MIN_REAL_POINTS = 3
-"""So many points at which both expressions are real decide alone where the gold one is not real everywhere."""
+"""Least number of points with real values that decide alone, if the gold expression is not real everywhere."""
 
 DIGITS = 150
 """Decimal digits of the arithmetic, at least."""
@@ -48,7 +48,7 @@ MAX_WORK = 500_000
 """Digits times cost of the operations: an answer that takes more is not equal to a gold one."""
 
 COSTS = {"factorial": 200, "double_factorial": 200, "binomial": 300, "sum": 1, "product": 1, "quotient": 1}
-"""Of an operation, in multiplications; of others `FUNCTION_COST`."""
+"""Cost of an operation in multiplications; others cost `FUNCTION_COST`."""
 
 FUNCTION_COST = 15
 
@@ -106,8 +106,8 @@ class Point:
 
     number: int
     kind: Literal["positive", "signed", "wide", "whole", "half"]
-    """Of size 0.3 to 3.3, without or with signs; up to some thousands; whole; negative halves. At all but the first an
-    expression with a part that is not real has no value."""
+    """Values of size 0.3 to 3.3 without or with signs, up to some thousands, whole numbers, or negative halves. At all
+    but positive points, an expression with a part that is not real has no value."""
 
     applies: bool
     """Whether h(x) is a function of x, not h times x, where a name may be either."""

@@ -43,7 +43,7 @@ from megatron_p2o.rewards.math.relations import (
 from megatron_p2o.rewards.math.vectors import in_one_notation
 
 ROUGHLY = Fraction(1, 100)
-"""How far what stands after an approximation sign may be off, relative to the exact value before it."""
+"""Largest error of a value after an approximation sign, relative to the exact value before it."""
 
 _HUNDRED = Node("number", value=Fraction(100))
 _ARTICLE = re.compile(r"^(?:an?|the) (?=[A-Za-z]{3})", re.IGNORECASE)
@@ -226,7 +226,8 @@ def _items_agree(gold: Items, answer: Items, judge: Judge) -> bool | None:
 
 
 def _connectives_agree(gold: Items, answer: Items) -> bool:
-    """Of values "and" says the same as "or"; of conditions, and of values of several unknowns, it does not."""
+    """Return whether the connectives mean the same. Between values of one unknown "and" and "or" do; between
+    conditions, or values of several unknowns, they do not."""
     connectives = {gold.connective, answer.connective}
     if "or" not in connectives or len(connectives) == 1:
         return True
@@ -368,7 +369,7 @@ def _same_interval(gold: Relation, answer: Relation, judge: Judge) -> bool | Non
 
 
 def _last_value_agrees(gold: Answer, answer: Relation, judge: Judge) -> bool | None:
-    """Of `x=6/2=3` the sides 6/2 and 3 must equal the gold answer, of `1+1=3` both.
+    """Return whether a chain of equations gives the gold answer: 6/2 and 3 of `x=6/2=3`, both sides of `1+1=3`.
 
     Only the first side may have letters that the gold answer lacks, and only to name what was computed.
     """

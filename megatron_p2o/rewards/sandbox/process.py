@@ -27,7 +27,7 @@ LONGEST_S = 900.0
 
 READ_BYTES = 1 << 16
 MAX_ERROR_BYTES = 1 << 14
-"""Of standard error, kept from its end."""
+"""Bytes of standard error that are kept, from its end."""
 
 EVASION_S = 0.5
 """Processor time beyond the limit that shows that an answer ignores the signal by which the kernel ends it."""
@@ -37,7 +37,7 @@ KILLED = 128 + signal.SIGKILL
 """Exit status of what was killed. An answer cannot exit with it: the filter of system calls does not let it."""
 
 WAITING_STATES = frozenset("StTZXI")
-"""Of a thread, in /proc: asleep, stopped or gone. R runs or is ready to; D waits for a disk."""
+"""States of a thread in /proc that mean waiting: asleep, stopped or gone. R runs or is ready to; D waits for a disk."""
 
 Ending = Literal["exited", "processor_time", "output", "waiting"]
 """How a process ended: by itself (also by a crash), or because it used up its processor time, wrote more than it may,

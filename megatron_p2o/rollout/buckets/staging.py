@@ -1,4 +1,4 @@
-"""How weights are laid out in buckets, and memory for a bucket that the engines of a machine share."""
+"""Lays weights out in buckets, and gives memory for a bucket that the engines of a machine share."""
 
 import mmap
 import os

@@ -21,7 +21,7 @@ LOAD_FORMAT = "megatron_p2o.rollout.inside_sglang.weight_loader.load"
 """Import path of the loader: the value of SGLang's `custom_weight_loader` and `load_format`."""
 
 ALIGNMENT_BYTES = 16
-"""Of tensors in a bucket: views need the alignment of their element type."""
+"""Alignment of tensors in a bucket. A view needs the alignment of its element type."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class MemoryAddress:
     """Where an engine finds a bucket on its own machine."""
 
     path: str
-    """Of the memory file, as the engine can open it; of memory on a GPU "", which has the two at the end."""
+    """Path of the memory file, as the engine opens it. Empty for GPU memory, which the last two fields identify."""
     buffer_id: str
     """Unique; memory never changes its size."""
     num_bytes: int
@@ -49,7 +49,7 @@ class TensorEntry:
     """Name in the torch module, e.g. bfloat16."""
     shape: tuple[int, ...]
     offset_bytes: int
-    """From the start of the bucket."""
+    """Offset from the start of the bucket."""
 
     def view(self, bucket: Tensor) -> Tensor:
         """Return the weight as a view of the bucket's bytes."""
@@ -66,12 +66,12 @@ class LoadMessage:
     """Load a bucket."""
 
     index: int
-    """Of the bucket in this refresh; 0 starts a refresh."""
+    """Index of the bucket in this refresh; 0 starts a refresh."""
     address: MemoryAddress
-    """Of the bucket."""
+    """Address of the bucket."""
     entries: tuple[TensorEntry, ...]
     checksums: tuple[int, ...] | None
-    """Of the trainer's tensors, same order; None when the refresh is not verified."""
+    """Checksums of the trainer's tensors in the same order; None if the refresh is not verified."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

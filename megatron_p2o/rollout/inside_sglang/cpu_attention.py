@@ -38,9 +38,9 @@ class TokenBlock:
     """Tokens that share one attention call. B tokens, L keys of the longest rounded up."""
 
     rows_B: Tensor
-    """Of the batch."""
+    """Rows of the batch."""
     slots_BL: Tensor
-    """Where the keys lie in the KV cache, arbitrary beyond a token's own; [1, L] where all are of one sequence."""
+    """Positions of the keys in the KV cache, arbitrary beyond a token's own; [1, L] where all are of one sequence."""
     mask_B11L: Tensor
     """bool, True for the keys a token sees."""
 

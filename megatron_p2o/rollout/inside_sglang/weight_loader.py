@@ -63,7 +63,7 @@ class Copy:
     shape: torch.Size
     stride: tuple[int, ...]
     offset_bytes: int
-    """Of the source in the bucket."""
+    """Offset of the source in the bucket."""
     is_whole: bool
     """The source is the whole weight, bit for bit: the trainer's checksum holds for the destination."""
 
@@ -74,13 +74,13 @@ class Copy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyPlan:
-    """How the weights of one bucket reach the model."""
+    """The copies that bring the weights of one bucket into the model."""
 
     copies: tuple[Copy, ...]
     written: Mapping[str, int]
     """Elements written per parameter, padding that was filled with a constant included."""
     addresses: tuple[int, ...]
-    """Of the model's parameters when the plan was recorded: it is void once they moved."""
+    """Addresses of the model's parameters when the plan was recorded. The plan is void if they move."""
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ class Refresh:
     corrupted: list[str] = field(default_factory=list)
     """Weights that arrived with another checksum than they were sent."""
     addresses: set[MemoryAddress] = field(default_factory=set)
-    """Where the buckets lay."""
+    """Addresses of the buckets."""
     unopened: str = ""
     """See `RefreshReport`."""
 

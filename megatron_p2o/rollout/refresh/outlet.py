@@ -42,7 +42,7 @@ class DevicePlace(NamedTuple):
     node: int
     """0 is rank 0's own."""
     index: int
-    """On the node."""
+    """Index on the node."""
 
     def __str__(self) -> str:
         return f"node {self.node}'s device {self.index}"

@@ -64,10 +64,10 @@ class RefreshStats:
     """What a refresh cost."""
 
     num_bytes: int
-    """Of all weights, sent to each engine."""
+    """Size of all weights, which each engine gets."""
     num_buckets: int
     total_s: float
-    """From the beginning to the engines' resumption; they pause when the first bucket is full."""
+    """Time from the start to the engines' resumption. They pause when the first bucket is full."""
     convert_s: float
     """Waiting for the trainer to gather and convert the next weight."""
     fill_s: float
@@ -374,7 +374,7 @@ class WeightSync:
         judge(subject, [take_report(Path(f"{path}.{rank}")) for rank in range(self._num_ranks)], verify=verify)
 
     def _leave_devices(self, error: MemoryOutOfReach) -> None:
-        """From now on send engines to host memory, or raise `error` where there is no such way out."""
+        """Use host memory from now on, or raise `error` if the settings do not allow that."""
         if self._outlet is None or self._outlet.is_only_way or not self._sends_to_devices:
             raise error
         self._sends_to_devices = False

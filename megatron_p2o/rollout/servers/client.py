@@ -20,7 +20,7 @@ GONE = 502
 
 
 NOT_THE_REQUEST = (401, 403, 404, 405)
-"""Of the statuses that blame the request, those that say that this is not our server or not our key."""
+"""4xx statuses that mean a wrong server or a wrong key rather than a bad request."""
 
 
 class EngineUnreachable(RuntimeError):
@@ -176,7 +176,7 @@ class EngineClient:
         await self._update("/end_weight_update", {})
 
     async def set_weight_version(self, version: int) -> None:
-        """From now on tokens are marked with `version`."""
+        """Mark tokens with `version` from now on."""
         request = {"new_version": str(version), "abort_all_requests": False}
         await self._update("/update_weight_version", request)
 

@@ -28,10 +28,11 @@ USER_ROUTES = frozenset({"generate", "health_generate"})
 """Opened by an engine's user key; the others need its admin key."""
 
 MAX_REQUEST_BYTES = 1 << 28
-"""Of what is passed on to an engine; weights come through /staging, in pieces."""
+"""Largest request that is passed to an engine. Weights come through /staging, in pieces."""
 
 CONNECT_TIMEOUT_S = 60.0
-"""To an engine. For its answer rank 0 sets the limits: it knows when the engine is not to sample."""
+"""Time limit to connect to an engine. Rank 0 limits the wait for its answer, because it knows when the engine may not
+sample."""
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -55,7 +56,7 @@ class NodeDaemon:
     run_dir: Path
     key: str
     session: aiohttp.ClientSession
-    """To the engines."""
+    """HTTP session to the engines."""
     engines: dict[str, HostedServer] = field(default_factory=dict[str, HostedServer])
     staging: dict[int, MemoryFile] = field(default_factory=dict[int, MemoryFile])
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32))

@@ -19,12 +19,12 @@ TORCHRUN_VARIABLES = re.compile(
     r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|TORCH_NCCL_\w+"
     rf"|{STORE_FILE_VARIABLE})$"
 )
-"""Of the trainer's process group: an engine must not join it."""
+"""Variables of the trainer's process group, which an engine must not join."""
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 KEEP_ALIVE_S = 3600
-"""How long a server keeps idle connections; the client closes them long before."""
+"""Time a server keeps idle connections; the client closes them long before."""
 
 
 def engine_environment(arguments: Mapping[str, Any], scratch: Path, own_port: int = 0) -> dict[str, str]:

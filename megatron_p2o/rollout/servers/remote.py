@@ -41,12 +41,12 @@ DAEMON_START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 30.0
 READY_POLL_S = 0.5
 PIECE_BYTES = 1 << 22
-"""Of weights on their way to another node."""
+"""Size of the pieces in which weights go to another node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DaemonAddress:
-    """How to reach the daemon of a node."""
+    """Address and key of the daemon of a node."""
 
     url: str
     key: str

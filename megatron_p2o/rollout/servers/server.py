@@ -52,7 +52,7 @@ class Server(Protocol):
 
     @property
     def name(self) -> str:
-        """How errors call it, e.g. "engine 0"."""
+        """The name that errors use, e.g. "engine 0"."""
         ...
 
     @property

@@ -25,14 +25,14 @@ CPU_ARGUMENTS: Mapping[str, Any] = {
     "disable_overlap_schedule": True,  # there is no device whose work could hide the scheduler's
     "sleep_on_idle": True,  # an idle scheduler would otherwise spin on a core that the trainer needs
 }
-"""Of a server on a machine without CUDA; `sglang` in the configuration wins."""
+"""Arguments of a server on a machine without CUDA. The settings of `sglang` override them."""
 
 GPU_ARGUMENTS: Mapping[str, Any] = {
     # By default SGLang 0.5.21 captures prefill piece by piece and keeps the pieces' inputs by address only: graphs
     # captured later overwrite them, and prompts are computed wrongly without a word. Decoding keeps its graphs.
     "cuda_graph_backend_prefill": "disabled",
 }
-"""Of a server on a GPU; `sglang` in the configuration wins."""
+"""Arguments of a server on a GPU. The settings of `sglang` override them."""
 
 MEMORY_SAVER = "torch_memory_saver"
 """Package by which an SGLang server gives memory away and gets it back under the same addresses."""
@@ -55,14 +55,14 @@ DECIDED_BY: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnginePlace:
-    """Where an engine of the run stands."""
+    """Place of an engine in the run."""
 
     index: int
-    """Of the engine in the run."""
+    """Index of the engine in the run."""
     node: int
     """0 is rank 0's own."""
     slot: int
-    """Of the engine on its node."""
+    """Index of the engine on its node."""
 
 
 def engine_places(num_engines: int, num_nodes: int) -> list[EnginePlace]:

@@ -20,10 +20,10 @@ class Progress:
         self.num_rollouts_evolution = resumed.num_rollouts_evolution if resumed else 0
         self.first_round: RoundStatistics = resumed.first_round if resumed else {}
         self.published_accuracy: Mapping[str, float] = resumed.published_accuracy if resumed else {}
-        """By evaluation set, under the first published template that was measured; empty before."""
+        """Accuracy by evaluation set under the first published template that was measured; empty before."""
         self.best_template = template_with_text(resumed.best_template) if resumed else PLAIN
-        """Of the last library that had any: an empty library, after everything was internalised, does not make the last
-        template worth less."""
+        """Best template of the last library that had any. An empty library, after everything was
+        internalised, does not replace it."""
         self._library_version = resumed.library_version if resumed else 0
         self._wall_s_before = resumed.wall_s if resumed else 0.0
         self._started = time.monotonic()

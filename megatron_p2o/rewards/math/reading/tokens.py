@@ -7,7 +7,7 @@ from fractions import Fraction
 from megatron_p2o.rewards.math.reading.tree import FUNCTIONS, MAX_DIGITS, Node, NotUnderstoodError
 
 MAX_EXPONENT_DIGITS = 4
-"""Of a number such as 1e300: a longer exponent is not read."""
+"""Longest exponent of a number such as 1e300 that is read."""
 
 _WORDS = {"pi": r"\pi", "infinity": r"\infty", "sqrt": r"\sqrt", **{name: rf"\{name}" for name in FUNCTIONS}}
 """Names that mean the same without a backslash, when nothing else touches them."""

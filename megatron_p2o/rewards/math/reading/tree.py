@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 MAX_DIGITS = 1000
-"""Of a numeral: converting longer ones takes quadratic time."""
+"""Longest numeral. Converting a longer one takes quadratic time."""
 
 _FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min"
 FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
@@ -31,11 +31,11 @@ class Node:
     """number, constant, symbol; sum, product, quotient, power, negative; or the name of a function."""
     parts: tuple["Node", ...] = ()
     name: str = ""
-    """Of a symbol or constant; of an opaque function."""
+    """Name of a symbol, a constant or an opaque function."""
     value: Fraction = Fraction(0)
-    """Of a number."""
+    """Value of a number."""
     is_decimal: bool = False
-    """Of a number: written with a point, hence perhaps rounded."""
+    """Whether a number was written with a point, so that it may be rounded."""
 
     def walk(self) -> Iterator["Node"]:
         """Yield this node and all below it."""

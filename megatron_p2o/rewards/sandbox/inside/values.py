@@ -6,7 +6,7 @@ Only data passes. An object of a class of the answer's own, which could call its
 from typing import Any
 
 MAX_DEPTH = 100
-"""Of containers in containers."""
+"""Deepest nesting of containers."""
 
 EXACT_INT = 1 << 53
 """Integers up to here are written as numbers; longer ones in hexadecimal, which takes linear time to read."""
