@@ -8,7 +8,9 @@ from pathlib import Path
 from megatron_p2o.config.read import ConfigError, load_config, missing_paths
 from megatron_p2o.config.tree import Config
 from megatron_p2o.files import limit_readers, read_json_object
-from megatron_p2o.run.launch import check_engines, launch, prepare_environment
+from megatron_p2o.run.launch import check_engines, launch
+from megatron_p2o.run.ranks.environment import prepare_environment
+from megatron_p2o.run.ranks.signals import evaluation_notice, told_at_once
 from megatron_p2o.run_folder.lock import hold_run
 from megatron_p2o.run_folder.state import STATE_FILE
 
@@ -86,7 +88,7 @@ def run_evaluation(request: EvaluationRequest, restart: bool) -> int:
     # Imported here: transformers and the engine's client take seconds that a refused request does not need.
     from megatron_p2o.evaluation.benchmark import discard_answers, evaluate_directory
 
-    with hold_run(request.output):
+    with hold_run(request.output), told_at_once(evaluation_notice):
         if restart:
             discard_answers(request.output)
         evaluate_directory(request.config, request.output)

@@ -4,19 +4,16 @@ A run on several nodes starts `p2o` once on each, under `srun` or by hand; see `
 process, so that a failed run ends in one message, that of the rank which failed first: the others fail because of it.
 """
 
-import ipaddress
 import logging
 import os
-import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
-import psutil
 import torch
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, SignalException
@@ -24,31 +21,28 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_p2o.config.read import dump_config, with_template_date
-from megatron_p2o.config.tree import Config, ParallelConfig
-from megatron_p2o.evolve.reflection.reflectors import secrets_of
+from megatron_p2o.config.tree import Config
 from megatron_p2o.files import limit_readers, write_whole
 from megatron_p2o.machine.layout import with_layout
 from megatron_p2o.machine.nodes import Nodes, nodes_of_slurm
 from megatron_p2o.machine.rendezvous import BACKEND
-from megatron_p2o.processes import (
-    LOOPBACK_ONLY,
-    PROXY_VARIABLES,
-    SECRET_NAMES_VARIABLE,
-    STORE_FILE_VARIABLE,
-    child_environment,
-)
-from megatron_p2o.rollout.servers.remote import own_address
-from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import check_arguments
-from megatron_p2o.run.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
+from megatron_p2o.run.ranks.environment import (
+    conductor_secrets,
+    meeting_file,
+    prepare_environment,
+    prepare_gpus,
+    prepare_network,
+    withheld_secrets,
+)
+from megatron_p2o.run.ranks.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
+from megatron_p2o.run.ranks.signals import evaluation_notice, stop_file_on_sigusr1, told_at_once, training_notice
 from megatron_p2o.run.resume import check_resume, finished
 from megatron_p2o.run_folder.lock import hold_run
 from megatron_p2o.terminal import say
 
 SHARED_FILE_POLL_S = 0.5
-
-WANDB_SECRETS = ("WANDB_API_KEY", *PROXY_VARIABLES)
 
 REQUEUED_PATIENCE_S = 2.0 * STOP_TIMEOUT_S
 
@@ -92,24 +86,42 @@ def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arg
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     secrets = conductor_secrets(config) if nodes.is_head else ()
     command = ("-m", "megatron_p2o.run.train", str(resolved), "--parent", str(os.getpid()), *arguments)
+    notice = signal_notice(run_dir, trains=trains, is_head=nodes.is_head)
+    with (
+        told_at_once(notice),
+        stop_file_on_sigusr1(run_dir / "stop"),
+        meeting_file(nodes),
+        withheld_secrets() as withheld,
+    ):
+        given = {name: withheld[name] for name in secrets if name in withheld}
+        settings = agent_settings(num_ranks, nodes, config.parallel.timeout_s, given)
+        return run_agent(settings, command, run_dir, nodes, config.parallel.timeout_s)
+
+
+def run_agent(settings: LaunchConfig, command: Sequence[str], run_dir: Path, nodes: Nodes, timeout_s: float) -> int:
+    """Run Python with `command` on every rank of this node, tell how it failed, and return the exit status."""
     try:
-        with stop_file_on_sigusr1(run_dir / "stop"), meeting_file(nodes), withheld_secrets() as withheld:
-            given = {name: withheld[name] for name in secrets if name in withheld}
-            settings = agent_settings(num_ranks, nodes, config.parallel.timeout_s, given)
-            elastic_launch(settings, sys.executable)(*command)
+        elastic_launch(settings, sys.executable)(*command)
     except ChildFailedError as error:
         say(failure_message(error.failures, run_dir, node_name(nodes)), sys.stderr)
         return 1
     except DistError as error:
         say(
             f"p2o: {node_name(nodes)} did not meet the other {nodes.count - 1} nodes at {nodes.head_address}:"
-            f"{nodes.head_port} within parallel.timeout_s={config.parallel.timeout_s:g} s: {error}",
+            f"{nodes.head_port} within parallel.timeout_s={timeout_s:g} s: {error}",
             sys.stderr,
         )
         return 1
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def signal_notice(run_dir: Path, *, trains: bool, is_head: bool) -> Callable[[int], str]:
+    """Return what tells what a signal does; one node of a run tells it."""
+    if not is_head:
+        return lambda number: ""
+    return partial(training_notice, run_dir) if trains else evaluation_notice
 
 
 def check_engines(config: Config) -> None:
@@ -211,102 +223,3 @@ class RankEnvironments(DefaultLogsSpecs):
             if environment["RANK"] == "0":
                 environment.update(self._conductor_secrets)
         return super().reify(envs)
-
-
-def conductor_secrets(config: Config) -> tuple[str, ...]:
-    """Return the environment variables that may hold secrets and that rank 0 needs; the other ranks need none."""
-    names = secrets_of(config.evolution.reflection) if config.evolution.enabled else ()
-    return (*names, *(WANDB_SECRETS if config.logging.wandb_project is not None else ()))
-
-
-@contextmanager
-def withheld_secrets() -> Iterator[Mapping[str, str]]:
-    """Take the secrets out of this process's environment, which agents pass on to ranks, and yield them."""
-    withheld = {name: os.environ[name] for name in os.environ.keys() - child_environment().keys()}
-    for name in withheld:
-        del os.environ[name]
-    try:
-        yield withheld
-    finally:
-        os.environ.update(withheld)
-
-
-@contextmanager
-def meeting_file(nodes: Nodes) -> Iterator[None]:
-    """Tell the ranks of a single machine where to meet: in a folder that only this user can enter."""
-    if nodes.count > 1:
-        yield
-        return
-    folder = Scratch()
-    os.environ[STORE_FILE_VARIABLE] = str(folder.path / "store")
-    try:
-        yield
-    finally:
-        del os.environ[STORE_FILE_VARIABLE]
-        folder.remove()
-
-
-def prepare_environment(config: Config) -> None:
-    """Set what every child inherits: one OpenMP thread unless chosen, no imports from the working folder, and which
-    variable the settings say holds a key.
-
-    Several processes with a thread per core each slow one another down by an order of magnitude.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    named = os.environ.get(SECRET_NAMES_VARIABLE, "").split(",")
-    os.environ[SECRET_NAMES_VARIABLE] = ",".join({*filter(None, named), config.evolution.reflection.api_key_env})
-    # For the agent. torch 2.11 has neither this variable nor the setting that later versions have, and waits 30 s.
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_TIMEOUT_S)
-
-
-def prepare_gpus(parallel: ParallelConfig) -> None:
-    """Have kernels start in the order they are issued where layers communicate, unless it is chosen otherwise.
-
-    Up to Hopper Megatron's overlap of tensor-parallel communication and computation depends on it. SGLang sets a value
-    of its own for its engines.
-    """
-    if parallel.tensor * parallel.context > 1:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
-
-def prepare_network(nodes: Nodes) -> None:
-    """Have gloo and NCCL stay on loopback where there is one node, and gloo use the network that leads to the head
-    where there are several, unless it is chosen otherwise.
-
-    By itself gloo takes the address that the host's own name resolves to: on many machines of several nodes, a loopback
-    one, and on a single machine one that others reach.
-    """
-    if nodes.count == 1:
-        os.environ |= LOOPBACK_ONLY
-        return
-    interface = interface_to(nodes.head_address)
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-
-
-def interface_to(address: str) -> str | None:
-    """Return the network interface by which this machine reaches `address`; None for loopback and where none does."""
-    try:
-        own = own_address(address)
-    except OSError:
-        return None
-    if ipaddress.ip_address(own).is_loopback:
-        return None
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, addresses in interfaces if own in [known.address for known in addresses]), None)
-
-
-@contextmanager
-def stop_file_on_sigusr1(stop_file: Path) -> Iterator[None]:
-    """Turn SIGUSR1 into the run's stop file, which the ranks look at between steps; the agent would die of it."""
-
-    def stop_after_step(number: int, frame: FrameType | None) -> None:
-        stop_file.touch()
-
-    previous = signal.signal(signal.SIGUSR1, stop_after_step)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGUSR1, previous)

@@ -47,7 +47,7 @@ from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.run.conductor import conduct
 from megatron_p2o.run.inputs import load_inputs, summary_of
 from megatron_p2o.run.parts import StartEngines
-from megatron_p2o.run.rank_errors import report_error
+from megatron_p2o.run.ranks.rank_errors import report_error
 from megatron_p2o.run.resume import check_resume
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
 from megatron_p2o.run_folder.state import STATE_FILE, read_state

@@ -17,7 +17,8 @@ from megatron_p2o.machine.rendezvous import distance, head_listener, meet_at_hea
 
 ALONE = """
 import sys
-from megatron_p2o.run.launch import agent_settings, meeting_file, prepare_network, this_machine
+from megatron_p2o.run.launch import agent_settings, this_machine
+from megatron_p2o.run.ranks.environment import meeting_file, prepare_network
 from torch.distributed.launcher.api import elastic_launch
 
 sys.addaudithook(lambda event, given: print("unpickled", given) if event == "pickle.find_class" else None)

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 from megatron_p2o.run.launch import agent_settings
 from megatron_p2o.machine.nodes import nodes_from_options
-from megatron_p2o.run.rank_errors import failure_message
+from megatron_p2o.run.ranks.rank_errors import failure_message
 
 sys.addaudithook(lambda event, given: print("unpickled", given) if event == "pickle.find_class" else None)
 node_rank, folder = int(sys.argv[1]), sys.argv[2]

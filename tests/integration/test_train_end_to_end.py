@@ -193,7 +193,8 @@ def test_the_initial_policy_reflects_on_a_server_of_its_own(tiny: Path, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_no_process_outlives_an_interrupted_run(number: signal.Signals, tiny: Path, tmp_path: Path) -> None:
     command = p2o("train", "p2o.yaml", settings(tiny, tmp_path, "killed"))
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
     wait_for(tmp_path / "killed" / "rollouts" / "step-000001.jsonl", process)  # type: ignore[arg-type]
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 4, "torchrun, a rank, an engine with its own children"
@@ -201,6 +202,7 @@ def test_no_process_outlives_an_interrupted_run(number: signal.Signals, tiny: Pa
     process.wait(timeout=120)
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, [member.cmdline() for member in alive if member.is_running()]
+    assert f"p2o: {number.name}: the run ends now and saves nothing more: " in (tmp_path / "said").read_text()
 
 
 def test_a_model_that_no_engine_can_load_ends_the_run_with_the_reason(tiny: Path, tmp_path: Path) -> None:

@@ -23,16 +23,13 @@ from megatron_p2o.config.tree import (
 )
 from megatron_p2o.machine.nodes import Nodes, first_host, nodes_from_options, nodes_of_slurm
 from megatron_p2o.processes import SECRET_NAMES_VARIABLE, child_environment
-from megatron_p2o.run.launch import (
-    agent_settings,
+from megatron_p2o.run.launch import agent_settings, ranks_per_node, share_settings, this_machine
+from megatron_p2o.run.ranks.environment import (
     conductor_secrets,
     interface_to,
     prepare_environment,
     prepare_gpus,
     prepare_network,
-    ranks_per_node,
-    share_settings,
-    this_machine,
     withheld_secrets,
 )
 

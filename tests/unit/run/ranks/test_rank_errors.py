@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_p2o.run.rank_errors import (
+from megatron_p2o.run.ranks.rank_errors import (
     SHORTEST_STOP_TIMEOUT_S,
     error_file,
     failure_message,
