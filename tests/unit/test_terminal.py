@@ -83,7 +83,7 @@ def test_the_progress_of_a_run_shows_what_evolution_quotes(is_terminal: bool) ->
 
 LOGGER = """
 import logging, sys, threading
-from megatron_p2o.terminal import listed, set_up_logging
+from megatron_p2o.terminal import set_up_logging
 set_up_logging()
 hostile = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
 own = logging.getLogger("library")

@@ -11,7 +11,7 @@ from megatron_p2o.evolve.record.history import EndedBy
 from megatron_p2o.evolve.record.library import PublishedLibrary
 from megatron_p2o.evolve.search.round import Round
 from megatron_p2o.files import write_whole
-from megatron_p2o.records import to_json
+from megatron_p2o.records import from_text, to_json
 from megatron_p2o.types import PLAIN, Template
 
 
@@ -82,7 +82,7 @@ def keep_round(run_dir: Path, stats: RoundStats) -> None:
     """
     path = rounds_path(run_dir)
     written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in written if json.loads(line)["epoch"] != stats.epoch]
+    kept = [line for line in written if from_text(RoundStats, line).epoch != stats.epoch]
     write_whole(path, "\n".join([*kept, json.dumps(to_json(stats))]) + "\n")
 
 

@@ -32,7 +32,7 @@ def laid_out(weights: NamedWeights, bucket_bytes: int) -> Iterator[tuple[int, Te
             offset_bytes=used_bytes,
         )
         yield index, entry, tensor
-        used_bytes = round_up(used_bytes + tensor.nbytes)
+        used_bytes = aligned_bytes(used_bytes + tensor.nbytes)
         del tensor
     if not used_bytes:
         raise ValueError("the policy yielded no weights")
@@ -46,7 +46,7 @@ class MemoryFile:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        size = round_up(num_bytes)
+        size = aligned_bytes(num_bytes)
         self._descriptor = os.memfd_create("p2o-weights", os.MFD_CLOEXEC)
         os.ftruncate(self._descriptor, size)
         self.content = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
@@ -107,7 +107,7 @@ class StagingBuffer:
         self._entries.append(entry)
         if verify:
             self._checksums.append(checksum(tensor))
-        self._used_bytes = round_up(entry.offset_bytes + tensor.nbytes)
+        self._used_bytes = aligned_bytes(entry.offset_bytes + tensor.nbytes)
 
     def add_checksums(self) -> None:
         """Make up for a refresh that was not verified, from the copy."""
@@ -136,5 +136,5 @@ def pinned_file(num_bytes: int) -> MemoryFile:
     return memory
 
 
-def round_up(num_bytes: int) -> int:
+def aligned_bytes(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.rollout.buckets.device_memory import BINDINGS, DeviceMemory, can_share_device_memory, finish_copies
-from megatron_p2o.rollout.buckets.staging import MemoryFile, laid_out, round_up
+from megatron_p2o.rollout.buckets.staging import MemoryFile, aligned_bytes, laid_out
 from megatron_p2o.rollout.buckets.weight_message import MemoryAddress, TensorEntry
 from megatron_p2o.rollout.servers.server_arguments import engine_places
 
@@ -169,7 +169,7 @@ def uses_devices(config: Config) -> bool:
 
 def bucket_capacity(config: Config, largest_weight_bytes: int) -> int:
     """Return the size of a span that can hold every bucket."""
-    return round_up(max(config.rollout.refresh_bucket_mib << 20, largest_weight_bytes))
+    return aligned_bytes(max(config.rollout.refresh_bucket_mib << 20, largest_weight_bytes))
 
 
 def own_place() -> DevicePlace:
