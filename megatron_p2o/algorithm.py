@@ -1,6 +1,6 @@
 """P2O (arXiv:2603.21877, Algorithm 1): policy steps on the bare prompts, alternating with evolution of templates.
 
-A problem the policy fails is asked through evolved templates; what it then gets right is learnt without them.
+The policy samples a problem that it fails with evolved templates. It is then trained on the successes without them.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--plan",
         metavar="GPUSxGIB",
-        help="plan the memory for nodes of so many GPUs of so many GiB (8x80), not for here",
+        help="plan the memory for nodes with N GPUs of M GiB (NxM, such as 8x80) instead of this machine",
     )
     _add_overrides(doctor)
     doctor.set_defaults(run=_doctor)

@@ -1,4 +1,4 @@
-"""Which errors are about the world outside the program, and what a person is told of them."""
+"""The errors that users can repair, and the messages they get."""
 
 import errno
 import json

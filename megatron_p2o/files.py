@@ -1,4 +1,4 @@
-"""Files that readers see whole or not at all, who may read them, and how to tell that one is still what was written."""
+"""Writes files atomically, sets who may read them, and checks that they are unchanged."""
 
 import hashlib
 import json

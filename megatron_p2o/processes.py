@@ -1,4 +1,4 @@
-"""What a process asks of the kernel, to end with its parent and to open many files; and what its children inherit."""
+"""Process settings: end with the parent, open many files, and the environment of child processes."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, and on nothing else."""
+"""Seeds that depend only on the purpose of the random numbers."""
 
 import hashlib
 import json

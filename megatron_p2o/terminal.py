@@ -1,4 +1,4 @@
-"""What reaches a person's terminal: text of others is shown, never obeyed.
+"""Prints to the terminal. Control characters in foreign text are shown, not obeyed.
 
 Problems, templates, answers of endpoints, logs of engines and names of files may hold sequences that move the cursor,
 change the title or set the clipboard. Everything that is printed or logged goes through `say`, `set_up_logging` or
@@ -82,7 +82,7 @@ class _SafeFormatter(logging.Formatter):
 
 
 def set_up_logging(layout: str = "%(levelname)s %(name)s: %(message)s") -> None:
-    """Have this process log warnings to standard error, `printable`; what ends it is told the same way."""
+    """Log warnings of this process to standard error, `printable`, and also the exception that ends it."""
     handler = logging.StreamHandler()
     handler.setFormatter(_SafeFormatter(layout))
     logging.setLogRecordFactory(_SafeRecord)

@@ -173,7 +173,7 @@ class Grade:
     reason: str = ""
     """Why it is undecided, or why it has this reward; for people."""
     feedback: str = ""
-    """What reflection is told about the answer."""
+    """Text about the answer for reflection."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for a reward that is NaN or outside [0, 1]."""

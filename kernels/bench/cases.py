@@ -40,7 +40,7 @@ class Case:
     main_grad_VD: Tensor | None
     """float32, zero: what a trainer accumulates into. None: the weight gradient is returned."""
     path: LmHeadPath | None = None
-    """Of our own operation; None: by device."""
+    """Settings of our own operation; None: chosen by device."""
 
     @property
     def is_live_T(self) -> Tensor:

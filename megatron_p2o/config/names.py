@@ -1,4 +1,4 @@
-"""What to write instead of a name that is no setting."""
+"""Suggests a setting for a name that is not one."""
 
 from collections.abc import Iterator, Mapping
 from typing import get_type_hints

@@ -1,4 +1,4 @@
-"""Rules between settings, and the list of all that a tree of settings breaks."""
+"""Rules between settings. Returns every rule that a tree of settings violates."""
 
 import re
 from pathlib import Path

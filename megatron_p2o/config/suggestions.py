@@ -1,4 +1,4 @@
-"""What someone may have meant by a name that is none."""
+"""Finds the known name that is nearest to an unknown one."""
 
 import difflib
 from collections.abc import Collection

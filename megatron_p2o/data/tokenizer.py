@@ -1,4 +1,4 @@
-"""The model's tokenizer: read and checked, and which tokens end a response."""
+"""Reads and checks the model's tokenizer, and finds the tokens that end a response."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

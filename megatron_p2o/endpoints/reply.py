@@ -1,4 +1,4 @@
-"""What an endpoint replied, as an OpenAI-compatible chat completion says it."""
+"""Reads the reply of an endpoint: an OpenAI-compatible chat completion."""
 
 from dataclasses import dataclass
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""The answers of an evaluation on disk, one line each as they arrive, so that an interrupted one can go on."""
+"""The answers of an evaluation on disk, one line each as they arrive, so that an evaluation can be resumed."""
 
 import json
 from collections.abc import Mapping

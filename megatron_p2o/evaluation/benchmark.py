@@ -1,4 +1,4 @@
-"""`p2o eval`: answers sets of problems on engines, keeps every answer, and writes what they amount to.
+"""`p2o eval`: samples answers to sets of problems, keeps every answer, and writes the results.
 
 <output>/answers/<set>.jsonl   every answer as it arrived; an evaluation that was interrupted goes on from here
 <output>/results.json          what they amount to, see docs/evaluation.md

@@ -1,4 +1,4 @@
-"""Two evaluations of the same problems: paired differences, their intervals and whether they are chance."""
+"""Compares two evaluations of the same problems: paired differences, intervals and p-values."""
 
 from collections.abc import Mapping
 from pathlib import Path

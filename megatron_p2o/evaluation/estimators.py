@@ -1,4 +1,4 @@
-"""What a sample of answers says about a policy: pass@k, and tests of paired differences.
+"""Estimates from a sample of answers: pass@k, and tests of paired differences.
 
 Everything is over problems: they are the sample, answers to one problem are not independent of each other.
 """
@@ -12,7 +12,7 @@ NUM_RESAMPLES = 10_000
 """Bootstrap resamples, and random sign patterns of the permutation test."""
 
 EXACT_SIGNS = 16
-"""Up to so many problems that differ, the permutation test goes through all sign patterns."""
+"""Most differing problems for which the permutation test goes through all sign patterns."""
 
 CHUNK_NUMBERS = 1 << 20
 """Random numbers drawn at once: bounds the memory."""

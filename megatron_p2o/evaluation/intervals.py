@@ -1,4 +1,4 @@
-"""Confidence intervals over problems, which stay honest for a handful of them and where all or none were solved.
+"""Confidence intervals over problems. They hold for few problems, and if all or none were solved.
 
 The percentile bootstrap knows only the values it was given: of equal ones it makes a point. It serves where at least
 `MIN_VARIED` problems differ from the others. Elsewhere, and always for problems answered once, binomial intervals do.

@@ -1,4 +1,4 @@
-"""Graded answers to a set of problems, and what they amount to."""
+"""Graded answers to a set of problems, and the statistics over them."""
 
 import hashlib
 import json
@@ -168,7 +168,7 @@ def _solved_in_tries(
 
 
 def evaluation_record(outcome: Evaluation) -> JsonObject:
-    """Return the outcome as it is written to files, but for the single problems."""
+    """Return the outcome as it is written to files, without the single problems."""
     record = asdict(outcome)
     del record["correct_by_problem"], record["decided_by_problem"]
     return record

@@ -1,4 +1,4 @@
-"""Measuring a policy on problems: what it answers plainly, and what a template adds."""
+"""Measures a policy on problems, with and without a template."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

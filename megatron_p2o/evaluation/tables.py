@@ -1,4 +1,4 @@
-"""Evaluations for reading: progress while they run, a table of the results, a table of a comparison."""
+"""Prints evaluations: progress, a table of results, a table of a comparison."""
 
 import sys
 from collections.abc import Mapping, Sequence

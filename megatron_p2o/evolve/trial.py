@@ -1,4 +1,4 @@
-"""What a template was worth on a problem, and who is asked for it."""
+"""The result of trying a template on a problem, and the interface that runs such trials."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`p2o doctor`: what this machine offers and what is missing, before anything is started."""
+"""`p2o doctor`: reports what this machine has and what is missing, without starting anything."""
 
 import importlib.util
 import platform

@@ -1,4 +1,4 @@
-"""Which nodes a run spans and which of them this is: told by the command line, or by Slurm inside `srun`."""
+"""The nodes of a run, and the number of this one: from the command line, or from Slurm inside `srun`."""
 
 import re
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 torch's own rendezvous listens on every address of the machine, and that of its default backend unpickles what anybody
 may have left there. The ranks of a single machine meet in a file that only their user can open. Those of several nodes
-meet at the address of the head that the other nodes are told; nothing that is read there is unpickled.
+meet at the head's address, which the other nodes get. Nothing that is read there is unpickled.
 """
 
 import errno

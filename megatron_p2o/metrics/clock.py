@@ -1,4 +1,4 @@
-"""What the phases of a step take, in time and memory, measured around the parts rather than inside the algorithm."""
+"""Measures time and memory of the phases of a step, around the parts and not inside the algorithm."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Progress of a run for the person who started it."""
+"""Shows the progress of a run on the terminal."""
 
 import sys
 from typing import TextIO

@@ -1,4 +1,4 @@
-"""Append-only JSON lines: reading what a running or killed process wrote, and taking back what will be done again.
+"""Append-only JSON lines: reads what a running or killed process wrote, and removes what will be done again.
 
 A line that a disk has damaged is named, stays where it is and is passed over: the lines after it count, and nothing is
 lost.

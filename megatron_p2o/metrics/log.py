@@ -1,4 +1,4 @@
-"""The metrics of a run on their way out: reduced once, then written to every sink."""
+"""Reduces the metrics of a run once and writes them to every sink."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""The most memory the conducting rank holds at a time, and what a run's other processes hold."""
+"""Peak memory of rank 0, and memory of a run's other processes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whether a number that should stay where it is has risen since a run began."""
+"""Detects that a number which should stay constant has risen since the start of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Metric values that carry their own reduction, so that nobody averages averages.
+"""Metric values that carry their own reduction, so that averages are never averaged.
 
 One nan makes the whole nan.
 """

@@ -1,4 +1,4 @@
-"""The trainer on Megatron-core, which no other room imports."""
+"""The trainer on Megatron-core. No other folder imports Megatron-core."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Line charts: where everything lies in them, and the same numbers as a table. assets/macros.html draws them.
+"""Line charts: the layout of their parts, and the same numbers as a table. assets/macros.html draws them.
 
 They are inline SVG with HTML labels: no script is needed to read them, none is loaded from elsewhere. The drawing
 stretches to its box (strokes keep their width) while labels are positioned in percent, so that text has one size on a
@@ -20,7 +20,7 @@ NUM_STYLES = 6
 """Colours and dash patterns in report.css."""
 
 SMOOTHED_FROM = 80
-"""A line of so many points is drawn as a moving average over the faint original."""
+"""A line of at least this many points is drawn as a moving average over the faint original."""
 
 DOTTED_UP_TO = 20
 """A line of no more points shows each as a dot."""

@@ -1,4 +1,4 @@
-"""What templates achieve and what the policy keeps of it, read off the hard-sample ledger.
+"""What templates achieve, and what the policy keeps of it, from the hard-sample ledger.
 
 All success rates are estimates over the tries a problem really got, so that runs with different numbers of plain and
 templated rollouts can be compared.

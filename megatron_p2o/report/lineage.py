@@ -1,4 +1,4 @@
-"""Who was reflected from whom, from the journals of evolution rounds: a library holds only the templates that won."""
+"""The ancestry of templates, from the journals of evolution rounds. A library has only the templates that won."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""A run directory as the report reads it: every part may be missing, and the run may still be writing."""
+"""Reads a run directory for the report. Every part may be missing, and the run may still be writing."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

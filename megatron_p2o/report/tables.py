@@ -1,4 +1,4 @@
-"""Tables of the report, as text: how they look is said in assets/macros.html."""
+"""Tables of the report, as text. assets/macros.html defines how they look."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ class SourceClosed(Exception):
 
 
 class ForkServer:
-    """A warm process that forks workers (`fork_server.py`). Calls must not overlap, but for `stop`.
+    """A warm process that forks workers (`fork_server.py`). Calls must not overlap, except `stop`.
 
     Linux kills it when the thread that started it ends, and the workers with it.
     """
@@ -200,7 +200,7 @@ class WorkerSource:
         raise AssertionError("it has failed")
 
     def close(self) -> None:
-        """End all workers; whoever waits for one is told."""
+        """End all workers, and wake every caller that waits for one."""
         self._is_closed = True
         server = self._server
         if server is not None:

@@ -15,7 +15,7 @@ its tokens in the table, and a token's weight multiplies its own loss. docs/obje
 means.
 
 The loss and its gradient are computed by `p2o_kernels.linear_policy_loss` together with the LM head; its specification
-is `p2o_kernels/policy_loss/reference.py`. Here is what it is told, and what is reported.
+is `p2o_kernels/policy_loss/reference.py`. This module has its inputs and its statistics.
 """
 
 from collections.abc import Sequence

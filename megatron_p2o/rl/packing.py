@@ -1,4 +1,4 @@
-"""Samples laid end to end: how they are packed, and how they are split into micro-batches."""
+"""Packs samples end to end, and splits them into micro-batches."""
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch.from_numpy is untyped in torch's own stubs.
 

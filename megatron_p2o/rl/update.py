@@ -1,4 +1,4 @@
-"""Distilling: the optimizer steps of one P2O step, all against the policy that sampled its rollouts."""
+"""The optimizer steps of one P2O step, all relative to the policy that sampled its rollouts."""
 
 from collections.abc import Sequence
 from dataclasses import replace

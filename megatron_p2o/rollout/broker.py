@@ -1,4 +1,4 @@
-"""Hands requests to engines: who goes first, where, and what happens when an engine dies.
+"""Sends requests to engines: their order, their engine, and what happens if an engine dies.
 
 Runs on an event loop in its own thread. The public methods may be called from any thread; the state is touched on the
 loop only and needs no lock.

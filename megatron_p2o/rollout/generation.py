@@ -1,4 +1,4 @@
-"""One request at one engine: sampled within its time, cut short when that is over."""
+"""Runs one request at one engine within its time limit, and aborts it afterwards."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Completions that an engine answered with something nobody can train on: counted by reason, named once a step."""
+"""Completions that cannot be trained on: counted by reason, and reported once per step."""
 
 import logging
 import threading

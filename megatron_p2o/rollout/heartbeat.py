@@ -27,7 +27,7 @@ class Probed(Protocol):
 async def watch(client: Probed, stall_timeout_s: float, busy_since: Callable[[], int | None]) -> None:
     """Return never while the engine makes progress.
 
-    Progress is a sampled token, whoever asked for it, so that requests that queue behind others in the engine do not
+    Progress is a sampled token of any request, so that requests that queue behind others in the engine do not
     look like a hang. An engine that has nothing to do is left alone: on a GPU its memory may be lent to the trainer.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which waiting request goes next, and to which engine."""
+"""Chooses the next waiting request and its engine."""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What the broker keeps about a completion on its way and about the engine it is on."""
+"""The broker's records of a running completion and of its engine."""
 
 import asyncio
 from collections.abc import Callable

@@ -50,7 +50,7 @@ class Supervisor:
         self._given_up: dict[str, str] = {}
         self._closing = threading.Event()
         self._turn = threading.Condition()
-        """Guards the two below, and is told of every change to them and of the end."""
+        """Guards the two fields below. It is notified of every change to them, and of the end."""
         self._is_held = False
         self._starting: set[str] = set()
         self._pool = ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="engine-restart")
@@ -131,7 +131,7 @@ class Supervisor:
     @contextmanager
     def _started_in_turn(self, name: str) -> Iterator[None]:
         """Wait until no one holds servers back, and let `hold` wait for the end of this."""
-        with self._turn:  # without a limit: whoever holds servers back lets them go or closes
+        with self._turn:  # without a limit: a holder of servers releases them or closes
             self._turn.wait_for(lambda: not self._is_held or self._closing.is_set())
             self._starting.add(name)
         try:

@@ -1,4 +1,4 @@
-"""Rank 0 of a run that trains: what it begins from, what it starts, the training, the end."""
+"""Rank 0 of a training run: start or resume, build the parts, train, close."""
 
 import logging
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What `p2o eval` is asked for: whose answers, to which problems, under which settings, and where they go."""
+"""The task of `p2o eval`: model, problems, settings and output folder."""
 
 import json
 from collections.abc import Sequence

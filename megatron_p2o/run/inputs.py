@@ -1,4 +1,4 @@
-"""What a run reads before it starts anything, and what can be said of it then."""
+"""Reads the inputs of a run before anything is started, and describes them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def summary_of(config: Config, inputs: Inputs) -> list[str]:
-    """Return what a run will make of its inputs, one line each.
+    """Return a description of the inputs, one line each.
 
     Raises:
         ValueError: there are fewer problems than a step takes.

@@ -1,4 +1,4 @@
-"""The parts of a run: where implementations meet. Engines, grader and evolution are started here, and closed again."""
+"""Builds the parts of a run: starts engines, grader and evolution, and closes them."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future

@@ -1,7 +1,7 @@
-"""Compares what a checkpoint was made with with what a run that goes on from it is given.
+"""Compares the inputs of a resumed run with those that its checkpoint was made with.
 
-Every difference is harmless, takes effect from a place that is named, or is refused with the ways out. Nothing that a
-run is told at a resume is ignored, and nothing is taken without a word.
+Every difference is harmless, takes effect at a named step, or is refused with the ways out. None is ignored, and none
+takes effect without a message.
 """
 
 import logging

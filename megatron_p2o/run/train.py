@@ -1,6 +1,6 @@
 """One rank of a run: build the parts, resume, train, close. Started by torchrun as `-m megatron_p2o.run.train CONFIG`.
 
-The only place where implementations meet. Rank 0 conducts; the others serve its policy's calls until it is done.
+Rank 0 conducts. The other ranks serve its policy's calls until it is done.
 """
 
 import argparse

@@ -96,7 +96,7 @@ class EvolutionLink:
     """What passes between training and prompt evolution besides rounds: scores go in, numbers come out."""
 
     def __init__(self, session: EvolutionSession | None, decode: Callable[[Completion], str]) -> None:
-        """`session`: None, without evolution, is told nothing and has nothing to say."""
+        """`session`: None without evolution."""
         self._session, self._decode = session, decode
 
     def observe(self, groups: Sequence[Group]) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written beside training, whole or not at all, and checked before one is used.
+"""The checkpoints of a run: written during training, complete or not at all, and checked before use.
 
 runs/<name>/checkpoints/step-000030/policy/          weights, optimizer and random states
                                     run_state.json   where training stands, see `run_folder.state.RunState`
@@ -42,8 +42,8 @@ WRITE_TIMEOUT_S = 3600.0
 """Longest wait for the files of one checkpoint."""
 
 HASHED_BYTES = 16 << 30
-"""Before a checkpoint is used its files are hashed, the small ones first, up to this total: 10 to 30 s. Sizes are
-always compared; of larger checkpoints the hashes are there for whoever doubts a disk."""
+"""Before a checkpoint is used, its files are hashed up to this total, small ones first: 10 to 30 s. Sizes are always
+compared. The hashes of larger files remain in the manifest, for a check by hand."""
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""One `p2o` at a time works in a run's folder."""
+"""Locks a run's folder for one `p2o` process at a time."""
 
 import errno
 import fcntl

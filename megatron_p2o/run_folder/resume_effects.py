@@ -1,4 +1,4 @@
-"""What becomes of each setting, and of each file behind the settings, that a resume changes: one table.
+"""The effect of a change at a resume, for each setting and each file behind the settings: one table.
 
 `run.resume` applies it. A setting that is in no class fails a test.
 """

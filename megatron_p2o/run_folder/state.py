@@ -1,4 +1,4 @@
-"""What a run keeps on disk besides its weights; `checkpoints` holds the two together.
+"""The state of a run on disk besides its weights. `checkpoints` combines the two.
 
 runs/<name>/config.yaml          resolved settings
 runs/<name>/hard_samples.jsonl   ledger, one line per group

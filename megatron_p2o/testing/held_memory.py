@@ -1,4 +1,4 @@
-"""What a rank of a policy really holds: the truth that a plan of memory is held to."""
+"""Measures the memory of a policy's rank, to which tests compare the memory plan."""
 
 from typing import Any
 

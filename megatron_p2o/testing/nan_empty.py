@@ -1,4 +1,4 @@
-"""Uninitialised memory that shows: what reads a tensor before writing it then computes NaN."""
+"""Fills uninitialised memory with NaN, so that reading a tensor before writing it shows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What tests read in the folder of a run, while it runs or after it was killed."""
+"""Reads the files of a run for tests, while it runs or after it was killed."""
 
 import json
 from pathlib import Path

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup, get_world_size
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 WeightGrad = Literal["fast", "precise"]
-"""Of the Triton path: the weight gradient by one product, or by two that halve its error at most states of a policy and
+"""Triton path: the weight gradient by one product, or by two that halve its error at most states of a policy and
 keep it below 1e-3 at all (README.md, "Rounding")."""
 
 
@@ -44,7 +44,7 @@ class HeadShard:
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxChunk:
-    """Log-probs of a chunk and what its gradients need. Same on all ranks but for the exponentials and their scale."""
+    """Log-probs of a chunk and what its gradients need. Equal on all ranks, except the exponentials and their scale."""
 
     logprobs_C: Tensor
     entropy_C: Tensor | None

@@ -46,7 +46,7 @@ class TritonHead:
     """Limit of the [C, V] bfloat16 exponentials of one chunk."""
     tile: Tile = Tile()
     num_multiprocessors: int = 132
-    """Of an H100 SXM or H200: decides the chunk size and the splits, never the result."""
+    """For an H100 SXM or H200: decides the chunk size and the splits, never the result."""
     weight_grad: WeightGrad = "fast"
     save_bytes: int = 64 * 2**20
     is_triton: bool = True

@@ -68,7 +68,7 @@ class TokenInputs:
     log_ratio_N: Tensor | None = None
     """Log of the policy ratio, in the place of log-prob minus old log-prob: of `gspo`, the same over a sequence."""
     reference_logprobs_N: Tensor | None = None
-    """Of the reference policy, where the rule has a KL term."""
+    """Log-probs of the reference policy, if the rule has a KL term."""
 
     def select(self, rows: Tensor) -> "TokenInputs":
         """Return some tokens."""

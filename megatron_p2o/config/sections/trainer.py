@@ -81,7 +81,7 @@ class ParallelConfig:
         return self.num_model_ranks * self.num_replicas
 
     def for_processes(self, num_processes: int) -> "ParallelConfig":
-        """Return the layout over so many processes: `data` and `sequence` derived where they are None.
+        """Return the layout for a number of processes: `data` and `sequence` derived where they are None.
 
         Raises:
             ValueError: they are no whole number of replicas.

@@ -1,4 +1,4 @@
-"""What a download holds: its problems, and how many rows are none and why."""
+"""The content of a download: its problems, and the number of bad rows by reason."""
 
 import hashlib
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Where prepared problems come from: repository, revision, licence and the checksum of every file."""
+"""The source of prepared problems: repository, revision, licence and the checksum of every file."""
 
 import hashlib
 import re

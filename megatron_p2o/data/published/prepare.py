@@ -1,10 +1,10 @@
-"""From a downloaded data set to the files a run reads, with a manifest that says where they come from.
+"""Prepares the files that a run reads from a downloaded data set, with a manifest of their source.
 
     OUT/train.jsonl, OUT/test.jsonl     problems: id, question, answer, source, level, subject
     OUT/near_duplicates.jsonl           ids and shares of n-grams, no text
     OUT/manifest.json                   source, revision, licence, SHA-256 of every file, counts, command
 
-The folder appears whole or not at all, and the same download and options give the same problems.
+The folder appears complete or not at all. The same download and options give the same problems.
 """
 
 import json

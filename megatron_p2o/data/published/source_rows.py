@@ -1,4 +1,4 @@
-"""Rows of a published data set as problems; rows that are none are kept with the rule they break."""
+"""Reads the rows of a published data set as problems. A bad row is kept with the rule that it violates."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass

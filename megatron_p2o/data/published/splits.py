@@ -1,4 +1,4 @@
-"""Which problems of DeepScaleR and DeepMath the paper held out and trained on (arXiv:2603.21877).
+"""The problems of DeepScaleR and DeepMath that the paper held out and trained on (arXiv:2603.21877).
 
 The authors shuffled and split with Hugging Face's `datasets`, whose order is numpy's permutation for the seed: the same
 rows are found here without that library.

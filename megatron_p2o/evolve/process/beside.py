@@ -1,4 +1,4 @@
-"""Evolution that training does not wait for: a round runs beside the next epochs and is published between two steps."""
+"""Evolution beside training: a round runs during the next epochs, and its result is published between two steps."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A round from its request to its library: used by the service, and by rank 0 for a round whose service is lost."""
+"""Conducts a round from its request to its library. The service uses it; rank 0 does if the service is lost."""
 
 import asyncio
 import sys
@@ -46,7 +46,7 @@ async def conduct_round(
 ) -> RoundStats:
     """Run the round or go on with it, write its library, and return its numbers.
 
-    `finish` ends it early with what there is. `notify` is told what a person should know. Raises `OSError` when
+    `finish` ends it early with what there is. `notify` gets messages for the user. Raises `OSError` when
     journal or library cannot be written.
     """
     with open_journal(journal_path(run_dir, spec.epoch), spec.fingerprint(), notify) as journal:

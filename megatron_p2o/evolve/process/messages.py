@@ -1,4 +1,4 @@
-"""What rank 0 and the evolution service tell each other: one JSON object per line over an inherited socket pair."""
+"""Messages between rank 0 and the evolution service: one JSON object per line over an inherited socket pair."""
 
 import json
 from dataclasses import dataclass

@@ -65,7 +65,7 @@ class RemoteTrialRunner:
         raise TrialFailed(answered.failure)
 
     def deliver(self, reply: TrialReply) -> None:
-        """Wake whoever asked; an answer nobody waits for any more is dropped."""
+        """Give an answer to its waiting request. An answer without one is dropped."""
         waiting = self._waiting.get(reply.request)
         if waiting is not None and not waiting.done():
             waiting.set_result(reply)

@@ -1,4 +1,4 @@
-"""The evolution process as rank 0 holds it, and the thread rank 0 talks to it from."""
+"""Rank 0's handle of the evolution process, and the thread from which rank 0 talks to it."""
 
 import asyncio
 import logging

@@ -1,6 +1,6 @@
 """Rank 0's side of evolution: starts the service, answers its trial requests, and returns the library it wrote.
 
-Evolution may be lost, late or stuck; training goes on all the same, with the best library there is or plain prompts.
+If evolution is lost, late or stuck, training continues with the best library it has, or without templates.
 """
 
 import asyncio
@@ -274,7 +274,7 @@ class EvolutionSession:
         return PublishedLibrary(version=spec.library_version), stats
 
     async def _stop_service(self) -> None:
-        async with self._stopping:  # whoever comes second returns when it has ended, too
+        async with self._stopping:  # a second caller also returns only after it has ended
             service, self._service = self._service, None
             if service is not None:
                 await service.stop()

@@ -1,4 +1,4 @@
-"""What has happened in a round: every event is journalled before it counts, and replayed after a kill."""
+"""The history of a round. Every event is written to the journal before it takes effect, and replayed after a kill."""
 
 import hashlib
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The outcome of a round: which templates the next epoch asks through. An immutable, versioned, checksummed file."""
+"""The outcome of a round: the templates of the next epoch. An immutable file with version and checksum."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Which templates may not be tried: every set of rules asks here before anything else reads a new one."""
+"""Refuses templates before they are tried. Every set of rules calls it before anything else reads a new template."""
 
 from collections.abc import Iterable
 

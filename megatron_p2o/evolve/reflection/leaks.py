@@ -1,4 +1,4 @@
-"""Finds an answer in a template by what it says, however it is spelled: 3/7 is \\frac{3}{7}, 1,234 is 1234."""
+"""Finds an answer in a template by its value, however it is spelled: 3/7 is \\frac{3}{7}, 1,234 is 1234."""
 
 # ruff: noqa: RUF001  # characters that look like others are the subject
 

@@ -1,4 +1,4 @@
-"""One request to the reflection endpoint before a run starts: it says at once what would fail in an hour."""
+"""Sends one request to the reflection endpoint before a run starts, so that a wrong setting fails at once."""
 
 import asyncio
 import logging

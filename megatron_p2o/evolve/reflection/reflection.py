@@ -1,4 +1,4 @@
-"""Asking for a better template: what reflection is shown, how its answer is read, and which answers are refused."""
+"""The prompt that asks for a better template, and the errors of reflection."""
 
 import re
 from collections.abc import Iterable

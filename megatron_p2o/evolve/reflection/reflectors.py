@@ -1,4 +1,4 @@
-"""Who writes new templates: a language model behind an OpenAI-compatible endpoint, or a book of phrases."""
+"""Writers of new templates: a language model behind an OpenAI-compatible endpoint, or a phrasebook."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What luck alone would have solved: plain samples of the development problems, as many as the round took."""
+"""The plain control of a round: as many samples of the development problems without template as the round used."""
 
 import asyncio
 import sys

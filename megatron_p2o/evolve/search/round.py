@@ -83,7 +83,7 @@ class Round:
         reflector: Reflector,
         notify: Callable[[str], None],
     ) -> None:
-        """`notify` is told what a person should know."""
+        """`notify` gets messages for the user."""
         self.spec = spec
         self.settings = spec.settings.evolution
         self.rules = rules_named(self.settings.rules)

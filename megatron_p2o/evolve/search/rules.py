@@ -1,4 +1,4 @@
-"""What the sets of rules that `evolution.rules` names decide differently."""
+"""The differences between the sets of rules that `evolution.rules` names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """One set of rules. No field has a default: whoever adds a set decides each.
+    """One set of rules. No field has a default, so a new set must decide each.
 
     What keeps an unusable template out (`guards`) is not among them: every set goes through it.
     """

@@ -1,4 +1,4 @@
-"""Every rollout of a round goes through here: asked for once, journalled, then remembered."""
+"""The scores of a round. Every rollout is requested once, written to the journal, and then remembered."""
 
 import asyncio
 from collections.abc import Collection, Sequence

@@ -1,4 +1,4 @@
-"""Which candidates are reflected on next, from the fronts of the development problems."""
+"""Selects the candidates to reflect on next, from the fronts of the development problems."""
 
 import random
 from collections import Counter

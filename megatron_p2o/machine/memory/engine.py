@@ -1,4 +1,4 @@
-"""What one rank of an engine holds on its GPU, and how many of them share the fullest one."""
+"""The GPU memory of one engine rank, and the number of engine ranks on the fullest GPU."""
 
 from collections import Counter
 from dataclasses import dataclass

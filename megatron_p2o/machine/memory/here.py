@@ -1,4 +1,4 @@
-"""The plan of memory for the GPUs of this machine, or of one that need not exist: printed, checked, and carried out."""
+"""Prints, checks and applies the memory plan, for the GPUs of this machine or of another one."""
 
 import logging
 import os

@@ -1,9 +1,9 @@
-"""What trainer and engines need of a GPU that they share, computed from the settings before anything is started.
+"""Plans the GPU memory that trainer and engines share, from the settings, before anything is started.
 
-What is refused could not have run; an estimate of the activations is only warned of. Of the rest a fixed part is kept
-free, and where no setting says how large the KV cache is, it gets what is left. An engine sizes its cache before the
-trainer's first step has made the optimizer's moments: left to itself it would take their place, and the run would end
-at its first refresh.
+A plan that is refused could not have run. An estimate of the activations only causes a warning. A fixed reserve stays
+free. Unless a setting gives its size, the KV cache gets the rest. An engine that chose its own size would do so before
+the trainer's first step has allocated the optimizer's moments. It would take their place, and the run would end at its
+first refresh.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the largest rank of the trainer holds on its GPU, from the settings and the architecture.
+"""The GPU memory of the trainer's largest rank, from the settings and the architecture.
 
 Exact for parameters, gradients and optimizer state, a lower bound and an estimate for activations.
 """

@@ -1,4 +1,4 @@
-"""What is said of a plan of memory: who takes how much, whether it fits, and what would make it fit."""
+"""Messages about a memory plan: its parts, whether it fits, and the settings that would make it fit."""
 
 from collections.abc import Mapping
 

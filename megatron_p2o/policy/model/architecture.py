@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says of a model the trainer computes: sizes, and what its model type has."""
+"""Reads a Hugging Face config.json: the sizes of a model, and the features of its model type."""
 
 import math
 from collections.abc import Mapping

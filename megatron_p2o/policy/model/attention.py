@@ -1,4 +1,4 @@
-"""Attention over a pack: samples laid end to end, each attending to itself alone.
+"""Attention over a pack: samples laid end to end, each of which attends only to itself.
 
 T packed tokens, H query heads and G key/value heads of this rank, K channels per head.
 """
@@ -212,7 +212,7 @@ def _attend_on_cuda(query_THK: Tensor, key_TGK: Tensor, value_TGK: Tensor, layou
 
 @functools.cache
 def _allow_gqa() -> dict[str, Any]:
-    """Return how `varlen_attn` is told that there may be fewer key heads: torch 2.11 takes them unasked."""
+    """Return the arguments by which `varlen_attn` accepts fewer key heads. torch 2.11 needs none."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

@@ -1,4 +1,4 @@
-"""Run megatron-core without CUDA: the only place that stands in for what it takes from `torch.cuda`.
+"""Runs megatron-core without CUDA: replaces, in this one place, what it uses of `torch.cuda`.
 
 megatron-core writes `device="cuda"`, compares tensor type names with "torch.cuda.FloatTensor" and asks `torch.cuda` for
 the current device, streams and the random state. On a machine without CUDA these are answered with the CPU; with CUDA

@@ -1,4 +1,4 @@
-"""Which layers and which attention kernel the trainer computes with: decided by what the machine has, and said."""
+"""Chooses the layers and the attention kernel of the trainer from what the machine has, and gives the reason."""
 
 import functools
 import importlib

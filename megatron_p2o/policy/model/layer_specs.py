@@ -1,4 +1,4 @@
-"""What Megatron builds a transformer layer from: its own modules or Transformer Engine's, with our attention and norms.
+"""Specifications of Megatron's transformer layers: its modules or Transformer Engine's, with our attention and norms.
 
 Both have the same parameters, by different names (`hf_weights.LAYER_MAPPINGS`), and the same names in a checkpoint.
 """
@@ -62,7 +62,7 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
 
 
 def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
-    """Return a layer whose norms are part of the linear layers that follow, but for the one before experts."""
+    """Return a layer whose norms are part of the linear layers that follow, except the one before experts."""
     # Imported here: without Transformer Engine there is no class to derive from.
     from megatron_p2o.policy.model.transformer_engine_attention import PackedTransformerEngineAttention
 

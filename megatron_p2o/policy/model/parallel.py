@@ -1,4 +1,4 @@
-"""The trainer's ranks: torch.distributed, Megatron's groups, and the channel on which rank 0 conducts."""
+"""The trainer's ranks: torch.distributed, Megatron's groups, and the channel for rank 0's commands."""
 
 import os
 from dataclasses import dataclass

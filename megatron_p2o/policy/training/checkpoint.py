@@ -110,7 +110,7 @@ class CheckpointWriter:
             if failures:
                 raise OSError(f"{directory} could not be written: {failures[0]}")
             writing.set_result({name: digest for reply in replies if reply for name, digest in reply.items()})
-        except Exception as error:  # carried to whoever asks for `written`
+        except Exception as error:  # raised again where `written` is read
             writing.set_exception(error)
 
     def _reply(self, staged: dict[str, Any], directory: Path) -> "DigestsByName | str":

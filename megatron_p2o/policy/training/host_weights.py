@@ -1,4 +1,4 @@
-"""Weights of the initial policy in host memory, and how they change places with those being trained."""
+"""Keeps the weights of the initial policy in host memory, and swaps them with the trained ones."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

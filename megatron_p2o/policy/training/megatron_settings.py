@@ -1,4 +1,4 @@
-"""`megatron:` of the run's configuration: fields of megatron-core's own configurations, handed through.
+"""The settings of `megatron:`: fields of megatron-core's own configurations, passed through.
 
 Whatever the installed version has a field for can be set, except what another setting of ours decides.
 """

@@ -86,7 +86,7 @@ class Optimization:
         )
 
     def plan(self, num_updates: int) -> None:
-        """Lay the schedule over so many optimizer steps; those that were done count."""
+        """Stretch the schedule over this number of optimizer steps, including those already done."""
         num_done = self.scheduler.num_steps
         self._num_planned = max(1, num_updates)
         self.scheduler = self._schedule()
@@ -142,7 +142,7 @@ class Optimization:
         return StepOutcome(grad_norm=grad_norm, outcome="applied" if is_finite else "non_finite")
 
     def gather_weights(self) -> None:
-        """Make the weights whole, for whoever reads them outside a forward pass. Collective.
+        """Gather the weights completely, for reading outside a forward pass. Collective.
 
         With `megatron.overlap_param_gather` a step leaves each data-parallel rank with its own part updated, and the
         next forward pass gathers the rest.

@@ -1,4 +1,4 @@
-"""Rank 0 conducts: its `MegatronPolicy` is the Policy of the algorithm, and every other rank follows its commands.
+"""`MegatronPolicy` on rank 0 is the Policy of the algorithm. Every other rank follows its commands.
 
 A command is one collective method of `PolicyShard`, with each rank's part of the samples; ranks of one data-parallel
 replica get the same part. The answers come back in one gather, so a command has ended everywhere when it returns.
@@ -293,7 +293,7 @@ class MegatronPolicy:
         stream, self._export = self._export, None
         with self._named_errors("export"):
             deque(stream, maxlen=0)
-            # Who takes weights on other ranks keeps step with whoever asked for them here, and may end later.
+            # Consumers of weights on other ranks keep step with the one here, and may end later.
             if not self._is_delivery:
                 self._gather(None)
 

@@ -1,4 +1,4 @@
-"""Unpickling without running what is in it: checkpoints are pickles in part, and so is what ranks tell one another.
+"""Unpickles without running code. Parts of checkpoints and messages between ranks are pickles.
 
 Of the peers of a rank nothing is known but that they have connected: gloo checks nobody.
 """

@@ -73,7 +73,7 @@ def machine_problems(config: Config, settings: PolicySettings, capabilities: Cap
 
 
 def megatron_summary(config: Config) -> str:
-    """Return which settings go to megatron-core, for whoever reads a report."""
+    """Return the settings that go to megatron-core, for reports."""
     return f"{version('megatron-core')} takes {', '.join(config.megatron) or 'no settings of its own'}"
 
 

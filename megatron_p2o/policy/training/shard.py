@@ -1,4 +1,4 @@
-"""This rank's part of the policy: model, optimizer and what is done with them. Every method is collective."""
+"""This rank's part of the policy: model and optimizer. Every method is collective."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The policy's checkpoints as Hugging Face directories, and back; on one process, without an engine or a run."""
+"""Converts the policy's checkpoints to Hugging Face directories and back, in one process, without engine or run."""
 
 from dataclasses import replace
 from pathlib import Path

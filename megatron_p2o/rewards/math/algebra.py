@@ -41,7 +41,7 @@ MATCHING_DIGITS = 100
 """Digits in which equal values agree, beside those that terms of different size take; the rest is for rounding."""
 
 GUARD_DIGITS = 15
-"""Values computed with so many more digits show how far the others may be off."""
+"""Extra digits of the values that show the error of the others."""
 
 MAX_DIGITS = 5000
 MAX_WORK = 500_000
@@ -159,7 +159,7 @@ def _points(gold: Node, answer: Node, applies: bool) -> Iterator[Point]:
 def _agree_as_functions(gold: Node, answer: Node, applies: bool, tolerance: Fraction | None) -> bool:
     """Return whether two expressions agree at all points.
 
-    Points where one is not real are left out, but for the positive ones: |x| is not x, but ln(ab) is ln a + ln b. Those
+    Points where one is not real are left out, except the positive ones: |x| is not x, but ln(ab) is ln a + ln b. Those
     count too, unless the gold expression is not real there and there are others.
     """
     num_real = 0

@@ -1,4 +1,4 @@
-"""Compares two answers part by part; what takes algebra is asked of a `Judge`."""
+"""Compares two answers part by part. A `Judge` decides what needs algebra."""
 
 import re
 from collections.abc import Iterable, Sequence

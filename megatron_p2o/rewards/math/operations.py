@@ -39,7 +39,7 @@ def _double_factorial(value: Any) -> Any:
 
 
 def _rounded_down(value: Any) -> Any:
-    """Return the floor; a value that is whole but for rounding is whole."""
+    """Return the floor; a value that is whole except for rounding is whole."""
     value = real(value)
     nearest = mp.nint(value)
     is_whole = abs(value - nearest) <= mp.mpf(10) ** (-mp.dps // 2) * max(1, abs(value))

@@ -1,4 +1,4 @@
-"""What equations and inequalities say by their form: names, values, intervals; and the letters in expressions."""
+"""Reads the form of equations and inequalities: names, values, intervals; and the letters in expressions."""
 
 import re
 

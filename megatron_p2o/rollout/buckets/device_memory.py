@@ -1,4 +1,4 @@
-"""Memory of a GPU that two processes share: one takes it, the other opens it by a handle (CUDA IPC).
+"""GPU memory shared by two processes: one allocates it, the other opens it by a handle (CUDA IPC).
 
 Runs in the trainer and in the engine. Straight from the driver, because what torch's allocator gives out may lie in
 memory that has no handle (growing segments, torch_memory_saver). Imports torch and cuda.bindings only.

@@ -56,7 +56,7 @@ class MemoryFile:
         )
 
     def close(self) -> None:
-        """Give the path up; whoever has mapped the memory keeps it. Idempotent."""
+        """Remove the path. Processes that have mapped the memory keep it. Idempotent."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -1,4 +1,4 @@
-"""What trainer and engine say to each other during a weight refresh. Runs in SGLang's process too.
+"""Messages between trainer and engine during a weight refresh. Runs in SGLang's process too.
 
 SGLang passes a list of (name, tensor) to a custom weight loader. The name carries one message as JSON and the tensor is
 empty: weights travel in memory that both processes map, a file of the machine's or a span of a GPU's, so that neither

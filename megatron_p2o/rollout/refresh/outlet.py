@@ -1,13 +1,13 @@
-"""Weights that every trainer rank leaves on its own device for the engine rank there.
+"""Puts all weights on the device of every trainer rank, for the engine rank there.
 
 Each rank lays all weights out in the same buckets and fills two spans of memory in turn, which engine ranks have opened
 (`device_memory`; without CUDA, memory files). Rank 0 refreshes the engines, in step with the others:
 
     rank 0     fill 0         fill 1  engines have 0         fill 2  engines have 1
     others     fill 0         fill 1                         fill 2
-                      meet                           meet                          meet  ...
+                    barrier                        barrier                       barrier  ...
 
-After a meeting the bucket is full on every device, and that of the turn before may be overwritten.
+After a barrier the bucket is full on every device, and the one before it may be overwritten.
 """
 
 import logging

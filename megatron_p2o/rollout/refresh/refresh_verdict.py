@@ -1,4 +1,4 @@
-"""What the ranks of an engine say at the end of a refresh, and what is wrong with it by that."""
+"""Reads the reports of an engine's ranks at the end of a refresh, and says what is wrong."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The daemon of a node that rank 0 is not on: starts engines there, passes requests on, holds weights for them.
+"""The daemon of a node without rank 0: starts engines there, passes requests on, and keeps weights for them.
 
 That node's first rank starts it (`run.node_daemon`); rank 0 talks to it through `rollout.servers.remote`. It is the one
 process of a run that listens at an address other machines reach, and only in runs of several nodes: the engines stay on

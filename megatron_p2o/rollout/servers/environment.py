@@ -1,4 +1,4 @@
-"""The environment of an engine process: without secrets, and without what binds it to the trainer's ranks."""
+"""The environment of an engine process, without secrets and without the variables of the trainer's process group."""
 
 import importlib.util
 import itertools

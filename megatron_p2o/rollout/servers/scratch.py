@@ -1,4 +1,4 @@
-"""The private folder of an engine, and what its processes leave behind elsewhere when they are killed."""
+"""The private folder of an engine, and the removal of what its killed processes left elsewhere."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""What an engine is started with: where it stands, and SGLang's arguments."""
+"""The place of an engine and SGLang's arguments for it."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What a step's numbers ring at: a warning, or the end of the run with the step on record."""
+"""Alarms on a step's metrics: a warning, or the end of the run after the step is recorded."""
 
 import logging
 import math

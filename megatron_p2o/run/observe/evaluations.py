@@ -1,4 +1,4 @@
-"""What is evaluated during a run: the policy on the sets of `data.evaluation`, and which checkpoint is best."""
+"""Evaluations during a run: the policy on the sets of `data.evaluation`, and the best checkpoint."""
 
 import logging
 from collections.abc import Mapping, Sequence

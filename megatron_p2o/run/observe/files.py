@@ -1,4 +1,4 @@
-"""The files a run appends to, opened where a fresh run begins or a checkpoint goes on."""
+"""The files that a run appends to, opened at the start of a fresh run or at a checkpoint."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run, in order: each part of it is a module beside this one."""
+"""The actions around the steps of a run, in order. Each part is a module in this folder."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""What the engines and the other processes of a run do and hold, as metrics."""
+"""Metrics of the engines and the other processes of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""What a run has counted and found so far, over all its starts: what of its state is no cursor of training."""
+"""Counts and results of a run over all its starts: the part of its state that is no training cursor."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The file results.json: what came of a run."""
+"""Writes results.json, the outcome of a run."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""What is saved of a run: its checkpoints, each with the state of the run and the library it refers to."""
+"""Saves checkpoints, each with the state of the run and its template library."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is logged of a run: its numbers, the ledger of its problems, its rollouts."""
+"""Logs a run: metrics, the ledger of its problems, and rollouts."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -68,5 +68,5 @@ class StepLog:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return whether what is done every so many steps is done after this one; 0 is never."""
+    """Return whether an action of every N steps is due after this step; N = 0 means never."""
     return every > 0 and step % every == 0

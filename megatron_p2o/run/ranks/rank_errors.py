@@ -1,7 +1,7 @@
-"""The one message a failed run ends with: ranks leave word in the run's folder, `launch` tells who failed first.
+"""The one message of a failed run: ranks write their errors to the run's folder, and `launch` reports the first.
 
-A rank that raises leaves its error and where it happened. Of one that could not, the launcher of its node says how it
-ended. The folder is shared by all nodes, so each can tell of the others' ranks.
+A rank that raises writes its error and traceback. If it cannot, the launcher of its node writes how it ended. All nodes
+share the folder, so each can report the ranks of the others.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Gives the whole number in a family of answers one name: k pi for integer k is n pi for integer n."""
+"""Gives the parameter in a family of answers one name: k pi for integer k is n pi for integer n."""
 
 import re
 from dataclasses import dataclass

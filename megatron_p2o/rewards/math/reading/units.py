@@ -1,4 +1,4 @@
-r"""What words beside a number say: a unit, a factor such as million, a thing that is counted, or something else."""
+r"""Reads the words beside a number: a unit, a factor such as million, the things counted, or something else."""
 
 import re
 from dataclasses import dataclass
