@@ -166,5 +166,5 @@ def evolved_library(state: TrainState, evolution: PromptEvolution | None, config
 
 
 def newest_library(state: TrainState, evolution: PromptEvolution | None) -> TemplateLibrary:
-    """Return what a round beside training has published meanwhile, else what there is: training never waits for it."""
+    """Return the library that a round beside training has published, else the current one. Never waits."""
     return state.library if evolution is None else evolution.newest(state.library)

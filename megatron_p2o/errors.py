@@ -24,7 +24,7 @@ MAX_PATH_CHARACTERS = 200
 
 
 def expected_message(error: BaseException) -> str | None:
-    """Return what is wrong with an input, a file or a folder; None for an error of the program itself."""
+    """Return the message for an error of an input, a file or a folder; None for an error of the program itself."""
     if isinstance(error, OSError):
         return _file_message(error)
     # What reads a file says which one it is: where these two arrive bare, a reader forgot to.

@@ -63,10 +63,10 @@ class Policy(Protocol):
         ...
 
     def save(self, directory: Path) -> Future[Mapping[str, FileDigest]]:
-        """Begin to write weights and optimizer state into `directory`: those of now, whatever is updated meanwhile.
+        """Start writing the current weights and optimizer state into `directory`. Later updates do not affect them.
 
-        The future gives every file by name with its digest once all are written, or the reason why they are not. One
-        save at a time: the next one waits. Raises `PolicyDiverged` unless all weights are finite.
+        The future returns the digest of every file by name once all are written, or raises the reason why they are not.
+        One save at a time: the next one waits. Raises `PolicyDiverged` unless all weights are finite.
         """
         ...
 
@@ -90,9 +90,8 @@ class RolloutEngines(Protocol):
         ...
 
     def release_memory(self) -> None:
-        """Lend the engines' memory to the trainer until the next `refresh`, if they share it. Nothing is sampled then.
-
-        Requests that are running are kept and begin anew after the refresh.
+        """Lend the engines' memory to the trainer until the next `refresh`, if they share it. Nothing is sampled
+        meanwhile. Running requests are kept and start again after the refresh.
         """
         ...
 

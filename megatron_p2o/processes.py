@@ -64,9 +64,8 @@ def child_environment(needed: Collection[str] = ()) -> dict[str, str]:
 
 
 def end_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, however it ends.
-
-    Ends now when `parent_pid`, who started it, is its parent no more: it may have ended before the kernel was asked.
+    """Make the kernel kill this process when the thread that started it ends. Exits at once if `parent_pid` is no
+    longer the parent, which may have ended before this call.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

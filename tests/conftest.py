@@ -24,7 +24,7 @@ settings.load_profile("reproducible")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs, before torch looks for them, from tests of what is computed without one: all that ask for none.
+    """Hide the GPUs unless GPU tests were selected.
 
     Those ask that are selected by `-m gpu`, or by modules with `gpu` in their names alone.
     """

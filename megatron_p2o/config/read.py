@@ -226,13 +226,13 @@ def _typed(value: object, annotation: object) -> object:
 
 
 def _names_of(cls: type, field_name: str) -> Mapping[str, float]:
-    """Return the words that stand for numbers of a field."""
+    """Return the words that a field accepts instead of numbers."""
     bounds = range_of(get_type_hints(cls, include_extras=True)[field_name])
     return dict(bounds.names) if bounds is not None else {}
 
 
 def _unnamed(value: object, names: Mapping[str, float]) -> object:
-    """Return the number that a word stands for, and any other value as it is."""
+    """Return the number for such a word; any other value unchanged."""
     if not names or not isinstance(value, str):
         return value
     if value not in names:

@@ -65,14 +65,14 @@ Settings = dict[NamePath, Setting]
 
 
 def over(lower: Settings, upper: Settings) -> Settings:
-    """Return `upper` with what it leaves open taken from `lower`."""
+    """Return `upper`, completed with the values of `lower`."""
     cleared = [name for name, setting in upper.items() if setting.is_clearing]
     kept = {name: setting for name, setting in lower.items() if not any(name[: len(c)] == c for c in cleared)}
     return kept | upper
 
 
 def read_with_bases(path: Path, problems: list[ConfigProblem]) -> Settings:
-    """Return the settings of a file over those of its bases, nearest first; add what is wrong to `problems`.
+    """Return the settings of a file and its bases, the nearest first; add errors to `problems`.
 
     Raises:
         ConfigError: a file cannot be read as a mapping at all.
@@ -205,7 +205,7 @@ def _flatten(
 
 
 def _key_problems(root: yaml.Node, name: NamePath, source: str | None) -> Iterator[ConfigProblem]:
-    """Yield what is wrong with the keys below a node: those that stand twice, and merges."""
+    """Yield errors of the keys below a node: duplicates and merges."""
     waiting: list[tuple[NamePath, yaml.Node]] = [(name, root)]
     visited: set[int] = set()
     while waiting:

@@ -58,7 +58,7 @@ class SettingsLoader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Return the next node; refuse what is too deep or, with its aliases written out, too large."""
+        """Return the next node. Refuses one that is too deep, or too large with its aliases expanded."""
         event: Any = self.peek_event()
         line = event.start_mark.line + 1
         if self._depth == MAX_DEPTH:

@@ -150,7 +150,8 @@ class ChatRenderer:
         return array
 
     def _chat(self, content: str) -> str:
-        """Return the chat template's text for one user's message. It sees the date of the run, whatever the day is."""
+        """Return the chat template's text for one user's message. The template gets the run's date instead of
+        today's."""
         return chat_text(
             self.tokenizer,
             [{"role": "user", "content": content}],

@@ -70,7 +70,7 @@ class MarkupEncoder:
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Return the id of every token that is no text, by what it is written as; the unknown token stands for text."""
+    """Return the ids of all control tokens by their text. The unknown token counts as text."""
     template = str(tokenizer.get_chat_template())
     return {
         token.content: number
@@ -92,7 +92,7 @@ def _is_text(content: str) -> bool:
 
 
 class _DisguisedTokenizer:
-    """The tokenizer with every control token under a name nobody can write: the names in a text are then text."""
+    """The tokenizer with secret names for its control tokens, so that the usual names in a text are text."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", control: dict[str, int]) -> None:
         from tokenizers import Tokenizer

@@ -71,7 +71,8 @@ def raw_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tup
 
 
 def missing_package(path: Path) -> str | None:
-    """Return what is to be installed before a file can be read; None when nothing is, or it cannot be opened."""
+    """Return the package that must be installed to read a file; None if none is missing, or the file cannot be
+    opened."""
     try:
         with path.open("rb") as file:
             is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC

@@ -50,7 +50,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
 def chat_text(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], path: str | Path, **options: Any
 ) -> str:
-    """Return what the chat template makes of a conversation.
+    """Return the text that the chat template renders for a conversation.
 
     Args:
         path: the model directory that the template comes from; errors name it.

@@ -18,7 +18,7 @@ SLACK_S = 1.0
 
 
 class ReplyUnreadable(Exception):
-    """A reply is larger than allowed, or packed in a way nobody asked for."""
+    """A reply is larger than allowed, or has an unexpected compression."""
 
 
 def is_loopback_url(url: str) -> bool:

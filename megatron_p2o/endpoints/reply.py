@@ -15,7 +15,8 @@ class EndpointRefused(Exception):
     """The endpoint answered, but with nothing usable; the next request may do better."""
 
     def __init__(self, reason: str, detail: str = "", *, is_request_refused: bool = False) -> None:
-        """`reason` is one of few; `detail` quotes what came; `is_request_refused`: it did not like what was asked."""
+        """`reason` is one of few values, `detail` quotes the reply, `is_request_refused`: the endpoint refused the
+        request itself."""
         super().__init__(reason)
         self.detail = detail
         self.is_request_refused = is_request_refused

@@ -175,7 +175,8 @@ def evaluation_record(outcome: Evaluation) -> JsonObject:
 
 
 def problems_digest(problems: Sequence[Problem]) -> str:
-    """Return a hash of ids, questions and gold answers in whatever order: two evaluations of one set agree in it."""
+    """Return a hash of ids, questions and gold answers that does not depend on their order. Evaluations of the same set
+    have the same hash."""
     rows = sorted([problem.id, problem.question, problem.answer or ""] for problem in problems)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

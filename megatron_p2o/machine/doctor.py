@@ -57,7 +57,7 @@ OPTIONAL_ON_GPU = ("transformer-engine", "flash-attn", "torch-memory-saver")
 """Distributions that a run on a GPU does without."""
 
 IMPORTED_ON_GPU = {"transformer-engine": "transformer_engine.pytorch", "flash-attn": "flash_attn"}
-"""Distributions compiled against one version of torch, and the module that shows whether it is this one."""
+"""Distributions compiled against a specific torch. Importing the module shows whether it is the installed one."""
 
 MIN_SHARED_MEMORY_BYTES = 1 << 30
 """Least size of /dev/shm, which transfers weights and which NCCL uses. Containers often have 64 MiB."""
@@ -157,7 +157,7 @@ def _engines(config: Config) -> Finding:
 
 
 def examine_inputs(config: Config) -> list[Finding]:
-    """Return whether the files that the settings name are there and can be read here, and what a run makes of them."""
+    """Return findings on the files that the settings name: whether they exist and can be read, and their content."""
     lacking = [*place_problems(config.run), *missing_paths(config), *missing_packages(config)]
     findings = [Finding(subject="files", finding=sentence, is_missing=True) for sentence in lacking]
     if findings:

@@ -53,10 +53,9 @@ def read_records(path: Path, decode: Callable[[JsonObject], Record]) -> Iterator
 
 
 def keep_lines(path: Path, num_kept: int | None = None) -> int:
-    """Take what follows the first `num_kept` records (None: all) out of `path`, and a torn last line.
-
-    They are appended to `<name>.discarded` beside it first, and `path` is then replaced in one rename, so that a kill
-    in between loses nothing. Does nothing when there is nothing to take out or no file.
+    """Remove all records after the first `num_kept` (None: keep all) from `path`, and an incomplete last line. They are
+    first appended to `<name>.discarded`; then `path` is replaced in one rename, so that a kill in between loses
+    nothing. Does nothing if there is nothing to remove or no file.
 
     Returns how many records stay. A damaged line that has lost its newline stands for two, the rest of one that a byte
     has cut in two for none.

@@ -162,7 +162,7 @@ def epoch_metrics(hard: Sequence[Problem], is_round_skipped: bool | None) -> dic
 
 
 def library_metrics(library_version: int, num_templates: int, evolution: Mapping[str, float]) -> dict[str, MetricValue]:
-    """Return what is known of a library that comes into force, and of the evolution round that made it.
+    """Return the metrics of a library that takes effect, and of the evolution round that made it.
 
     Args:
         evolution: name to number, e.g. pool_size, best_score, coverage, pass_at_n_plain, num_rollouts; empty when no

@@ -79,7 +79,7 @@ class TickLabel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LegendEntry:
-    """What a colour and dash stand for."""
+    """The meaning of a colour and dash."""
 
     text: str
     style: int

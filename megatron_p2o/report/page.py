@@ -47,7 +47,7 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverviewRow:
-    """How far a run is and what it reached."""
+    """Progress and results of a run."""
 
     name: str
     style: int
@@ -113,7 +113,7 @@ def _asset(name: str) -> Markup:
 
 
 def overview_of(runs: Sequence[Run], styles: dict[str, int]) -> Overview:
-    """Return one row per run: how far it is and what it reached."""
+    """Return one row per run: progress and results."""
     sets = evaluation_keys(runs)
     header = [
         "Run",

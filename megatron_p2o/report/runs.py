@@ -109,7 +109,7 @@ class Run:
 
 
 def read_run(directory: Path) -> Run:
-    """Read a run directory; a file that is damaged costs what it holds and a sentence in `damages`.
+    """Read a run directory. The content of a damaged file is left out, with a sentence in `damages`.
 
     Raises:
         ValueError: it is not a run directory.

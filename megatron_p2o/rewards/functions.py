@@ -101,7 +101,7 @@ def load_function(spec: RewardSpec) -> RewardFunction:
 
 
 def grade_of(value: object) -> Grade:
-    """Return what a reward function returned as a grade; what is no reward in [0, 1] is undecided."""
+    """Return the result of a reward function as a grade. Anything but a reward in [0, 1] is undecided."""
     if isinstance(value, Grade):
         return value
     if isinstance(value, bool | int | float) or hasattr(value, "__float__"):

@@ -1,4 +1,4 @@
-"""Worker processes behind futures: one that takes too much is killed, and what it had is graded by no guess.
+"""Worker processes behind futures. A worker that exceeds its limits is killed, and its request is undecided.
 
 What is limited is processor time. How long an answer takes on a busy machine decides nothing.
 """
@@ -104,7 +104,7 @@ class WorkerPool:
             raise GraderFailed(f"a grading worker does not find {KNOWN[1]} equal to {KNOWN[0]}")
 
     def close(self) -> None:
-        """End the workers; what is still waiting is undecided."""
+        """End the workers. Waiting requests are undecided."""
         with self._lock:
             self._is_closed = True
         self._source.close()

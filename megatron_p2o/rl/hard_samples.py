@@ -108,7 +108,7 @@ class HardSampleLedger:
         return solved / tries if tries else 0.0
 
     def forgotten(self, entries: Iterable[LedgerEntry]) -> tuple[int, int]:
-        """Return (forgotten, asked): of the problems in `entries`, which are not recorded yet, how many were mastered.
+        """Return (number forgotten, number mastered) among the problems of `entries`. Call before recording them.
 
         Mastered is solved plainly at least half of the time so far; forgotten is mastered and failed by every plain
         try of the entry. Many at once say that the plain behaviour collapses while templates may still succeed.

@@ -229,7 +229,7 @@ def with_trainer_logprobs(sample: TrainSample, trainer_R: Logprobs, importance_c
 def with_mismatch(
     stats: TokenStats[float], trainer: Sequence[Logprobs], engine: Sequence[Logprobs]
 ) -> TokenStats[float]:
-    """Return `stats` with the `mismatch_*` of log-probs under one prompt, [R] each; as they are without any."""
+    """Return `stats` with the `mismatch_*` of log-probs under one prompt, [R] each; unchanged if there are none."""
     if not trainer:
         return stats
     difference = np.concatenate(trainer).astype(np.float64) - np.concatenate(engine)

@@ -21,9 +21,8 @@ from p2o_kernels.policy_loss.token_loss import kl_penalties
 def shaped(
     groups: Sequence[Group], plain_success_rates: Sequence[float], policy: Policy, config: Config
 ) -> tuple[Sequence[Group], TokenStats[float]]:
-    """Return the groups with the advantages of their shaped rewards, and what was measured for it.
-
-    Groups of settings that shape nothing are returned as they are.
+    """Return the groups with the advantages of their shaped rewards, and the measurements for it. Without shaping the
+    groups are returned unchanged.
     """
     penalties = [[0.0] * len(group.rollouts) for group in groups]
     measured = no_tokens()

@@ -19,7 +19,7 @@ from megatron_p2o.rl.shaping import shaped
 from megatron_p2o.types import Group, Logprobs, TrainSample, UpdateReport
 
 NUM_PROBED = 4
-"""Samples that stand for a step whose groups all agree: it has no training pass that would show a mismatch."""
+"""Samples scored to measure the mismatch in a step without a training pass (every group's rewards are equal)."""
 
 
 def update(

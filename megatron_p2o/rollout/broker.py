@@ -204,7 +204,7 @@ class Broker:
         return self._thread.run(call_all())
 
     def close(self) -> None:
-        """Fail what is waiting, drop what is running, end the thread. Idempotent."""
+        """Fail waiting requests, drop running ones, end the thread. Idempotent."""
         if self._thread.is_closed:
             return
 
@@ -312,7 +312,7 @@ class Broker:
             self._lose(engine, str(error))
 
     def _lose(self, engine: EngineHandle, reason: str) -> None:
-        """Send nothing more to an engine and take back what it has; give up when nobody replaces the last one."""
+        """Stop using an engine and take its requests back. Fail them if it was the last and is not replaced."""
         if engine.is_lost:
             return
         engine.is_lost = True

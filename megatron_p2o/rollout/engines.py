@@ -129,8 +129,8 @@ class SglangEngines:
     def release_memory(self) -> None:
         """Lend the memory of weights and KV cache to the trainer, if `rollout.release_memory` says so.
 
-        Until the next refresh nothing is sampled and no server is started: an engine that is lost meanwhile is replaced
-        when the memory is back. One that is being started now is waited for.
+        Until the next refresh nothing is sampled and no server is started. An engine that is lost meanwhile is replaced
+        when the memory is back. Waits for an engine that is being started.
 
         Raises:
             RefreshFailed, EnginesLost, TimeoutError: `generate` raises it too until a refresh succeeds.

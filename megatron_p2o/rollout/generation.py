@@ -25,7 +25,7 @@ class TimedGeneration:
     ) -> None:
         """Args:
         timeout_s: longest wait for an engine's answer, by `clock`.
-        later: runs something nobody waits for.
+        later: runs a coroutine in the background.
         """
         self._clock = clock
         self._timeout_s = timeout_s

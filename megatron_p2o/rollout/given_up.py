@@ -46,7 +46,8 @@ class GivenUp:
             self._examples.setdefault(reason, example)
 
     def take(self) -> dict[str, float]:
-        """Return `engine/<reason>_count` for every reason, and begin anew; warn, in one sentence, of each there was."""
+        """Return `engine/<reason>_count` for every reason and reset the counts. Warns of each reason in one
+        sentence."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
             examples, self._examples = self._examples, {}

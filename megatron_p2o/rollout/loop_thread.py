@@ -51,9 +51,8 @@ class BrokerLoop:
         self.loop.call_soon_threadsafe(function, *arguments)
 
     def later(self, chore: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Run something nobody waits for; on the loop.
-
-        Its failure is logged only, and not at all where the engine is gone.
+        """Run a coroutine in the background; on the loop. Its failure is only logged, and not even that if the engine
+        is gone.
         """
         task = self.loop.create_task(chore)
         self.chores.add(task)

@@ -23,7 +23,7 @@ NOBODY: frozenset[Priority] = frozenset()
 
 @dataclass(slots=True, eq=False)
 class GenerationRequest:
-    """One completion on its way."""
+    """A completion in progress."""
 
     id: str
     prompt: Prompt

@@ -72,7 +72,7 @@ def start_engines(
 
 
 def allow_connections(rollout: RolloutConfig) -> None:
-    """Let this process have a connection for every request that may be on its way, or warn that it cannot."""
+    """Allow this process one connection for every request that may be running, or warn that it cannot."""
     num_files, num_requests = allow_many_files(), rollout.num_engines * rollout.max_running_requests
     if num_files < num_requests + SPARE_FILES:
         logger.warning(

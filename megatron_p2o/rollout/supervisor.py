@@ -74,7 +74,7 @@ class Supervisor:
             self._pool.submit(self._replace, name).add_done_callback(partial(self._on_replaced, name))
 
     def renew(self) -> None:
-        """Forgive past restarts: the run has come to its next refresh."""
+        """Reset the counts of restarts, at a refresh."""
         self._attempts.clear()
 
     def hold(self, timeout_s: float) -> None:

@@ -33,11 +33,11 @@ class Beginning:
 
 
 def beginning_of(config: Config, run_dir: Path, train: Sequence[Problem]) -> Beginning:
-    """Return where the run on the problems `train` begins, and say what has changed since its checkpoint.
+    """Return where the run on the problems `train` starts, and print what has changed since its checkpoint.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be used.
-        ResumeRefused: it cannot go on from its checkpoint with what it is given.
+        ResumeRefused: the run cannot resume from its checkpoint with these inputs.
     """
     made = made_with(config, train)
     checkpoint = latest_checkpoint(run_dir)

@@ -35,7 +35,7 @@ class EvaluationRequest:
 def evaluation_request(
     target: Path, settings_file: Path | None, overrides: Sequence[str], benchmarks: Sequence[str], output: Path | None
 ) -> EvaluationRequest:
-    """Return what is to be evaluated: a settings file's initial policy, a checkpoint or a Hugging Face directory.
+    """Return the evaluation of a settings file's initial policy, a checkpoint or a Hugging Face directory.
 
     Args:
         target: any of the three, or `checkpoints/latest` or `checkpoints/best` of a run.
@@ -105,7 +105,7 @@ def own_run(config: Config, output: Path) -> Config:
 
 
 def _pointed_at(target: Path) -> Path:
-    """Return the checkpoint that `checkpoints/latest` or `checkpoints/best` names; other targets as they are."""
+    """Return the checkpoint that `checkpoints/latest` or `checkpoints/best` names; other targets unchanged."""
     if target.name not in POINTERS or target.parent.name != "checkpoints" or not target.is_file():
         return target
     text = target.read_bytes().strip()

@@ -133,7 +133,7 @@ def check_engines(config: Config) -> None:
 
 
 def this_machine() -> Nodes:
-    """Return the nodes of a run that has one. Nobody listens: there is nobody to come."""
+    """Return the nodes of a run with one node. Nothing listens, because no other node connects."""
     return Nodes(count=1, rank=0, head_address="127.0.0.1", head_port=0, launch_id=uuid.uuid4().hex)
 
 

@@ -54,7 +54,7 @@ DECIDING_FILES = ("data.train", TOKENIZER, TOKENIZER_SETTINGS, CHAT_TEMPLATE)
 
 
 class ResumeRefused(ValueError):
-    """A run cannot go on from its checkpoint with what it is given; the message says what differs and the ways out."""
+    """A run cannot resume from its checkpoint with these inputs. The message says what differs and the ways out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,10 +160,10 @@ def _may_ask_others(old: MadeWith, new: MadeWith) -> bool:
 
 
 def resumption(old: MadeWith, new: MadeWith, state: RunState, checkpoint: Path) -> Resumption:
-    """Return how a run goes on from a checkpoint that was made with `old` and stands at `state`.
+    """Return how a run continues from a checkpoint that was made with `old` and is at `state`.
 
     Raises:
-        ResumeRefused: something differs that it cannot go on with.
+        ResumeRefused: a difference prevents it.
     """
     differences = [*_setting_differences(old, new), *_file_differences(old, new)]
     place = _place_in_epoch(old, new, state)
@@ -216,7 +216,7 @@ def is_measured_otherwise(changes: Sequence[Change], evaluation_set: str | None)
 
 
 def of_ids(ids: Sequence[str], problems: Sequence[Problem], made: MadeWith | None, checkpoint: Path) -> list[Problem]:
-    """Return the problems of a checkpoint's lists of ids, less those that `data.train` holds no more.
+    """Return the problems of a checkpoint's lists of ids, without those that `data.train` no longer has.
 
     Raises:
         ResumeRefused: some are missing and the checkpoint does not say what it was made with.
@@ -264,7 +264,7 @@ def _architecture_differences(old: MadeWith, new: MadeWith) -> Iterator[_Differe
 
 
 def _place_in_epoch(old: MadeWith, new: MadeWith, state: RunState) -> _Place:
-    """Return where the checkpoint stands in the order of problems that the run has now.
+    """Return the checkpoint's position in the current order of problems.
 
     An epoch is one shuffle of one list. What decides the order may change between two epochs; the size of a step may
     also where what was asked is a whole number of steps of the new size.
@@ -294,7 +294,7 @@ def _place_in_epoch(old: MadeWith, new: MadeWith, state: RunState) -> _Place:
 
 
 def _moved_problems(old: MadeWith, new: MadeWith) -> list[str]:
-    """Return what is to be said of a list of problems that is another; empty when the ids are the same in order."""
+    """Return messages on a changed list of problems; empty if the ids and their order are the same."""
     ids = list(old.problems), list(new.problems)
     if ids[0] == ids[1]:
         return []
@@ -309,7 +309,7 @@ def _moved_problems(old: MadeWith, new: MadeWith) -> list[str]:
 
 
 def _problem_changes(old: MadeWith, new: MadeWith, when: str) -> list[Change]:
-    """Return what changed among the problems: which there are, and what is asked under the same id."""
+    """Return the changes of problems: added or removed ids, and questions that changed under the same id."""
     edited = [name for name in old.problems if new.problems.get(name, old.problems[name]) != old.problems[name]]
     changes = [
         Change(name=text, old=len(old.problems), new=len(new.problems), when=when) for text in _moved_problems(old, new)

@@ -153,7 +153,7 @@ class CheckpointSaver:
         return f"no checkpoint is known to be good: write the name of an earlier one into {pointer} and {lower}"
 
     def check(self) -> None:
-        """Raise `CheckpointError` when the last checkpoint has failed meanwhile. Does not wait."""
+        """Raise `CheckpointError` if the last checkpoint has failed. Does not wait."""
         if self._saving is not None and self._saving.done():
             self.finish()
 
@@ -196,7 +196,8 @@ class CheckpointSaver:
         )
 
     def _prune(self, newest: str) -> None:
-        """Remove what is older than `newest` but the `keep_last` newest of this history, the best and the healthy."""
+        """Remove checkpoints older than `newest`, except the `keep_last` newest of this history, the best and the
+        healthy one."""
         best = read_best(self._folder.parent)
         self._own.add(newest)
         kept = {*sorted(self._own)[-self._keep_last :], best.checkpoint if best else "", self.newest_healthy}
@@ -269,7 +270,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, naming the file; None when it is whole."""
+    """Return the damage of a checkpoint with the name of the file; None if it is complete."""
     try:
         smallest_first = sorted(read_manifest(checkpoint).files.items(), key=lambda item: item[1].size_bytes)
     except FileNotFoundError:

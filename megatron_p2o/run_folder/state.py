@@ -22,7 +22,7 @@ UNREADABLE = (OSError, ValueError)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, with its path and what is wrong with it."""
+    """A checkpoint cannot be used; the message has its path and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

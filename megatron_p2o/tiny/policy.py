@@ -133,7 +133,7 @@ def new_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[str]) -> list[list[int]]:
-    """Return what the chat template makes of each user message."""
+    """Return the tokens of each user message in the chat template."""
     conversations = [[{"role": "user", "content": message}] for message in messages]
     token_ids = tokenizer.apply_chat_template(
         conversations, add_generation_prompt=True, enable_thinking=False, return_dict=False

@@ -38,7 +38,7 @@ FileFormat = Literal["jsonl", "parquet"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRequest:
-    """What to make of a download."""
+    """Options for preparing a download."""
 
     num_train: int
     num_held_out: int

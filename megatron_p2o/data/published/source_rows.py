@@ -152,7 +152,7 @@ def _one_of(answers: Sequence[Any], field: str, takes_first: bool) -> object:
 
 
 def _answer_text(value: object, field: str) -> str:
-    """Return text as it is and numbers as people write them: 27.0 is 27."""
+    """Return text unchanged and numbers as people write them: 27.0 is 27."""
     if isinstance(value, str):
         return value
     if not _is_number(value):

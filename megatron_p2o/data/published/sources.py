@@ -62,7 +62,7 @@ _SOLUTION = ("solution", "Solution")
 
 
 def any_source(name: str) -> Source:
-    """Return an evaluation set of the user's own: whatever fields the published ones use."""
+    """Return a source for the user's own evaluation set, with the fields of all published ones."""
     return Source(
         name=name,
         num_rows=None,

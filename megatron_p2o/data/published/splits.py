@@ -39,7 +39,7 @@ Item = TypeVar("Item")
 
 
 def answer_type(answer: str) -> str:
-    """Return the kind of an answer, such as "number"; OTHER when it is of none of the known kinds."""
+    """Return the kind of an answer, such as "number"; OTHER for an unknown kind."""
     stripped = answer.strip()
     return next((name for name, pattern in _ANSWER_TYPES if pattern.fullmatch(stripped)), OTHER)
 

@@ -60,7 +60,7 @@ class BesideTraining:
         if current is None:
             return library
         if library.version != current.based_on:
-            # Everything but a few problems was solved plainly meanwhile: templates found for the others come too late.
+            # The library was cleared while this round ran, because few hard problems were left: its result is dropped.
             current.library.cancel()
             self._round = None
             return library

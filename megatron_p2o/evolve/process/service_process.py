@@ -75,7 +75,7 @@ class ServiceProcess:
         return decode(line)
 
     async def stop(self) -> None:
-        """Close the socket, wait, and kill what is still there."""
+        """Close the socket, wait, and kill what has not ended."""
         self._writer.close()
         try:
             await asyncio.to_thread(self._process.wait, STOP_GRACE_S)

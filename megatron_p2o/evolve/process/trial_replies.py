@@ -61,7 +61,7 @@ class TrialReplies:
         task.add_done_callback(self._tasks.discard)
 
     def forget_service(self) -> None:
-        """The service that asked is gone; what it asked for goes on and answers the next one, should it ask again."""
+        """Note that the service is gone. Its requests continue, and answer the next service if it asks again."""
         for task in self._tasks:
             task.cancel()
 

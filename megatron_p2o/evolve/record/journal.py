@@ -54,7 +54,7 @@ class Journal:
 
 
 def _set_aside(path: Path, num_records: int, num_good_bytes: int) -> str:
-    """Copy a journal that is damaged before its last line; return what is to be said of it, "" of another."""
+    """Copy a journal that is damaged before its last line, and return a message; "" for an intact one."""
     rest = path.read_bytes()[num_good_bytes:] if path.exists() else b""
     if b"\n" not in rest:
         return ""

@@ -109,7 +109,7 @@ def _value(left: Fraction, sign: str, right: Fraction) -> Fraction | None:
 
 
 def _is_telling(tokens: Sequence[Token]) -> bool:
-    """Return whether finding these tokens says something: not a short number, not a single word such as "none"."""
+    """Return whether these tokens identify an answer, unlike a short number or a single word such as "none"."""
     if len(tokens) == 1:
         (token,) = tokens
         if isinstance(token, str):

@@ -74,7 +74,7 @@ class Phrasebook:
         """Nothing is held open."""
 
     def split(self, text: str) -> list[str]:
-        """Return the phrases of a template; what is not in the book stays together as one."""
+        """Return the phrases of a template. Text that is not in the book stays together as one phrase."""
         phrases: list[str] = []
         rest = text.strip()
         while rest:

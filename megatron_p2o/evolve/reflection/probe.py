@@ -68,11 +68,11 @@ def probe(config: ReflectionConfig, environment: Mapping[str, str]) -> EndpointT
 def check_endpoint(config: Config, environment: Mapping[str, str]) -> None:
     """Probe the reflection endpoint if the run needs one.
 
-    An endpoint that is busy is a warning. So is any trouble of a run that goes on from a checkpoint: it costs rounds of
-    evolution, and the training that was paid for goes on.
+    A busy endpoint is only a warning. For a run that resumes from a checkpoint any failure is a warning, because it
+    costs only rounds of evolution.
 
     Raises:
-        ValueError: it cannot serve a run that starts anew.
+        ValueError: the endpoint cannot serve a new run.
     """
     trouble = probe(config.evolution.reflection, environment) if needs_endpoint(config.evolution) else None
     if trouble is None:

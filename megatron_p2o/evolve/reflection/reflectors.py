@@ -48,7 +48,7 @@ def phrasebook_of(config: ReflectionConfig, seed: int) -> Phrasebook:
 
 
 def check_settings(config: ReflectionConfig) -> None:
-    """Raise what `build_reflector` would for settings that cannot work, without what it imports."""
+    """Raise the errors of `build_reflector` for settings that cannot work, without its imports."""
     match config.backend:
         case "phrasebook":
             phrasebook_of(config, seed=0)

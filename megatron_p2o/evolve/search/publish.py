@@ -148,7 +148,7 @@ def round_stats(round_: Round, library: PublishedLibrary, ended_by: EndedBy, pla
 def greedy_cover(solved: Mapping[int, frozenset[str]]) -> list[int]:
     """Return candidates in the order chosen: each adds most newly solved problems, ties to the lowest id.
 
-    Empty when nobody solves anything: the next epoch then asks plainly.
+    Empty if no candidate solves anything; the next epoch then has no templates.
     """
     cover: list[int] = []
     covered: frozenset[str] = frozenset()

@@ -207,5 +207,5 @@ class Round:
 
 
 def _kept(text: str) -> str:
-    """Return what is journalled of a refused template: short, and text that any reader of JSON takes."""
+    """Return the part of a refused template that goes to the journal: short, and valid in JSON."""
     return shorten(text, MAX_REFUSED_CHARS).encode(errors="replace").decode()

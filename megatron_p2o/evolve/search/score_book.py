@@ -26,7 +26,7 @@ class BudgetSpent(Exception):
 
 
 class ScoreBook:
-    """Measures templates on problems, and knows what was measured already."""
+    """Measures templates on problems, and remembers the results."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class ScoreBook:
         self._in_flight: dict[ScoreKey, asyncio.Task[Trial]] = {}
 
     def known(self, text: str, problem_id: str, *, occasion: str = "", min_version: int = 0) -> Trial | None:
-        """Return what was measured for the pair on policy version `min_version` or later."""
+        """Return the trial of a pair on policy version `min_version` or later."""
         key = (template_digest(text), problem_id, occasion)
         trial = self._history.trials.get(key) or self._free.get(key)
         return trial if trial is not None and trial.weight_version >= min_version else None
@@ -67,10 +67,9 @@ class ScoreBook:
         occasion: str = "",
         min_version: int = 0,
     ) -> list[Trial]:
-        """Return one trial per problem, in order; only what is not known is sampled.
-
-        `occasion` tells rollouts of one pair apart. Waits for all of them, then raises `TemplateRejected` or
-        `TrialFailed` if one did. Raises `BudgetSpent` before anything is sampled.
+        """Return one trial per problem, in order. Only unknown pairs are sampled. `occasion` distinguishes rollouts of
+        one pair. Waits for all of them, then raises `TemplateRejected` or `TrialFailed` if one did. Raises
+        `BudgetSpent` before anything is sampled.
         """
         known = [self.known(text, key, occasion=occasion, min_version=min_version) for key in problem_ids]
         keys = [(template_digest(text), problem_id, occasion) for problem_id in problem_ids]
@@ -97,7 +96,7 @@ class ScoreBook:
         return trials
 
     def cancel(self) -> None:
-        """Forget what is in flight: nobody waits for it any more, and the history is about to be closed."""
+        """Forget running requests: their results are no longer needed, and the history is about to be closed."""
         for task in list(self._in_flight.values()):
             task.cancel()
 

@@ -27,9 +27,8 @@ def reference_selection(fronts: Mapping[str, frozenset[int]], width: int, rng: r
 
 
 def front_credit(solved: Mapping[int, frozenset[str]]) -> dict[int, float]:
-    """Return each candidate's share of the solved problems: those who solve a problem share its credit equally.
-
-    `solved` maps every candidate to the problems it solves; a problem that nobody solves gives no credit.
+    """Return each candidate's share of the solved problems: the candidates that solve a problem share its credit
+    equally. `solved` maps every candidate to the problems it solves. An unsolved problem gives no credit.
     """
     num_solvers = Counter(problem_id for problem_ids in solved.values() for problem_id in problem_ids)
     return {

@@ -42,9 +42,8 @@ def with_planned_cache(config: Config) -> Config:
 
 
 def planned_memory(config: Config, gpus: Gpus | None = None) -> list[str]:
-    """Return who takes how much of a GPU, and what may go wrong, one line each.
-
-    `gpus`: of machines that need not exist, with everything installed; None: of the node this is, no lines without any.
+    """Return the parts of the memory plan for a GPU, and warnings, one line each. `gpus`: GPUs of other machines, with
+    everything installed; None: those of this node, no lines without any.
 
     Raises:
         ValueError: trainer and engines do not fit them; the message has the numbers and the settings to change.

@@ -66,7 +66,7 @@ class MemoryPlan:
 
 
 def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, releases_memory: bool) -> MemoryPlan:
-    """Return who takes how much of the GPU that has the most to hold."""
+    """Return the memory plan of the fullest GPU."""
     trainer, engine = trainer_memory(config, architecture), engine_memory(config, architecture)
     num_engine_ranks, num_reflection_ranks = ranks_on_fullest(config, gpus)
     num_ranks = num_engine_ranks + num_reflection_ranks
@@ -97,7 +97,8 @@ def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, relea
 def planned_cache(
     config: Config, trainer: TrainerMemory, engine: EngineMemory, available: int, num_ranks: int, num_staying: int
 ) -> int:
-    """Return the bytes of one engine rank's KV cache, whole tokens: what is left where no setting says its share.
+    """Return the bytes of one engine rank's KV cache, a whole number of tokens: the rest, unless a setting gives its
+    share.
 
     `available`: bytes for trainer and engines. `num_staying`: of the `num_ranks` on the GPU, those that keep their
     memory while the trainer trains.

@@ -94,7 +94,7 @@ def _build_stage(
 
 
 class PolicyModel(GPTModel):
-    """GPT whose last stage returns what its head makes of a `HeadTask`: log-probs or the loss.
+    """GPT whose last stage returns its head's result for a `HeadTask`: log-probs or the loss.
 
     Call: `model(input_ids, position_ids, None, packed_seq_params=PackLayout, labels=HeadTask)`, ids [1, T];
     positions restart at each sample. Other stages return hidden states. Without a task the logits are returned.

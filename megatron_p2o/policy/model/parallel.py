@@ -43,7 +43,7 @@ class Ranks:
 def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
     """Start torch.distributed (unless it is) and Megatron's groups. All ranks must call.
 
-    Under torchrun the environment says who we are; without it, a single process is a world of one.
+    Under torchrun the environment gives rank and world size; otherwise the process is a world of one.
 
     Raises:
         ValueError: the number of processes is not the product of the parallel sizes.

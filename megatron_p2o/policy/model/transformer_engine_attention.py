@@ -28,7 +28,7 @@ avoid_flash_attention_4()
 
 
 class PackedTransformerEngineAttention(TEDotProductAttention):
-    """Hands Megatron's one long sequence on as what it is: samples laid end to end ("thd").
+    """Passes Megatron's one long sequence to Transformer Engine as samples laid end to end ("thd").
 
     Megatron itself must not know (see `PackLayout`), so that the rotary embedding stays the one of the local layers.
     Under context parallelism Transformer Engine passes keys and values around the ranks; it cuts a sample as we do.

@@ -92,12 +92,12 @@ class CheckpointWriter:
 
     @property
     def written(self) -> "Future[DigestsByName]":
-        """What the last `begin` has come to: on rank 0 every file with its digest, or why there is no checkpoint."""
+        """The result of the last `begin`: on rank 0 the digest of every file, or why there is no checkpoint."""
         assert self._writing is not None, "nothing was written"
         return self._writing
 
     def wait(self) -> None:
-        """Return when nothing is being written any more, whatever became of it. Raises `TimeoutError`."""
+        """Wait until nothing is being written, whatever the result. Raises `TimeoutError`."""
         if self._writing is not None and not futures.wait([self._writing], RANK_WRITE_TIMEOUT_S).done:
             raise TimeoutError(f"rank {dist.get_rank()} has been writing a checkpoint for {RANK_WRITE_TIMEOUT_S:g} s")
 
@@ -127,7 +127,7 @@ class CheckpointWriter:
 def stage(
     models: Sequence[PolicyModel], optimization: Optimization, directory: Path, control: ProcessGroup
 ) -> dict[str, Any]:
-    """Return this rank's share of the state in host memory; write what is small into `directory`. Collective."""
+    """Return this rank's share of the state in host memory; write small parts into `directory`. Collective."""
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier(group=control)
@@ -160,7 +160,7 @@ def causes_of(error: CheckpointException) -> str:
 
 
 def own_files(directory: Path) -> list[Path]:
-    """Return the files of `directory` whose digests are this rank's to take: its own, on rank 0 also what is common."""
+    """Return the files of `directory` that this rank hashes: its own, and on rank 0 the common ones."""
     rank = dist.get_rank()
     own = [*directory.glob(f"__{rank}_*.distcp"), random_state_path(directory, rank)]
     return own if rank else own + [directory / name for name in COMMON_FILES]
@@ -216,7 +216,7 @@ def _load_models(models: Sequence[PolicyModel], state: Mapping[str, Any]) -> Non
 
 
 def _read(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Return `sharded` with the values of the checkpoint; what it does not ask for is not read."""
+    """Return `sharded` with the values of the checkpoint. Other parts are not read."""
     check_pickle(directory / METADATA_FILE)
     try:
         with weights_only_loading():
@@ -301,9 +301,8 @@ def _name_step_zero(state: dict[str, Any]) -> None:
 
 
 def _place_step(state: dict[str, Any]) -> None:
-    """Put Adam's step where the Adam of this machine has it: torch's by parameter, a fused one's by group.
-
-    The checkpoint may be of a machine with the other, such as one without a GPU.
+    """Put Adam's step where this machine's Adam keeps it: torch's per parameter, a fused one per group. The checkpoint
+    may be from a machine with the other kind, such as one without a GPU.
     """
     adam = state.get("optimizer", state)
     groups, shared = adam["param_groups"], adam.get("state")

@@ -72,7 +72,7 @@ class Denominator:
     def contribution(
         self, loss: Tensor, stats: TokenStats[Tensor], micro_batch: MicroBatch, number: int
     ) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's loss and what it adds to the divisor (int32); `number` is its place on this rank.
+        """Return a micro-batch's loss and its part of the divisor (int32). `number` is its index on this rank.
 
         The quotient of the sums over all micro-batches and ranks is the loss of the step.
         """
@@ -269,7 +269,7 @@ def _schedule(
 
 
 def _run_model(model: Any, micro_batch: MicroBatch, task: HeadTask) -> Any:
-    """Return what the head makes of the task on the last stage, else hidden states."""
+    """Return the head's result for the task on the last stage, hidden states on the others."""
     return model(
         micro_batch.token_ids_T[None],
         micro_batch.positions_T[None],

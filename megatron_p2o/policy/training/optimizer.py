@@ -100,10 +100,8 @@ class Optimization:
         ]
 
     def resume(self, settings: Sequence[Mapping[str, Any]], num_steps: int) -> None:
-        """Go on after `num_steps` steps with this run's settings, whatever a checkpoint has put in their place.
-
-        `settings`: of `settings`, taken before the optimizer's state was loaded. Warm-up counts from the run's first
-        step.
+        """Continue after `num_steps` steps with this run's settings instead of the checkpoint's. `settings`: the result
+        of `settings` before the optimizer's state was loaded. Warm-up counts from the run's first step.
         """
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)

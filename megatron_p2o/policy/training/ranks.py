@@ -139,7 +139,8 @@ class MegatronPolicy:
         return self._named_errors("deliver")
 
     def wait_for_ranks(self) -> None:
-        """Return when every rank has taken from its GPU what it keeps, and nothing more: engines measure what is left.
+        """Free cached GPU memory on every rank, then wait for all of them. Engines that start afterwards see the true
+        amount of free memory.
 
         All ranks must call.
         """
@@ -174,7 +175,8 @@ class MegatronPolicy:
         return _update_report(replies, flops / self._ranks.world_size)
 
     def plan_updates(self, num_updates: int) -> None:
-        """Say how many updates the whole run has, those that were done included: what the learning rate goes by."""
+        """Set the number of updates of the whole run, including those already done. The learning-rate schedule depends
+        on it."""
         self._everywhere("plan_updates", num_updates)
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
@@ -287,7 +289,7 @@ class MegatronPolicy:
         return next(stream, None)
 
     def _finish_export(self) -> None:
-        """Take part in what is left of an export that was not consumed to the end."""
+        """Take part in the rest of an export that was not consumed to the end."""
         if self._export is None or self._is_broken:
             return
         stream, self._export = self._export, None
@@ -356,7 +358,7 @@ class MegatronPolicy:
 
     @contextmanager
     def _named_errors(self, method: str) -> Iterator[None]:
-        """Turn whatever ends a collective call into a `PolicyError` that names the rank that failed first."""
+        """Turn any error of a collective call into a `PolicyError` that names the rank that failed first."""
         try:
             yield
         except PolicyError:

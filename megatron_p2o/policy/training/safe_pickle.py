@@ -147,7 +147,7 @@ def check_pickle(path: Path) -> None:
 
 @contextmanager
 def weights_only_loading() -> Iterator[None]:
-    """Have every `torch.load` of this process refuse arbitrary objects inside the block, whatever its caller asks."""
+    """Make every `torch.load` of this process refuse arbitrary objects inside the block, whatever its arguments."""
     wanted = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     before = {name: os.environ.get(name) for name in wanted}
     # Where the second asks for the opposite, torch would load nothing at all.

@@ -124,7 +124,7 @@ class PolicyShard:
         return {rank_samples.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
 
     def reference_logprobs(self, samples: RankSamples) -> dict[int, Logprobs]:
-        """Return the same of the initial policy, whose weights change places with the policy's meanwhile."""
+        """Return the log-probs of the initial policy. Its weights are swapped with the policy's for the call."""
         if self._initial is None:
             raise RuntimeError("objective.kl_coefficient=0 keeps no weights of the initial policy")
         with self.optimization.whole_weights(), self._initial.in_place():

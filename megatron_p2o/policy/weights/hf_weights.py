@@ -117,8 +117,8 @@ def split_parts(parameter: Tensor, mapping: ParameterMapping, num_groups: int, h
 def load_hf_weights(models: Sequence[PolicyModel], files: WeightFiles, architecture: Architecture) -> None:
     """Copy the weights of a Hugging Face directory into this rank's stages. Local to the rank.
 
-    Reads the headers of all files, so that what is wrong anywhere is the same error on every rank, but of the weights
-    only this rank's cuts.
+    Reads the headers of all files, so that every rank raises the same error, but only this rank's slices of the
+    weights.
 
     Raises:
         ValueError: the tensors are not those of config.json, or hold a value that is not finite.

@@ -278,7 +278,7 @@ class _Evaluation:
 
 
 def _lost_bits(kind: str, values: list[Any]) -> int:
-    """Return the bits between the terms of a sum, or between the value of a function and what it is near to.
+    """Return the bits of cancellation: between the terms of a sum, or between a function's value and its limit.
 
     Raises:
         OverflowError: an argument of a function is too large.

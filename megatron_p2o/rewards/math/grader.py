@@ -83,7 +83,7 @@ class MathGrader:
         self._pool.check()
 
     def close(self) -> None:
-        """Kill the workers; what they have not answered is undecided."""
+        """Kill the workers. Unanswered requests are undecided."""
         self._pool.close()
 
     def _log_once(self, kind: str, problem_id: str, fault: str) -> None:

@@ -52,7 +52,7 @@ MIN_FOLDED_LETTERS = 4
 
 
 class Judge(Protocol):
-    """Decides what is left when structure is taken apart; None where it cannot."""
+    """Decides comparisons of expressions; None where it cannot."""
 
     def is_equal(self, gold: Node, answer: Node, tolerance: Fraction | None = None) -> bool | None:
         """Whether two expressions are equal, within a relative `tolerance` if there is one."""
@@ -240,7 +240,7 @@ def _connectives_agree(gold: Items, answer: Items) -> bool:
 
 
 def _ratios_agree(gold: Items, answer: Items, judge: Judge) -> bool | None:
-    """3:4 is 6:8, also 3:4 is 9:12; what may be a time of day, such as 3:30, is only itself."""
+    """Return whether two ratios agree. 3:4 is 6:8; but 3:30, which may be a time, only equals itself."""
     if len(gold.parts) != len(answer.parts):
         return False
     texts = [[text_of(part) for part in items.parts] for items in (gold, answer)]

@@ -263,7 +263,7 @@ class SandboxedProcess:
                 stdin.close()
 
     def _read(self, stream: Any, into: bytearray) -> bool:
-        """Read some of what is there; return whether there was any."""
+        """Read available output; return whether there was any."""
         try:
             part = os.read(stream.fileno(), READ_BYTES)
         except BlockingIOError:

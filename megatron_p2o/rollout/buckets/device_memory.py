@@ -51,7 +51,7 @@ class DeviceMemory:
 
 
 def can_share_device_memory() -> bool:
-    """Return whether this machine has a GPU and what is needed to share its memory."""
+    """Return whether this machine has a GPU and the libraries to share its memory."""
     return (
         torch.cuda.is_available()
         and importlib.util.find_spec("cuda") is not None
@@ -176,13 +176,13 @@ def pin(memory: Tensor) -> None:
 
 
 def unpin(memory: Tensor) -> None:
-    """Undo `pin`, before the mapping goes: CUDA would take what is mapped there next for locked."""
+    """Undo `pin` before unmapping. Otherwise CUDA takes the next mapping at this address for locked."""
     if memory.is_pinned() and int(cuda_runtime().cudaHostUnregister(memory.data_ptr())) != 0:
         forget_error()
 
 
 def forget_error() -> None:
-    """Have CUDA forget a call that failed: it would tell the next launch of a kernel, which would be blamed for it."""
+    """Clear CUDA's sticky last error. Otherwise the next kernel launch reports it as its own."""
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")
 

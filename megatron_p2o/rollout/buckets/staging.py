@@ -14,7 +14,7 @@ from megatron_p2o.rollout.buckets.weight_message import ALIGNMENT_BYTES, LoadMes
 
 
 def laid_out(weights: NamedWeights, bucket_bytes: int) -> Iterator[tuple[int, TensorEntry, Tensor]]:
-    """Yield (number of the bucket, place in it, weight); the same for everyone who is given the same weights.
+    """Yield (number of the bucket, place in it, weight). The same weights always give the same layout.
 
     A weight larger than `bucket_bytes` gets a bucket of its own. None is kept when the next is asked for.
 
@@ -63,7 +63,7 @@ class MemoryFile:
 
 
 class StagingBuffer:
-    """One bucket of weights. It is filled anew by every refresh and keeps what it holds until then."""
+    """One bucket of weights. Every refresh fills it again; it keeps its content until then."""
 
     def __init__(self, slot: int, capacity_bytes: int) -> None:
         self.slot = slot
@@ -124,7 +124,7 @@ class StagingBuffer:
         )
 
     def close(self) -> None:
-        """Give the memory up; engines keep what they have mapped to the end of their next refresh."""
+        """Release the memory. Engines keep their mapping until the end of their next refresh."""
         unpin(self._memory.content)
         self._memory.close()
 

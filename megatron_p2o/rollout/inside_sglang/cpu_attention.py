@@ -135,7 +135,7 @@ def padded(num_keys: Tensor) -> Tensor:
 
 
 def key_slots(req_to_token: Tensor, requests_B: Tensor, width: int) -> Tensor:
-    """Return [B, width] cache slots; a table that is narrower is filled up with slot 0, which is nobody's."""
+    """Return [B, width] cache slots; a narrower table is padded with the unused slot 0."""
     slots = req_to_token[requests_B, :width].long()
     return torch.nn.functional.pad(slots, (0, width - slots.shape[1]))
 

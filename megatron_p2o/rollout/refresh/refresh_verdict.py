@@ -25,10 +25,10 @@ def take_report(path: Path) -> RefreshReport:
 
 
 def judge(subject: str, reports: Sequence[RefreshReport], *, verify: bool) -> None:
-    """Raise what is wrong with an engine's weights, given the reports of its ranks.
+    """Raise an error if an engine's weights are wrong, by the reports of its ranks.
 
     Args:
-        subject: what the error begins with.
+        subject: start of the message.
 
     Raises:
         MemoryOutOfReach: a rank could not open a bucket.
@@ -43,7 +43,7 @@ def judge(subject: str, reports: Sequence[RefreshReport], *, verify: bool) -> No
 
 
 def complaint_of(reports: Sequence[RefreshReport]) -> str:
-    """Return what is wrong with an engine's weights, given the reports of its ranks, or ""."""
+    """Return the error of an engine's weights by the reports of its ranks, or ""."""
     for rank, report in enumerate(reports):
         if report.corrupted:
             return (

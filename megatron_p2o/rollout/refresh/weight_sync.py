@@ -119,7 +119,8 @@ class WeightSync:
         self._sends_to_devices = outlet is not None
         self._placed: Iterator[tuple[int, TensorEntry, Tensor]] = iter(())
         self._num_due = self._num_met = 0
-        """Buckets at whose end the other trainer ranks wait for this one, or have waited, and how often it has come."""
+        """Number of barriers that the other trainer ranks have reached or will reach, and number that rank 0 has
+        reached."""
         self._buckets: list[StagingBuffer] = []
         self._num_filled = 0
         self._version: int | None = None
@@ -133,9 +134,8 @@ class WeightSync:
         return self._version
 
     def lend(self) -> None:
-        """Stop decoding and take the memory of weights and KV cache from the engines, until the next refresh.
-
-        On return it is free on every GPU. Requests that are running begin anew when the refresh has ended.
+        """Stop decoding and take the memory of weights and KV cache from the engines until the next refresh. On return
+        it is free on every GPU. Running requests start again when the refresh has ended.
 
         Raises:
             RefreshFailed: an engine refused.
@@ -149,7 +149,7 @@ class WeightSync:
             raise RefreshFailed(f"lending the engines' memory: {error}") from error
 
     def refresh(self, weights: NamedWeights, version: int, *, verify: bool) -> RefreshStats:
-        """Load `weights` everywhere and serve them as `version`. They are consumed to the end whatever happens.
+        """Load `weights` into every engine and serve them as `version`. Always consumes them to the end.
 
         Raises:
             RefreshFailed: an engine refused or holds other weights than it was sent.
@@ -207,7 +207,7 @@ class WeightSync:
         await client.resume()
 
     def stage(self, weights: NamedWeights, *, verify: bool) -> Iterator[StagingBuffer]:
-        """Yield buckets as they are full."""
+        """Yield buckets as they fill."""
         self._num_due = self._num_met = 0
         self._placed = self._place(weights)
         return self._fill(self._placed, verify)
@@ -246,7 +246,7 @@ class WeightSync:
             self._stall(loading)
 
     def check(self, version: int, *, verify: bool) -> None:
-        """Have the engines compare what they hold with what was sent.
+        """Make the engines compare their weights with those sent.
 
         Raises:
             RefreshFailed: it differs.
@@ -307,7 +307,7 @@ class WeightSync:
         self._num_due += 1
 
     def _meet(self) -> None:
-        """Return when the bucket is full on all devices; the one before may then be filled anew."""
+        """Wait until the bucket is full on all devices. Then the one before may be overwritten."""
         start = time.monotonic()
         while self._outlet is not None and self._num_met < self._num_due:
             self._num_met += 1
@@ -315,7 +315,7 @@ class WeightSync:
         self._convert_s += time.monotonic() - start
 
     def _keep_step(self) -> None:
-        """Go through what a failed refresh has left, wherever it failed.
+        """Run the remaining barriers of a failed refresh, so that the other ranks do not hang.
 
         The policy's ranks gather and meet in lock step: leaving them in the middle would hang the others.
         """
@@ -364,13 +364,13 @@ class WeightSync:
         await client.update_weights(payloads, LOAD_FORMAT, False)
 
     async def _finish(self, client: EngineClient, path: Path, verify: bool) -> None:
-        """Have every rank of the engine write its report to `path`.rank, and forget what it cached of old weights."""
+        """Make every rank of the engine write its report to `path`.rank and drop its cache of old weights."""
         self._reports.mkdir(parents=True, exist_ok=True)
         payload = serialize(FinishMessage(report_path=str(path), verify=verify))
         await client.update_weights([payload] * self._num_ranks, LOAD_FORMAT, True)
 
     def _judge(self, subject: str, path: Path, verify: bool) -> None:
-        """Raise what is wrong with an engine by the reports that `_finish` has made its ranks write."""
+        """Raise the error of an engine by the reports that its ranks wrote in `_finish`."""
         judge(subject, [take_report(Path(f"{path}.{rank}")) for rank in range(self._num_ranks)], verify=verify)
 
     def _leave_devices(self, error: MemoryOutOfReach) -> None:

@@ -130,7 +130,7 @@ class EngineClient:
         await self._ask("GET", "/health_generate", None, self._user, timeout_s)
 
     async def pause(self) -> None:
-        """Stop decoding; running requests lose their KV cache and are computed anew after `resume`."""
+        """Stop decoding; running requests lose their KV cache and are recomputed after `resume`."""
         await self._post("/pause_generation", {"mode": "retract"}, self._admin, self._answer_timeout_s)
 
     async def resume(self) -> None:

@@ -64,7 +64,7 @@ def _for_memory_saver(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name not in ALLOCATOR_VARIABLES or "expandable_segments:True" not in value
     }
-    # It is loaded before Python, and so before torch, which knows where pip has put the CUDA runtime that it needs.
+    # torch_memory_saver is preloaded, before torch could point it to pip's CUDA runtime.
     library_path = [*filter(None, [environment.get("LD_LIBRARY_PATH")]), *cuda_runtime_folders()]
     return kept | ({"LD_LIBRARY_PATH": os.pathsep.join(library_path)} if library_path else {})
 

@@ -53,7 +53,7 @@ class Alarms:
         self._mismatch = MismatchWatch(alarms, earlier_mismatches)
 
     def is_healthy(self, step: int, result: StepResult, metrics: Mapping[str, MetricValue]) -> bool:
-        """Warn of what is wrong with a step; return whether the policy before it could be sampled and learnt from.
+        """Warn of the problems of a step. Return whether the policy before it could be sampled and trained.
 
         Raises:
             NothingLearnt: no update of several steps on end had a finite gradient.

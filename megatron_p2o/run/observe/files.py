@@ -27,7 +27,7 @@ class RunFiles:
 def open_files(
     config: Config, run_dir: Path, policy: Policy, beginning: Beginning, num_steps: int, stack: ExitStack
 ) -> RunFiles:
-    """Open the files of a run of `num_steps` and have `stack` close them; what is later than it begins is set aside.
+    """Open the files of a run of `num_steps`, to be closed by `stack`. Lines after its start are set aside.
 
     Raises:
         CheckpointError: the ledger holds less than the checkpoint counts.

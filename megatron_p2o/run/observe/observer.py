@@ -105,7 +105,7 @@ class RunObserver:
         return None if is_last or not self._config.evolution.enabled else num_hard < self._config.hard.min_problems
 
     def _note_library(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
-        """Write `metrics` and what is to be said of a library that is new, then measure its best template."""
+        """Write `metrics` and the record of a new library, then measure its best template."""
         if not self._progress.is_new_library(state.library.version):
             self._log.write(state, metrics)
             return

@@ -45,7 +45,7 @@ class Saver:
             self._files.checkpoints.point_best(best)
 
     def check(self) -> None:
-        """Raise `CheckpointError` when the last checkpoint has failed meanwhile. Does not wait."""
+        """Raise `CheckpointError` if the last checkpoint has failed. Does not wait."""
         self._files.checkpoints.check()
 
     def confirm(self, step: int) -> None:

@@ -29,7 +29,7 @@ class StepLog:
         self._step_began = time.monotonic()
 
     def begin_step(self) -> None:
-        """Note that what is done between two steps is done: a step's seconds count from here."""
+        """Note the end of the work between two steps: a step's seconds count from here."""
         self._step_began = time.monotonic()
 
     def write_step(self, state: TrainState, result: StepResult) -> Mapping[str, MetricValue]:

@@ -73,7 +73,7 @@ def prepare_environment(config: Config) -> None:
 
 
 def prepare_gpus(parallel: ParallelConfig) -> None:
-    """Have kernels start in the order they are issued where layers communicate, unless it is chosen otherwise.
+    """Set CUDA_DEVICE_MAX_CONNECTIONS=1 under tensor or context parallelism, unless the user set it.
 
     Up to Hopper Megatron's overlap of tensor-parallel communication and computation depends on it. SGLang sets a value
     of its own for its engines.

@@ -87,8 +87,8 @@ def read_words(run_dir: Path) -> list[LastWords]:
 def failure_message(failures: Mapping[int, ProcessFailure], run_dir: Path, node: str) -> str:
     """Return which rank of the run failed first and how; the others, whose connections to it broke, are left out.
 
-    `failures`: of this node's ranks, by rank, those included that the agent ended because one had failed. For one that
-    could not, word is left here; a rank of another node is told of when there is word of it.
+    `failures`: every failed rank of this node, including those the agent stopped afterwards. A rank that died without
+    writing its error gets a record here. A rank of another node is reported once its record exists.
     """
     words = read_words(run_dir)
     words += [leave_word(rank, failures[rank], run_dir, node) for rank in silent_causes(failures, words)]

@@ -62,7 +62,8 @@ def _tell(reader: int, notice: Callable[[int], str]) -> None:
 
 
 def training_notice(run_dir: Path, number: int) -> str:
-    """Return what a signal does to a run that trains: what is saved, and how it goes on; "" of other signals."""
+    """Return a message on the effect of a signal on training: what is saved, and how to continue; "" for other
+    signals."""
     if number == signal.SIGUSR1:
         return "p2o: SIGUSR1: the run saves and ends after its current step"
     if number not in ENDING:
