@@ -16,7 +16,13 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.files import digest_of, read_json_object
 from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.records import from_text, to_json
-from megatron_p2o.run_folder.resume_effects import CHAT_TEMPLATE, GENERATION, TOKENIZER, TOKENIZER_SETTINGS
+from megatron_p2o.run_folder.resume_effects import (
+    CHAT_TEMPLATE,
+    GENERATION,
+    INITIAL_WEIGHTS,
+    TOKENIZER,
+    TOKENIZER_SETTINGS,
+)
 from megatron_p2o.run_folder.state import UNREADABLE, CheckpointError
 from megatron_p2o.types import Problem
 
@@ -74,7 +80,14 @@ def file_digests(config: Config) -> dict[str, str]:
     if phrases is not None:
         named["evolution.reflection.phrases"] = phrases
     digests = {name: digest_of(Path(path)).sha256 for name, path in named.items()}
+    if config.objective.kl_coefficient > 0:
+        digests[INITIAL_WEIGHTS] = weights_digest(Path(config.model.path))
     return digests | model_digests(Path(config.model.path))
+
+
+def weights_digest(directory: Path) -> str:
+    """Return the digest of a model directory's weights; reads all of them."""
+    return _short_digest([[path.name, digest_of(path).sha256] for path in sorted(directory.glob("*.safetensors"))])
 
 
 def model_digests(directory: Path) -> dict[str, str]:

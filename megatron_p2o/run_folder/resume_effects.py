@@ -85,18 +85,20 @@ TOKENIZER = "tokenizer"
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat template"
 GENERATION = "generation_config.json"
+INITIAL_WEIGHTS = "weights of model.path"
 
 OF_FILE: Mapping[str, Effect] = {
     TOKENIZER: "refused",
     TOKENIZER_SETTINGS: "step",
     CHAT_TEMPLATE: "step",
     GENERATION: "step",
+    INITIAL_WEIGHTS: "step",
     "data.train": "problems",
     "data.evaluation": "evaluation",
     "evolution.reflection.phrases": "round",
 }
-"""The same of files: those of `model.path`, and those that settings name. Its sizes are compared one by one,
-its weights are not: a resumed run has the checkpoint's."""
+"""The same of files: those of `model.path`, and those that settings name. The model's sizes are compared one by one.
+Its weights count only where a KL term compares the policy with them: a resumed run has the checkpoint's."""
 
 _EFFECTS: Mapping[str, Effect] = {name: effect for effect, names in OF_CLASS.items() for name in names}
 

@@ -220,6 +220,21 @@ def test_an_answer_that_was_corrected_counts_the_next_time_it_is_asked(tmp_path:
     ]
 
 
+def test_other_weights_of_the_initial_policy_are_said_where_a_kl_term_compares_with_them(tmp_path: Path) -> None:
+    model = write_tiny_qwen3(tmp_path / "model")
+    with_kl, without = (config_of(tmp_path, model, f"objective.kl_coefficient={beta}") for beta in (0.1, 0))
+    before = [made_with(config, PROBLEMS) for config in (with_kl, without)]
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    after = [made_with(config, PROBLEMS) for config in (with_kl, without)]
+    changes = [
+        [str(change) for change in resumption(old, new, state(2, 2), tmp_path / "step").changes]
+        for old, new in zip(before, after, strict=True)
+    ]
+    assert len(changes[0]) == 1 and "weights of model.path" in changes[0][0] and "from step 3 on" in changes[0][0]
+    assert changes[1] == []
+
+
 def test_problems_of_a_checkpoint_that_says_nothing_are_looked_up_or_named(tmp_path: Path, model: Path) -> None:
     record = made_with(config_of(tmp_path, model), PROBLEMS)
     assert of_ids(["p3", "p1", "p3"], PROBLEMS, None, tmp_path) == [PROBLEMS[3], PROBLEMS[1], PROBLEMS[3]]
