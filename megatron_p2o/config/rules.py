@@ -18,6 +18,7 @@ def problems_of(config: Config) -> list[str]:
     """Return every rule the settings break, one sentence each with the remedy; empty when the run can start."""
     rules = [
         *_run_rules(config),
+        *_grading_rules(config),
         *_sampling_rules(config),
         *_objective_rules(config),
         *_optimizer_rules(config.optimizer),
@@ -42,6 +43,17 @@ def _sampling_rules(config: Config) -> list[Rule]:
         (
             "{question}" in config.data.question_format,
             "data.question_format must contain {question}",
+        ),
+    ]
+
+
+def _grading_rules(config: Config) -> list[Rule]:
+    grading = config.grading
+    return [
+        (
+            not grading.functions or (grading.function == "math" and not grading.arguments),
+            "grading.functions takes the place of grading.function and grading.arguments: set it alone, with the "
+            "arguments of each function below its name",
         ),
     ]
 

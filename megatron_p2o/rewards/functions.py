@@ -10,16 +10,17 @@ problems, responses and finish reasons and returns a list. A class is made into 
 `__call__` is the reward function. Further keyword parameters are settings: `grading.arguments` gives their values (of a
 class, those of `__init__`).
 
-It runs in the workers of `rewards.worker_pool`. One that raises, takes too long or returns no reward leaves its
+It runs in the workers of `rewards.workers.worker_pool`. One that raises, takes too long or returns no reward leaves its
 answer undecided.
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import fsum
 from pathlib import Path
@@ -50,6 +51,9 @@ BUILT_IN: Mapping[str, str] = {
 }
 """Short name to the callable it stands for."""
 
+QUESTION = ("problem", "response", "stop")
+"""As many arguments as a reward function is given."""
+
 _IS_BATCHED = "is_batched"
 
 
@@ -72,32 +76,55 @@ def batched(function: Function) -> Function:
 
 
 def is_batched(function: RewardFunction) -> bool:
-    inner = function.func if isinstance(function, partial) else function
-    return bool(getattr(inner, _IS_BATCHED, False) or getattr(type(inner).__call__, _IS_BATCHED, False))
+    """Whether `batched` marked it, or the `__call__` of its class."""
+    return any(getattr(each, _IS_BATCHED, False) for each in _bodies(function))
 
 
 def is_async(function: RewardFunction) -> bool:
+    """Whether it is an `async def`, or the `__call__` of its class is."""
+    return any(map(inspect.iscoroutinefunction, _bodies(function)))
+
+
+def _bodies(function: RewardFunction) -> tuple[object, ...]:
     inner = function.func if isinstance(function, partial) else function
-    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
+    return (inner, inner.__call__ if inspect.isclass(inner) else type(inner).__call__)
 
 
 def load_function(spec: RewardSpec) -> RewardFunction:
-    """Return the reward function that settings name, with its arguments bound. Imports the code that holds it.
+    """Return the reward function that settings name, with its arguments bound. Raises as the two steps of it."""
+    return made_function(found_function(spec), spec)
+
+
+def found_function(spec: RewardSpec) -> RewardFunction:
+    """Return the function or class that settings name. Imports the code that holds it.
 
     Raises:
         ValueError: it is not found, cannot be imported, or cannot be called as a reward function with these arguments;
             the message names `grading.function` and the signature expected.
     """
-    found = _found(spec.function)
+    found = _found(spec)
+    if inspect.isclass(found):
+        _check_signature(found, spec, (), "be made with grading.arguments")
+        instance_only = replace(spec, arguments={})
+        _check_signature(found.__call__, instance_only, (None, *QUESTION), f"have a __call__(self, {SIGNATURE[1:]}")
+    else:
+        expected = BATCH_SIGNATURE if is_batched(found) else SIGNATURE
+        _check_signature(found, spec, QUESTION, f"be callable as {expected}")
+    return found
+
+
+def made_function(found: RewardFunction, spec: RewardSpec) -> RewardFunction:
+    """Return a found function with its arguments bound, or an instance of a found class.
+
+    Raises:
+        ValueError: the class raises; the message says what.
+    """
     if not inspect.isclass(found):
-        _check_signature(found, spec, spec.arguments)
         return partial(found, **spec.arguments) if spec.arguments else found
     try:
-        instance = cast(RewardFunction, found(**spec.arguments))
+        return cast(RewardFunction, found(**spec.arguments))
     except Exception as error:  # whatever code of others does
         raise ValueError(_refusal(spec, f"cannot be made ({type(error).__name__}: {error})")) from error
-    _check_signature(instance, spec, {})
-    return instance
 
 
 def grade_of(value: object) -> Grade:
@@ -128,21 +155,21 @@ def weighted_sum(grades: Sequence[Grade], weights: Sequence[float]) -> Grade:
     )
 
 
-def _check_signature(function: RewardFunction, spec: RewardSpec, arguments: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless a function takes what a reward function is given, and the arguments."""
-    signature = inspect.signature(function)
+def _check_signature(function: Callable[..., Any], spec: RewardSpec, given: Sequence[object], rule: str) -> None:
+    """Raise `ValueError` unless a function takes what it is given, and the arguments."""
     try:
-        signature.bind("problem", "response", "stop", **arguments)
+        signature = inspect.signature(function)
+    except ValueError:  # a callable of C that does not say
+        return
+    try:
+        signature.bind(*given, **spec.arguments)
     except TypeError as error:
-        expected = BATCH_SIGNATURE if is_batched(function) else SIGNATURE
-        fault = f"has the signature {signature} and must be callable as {expected} ({error})"
-        raise ValueError(_refusal(spec, fault)) from error
+        raise ValueError(_refusal(spec, f"has the signature {signature} and must {rule} ({error})")) from error
 
 
-def _found(name: str) -> Callable[..., Any]:
+def _found(spec: RewardSpec) -> Callable[..., Any]:
     """Return the callable of a name. Raises `ValueError`."""
-    spec = RewardSpec(function=name)
-    place, _, attribute = _target(name).rpartition(":")
+    place, _, attribute = _target(spec.function).rpartition(":")
     if not place or not attribute:
         known = ", ".join(dict.fromkeys([*BUILT_IN, *_entry_points()]))
         raise ValueError(_refusal(spec, f"is none of {known}, nor package.module:callable or path/to/file.py:callable"))
@@ -170,8 +197,10 @@ def _module(place: str) -> ModuleType:
     if not place.endswith(".py"):
         return importlib.import_module(place)
     path = Path(place).resolve()
-    name = f"p2o_reward_file_{path.stem}_{abs(hash(str(path)))}"
+    name = f"p2o_reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))  # for the files beside it
         module_spec = importlib.util.spec_from_file_location(name, path)
         assert module_spec is not None and module_spec.loader is not None, "a path that ends in .py has a loader"
         module = importlib.util.module_from_spec(module_spec)

@@ -12,6 +12,7 @@ from megatron_p2o.data.raw_rows import missing_package
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics import sinks
+from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.types import PLAIN, Problem, TokenIds
 
 
@@ -61,14 +62,27 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
     at_most = "at most " if schedule.max_batches_per_step > 1 else ""
     longest = max(len(token_ids) for token_ids in _plain_prompts(inputs))
     notice = evolution_notice(config, num_steps)
+    rewards = checked_rewards(config)
     return [
         f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {schedule.epochs} epochs",
         planned_work(config, num_steps),
         *(f"evaluation.{name}: {len(problems)} problems" for name, problems in inputs.evaluation.items()),
         f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens",
         f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",
+        f"rewards: {rewards}",
         *([notice] if notice else []),
     ]
+
+
+def checked_rewards(config: Config) -> str:
+    """Return the reward functions, once a worker has loaded them. Raises `ValueError` when one cannot be used."""
+    grader = make_grader(config.grading)
+    try:
+        grader.check()
+    finally:
+        grader.close()
+    functions = config.grading.functions
+    return " + ".join(f"{each.weight:g} {name}" for name, each in functions.items()) or config.grading.function
 
 
 def check_vocabulary(config: Config, inputs: Inputs) -> None:

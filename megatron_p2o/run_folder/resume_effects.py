@@ -31,6 +31,8 @@ MAPPINGS = (
     "megatron",
     "data.evaluation",
     "evolution.reflection.extra_body",
+    "grading.arguments",
+    "grading.functions",
 )
 """Settings whose keys are free."""
 
@@ -49,7 +51,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("model", "enable_thinking template_date"),
         *_in("data", "question_format max_prompt_tokens"),
         *_in("rollout", "group_size temperature top_p max_new_tokens request_timeout_s deterministic"),
-        *_in("grading", "deadline_s memory_limit_mib"),
+        *_in("grading", "function functions arguments deadline_s timeout_s memory_limit_mib"),
         *_in("hard", "max_solved counted"),
         *_in("advantage", "estimator baseline overlong_tokens"),
         *_in("objective", "context ratio_low ratio_high ratio_form surrogate clip_low clip_high dual_clip"),

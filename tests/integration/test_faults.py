@@ -22,7 +22,7 @@ AS_TEXT: dict[str, Any] = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE,
 
 ENGINE, GRADER, EVOLUTION = (
     ("sglang::scheduler", "sglang::detokenizer"),
-    "rewards/fork_server.py",
+    "rewards/workers/fork_server.py",
     "evolve.process.service",
 )
 """Parts of command lines."""

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_p2o.config.tree import GradingConfig
+from megatron_p2o.rewards.math.grader import KNOWN, algebra_request
 from megatron_p2o.rewards.registry import make_grader
-from megatron_p2o.rewards.worker_pool import WorkerPool
+from megatron_p2o.rewards.workers.processes import WorkerLimits
+from megatron_p2o.rewards.workers.worker_pool import WorkerPool
 from megatron_p2o.types import CORRECT, INCORRECT, Problem
 
 pytestmark = pytest.mark.slow
@@ -89,8 +91,9 @@ COSTLY = {
 @pytest.mark.parametrize("gold", ["42", r"\sum_{k=1}^{n} k^2"])
 def test_costly_answers_that_reach_algebra_are_stopped_and_never_accepted(gold: str) -> None:
     # With a sum for gold answer, everything is shown to math-verify.
-    pool = WorkerPool(num_workers=2, deadline_s=2.0, memory_limit_mib=1024)
-    futures = {name: pool.submit(gold, [answer]) for name, answer in COSTLY.items()}
+    limits = WorkerLimits(memory_limit_mib=1024, deadline_s=2.0, timeout_s=PATIENCE_S, stall_timeout_s=PATIENCE_S)
+    pool = WorkerPool(None, limits, num_workers=2, known=algebra_request(*KNOWN))
+    futures = {name: pool.submit(algebra_request(gold, answer)) for name, answer in COSTLY.items()}
     grades = {name: future.result(PATIENCE_S) for name, future in futures.items()}
     stopped = sum(
         count for outcome, count in pool.counts.items() if outcome in ("out_of_time", "crashed", "out_of_memory")

@@ -30,7 +30,7 @@ PARTS = (
     "megatron_p2o.run.train",
     "rollout.inside_sglang.launcher",
     "sglang::scheduler",
-    "rewards/fork_server.py",
+    "rewards/workers/fork_server.py",
     "evolve.process.service",
 )
 """Of command lines: what a run consists of."""
@@ -106,7 +106,7 @@ def test_nothing_listens_where_another_machine_could_reach_it(watched: tuple[Wat
     watch, _, _ = watched
     assert {address for address, _ in watch.listening} == {"127.0.0.1"}, watch.listening
     assert not [
-        line for _, line in watch.listening if "rewards/fork_server.py" in line or "evolve.process.service" in line
+        line for _, line in watch.listening if "workers/fork_server.py" in line or "evolve.process.service" in line
     ]
 
 

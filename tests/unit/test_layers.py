@@ -124,18 +124,18 @@ def test_every_listed_layer_exists() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("megatron_p2o.rewards.worker_pool", "from megatron_p2o.data.chat import ChatRenderer"),
-        ("megatron_p2o.rewards.worker_pool", "from megatron_p2o import data"),
-        ("megatron_p2o.rewards.worker_pool", "def later():\n    import megatron_p2o.policy"),
-        ("megatron_p2o.rewards.worker_pool", "from ..data import chat"),
+        ("megatron_p2o.rewards.registry", "from megatron_p2o.data.chat import ChatRenderer"),
+        ("megatron_p2o.rewards.registry", "from megatron_p2o import data"),
+        ("megatron_p2o.rewards.registry", "def later():\n    import megatron_p2o.policy"),
+        ("megatron_p2o.rewards.registry", "from ..data import chat"),
         (
-            "megatron_p2o.rewards.worker_pool",
+            "megatron_p2o.rewards.registry",
             "if TYPE_CHECKING:\n    from megatron_p2o.evolve.search.candidate_pool import Pool",
         ),
-        ("megatron_p2o.rewards.worker_pool", "importlib.import_module('megatron_p2o.run.train')"),
-        ("megatron_p2o.rewards.worker_pool", "from megatron_p2o.testing.fakes import FakePolicy"),
-        ("megatron_p2o.rewards.worker_pool", "from p2o_kernels.logprob import linear_logprob"),
-        ("megatron_p2o.rewards.worker_pool", "from megatron_p2o.config.read import load_config"),
+        ("megatron_p2o.rewards.registry", "importlib.import_module('megatron_p2o.run.train')"),
+        ("megatron_p2o.rewards.registry", "from megatron_p2o.testing.fakes import FakePolicy"),
+        ("megatron_p2o.rewards.registry", "from p2o_kernels.logprob import linear_logprob"),
+        ("megatron_p2o.rewards.registry", "from megatron_p2o.config.read import load_config"),
         ("megatron_p2o.algorithm", "from megatron_p2o.rewards.registry import make_grader"),
         ("megatron_p2o.algorithm", "from megatron_p2o.run.train import main"),
         ("megatron_p2o.rl.packing", "from megatron_p2o.algorithm import p2o_step"),
@@ -158,7 +158,7 @@ def test_forbidden_import_is_found_however_it_is_written(module: str, source: st
     ("module", "source"),
     [
         (
-            "megatron_p2o.rewards.worker_pool",
+            "megatron_p2o.rewards.registry",
             "from megatron_p2o.types import Grade\nfrom . import extract\nimport sympy",
         ),
         ("megatron_p2o.policy.model.head", "from p2o_kernels.logprob import linear_logprob\nimport megatron.core"),

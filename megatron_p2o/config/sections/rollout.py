@@ -1,9 +1,11 @@
 """Settings of the rollouts: how they are sampled, and how their answers are checked."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from megatron_p2o.config.ranges import NonNegativeInt, NumRanks, PositiveInt, Range, Seconds
+from megatron_p2o.config.ranges import NonNegativeInt, NumRanks, PositiveFloat, PositiveInt, Range, Seconds
+from megatron_p2o.config.shape import IS_SHORTHAND
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,14 +65,37 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GradingConfig:
-    """Answer checking."""
+class WeightedFunctionConfig:
+    """One of several reward functions. A file may write the weight alone, `math: 0.8`, for `math: {weight: ...}`."""
 
+    weight: PositiveFloat = field(metadata=IS_SHORTHAND)
+    """Weight of its reward, over the sum of all weights."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of this function, as `grading.arguments`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GradingConfig:
+    """Rewards of the answers."""
+
+    function: str = "math"
+    """Reward function: the short name of a built-in or of an installed package, `package.module:callable`, or
+    `path/to/file.py:callable`. `math` compares the last boxed answer with the gold one; docs/extending.md shows how to
+    write another."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the reward function. One whose name ends in `_env` names an environment variable, which then
+    reaches the function even if it holds a secret."""
+    functions: Mapping[str, WeightedFunctionConfig] = field(default_factory=dict)
+    """Several reward functions instead of `grading.function`, by name. The reward is their weighted mean, and undecided
+    where one of them is."""
     num_workers: Annotated[int, Range(at_least=1, at_most=1024, reason="each is a process of one machine")] = 2
-    """Processes that compare answers by algebra."""
+    """Processes that compare answers by algebra, or call the reward functions."""
     deadline_s: Seconds = 1.0
     """Processor time for one answer in seconds; a busy machine does not use it up. A worker that takes more is killed
     and the answer is undecided. Most answers take a thousandth of a second, those that need math-verify up to 0.3 s."""
+    timeout_s: Seconds = 600.0
+    """Longest wall-clock time for one answer in seconds, for reward functions that wait for something; then the answer
+    is undecided."""
     memory_limit_mib: Annotated[int, Range(at_least=256, at_most=2**24, reason="math-verify alone takes about 70")] = (
         2048
     )

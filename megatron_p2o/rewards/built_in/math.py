@@ -2,7 +2,7 @@
 
 from megatron_p2o.rewards.extract import last_boxed
 from megatron_p2o.rewards.math.grader import local_verdict
-from megatron_p2o.rewards.worker import is_match
+from megatron_p2o.rewards.workers.algebra import is_match
 from megatron_p2o.types import FinishReason, Problem
 
 

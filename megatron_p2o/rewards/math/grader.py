@@ -15,7 +15,7 @@ from megatron_p2o.rewards.math.exact import ExactJudge, quick_verdict
 from megatron_p2o.rewards.math.match import verdict
 from megatron_p2o.rewards.math.reading.latex import is_refused, is_too_long
 from megatron_p2o.rewards.math.reading.spelling import normal_form
-from megatron_p2o.rewards.worker_pool import WorkerPool
+from megatron_p2o.rewards.workers.worker_pool import WorkerPool, worker_limits
 from megatron_p2o.types import CORRECT, INCORRECT, FinishReason, Grade, Problem
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,9 @@ _ASKS_PERCENT = re.compile(
     re.IGNORECASE,
 )
 """A question for a percentage; not one that gives some: sold at 30% off."""
+
+KNOWN = ("x+1", "1+x")
+"""Gold and answer that every worker in order calls equal."""
 
 MAX_ASKED_CHARACTERS = 80
 """Longest expression that is looked for in a question."""
@@ -38,7 +41,7 @@ class MathGrader:
     """The `Grader` for answers in LaTeX. What needs algebra goes to worker processes, started when first needed."""
 
     def __init__(self, config: GradingConfig) -> None:
-        self._pool = WorkerPool(config.num_workers, config.deadline_s, config.memory_limit_mib)
+        self._pool = WorkerPool(None, worker_limits(config), config.num_workers, algebra_request(*KNOWN))
         self._counts: Counter[str] = Counter()
         self._logged_faults: set[str] = set()
         self._lock = Lock()
@@ -76,7 +79,7 @@ class MathGrader:
             return self._decided(Grade.undecided(f"the grader failed: {type(error).__name__}"), "failed")
         if isinstance(local, bool):
             return self._decided(CORRECT if local else INCORRECT, "quick")
-        return self._pool.submit(local.gold, [local.answer])
+        return self._pool.submit(algebra_request(local.gold, local.answer))
 
     def check(self) -> None:
         """Start a worker and have it grade a known answer. Raises `GraderFailed` when nothing could be graded."""
@@ -99,6 +102,11 @@ class MathGrader:
         future: Future[Grade] = Future()
         future.set_result(grade)
         return future
+
+
+def algebra_request(gold: str, answer: str) -> dict[str, object]:
+    """Return the request to `workers.algebra` that compares two answers in normal form."""
+    return {"gold": gold, "answers": [answer]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_p2o.rewards.math.grader import local_verdict
-from megatron_p2o.rewards.worker import is_match
+from megatron_p2o.rewards.workers.algebra import is_match
 from megatron_p2o.testing.answers import numbers as number_answers
 from megatron_p2o.testing.answers import quantities as quantity_answers
 from megatron_p2o.testing.answers import structured as structured_answers

@@ -13,6 +13,7 @@ import pytest
 import megatron_p2o
 from megatron_p2o.config.ranges import LONGEST_WAIT_S, UNBOUNDED, Range, range_of, range_problems
 from megatron_p2o.config.rules import problems_of
+from megatron_p2o.config.sections.rollout import WeightedFunctionConfig
 from megatron_p2o.config.shape import record_of
 from megatron_p2o.config.tree import REFERENCE_PRESET, Config, EvaluationSetConfig, RunConfig
 from megatron_p2o.testing.fakes import fake_config, with_setting
@@ -40,7 +41,10 @@ def is_numeric(annotation: Any) -> bool:
 
 
 def with_sets(*names: str) -> Config:
-    return fake_config({"data.evaluation": {name: EvaluationSetConfig(file="a.jsonl") for name in names}})
+    """Return settings with records of these names in every mapping of records."""
+    sets = {name: EvaluationSetConfig(file="a.jsonl") for name in names}
+    functions = {name: WeightedFunctionConfig(weight=1.0) for name in names}
+    return fake_config({"data.evaluation": sets, "grading.functions": functions})
 
 
 PACKAGE = Path(megatron_p2o.__file__).parent
@@ -269,3 +273,11 @@ def test_a_set_has_a_name_that_metrics_and_files_take(name: str) -> None:
 @pytest.mark.parametrize("name", ["avg", "7", "AIME_2024", "-", "n" * 64])
 def test_other_names_of_sets_are_taken(name: str) -> None:
     assert problems_of(with_sets(name)) == []
+
+
+def test_several_reward_functions_take_the_place_of_the_one() -> None:
+    several = {"grading.functions": {"math": WeightedFunctionConfig(weight=1.0)}}
+    assert problems_of(fake_config(several)) == []
+    for name, value in (("grading.function", "exact"), ("grading.arguments", {"extract": "text"})):
+        (sentence,) = problems_of(fake_config({**several, name: value}))
+        assert sentence.startswith("grading.functions takes the place of grading.function and grading.arguments")

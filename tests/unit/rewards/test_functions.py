@@ -98,7 +98,9 @@ def test_a_package_names_its_functions_by_entry_points(tmp_path: Path, monkeypat
 def test_a_class_becomes_one_instance_with_the_arguments(tmp_path: Path) -> None:
     judge = load(f"{reward_file(tmp_path)}:Judge", bar=3)
     assert judge(PROBLEM, "abc", "stop") is True and judge(PROBLEM, "ab", "stop") is False
-    assert "missing 1 required positional argument: 'bar'" in refusal(f"{tmp_path}/my_reward.py:Judge")
+    assert "must be made with grading.arguments (missing a required argument: 'bar')" in refusal(
+        f"{tmp_path}/my_reward.py:Judge"
+    )
 
 
 def test_what_cannot_be_called_as_a_reward_function_is_refused_with_the_signature(tmp_path: Path) -> None:

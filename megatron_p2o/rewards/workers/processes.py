@@ -1,5 +1,6 @@
 """The parent's side of grading workers: the server that forks them, one worker, and the source of new ones."""
 
+import json
 import os
 import select
 import signal
@@ -7,12 +8,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 
 from megatron_p2o.processes import child_environment
+from megatron_p2o.records import to_json
+from megatron_p2o.rewards.functions import RewardSpec
 
 CLOSE_TIMEOUT_S = 10.0
 """Longest wait for a process that was told to end, and for the thread that drives a worker."""
@@ -20,7 +26,11 @@ CLOSE_TIMEOUT_S = 10.0
 NUM_STARTS = 3
 """Servers that are started for one worker before the source gives up."""
 
-MAX_REPLY_BYTES = 64
+MAX_REPLY_BYTES = 1 << 16
+"""Read at a time."""
+
+JUDGE_KEY = "P2O_JUDGE_API_KEY"
+"""Secret that workers get, where it is set: `judge` reads it unless its arguments name another."""
 
 
 class WorkerLost(Exception):
@@ -29,6 +39,24 @@ class WorkerLost(Exception):
 
 class GraderFailed(RuntimeError):
     """Nothing can be graded any more."""
+
+
+class FunctionRefused(ValueError):
+    """A reward function that settings name cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerLimits:
+    """What workers may take."""
+
+    memory_limit_mib: int
+    """Address space of each."""
+    deadline_s: float
+    """Processor time of one answer."""
+    timeout_s: float
+    """Wall-clock time of one answer: a backstop."""
+    stall_timeout_s: float
+    """A process that is to do something and gets no processor time for so long is stopped, or hangs."""
 
 
 class SourceClosed(Exception):
@@ -41,18 +69,20 @@ class ForkServer:
     Linux kills it when the thread that started it ends, and the workers with it.
     """
 
-    def __init__(self, memory_limit_mib: int, deadline_s: float, stall_timeout_s: float) -> None:
+    def __init__(self, functions: Sequence[RewardSpec] | None, limits: WorkerLimits) -> None:
         """Start the process. Raises `OSError` when the machine has none to spare."""
-        self._stall_timeout_s = stall_timeout_s
+        self._functions, self._limits = functions, limits
+        self._max_at_once = 1
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = os.getpid(), limits.memory_limit_mib, limits.deadline_s, limits.timeout_s
         program = str(Path(__file__).with_name("fork_server.py"))
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", program, str(os.getpid()), str(memory_limit_mib), str(deadline_s)],
+                    [sys.executable, "-P", program, *map(str, arguments)],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
-                    env=child_environment(),
+                    env=child_environment(_secrets_of(functions or ())),
                     process_group=0,  # Ctrl-C in the terminal is for the parent
                 )
         except OSError:
@@ -60,8 +90,12 @@ class ForkServer:
             raise
 
     def wait_until_ready(self) -> None:
-        """Return when math-verify is loaded and warm. Raises `WorkerLost`."""
-        self._reply()
+        """Return when what workers need is loaded and warm. Raises `WorkerLost` and `FunctionRefused`."""
+        self._ask(json.dumps({"functions": to_json(self._functions)}).encode())
+        answer, _, rest = self._reply().decode(errors="replace").partition(" ")
+        if answer == "refused":
+            raise FunctionRefused(rest)
+        self._max_at_once = int(rest)
 
     def fork(self) -> "Worker":
         """Return a new worker. Raises `WorkerLost`."""
@@ -69,7 +103,7 @@ class ForkServer:
         try:
             with theirs:
                 self._ask(b"fork", theirs)
-            return Worker(int(self._reply()), self, ours, self._stall_timeout_s)
+            return Worker(int(self._reply()), self, ours, self._max_at_once, self._limits.stall_timeout_s)
         except WorkerLost:
             ours.close()
             raise
@@ -100,39 +134,33 @@ class ForkServer:
             raise WorkerLost("crashed") from error
 
     def _reply(self) -> bytes:
-        wait_for(self._socket, select.POLLIN, self._process.pid, self._stall_timeout_s)
+        wait_for(self._socket, select.POLLIN, self._process.pid, self._limits.stall_timeout_s)
         return _received(self._socket)
 
 
 class Worker:
     """One child of a `ForkServer`. For one thread; `is_alive` may be asked by any."""
 
-    def __init__(self, pid: int, server: ForkServer, connection: socket.socket, stall_timeout_s: float) -> None:
+    def __init__(
+        self, pid: int, server: ForkServer, connection: socket.socket, max_at_once: int, stall_timeout_s: float
+    ) -> None:
         self.pid, self.server = pid, server
+        self.max_at_once = max_at_once
+        """Requests it may have at a time."""
         self.num_answered = 0
         self.peak_bytes = 0
         """The most address space it has used."""
         self._socket, self._stall_timeout_s = connection, stall_timeout_s
         self._socket.setblocking(False)
+        self._received = b""
 
     @property
     def is_alive(self) -> bool:
         descriptor = self._socket.fileno()  # its thread may close it at any time
         return descriptor >= 0 and not _events(descriptor, 0, 0.0) & (select.POLLHUP | select.POLLNVAL)
 
-    def ask(self, request: bytes) -> str:
-        """Return its verdict on a line: "correct", "incorrect" or "out_of_memory". Raises `WorkerLost`."""
-        self._send(request)
-        verdict, peak_bytes = self._line().split()
-        self.peak_bytes = int(peak_bytes)
-        self.num_answered += 1
-        return verdict.decode()
-
-    def close(self) -> None:
-        """Close this end; the worker is ended by its server."""
-        self._socket.close()
-
-    def _send(self, request: bytes) -> None:
+    def send(self, request: bytes) -> None:
+        """Hand it a request, a line. Raises `WorkerLost`."""
         rest = memoryview(request)
         while rest:
             wait_for(self._socket, select.POLLOUT, self.pid, self._stall_timeout_s)
@@ -141,23 +169,37 @@ class Worker:
             except OSError as error:
                 raise WorkerLost("crashed") from error
 
-    def _line(self) -> bytes:
-        line = b""
-        while not line.endswith(b"\n"):
-            wait_for(self._socket, select.POLLIN, self.pid, self._stall_timeout_s)
-            line += _received(self._socket)
-        return line
+    def reply(self, timeout_s: float) -> dict[str, Any] | None:
+        """Return its next reply, as `loop` describes; None when there is none in `timeout_s`. Raises `WorkerLost`."""
+        end = time.monotonic() + timeout_s
+        while b"\n" not in self._received:
+            if not _events(self._socket.fileno(), select.POLLIN, max(0.0, end - time.monotonic())):
+                return None
+            self._received += _received(self._socket)
+        line, _, self._received = self._received.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        self.peak_bytes = reply["peak_bytes"]
+        self.num_answered += 1
+        return reply
+
+    def processor_seconds(self) -> float:
+        """Return the processor time it has used. Raises `WorkerLost`."""
+        return _processor_seconds(self.pid)
+
+    def close(self) -> None:
+        """Close this end; the worker is ended by its server."""
+        self._socket.close()
 
 
 class WorkerSource:
     """Gives out workers and takes them back, from any thread; starts a server when there is none."""
 
-    def __init__(self, memory_limit_mib: int, deadline_s: float, stall_timeout_s: float) -> None:
-        """See `pool.WorkerPool`."""
-        self._limits = memory_limit_mib, deadline_s, stall_timeout_s
+    def __init__(self, functions: Sequence[RewardSpec] | None, limits: WorkerLimits) -> None:
+        """See `worker_pool.WorkerPool`."""
+        self._functions, self._limits = functions, limits
         self._lock = threading.Lock()
         self._server: ForkServer | None = None
-        self._failure = ""
+        self._failure: Exception | None = None
         self._is_closed = False
 
     def fork(self) -> Worker:
@@ -165,6 +207,7 @@ class WorkerSource:
 
         Raises:
             GraderFailed: none can be started, now or before.
+            FunctionRefused: a reward function cannot be used.
             SourceClosed: it is closed.
         """
         reason = ""
@@ -173,6 +216,9 @@ class WorkerSource:
                 self._check()
                 try:
                     return self._started().fork()
+                except FunctionRefused as refused:
+                    self._drop()
+                    self.refuse(refused)
                 except (WorkerLost, OSError) as error:
                     reason = str(error)
                     self._drop()
@@ -192,10 +238,17 @@ class WorkerSource:
 
     def fail(self, reason: str) -> NoReturn:
         """Give no more workers. Raises `GraderFailed`, or `SourceClosed` where closing it was the reason."""
-        self._failure = (
-            f"{reason}: run `{sys.executable} -c 'import math_verify'`, read what graders wrote to standard error, see "
-            "that the machine has memory and processes to spare, and grading.memory_limit_mib"
+        what = "import math_verify" if self._functions is None else "import megatron_p2o.rewards.functions"
+        self.refuse(
+            GraderFailed(
+                f"{reason}: run `{sys.executable} -c '{what}'`, read what graders wrote to standard error, see that "
+                "the machine has memory and processes to spare, and grading.memory_limit_mib"
+            )
         )
+
+    def refuse(self, failure: Exception) -> NoReturn:
+        """Give no more workers. Raises `failure`, or `SourceClosed` where closing it was the reason."""
+        self._failure = failure
         self._check()
         raise AssertionError("it has failed")
 
@@ -212,12 +265,12 @@ class WorkerSource:
     def _check(self) -> None:
         if self._is_closed:
             raise SourceClosed
-        if self._failure:
-            raise GraderFailed(self._failure)
+        if self._failure is not None:
+            raise self._failure
 
     def _started(self) -> ForkServer:
         if self._server is None:
-            self._server = ForkServer(*self._limits)
+            self._server = ForkServer(self._functions, self._limits)
             self._server.wait_until_ready()
         return self._server
 
@@ -262,3 +315,9 @@ def _processor_seconds(pid: int) -> float:
     except psutil.NoSuchProcess as error:
         raise WorkerLost("crashed") from error
     return times.user + times.system
+
+
+def _secrets_of(functions: Sequence[RewardSpec]) -> list[str]:
+    """Return the environment variables with secrets that workers need: those that arguments called `..._env` name."""
+    named = [value for spec in functions for name, value in spec.arguments.items() if name.endswith("_env")]
+    return [JUDGE_KEY, *(value for value in named if isinstance(value, str))] if functions else []

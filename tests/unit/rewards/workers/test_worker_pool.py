@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from megatron_p2o.config.tree import GradingConfig
-from megatron_p2o.rewards.registry import make_grader
-from megatron_p2o.rewards.worker_pool import WorkerPool
-from megatron_p2o.rewards.workers import GraderFailed
+from megatron_p2o.rewards.math.grader import KNOWN, MathGrader, algebra_request
+from megatron_p2o.rewards.workers.lane import UNDECIDED
+from megatron_p2o.rewards.workers.processes import GraderFailed, WorkerLimits
+from megatron_p2o.rewards.workers.worker_pool import WorkerPool
 from megatron_p2o.types import CORRECT, INCORRECT, Grade, Problem
 
 PATIENCE_S = 120.0
@@ -24,14 +25,20 @@ PATIENCE_S = 120.0
 ENDLESS = (r"\sum_{k=0}^{0}2^{100000000000}", r"\sum_{k=0}^{0}2^{100000000001}")
 """Gold and answer of the same costly form: no guard refuses the answer, and algebra does not end."""
 
+RIGHT, WRONG = algebra_request("x+1", "1+x"), algebra_request("x+1", "2+x")
+
 MANY_CHARACTERS = 4_000_000
 """More than a socket holds: who writes them waits for the reader."""
 
 
+def limits_of(**limits: float) -> WorkerLimits:
+    wide = {"deadline_s": PATIENCE_S, "memory_limit_mib": 512, "timeout_s": PATIENCE_S, "stall_timeout_s": PATIENCE_S}
+    return WorkerLimits(**{**wide, **limits})  # pyright: ignore[reportArgumentType]
+
+
 @contextmanager
-def pool_of(num_workers: int = 1, **limits: float) -> Iterator[WorkerPool]:
-    limits = {"deadline_s": PATIENCE_S, "memory_limit_mib": 512, **limits}
-    pool = WorkerPool(num_workers, **limits)  # pyright: ignore[reportArgumentType]
+def pool_of(num_workers: int = 1, recycle_after: int = 5000, **limits: float) -> Iterator[WorkerPool]:
+    pool = WorkerPool(None, limits_of(**limits), num_workers, algebra_request(*KNOWN), recycle_after)
     try:
         yield pool
     finally:
@@ -66,94 +73,95 @@ def new_worker(pool: WorkerPool, *old: int) -> int:
 
 def test_an_answer_that_uses_up_its_processor_time_is_an_error_and_its_neighbours_are_graded() -> None:
     with pool_of(deadline_s=0.5) as pool:
-        futures = [pool.submit(*pair) for pair in [("x+1", ["1+x"]), (ENDLESS[0], [ENDLESS[1]]), ("x+1", ["2+x"])] * 3]
+        futures = [pool.submit(request) for request in [RIGHT, algebra_request(*ENDLESS), WRONG] * 3]
         grades = [future.result(PATIENCE_S) for future in futures]
-        assert grades == [CORRECT, Grade.undecided("out_of_time"), INCORRECT] * 3
-        assert pool.counts == {"correct": 3, "out_of_time": 3, "incorrect": 3}
+        assert grades == [CORRECT, Grade.undecided(UNDECIDED["out_of_time"]), INCORRECT] * 3
+        assert pool.counts == {"graded": 6, "out_of_time": 3}
 
 
 def test_time_that_passes_without_the_processor_decides_nothing() -> None:
     with pool_of(deadline_s=0.2) as pool:
-        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == CORRECT
+        assert pool.submit(RIGHT).result(PATIENCE_S) == CORRECT
         (worker,) = pool.worker_pids
         kill(worker, signal.SIGSTOP)
-        answer = pool.submit("x+1", ["1+x"])
+        answer = pool.submit(RIGHT)
         wait_until(answer.running)
         time.sleep(1.0)  # five times the deadline
         kill(worker, signal.SIGCONT)
         assert answer.result(PATIENCE_S) == CORRECT
-        assert pool.worker_pids == [worker] and pool.counts == {"correct": 2}
+        assert pool.worker_pids == [worker] and pool.counts == {"graded": 2}
 
 
 def test_an_answer_whose_worker_is_killed_is_graded_by_another() -> None:
     gold, answer = ENDLESS
     with pool_of() as pool:
-        lost = pool.submit(gold, [answer])
-        waiting = [pool.submit("x+1", ["1+x"]) for _ in range(3)]
+        lost = pool.submit(algebra_request(gold, answer))
+        waiting = [pool.submit(RIGHT) for _ in range(3)]
         first = new_worker(pool)
         kill(first, signal.SIGKILL)
         second = new_worker(pool, first)
         assert not lost.done()
         kill(second, signal.SIGKILL)
-        assert lost.result(PATIENCE_S) == Grade.undecided("crashed"), "two workers were lost over it"
+        assert lost.result(PATIENCE_S) == Grade.undecided(UNDECIDED["crashed"]), "two workers were lost over it"
         assert [future.result(PATIENCE_S) for future in waiting] == [CORRECT] * 3
-        assert pool.counts == {"tried_again": 1, "crashed": 1, "correct": 3}
+        assert pool.counts == {"tried_again": 1, "crashed": 1, "graded": 3}
 
 
 @pytest.mark.parametrize("num_characters", [1, MANY_CHARACTERS])
 def test_an_answer_whose_worker_is_stopped_is_graded_by_another(num_characters: int) -> None:
     # Long enough for a busy machine, on which a worker that may run does run now and then.
     with pool_of(stall_timeout_s=1.5) as pool:
-        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == CORRECT
+        assert pool.submit(RIGHT).result(PATIENCE_S) == CORRECT
         (stopped,) = pool.worker_pids
         kill(stopped, signal.SIGSTOP)
-        assert pool.submit("x+1", ["1+x" + " " * num_characters]).result(PATIENCE_S) == CORRECT
+        assert pool.submit({**RIGHT, "padding": " " * num_characters}).result(PATIENCE_S) == CORRECT
         assert pool.worker_pids != [stopped] and not is_alive(stopped)
-        assert pool.counts == {"correct": 2, "tried_again": 1}
+        assert pool.counts == {"graded": 2, "tried_again": 1}
 
 
 def test_an_answer_outlives_the_server_that_forks_workers() -> None:
     with pool_of(num_workers=2) as pool:
-        assert [pool.submit("x+1", ["1+x"]).result(PATIENCE_S) for _ in range(2)] == [CORRECT] * 2
+        assert [pool.submit(RIGHT).result(PATIENCE_S) for _ in range(2)] == [CORRECT] * 2
         worker = psutil.Process(pool.worker_pids[0])
-        endless = pool.submit(*ENDLESS[:1], [ENDLESS[1]])
+        endless = pool.submit(algebra_request(*ENDLESS))
         wait_until(endless.running)
         server = worker.parent()
         assert server is not None and Path(server.cmdline()[2]).name == "fork_server.py"
         kill(server.pid, signal.SIGKILL)
-        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == CORRECT
+        assert pool.submit(RIGHT).result(PATIENCE_S) == CORRECT
         wait_until(lambda: not is_alive(worker.pid))
         assert not endless.done(), "a worker of the next server has it"
 
 
 def test_worker_that_died_idle_costs_no_grade() -> None:
     with pool_of(recycle_after=2) as pool:
-        assert pool.submit("x+1", ["1+x"]).result(PATIENCE_S) == CORRECT
+        assert pool.submit(RIGHT).result(PATIENCE_S) == CORRECT
         (first,) = pool.worker_pids
         kill(first, signal.SIGKILL)
         wait_until(lambda: pool.worker_pids == [])
-        assert pool.submit("x+1", ["2+x"]).result(PATIENCE_S) == INCORRECT
-        assert pool.submit("x+1", ["1+x", "x+1"]).result(PATIENCE_S) == CORRECT
+        assert pool.submit(WRONG).result(PATIENCE_S) == INCORRECT
+        assert pool.submit({"gold": "x+1", "answers": ["1+x", "x+1"]}).result(PATIENCE_S) == CORRECT
         (second,) = pool.worker_pids
-        assert pool.submit("x+1", ["1+x", "x+2"]).result(PATIENCE_S) == INCORRECT
+        assert pool.submit({"gold": "x+1", "answers": ["1+x", "x+2"]}).result(PATIENCE_S) == INCORRECT
         assert pool.worker_pids != [second], "replaced after two answers"
-        assert pool.counts == {"correct": 2, "incorrect": 2, "recycled": 1}
+        assert pool.counts == {"graded": 4, "recycled": 1}
 
 
 def test_answer_that_needs_too_much_memory_is_an_error() -> None:
     with pool_of(memory_limit_mib=160) as pool:
         futures = [
-            pool.submit(r"\sum_{k=0}^{0}2^{2000000000}", [r"\sum_{k=0}^{0}4^{1000000000}"]),
-            pool.submit("x+1", ["1+x"]),
+            pool.submit(algebra_request(r"\sum_{k=0}^{0}2^{2000000000}", r"\sum_{k=0}^{0}4^{1000000000}")),
+            pool.submit(RIGHT),
         ]
-        assert [future.result(PATIENCE_S) for future in futures] == [Grade.undecided("out_of_memory"), CORRECT]
-        assert pool.counts == {"tried_again": 1, "out_of_memory": 1, "correct": 1}
+        too_much, right = (future.result(PATIENCE_S) for future in futures)
+        assert too_much == Grade.undecided(UNDECIDED["out_of_memory"]) and right == CORRECT
+        assert pool.counts == {"tried_again": 1, "out_of_memory": 1, "graded": 1}
 
 
 def test_pool_whose_workers_cannot_start_fails_every_answer() -> None:
     # Too little memory to import math-verify.
     with pool_of(memory_limit_mib=24) as pool:
-        futures = [pool.submit("x+1", ["1+x"]) for _ in range(3)]
+        futures = [pool.submit(RIGHT) for _ in range(3)]
         for future in futures:
             with pytest.raises(
                 GraderFailed, match=r"no grading worker starts \(crashed\): run .*grading.memory_limit_mib"
@@ -168,7 +176,7 @@ def test_machine_that_starts_no_process_fails_every_answer(monkeypatch: pytest.M
         monkeypatch.setattr(sys, "executable", "/nonexistent/python")
         for _ in range(2):
             with pytest.raises(GraderFailed, match="No such file or directory: '/nonexistent/python'"):
-                pool.submit("x+1", ["1+x"]).result(PATIENCE_S)
+                pool.submit(RIGHT).result(PATIENCE_S)
 
 
 def test_check_passes_where_answers_are_graded() -> None:
@@ -178,17 +186,17 @@ def test_check_passes_where_answers_are_graded() -> None:
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), float("nan"), 0.0, -1.0])
-@pytest.mark.parametrize("name", ["deadline_s", "stall_timeout_s"])
+@pytest.mark.parametrize("name", ["deadline_s", "timeout_s", "stall_timeout_s"])
 def test_limits_must_be_positive_and_finite(name: str, seconds: float) -> None:
     with pytest.raises(ValueError, match=f"{name}=.* must be positive and finite"):
-        WorkerPool(1, **{"deadline_s": 1.0, "memory_limit_mib": 512, name: seconds})  # pyright: ignore[reportArgumentType]
+        WorkerPool(None, limits_of(**{name: seconds}), 1, RIGHT)
 
 
 def test_closing_ends_what_is_running_and_waiting_as_errors() -> None:
     gold, answer = ENDLESS
     with pool_of() as pool:
-        futures = [pool.submit(gold, [answer]) for _ in range(3)]
-        cancelled = pool.submit("x+1", ["1+x"])
+        futures = [pool.submit(algebra_request(gold, answer)) for _ in range(3)]
+        cancelled = pool.submit(RIGHT)
         assert cancelled.cancel()
         worker = new_worker(pool)
         server = psutil.Process(worker).ppid()
@@ -196,14 +204,14 @@ def test_closing_ends_what_is_running_and_waiting_as_errors() -> None:
         assert [future.result(PATIENCE_S) for future in futures] == [Grade.undecided("the grader was closed")] * 3
         assert pool.worker_pids == [] and not is_alive(worker) and not is_alive(server)
         with pytest.raises(RuntimeError, match="the grader is closed"):
-            pool.submit("x+1", ["1+x"])
+            pool.submit(RIGHT)
 
 
 def test_workers_start_with_all_that_algebra_imports() -> None:
     script = (
         "import sys\n"
-        "from megatron_p2o.rewards.fork_server import WARM_UP\n"
-        "from megatron_p2o.rewards.worker import is_match\n"
+        "from megatron_p2o.rewards.workers.algebra import WARM_UP\n"
+        "from megatron_p2o.rewards.workers.algebra import is_match\n"
         "print([is_match([answer], gold) for gold, answer in WARM_UP])\n"
         "before = set(sys.modules)\n"
         r"pairs = [(r'\cos^2 x', r'1-\sin^2 x'), ('a(b+c)', 'ab+ac'), ('1<y<2', '(1,2)'), (r'\{1,2\}', '2,1')]"
@@ -219,9 +227,9 @@ def test_workers_start_with_all_that_algebra_imports() -> None:
 def run_parent(script: str) -> subprocess.Popen[str]:
     preamble = (
         "from megatron_p2o.config.tree import GradingConfig\n"
-        "from megatron_p2o.rewards.registry import make_grader\n"
+        "from megatron_p2o.rewards.math.grader import MathGrader\n"
         "from megatron_p2o.types import Problem\n"
-        f"grader = make_grader(GradingConfig(num_workers=1, deadline_s={PATIENCE_S}))\n"
+        f"grader = MathGrader(GradingConfig(num_workers=1, deadline_s={PATIENCE_S}))\n"
         "def submit(gold, text): return grader.submit(Problem(id='p', question='q', answer=gold), text)\n"
     )
     return subprocess.Popen([sys.executable, "-c", preamble + script], stdout=subprocess.PIPE, text=True)
@@ -263,7 +271,7 @@ def test_answers_without_algebra_start_nothing_and_import_no_algebra() -> None:
 
 
 def test_grader_that_cannot_work_says_so_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    grader = make_grader(GradingConfig(num_workers=1))
+    grader = MathGrader(GradingConfig(num_workers=1))
     try:
         monkeypatch.setattr(sys, "executable", "/nonexistent/python")
         with pytest.raises(GraderFailed):
