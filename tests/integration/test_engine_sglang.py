@@ -295,7 +295,7 @@ def test_weights_that_change_on_the_way_are_not_served_until_a_good_refresh(
 ) -> None:
     def damaged_in_transit() -> Iterator[tuple[str, torch.Tensor]]:
         yield from trainer.state_dict().items()
-        engines._sync._buckets[0].content[5] ^= 1
+        engines._sync._staged.buckets[0].content[5] ^= 1
 
     with pytest.raises(RefreshFailed, match=r"1 weights that differ from the trainer's: model\.embed_tokens\.weight"):
         engines.refresh(damaged_in_transit(), versions.current + 1)

@@ -73,7 +73,7 @@ def test_buckets_are_page_locked_on_both_sides_and_arrive_on_the_gpu(tmp_path: P
         assert torch.equal(model.qkv, torch.cat([by_name[f"{part}.weight"] for part in "qkv"]))
         assert torch.equal(model.norm, by_name["norm.weight"])
     mapped = weight_loader._LOADERS[model]._mapped.values()
-    assert sync._buckets[0].content.is_pinned() and mapped and all(bucket.is_pinned() for bucket in mapped)
+    assert sync._staged.buckets[0].content.is_pinned() and mapped and all(bucket.is_pinned() for bucket in mapped)
     sync.close()
 
 
@@ -106,7 +106,7 @@ def test_one_flipped_bit_in_the_engine_fails_the_refresh_and_names_the_weight(na
 def test_damage_on_the_way_to_the_engine_is_detected(model: FusedModel, tmp_path: Path) -> None:
     class DamagingClient(InProcessClient):
         def load(self, named_tensors: list[tuple[str, Tensor]]) -> None:
-            for buffer in sync._buckets:
+            for buffer in sync._staged.buckets:
                 flip_lowest_bit(buffer._memory.content)
             super().load(named_tensors)
 
