@@ -19,7 +19,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
 from megatron_p2o.config.read import load_config
 from megatron_p2o.errors import expected_message
-from megatron_p2o.policy.training.ranks import PolicyError
+from megatron_p2o.policy.rank_channel import PolicyError
 from megatron_p2o.policy.weights.conversion import checkpoint_to_hf, hf_to_checkpoint
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
 from megatron_p2o.run_folder.state import CheckpointError

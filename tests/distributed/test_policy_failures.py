@@ -12,7 +12,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron_p2o.config.tree import ParallelConfig
-from megatron_p2o.policy.training.ranks import PolicyError, build_policy
+from megatron_p2o.policy.rank_channel import PolicyError
+from megatron_p2o.policy.training.ranks import build_policy
 from megatron_p2o.run.ranks.rank_errors import error_file, failure_message, host_name, report_error
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_p2o.config.tree import Config, ParallelConfig
 from megatron_p2o.interfaces import NamedWeights
-from megatron_p2o.policy.training.ranks import PolicyError, build_policy
+from megatron_p2o.policy.rank_channel import PolicyError
+from megatron_p2o.policy.training.ranks import build_policy
 from megatron_p2o.rollout.buckets.weight_message import LoadMessage, parse
 from megatron_p2o.rollout.refresh.outlet import WeightOutlet, engine_devices, open_outlet
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed

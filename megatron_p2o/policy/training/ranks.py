@@ -8,15 +8,13 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.files import FileDigest
@@ -24,6 +22,7 @@ from megatron_p2o.interfaces import NamedWeights, PolicyDiverged
 from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.model.layer_choice import Capabilities, LayerChoice, machine_capabilities
 from megatron_p2o.policy.model.parallel import Ranks, data_rank_of, end_parallel, initialize_parallel
+from megatron_p2o.policy.rank_channel import Command, Method, RankChannel
 from megatron_p2o.policy.training.checkpoint import check_checkpoint
 from megatron_p2o.policy.training.forward import PassResult
 from megatron_p2o.policy.training.rank_samples import RankSamples, check_samples, split_over_ranks
@@ -32,39 +31,6 @@ from megatron_p2o.policy.weights.hf_directory import first_of
 from megatron_p2o.processes import RankMemory
 from megatron_p2o.rl.objective import stats_as_numbers
 from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
-
-ERROR_KEY = "megatron_p2o/policy_error"
-"""Key in torch.distributed's store under which the first failing rank leaves its error for the others."""
-
-Method = Literal[
-    "update",
-    "plan_updates",
-    "skip",
-    "logprobs",
-    "reference_logprobs",
-    "diverged",
-    "memory",
-    "export",
-    "deliver",
-    "save",
-    "load",
-    "close",
-]
-
-
-class PolicyError(RuntimeError):
-    """A rank failed inside a collective call of the policy; the message names the rank, the call and the error.
-
-    The trainer's ranks are then out of step: the only way on is to end the run and resume it.
-    """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Command:
-    """What one rank is to do next."""
-
-    method: Method
-    arguments: tuple[Any, ...] = ()
 
 
 def build_policy(config: Config, capabilities: Capabilities | None = None) -> "MegatronPolicy":
@@ -99,10 +65,10 @@ class MegatronPolicy:
         self._config = config
         self._ranks = ranks
         self._shard = shard
+        self._channel = RankChannel(ranks, config.parallel.command_timeout_s)
         self._export: Iterator[tuple[str, Tensor]] | None = None
         self._is_delivery = False
         self._take: Callable[[NamedWeights], None] | None = None
-        self._is_broken = False
         self._is_checked = False
         """No weight has changed since all were seen to be finite."""
 
@@ -136,7 +102,7 @@ class MegatronPolicy:
 
         An error inside it, on whatever rank it began, is a `PolicyError` that names that, here and for `weights`.
         """
-        return self._named_errors("deliver")
+        return self._channel.named_errors("deliver")
 
     def wait_for_ranks(self) -> None:
         """Free cached GPU memory on every rank, then wait for all of them. Engines that start afterwards see the true
@@ -145,7 +111,7 @@ class MegatronPolicy:
         All ranks must call.
         """
         self._shard.empty_cache()
-        with self._named_errors("wait_for_ranks"):
+        with self._channel.named_errors("wait_for_ranks"):
             dist.barrier(group=self._ranks.control)
 
     def update(
@@ -224,7 +190,7 @@ class MegatronPolicy:
         self._is_delivery = method == "deliver"
         self._export = stream = self._shard.export()
         try:
-            with self._named_errors(method):
+            with self._channel.named_errors(method):
                 # Not from the stream itself, which closing this generator must not close: it has to be finished.
                 yield from iter(functools.partial(self._next_weight, stream), None)
         finally:
@@ -257,7 +223,7 @@ class MegatronPolicy:
 
         After a `PolicyError` there is no one left to talk to, and this does nothing.
         """
-        if self._is_broken:
+        if self._channel.is_broken:
             return
         self._finish_export()
         self._send([Command(method="close")] * self._ranks.world_size)
@@ -272,32 +238,32 @@ class MegatronPolicy:
         """
         assert not self.is_conductor, "rank 0 conducts"
         while True:
-            command = self._receive()
+            command = self._channel.receive()
             if command.method == "close":
                 self._shard.writer.wait()
                 end_parallel(self._ranks)
                 return
-            with self._named_errors(command.method):
+            with self._channel.named_errors(command.method):
                 reply = self._execute(command)
                 if command.method != "deliver":
-                    self._gather(reply)
+                    self._channel.gather(reply)
 
     def _next_weight(self, stream: Iterator[tuple[str, Tensor]]) -> tuple[str, Tensor] | None:
         """Return what the stream yields next, None at its end."""
-        if self._is_broken:
+        if self._channel.is_broken:
             raise ConnectionError("the ranks did not meet")
         return next(stream, None)
 
     def _finish_export(self) -> None:
-        """Take part in the rest of an export that was not consumed to the end."""
-        if self._export is None or self._is_broken:
+        """Take part in what is left of an export that was not consumed to the end."""
+        if self._export is None or self._channel.is_broken:
             return
         stream, self._export = self._export, None
-        with self._named_errors("export"):
+        with self._channel.named_errors("export"):
             deque(stream, maxlen=0)
             # Consumers of weights on other ranks keep step with the one here, and may end later.
             if not self._is_delivery:
-                self._gather(None)
+                self._channel.gather(None)
 
     def _by_rank(self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None) -> list[RankSamples]:
         micro_batch_tokens = self._config.optimizer.micro_batch_tokens
@@ -315,28 +281,15 @@ class MegatronPolicy:
             for rank in range(self._ranks.world_size)
         ]
         self._send(commands)
-        with self._named_errors(method):
-            return self._gather(self._execute(commands[0]))
+        with self._channel.named_errors(method):
+            return self._channel.gather(self._execute(commands[0]))
 
     def _send(self, commands: list[Command]) -> None:
         assert self.is_conductor, "rank 0 conducts: the other ranks serve"
         self._is_checked &= commands[0].method not in ("update", "load")
         if self._export is not None:
             raise RuntimeError(f"policy.weights() must be consumed to the end before policy.{commands[0].method}")
-        with self._named_errors(commands[0].method):
-            dist.scatter_object_list([None], commands, src=0, group=self._ranks.commands)
-
-    def _receive(self) -> Command:
-        received: list[Any] = [None]
-        with self._named_errors("serve"):
-            try:
-                dist.scatter_object_list(received, None, src=0, group=self._ranks.commands)
-            except RuntimeError as error:
-                raise ConnectionError(
-                    "no command from rank 0: it ended without closing the policy, or was silent for "
-                    f"parallel.command_timeout_s={self._config.parallel.command_timeout_s:g} s"
-                ) from error
-        return received[0]
+        self._channel.send(commands)
 
     def _execute(self, command: Command) -> Any:
         with cuda_stand_ins():
@@ -349,33 +302,6 @@ class MegatronPolicy:
                 deque(result, maxlen=0)  # unlike a loop, holds no weight when the last has come
                 return None
             return result
-
-    def _gather(self, reply: Any) -> list[Any]:
-        """Return every rank's reply on rank 0, nothing elsewhere."""
-        replies: list[Any] | None = [None] * self._ranks.world_size if self.is_conductor else None
-        dist.gather_object(reply, replies, dst=0, group=self._ranks.control)
-        return replies or []
-
-    @contextmanager
-    def _named_errors(self, method: str) -> Iterator[None]:
-        """Turn any error of a collective call into a `PolicyError` that names the rank that failed first."""
-        try:
-            yield
-        except PolicyError:
-            raise
-        except Exception as error:
-            # A single rank cannot be out of step.
-            self._is_broken = self._ranks.world_size > 1
-            raise PolicyError(self._first_error(method, error)) from error
-
-    def _first_error(self, method: str, error: Exception) -> str:
-        """Publish this rank's error unless another rank has been first, and return the first."""
-        own = f"policy.{method} failed on rank {self._ranks.rank}: {type(error).__name__}: {error}"
-        try:
-            first = _get_default_store().compare_set(ERROR_KEY, "", own).decode()
-        except (RuntimeError, ValueError):  # the store is gone with the rank that hosted it
-            return own
-        return first if first == own else f"{first} (seen on rank {self._ranks.rank} as {type(error).__name__})"
 
 
 def _update_report(replies: Sequence[UpdateReply], flops_per_rank: float) -> UpdateReport:

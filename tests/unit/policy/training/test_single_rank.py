@@ -36,9 +36,10 @@ from megatron_p2o.interfaces import PolicyDiverged
 from megatron_p2o.policy.model.attention import pack_layout, sample_positions
 from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.model.head import HeadTask
+from megatron_p2o.policy.rank_channel import PolicyError
 from megatron_p2o.policy.training.checkpoint import Staged
 from megatron_p2o.policy.training.forward import Denominator, MicroBatch
-from megatron_p2o.policy.training.ranks import MegatronPolicy, PolicyError, build_policy
+from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.policy.training.safe_pickle import RefusedPickle
 from megatron_p2o.policy.training.settings import check_values
 from megatron_p2o.policy.weights.hf_directory import WeightFiles, write_hf_directory
