@@ -85,14 +85,53 @@ def test_policy_loss_and_gradients_equal_float64_autograd(
     assert (main_grad[vocab_size:] == 0).all()
 
 
+RULES = {
+    "gspo": LossRule(surrogate="gspo", clip_low=0.05, clip_high=0.05),
+    "cispo, KL": LossRule(surrogate="cispo", kl_coefficient=0.3),
+    "entropy": LossRule(entropy_coefficient=0.3),
+}
+
+
+def old_policy(targets, logprobs, device="cuda"):
+    """Return what an update against given old log-probs takes more: three sequences, and a reference policy."""
+    noise = 0.1 * torch.randn(len(targets), generator=torch.Generator(device).manual_seed(3), device=device)
+    lengths = torch.tensor([200, 1, len(targets) - 201], device=device)
+    return {
+        "old_logprobs_T": logprobs.float() + noise,
+        "reference_logprobs_T": logprobs.float() - 3 * noise,
+        "sequence_T": torch.arange(3, device=device).repeat_interleave(lengths),
+    }
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_surrogates_and_terms_equal_float64_autograd(rule, relative_error, nan_empty):
+    hidden, weight, targets, arguments = cuda_case(4099, 61)
+    hidden_64, weight_64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    truth = torch.log_softmax(hidden.double() @ weight[:4099].double().T, -1).gather(1, targets[:, None]).squeeze(1)
+    arguments |= old_policy(targets, truth)
+    loss, *_ = linear_policy_loss_reference(hidden_64, weight_64, targets, rule=rule, **arguments)
+    loss.backward()
+    output = linear_policy_loss(
+        hidden.requires_grad_(), weight.requires_grad_(), targets, rule=rule, num_sequences=3, **arguments
+    )
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    # The entropy's part is rounded to bfloat16 once more than the log-prob's.
+    factor = 2 if rule.entropy_coefficient else 1
+    assert relative_error(hidden.grad, hidden_64.grad) < 2.5e-3 * factor
+    assert relative_error(weight.grad, weight_64.grad) < 3.5e-3 * factor  # rounded to bfloat16 at the end
+
+
+@pytest.mark.parametrize("rule", [LossRule(), *RULES.values()], ids=["ppo", *RULES])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_the_same_call_gives_the_same_bits(kernel):
+def test_the_same_call_gives_the_same_bits(kernel, rule):
     hidden, weight, targets, arguments = cuda_case(18992, 0)
+    arguments |= old_policy(targets, arguments["sampling_logprobs_T"]) | {"num_sequences": 3}
     results = []
     for _ in range(2):
         leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         path = head_path(hidden, kernel)
-        output = linear_policy_loss(*leaves, targets, rule=LossRule(), **arguments, path=path)
+        output = linear_policy_loss(*leaves, targets, rule=rule, **arguments, path=path)
         output.loss.backward()
         results.append((output.loss.detach(), leaves[0].grad.clone(), leaves[1].grad.clone()))
         leaves[0].grad = leaves[1].grad = None
