@@ -46,6 +46,10 @@ class Problem:
     """Data set or generator family it came from."""
     level: str = ""
     """Difficulty label of the source, used only to report rewards by level."""
+    task: str = ""
+    """Name of its task under `data.train`; "" where it is of none."""
+    system_prompt: str = ""
+    """System message it is asked under; "" for none."""
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, hash=False)
     """All columns of its row by name, as JSON types: what a reward function may need beside the gold answer."""
 

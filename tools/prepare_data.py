@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_p2o import __version__
-from megatron_p2o.config.tree import DataConfig
+from megatron_p2o.config.tree import DataConfig, one_task
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.data.published.download import read_download
 from megatron_p2o.data.published.near_duplicates import MIN_SHARE
@@ -139,7 +139,7 @@ def _evaluation_sets(folder: Path) -> dict[str, EvaluationSet]:
     files = [path for path in sorted(folder.glob("*.jsonl")) if path.with_name(f"{path.stem}.{MANIFEST}").exists()]
     if not files:
         raise ValueError(f"--against {folder} holds no evaluation sets: write them with the command `eval` first")
-    settings = DataConfig(train="unused")
+    settings = DataConfig(train=one_task("unused"))
     return {
         path.stem: EvaluationSet(
             questions={problem.id: problem.question for problem in load_problems(path, settings)},

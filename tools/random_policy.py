@@ -15,7 +15,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from bench.measure import environment  # noqa: E402
 
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig  # noqa: E402
+from megatron_p2o.config.tree import (  # noqa: E402
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    one_task,
+)
 from megatron_p2o.policy.model.architecture import read_architecture  # noqa: E402
 from megatron_p2o.policy.weights.hf_directory import write_hf_directory  # noqa: E402
 
@@ -101,7 +109,7 @@ def bench_config(model_path: Path, num_tokens: int, device: torch.device, *, rec
     return Config(
         run=RunConfig(name="bench"),
         model=ModelConfig(path=str(model_path), dtype="bfloat16" if device.type == "cuda" else "float32"),
-        data=DataConfig(train=""),
+        data=DataConfig(train=one_task("")),
         objective=ObjectiveConfig(context="replace"),
         # A step so small that arms which take turns stay at the same weights.
         optimizer=OptimizerConfig(lr=1e-12, weight_decay=0.0, micro_batch_tokens=num_tokens),

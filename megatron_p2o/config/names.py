@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import get_type_hints
 
-from megatron_p2o.config.shape import is_section
+from megatron_p2o.config.shape import is_section, section_of
 from megatron_p2o.config.source import NamePath, annotation_at
 from megatron_p2o.config.suggestions import nearest
 from megatron_p2o.config.tree import Config
@@ -71,7 +71,8 @@ def suggestion(name: NamePath) -> str:
 
 
 def _keys_of(section: object) -> list[str]:
-    return list(get_type_hints(section)) if is_section(section) else []
+    known = section_of(section)
+    return [] if known is None else list(get_type_hints(known))
 
 
 def _all_settings() -> Iterator[str]:

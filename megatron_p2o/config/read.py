@@ -21,7 +21,15 @@ from urllib.parse import parse_qsl, urlsplit
 from megatron_p2o.config.names import suggestion
 from megatron_p2o.config.ranges import range_of
 from megatron_p2o.config.rules import problems_of
-from megatron_p2o.config.shape import is_mapping, is_section, record_of, shorthand_of
+from megatron_p2o.config.shape import (
+    is_listed,
+    is_mapping,
+    is_optional,
+    is_section,
+    record_of,
+    section_of,
+    shorthand_of,
+)
 from megatron_p2o.config.source import (
     ConfigError,
     ConfigProblem,
@@ -90,8 +98,7 @@ def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
 
     Relative paths count from the current directory. What only training reads does not count without `for_training`.
     """
-    files = {"data.train": config.data.train} if for_training else {}
-    files |= {f"data.evaluation.{name}": given.file for name, given in config.data.evaluation.items()}
+    files = {**(config.data.training_files if for_training else {}), **config.data.evaluation_files}
     if for_training and config.evolution.reflection.phrases is not None:
         files["evolution.reflection.phrases"] = config.evolution.reflection.phrases
     missing = [
@@ -158,11 +165,17 @@ def _build(cls: type, name: NamePath, settings: Settings, problems: list[ConfigP
             except _RefusedError as error:
                 problems.append(problem(own.where, ".".join(field_name), own.text, str(error)))
         elif _is_required(field):
-            sentence = f"{'.'.join(field_name)} is missing: it has no default, set it"
-            problems.append(ConfigProblem(name=".".join(field_name), where=source, sentence=sentence))
+            problems.append(_missing(field_name, source))
+        if not values.get(field.name) and is_mapping(annotation) and _is_required(field):
+            problems.append(_missing(field_name, source))
         if field.name not in values and _is_required(field):
             values[field.name] = ""
     return cls(**values)
+
+
+def _missing(name: NamePath, source: str) -> ConfigProblem:
+    dotted = ".".join(name)
+    return ConfigProblem(name=dotted, where=source, sentence=f"{dotted} is missing: it has no default, set it")
 
 
 def _nested(
@@ -170,22 +183,25 @@ def _nested(
 ) -> object:
     """Return the section or mapping under `name`."""
     own = settings.get(name)
-    if own is not None and not own.is_clearing:
-        short = shorthand_of(annotation)
-        rule = f"must be a {short}, or a mapping: write `{short}:` below it, indented" if short else _MAPPING_RULE
-        problems.append(problem(own.where, ".".join(name), own.text, rule))
-        problems = [] if short else problems
-    if is_section(annotation):
-        return _build(cast(type, annotation), name, settings, problems, source)
-    record = record_of(annotation)
-    if record is None:
-        return _build_mapping(annotation, name, settings, problems)
     depth = len(name)
+    has_own = any(len(path) > depth and path[:depth] == name for path in settings)
+    if is_optional(annotation) and not has_own and (own is None or own.value is None):
+        return None
+    if own is not None and not own.is_clearing:
+        rule = _rule_of(annotation)
+        problems.append(problem(own.where, ".".join(name), own.text, rule))
+        problems = [] if shorthand_of(annotation) else problems
+    section = section_of(annotation)
+    if section is not None:
+        return _build(section, name, settings, problems, source)
+    if record_of(annotation) is None:
+        return _build_mapping(annotation, name, settings, problems)
     places: dict[str, str] = {}
     for path, setting in settings.items():
-        if len(path) > depth and path[:depth] == name:
+        if len(path) > depth and path[:depth] == name and not setting.is_clearing:
             places.setdefault(path[depth], setting.where)
-    return {key: _nested(record, (*name, key), settings, problems, where) for key, where in places.items()}
+    value = get_args(annotation)[1]
+    return {key: _nested(value, (*name, key), settings, problems, where) for key, where in places.items()}
 
 
 def _build_mapping(
@@ -241,7 +257,15 @@ def _unnamed(value: object, names: Mapping[str, float]) -> object:
     return names[value]
 
 
-_MAPPING_RULE = "must be a mapping: write its settings below it, indented"
+def _rule_of(annotation: object) -> str:
+    """Return what a section or mapping may be written as."""
+    if is_listed(annotation):
+        return "must be a path, a list of paths or of records with `name:`, or a mapping of records by name"
+    short = shorthand_of(annotation)
+    if short is not None:
+        return f"must be a {short}, or a mapping: write `{short}:` below it, indented"
+    return "must be a mapping: write its settings below it, indented"
+
 
 _TYPE_RULES: Mapping[type, str] = {
     bool: "must be true or false",

@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_p2o.config.ranges import Range, range_of
-from megatron_p2o.config.shape import is_section, record_of
+from megatron_p2o.config.shape import is_optional, is_section, record_of, section_of
 from megatron_p2o.config.tree import REFERENCE_PRESET, Config
 from megatron_p2o.terminal import say
 
@@ -56,7 +56,8 @@ def docstrings_of(section: type) -> dict[str, str]:
 def _section(prefix: str, section: type) -> Iterator[str]:
     """Yield the lines of a section and of those below it."""
     hints = get_type_hints(section, include_extras=True)
-    leaves = [field for field in dataclasses.fields(section) if not is_section(hints[field.name])]
+    sections = {name for name, kind in hints.items() if is_section(kind) and not is_optional(kind)}
+    leaves = [field for field in dataclasses.fields(section) if field.name not in sections]
     meanings = docstrings_of(section)
     yield f"## `{prefix.removesuffix('.')}`" if prefix else "## Top level"
     yield from ["", inspect.cleandoc(section.__doc__ or ""), ""]
@@ -74,7 +75,7 @@ def _section(prefix: str, section: type) -> Iterator[str]:
     yield ""
     for field in dataclasses.fields(section):
         record = record_of(hints[field.name])
-        if is_section(hints[field.name]):
+        if field.name in sections:
             yield from _section(f"{prefix}{field.name}.", hints[field.name])
         elif record is not None:
             yield from _section(f"{prefix}{field.name}.NAME.", record)
@@ -85,6 +86,8 @@ def _type(annotation: Any) -> str:
     if hasattr(annotation, "__metadata__"):
         return _type(get_args(annotation)[0])
     origin, options = get_origin(annotation), get_args(annotation)
+    if is_optional(annotation) and (section := section_of(annotation)) is not None:
+        return f"null, or a section like `{section.__name__.removesuffix('Config').lower()}`"
     if origin in (Union, UnionType):
         return " or ".join(_type(option) for option in options)
     if origin is Literal:

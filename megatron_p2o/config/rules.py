@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_p2o.config.ranges import range_problems
+from megatron_p2o.config.shape import ONLY_TASK
 from megatron_p2o.config.tree import Config, OptimizerConfig
 
 MAX_NAME_CHARS = 64
@@ -23,6 +24,7 @@ def problems_of(config: Config) -> list[str]:
         *_objective_rules(config),
         *_optimizer_rules(config.optimizer),
         *_process_rules(config),
+        *_task_rules(config),
         *_evaluation_rules(config),
     ]
     return range_problems(config) + [text for holds, text in rules if not holds]
@@ -39,10 +41,6 @@ def _sampling_rules(config: Config) -> list[Rule]:
             config.assignment.num_plain <= config.rollout.group_size,
             f"assignment.num_plain={config.assignment.num_plain} must be at most rollout.group_size="
             f"{config.rollout.group_size}",
-        ),
-        (
-            "{question}" in config.data.question_format,
-            "data.question_format must contain {question}",
         ),
     ]
 
@@ -94,6 +92,32 @@ def _optimizer_rules(optimizer: OptimizerConfig) -> list[Rule]:
         (
             optimizer.lr_decay == "constant" or optimizer.min_lr <= optimizer.lr,
             f"optimizer.min_lr={optimizer.min_lr:g} must be at most optimizer.lr={optimizer.lr:g}",
+        ),
+    ]
+
+
+def _task_rules(config: Config) -> list[Rule]:
+    data = config.data
+    formats = {f"data.train.{name}": task.question_format for name, task in data.train.items() if task.question_format}
+    return [
+        *(
+            (
+                SET_NAME.fullmatch(name) is not None and (name != ONLY_TASK or len(data.train) == 1),
+                f"data.train.{name} must have a name of at most {MAX_NAME_CHARS} letters, digits, _ and -, other than "
+                f"{ONLY_TASK}, which a single path has: it names metrics",
+            )
+            for name in data.train
+        ),
+        *(
+            ("{question}" in form, f"{name}.question_format must contain {{question}}")
+            for name, form in {"data": data.question_format, **formats}.items()
+        ),
+        *(
+            (
+                given.task is None or given.task in data.train,
+                f"data.evaluation.{name}.task={given.task} must name a task of data.train ({', '.join(data.train)})",
+            )
+            for name, given in data.evaluation.items()
         ),
     ]
 

@@ -1,12 +1,21 @@
 """Reads YAML files and `--set` overrides into a flat table of settings that remembers where each was written."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from megatron_p2o.config.shape import child_annotation, is_mapping, is_section, record_of, shorthand_of
+from megatron_p2o.config.shape import (
+    ONLY_TASK,
+    child_annotation,
+    is_listed,
+    is_mapping,
+    is_section,
+    record_of,
+    shorthand_of,
+)
 from megatron_p2o.config.tree import Config
 from megatron_p2o.config.yaml_reader import MAX_BYTES, NULL, SettingsLoader, YamlError, construct, parse_yaml
 
@@ -176,10 +185,17 @@ def _flatten(
     reader: _Reader, node: yaml.Node, annotation: object, name: NamePath
 ) -> Iterator[tuple[NamePath, Setting]]:
     """Yield the leaves under `node`, going down only where the tree of settings does."""
+    if is_listed(annotation) and (node.tag != NULL and not isinstance(node, yaml.MappingNode)):
+        yield from _flatten_list(reader, node, annotation, name)
+        return
     if is_section(annotation) or is_mapping(annotation):
         if isinstance(node, yaml.MappingNode):
             if is_mapping(annotation) and not node.value:
                 yield name, Setting(value={}, text="{}", where=reader.where(node), is_clearing=True)
+            elif is_listed(annotation) and ONLY_TASK not in map(_key_text, (key for key, _ in node.value)):
+                # Records with names take the place of one that was written alone.
+                only = (*name, ONLY_TASK)
+                yield only, Setting(value={}, text="{}", where=reader.where(node), is_clearing=True)
             for key_node, value_node in node.value:
                 key = _key_text(key_node)
                 if _is_merge(key_node):
@@ -189,7 +205,7 @@ def _flatten(
                 return
         # The value alone stands for a record.
         short = shorthand_of(annotation)
-        if short is not None and isinstance(node, yaml.ScalarNode) and node.value:
+        if short is not None and isinstance(node, yaml.ScalarNode) and node.tag != NULL:
             yield from _flatten(reader, node, child_annotation(annotation, short), (*name, short))
             return
         # A section whose lines are all commented out is an empty one. "null" is a value, and no section has it.
@@ -202,6 +218,38 @@ def _flatten(
         reader.problems.append(problem(reader.where(node), ".".join(name), text, f"cannot be read ({error}): quote it"))
         return
     yield name, Setting(value=value, text=text, where=reader.where(node))
+
+
+def _flatten_list(
+    reader: _Reader, node: yaml.Node, annotation: object, name: NamePath
+) -> Iterator[tuple[NamePath, Setting]]:
+    """Yield the leaves of records that are listed, or of the one that is written alone, instead of those of before."""
+    yield name, Setting(value={}, text=_quote(node), where=reader.where(node), is_clearing=True)
+    if not isinstance(node, yaml.SequenceNode):
+        yield from _flatten(reader, node, child_annotation(annotation, ONLY_TASK), (*name, ONLY_TASK))
+        return
+    seen: set[str] = set()
+    for item in node.value:
+        key, record = _named_record(item, str(shorthand_of(child_annotation(annotation, ""))))
+        if key in seen:
+            sentence = f"{'.'.join(name)} lists two records called {key}: give one of them another `name:`"
+            reader.problems.append(ConfigProblem(name=".".join(name), where=reader.where(item), sentence=sentence))
+        seen.add(key)
+        yield from _flatten(reader, record, child_annotation(annotation, key), (*name, key))
+
+
+def _named_record(item: yaml.Node, short: str) -> tuple[str, yaml.Node]:
+    """Return the name of a listed record, by its `name:` or else after its file, and the record without it."""
+    if not isinstance(item, yaml.MappingNode):
+        return _name_after(_key_text(item)), item
+    fields = {_key_text(key): value for key, value in item.value}
+    named = _key_text(fields["name"]) if "name" in fields else _name_after(_key_text(fields.get(short, item)))
+    others = [(key, value) for key, value in item.value if _key_text(key) != "name"]
+    return named, yaml.MappingNode(item.tag, others, item.start_mark, item.end_mark)
+
+
+def _name_after(path: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(path).stem)
 
 
 def _key_problems(root: yaml.Node, name: NamePath, source: str | None) -> Iterator[ConfigProblem]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_p2o.config.sections.data import DataConfig, EvaluationConfig, EvaluationSetConfig
+from megatron_p2o.config.sections.data import DataConfig, EvaluationConfig, EvaluationSetConfig, TaskConfig, one_task
 from megatron_p2o.config.sections.evolution import (
     GEPA_BUDGETS,
     AssignmentConfig,
@@ -48,6 +48,8 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "ScoringConfig",
+    "TaskConfig",
+    "one_task",
 ]
 
 

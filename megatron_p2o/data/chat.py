@@ -16,6 +16,8 @@ from megatron_p2o.files import read_json_object
 from megatron_p2o.interfaces import PromptRenderer, PromptTooLongError
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, Template, TokenIds
 
+START_OF_THINKING, END_OF_THINKING = "<think>", "</think>"
+
 logger = logging.getLogger(__name__)
 
 MAX_REPORTED_PROBLEMS = 20
@@ -97,20 +99,19 @@ class ChatRenderer:
         self.limit = limit or _own_limit(data)
         self._model = model
         self._date = _date_of(model)
-        self._encoder = MarkupEncoder(self.tokenizer, self._frame())
-        self._question_format = data.question_format
-        self._plain_ids: dict[str, TokenIds] = {}
-        try:
-            self.user_message("", PLAIN)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"data.question_format={data.question_format!r} must hold {{question}} and no other field "
-                f"({error!r}): double literal braces"
-            ) from error
+        self._formats = question_formats(data)
+        self._plain_ids: dict[tuple[str, str, str], TokenIds] = {}
+        self._encoders: dict[str, MarkupEncoder] = {}
+        """By the system message that prompts begin with."""
+        plain = self._frame("")
+        self._encoders[""] = MarkupEncoder(self.tokenizer, plain)
+        after_thinking = plain.after.rpartition(END_OF_THINKING)[2]
+        self._opened = START_OF_THINKING if START_OF_THINKING in after_thinking else ""
+        """The thinking that a prompt opens and its response goes on with."""
 
-    def user_message(self, question: str, template: Template) -> str:
+    def user_message(self, problem: Problem, template: Template) -> str:
         """Return T(x, z): the template, a blank line, the formatted question (arXiv:2603.21877)."""
-        content = self._question_format.format(question=question)
+        content = self._formats[problem.task].format(question=problem.question)
         instruction = template.text.strip()
         return f"{instruction}\n\n{content}" if instruction else content
 
@@ -120,25 +121,26 @@ class ChatRenderer:
         Raises:
             PromptTooLongError: the prompt exceeds `limit`.
         """
-        plain_ids = self._plain_ids.get(problem.question)
+        key = (problem.task, problem.system_prompt, problem.question)
+        plain_ids = self._plain_ids.get(key)
         if plain_ids is None:
             plain_ids = self._encode(problem, PLAIN)
-            self._plain_ids[problem.question] = plain_ids
+            self._plain_ids[key] = plain_ids
         is_plain = not template.text.strip()
         sampling_ids = plain_ids if is_plain else self._encode(problem, template)
         return Prompt(problem=problem, template=template, sampling_ids=sampling_ids, training_ids=plain_ids)
 
     def decode(self, completion: Completion) -> str:
-        """Return the response text without special tokens."""
+        """Return the response text without special tokens, behind the `<think>` that the prompt ended in, if it did."""
         text = self.tokenizer.decode(
             completion.token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str), "one sequence decodes to one text"
-        return text
+        return self._opened + text
 
     def _encode(self, problem: Problem, template: Template) -> TokenIds:
-        content = self.user_message(problem.question, template)
-        token_ids = self._encoder.encode(self._chat(content), content)
+        content, system = self.user_message(problem, template), problem.system_prompt
+        token_ids = self._encoder_under(system).encode(self._chat(content, system), content)
         if len(token_ids) > self.limit.num_tokens:
             asked = "plainly" if template.id == PLAIN.id else f"through template {template.id}"
             raise PromptTooLongError(
@@ -149,27 +151,60 @@ class ChatRenderer:
         array.setflags(write=False)
         return array
 
-    def _chat(self, content: str) -> str:
+    def _encoder_under(self, system: str) -> MarkupEncoder:
+        """Return the encoder of prompts that begin with a system message.
+
+        Raises:
+            ValueError: it holds control tokens, which it would bring into every prompt.
+        """
+        if system not in self._encoders:
+            markup = next((token for token in self.control_tokens if token in system), None)
+            if markup is not None:
+                raise ValueError(f"the system message {system!r:.80} holds the control token {markup}: take it out")
+            self._encoders[system] = MarkupEncoder(self.tokenizer, self._frame(system))
+        return self._encoders[system]
+
+    def _chat(self, content: str, system: str) -> str:
         """Return the chat template's text for one user's message. The template gets the run's date instead of
         today's."""
+        before = [{"role": "system", "content": system}] if system else []
         return chat_text(
             self.tokenizer,
-            [{"role": "user", "content": content}],
+            [*before, {"role": "user", "content": content}],
             self._model.path,
             add_generation_prompt=True,
             enable_thinking=self._model.enable_thinking,
             strftime_now=self._date.strftime,
         )
 
-    def _frame(self) -> Frame:
+    def _frame(self, system: str) -> Frame:
         mark = f"question{secrets.token_hex(16)}"
-        parts = self._chat(mark).split(mark)
+        parts = self._chat(mark, system).split(mark)
         if len(parts) != 2:
             raise ValueError(
                 f"model.path={self._model.path} has a chat template that writes a user's message {len(parts) - 1} "
                 "times: it must do so once"
             )
         return Frame(before=parts[0], after=parts[1])
+
+
+def question_formats(data: DataConfig) -> dict[str, str]:
+    """Return how the questions of each task are asked, by its name, and under "" those of no task.
+
+    Raises:
+        ValueError: one cannot be filled in.
+    """
+    formats = {"": data.question_format, **{name: data.of_task(name).question_format for name in data.train}}
+    for name, form in formats.items():
+        try:
+            form.format(question="")
+        except (KeyError, IndexError, ValueError) as error:
+            setting = f"data.train.{name}.question_format" if name and data.train[name].question_format else ""
+            raise ValueError(
+                f"{setting or 'data.question_format'}={form!r} must hold {{question}} and no other field "
+                f"({error!r}): double literal braces"
+            ) from error
+    return formats
 
 
 def _date_of(model: ModelConfig) -> date:

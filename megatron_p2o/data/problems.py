@@ -1,4 +1,4 @@
-"""Reads problems from JSONL, JSON or parquet."""
+"""Reads problems from JSONL, JSON, CSV, parquet or Arrow."""
 
 import hashlib
 import logging
@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_p2o.config.tree import DataConfig
-from megatron_p2o.data.raw_rows import BadRowError, encodable, parsed, raw_rows
+from megatron_p2o.data.columns import Columns, asked_at, columns_of, text_at, value_at
+from megatron_p2o.data.raw_rows import BadRowError, parsed, raw_rows
 from megatron_p2o.records import to_json
 from megatron_p2o.terminal import listed
 from megatron_p2o.types import Problem
@@ -24,25 +25,29 @@ MAX_LIKELY_CHARACTERS = 200
 logger = logging.getLogger(__name__)
 
 
-def load_problems(path: str | Path, data: DataConfig) -> list[Problem]:
-    """Return the problems of a JSONL, JSON or parquet file in file order.
+def load_problems(path: str | Path, data: DataConfig, task: str | None = None) -> list[Problem]:
+    """Return the problems of a JSONL, JSON, CSV, parquet or Arrow file in file order.
 
     A problem's id is the row's `data.id_field`, or a hash of the question where the row has none. Columns `level` and
-    `source` are used when present. Of a worked solution that ends in "#### 72" (GSM8K's) what follows the mark is the
-    gold answer. With `data.skip_bad_rows` bad rows are counted in a warning instead of an error.
+    `source` (verl's `data_source`) are used when present. Of a worked solution that ends in "#### 72" (GSM8K's) what
+    follows the mark is the gold answer. With `data.skip_bad_rows` bad rows are counted in a warning, not an error.
+
+    Args:
+        task: name under `data.train` of what decides columns and system message; None: `data` alone.
 
     Raises:
         ValueError: the file has bad rows (named with their lines, duplicates included) or no usable one, or is parquet
-            without pyarrow installed.
+            or Arrow without pyarrow installed.
     """
-    path = Path(path)
+    path, data = Path(path), data.of_task(task)
     problems: list[Problem] = []
     bad_rows: list[str] = []
     first_lines: dict[str, int] = {}
     marked, unlikely = [], []
+    columns = columns_of(path, data)
     for line, row in raw_rows(path):
         try:
-            problem = _problem(row, data)
+            problem = _problem(row, columns, data, task or "")
             if problem.id in first_lines:
                 raise BadRowError(_duplicate_text(problem, first_lines[problem.id], data))
         except BadRowError as error:
@@ -95,16 +100,18 @@ def _rows(numbers: Sequence[int]) -> str:
     return f"rows {listed([str(number) for number in numbers], MAX_REPORTED_ROWS)}"
 
 
-def _problem(raw_row: object, data: DataConfig) -> Problem:
+def _problem(raw_row: object, columns: Columns, data: DataConfig, task: str) -> Problem:
     row = parsed(raw_row)
-    question = _text(row, data.question_field, "data.question_field")
-    answer = None if data.answer_field is None else _text(row, data.answer_field, "data.answer_field")
-    has_id = row.get(data.id_field) is not None
+    system, question = asked_at(row, columns.question)
+    answer = None if columns.answer is None else text_at(row, columns.answer, "data.answer_field")
+    has_id = value_at(row, columns.id) is not None
     return Problem(
-        id=_text(row, data.id_field, "data.id_field") if has_id else question_id(question),
+        id=text_at(row, columns.id, "data.id_field") if has_id else question_id(question),
         question=question,
         answer=answer,
-        source=_label(row, "source"),
+        task=task,
+        system_prompt=system or data.system_prompt,
+        source=_label(row, "source") or _label(row, "data_source"),
         level=_label(row, "level"),
         columns=to_json(row),
     )
@@ -113,20 +120,6 @@ def _problem(raw_row: object, data: DataConfig) -> Problem:
 def question_id(question: str) -> str:
     """Return the id of a problem whose row has none: the first 16 hexadecimal digits of the question's SHA-256."""
     return hashlib.sha256(question.encode()).hexdigest()[:16]
-
-
-def _text(row: dict[str, object], field: str, setting: str) -> str:
-    """Return a required field as text; whole numbers count as text."""
-    value = row.get(field)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if value is None:
-        raise BadRowError(f"has no {field!r} ({setting}); its fields are {', '.join(map(str, row)) or 'none'}")
-    if not isinstance(value, str):
-        raise BadRowError(f"{field}={value!r:.80} must be text or a whole number: put it in quotes")
-    if not value.strip():
-        raise BadRowError(f"{field} is blank")
-    return encodable(value, field)
 
 
 def _label(row: dict[str, object], field: str) -> str:

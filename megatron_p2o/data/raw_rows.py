@@ -1,14 +1,12 @@
-"""Reads the rows of JSONL, JSON and parquet files as they are, one at a time, each with its place in the file."""
+"""Reads the rows of JSONL, JSON, CSV, parquet and Arrow files as they are, one at a time, with their places."""
 
 import json
 import re
 from collections.abc import Collection, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-PARQUET_MAGIC = b"PAR1"
-"""First bytes of a parquet file."""
+from megatron_p2o.data.tables import DELIMITERS, BadCells, arrow_rows, is_arrow, text_rows
 
 MAX_ROW_BYTES = 16 << 20
 """A longer row is bad: no more of a file than this is in memory at once."""
@@ -23,8 +21,6 @@ OTHER_FORMATS = {
     b"\xfe\xff": "in UTF-16: convert it to UTF-8",
 }
 """First bytes of files that are none of ours, and what to do with them."""
-
-NEEDS_PYARROW = "is a parquet file and needs the package pyarrow: pip install pyarrow, or write it as JSONL"
 
 CHUNK_CHARACTERS = 1 << 20
 """Characters of a JSON array that are read at a time."""
@@ -46,13 +42,14 @@ class BadRowError(Exception):
 
 
 def raw_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tuple[int, object]]:
-    """Yield (line of a JSONL file, else row number, from 1; the row). Rows of JSON are bytes: see `parsed`.
+    """Yield (line of a JSONL or CSV file, else row number, from 1; the row). Rows of JSON are bytes: see `parsed`.
 
     Args:
         columns: all that is needed of a parquet file; None is everything.
 
     Raises:
-        ValueError: the file cannot be read, is damaged as a whole, or is parquet without pyarrow installed.
+        ValueError: the file cannot be read, is damaged as a whole, or is parquet or Arrow
+            without pyarrow installed.
     """
     try:
         with path.open("rb") as file:
@@ -62,23 +59,14 @@ def raw_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tup
     for magic, remedy in OTHER_FORMATS.items():
         if head.startswith(magic):
             raise ValueError(f"{path} is {remedy}")
-    if head.startswith(PARQUET_MAGIC):
-        yield from _parquet_rows(path, columns)
+    if is_arrow(head):
+        yield from arrow_rows(path, columns)
+    elif path.suffix.lower() in DELIMITERS:
+        yield from text_rows(path, DELIMITERS[path.suffix.lower()], MAX_ROW_BYTES)
     elif head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _array_rows(path)
     else:
         yield from _json_lines(path)
-
-
-def missing_package(path: Path) -> str | None:
-    """Return the package that must be installed to read a file; None if none is missing, or the file cannot be
-    opened."""
-    try:
-        with path.open("rb") as file:
-            is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-    except OSError:
-        return None
-    return f"{path} {NEEDS_PYARROW}" if is_parquet and find_spec("pyarrow") is None else None
 
 
 def parsed(row: object) -> dict[str, Any]:
@@ -89,6 +77,8 @@ def parsed(row: object) -> dict[str, Any]:
     """
     if isinstance(row, bytes):
         row = _parsed_json(row)
+    if isinstance(row, BadCells):
+        raise BadRowError(row, rule="other cells")
     if not isinstance(row, dict):
         raise BadRowError('must be a JSON object such as {"question": ..., "answer": ...}', rule="no object")
     return row
@@ -178,19 +168,3 @@ def _with_more(file: TextIO, text: str, place: str) -> str:
             f"{place}: the JSON array is damaged, or its next row is longer than 16 MiB: download it again"
         )
     return text + chunk
-
-
-def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[tuple[int, object]]:
-    try:
-        from pyarrow import ArrowException  # optional dependency
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ValueError(f"{path} {NEEDS_PYARROW}") from error
-    try:
-        with ParquetFile(path) as file:
-            wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
-            # Solutions of a few hundred kilobytes a row: small batches bound the memory.
-            rows = (row for batch in file.iter_batches(batch_size=1024, columns=wanted) for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{path} is a damaged parquet file ({error}): write it again") from error

@@ -20,7 +20,7 @@ import torch
 from megatron_p2o.config.read import dump_config, with_template_date
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import chat_renderer, fitting_problems
-from megatron_p2o.data.problems import load_problems
+from megatron_p2o.data.tasks import set_problems
 from megatron_p2o.evaluation.answer_file import AnswerFile
 from megatron_p2o.evaluation.estimators import NUM_RESAMPLES
 from megatron_p2o.evaluation.intervals import CONFIDENCE
@@ -39,7 +39,7 @@ from megatron_p2o.files import digest_of, write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.processes import exit_on_signal
-from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rewards.tasks import TaskGrader
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, read_manifest
@@ -131,7 +131,7 @@ def evaluate_directory(config: Config, output: Path) -> None:
     with ExitStack() as stack:
         benchmarks = open_benchmarks(subject, renderer, config, output, stack)
         if any(benchmark.missing for benchmark in benchmarks):
-            grader = make_grader(config.grading)
+            grader = TaskGrader(config)
             stack.callback(grader.close)
             grader.check()
             engines = stack.enter_context(start_engines(config, output, renderer.eos_token_ids))
@@ -148,8 +148,8 @@ def open_benchmarks(
         ValueError: a problem file is bad, or `output` holds answers of other weights or settings.
     """
     benchmarks: list[Benchmark] = []
-    for name, given in config.data.evaluation.items():
-        problems = fitting_problems(load_problems(given.file, config.data), renderer, config.data.skip_bad_rows)
+    for name in config.data.evaluation:
+        problems = fitting_problems(set_problems(config.data, name), renderer, config.data.skip_bad_rows)
         protocol = protocol_of(name, len(problems), config)
         settings = answer_settings(problems, protocol, subject, renderer, config)
         file = stack.enter_context(AnswerFile(output / ANSWERS_FOLDER / f"{quote(name, safe='')}.jsonl", settings))

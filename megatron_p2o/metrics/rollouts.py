@@ -45,6 +45,7 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
     completion, problem = rollout.completion, group.problem
     return {
         "problem_id": problem.id,
+        "task": problem.task,
         "source": problem.source,
         "level": problem.level,
         "question": problem.question,

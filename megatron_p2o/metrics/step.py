@@ -4,6 +4,7 @@ A `_share` lies in [0, 1] and its denominator is in the table below; a metric wi
 templated rollouts in a plain step) is left out rather than reported as zero.
 
     rollout/reward_*                    decided rollouts of that kind (`Rollout.is_decided`)
+    task/<name>/*                       the same of one task, in runs with several (`data.train`)
     rollout/undecided_share             responses that were graded: the grader could not decide, `grade_error_count`
     rollout/zero_advantage_groups_share groups
     rollout/dropped_rollouts_share      rollouts
@@ -25,6 +26,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from megatron_p2o.config.shape import ONLY_TASK
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
 from megatron_p2o.rl.objective import total_stats
@@ -47,6 +49,7 @@ def step_metrics(
     """
     return {
         **rollout_metrics(groups),
+        **task_metrics(groups),
         **update_metrics(reports),
         **speed_metrics(groups, reports, seconds),
         **memory_metrics(peak_bytes or {}),
@@ -79,6 +82,25 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, MetricValue]:
     for level in sorted({group.problem.level for group in groups} - {""}):
         of_level = [rollout for group in groups if group.problem.level == level for rollout in group.rollouts]
         metrics[f"rollout/reward_level_{level}"] = _mean_reward(of_level)
+    return metrics
+
+
+def task_metrics(groups: Sequence[Group]) -> dict[str, MetricValue]:
+    """Return rewards and what the group baseline could not use, of each task; nothing of a run with a single one."""
+    metrics: dict[str, MetricValue] = {}
+    for task in sorted({group.problem.task for group in groups} - {"", ONLY_TASK}):
+        own = [group for group in groups if group.problem.task == task]
+        rollouts = [rollout for group in own for rollout in group.rollouts]
+        plain = [rollout for rollout in rollouts if not rollout.completion.prompt.is_templated]
+        metrics |= {
+            f"task/{task}/reward_mean": _mean_reward(rollouts),
+            f"task/{task}/reward_plain": _mean_reward(plain),
+            f"task/{task}/zero_advantage_groups_share": Mean.of(not any(group.advantages) for group in own),
+            f"task/{task}/undecided_share": Mean.of(
+                not rollout.is_decided for rollout in rollouts if not rollout.completion.is_aborted
+            ),
+            f"task/{task}/groups_count": Sum(len(own)),
+        }
     return metrics
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from megatron_p2o.algorithm import train
 from megatron_p2o.config.tree import Config
-from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution
 from megatron_p2o.policy.training.ranks import MegatronPolicy
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.run.beginning import Beginning, beginning_of
-from megatron_p2o.run.inputs import Inputs, evolution_notice, planned_steps
+from megatron_p2o.run.inputs import Inputs, batches_of, evolution_notice, planned_steps
 from megatron_p2o.run.observe.alarms import NothingLearnt, StepGivenUp
 from megatron_p2o.run.observe.files import open_files
 from megatron_p2o.run.observe.observer import RunObserver
@@ -40,8 +39,8 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
         PolicyDiverged, NothingLearnt, StepGivenUp: training cannot go on; the message says what to go back to.
     """
     beginning = beginning_of(config, run_dir, inputs.train)
-    batches_of = partial(epoch_batches, inputs.train, config.schedule.problems_per_step, config.run.seed)
-    num_steps_per_epoch = len(batches_of(0))
+    epoch_of = partial(batches_of, config, inputs.train)
+    num_steps_per_epoch = len(epoch_of(0))
     say_what_starts(config, run_dir, policy, num_steps_per_epoch)
     stop = StopRequest(run_dir)
     with ExitStack() as stack:
@@ -52,7 +51,7 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
         files = open_files(config, run_dir, policy, beginning, num_steps, stack)
         note_start(run_dir, beginning.made_with, beginning.state.step, [asdict(each) for each in beginning.changes])
         observer = RunObserver(config, started, files, inputs.evaluation, beginning, stop)
-        ending = train_and_save(config, beginning, batches_of, started, observer, stop)
+        ending = train_and_save(config, beginning, epoch_of, started, observer, stop)
     say(ending)
 
 
@@ -97,7 +96,7 @@ def begin_unfinished_round(beginning: Beginning, evolution: PromptEvolution | No
 def train_and_save(
     config: Config,
     beginning: Beginning,
-    batches_of: BatchesOf,
+    epoch_of: BatchesOf,
     started: RunParts,
     observer: RunObserver,
     stop: StopRequest,
@@ -107,7 +106,7 @@ def train_and_save(
         observer.on_start(beginning.state)
     begin_unfinished_round(beginning, started.parts.evolution)
     try:
-        state = train(batches_of, beginning.state, observer.ledger, started.parts, observer, config)
+        state = train(epoch_of, beginning.state, observer.ledger, started.parts, observer, config)
     except PolicyDiverged as error:  # by a step whose gradient was finite, at the weights of the newest checkpoint
         raise PolicyDiverged(f"{error}; {observer.way_back(is_newest_good=True)}") from error
     except (NothingLearnt, StepGivenUp) as error:

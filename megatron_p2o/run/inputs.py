@@ -7,8 +7,8 @@ from pathlib import Path
 from megatron_p2o.config.tree import Config, ScheduleConfig
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
-from megatron_p2o.data.problems import load_problems
-from megatron_p2o.data.raw_rows import missing_package
+from megatron_p2o.data.tables import missing_package
+from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics import sinks
@@ -22,12 +22,14 @@ class Inputs:
 
     renderer: ChatRenderer
     train: Sequence[Problem]
+    """Of all tasks, one after another."""
     evaluation: Mapping[str, Sequence[Problem]]
 
 
 def missing_packages(config: Config, *, for_training: bool = True) -> list[str]:
     """Return one sentence for each package that the settings need and this machine lacks: readers of files, sinks."""
-    files = [*([config.data.train] if for_training else []), *(given.file for given in config.data.evaluation.values())]
+    data = config.data
+    files = [*(data.training_files.values() if for_training else ()), *data.evaluation_files.values()]
     readers = [missing_package(Path(file)) for file in dict.fromkeys(files)]
     return [*filter(None, readers), *(sinks.missing_sink_packages(config.logging) if for_training else ())]
 
@@ -40,15 +42,22 @@ def load_inputs(config: Config) -> Inputs:
     """
     renderer = chat_renderer(config)
 
-    def read(path: str) -> Sequence[Problem]:
-        return fitting_problems(load_problems(path, config.data), renderer, config.data.skip_bad_rows)
+    def fitting(problems: Sequence[Problem]) -> Sequence[Problem]:
+        return fitting_problems(problems, renderer, config.data.skip_bad_rows)
 
-    evaluation = {name: read(given.file) for name, given in config.data.evaluation.items()}
-    inputs = Inputs(renderer=renderer, train=read(config.data.train), evaluation=evaluation)
+    tasks = [fitting(problems) for problems in task_problems(config.data).values()]
+    evaluation = {name: fitting(set_problems(config.data, name)) for name in config.data.evaluation}
+    inputs = Inputs(renderer=renderer, train=[each for task in tasks for each in task], evaluation=evaluation)
     check_vocabulary(config, inputs)
-    check_hard_set(config, len(inputs.train))
+    check_hard_set(config, num_asked(config.data, inputs.train))
     check_phrases(config)
     return inputs
+
+
+def batches_of(config: Config, train: Sequence[Problem], epoch: int) -> Sequence[Sequence[Problem]]:
+    """Return the problems of each step of an epoch; the same whenever asked. Raises as `epoch_batches`."""
+    size, weights = config.schedule.problems_per_step, task_weights(config.data)
+    return epoch_batches(train, size, config.run.seed, epoch, weights=weights)
 
 
 def summary_of(config: Config, inputs: Inputs) -> list[str]:
@@ -58,14 +67,16 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
         ValueError: there are fewer problems than a step takes.
     """
     schedule = config.schedule
-    num_steps = len(epoch_batches(inputs.train, schedule.problems_per_step, config.run.seed, epoch=0))
+    num_steps = len(batches_of(config, inputs.train, epoch=0))
     at_most = "at most " if schedule.max_batches_per_step > 1 else ""
     longest = max(len(token_ids) for token_ids in _plain_prompts(inputs))
     notice = evolution_notice(config, num_steps)
     rewards = checked_rewards(config)
     return [
+        *column_lines(config.data),
         f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {schedule.epochs} epochs",
         planned_work(config, num_steps),
+        *mix_lines(config.data, inputs.train),
         *(f"evaluation.{name}: {len(problems)} problems" for name, problems in inputs.evaluation.items()),
         f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens",
         f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",

@@ -15,7 +15,7 @@ from megatron_p2o.interfaces import PromptEvolution
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngines, TimedEvolution, TimedGrader, TimedPolicy
 from megatron_p2o.metrics.memory import peak_meter
 from megatron_p2o.policy.training.ranks import MegatronPolicy
-from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rewards.tasks import TaskGrader
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.run.observe.processes import ProcessMeter
 from megatron_p2o.run.trials import EvolutionLink, TrialSubmitter
@@ -52,7 +52,7 @@ def start_parts(
 
     Raises what cannot be started.
     """
-    grader = make_grader(config.grading)
+    grader = TaskGrader(config)
     stack.callback(grader.close)
     grader.check()
     engines = stack.enter_context(start_engines(renderer.eos_token_ids))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_p2o.config.tree import Config
+from megatron_p2o.data.batches import asked_counts
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.run.inputs import load_inputs
 from megatron_p2o.run_folder.checkpoints import pointed_name
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 DECIDES_PROBLEMS = ("data.", "model.", "rollout.max_new_tokens", "sglang.context")
 """Begin the names of the settings that decide which problems of a file are asked."""
 
-DECIDING_FILES = ("data.train", TOKENIZER, TOKENIZER_SETTINGS, CHAT_TEMPLATE)
+DECIDING_FILES = (TOKENIZER, TOKENIZER_SETTINGS, CHAT_TEMPLATE)
 """Files that decide it, too: a prompt that grows beyond the limit is not asked."""
 
 
@@ -124,7 +125,7 @@ def check_resume(config: Config, run_dir: Path) -> Resumption | None:
     resumed_library(run_dir, state.library_version, config.rollout.group_size)
     if old is None:
         return None
-    new = replace(made_with(config, ()), problems=old.problems)
+    new = replace(made_with(config, ()), problems=old.problems, mix=old.mix)
     if _may_ask_others(old, new):
         new = made_with(config, load_inputs(config).train)
     return resumption(old, new, state, checkpoint)
@@ -150,10 +151,14 @@ def finished(config: Config, run_dir: Path) -> str:
     return f"{finished_line(run_dir, state.step)}; to train on: raise {limit}"
 
 
+def _training_files(old: MadeWith, new: MadeWith) -> list[str]:
+    return [name for name in dict.fromkeys((*old.files, *new.files)) if name.startswith("data.train")]
+
+
 def _may_ask_others(old: MadeWith, new: MadeWith) -> bool:
     """Return whether other problems may be asked: reading them all takes a while."""
     return (
-        any(old.files.get(name) != new.files.get(name) for name in DECIDING_FILES)
+        any(old.files.get(name) != new.files.get(name) for name in (*DECIDING_FILES, *_training_files(old, new)))
         or old.architecture != new.architecture
         or any(name.startswith(DECIDES_PROBLEMS) for name in _differing(old.settings, new.settings))
     )
@@ -210,7 +215,7 @@ def resumed_library(run_dir: Path, version: int, group_size: int) -> PublishedLi
 def is_measured_otherwise(changes: Sequence[Change], evaluation_set: str | None) -> bool:
     """Return whether scores on a set of `data.evaluation` cannot be compared with those before the changes."""
     own = f"data.evaluation.{evaluation_set}"  # its file's content goes by this name, the file's path by another
-    measures = ("num_samples", "temperature")
+    measures = ("num_samples", "temperature", "task")
     names = (own, *(f"{section}.{measure}" for section in (own, "evaluation") for measure in measures))
     return any(change.name in names for change in changes)
 
@@ -249,7 +254,7 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _file_differences(old: MadeWith, new: MadeWith) -> Iterator[_Difference]:
     """Yield files of other content. `data.train` counts by its problems."""
-    for name in sorted(old.files.keys() & new.files.keys() - {"data.train"}):
+    for name in sorted(old.files.keys() & new.files.keys() - {*_training_files(old, new)}):
         pair = (old.files[name], new.files[name])
         if pair[0] != pair[1]:
             before, after = (f"{CONTENT}{digest[:8]}" for digest in pair)
@@ -270,15 +275,17 @@ def _place_in_epoch(old: MadeWith, new: MadeWith, state: RunState) -> _Place:
     also where what was asked is a whole number of steps of the new size.
     """
     reordering = [f"{found}" for found in _setting_differences(old, new) if found.effect == "order"]
+    if old.mix and _mix(old) != _mix(new):
+        reordering.append(f"tasks of data.train (problems, weight): {_mix(old)} -> {_mix(new)}")
     moved = _moved_problems(old, new)
     if not reordering and not moved:
         return _Place(batch=state.batch, when="the next time they are asked")
     old_size, new_size = old.settings[PER_STEP], new.settings[PER_STEP]
-    num_batches = len(old.problems) // old_size
+    num_batches = _num_asked(old) // old_size
     if state.batch == 0:
         return _Place(batch=0, when=f"from step {state.step + 1} on, which begins epoch {state.epoch}")
     if state.batch >= num_batches:
-        return _Place(batch=len(new.problems) // new_size, when=f"from epoch {state.epoch + 1} on, which comes next")
+        return _Place(batch=_num_asked(new) // new_size, when=f"from epoch {state.epoch + 1} on, which comes next")
     num_asked = state.batch * old_size
     only_size = not moved and len(reordering) == 1 and old_size != new_size
     if only_size and num_asked % new_size == 0:
@@ -291,6 +298,15 @@ def _place_in_epoch(old: MadeWith, new: MadeWith, state: RunState) -> _Place:
         f"schedule.max_steps={last}, and change it then, or {NEW_RUN}"
     )
     return _Place(batch=state.batch, when="", refusal=refusal)
+
+
+def _mix(made: MadeWith) -> list[tuple[int, float]]:
+    return [(size, weight) for size, weight in made.mix]
+
+
+def _num_asked(made: MadeWith) -> int:
+    """Return how many problems an epoch asks."""
+    return sum(asked_counts(made.mix or [(len(made.problems), 1.0)]))
 
 
 def _moved_problems(old: MadeWith, new: MadeWith) -> list[str]:

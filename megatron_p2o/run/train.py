@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_p2o.config.read import load_config, with_template_date
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import chat_renderer
+from megatron_p2o.data.tasks import column_lines
 from megatron_p2o.evaluation.benchmark import (
     answer,
     checkpoint_subject,
@@ -37,7 +38,7 @@ from megatron_p2o.policy.training.settings import (
     policy_settings,
 )
 from megatron_p2o.processes import end_with_parent, exit_on_signal
-from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rewards.tasks import TaskGrader
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.refresh.outlet import open_outlet
 from megatron_p2o.rollout.servers.remote import meet_daemons
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = with_planned_cache(replace(config, parallel=config.parallel.for_processes(num_processes)))
     # Before the weights, which take minutes: whatever is wrong with the problems is said in the first seconds.
     inputs = load_inputs(config) if os.environ.get("RANK", "0") == "0" and not options.evaluate else None
+    for line in column_lines(config.data) if inputs is not None else ():
+        say(line)
     policy = build_policy(config)
     daemons = meet_daemons(config, options.config)
     outlet = open_outlet(config, policy.largest_weight_bytes, policy.meeting)
@@ -117,7 +120,7 @@ def evaluate_checkpoint(
     renderer = chat_renderer(config)
     benchmarks = open_benchmarks(subject, renderer, config, output, stack)
     if any(benchmark.missing for benchmark in benchmarks):
-        grader = make_grader(config.grading)
+        grader = TaskGrader(config)
         stack.callback(grader.close)
         grader.check()
         engines = stack.enter_context(start(renderer.eos_token_ids))

@@ -45,6 +45,8 @@ class MadeWith:
     """What config.json says of the model, as far as the trainer reads it."""
     problems: Mapping[str, str]
     """Problems of `data.train` in order: id to a digest of question and answer."""
+    mix: Sequence[tuple[int, float]] = ()
+    """Number of problems and relative weight of each task; empty in checkpoints of before there were tasks."""
 
 
 def made_with(config: Config, train: Sequence[Problem]) -> MadeWith:
@@ -54,6 +56,7 @@ def made_with(config: Config, train: Sequence[Problem]) -> MadeWith:
         files=file_digests(config),
         architecture=flat(json.loads(json.dumps(asdict(read_architecture(Path(config.model.path)))))),
         problems={problem.id: _short_digest([problem.question, problem.answer]) for problem in train},
+        mix=config.data.mix(problem.task for problem in train),
     )
 
 
@@ -73,10 +76,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def file_digests(config: Config) -> dict[str, str]:
     """Return the digests of the files that settings name and of what the model directory says of text."""
     data, phrases = config.data, config.evolution.reflection.phrases
-    named = {
-        "data.train": data.train,
-        **{f"data.evaluation.{name}": given.file for name, given in data.evaluation.items()},
-    }
+    named = {**data.training_files, **data.evaluation_files}
     if phrases is not None:
         named["evolution.reflection.phrases"] = phrases
     digests = {name: digest_of(Path(path)).sha256 for name, path in named.items()}

@@ -26,7 +26,10 @@ def _in(section: str, names: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in names.split())
 
 
+TASKS = "data.train"
+
 MAPPINGS = (
+    TASKS,
     "sglang",
     "megatron",
     "data.evaluation",
@@ -49,7 +52,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
     ),
     "step": (
         *_in("model", "enable_thinking template_date"),
-        *_in("data", "question_format max_prompt_tokens"),
+        *_in("data", "question_format system_prompt max_prompt_tokens"),
         *_in("rollout", "group_size temperature top_p max_new_tokens request_timeout_s deterministic"),
         *_in("grading", "function functions arguments deadline_s timeout_s memory_limit_mib"),
         *_in("hard", "max_solved counted"),
@@ -83,6 +86,9 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
 }
 """Every setting by class. A mapping with free keys (`sglang`, `data.evaluation`) stands for all of them."""
 
+ASKED_AND_GRADED = ("question_format", "system_prompt", "grading")
+"""What a task of `data.train` may have of its own and which decides nothing about which problems there are."""
+
 TOKENIZER = "tokenizer"
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat template"
@@ -108,9 +114,12 @@ _EFFECTS: Mapping[str, Effect] = {name: effect for effect, names in OF_CLASS.ite
 def effect_of(name: str) -> Effect:
     """Return the class of a setting by its dotted name. Raises `KeyError` when it is in none."""
     mapping = next((known for known in MAPPINGS if name.startswith(f"{known}.")), name)
+    if mapping == TASKS and name.split(".")[3:4] in ([each] for each in ASKED_AND_GRADED):
+        return "step"
     return _EFFECTS[mapping]
 
 
 def effect_of_file(name: str) -> Effect:
     """Return the class of a file by its name in `made_with.MadeWith.files`."""
-    return OF_FILE["data.evaluation" if name.startswith("data.evaluation.") else name]
+    mapping = next((known for known in MAPPINGS if name.startswith(f"{known}.")), name)
+    return OF_FILE[mapping]

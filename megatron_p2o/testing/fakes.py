@@ -24,6 +24,7 @@ from megatron_p2o.config.tree import (
     RolloutConfig,
     RunConfig,
     ScheduleConfig,
+    one_task,
 )
 from megatron_p2o.files import FileDigest, digest_of
 from megatron_p2o.interfaces import NamedWeights, PromptTooLongError, TemplateLibrary
@@ -316,7 +317,7 @@ def fake_config(settings: Mapping[str, Any] | None = None) -> Config:
     config = Config(
         run=RunConfig(name="fake"),
         model=ModelConfig(path="fake-model"),
-        data=DataConfig(train="fake-problems.jsonl"),
+        data=DataConfig(train=one_task("fake-problems.jsonl")),
         rollout=RolloutConfig(group_size=4, max_new_tokens=8),
         hard=HardConfig(min_problems=1),
         schedule=ScheduleConfig(problems_per_step=4, problems_per_update=2, epochs=2),

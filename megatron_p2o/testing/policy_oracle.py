@@ -20,6 +20,7 @@ from megatron_p2o.config.tree import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    one_task,
 )
 from megatron_p2o.types import Logprobs, TrainSample
 
@@ -40,7 +41,7 @@ def policy_config(
     return Config(
         run=RunConfig(name="test"),
         model=ModelConfig(path=str(directory), dtype=dtype),  # pyright: ignore[reportArgumentType]
-        data=DataConfig(train=""),
+        data=DataConfig(train=one_task("")),
         parallel=parallel or ParallelConfig(timeout_s=30.0),
         objective=objective or ObjectiveConfig(),
         optimizer=optimizer or OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, micro_batch_tokens=48),

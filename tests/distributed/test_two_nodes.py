@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_p2o.config.read import dump_config
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig, one_task
 
 AGENT = """
 import sys
@@ -116,7 +116,7 @@ def test_the_key_of_a_node_s_daemon_reaches_rank_0_and_is_not_in_the_store(tmp_p
     config = Config(
         run=RunConfig(name="run"),
         model=ModelConfig(path="model"),
-        data=DataConfig(train="unused"),
+        data=DataConfig(train=one_task("unused")),
         rollout=RolloutConfig(num_engines=2, max_total_tokens=4096),
         parallel=ParallelConfig(data=2, timeout_s=60),
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
 from megatron_p2o.rollout.engines import SglangEngines, own_sampling
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
@@ -29,7 +29,7 @@ def engines(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     config = Config(
         run=RunConfig(name="test"),
         model=ModelConfig(path=str(model_path), dtype="float32"),
-        data=DataConfig(train="unused"),
+        data=DataConfig(train=one_task("unused")),
         rollout=RolloutConfig(max_running_requests=64, max_total_tokens=32768, request_timeout_s=WAIT_S),
         # Prompts are cut across chunks, at places that depend on what else is prefilled.
         sglang={"chunked_prefill_size": 150},

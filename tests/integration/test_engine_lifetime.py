@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
 from megatron_p2o.rollout.inside_sglang.launcher import shared_memory_of
 from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.rollout.servers.server import EngineStartFailed
@@ -29,7 +29,7 @@ def config_of(model: Path, **sglang: Any) -> Config:
     return Config(
         run=RunConfig(name="test"),
         model=ModelConfig(path=str(model), dtype="float32"),
-        data=DataConfig(train="unused"),
+        data=DataConfig(train=one_task("unused")),
         rollout=RolloutConfig(max_running_requests=8, max_total_tokens=4096, startup_timeout_s=START_TIMEOUT_S),
         sglang=sglang,
     )
@@ -69,7 +69,7 @@ from megatron_p2o.rollout.servers.start import start_reflection_server
 config = Config(
     run=RunConfig(name="test"),
     model=ModelConfig(path=sys.argv[1], dtype="float32"),
-    data=DataConfig(train="unused"),
+    data=DataConfig(train=one_task("unused")),
     rollout=RolloutConfig(max_running_requests=8, max_total_tokens=4096, startup_timeout_s=300),
 )
 server = start_reflection_server(config, Path(sys.argv[2]), num_engines_here=0)

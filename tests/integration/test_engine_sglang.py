@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_p2o.config.read import dump_config
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
 from megatron_p2o.policy.weights.hf_directory import write_hf_directory
 from megatron_p2o.rollout.broker import Broker, EnginesLost
 from megatron_p2o.rollout.engines import SglangEngines
@@ -59,7 +59,7 @@ def config_of(model: Path, **rollout: Any) -> Config:
     return Config(
         run=RunConfig(name="test"),
         model=ModelConfig(path=str(model), dtype="float32"),
-        data=DataConfig(train="unused"),
+        data=DataConfig(train=one_task("unused")),
         rollout=RolloutConfig(**defaults | rollout),
     )
 

@@ -27,6 +27,7 @@ from megatron_p2o.config.tree import (
     ReflectionConfig,
     RolloutConfig,
     RunConfig,
+    one_task,
 )
 from megatron_p2o.evolve.process.beside import BesideTraining
 from megatron_p2o.evolve.process.conduct import journal_path
@@ -77,7 +78,7 @@ def config_of(phrases: Path, **evolution: Any) -> Config:
     return Config(
         run=RunConfig(name="test"),
         model=ModelConfig(path="unused"),
-        data=DataConfig(train="unused", question_format="Please: {question}"),
+        data=DataConfig(train=one_task("unused"), question_format="Please: {question}"),
         rollout=RolloutConfig(max_new_tokens=77, top_p=0.9),
         hard=HardConfig(min_problems=10),
         evolution=EvolutionConfig(**settings),

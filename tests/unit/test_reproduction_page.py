@@ -10,6 +10,7 @@ import pytest
 
 from megatron_p2o.config.read import load_config
 from megatron_p2o.config.tree import Config
+from megatron_p2o.machine.layout import with_layout
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
@@ -84,11 +85,12 @@ def test_command_says_what_its_cell_claims(name: str, jobs: dict[str, Config]) -
     files, claimed = CELLS[name]
     config = jobs[name]
     assert {setting: attrgetter(setting)(config) for setting in claimed} == claimed
-    assert config.data.train == f"data/{files}/train.jsonl"
+    assert config.data.train["train"].file == f"data/{files}/train.jsonl"
     assert {name: given.file for name, given in config.data.evaluation.items()} == {
         "heldout": f"data/{files}/test.jsonl"
     }
-    assert (config.preset, config.parallel.world_size, config.schedule.epochs) == ("reference", 8, 10)
+    assert (config.preset, config.schedule.epochs) == ("reference", 10)
+    assert with_layout(config, num_nodes=1, gpus_per_node=8).parallel.data == 8
     num_problems = 10_000 if files.endswith("10k") else 5_000
     # 5 % of the authors' steps, which count 9 evolution rounds, in whole rollout steps of two updates.
     num_steps = num_problems // 128 * 10 + 9
@@ -99,7 +101,7 @@ def test_command_says_what_its_cell_claims(name: str, jobs: dict[str, Config]) -
 
 def test_every_file_the_page_needs_is_made_by_a_command_of_the_data_page(jobs: dict[str, Config]) -> None:
     data_page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    folders = {str(Path(config.data.train).parent) for config in jobs.values()}
+    folders = {str(Path(config.data.train["train"].file).parent) for config in jobs.values()}
     assert folders == {*re.findall(r"prepare_data\.py deep\w+ .*--out (\S+)", data_page)}
     sets = {*re.findall(r"--benchmark \w+=(data/eval/\w+)\.jsonl", PAGE)}
     assert sets == {f"data/eval/{name}" for name in re.findall(r"(\w+)=downloads/", data_page)}

@@ -1,11 +1,16 @@
 """Settings of the problems, and of how the policy is measured on them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, NumSamples, PositiveInt
-from megatron_p2o.config.shape import IS_SHORTHAND
+from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, NumSamples, PositiveFloat, PositiveInt
+from megatron_p2o.config.sections.rollout import GradingConfig
+from megatron_p2o.config.shape import IS_LISTED, IS_SHORTHAND, ONLY_TASK
+
+OF_TASK = ("id_field", "question_field", "answer_field", "question_format", "system_prompt")
+"""What a task may have of its own, instead of what `data` says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,27 +18,63 @@ class EvaluationSetConfig:
     """One evaluation set. A file may write the path alone, `aime: data/aime.jsonl`, for `aime: {file: ...}`."""
 
     file: str = field(metadata=IS_SHORTHAND)
-    """File of the set's problems, JSONL or parquet."""
+    """File of the set's problems: JSONL, JSON, CSV, parquet or Arrow."""
     num_samples: NumSamples | None = None
     """Answers to each problem of this set. None: `evaluation.num_samples`."""
     temperature: NonNegativeFloat | None = None
     """Sampling temperature of answers to this set. None: `evaluation.temperature`."""
+    task: str | None = None
+    """Task of `data.train` whose columns, prompt and grading are used. None: the only task; where there are several,
+    what `data` and `grading` say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """One task: a file of problems, and how they are asked and graded. A file may write the path alone for the record,
+    or list tasks as records with a `name`; a path in a list is called after its file."""
+
+    file: str = field(metadata=IS_SHORTHAND | IS_LISTED)
+    """File of the task's problems: JSONL, JSON, CSV, parquet or Arrow."""
+    weight: PositiveFloat = 1.0
+    """How often a problem of the task is asked, beside those of other tasks. An epoch asks every problem of the tasks
+    with the largest weight, and of the others the share weight / largest weight, another part each epoch."""
+    grading: GradingConfig | None = None
+    """Reward of the task. None: `grading`. What a task's `grading` leaves out has its default."""
+    id_field: str | None = None
+    """Column of a problem's identifier. None: `data.id_field`."""
+    question_field: str | None = None
+    """Column of a problem's question. None: `data.question_field`."""
+    answer_field: str | None = None
+    """Column of a problem's gold answer; "" for problems that have none. None: `data.answer_field`."""
+    question_format: str | None = None
+    """Text of the user message. None: `data.question_format`."""
+    system_prompt: str | None = None
+    """System message. None: `data.system_prompt`."""
+
+
+def one_task(file: str) -> dict[str, TaskConfig]:
+    """Return the tasks that `data.train: FILE` stands for."""
+    return {ONLY_TASK: TaskConfig(file=file)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Problems and how they are asked."""
 
-    train: str
-    """JSONL or parquet file of the problems to train on."""
+    train: Mapping[str, TaskConfig]
+    """Tasks to train on, by name. A file of settings may write one path, a list of paths, or a list of records with
+    `name`. The batches of an epoch mix tasks in their proportions."""
     evaluation: Mapping[str, EvaluationSetConfig] = field(default_factory=dict)
     """Evaluation sets by name. All are evaluated plainly every `evaluation.every_steps` steps and at the end."""
     id_field: str = "id"
-    """Column of a problem's identifier. A hash of the question serves where the rows have no such column."""
-    question_field: str = "question"
-    """Column of a problem's question."""
-    answer_field: str | None = "answer"
-    """Column of a problem's gold answer. None: the problems have none; a reward function that needs none then grades
+    """Column of a problem's identifier; a dot leads into a nested one. Rows without it are known by a hash of the
+    question."""
+    question_field: str = "auto"
+    """Column of a problem's question: text, or a conversation of one user message and perhaps a system message. A dot
+    leads into a nested column. `auto`: the first of `question`, `problem`, `prompt` and `messages` that a file has."""
+    answer_field: str | None = "auto"
+    """Column of a problem's gold answer. `auto`: the first of `answer`, `final_answer` and `reward_model.ground_truth`
+    that a file has. None: the problems have none; a reward function that needs none then grades
     them, from the other columns of the row or from the response alone."""
     skip_bad_rows: bool = False
     """Whether to use the good rows and report the bad ones. False: a bad row ends the run."""
@@ -42,9 +83,47 @@ class DataConfig:
     )
     """Text of the user message, in the syntax of `str.format`: `{question}` is the question, literal braces are
     doubled. The default is the paper's wording."""
+    system_prompt: str = ""
+    """System message of every problem whose row brings none of its own. Empty: none."""
     max_prompt_tokens: PositiveInt = 4096
     """Longest prompt in tokens (the paper's). A plain prompt that is longer is a bad row; a template that makes one
     longer is disqualified."""
+
+    @property
+    def training_files(self) -> dict[str, str]:
+        """The file of each task by the setting that names it."""
+        return {
+            "data.train" if name == ONLY_TASK else f"data.train.{name}": task.file for name, task in self.train.items()
+        }
+
+    @property
+    def evaluation_files(self) -> dict[str, str]:
+        """The file of each evaluation set by the setting that names it."""
+        return {f"data.evaluation.{name}": given.file for name, given in self.evaluation.items()}
+
+    def of_task(self, name: str | None) -> "DataConfig":
+        """Return these settings with those of a task in them; None for a problem of no task."""
+        if name is None:
+            return self
+        task = self.train[name]
+        own = {each: getattr(task, each) for each in OF_TASK if getattr(task, each) is not None}
+        return replace(self, **own)
+
+    def mix(self, tasks: Iterable[str]) -> list[tuple[int, float]]:
+        """Return number of problems, and weight beside the largest, of each task: all that decides how tasks are mixed.
+
+        `tasks`: that of each problem.
+        """
+        sizes = Counter(tasks)
+        if len(self.train) == 1:
+            return [(sizes.total(), 1.0)]
+        largest = max(task.weight for task in self.train.values())
+        return [(sizes[name], task.weight / largest) for name, task in self.train.items()]
+
+    def task_of_set(self, name: str) -> str | None:
+        """Return the task of an evaluation set; None where it has none."""
+        only = next(iter(self.train)) if len(self.train) == 1 else None
+        return self.evaluation[name].task or only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

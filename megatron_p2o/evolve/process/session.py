@@ -161,7 +161,8 @@ class EvolutionSession:
 
         The other columns stay here, where answers are graded.
         """
-        question = self._config.data.question_format.format(question=problem.question)
+        asked = self._config.data.of_task(problem.task or None)
+        question = asked.question_format.format(question=problem.question)
         return replace(problem, question=question, columns={})
 
     async def _run_round(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> PublishedLibrary:

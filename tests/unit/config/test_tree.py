@@ -15,7 +15,7 @@ from megatron_p2o.config.ranges import LONGEST_WAIT_S, UNBOUNDED, Range, range_o
 from megatron_p2o.config.rules import problems_of
 from megatron_p2o.config.sections.rollout import WeightedFunctionConfig
 from megatron_p2o.config.shape import record_of
-from megatron_p2o.config.tree import REFERENCE_PRESET, Config, EvaluationSetConfig, RunConfig
+from megatron_p2o.config.tree import REFERENCE_PRESET, Config, EvaluationSetConfig, RunConfig, TaskConfig
 from megatron_p2o.testing.fakes import fake_config, with_setting
 
 
@@ -173,6 +173,7 @@ def test_a_number_beyond_its_range_is_refused_by_name(name: str) -> None:
     bounds = RANGES[name]
     assert bounds is not None
     is_mapping, config = get_origin(SETTINGS[name]) is Mapping, with_sets("NAME")
+    config = with_setting(config, ["data", "train"], {"NAME": TaskConfig(file="a.jsonl")})
     is_float = float in (SETTINGS[name], *get_args(SETTINGS[name]))
     for number in numbers_outside(bounds, is_float=is_float):
         value, shown = ({"math": number}, f"{name}.math") if is_mapping else (number, name)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, TaskConfig, one_task
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems, prompt_limit
 from megatron_p2o.interfaces import PromptTooLongError
 from megatron_p2o.testing.tiny_model import character_tokenizer
 from megatron_p2o.types import PLAIN, Completion, Problem, Template
 
-DATA = DataConfig(train="unused", question_format="Q: {question} in \\boxed{{}}")
+DATA = DataConfig(train=one_task("unused"), question_format="Q: {question} in \\boxed{{}}")
 PROBLEM = Problem(id="p1", question="1+1", answer="2")
 HINT = Template(id=3, text="\n count twice \n", parent=None)
 
@@ -259,3 +259,53 @@ def test_prompts_that_do_not_fit_the_context_are_refused_with_the_reason(
     with pytest.raises(ValueError) as refused:
         fitting_problems([PROBLEM, long], tight, skip_bad_rows=False)
     assert expected in str(refused.value)
+
+
+def test_a_system_message_comes_before_the_question_and_templates_do_not_touch_it(renderer: ChatRenderer) -> None:
+    problem = replace(PROBLEM, system_prompt="Be brief.")
+    prompt = renderer.render(problem, HINT)
+    assert text_of(renderer, prompt.training_ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ: 1+1 in \\boxed{}<|im_end|>\n"
+        "<|im_start|>assistant\n(no thoughts)\n"
+    )
+    assert text_of(renderer, prompt.sampling_ids).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\ncount twice\n\nQ: 1+1"
+    )
+    assert text_of(renderer, renderer.render(PROBLEM, PLAIN).training_ids).startswith("<|im_start|>user"), (
+        "by the problem"
+    )
+
+
+def test_a_system_message_with_control_tokens_is_refused(renderer: ChatRenderer) -> None:
+    with pytest.raises(ValueError, match=r"the system message .* holds the control token <\|im_end\|>: take it out"):
+        renderer.render(replace(PROBLEM, system_prompt="Be <|im_end|> brief."), PLAIN)
+
+
+def test_a_task_has_a_question_format_of_its_own(model: ModelConfig) -> None:
+    tasks = {"math": TaskConfig(file="m"), "code": TaskConfig(file="c", question_format="Write {question}.")}
+    renderer = ChatRenderer(model, replace(DATA, train=tasks))
+    asked = {task: renderer.user_message(replace(PROBLEM, task=task), PLAIN) for task in ("", "math", "code")}
+    assert asked == {"": "Q: 1+1 in \\boxed{}", "math": "Q: 1+1 in \\boxed{}", "code": "Write 1+1."}
+    shared = [renderer.render(replace(PROBLEM, task=task), PLAIN).training_ids.tolist() for task in ("math", "code")]
+    assert shared[0] != shared[1], "the same question of another task is another prompt"
+    bad = {"code": TaskConfig(file="c", question_format="{question} {answer}")}
+    with pytest.raises(ValueError, match=r"data\.train\.code\.question_format=.* no other field"):
+        ChatRenderer(model, replace(DATA, train=bad))
+
+
+@pytest.mark.parametrize(("opening", "opened"), [("<think>\n", "<think>"), ("<think>\n\n</think>\n\n", ""), ("", "")])
+def test_a_response_begins_with_the_thinking_that_its_prompt_opens(tmp_path: Path, opening: str, opened: str) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = THINKING_TEMPLATE.replace("(no thoughts)\n", opening)
+    tokenizer.save_pretrained(tmp_path)
+    renderer = ChatRenderer(ModelConfig(path=str(tmp_path)), DATA)
+    prompt = renderer.render(PROBLEM, PLAIN)
+    token_ids = np.asarray(renderer.tokenizer.encode("so 2", add_special_tokens=False), dtype=np.int32)
+    completion = Completion(
+        prompt=prompt,
+        token_ids=token_ids,
+        logprobs=np.zeros(len(token_ids), dtype=np.float32),
+        finish_reason="length",
+        weight_versions=(0,),
+    )
+    assert renderer.decode(completion) == f"{opened}so 2"

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_p2o.config.tree import DataConfig, ModelConfig
+from megatron_p2o.config.tree import DataConfig, ModelConfig, one_task
 from megatron_p2o.data.chat import ChatRenderer
 from megatron_p2o.data.markup import control_tokens
 from megatron_p2o.evolve.reflection.reflection import with_markup_as_text
@@ -150,7 +150,9 @@ def renderer(family: str, tmp_path_factory: pytest.TempPathFactory) -> ChatRende
 
 
 def renderer_of(directory: Path) -> ChatRenderer:
-    return ChatRenderer(ModelConfig(path=str(directory)), DataConfig(train="unused", question_format="{question}"))
+    return ChatRenderer(
+        ModelConfig(path=str(directory)), DataConfig(train=one_task("unused"), question_format="{question}")
+    )
 
 
 def asked(renderer: ChatRenderer, question: str, template: str = "") -> list[int]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_p2o.config.tree import DataConfig
+from megatron_p2o.config.tree import DataConfig, one_task
 from megatron_p2o.data.problems import load_problems, question_id
 from megatron_p2o.types import Problem
 
-DATA = DataConfig(train="unused")
-SKIPPING = DataConfig(train="unused", skip_bad_rows=True)
+DATA = DataConfig(train=one_task("unused"))
+SKIPPING = DataConfig(train=one_task("unused"), skip_bad_rows=True)
 
 
 def write_lines(directory: Path, *lines: str | bytes) -> Path:
@@ -45,14 +45,14 @@ def test_rows_become_problems_in_file_order(tmp_path: Path) -> None:
 
 def test_problems_without_gold_answers_keep_their_columns(tmp_path: Path) -> None:
     path = write_lines(tmp_path, '{"question": "q", "tests": ["assert f(1) == 2"], "answer": null}')
-    (problem,) = load_problems(path, DataConfig(train="unused", answer_field=None))
+    (problem,) = load_problems(path, DataConfig(train=one_task("unused"), answer_field=None))
     assert problem.answer is None and problem.columns["tests"] == ["assert f(1) == 2"]
     assert len({problem, problem}) == 1, "a problem can be a key"
 
 
 def test_fields_are_named_by_the_settings(tmp_path: Path) -> None:
     path = write_lines(tmp_path, '{"uid": 12, "problem": "1+1", "gold": "2", "question": "wrong", "id": "wrong"}')
-    settings = DataConfig(train="unused", id_field="uid", question_field="problem", answer_field="gold")
+    settings = DataConfig(train=one_task("unused"), id_field="uid", question_field="problem", answer_field="gold")
     (problem,) = load_problems(path, settings)
     assert (problem.id, problem.question, problem.answer) == ("12", "1+1", "2")
 
@@ -76,7 +76,10 @@ def test_row_without_an_id_is_known_by_the_hash_of_its_question(tmp_path: Path) 
         ('{"question": "q", "answer": ""}', "answer is blank"),
         ('{"question": "q", "answer": 0.1}', "answer=0.1 must be text or a whole number: put it in quotes"),
         ('{"question": "q", "answer": true}', "answer=True must be text or a whole number: put it in quotes"),
-        ('{"question": ["q"], "answer": "1"}', "question=['q'] must be text or a whole number: put it in quotes"),
+        (
+            '{"question": ["q"], "answer": "1"}',
+            "question holds 'q', must hold messages like {'role': 'user', 'content': 'text'}",
+        ),
         ('{"id": 1.5, "question": "q", "answer": "1"}', "id=1.5 must be text or a whole number: put it in quotes"),
         (b'{"question": "\xff", "answer": "1"}', "is not UTF-8 (byte 15 of the line): convert the file"),
         (row(1), "id=p1 is already the id of line 1: make ids unique"),
@@ -157,7 +160,9 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
         monkeypatch.setitem(__import__("sys").modules, module, None)
     path = tmp_path / "problems.parquet"
     path.write_bytes(b"PAR1....")
-    with pytest.raises(ValueError, match=r"problems\.parquet is a parquet file and needs .* pip install pyarrow"):
+    with pytest.raises(
+        ValueError, match=r"problems\.parquet is a parquet or Arrow file and needs .* pip install pyarrow"
+    ):
         load_problems(path, DATA)
 
 

@@ -20,6 +20,7 @@ from megatron_p2o.config.tree import (
     ParallelConfig,
     ReflectionConfig,
     RunConfig,
+    one_task,
 )
 from megatron_p2o.machine.nodes import Nodes, first_host, nodes_from_options, nodes_of_slurm
 from megatron_p2o.processes import SECRET_NAMES_VARIABLE, child_environment
@@ -49,7 +50,7 @@ def config(directory: Path, parallel: ParallelConfig = TWO_RANKS) -> Config:
     return Config(
         run=RunConfig(name="first", directory=str(directory)),
         model=ModelConfig(path="model"),
-        data=DataConfig(train="train.jsonl"),
+        data=DataConfig(train=one_task("train.jsonl")),
         parallel=parallel,
     )
 

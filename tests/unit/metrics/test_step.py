@@ -93,6 +93,21 @@ def test_rewards_are_told_apart_by_prompt_and_by_level() -> None:
     assert numbers["rollout/reward_level_hard"] == 1 / 2
 
 
+def test_every_task_has_its_numbers_and_a_single_one_none() -> None:
+    first, second = two_groups()
+    assert not [name for name in step_metrics([first, second], [], {}) if name.startswith("task/")]
+    of_tasks = [
+        replace(each, problem=replace(each.problem, task=task)) for each, task in ((first, "math"), (second, "code"))
+    ]
+    numbers = numbers_of(step_metrics(of_tasks, [], {}))
+    assert numbers["task/math/reward_mean"] == numbers_of(step_metrics([first], [], {}))["rollout/reward_mean"]
+    assert numbers["task/code/reward_mean"] == numbers_of(step_metrics([second], [], {}))["rollout/reward_mean"]
+    assert numbers["task/math/groups_count"] == numbers["task/code/groups_count"] == 1
+    alone = numbers_of(step_metrics([second], [], {}))
+    assert numbers["task/code/zero_advantage_groups_share"] == alone["rollout/zero_advantage_groups_share"]
+    assert numbers["task/code/undecided_share"] == alone["rollout/undecided_share"]
+
+
 def test_what_carries_no_gradient_and_how_completions_end_is_counted() -> None:
     numbers = numbers_of(step_metrics(two_groups(), [], {}))
     assert numbers["rollout/zero_advantage_groups_share"] == 1 / 2

@@ -69,6 +69,8 @@ def said(settings_file: Path, capsys: pytest.CaptureFixture[str], **settings: ob
 def test_nothing_wrong_is_summed_up(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout, *lines = said(settings_file, capsys).splitlines()
     assert layout.startswith("layout: tensor 1 x pipeline 1 x context 1 x data ")
+    columns = "question `question`, gold answer `answer`, id `id` or a hash of the question"
+    assert [lines.pop(0), lines.pop(0)] == [f"data.train: {columns}", f"data.evaluation.held: {columns}"]
     assert lines[0] == "train: 8 problems, 2 steps in each of 2 epochs"
     assert lines.pop(1) == "whole run: 4 steps, 72 training rollouts"
     assert lines[1] == "evaluation.held: 8 problems"
@@ -78,6 +80,16 @@ def test_nothing_wrong_is_summed_up(settings_file: Path, capsys: pytest.CaptureF
     assert lines[3] == f"longest prompt: {num_tokens} tokens, no more than the 100 that rollout.max_new_tokens=100 " + (
         "leaves of the model's 200 positions"
     )
+
+
+def test_the_mix_of_tasks_is_summed_up(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = f"[{{name: math, file: {settings_file.parent}/train.jsonl, weight: 4}}, {settings_file.parent}/held.jsonl]"
+    lines = said(settings_file, capsys, data__train=tasks).splitlines()
+    assert "train: 16 problems, 3 steps in each of 2 epochs" in lines
+    assert [line for line in lines if "an epoch asks" in line] == [
+        "data.train.math: an epoch asks 8 of 8 problems",
+        "data.train.held: an epoch asks 2 of 8 problems",
+    ]
 
 
 @pytest.mark.parametrize("name", ["train", "held"])

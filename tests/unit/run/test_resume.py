@@ -10,7 +10,7 @@ import pytest
 
 from megatron_p2o.config.read import load_config
 from megatron_p2o.config.source import annotation_at, is_section
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, one_task
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer
 from megatron_p2o.evolve.record.library import PublishedLibrary
@@ -198,6 +198,28 @@ def test_what_orders_an_epoch_is_refused_in_its_middle_and_counts_between_two(
     assert any("from epoch 1 on" in str(change) for change in over.changes)
 
 
+def test_another_mix_of_tasks_is_refused_in_the_middle_of_an_epoch(tmp_path: Path, model: Path) -> None:
+    write_problems(tmp_path / "a.jsonl", PROBLEMS[:16])
+    write_problems(tmp_path / "b.jsonl", PROBLEMS[16:])
+    problems = [replace(each, task="a" if index < 16 else "b") for index, each in enumerate(PROBLEMS)]
+    files = [f"data.train={{a: {tmp_path}/a.jsonl, b: {{file: {tmp_path}/b.jsonl, weight: 0.5}}}}"]
+    before = made_with(config_of(tmp_path, model, *files), problems)
+    assert before.mix == [(16, 1.0), (8, 0.5)]
+
+    def resumed(at: RunState, *overrides: str) -> Resumption:
+        return resumption(before, made_with(config_of(tmp_path, model, *files, *overrides), problems), at, tmp_path)
+
+    assert resumed(state(1, 1)) == Resumption(batch=1, changes=[])
+    assert resumed(state(1, 1), "data.train.a.weight=2", "data.train.b.weight=1").batch == 1, "the same mix"
+    assert resumed(state(1, 1), "data.train.b.question_format=x{question}").changes[0].when == "from step 2 on"
+    with pytest.raises(
+        ResumeRefused, match=r"tasks of data\.train .* \(8, 0\.5\).* -> .*\(8, 1\.0\).*after 1 of 2 batches"
+    ):
+        resumed(state(1, 1), "data.train.b.weight=1")
+    assert resumed(state(2, 0, epoch=1), "data.train.b.weight=1").batch == 0
+    assert resumed(state(2, 2), "data.train.b.weight=1").batch == 3, "no batch of the epoch is left to ask"
+
+
 @pytest.mark.parametrize(("size", "batch"), [(4, 4), (16, 1), (2, 8)])
 def test_a_step_of_another_size_goes_on_with_the_problems_that_were_not_asked(
     tmp_path: Path, model: Path, size: int, batch: int
@@ -299,7 +321,7 @@ def test_a_chat_template_under_which_prompts_grow_too_long_is_refused_before_the
     longer = [problem(f"p{number}" + "+1" * (number % 8)) for number in range(24)]
     write_problems(tmp_path / "train.jsonl", longer)
     model = write_tiny_qwen3(tmp_path / "model")
-    renderer = ChatRenderer(ModelConfig(path=str(model)), DataConfig(train="", question_format="{question}"))
+    renderer = ChatRenderer(ModelConfig(path=str(model)), DataConfig(train=one_task(""), question_format="{question}"))
     limit = max(len(renderer.render(each, PLAIN).training_ids) for each in longer)
     limits = ("data.skip_bad_rows=true", f"data.max_prompt_tokens={limit}", 'data.question_format="{question}"')
     config = config_of(tmp_path, model, *limits)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_p2o.config.tree import DataConfig
+from megatron_p2o.config.tree import DataConfig, one_task
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.data.published.origin import NOT_STATED, origin_of
 from megatron_p2o.data.published.sources import DEEPMATH
@@ -114,7 +114,7 @@ def test_deepscaler_becomes_the_papers_problems_with_their_provenance(
     held_out, rest = paper_numbers(200, 20)
     assert numbers(out / "test.jsonl") == held_out
     assert numbers(out / "train.jsonl") == rest[:60]
-    problems = load_problems(out / "train.jsonl", DataConfig(train="unused"))
+    problems = load_problems(out / "train.jsonl", DataConfig(train=one_task("unused")))
     assert replace(problems[0], columns={}) == Problem(
         id=f"deepscaler-{rest[0]:06d}", question=question(rest[0]), answer=str(rest[0]), source="deepscaler"
     )
@@ -397,7 +397,7 @@ def test_evaluation_sets_of_every_published_schema(tool: Callable[..., int], tmp
         rows = read_lines(out / f"{name}.jsonl")
         assert rows == [blank | expected, blank | expected | {"id": f"{name}-000001"}]
         assert manifest(out / f"{name}.manifest.json")["rows"]["repeated"] == 1
-        assert len(load_problems(out / f"{name}.jsonl", DataConfig(train="unused"))) == 2
+        assert len(load_problems(out / f"{name}.jsonl", DataConfig(train=one_task("unused")))) == 2
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert tool("eval", "--out", out, *pairs) == 0
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
@@ -464,7 +464,7 @@ def test_parquet_holds_the_same_problems(tool: Callable[..., int], tmp_path: Pat
     download = write_array(tmp_path / "rows.json", scaler_rows(200))
     assert prepare_scaler(tool, download, tmp_path / "lines") == 0
     assert prepare_scaler(tool, download, tmp_path / "parquet", "--format", "parquet") == 0
-    settings = DataConfig(train="unused")
+    settings = DataConfig(train=one_task("unused"))
     expected = load_problems(tmp_path / "lines" / "train.jsonl", settings)
     assert load_problems(tmp_path / "parquet" / "train.parquet", settings) == expected
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import pytest
 
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
 from megatron_p2o.rollout.inside_sglang.launcher import ServerField, argument_problems
 from megatron_p2o.rollout.servers.client import parse_generation
 from megatron_p2o.rollout.servers.scratch import Scratch
@@ -28,7 +28,7 @@ def config_with(sglang: dict | None = None, **rollout) -> Config:
     return Config(
         run=RunConfig(name="test", seed=10),
         model=ModelConfig(path="/models/policy", dtype="float32"),
-        data=DataConfig(train="train.jsonl"),
+        data=DataConfig(train=one_task("train.jsonl")),
         rollout=RolloutConfig(**rollout),
         sglang=sglang or {},
     )

@@ -1,0 +1,148 @@
+"""Which columns of a row hold question, gold answer and identifier, in the schemas that data sets are published in.
+
+{"question": ..., "answer": ...}                                       the plain one
+{"question": ..., "answer": "... #### 72"}                             GSM8K
+{"messages": [{"role": "user", "content": ...}, ...], "answer": ...}   a conversation
+{"prompt": [{"role": "user", ...}], "reward_model": {"ground_truth": ...}, "extra_info": {...}}   verl, DAPO
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_p2o.config.tree import DataConfig
+from megatron_p2o.data.raw_rows import BadRowError, encodable, parsed, raw_rows
+
+AUTO = "auto"
+"""Value of `data.question_field` and `data.answer_field`: the first of these that the first row has."""
+
+QUESTION_FIELDS = ("question", "problem", "prompt", "messages")
+
+ANSWER_FIELDS = ("answer", "final_answer", "reward_model.ground_truth")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """The columns of one file, by name; a dot leads into a nested one."""
+
+    id: str
+    question: str
+    answer: str | None
+    """None: the problems have no gold answer."""
+
+    def __str__(self) -> str:
+        answer = "none" if self.answer is None else f"`{self.answer}`"
+        return f"question `{self.question}`, gold answer {answer}, id `{self.id}` or a hash of the question"
+
+
+def columns_of(path: Path, data: DataConfig) -> Columns:
+    """Return the columns that are taken of a file: those that are set, and by its first good row where it says `auto`.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    first: Mapping[str, object] = {}
+    if AUTO in (data.question_field, data.answer_field):
+        for _, raw_row in raw_rows(path):
+            try:
+                first = parsed(raw_row)
+                break
+            except BadRowError:
+                continue
+    return Columns(
+        id=data.id_field,
+        question=_found(first, QUESTION_FIELDS) if data.question_field == AUTO else data.question_field,
+        answer=_found(first, ANSWER_FIELDS) if data.answer_field == AUTO else data.answer_field or None,
+    )
+
+
+def _found(row: Mapping[str, object], names: Sequence[str]) -> str:
+    return next((name for name in names if value_at(row, name) is not None), names[0])
+
+
+def value_at(row: Mapping[str, object], name: str) -> object:
+    """Return the value of a column: of that very name, or with dots that lead into mappings; None without one.
+
+    A cell that holds JSON text, as in CSV, is read where a dot leads into it.
+    """
+    if name in row:
+        return row[name]
+    value: object = row
+    for part in name.split("."):
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                return None
+        if not isinstance(value, Mapping):
+            return None
+        value = cast(Mapping[str, object], value).get(part)
+    return value
+
+
+def text_at(row: Mapping[str, object], name: str, setting: str) -> str:
+    """Return a required column as text; whole numbers count as text.
+
+    Raises:
+        BadRowError: there is none.
+    """
+    value = value_at(row, name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None:
+        raise BadRowError(f"has no {name!r} ({setting}); its fields are {', '.join(map(str, row)) or 'none'}")
+    if not isinstance(value, str):
+        raise BadRowError(f"{name}={value!r:.80} must be text or a whole number: put it in quotes")
+    if not value.strip():
+        raise BadRowError(f"{name} is blank")
+    return encodable(value, name)
+
+
+def asked_at(row: Mapping[str, object], name: str) -> tuple[str, str]:
+    """Return system message ("" for none) and question of a row: a text, or a conversation.
+
+    Raises:
+        BadRowError: there is no question, or more than one.
+    """
+    value = value_at(row, name)
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        value = _conversation_in(value)
+    if not isinstance(value, list):
+        return "", text_at(row, name, "data.question_field")
+    messages = [_message(item, name) for item in cast(list[object], value)]
+    systems = [content for role, content in messages if role in ("system", "developer")]
+    questions = [content for role, content in messages if role == "user"]
+    if len(questions) != 1 or len(systems) > 1:
+        raise BadRowError(
+            f"{name} holds {len(questions)} user and {len(systems)} system messages, must hold one question and at "
+            "most one system message: cut the conversation"
+        )
+    if not questions[0].strip():
+        raise BadRowError(f"{name} asks nothing: its user message is blank")
+    return encodable(systems[0], name) if systems else "", encodable(questions[0], name)
+
+
+def _conversation_in(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _message(item: object, name: str) -> tuple[str, str]:
+    """Return role and text of a message; its content is text, or a list of parts that are text."""
+    message = cast(Mapping[str, Any], item) if isinstance(item, Mapping) else {}
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):
+        content = _text_of(cast(list[Any], content))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise BadRowError(f"{name} holds {item!r:.80}, must hold messages like {{'role': 'user', 'content': 'text'}}")
+    return role, content
+
+
+def _text_of(parts: list[Any]) -> str | None:
+    """Return the text of a message's parts; None where one is no text."""
+    texts: list[Any] = [cast(Any, part).get("text") if isinstance(part, Mapping) else part for part in parts]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None

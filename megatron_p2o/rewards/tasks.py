@@ -1,0 +1,52 @@
+"""Grades the problems of several tasks, each by the reward of its own."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+
+from megatron_p2o.config.tree import Config, GradingConfig
+from megatron_p2o.rewards.math.grader import MathGrader
+from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.types import FinishReason, Grade, Problem
+
+
+def grading_of(config: Config, task: str) -> GradingConfig:
+    """Return how the answers to a task's problems are graded; "" for problems of no task."""
+    own = config.data.train[task].grading if task else None
+    return own or config.grading
+
+
+class TaskGrader:
+    """The `Grader` of a run: hands each problem to the grader of its task. Tasks that are graded alike share one."""
+
+    def __init__(self, config: Config, make: Callable[[GradingConfig], MathGrader] = make_grader) -> None:
+        """Start the graders, each by `make`; the caller closes them. Raises as `make_grader`."""
+        gradings = {task: grading_of(config, task) for task in ("", *config.data.train)}
+        used = [gradings[task] for task in _tasks_in_use(config)]
+        distinct = [grading for index, grading in enumerate(used) if grading not in used[:index]]
+        self._graders = [make(grading) for grading in distinct]
+        self._of_task: Mapping[str, int] = {
+            task: distinct.index(grading) for task, grading in gradings.items() if grading in distinct
+        }
+
+    def submit(self, problem: Problem, text: str, finish_reason: FinishReason) -> "Future[Grade]":
+        return self._graders[self._of_task[problem.task]].submit(problem, text, finish_reason)
+
+    def check(self) -> None:
+        """Have every grader decide a known answer. Raises when one cannot grade anything."""
+        for grader in self._graders:
+            grader.check()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        return [process_id for grader in self._graders for process_id in grader.worker_pids]
+
+    def close(self) -> None:
+        """End all workers; what they have not answered is undecided."""
+        for grader in self._graders:
+            grader.close()
+
+
+def _tasks_in_use(config: Config) -> list[str]:
+    """Return the tasks of all problems that may be graded; "" for evaluation sets of none."""
+    of_sets = [config.data.task_of_set(name) or "" for name in config.data.evaluation]
+    return list(dict.fromkeys([*config.data.train, *of_sets]))
