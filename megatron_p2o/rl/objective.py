@@ -18,9 +18,9 @@ The loss and its gradient are computed by `p2o_kernels.linear_policy_loss` toget
 is `p2o_kernels/policy_loss/reference.py`. This module has its inputs and its statistics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import assert_never
+from typing import Literal, assert_never
 
 import numpy as np
 import torch
@@ -100,6 +100,10 @@ def compares_with_sampling(context: Context) -> bool:
             assert_never(context)
 
 
+_LOSS_ESTIMATORS: Mapping[str, Literal["k2", "k3"]] = {"k1": "k3", "k2": "k2", "k3": "k3"}
+"""By `objective.kl_estimator`; k1 is for rewards alone, and a loss of that rule has no KL term."""
+
+
 def loss_rule(objective: ObjectiveConfig) -> LossRule:
     """Return the settings of the token loss as the fused kernels take them."""
     return LossRule(
@@ -113,13 +117,19 @@ def loss_rule(objective: ObjectiveConfig) -> LossRule:
         ratio_form=objective.ratio_form,
         entropy_coefficient=objective.entropy_coefficient,
         kl_coefficient=objective.kl_coefficient if has_kl_loss(objective) else 0.0,
-        kl_estimator="k2" if objective.kl_estimator == "k2" else "k3",
+        kl_estimator=_LOSS_ESTIMATORS[objective.kl_estimator],
     )
 
 
 def has_kl_loss(objective: ObjectiveConfig) -> bool:
     """Whether the tokens' losses have a KL term, and the samples need the initial policy's log-probs."""
-    return objective.kl_coefficient > 0 and objective.kl_as == "loss"
+    match objective.kl_as:
+        case "loss":
+            return objective.kl_coefficient > 0
+        case "reward":
+            return False
+        case _:
+            assert_never(objective.kl_as)
 
 
 def has_loss(sample: TrainSample, objective: ObjectiveConfig) -> bool:

@@ -44,7 +44,13 @@ def shaped(
 
 def has_kl_reward(objective: ObjectiveConfig) -> bool:
     """Whether the KL term is part of the reward."""
-    return objective.kl_coefficient > 0 and objective.kl_as == "reward"
+    match objective.kl_as:
+        case "reward":
+            return objective.kl_coefficient > 0
+        case "loss":
+            return False
+        case _:
+            assert_never(objective.kl_as)
 
 
 def overlong_penalty(num_tokens: int, overlong_tokens: int, max_new_tokens: int) -> float:

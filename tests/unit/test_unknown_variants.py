@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,7 +36,8 @@ from megatron_p2o.policy.training.forward import Denominator
 from megatron_p2o.policy.training.optimizer import Optimization
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import hard_problems
-from megatron_p2o.rl.objective import compares_with_sampling, with_length_weights, zero_stats
+from megatron_p2o.rl.objective import compares_with_sampling, has_kl_loss, loss_rule, with_length_weights, zero_stats
+from megatron_p2o.rl.shaping import has_kl_reward, kl_sum
 from megatron_p2o.rollout.refresh.outlet import uses_devices
 from megatron_p2o.run.observe.alarms import MISMATCH, MismatchWatch
 from megatron_p2o.run.observe.evaluations import BestSoFar
@@ -44,6 +46,7 @@ from p2o_kernels.lm_head.path import HeadOptions
 from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, context_weighted, token_losses_torch
 
 UNKNOWN: Any = "median_of_means"
+ONE = np.zeros(1, np.float32)
 SIBLINGS = [fake_rollout(fake_problem(1), reward=reward) for reward in (1.0, 0.0)]
 GROUPS = make_groups([SIBLINGS], AdvantageConfig(), [0.5])
 WITH_ENGINE = Capabilities(has_cuda=False, flash_attn_problem=None, transformer_engine_problem=None)
@@ -110,6 +113,14 @@ USES: dict[str, list[Callable[[Any], object]]] = {
     "objective.ratio_form": [context_weights],
     "objective.surrogate": [lambda value: token_losses_torch(LossRule(surrogate=value), torch.ones(1), TOKENS)],
     "objective.normalization": [lambda value: contribution(normalization=value), normalized],
+    "objective.kl_as": [
+        lambda value: has_kl_loss(ObjectiveConfig(kl_as=value)),
+        lambda value: has_kl_reward(ObjectiveConfig(kl_as=value)),
+    ],
+    "objective.kl_estimator": [
+        lambda value: loss_rule(ObjectiveConfig(kl_estimator=value)),
+        lambda value: kl_sum(ONE, ONE, ObjectiveConfig(kl_estimator=value)),
+    ],
     "optimizer.lr_decay": [learning_rate],
     "head.kernel": [lambda value: HeadOptions(kernel=value)],
     "head.weight_grad": [lambda value: HeadOptions(weight_grad=value)],
