@@ -134,7 +134,7 @@ def _train(options: argparse.Namespace) -> int:
     config = _checked_config(options.config, options.overrides)
     if options.dry_run:
         # Imported here: it loads Megatron, which takes seconds that no other command needs.
-        from megatron_p2o.run.train import dry_run
+        from megatron_p2o.run.dry_run import dry_run
 
         dry_run(config)
         return 0

@@ -1,6 +1,6 @@
-"""One rank of a run: build the parts, resume, train, close. Started by torchrun as `-m megatron_p2o.run.train CONFIG`.
+"""One rank of a run, started by torchrun as `-m megatron_p2o.run.train CONFIG`.
 
-Rank 0 conducts. The other ranks serve its policy's calls until it is done.
+Rank 0 conducts: a run (`conductor`), or an evaluation. The other ranks serve its policy's calls until it is done.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_p2o.config.read import load_config, with_template_date
+from megatron_p2o.config.read import load_config
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import chat_renderer
 from megatron_p2o.data.tasks import column_lines
@@ -25,31 +25,18 @@ from megatron_p2o.evaluation.benchmark import (
     open_benchmarks,
     write_results,
 )
-from megatron_p2o.machine.layout import layout_line, num_gpus_here, with_layout
-from megatron_p2o.machine.memory.here import planned_memory, with_planned_cache
-from megatron_p2o.machine.nodes import nodes_of_slurm
-from megatron_p2o.policy.model.layer_choice import machine_capabilities
+from megatron_p2o.machine.memory.here import with_planned_cache
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
-from megatron_p2o.policy.training.settings import (
-    check_values,
-    check_weights,
-    machine_problems,
-    megatron_summary,
-    policy_settings,
-)
 from megatron_p2o.processes import end_with_parent, exit_on_signal
 from megatron_p2o.rewards.tasks import TaskGrader
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.refresh.outlet import open_outlet
 from megatron_p2o.rollout.servers.remote import meet_daemons
-from megatron_p2o.rollout.servers.server import EngineStartFailed
-from megatron_p2o.rollout.servers.server_arguments import check_arguments
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.run.conductor import conduct
-from megatron_p2o.run.inputs import load_inputs, summary_of
+from megatron_p2o.run.inputs import load_inputs
 from megatron_p2o.run.parts import StartEngines
 from megatron_p2o.run.ranks.rank_errors import report_error
-from megatron_p2o.run.resume import check_resume
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
 from megatron_p2o.run_folder.state import STATE_FILE, read_state
 from megatron_p2o.terminal import say, set_up_logging
@@ -128,43 +115,6 @@ def evaluate_checkpoint(
         engines.refresh(policy.weights(), version=step)
         answer(benchmarks, SamplingParts(engines=engines, grader=grader, renderer=renderer), config)
     write_results(benchmarks, subject, config, output)
-
-
-def dry_run(config: Config) -> None:
-    """Read everything a run would read and print what was found. Starts nothing.
-
-    Raises:
-        ValueError: a file, a row, a prompt or a setting of policy or engines is bad; the message names it.
-    """
-    given, nodes, problems = config.parallel, nodes_of_slurm(os.environ), list[str]()
-    num_nodes = nodes.count if nodes else 1
-    try:
-        config = with_layout(config, num_nodes)
-        say(layout_line(given, config.parallel, num_nodes, num_gpus_here()))
-    except ValueError as error:
-        problems.append(str(error))
-    settings = policy_settings(config)
-    check_weights(config, settings)
-    check_values(config)
-    for line in summary_of(config, load_inputs(config)):
-        say(line)
-    say(f"megatron: {megatron_summary(config)}")
-    dated = with_template_date(config, config.run.folder / "config.yaml")
-    resumed = check_resume(dated, config.run.folder)
-    for change in resumed.changes if resumed else ():
-        say(f"changed since the checkpoint: {change}")
-    problems += machine_problems(config, settings, machine_capabilities())
-    try:
-        check_arguments(config)
-    except EngineStartFailed as error:
-        problems.append(str(error))
-    try:
-        for line in planned_memory(config):
-            say(line)
-    except ValueError as error:
-        problems.append(str(error))
-    for problem in problems:
-        say(f"not on this machine: {problem}")
 
 
 if __name__ == "__main__":
