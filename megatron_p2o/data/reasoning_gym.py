@@ -87,7 +87,9 @@ def row(dataset: Any, index: int, task: str, seed: int, settings: Mapping[str, A
     except TypeError as error:
         raise ValueError(f"a problem of {task} cannot be written as JSON ({error}): no file can hold it") from error
     if kept["answer"] is not None and dataset.score_answer(kept["answer"], kept) != 1:
-        raise ValueError(f"the own answer to a problem of {task} scores less than 1 when it is read from a file")
+        raise ValueError(
+            f"the library's own answer to a problem of {task} scores less than 1 when it is read from a file"
+        )
     return {
         "id": f"{task}-{seed}-{index}",
         "question": kept["question"],

@@ -54,7 +54,10 @@ def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> JsonObject:
         if first["decided_by_problem"][key] and (num_second := second["decided_by_problem"][key])
     ]
     if not counts:
-        raise ValueError("no problem has an answer with a verdict in both: run the two evaluations again, which go on")
+        raise ValueError(
+            "no problem has an answer with a verdict in both evaluations: run both again; they continue where they "
+            "stopped"
+        )
     # Over a common denominator, so that equal averages give exactly 0.
     differences = [(b * num_a - a * num_b) / (num_a * num_b) for a, num_a, b, num_b in counts]
     num_better, num_worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
@@ -85,7 +88,7 @@ def _sets_in(folder: Path) -> Mapping[str, Any]:
     if not all(isinstance(outcome.get("decided_by_problem"), dict) for outcome in sets.values()):
         raise ValueError(
             f"{folder / 'results.json'} does not say how many answers to a problem have a verdict: run its `p2o eval` "
-            "again, which keeps the answers"
+            "again; it keeps the answers"
         )
     return sets
 

@@ -77,7 +77,7 @@ def allow_connections(rollout: RolloutConfig) -> None:
     if num_files < num_requests + SPARE_FILES:
         logger.warning(
             "this machine lets a process open %d files, rollout.num_engines x rollout.max_running_requests keep %d "
-            "requests on their way: raise the hard limit (ulimit -Hn) or lower rollout.max_running_requests",
+            "requests open: raise the hard limit (ulimit -Hn) or lower rollout.max_running_requests",
             num_files,
             num_requests,
         )

@@ -195,7 +195,9 @@ def resumed_library(run_dir: Path, version: int, group_size: int) -> PublishedLi
     if version == 0:
         return EMPTY_LIBRARY
     if not path.exists():
-        logger.warning("%s is gone: everything is asked plainly until the next round of prompt evolution", path)
+        logger.warning(
+            "%s is missing: problems are asked without templates until the next round of prompt evolution", path
+        )
         return PublishedLibrary(version=version)
     try:
         library = load_library(path)
@@ -206,7 +208,8 @@ def resumed_library(run_dir: Path, version: int, group_size: int) -> PublishedLi
         size = next(iter(other.values()))
         raise ResumeRefused(
             f"rollout.group_size={group_size} but {path} gives {len(other)} problems {size} templates each, one per "
-            f"rollout: set rollout.group_size={size}, or move that file away: the run then asks plainly until the next "
+            f"rollout: set rollout.group_size={size}, or move that file away: problems are then asked without "
+            "templates until the next "
             "round of prompt evolution"
         )
     return library

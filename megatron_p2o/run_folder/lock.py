@@ -42,8 +42,8 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
             file.seek(0)
             raise ValueError(
                 f"{run_dir} is in use by {file.read().strip() or 'another process'}: wait until that has ended, touch "
-                f"{run_dir}/stop to have training save and end, or choose another run.name (p2o eval: --output). If it "
-                f"is gone and its machine never said so, remove {path}"
+                f"{run_dir}/stop to have training save and end, or choose another run.name (p2o eval: --output). If "
+                f"it no longer exists and its machine did not release the lock, remove {path}"
             )
         with naming(path):
             file.truncate(0)

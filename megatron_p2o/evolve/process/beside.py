@@ -69,6 +69,8 @@ class BesideTraining:
         self._round = None
         error = current.library.exception()
         if error is not None:
-            logger.warning("evolution.lost: round %d: %s; going on with what there is", current.running.epoch, error)
+            logger.warning(
+                "evolution.lost: round %d: %s; continuing with the current library", current.running.epoch, error
+            )
             return library
         return current.library.result()

@@ -97,7 +97,7 @@ def open_journal(path: Path, fingerprint: str, notify: Callable[[str], None]) ->
     except ForeignJournal as error:
         aside = free_name(path, "superseded")
         path.rename(aside)
-        notify(f"{error}; it is kept as {aside.name} and the round starts afresh")
+        notify(f"{error}; it is kept as {aside.name} and the round starts again")
     journal = Journal(path)
     if journal.damage:
         notify(journal.damage)

@@ -115,7 +115,8 @@ class EvolutionSession:
                 raise RoundInterrupted(f"round {epoch} goes on when the run is resumed")
             if time.monotonic() > deadline:
                 logger.warning(
-                    "evolution.stuck: the session's thread is blocked, perhaps in `submit_trial`; asking plainly"
+                    "evolution.stuck: the session's thread is blocked, perhaps in `submit_trial`; problems are asked "
+                    "without templates"
                 )
                 return PublishedLibrary(version=library.version + 1)
         return running.result()
@@ -260,7 +261,9 @@ class EvolutionSession:
             library.save(self._run_dir)
             logger.warning("evolution.salvaged: %d templates from the journal", len(library.templates))
         except (ForeignJournal, ValueError, OSError) as error:
-            logger.warning("evolution.nothing_left: round %d: %s; asking plainly", spec.epoch, error)
+            logger.warning(
+                "evolution.nothing_left: round %d: %s; problems are asked without templates", spec.epoch, error
+            )
             return self._nothing(spec, "service_lost")
         return library, stats
 

@@ -65,7 +65,9 @@ def library_path(run_dir: Path, version: int) -> Path:
     return run_dir / "templates" / f"library-{version}.json"
 
 
-WAYS_OUT = "restore it, or move it away: a run that resumes then asks plainly until the next round of prompt evolution"
+WAYS_OUT = (
+    "restore it, or move it away: a resumed run then asks without templates until the next round of prompt evolution"
+)
 """What to do with a damaged library, for messages."""
 
 

@@ -80,4 +80,4 @@ def check_endpoint(config: Config, environment: Mapping[str, str]) -> None:
     message = f"evolution.reflection: {trouble.reason}"
     if not trouble.is_passing and not has_checkpoint(config.run):
         raise ValueError(f"{message}: {REMEDY}")
-    logger.warning("%s; rounds that meet this find no templates: %s", message, REMEDY)
+    logger.warning("%s; while this lasts, rounds of evolution find no templates: %s", message, REMEDY)

@@ -46,7 +46,10 @@ def build_policy(config: Config, capabilities: Capabilities | None = None) -> "M
         ValueError: the configuration does not fit the model, the number of processes or what is installed.
     """
     if config.model.dtype == "float32" and torch.cuda.is_available():
-        raise ValueError("model.dtype=float32 is for machines without CUDA, whose attention needs bfloat16: set that")
+        raise ValueError(
+            "model.dtype=float32 works only without CUDA, because attention on a GPU needs bfloat16: set "
+            "model.dtype=bfloat16"
+        )
     ranks = initialize_parallel(config.parallel, config.run.seed)
     with cuda_stand_ins():
         shard = PolicyShard(config, ranks, capabilities or machine_capabilities())

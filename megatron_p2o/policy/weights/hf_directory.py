@@ -136,7 +136,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole file of safetensors ({error}): download it again") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): download it again") from error
 
 
 def _is_file_name(name: object) -> bool:

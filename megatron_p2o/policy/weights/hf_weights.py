@@ -146,8 +146,8 @@ def check_finite(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     broken = [name for name, is_finite in zip(tensors, are_finite, strict=True) if not is_finite]
     if broken:
         raise ValueError(
-            f"model.path={directory}: {first_of(broken)} must be finite and holds NaN or infinite values: take a copy "
-            "of the model that is whole"
+            f"model.path={directory}: {first_of(broken)} must be finite and holds NaN or infinite values: use an "
+            "intact copy of the model"
         )
 
 

@@ -120,7 +120,7 @@ def driver_values(call: str, answer: tuple[Any, ...]) -> Any:
     """Return what a call of the driver gave, or raise `RuntimeError` with the setting that does without it."""
     error, *values = answer
     if int(error) != 0:
-        raise RuntimeError(f"{call}: {error!r}; rollout.weight_transfer=host does without memory shared on a GPU")
+        raise RuntimeError(f"{call}: {error!r}; rollout.weight_transfer=host works without shared GPU memory")
     return values[0] if values else None
 
 

@@ -221,7 +221,7 @@ def take_address(folder: Path, name: str, deadline: float) -> DaemonAddress:
     path = folder / name
     while not path.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{path}, written by another node, is not to be seen here: do all nodes share {folder}?")
+            raise TimeoutError(f"{path}, written by another node, cannot be seen here: do all nodes share {folder}?")
         os.listdir(folder)  # has a network filesystem look again
         time.sleep(READY_POLL_S)
     address = from_text(DaemonAddress, path.read_bytes())

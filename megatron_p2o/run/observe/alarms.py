@@ -161,7 +161,7 @@ def warn_of_skipped_updates(step: int, reports: Sequence[UpdateReport]) -> None:
     num_skipped = sum(report.outcome == "non_finite" for report in reports)
     if num_skipped:
         logger.warning(
-            "step %d: the gradient of %d of %d updates was not finite, their rollouts were not learnt from: lower "
+            "step %d: the gradient of %d of %d updates was not finite, their rollouts were not trained on: lower "
             "optimizer.lr, or go back to an earlier checkpoint",
             *(step, num_skipped, len(reports)),
         )
@@ -196,7 +196,7 @@ def warn_of_undecided(step: int, metrics: Mapping[str, MetricValue], alarm: floa
 def warn_of_a_skipped_round(epoch: int, num_hard: int, min_problems: int) -> None:
     """Say that no prompts evolve after an epoch, numbered from 1, and what would change that."""
     logger.warning(
-        "epoch %d: no prompts evolve, every problem is asked plainly: %d problems are hard, fewer than "
+        "epoch %d: no prompts evolve, all problems are asked without templates: %d problems are hard, fewer than "
         "hard.min_problems=%d: lower it, or raise hard.max_solved, if that is not because the others are solved",
         *(epoch, num_hard, min_problems),
     )

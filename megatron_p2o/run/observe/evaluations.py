@@ -37,7 +37,7 @@ class Evaluations:
             try:
                 outcome[name] = evaluate(name, problems, self._parts, self._config, template)
             except NothingDecided as error:
-                logger.warning("evaluation of %s at step %d: %s: it has no outcome", prefix + name, state.step, error)
+                logger.warning("evaluation of %s at step %d: %s: it has no result", prefix + name, state.step, error)
         self._log.take_phases()  # they are not of a step
         metrics = evaluation_metrics({prefix + name: each for name, each in outcome.items()})
         self._log.write(state, metrics)

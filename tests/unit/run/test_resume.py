@@ -287,7 +287,7 @@ def test_a_library_that_was_moved_away_as_advised_leaves_plain_prompts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert resumed_library(tmp_path, 2, group_size=6) == PublishedLibrary(version=2)
-    assert "library-2.json is gone: everything is asked plainly" in caplog.text
+    assert "library-2.json is missing: problems are asked without templates" in caplog.text
     assert resumed_library(tmp_path, 0, group_size=6).version == 0
 
 

@@ -94,7 +94,7 @@ def test_endpoint_that_is_busy_is_a_warning(tmp_path: Path, caplog: pytest.LogCa
         check_endpoint(run_of(tmp_path, config), ENVIRONMENT)
         assert len(bodies) == 2, "it is asked twice"
         (finding,) = examine_endpoint(run_of(tmp_path, config), ENVIRONMENT)
-    assert "status 503" in caplog.text and "rounds that meet this find no templates" in caplog.text
+    assert "status 503" in caplog.text and "while this lasts, rounds of evolution find no templates" in caplog.text
     assert not finding.is_missing and "overloaded" in finding.finding
 
 

@@ -215,7 +215,8 @@ def test_a_round_that_is_skipped_for_want_of_hard_problems_is_warned_of_and_coun
     assert numbers["hard/set_size"] == num_hard
     assert numbers.get("evolution/skipped_rounds_count") == expected
     said = (
-        "epoch 1: no prompts evolve, every problem is asked plainly: 9 problems are hard, fewer than hard.min_problems="
+        "epoch 1: no prompts evolve, all problems are asked without templates: 9 problems are hard, fewer than "
+        "hard.min_problems="
     )
     assert (said in caplog.text) == (expected == 1)
 

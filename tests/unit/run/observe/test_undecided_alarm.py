@@ -79,7 +79,7 @@ def test_an_evaluation_without_any_verdict_is_warned_of_and_is_no_zero(
 
     with caplog.at_level(logging.WARNING):
         evaluate_after_a_step("?")
-    assert "evaluation of aime at step 1: none of 80 answers has a verdict: it has no outcome" in caplog.text
+    assert "evaluation of aime at step 1: none of 80 answers has a verdict: it has no result" in caplog.text
     assert not any(key.startswith("eval/") for name, metrics in written if name == "metrics" for key in metrics)
     evaluate_after_a_step("no")
     assert numbers_of([metrics for name, metrics in written if name == "metrics"][-1])["eval/aime/avg"] == 0.0
