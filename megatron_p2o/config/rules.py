@@ -46,13 +46,14 @@ def _sampling_rules(config: Config) -> list[Rule]:
 
 
 def _grading_rules(config: Config) -> list[Rule]:
-    grading = config.grading
+    of_tasks = {f"data.train.{name}.grading": task.grading for name, task in config.data.train.items() if task.grading}
     return [
         (
             not grading.functions or (grading.function == "math" and not grading.arguments),
-            "grading.functions takes the place of grading.function and grading.arguments: set it alone, with the "
+            f"{name}.functions takes the place of {name}.function and {name}.arguments: set it alone, with the "
             "arguments of each function below its name",
-        ),
+        )
+        for name, grading in {"grading": config.grading, **of_tasks}.items()
     ]
 
 

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from megatron_p2o.config.tree import Config, GradingConfig
-from megatron_p2o.rewards.math.grader import MathGrader
-from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rewards.registry import RunGrader, make_grader
 from megatron_p2o.types import FinishReason, Grade, Problem
 
 
@@ -18,7 +17,7 @@ def grading_of(config: Config, task: str) -> GradingConfig:
 class TaskGrader:
     """The `Grader` of a run: hands each problem to the grader of its task. Tasks that are graded alike share one."""
 
-    def __init__(self, config: Config, make: Callable[[GradingConfig], MathGrader] = make_grader) -> None:
+    def __init__(self, config: Config, make: Callable[[GradingConfig], RunGrader] = make_grader) -> None:
         """Start the graders, each by `make`; the caller closes them. Raises as `make_grader`."""
         gradings = {task: grading_of(config, task) for task in ("", *config.data.train)}
         used = [gradings[task] for task in _tasks_in_use(config)]
@@ -44,6 +43,18 @@ class TaskGrader:
         """End all workers; what they have not answered is undecided."""
         for grader in self._graders:
             grader.close()
+
+
+def rewards_line(config: Config) -> str:
+    """Return the reward functions of a run: "math", or "math: exact, code: 2 python + 1 regex" of several tasks."""
+    named = {task: _names_of(grading_of(config, task)) for task in _tasks_in_use(config)}
+    if len(set(named.values())) == 1:
+        return next(iter(named.values()))
+    return ", ".join(f"{task or 'other evaluation sets'}: {names}" for task, names in named.items())
+
+
+def _names_of(grading: GradingConfig) -> str:
+    return " + ".join(f"{each.weight:g} {name}" for name, each in grading.functions.items()) or grading.function
 
 
 def _tasks_in_use(config: Config) -> list[str]:

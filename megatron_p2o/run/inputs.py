@@ -12,7 +12,7 @@ from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_prob
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics import sinks
-from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rewards.tasks import TaskGrader, rewards_line
 from megatron_p2o.types import PLAIN, Problem, TokenIds
 
 
@@ -87,13 +87,12 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
 
 def checked_rewards(config: Config) -> str:
     """Return the reward functions, once a worker has loaded them. Raises `ValueError` when one cannot be used."""
-    grader = make_grader(config.grading)
+    grader = TaskGrader(config)
     try:
         grader.check()
     finally:
         grader.close()
-    functions = config.grading.functions
-    return " + ".join(f"{each.weight:g} {name}" for name, each in functions.items()) or config.grading.function
+    return rewards_line(config)
 
 
 def check_vocabulary(config: Config, inputs: Inputs) -> None:

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from megatron_p2o.config.tree import EvaluationSetConfig, GradingConfig, TaskConfig
-from megatron_p2o.rewards.tasks import TaskGrader, grading_of
+from megatron_p2o.rewards.tasks import TaskGrader, grading_of, rewards_line
 from megatron_p2o.testing.fakes import fake_config, fake_problem
 from megatron_p2o.types import CORRECT, FinishReason, Grade, Problem
 
@@ -75,3 +75,18 @@ def test_an_evaluation_set_of_no_task_is_graded_as_the_settings_say() -> None:
     assert [(each.grading, each.asked) for each in made] == [(OWN, ["code"]), (ALL, [""])]
     config = fake_config({"data.train": tasks, "grading": ALL})
     assert (grading_of(config, ""), grading_of(config, "code")) == (ALL, OWN)
+
+
+def test_two_tasks_with_two_built_in_rewards() -> None:
+    exact = GradingConfig(function="exact", arguments={"extract": "response"}, num_workers=1)
+    tasks = {"math": TaskConfig(file="m"), "words": TaskConfig(file="w", grading=exact)}
+    config = fake_config({"data.train": tasks, "grading": GradingConfig(num_workers=1)})
+    grader = TaskGrader(config)
+    try:
+        grader.check()
+        for task, text, is_right in (("math", r"\boxed{0.5}", True), ("words", "1/2", True), ("words", "0.5", False)):
+            problem = Problem(id=task, question="q", answer="1/2", task=task)
+            assert (grader.submit(problem, text, "stop").result(120).reward == 1.0) == is_right, (task, text)
+    finally:
+        grader.close()
+    assert rewards_line(config) == "math: math, words: exact"

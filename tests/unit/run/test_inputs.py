@@ -82,6 +82,20 @@ def test_nothing_wrong_is_summed_up(settings_file: Path, capsys: pytest.CaptureF
     )
 
 
+def test_the_reward_of_each_task_is_loaded_and_named(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = settings_file.parent
+
+    def with_reward(reward: str) -> str:
+        other = f"{{name: other, file: {folder}/held.jsonl, grading: {{function: {reward}}}}}"
+        return f"[{{name: math, file: {folder}/train.jsonl}}, {other}]"
+
+    sets = {"data__evaluation__held__task": "other"}
+    assert "rewards: math" in said(settings_file, capsys).splitlines()
+    assert "rewards: math: math, other: exact" in said(settings_file, capsys, data__train=with_reward("exact"), **sets)
+    told = said(settings_file, capsys, data__train=with_reward("no_such_reward"), **sets)
+    assert "no_such_reward" in told
+
+
 def test_the_mix_of_tasks_is_summed_up(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = f"[{{name: math, file: {settings_file.parent}/train.jsonl, weight: 4}}, {settings_file.parent}/held.jsonl]"
     lines = said(settings_file, capsys, data__train=tasks).splitlines()
