@@ -1,6 +1,7 @@
 """`p2o train` as a user runs it: real ranks, a real engine, real grading, a real evolution process."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -176,6 +177,30 @@ def test_a_run_resumes_after_its_templates_were_cleared(tiny: Path, tmp_path: Pa
     resumed = run([*command, "--set", "schedule.max_steps=4"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert len(lines(tmp_path / "cleared" / "hard_samples.jsonl")) == 4 * 224
+
+
+@pytest.mark.parametrize("kl_as", ["loss", "reward"])
+def test_terms_and_decay_act_where_no_group_disagrees_and_a_resumed_run_goes_on(
+    kl_as: str, tiny: Path, tmp_path: Path
+) -> None:
+    """On two ranks, of four updates in all: the tiny policy fails or solves whole groups of its first problems."""
+    objective = ["objective.surrogate=gspo", "objective.normalization=sequence_mean", "objective.kl_coefficient=0.05"]
+    objective += [f"objective.kl_as={kl_as}", f"objective.kl_estimator={'k3' if kl_as == 'loss' else 'k1'}"]
+    objective += ["objective.entropy_coefficient=0.001", "objective.drop_truncated=true", "optimizer.lr_decay=cosine"]
+    short = ["parallel.data=2", "evaluation.every_steps=0", "evaluation.at_start=false", "schedule.save_every_steps=1"]
+    command = p2o("train", "grpo_n6.yaml", [*settings(tiny, tmp_path, kl_as), *short, *objective])
+    for num_steps in (1, 2):  # the second goes on, with a schedule that is twice as long
+        outcome = run([*command, "--set", f"schedule.max_steps={num_steps}"])
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    steps = [line["metrics"] for line in lines(tmp_path / kl_as / "metrics.jsonl") if "perf/step_s" in line["metrics"]]
+    # The last update of each step: the second of two, the fourth of four.
+    rates = [(1 + math.cos(math.pi * done / planned)) / 2 for done, planned in ((1, 2), (3, 4))]
+    assert [step["train/learning_rate"] for step in steps] == pytest.approx([5e-4 * rate for rate in rates])
+    for step in steps:
+        assert step["train/empty_updates_count"] == 0 and step["train/grad_norm"] > 0
+        assert step["train/entropy_mean"] > 0
+    # In the first step the first update is the initial policy's own; in the second every one has moved.
+    assert steps[1]["train/reference_kl_mean"] > 1e-6
 
 
 def test_the_initial_policy_reflects_on_a_server_of_its_own(tiny: Path, tmp_path: Path) -> None:

@@ -131,25 +131,16 @@ def linear_policy_loss(
 
     if rule.surrogate == "gspo" and tokens.old_logprobs_N is not None:
         rows = _index(path, advantages_T, weights_T)
-        log_ratios = logprobs_of(rows) - tokens.old_logprobs_N[rows]
-        log_ratio_T = sequence_log_ratios(rows, log_ratios, sequence_T, num_sequences, sequence_group)
-        tokens = replace(tokens, log_ratio_N=log_ratio_T)
+        log_ratios_N = logprobs_of(rows) - tokens.old_logprobs_N[rows]
+        whole = sequence_log_ratios(rows, log_ratios_N, sequence_T, num_sequences, sequence_group)
+        tokens = replace(tokens, log_ratio_N=whole)
     tokens, live = _live_rows(path, rule, tokens)
     may_lose_rows = tokens.mask_logprobs_N is not None and not path.compacts_rows
     if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
         tokens, live = _masked_rows(path, rule, tokens, live, logprobs_of(live))
     wants_grad = _wants_grad(hidden_TD), _wants_grad(weight_VpD)
-    call = _Call(
-        shard,
-        path,
-        rule,
-        tokens,
-        live,
-        loss_scale,
-        weight_main_grad_VpD,
-        with_entropy or rule.entropy_coefficient > 0,
-        *wants_grad,
-    )
+    with_entropy = with_entropy or rule.entropy_coefficient > 0
+    call = _Call(shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy, *wants_grad)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_TD, weight_VpD, targets_T, call))  # pyright: ignore[reportGeneralTypeIssues]
 
 
