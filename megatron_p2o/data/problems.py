@@ -22,6 +22,8 @@ MARK = "####"
 MAX_LIKELY_CHARACTERS = 200
 """Longest usual final answer. Longer ones are solutions, or prose that cannot be compared."""
 
+ANSWER_SETTING = "data.answer_field, null where there is none"
+
 logger = logging.getLogger(__name__)
 
 
@@ -103,7 +105,7 @@ def _rows(numbers: Sequence[int]) -> str:
 def _problem(raw_row: object, columns: Columns, data: DataConfig, task: str) -> Problem:
     row = parsed(raw_row)
     system, question = asked_at(row, columns.question)
-    answer = None if columns.answer is None else text_at(row, columns.answer, "data.answer_field")
+    answer = None if columns.answer is None else text_at(row, columns.answer, ANSWER_SETTING)
     has_id = value_at(row, columns.id) is not None
     return Problem(
         id=text_at(row, columns.id, "data.id_field") if has_id else question_id(question),

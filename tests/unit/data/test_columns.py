@@ -93,7 +93,7 @@ def test_value_of_a_dotted_column(row: dict[str, Any], name: str, expected: obje
     ("row", "message"),
     [
         ({"q": 1}, "has no 'question' (data.question_field); its fields are q"),
-        ({"question": "q"}, "has no 'answer' (data.answer_field); its fields are question"),
+        ({"question": "q"}, "has no 'answer' (data.answer_field, null where there is none); its fields are question"),
         ({"messages": [], "answer": 1}, "messages holds 0 user and 0 system messages, must hold one question"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "answer": 1},

@@ -71,7 +71,10 @@ def test_row_without_an_id_is_known_by_the_hash_of_its_question(tmp_path: Path) 
         ("[1]", 'must be a JSON object such as {"question": ..., "answer": ...}'),
         ('{"answer": "1"}', "has no 'question' (data.question_field); its fields are answer"),
         ("{}", "has no 'question' (data.question_field); its fields are none"),
-        ('{"question": "q", "answer": null}', "has no 'answer' (data.answer_field); its fields are question, answer"),
+        (
+            '{"question": "q", "answer": null}',
+            "has no 'answer' (data.answer_field, null where there is none); its fields are question, answer",
+        ),
         ('{"question": " ", "answer": "1"}', "question is blank"),
         ('{"question": "q", "answer": ""}', "answer is blank"),
         ('{"question": "q", "answer": 0.1}', "answer=0.1 must be text or a whole number: put it in quotes"),
