@@ -4,6 +4,8 @@ import re
 from fractions import Fraction
 from itertools import pairwise
 
+from megatron_p2o.rewards.math.reading.latex import split_at
+
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?|-?\d+/\d+")
 _WITHOUT_POINTS = re.compile(r"\\mathbb ?\{?R\}?(?:\\setminus ?|\\backslash ?|-)\\\{([^{}\\]*)\\\}")
 _SET_BUILDER = re.compile(
@@ -17,6 +19,9 @@ _MATRIX_WITH_FACTOR = re.compile(
     r"(?P<begin>\\begin\{(?P<kind>[bp]?matrix)\})(?P<rows>.*)(?P<end>\\end\{(?P=kind)\})",
     re.DOTALL,
 )
+
+
+_TERM = re.compile(r"(?<=.)[+-]", re.DOTALL)
 
 
 def simplified(text: str) -> str:
@@ -63,7 +68,11 @@ def cases(text: str) -> list[tuple[str, str]] | None:
 def multiplied_matrix(text: str) -> str | None:
     """Return a matrix with a factor before it as the matrix of the products, None for anything else."""
     found = _MATRIX_WITH_FACTOR.fullmatch(text)
-    if found is None:
+    if (
+        found is None
+        or len(split_at(found["factor"], _TERM)[0]) > 1
+        or re.search(r"(?<![\\A-Za-z])[A-Z]", found["factor"])
+    ):
         return None
     factor = "-1" if found["factor"] == "-" else found["factor"]
     rows = [

@@ -23,10 +23,12 @@ def chemical_formula(text: str) -> str:
 
 
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|answer|statement):? ?)?(?:\(([A-J])\)|([A-J])(?:[).:]|$))(?P<text>.*)", re.DOTALL
+    r"(?:(?i:option|choice|answer|statement):? ?)?(?:\(([A-J])\)(?![A-Za-z](?![A-Za-z]))|([A-J])(?:[).:]|$))(?P<text>.*)",
+    re.DOTALL,
 )
 _OTHER_CHOICE = re.compile(
-    r"\b[A-J]\b|^ ?[\^_'+*/=!<>&|-]|[,;\x01-\x03]|\b(?:or|and|not|no|isn|maybe|wrong|false|incorrect|either|neither)\b"
+    r"\b[A-Z]\b|\\(?:to|[Rr]ightarrow|implies)(?![A-Za-z])|"
+    r"^ ?[\^_'+*/=!<>&|-]|[,;\x01-\x03]|\b(?:or|and|not|no|isn|maybe|wrong|false|incorrect|either|neither)\b"
 )
 
 

@@ -55,7 +55,7 @@ def product_of(node: Node, factor: Node) -> Node:
 def cross_product_of(node: Node, factor: Node) -> Node:
     """Return the product of two vectors, whose order counts, or that of numbers."""
     last = node.parts[-1] if node.kind == "product" else node
-    if not all(each.name.startswith((r"\vec", r"\overrightarrow")) for each in (last, factor)):
+    if not all(each.name.startswith((r"\vec", r"\overrightarrow", r"\hat")) for each in (last, factor)):
         return product_of(node, factor)
     cross = Node("cross", (last, factor))
     return cross if node is last else product_of(Node("product", node.parts[:-1]), cross)
