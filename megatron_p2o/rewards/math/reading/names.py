@@ -23,7 +23,8 @@ def chemical_formula(text: str) -> str:
 
 
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|answer|statement):? ?)?(?:\(([A-J])\)(?![A-Za-z](?![A-Za-z]))|([A-J])(?:[).:]|$))(?P<text>.*)",
+    r"(?:(?i:option|choice|answer|statement):? ?)?"
+    r"(?:\(([A-J])\)(?![A-Za-z](?![A-Za-z]))|([A-J])(?:[).:]|$))(?P<text>.*)",
     re.DOTALL,
 )
 _OTHER_CHOICE = re.compile(

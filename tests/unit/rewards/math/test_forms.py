@@ -129,7 +129,6 @@ WRONG = [
     ("(B)x^2", "B"),
     (r"\hat i\times\hat j", r"\hat j\times\hat i"),
     (r"\begin{pmatrix}3\\6\end{pmatrix}", r"1+2\begin{pmatrix}1\\2\end{pmatrix}"),
-    (r"A\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}A\\2A\end{pmatrix}"),
     (r"k\pi,k\in\mathbb{Z}", r"n\pi,k\in\mathbb{Z}"),
     (r"k\pi", r"k\pi \text{ for odd integer } k"),
     ("3", r"x\equiv 10\pmod 8"),
