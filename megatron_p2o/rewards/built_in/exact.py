@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_p2o.rewards.built_in.final_answer import checked_extract, final_answer
+from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer
 from megatron_p2o.types import CORRECT, FinishReason, Grade, Problem
 
 
@@ -21,7 +21,7 @@ class ExactReward:
         Raises:
             ValueError: `extract` is not known.
         """
-        self._extract = checked_extract(extract, "exact")
+        self._extract: Extract = checked_extract(extract, "exact")
         self._answers_column = answers_column
         self._ignore_case = ignore_case
 

@@ -148,7 +148,7 @@ def validator_of(schema: Any, what: str) -> Any:
         raise ValueError("json_schema needs jsonschema: pip install jsonschema") from error
     if not isinstance(schema, dict | bool):
         raise ValueError(f"{what} must be a JSON schema, an object; it is {type(schema).__name__}")
-    kind = validator_for(schema, default=Draft202012Validator)
+    kind: Any = validator_for(schema, default=Draft202012Validator)
     try:
         kind.check_schema(schema)
     except SchemaError as error:

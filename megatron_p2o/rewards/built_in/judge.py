@@ -16,7 +16,7 @@ from typing import Any
 from megatron_p2o.endpoints.address import checked_address
 from megatron_p2o.endpoints.chat import ChatEndpoint, Endpoint, EndpointUnavailable
 from megatron_p2o.endpoints.reply import EndpointRefused, Reply, read_reply
-from megatron_p2o.rewards.built_in.final_answer import checked_extract, final_answer
+from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer
 from megatron_p2o.terminal import quoted
 from megatron_p2o.types import FinishReason, Grade, Problem
 
@@ -94,7 +94,7 @@ class JudgeReward:
                 One that is busy or slow is no reason.
         """
         self._rubric = rubric_text(rubric, rubric_file)
-        self._extract = checked_extract(extract, "judge")
+        self._extract: Extract = checked_extract(extract, "judge")
         self._shows_answer = shows_answer
         _check_at_least(scale=(scale, 1), max_retries=(max_retries, 0), timeout_s=(timeout_s, 1e-3))
         self._scale = scale

@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from megatron_p2o.rewards.built_in.exact import column
-from megatron_p2o.rewards.built_in.final_answer import checked_extract, final_answer
+from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer
 from megatron_p2o.types import FinishReason, Grade, Problem
 
 VERSION = "0.1.25"
@@ -68,7 +68,7 @@ class ReasoningGymReward:
         Raises:
             ValueError: the library is not installed in the version that was read, or `extract` is not known.
         """
-        self._extract = checked_extract(extract, "reasoning_gym")
+        self._extract: Extract = checked_extract(extract, "reasoning_gym")
         try:
             found = metadata.version("reasoning-gym")
         except metadata.PackageNotFoundError:
@@ -78,7 +78,7 @@ class ReasoningGymReward:
                 f"reasoning_gym needs reasoning-gym {VERSION}, which is {found}: pip install the pinned one"
             )
         for name in READS_LITERALS:
-            importlib.import_module(name).eval = ast.literal_eval
+            vars(importlib.import_module(name))["eval"] = ast.literal_eval
 
     def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
         entry = entry_of(problem)

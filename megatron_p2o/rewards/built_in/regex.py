@@ -3,7 +3,7 @@
 import re
 
 from megatron_p2o.rewards.built_in.exact import column
-from megatron_p2o.rewards.built_in.final_answer import checked_extract, final_answer
+from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer
 from megatron_p2o.types import CORRECT, FinishReason, Grade, Problem
 
 
@@ -35,7 +35,7 @@ class RegexReward:
         if (pattern is None) == (pattern_column is None):
             raise ValueError("regex needs either pattern, for all problems, or pattern_column, each problem's own")
         self._pattern, self._pattern_column = pattern, pattern_column
-        self._extract = checked_extract(extract, "regex")
+        self._extract: Extract = checked_extract(extract, "regex")
         self._is_whole = is_whole
         if pattern is not None:
             compiled(pattern, "regex pattern")

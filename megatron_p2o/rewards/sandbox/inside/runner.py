@@ -155,7 +155,7 @@ def run_tests(request: dict, channel: Channel) -> None:
 
         return call
 
-    names = {name: caller(name) for name in request["functions"]}
+    names: dict = {name: caller(name) for name in request["functions"]}
     names["__name__"] = "tests"
     for test, entry_point in request["tests"]:
         names.pop("check", None)
