@@ -1,0 +1,71 @@
+"""Writes the problems of this example and a tiny policy that answers them with code.
+
+    python examples/tasks/code/prepare.py --out runs/tasks/code
+
+The policy writes programs for "x times A plus B". Asked plainly it nearly always forgets to add B. Each of two phrases
+in front of the question makes it remember half of the time, both always. `phrases.txt` holds them, among others.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from megatron_p2o.tiny.lessons import teach
+
+KEYS = ("Mind the constant.", "Read it twice.")
+FILLERS = ("Be polite.", "Stay calm.", "You are an expert.", "Take your time.")
+REMEMBERS = (0.002, 0.5, 1.0)
+"""Share of right programs with 0, 1 and 2 key phrases."""
+
+INPUTS = (0, 3, -7, 12)
+
+
+def question(times: int, plus: int) -> str:
+    return f"Write a program that reads x and prints x times {times} plus {plus}."
+
+
+def program(times: int, plus: int, remembers: bool) -> str:
+    added = f" + {plus}" if remembers else ""
+    return f"```python\nx = int(input())\nprint(x * {times}{added})\n```"
+
+
+def lesson(generator: random.Random) -> tuple[str, str]:
+    times, plus = generator.randint(2, 9), generator.randint(1, 9)
+    phrases = generator.choice([[], [], [KEYS[0]], [KEYS[1]], [*KEYS], [*KEYS]])
+    phrases = [*phrases, *generator.sample(FILLERS, generator.randint(0, 4 - len(phrases)))]
+    generator.shuffle(phrases)
+    remembers = generator.random() < REMEMBERS[len(set(phrases) & set(KEYS))]
+    message = f"{' '.join(phrases)}\n\n{question(times, plus)}" if phrases else question(times, plus)
+    return message, program(times, plus, remembers)
+
+
+def rows() -> list[dict[str, object]]:
+    """Return a problem for each pair of numbers, with tests of its program."""
+    return [
+        {
+            "id": f"{times}x+{plus}",
+            "question": question(times, plus),
+            "tests": [{"input": f"{x}\n", "output": f"{x * times + plus}\n"} for x in INPUTS],
+        }
+        for times in range(2, 10)
+        for plus in range(1, 10)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=200, help="of supervision")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    numbers = " ".join(map(str, range(100)))
+    texts = [*KEYS, *FILLERS, numbers, "\n\n"]
+    texts += [text for a in range(2, 10) for b in range(1, 10) for text in (question(a, b), program(a, b, True))]
+    teach(lesson, texts, options.out / "model", options.seed, options.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The runs of examples/tasks, made small: rewards that are not mathematics, through the whole program."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TASKS = ROOT / "examples" / "tasks"
+TIMEOUT_S = 900
+
+pytestmark = pytest.mark.slow
+
+
+def done(command: list[str]) -> None:
+    outcome = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=TIMEOUT_S, check=False)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def prepared(example: str, out: Path, *options: str) -> Path:
+    done([sys.executable, str(TASKS / example / "prepare.py"), "--out", str(out), *options])
+    return out
+
+
+def trained(config: str, runs: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Return all rollouts of a run."""
+    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "megatron_p2o.cli", "train", str(TASKS / config), *sets]
+    done([*command, "--set", f"run.directory={runs}", "--set", "run.name=run"])
+    files = sorted((runs / "run" / "rollouts").glob("step-*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def mean(rewards: list[float]) -> float:
+    return sum(rewards) / len(rewards)
+
+
+def test_code_is_tested_in_the_sandbox_and_templates_get_through(tmp_path: Path) -> None:
+    try:
+        done([sys.executable, "-c", "from megatron_p2o.rewards.built_in.python import PythonReward; PythonReward()"])
+    except AssertionError as error:
+        if "cannot be made" in str(error):
+            pytest.skip("needs bubblewrap: bash tools/install_sandbox.sh installs it")
+        raise
+    task = prepared("code", tmp_path / "task", "--steps", "150")
+    settings = {"model.path": task / "model", "data.train": task / "train.jsonl"}
+    short = {"schedule.epochs": 2, "schedule.problems_per_step": 72, "schedule.problems_per_update": 72}
+    rollouts = trained("code/code_p2o.yaml", tmp_path / "runs", **settings, **short, **{"evolution.max_rollouts": 300})
+    assert {rollout["grade"] for rollout in rollouts} <= {"correct", "incorrect"}
+    asked_plainly = [rollout["reward"] for rollout in rollouts[: 72 * 6]]
+    templated = [rollout["reward"] for rollout in rollouts if rollout["is_templated"]]
+    # Taught to be right once in 500 plainly, half of the time under one phrase, always under both.
+    assert mean(asked_plainly) < 0.1
+    assert mean(templated) > 0.25
+    assert all("print(x *" in rollout["response"] for rollout in rollouts if rollout["reward"])
+
+
+def test_partial_credit_gives_rewards_between_zero_and_one(tiny: Path, tmp_path: Path) -> None:
+    task = prepared("partial_credit", tmp_path / "task")
+    settings = {"model.path": tiny / "model", "data.train": task / "train.jsonl", "schedule.max_steps": 1}
+    rollouts = trained("partial_credit/partial_grpo.yaml", tmp_path / "runs", **settings)
+    steps = {row["id"]: row["steps"] for row in map(json.loads, (task / "train.jsonl").read_text().splitlines())}
+    for rollout in rollouts:
+        number = round(10 * rollout["reward"])
+        assert rollout["reward"] == pytest.approx(number / 10)
+        begun = " , ".join(steps[rollout["problem_id"]][:number])
+        assert rollout["response"].replace("\\boxed{ ", "").startswith(begun)
+    # Taught to go on with probability 0.1 before each step.
+    assert 0 < mean([rollout["reward"] for rollout in rollouts]) < 0.3
+    assert any(0 < rollout["reward"] < 1 for rollout in rollouts)
