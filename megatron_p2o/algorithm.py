@@ -94,7 +94,7 @@ def p2o_step(
 
     # Distil: the gradient is taken on (x, y), whatever template y was sampled with.
     learnt = most_informative(groups, len(problems))
-    rates = [ledger.plain_success_rate(group.problem.id) for group in learnt]
+    rates = [ledger.plain_reward(group.problem.id) for group in learnt]
     reports = update(learnt, rates, parts.policy, config)
 
     parts.engines.refresh(parts.policy.weights(), version=state.step + 1)
@@ -117,7 +117,7 @@ def sampled_groups(
     return make_groups(
         chunks(rollouts, config.rollout.group_size),
         config.advantage,
-        [ledger.plain_success_rate(problem.id) for problem in problems],
+        [ledger.plain_reward(problem.id) for problem in problems],
     )
 
 

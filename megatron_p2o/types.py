@@ -208,6 +208,8 @@ class Rollout:
 
     completion: Completion
     grade: Grade
+    solved_at: float = 1.0
+    """Reward from which it counts as solved (`hard.solved_at`)."""
 
     @property
     def is_decided(self) -> bool:
@@ -220,6 +222,11 @@ class Rollout:
         """In [0, 1]. Must not be asked of an undecided rollout."""
         assert self.grade.reward is not None, "an undecided rollout has no reward"
         return self.grade.reward
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether it has a verdict and its reward reaches `solved_at`."""
+        return self.is_decided and self.reward >= self.solved_at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

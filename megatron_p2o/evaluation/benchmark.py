@@ -135,7 +135,8 @@ def evaluate_directory(config: Config, output: Path) -> None:
             stack.callback(grader.close)
             grader.check()
             engines = stack.enter_context(start_engines(config, output, renderer.eos_token_ids))
-            answer(benchmarks, SamplingParts(engines=engines, grader=grader, renderer=renderer), config)
+            parts = SamplingParts(engines=engines, grader=grader, renderer=renderer, solved_at=config.hard.solved_at)
+            answer(benchmarks, parts, config)
         write_results(benchmarks, subject, config, output)
 
 

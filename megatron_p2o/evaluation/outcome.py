@@ -34,10 +34,12 @@ class GradedResponse:
     source: str = ""
     response: str = ""
     """Empty where texts are not kept."""
+    solved_at: float = 1.0
+    """Reward from which it counts as correct (`hard.solved_at`)."""
 
     @property
     def is_correct(self) -> bool:
-        return self.grade.reward == 1
+        return self.is_decided and self.grade.reward is not None and self.grade.reward >= self.solved_at
 
     @property
     def is_decided(self) -> bool:
@@ -71,6 +73,8 @@ class Evaluation:
     """Accuracy by `Problem.source`; empty when the problems name none."""
     by_level: Mapping[str, float]
     """Accuracy by `Problem.level`; empty when the problems name none."""
+    mean_reward: float
+    """Of the answers with a verdict; it differs from a share of correct ones where rewards lie between 0 and 1."""
     mean_tokens: float
     """Mean length of the answers that were not aborted."""
     truncated_share: float
@@ -95,6 +99,7 @@ def graded_response(rollout: Rollout, sample: int, response: str = "") -> Graded
         problem_id=problem.id,
         sample=sample,
         grade=rollout.grade,
+        solved_at=rollout.solved_at,
         finish_reason=completion.finish_reason,
         num_tokens=len(completion.token_ids),
         level=problem.level,
@@ -123,6 +128,7 @@ def evaluation_of(
     for answer in answers:
         decided[answer.problem_id] += answer.is_decided
         correct[answer.problem_id] += answer.is_decided and answer.is_correct
+    rewards = [answer.grade.reward for answer in answers if answer.is_decided and answer.grade.reward is not None]
     finished = [answer for answer in answers if answer.finish_reason != "abort"]
     solved = _solved_in_tries(correct, decided, samples_per_problem)
     pass_at = {k: sum(values) / len(values) for k, values in solved.items()}
@@ -140,6 +146,7 @@ def evaluation_of(
         pass_at_num_problems={k: len(values) for k, values in solved.items()},
         by_source=_accuracy_by({answer.problem_id: answer.source for answer in answers}, correct, decided),
         by_level=_accuracy_by({answer.problem_id: answer.level for answer in answers}, correct, decided),
+        mean_reward=sum(rewards) / len(rewards),
         mean_tokens=sum(answer.num_tokens for answer in finished) / len(finished),
         truncated_share=sum(answer.finish_reason == "length" for answer in finished) / len(finished),
         num_grading_errors=len(finished) - sum(decided.values()),
@@ -191,7 +198,8 @@ def _accuracy_by(labels: Mapping[str, str], correct: Mapping[str, int], decided:
 
 
 def evaluation_metrics(outcomes: Mapping[str, Evaluation]) -> dict[str, MetricValue]:
-    """Return `eval/<set>/avg`, the accuracy, `eval/<set>/pass_at_<k>` for k beyond 1, and `eval/<set>/undecided_share`
+    """Return `eval/<set>/avg`, the accuracy, `eval/<set>/reward_mean`,
+    `eval/<set>/pass_at_<k>` for k beyond 1, and `eval/<set>/undecided_share`
     and `aborted_count`: answers that the grader could not decide, over those it was given, and that engines gave up.
 
     Where problems were too long under the evaluation's template, `eval/<set>/asked_plainly_count` says how many.
@@ -200,6 +208,7 @@ def evaluation_metrics(outcomes: Mapping[str, Evaluation]) -> dict[str, MetricVa
     for name, outcome in outcomes.items():
         num_problems = outcome.pass_at_num_problems["1"]
         metrics[f"eval/{name}/avg"] = Mean(outcome.accuracy * num_problems, num_problems)
+        metrics[f"eval/{name}/reward_mean"] = Mean(outcome.mean_reward * outcome.num_decided, outcome.num_decided)
         num_graded = outcome.num_samples - outcome.num_aborted
         metrics[f"eval/{name}/undecided_share"] = Mean(outcome.num_grading_errors, num_graded)
         metrics[f"eval/{name}/aborted_count"] = Sum(outcome.num_aborted)

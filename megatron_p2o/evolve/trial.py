@@ -6,9 +6,8 @@ from typing import Protocol
 
 from megatron_p2o.types import FinishReason
 
-SOLVED_REWARD = 0.5
-"""A problem counts as solved from this reward on. Single rollouts earn 0 or 1; means over training rollouts lie
-between, and a template that works less than half the time does not solve."""
+SOLVED_SHARE = 0.5
+"""A template that solves a problem less than half the time does not solve it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +23,19 @@ class Trial:
     """Sampled tokens."""
     weight_version: int
     """Newest policy version that sampled a token of it."""
+    solved_share: float | None = None
+    """Share of its rollouts that reached `hard.solved_at`. None: the reward is it, for rewards of 0 and 1."""
+    feedback: str = ""
+    """What the grader tells reflection about it."""
 
     @property
     def is_solved(self) -> bool:
-        return self.reward >= SOLVED_REWARD
+        return is_solved(self.reward, self.solved_share)
+
+
+def is_solved(reward: float, solved_share: float | None) -> bool:
+    """Return whether rollouts of this mean reward, of which this share was solved, solve a problem."""
+    return (reward if solved_share is None else solved_share) >= SOLVED_SHARE
 
 
 def total_reward(trials: Sequence[Trial]) -> float:

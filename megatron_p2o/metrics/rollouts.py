@@ -54,9 +54,10 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
         "template_id": completion.prompt.template.id,
         "template": completion.prompt.template.text,
         "is_templated": completion.prompt.is_templated,
-        "grade": _word(rollout),
+        "is_solved": rollout.is_solved,
         "reward": rollout.reward if rollout.is_decided else None,
         "reason": rollout.grade.reason,
+        "feedback": rollout.grade.feedback,
         "advantage": advantage,
         "response": response,
         "num_prompt_tokens": len(completion.prompt.sampling_ids),
@@ -64,9 +65,3 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
         "finish_reason": completion.finish_reason,
         "weight_versions": list(completion.weight_versions),
     }
-
-
-def _word(rollout: Rollout) -> str:
-    if not rollout.grade.is_decided:
-        return "error"
-    return "correct" if rollout.reward == 1 else "incorrect"

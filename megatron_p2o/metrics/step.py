@@ -5,6 +5,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
 
     rollout/reward_*                    decided rollouts of that kind (`Rollout.is_decided`)
     task/<name>/*                       the same of one task, in runs with several (`data.train`)
+    rollout/solved_share                decided rollouts: their reward reaches hard.solved_at
     rollout/undecided_share             responses that were graded: the grader could not decide, `grade_error_count`
     rollout/zero_advantage_groups_share groups
     rollout/dropped_rollouts_share      rollouts
@@ -66,6 +67,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, MetricValue]:
     lengths = [len(rollout.completion.token_ids) for rollout in graded]
     metrics: dict[str, MetricValue] = {
         "rollout/reward_mean": _mean_reward(rollouts),
+        "rollout/solved_share": Mean.of(rollout.is_solved for rollout in rollouts if rollout.is_decided),
         "rollout/reward_plain": _mean_reward(plain),
         "rollout/reward_templated": _mean_reward(templated),
         "rollout/zero_advantage_groups_share": Mean.of(not any(group.advantages) for group in groups),

@@ -117,15 +117,16 @@ def _example(
 
 
 def _fits(is_templated: bool, is_correct: bool) -> Callable[[JsonObject], bool]:
-    wanted = "correct" if is_correct else "incorrect"
-    return lambda line: line["is_templated"] == is_templated and line["grade"] == wanted
+    return lambda line: (
+        line["is_templated"] == is_templated and line["reward"] is not None and line["is_solved"] == is_correct
+    )
 
 
 def _answer(label: str, line: JsonObject) -> ShownResponse:
     return ShownResponse(
         label=label,
         text=shorten(str(line["response"]), MAX_SHOWN_CHARACTERS),
-        is_correct=line["grade"] == "correct",
+        is_correct=bool(line["is_solved"]),
         num_tokens=int(line["num_response_tokens"]),
         template=str(line["template"]),
     )

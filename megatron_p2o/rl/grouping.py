@@ -26,7 +26,8 @@ def make_groups(
 
     Args:
         siblings: the rollouts of each problem, at least one.
-        plain_success_rates: of each problem; anchors templated groups when `advantage.baseline` is "plain_anchored".
+        plain_success_rates: mean plain reward of each problem; anchors templated groups when `advantage.baseline` is
+            "plain_anchored".
         penalties: of each rollout, taken from its reward; None: none.
     """
     rollouts = [rollout for group in siblings for rollout in group]

@@ -1,18 +1,18 @@
 """Hard samples: which problems fail, and the ledger of every problem's plain and templated tries."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
 from megatron_p2o.records import from_json
-from megatron_p2o.types import Group, Problem
+from megatron_p2o.types import Group, Problem, Rollout
 
 MASTERED_RATE = 0.5
 """Plain success rate from which a problem counts as mastered."""
 
 
 def hard_problems(groups: Iterable[Group], max_solved: int, counted: Literal["plain", "all"]) -> list[Problem]:
-    """Return the problems of which at most `max_solved` rollouts in a full group were correct.
+    """Return the problems of which at most `max_solved` rollouts in a full group were solved.
 
     A group decides by its plain rollouts ("plain": arXiv:2603.21877, Eq. 3; a group without any decides by all) or by
     all of them ("all": Alg. 1 and the authors' code). Undecided rollouts count neither way.
@@ -30,7 +30,7 @@ def _is_hard(group: Group, max_solved: int, counted: Literal["plain", "all"]) ->
             deciding = tried
         case _:
             assert_never(counted)
-    num_solved = sum(rollout.reward > 0 for rollout in deciding)
+    num_solved = sum(rollout.is_solved for rollout in deciding)
     return bool(deciding) and num_solved * len(group.rollouts) <= max_solved * len(deciding)
 
 
@@ -45,6 +45,12 @@ class LedgerEntry:
     plain_solved: int
     templated_tries: int
     templated_solved: int
+    plain_reward: float | None = None
+    """Sum of the rewards of the plain tries. None: `plain_solved`, where rewards are 0 and 1."""
+
+    @property
+    def plain_reward_sum(self) -> float:
+        return self.plain_solved if self.plain_reward is None else self.plain_reward
 
 
 def entry_from(line: Mapping[str, Any]) -> LedgerEntry:
@@ -72,10 +78,17 @@ def ledger_entry(group: Group, epoch: int, step: int) -> LedgerEntry:
         step=step,
         problem_id=group.problem.id,
         plain_tries=len(plain),
-        plain_solved=sum(rollout.reward > 0 for rollout in plain),
+        plain_solved=sum(rollout.is_solved for rollout in plain),
         templated_tries=len(templated),
-        templated_solved=sum(rollout.reward > 0 for rollout in templated),
+        templated_solved=sum(rollout.is_solved for rollout in templated),
+        plain_reward=_partial_sum(plain),
     )
+
+
+def _partial_sum(rollouts: Sequence[Rollout]) -> float | None:
+    """Return the sum of the rewards; None where it is the number of those that are solved."""
+    total = sum(rollout.reward for rollout in rollouts)
+    return None if total == sum(rollout.is_solved for rollout in rollouts) else total
 
 
 class HardSampleLedger:
@@ -101,11 +114,18 @@ class HardSampleLedger:
 
         Each newer entry halves the weight of the older ones: the policy that failed an epoch ago is not this one.
         """
-        tries = solved = 0.0
+        return self._discounted(problem_id, lambda entry: entry.plain_solved)
+
+    def plain_reward(self, problem_id: str) -> float:
+        """Return the discounted mean reward of plain tries: the `plain_success_rate` where rewards are 0 and 1."""
+        return self._discounted(problem_id, lambda entry: entry.plain_reward_sum)
+
+    def _discounted(self, problem_id: str, of: Callable[[LedgerEntry], float]) -> float:
+        tries = total = 0.0
         for entry in self._history.get(problem_id, ()):
             tries = tries / 2 + entry.plain_tries
-            solved = solved / 2 + entry.plain_solved
-        return solved / tries if tries else 0.0
+            total = total / 2 + of(entry)
+        return total / tries if tries else 0.0
 
     def forgotten(self, entries: Iterable[LedgerEntry]) -> tuple[int, int]:
         """Return (number forgotten, number mastered) among the problems of `entries`. Call before recording them.

@@ -21,6 +21,8 @@ class SamplingParts:
     engines: RolloutEngines
     grader: Grader
     renderer: PromptRenderer
+    solved_at: float
+    """Reward from which a rollout counts as solved (`hard.solved_at`)."""
 
 
 def rollout_sampling(config: Config, step: int) -> SamplingParams:
@@ -70,9 +72,9 @@ def graded_rollouts(
     for index, completion in parts.engines.generate(prompts, sampling, places):
         waiting.append((index, completion, submitted(completion, parts)))
         while waiting and waiting[0][2].done():
-            yield rollout_of(*waiting.popleft())
+            yield rollout_of(*waiting.popleft(), parts.solved_at)
     while waiting:
-        yield rollout_of(*waiting.popleft())
+        yield rollout_of(*waiting.popleft(), parts.solved_at)
 
 
 def submitted(completion: Completion, parts: SamplingParts) -> Future[Grade]:
@@ -85,8 +87,9 @@ def submitted(completion: Completion, parts: SamplingParts) -> Future[Grade]:
     return ungraded
 
 
-def rollout_of(index: int, completion: Completion, grade: Future[Grade]) -> tuple[int, Rollout]:
-    return index, Rollout(completion=completion, grade=awaited_grade(grade, completion.prompt.problem))
+def rollout_of(index: int, completion: Completion, grade: Future[Grade], solved_at: float) -> tuple[int, Rollout]:
+    awaited = awaited_grade(grade, completion.prompt.problem)
+    return index, Rollout(completion=completion, grade=awaited, solved_at=solved_at)
 
 
 def awaited_grade(grade: Future[Grade], problem: Problem) -> Grade:

@@ -10,6 +10,7 @@ from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
 from megatron_p2o.data.tables import missing_package
 from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
+from megatron_p2o.evolve.reflection.task import task_of
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics import sinks
 from megatron_p2o.rewards.tasks import TaskGrader, rewards_line
@@ -125,8 +126,10 @@ def check_hard_set(config: Config, num_problems: int) -> None:
 
 
 def check_phrases(config: Config) -> None:
-    """Raise `ValueError` when the phrases that prompts are to evolve from cannot be read."""
+    """Raise `ValueError` when the phrases that prompts are to evolve from, or the task, cannot be read."""
     reflection = config.evolution.reflection
+    if config.evolution.enabled:
+        task_of(config)
     if config.evolution.enabled and reflection.backend == "phrasebook" and reflection.phrases is not None:
         Phrasebook.from_file(Path(reflection.phrases), config.run.seed)
 

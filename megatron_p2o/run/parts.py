@@ -58,7 +58,9 @@ def start_parts(
     engines = stack.enter_context(start_engines(renderer.eos_token_ids))
     session = None
     if config.evolution.enabled:
-        submit = TrialSubmitter(_sampler(engines), renderer, grader, config.evolution.max_template_tokens)
+        submit = TrialSubmitter(
+            _sampler(engines), renderer, grader, config.evolution.max_template_tokens, config.hard.solved_at
+        )
         session = start_session(config, run_dir, submit, engines, renderer.control_tokens, is_stopping)
         stack.callback(session.close)
     clock = PhaseClock(peak_meter())
@@ -69,6 +71,7 @@ def start_parts(
             engines=TimedEngines(engines, clock),
             grader=TimedGrader(grader, clock),
             renderer=renderer,
+            solved_at=config.hard.solved_at,
             evolution=TimedEvolution(evolution, clock) if evolution else None,
         ),
         engines=engines,

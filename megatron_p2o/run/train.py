@@ -113,7 +113,8 @@ def evaluate_checkpoint(
         engines = stack.enter_context(start(renderer.eos_token_ids))
         policy.load(checkpoint / POLICY_FOLDER)
         engines.refresh(policy.weights(), version=step)
-        answer(benchmarks, SamplingParts(engines=engines, grader=grader, renderer=renderer), config)
+        parts = SamplingParts(engines=engines, grader=grader, renderer=renderer, solved_at=config.hard.solved_at)
+        answer(benchmarks, parts, config)
     write_results(benchmarks, subject, config, output)
 
 

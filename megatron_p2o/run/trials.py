@@ -22,7 +22,11 @@ class TrialSubmitter:
     Cancelling the future of a trial takes its request from the engine.
     """
 
-    def __init__(self, sample: Sample, renderer: PromptRenderer, grader: Grader, max_template_tokens: int) -> None:
+    def __init__(
+        self, sample: Sample, renderer: PromptRenderer, grader: Grader, max_template_tokens: int, solved_at: float = 1.0
+    ) -> None:
+        """`solved_at`: reward from which a trial counts as solved (`hard.solved_at`)."""
+        self._solved_at = solved_at
         self._sample, self._renderer, self._grader = sample, renderer, grader
         self._max_template_tokens = max_template_tokens
 
@@ -66,10 +70,16 @@ class TrialSubmitter:
             return
         text = self._renderer.decode(completion)
         graded = self._grader.submit(completion.prompt.problem, text, completion.finish_reason)
-        graded.add_done_callback(lambda done: _judge(completion, text, done, outcome))
+        graded.add_done_callback(lambda done: _judge(completion, text, done, outcome, self._solved_at))
 
 
-def _judge(completion: Completion, text: str, graded: Future[Grade], outcome: Future[Trial | Rejection]) -> None:
+def _judge(
+    completion: Completion,
+    text: str,
+    graded: Future[Grade],
+    outcome: Future[Trial | Rejection],
+    solved_at: float,
+) -> None:
     """Set the outcome of a graded rollout; one without a verdict is no score."""
     error = graded.exception()
     if error is not None:
@@ -79,12 +89,15 @@ def _judge(completion: Completion, text: str, graded: Future[Grade], outcome: Fu
     if grade.reward is None:
         settle(outcome, TrialFailed(f"the grader could not decide ({grade.reason})"))
     else:
-        settle(outcome, _trial(completion, grade.reward, text))
+        solved_share = float(grade.reward >= solved_at)
+        settle(outcome, _trial(completion, grade.reward, solved_share, text, grade.feedback))
 
 
-def _trial(completion: Completion, reward: float, text: str) -> Trial:
+def _trial(completion: Completion, reward: float, solved_share: float, text: str, feedback: str) -> Trial:
     return Trial(
         reward=reward,
+        solved_share=solved_share,
+        feedback=feedback,
         response_text=text,
         finish_reason=completion.finish_reason,
         num_tokens=len(completion.token_ids),
@@ -125,7 +138,8 @@ def free_scores(groups: Sequence[Group], decode: Callable[[Completion], str]) ->
         for text, rollouts in by_template.items():
             shown = rollouts[0].completion
             mean_reward = sum(rollout.reward for rollout in rollouts) / len(rollouts)
-            trial = _trial(shown, mean_reward, decode(shown))
+            solved_share = sum(rollout.is_solved for rollout in rollouts) / len(rollouts)
+            trial = _trial(shown, mean_reward, solved_share, decode(shown), rollouts[0].grade.feedback)
             scores.append(FreeScore(template_text=text, problem_id=group.problem.id, trial=trial))
     return scores
 

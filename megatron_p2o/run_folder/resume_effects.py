@@ -55,7 +55,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("data", "question_format system_prompt max_prompt_tokens"),
         *_in("rollout", "group_size temperature top_p max_new_tokens request_timeout_s deterministic"),
         *_in("grading", "function functions arguments deadline_s timeout_s memory_limit_mib"),
-        *_in("hard", "max_solved counted"),
+        *_in("hard", "max_solved solved_at counted"),
         *_in("advantage", "estimator baseline overlong_tokens"),
         *_in("objective", "context ratio_low ratio_high ratio_form surrogate clip_low clip_high dual_clip"),
         *_in("objective", "normalization entropy_coefficient drop_zero_advantage drop_failed_templated"),
@@ -72,8 +72,10 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("evolution", "enabled beside_training max_version_gap rules budget max_rollouts dev_size num_lineages"),
         *_in("evolution", "minibatch_size evaluation_temperature warm_start guard_leaks plain_control"),
         *_in("evolution", "max_template_tokens round_timeout_s"),
-        *_in("evolution.reflection", "backend base_url model api_key_env phrases temperature max_tokens timeout_s"),
-        *_in("evolution.reflection", "max_retries extra_body"),
+        *_in(
+            "evolution.reflection", "backend base_url model api_key_env phrases task temperature max_tokens timeout_s"
+        ),
+        *_in("evolution.reflection", "max_retries extra_body task"),
     ),
     "evaluation": (
         "data.evaluation",

@@ -77,7 +77,7 @@ def run_step(
     journal = CallLog()
     policy, grader = FakePolicy(journal=journal, num_updates=step), FakeGrader()
     engines = FakeEngines(reply=reply, journal=journal, version=step, num_updates=step)
-    parts = Parts(policy=policy, engines=engines, grader=grader, renderer=FakeRenderer(), evolution=None)
+    parts = Parts(policy=policy, engines=engines, grader=grader, renderer=FakeRenderer(), solved_at=1.0, evolution=None)
     state = TrainState(library=FakeLibrary(assignments=templates or {}), step=step)
     result = p2o_step(problems, state, ledger or HardSampleLedger(), parts, fake_config(settings), iter(following))
     return Step(result=result, policy=policy, engines=engines, grader=grader, journal=journal)
@@ -359,7 +359,9 @@ def test_a_step_that_fails_has_moved_nothing() -> None:
 
     policy = FakePolicy(journal=journal)
     engines = FakeEngines(reply=lost, journal=journal)
-    parts = Parts(policy=policy, engines=engines, grader=FakeGrader(), renderer=FakeRenderer(), evolution=None)
+    parts = Parts(
+        policy=policy, engines=engines, grader=FakeGrader(), renderer=FakeRenderer(), solved_at=1.0, evolution=None
+    )
     with pytest.raises(ConnectionError):
         p2o_step(PROBLEMS, TrainState(library=FakeLibrary()), HardSampleLedger(), parts, fake_config(), iter(()))
     assert journal == ["generate"]

@@ -101,7 +101,12 @@ def run(
     engines = FakeEngines(reply=reply_of, journal=journal, version=start.step, num_updates=policy.num_updates)
     recorder = Recorder(ledger=HardSampleLedger(entries), stop_at_step=stop_at_step)
     parts = Parts(
-        policy=policy, engines=engines, grader=FakeGrader(), renderer=FakeRenderer(), evolution=evolution(journal)
+        solved_at=1.0,
+        policy=policy,
+        engines=engines,
+        grader=FakeGrader(),
+        renderer=FakeRenderer(),
+        evolution=evolution(journal),
     )
     end = train(batches_of, start, recorder.ledger, parts, recorder, fake_config(settings))
     return Run(end=end, policy=policy, engines=engines, recorder=recorder, journal=journal)

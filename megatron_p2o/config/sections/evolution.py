@@ -12,7 +12,10 @@ class HardConfig:
     """Which problems count as hard."""
 
     max_solved: NonNegativeInt = 1
-    """Largest number of correct rollouts in the group of a hard problem (the paper's tau = 2, as a count)."""
+    """Largest number of solved rollouts in the group of a hard problem (the paper's tau = 2, as a count)."""
+    solved_at: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    """Reward from which a rollout counts as solved: for the hard rule, the ledger, the coverage of templates and the
+    accuracy of an evaluation. Advantages, template scores and mean rewards use the reward itself."""
     counted: Literal["plain", "all"] = "plain"
     """Rollouts of a templated group that decide whether its problem is hard. `plain`: the plain ones, at the rate
     `hard.max_solved / rollout.group_size`, which asks whether the skill is in the weights yet (the paper's Eq. 3).
@@ -51,6 +54,10 @@ class ReflectionConfig:
     """Environment variable that holds the key of the `openai` backend. The key itself is never in a file."""
     phrases: str | None = None
     """File of the `phrasebook` backend, one phrase per line."""
+    task: str | None = None
+    """What reflection is told about the task: a text, or a file if it ends in .txt or .md. It also sees the feedback of
+    the reward function. None: what `grading.function: math` asks for, a final answer in a box; with other functions
+    nothing but the judged answers."""
     temperature: NonNegativeFloat | None = 0.6
     """Sampling temperature of replies. None leaves it out of the request, for models that accept only their own."""
     max_tokens: PositiveInt | None = 2048

@@ -20,6 +20,7 @@ from megatron_p2o.evolve.record.history import EndedBy, ForeignJournal
 from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.reflection.reflection import shorten
 from megatron_p2o.evolve.reflection.reflectors import check_settings, secrets_of
+from megatron_p2o.evolve.reflection.task import task_of
 from megatron_p2o.evolve.search.budget import RoundSplit
 from megatron_p2o.evolve.search.publish import RoundStats, keep_round, rounds_path
 from megatron_p2o.evolve.search.round import RoundSettings, RoundSpec
@@ -141,6 +142,8 @@ class EvolutionSession:
             free_scores=tuple(free for free in self._free_scores.values() if free.problem_id in problems),
         )
         self._free_scores.clear()
+        if self._settings.evolution.guard_leaks and all(problem.answer is None for problem in hard):
+            logger.warning("evolution: the problems have no gold answers: no template is refused for telling one")
         self._round = self._thread.submit(self._run_round(spec, problems))
         return self._round
 
@@ -297,4 +300,5 @@ def _round_settings(config: Config, reflection_url: str | None, reflection_model
         sampling_temperature=config.rollout.temperature,
         min_problems=config.hard.min_problems,
         seed=config.run.seed,
+        task=task_of(config),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_p2o.evolve.trial import SOLVED_REWARD
+from megatron_p2o.evolve.trial import is_solved
 from megatron_p2o.types import Template
 
 
@@ -13,6 +13,8 @@ class Score:
 
     reward: float
     weight_version: int
+    solved_share: float | None = None
+    """As `Trial.solved_share`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +84,7 @@ class CandidatePool:
         if candidate_id in self._disqualified:
             return frozenset()
         scores = self._scores[candidate_id].items()
-        return frozenset(problem_id for problem_id, score in scores if score.reward >= SOLVED_REWARD)
+        return frozenset(problem_id for problem_id, score in scores if is_solved(score.reward, score.solved_share))
 
     def fronts(self) -> Mapping[str, frozenset[int]]:
         """Return for each development problem the candidates with the best reward on it, ties included (at 0 too)."""

@@ -34,6 +34,8 @@ class RoundSettings:
     """Temperature of training rollouts; the plain control uses it, too."""
     min_problems: int
     seed: int
+    task: str | None = None
+    """As `ReflectionRequest.task`."""
     control_tokens: tuple[str, ...] = ()
     """What the policy's tokenizer takes for control tokens, as text."""
 
@@ -159,6 +161,7 @@ class Round:
         request = ReflectionRequest(
             proposal=proposal,
             parent_text=parent.text,
+            task=self.spec.settings.task,
             examples=tuple(
                 Example(problem=self._problems[problem_id], trial=trial) for problem_id, trial in examples.items()
             ),
@@ -196,7 +199,7 @@ class Round:
         for problem_id in problem_ids:
             trial = self.book.known(candidate.text, problem_id)
             if trial is not None and trial.finish_reason != "abort":
-                score = Score(reward=trial.reward, weight_version=trial.weight_version)
+                score = Score(reward=trial.reward, weight_version=trial.weight_version, solved_share=trial.solved_share)
                 self.pool.record(candidate.id, problem_id, score)
 
     def _add_seeds(self) -> None:

@@ -111,8 +111,9 @@ class ScoreBook:
     async def _sample(self, key: ScoreKey, text: str) -> Trial:
         template, problem_id, occasion = key
         answer = await self._ask(text, problem_id, seed_of(occasion) if occasion else 0)
-        kept = shorten(answer.response_text, MAX_RESPONSE_CHARS) if problem_id in self._feedback_ids else ""
-        trial = replace(answer, response_text=kept)
+        is_shown = problem_id in self._feedback_ids
+        kept = shorten(answer.response_text, MAX_RESPONSE_CHARS) if is_shown else ""
+        trial = replace(answer, response_text=kept, feedback=answer.feedback if is_shown else "")
         self._history.add(Scored(template=template, problem_id=problem_id, occasion=occasion, trial=trial))
         return trial
 

@@ -38,7 +38,7 @@ def parts_of(answers: Callable[[Prompt, int], FakeReply]) -> SamplingParts:
         return answers(prompt, places[index])
 
     engines = FakeEngines(reply=reply)
-    return SamplingParts(engines=engines, grader=FakeGrader(), renderer=FakeRenderer())
+    return SamplingParts(engines=engines, grader=FakeGrader(), renderer=FakeRenderer(), solved_at=1.0)
 
 
 def mixed(prompt: Prompt, place: int) -> FakeReply:

@@ -67,7 +67,9 @@ def test_a_verdict_that_is_being_found_cannot_be_cancelled() -> None:
 def test_rollouts_are_handed_on_while_others_are_still_sampled() -> None:
     engines = FakeEngines(reply=lambda prompt, index: FakeReply(text="yes"))
     renderer = FakeRenderer()
-    parts = SamplingParts(engines=engines, grader=TimedGrader(FakeGrader(), PhaseClock()), renderer=renderer)
+    parts = SamplingParts(
+        engines=engines, grader=TimedGrader(FakeGrader(), PhaseClock()), renderer=renderer, solved_at=1.0
+    )
     rollouts = graded_rollouts(
         [renderer.render(PROBLEM, PLAIN)] * 3, SamplingParams(temperature=1, max_new_tokens=4), parts
     )

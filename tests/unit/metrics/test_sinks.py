@@ -186,8 +186,8 @@ def test_rollout_lines_say_what_was_asked_how_and_what_came_of_it(tmp_path: Path
     assert path.name == "step-000012.jsonl"
     plain, templated = read_lines(path)
     assert plain["problem_id"] == "h1" and plain["question"] == "2+2?" and plain["answer"] == "4"
-    assert (plain["template_id"], plain["is_templated"], plain["grade"], plain["reward"]) == (0, False, "incorrect", 0)
-    assert (templated["template_id"], templated["is_templated"], templated["grade"]) == (9, True, "correct")
+    assert (plain["template_id"], plain["is_templated"], plain["is_solved"], plain["reward"]) == (0, False, False, 0)
+    assert (templated["template_id"], templated["is_templated"], templated["is_solved"]) == (9, True, True)
     assert (plain["template"], templated["template"]) == ("", "<b>think</b>")
     assert templated["advantage"] == 0.5
     assert templated["response"] == "réponse\n1"
@@ -200,7 +200,7 @@ def test_a_rollout_without_a_verdict_has_no_reward_in_the_file(tmp_path: Path) -
     (rollout,) = group.rollouts
     undecided = replace(group, rollouts=(replace(rollout, grade=Grade.undecided("crashed")),))
     (line,) = read_lines(RolloutWriter(tmp_path).write(1, [undecided], lambda completion: "?"))
-    assert (line["grade"], line["reward"]) == ("error", None)
+    assert (line["is_solved"], line["reward"], line["reason"]) == (False, None, "crashed")
 
 
 def test_a_resumed_run_moves_the_rollouts_of_later_steps_away(tmp_path: Path) -> None:

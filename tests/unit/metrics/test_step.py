@@ -245,6 +245,7 @@ def test_epoch_and_evaluation_metrics_are_named_by_area() -> None:
         "library/num_templates": 5,
         "evolution/best_score": 0.75,
         "eval/heldout_hard/avg": pytest.approx(2 / 3),
+        "eval/heldout_hard/reward_mean": pytest.approx(2 / 3),
         # Any two of the three answers with a verdict hold a correct one.
         "eval/heldout_hard/pass_at_2": 1.0,
         "eval/heldout_hard/undecided_share": 0.25,

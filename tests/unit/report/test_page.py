@@ -54,7 +54,7 @@ def rollout_line(problem_id: str, *, correct: bool, template: str = "", response
         "template_id": 3 if template else 0,
         "template": template,
         "is_templated": bool(template),
-        "grade": "correct" if correct else "incorrect",
+        "is_solved": correct,
         "reward": float(correct),
         "response": response,
         "num_response_tokens": 7,

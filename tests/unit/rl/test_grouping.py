@@ -135,3 +135,9 @@ def test_truncated_rollouts_are_trained_on_unless_they_are_dropped_and_shape_the
     kept = train_samples([group], ObjectiveConfig(drop_truncated=True))
     assert [sample.advantage for sample in whole] == list(group.advantages)
     assert [sample.advantage for sample in kept] == [group.advantages[0], group.advantages[2]]
+
+
+def test_partial_rewards_are_credited_as_they_are() -> None:
+    rollouts = [fake_rollout(PROBLEM, reward=reward) for reward in (0.0, 0.25, 1.0)]
+    (group,) = make_groups([rollouts], AdvantageConfig(), [0.0])
+    assert group.advantages == pytest.approx(group_advantages_reference([0.0, 0.25, 1.0], [True] * 3, "grpo", None))

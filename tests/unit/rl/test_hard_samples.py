@@ -168,3 +168,19 @@ def test_a_ledger_rebuilt_from_its_entries_is_the_same() -> None:
     assert [item.step for item in rebuilt.history("problem-001")] == [1, 4]
     assert rebuilt.history("problem-002") == grown.history("problem-002") == (entries[2], entries[5])
     assert rebuilt.history("unknown") == ()
+
+
+def test_partial_rewards_count_as_solved_from_the_threshold_and_anchor_by_their_mean() -> None:
+    rollouts = tuple(
+        replace(fake_rollout(fake_problem(1), reward=reward), solved_at=0.5) for reward in (0.0, 0.4, 0.5, 0.8)
+    )
+    partial = Group(problem=fake_problem(1), rollouts=rollouts, advantages=(0.0,) * 4)
+    entry = ledger_entry(partial, epoch=0, step=1)
+    assert (entry.plain_tries, entry.plain_solved) == (4, 2)
+    assert entry.plain_reward == pytest.approx(1.7)
+    assert hard_problems([partial], 2, "plain") and not hard_problems([partial], 1, "plain")
+    ledger = HardSampleLedger([entry])
+    assert ledger.plain_success_rate(entry.problem_id) == 0.5
+    assert ledger.plain_reward(entry.problem_id) == pytest.approx(1.7 / 4)
+    whole = HardSampleLedger([ledger_entry(group(5, plain="sffs"), epoch=0, step=1)])
+    assert whole.plain_reward("problem-005") == whole.plain_success_rate("problem-005") == 0.5

@@ -61,6 +61,15 @@ def test_free_scores_are_over_the_answers_that_were_decided() -> None:
 
 def test_a_grader_that_cannot_work_ends_the_step() -> None:
     engines = FakeEngines(reply=lambda prompt, index: FakeReply(text="yes"))
-    parts = SamplingParts(engines=engines, grader=BrokenGrader(), renderer=FakeRenderer())
+    parts = SamplingParts(engines=engines, grader=BrokenGrader(), renderer=FakeRenderer(), solved_at=1.0)
     with pytest.raises(RuntimeError, match="no worker starts"):
         list(graded_rollouts([FakeRenderer().render(PROBLEM, HINT)], SAMPLING, parts))
+
+
+def test_free_scores_of_partial_rewards_keep_the_mean_and_the_solved_share() -> None:
+    siblings = tuple(
+        replace(fake_rollout(PROBLEM, reward=reward, template=HINT), solved_at=0.5) for reward in (0.4, 0.4, 0.8)
+    )
+    (score,) = free_scores([Group(problem=PROBLEM, rollouts=siblings, advantages=(0.0,) * 3)], lambda completion: "")
+    assert score.trial.reward == pytest.approx(1.6 / 3)
+    assert score.trial.solved_share == pytest.approx(1 / 3) and not score.trial.is_solved

@@ -143,3 +143,22 @@ def test_phrase_file_holds_one_phrase_per_line(tmp_path: Path) -> None:
     path.write_text("# nothing\n")
     with pytest.raises(ValueError, match=r"evolution\.reflection\.phrases=.* holds no phrase"):
         Phrasebook.from_file(path, seed=1)
+
+
+def test_a_task_of_ones_own_is_told_with_rewards_and_feedback_and_without_boxes() -> None:
+    problem = replace(WRONG.problem, answer=None)
+    trial = replace(WRONG.trial, reward=0.4, solved_share=0.0, feedback="Two letters do not mirror.")
+    example = replace(WRONG, problem=problem, trial=trial)
+    asked = ReflectionRequest(proposal=1, parent_text="", examples=(example,), task="Write a palindrome.\n")
+    prompt = reflection_prompt(asked)
+    assert "The task: Write a palindrome.\n\n# Example 1" in prompt
+    assert "## Judgement\nNot good enough: it earned 0.4 of 1.\nTwo letters do not mirror." in prompt
+    assert "boxed" not in prompt.replace(trial.response_text, "") and "correct final answer" not in prompt
+    solved = replace(example, trial=replace(trial, solved_share=1.0, feedback=""))
+    assert "Good: it earned 0.4 of 1." in reflection_prompt(replace(asked, examples=(solved,), task=""))
+
+
+def test_without_a_task_of_ones_own_the_prompt_is_that_of_boxed_answers() -> None:
+    plain = ReflectionRequest(proposal=1, parent_text="", examples=(WRONG,))
+    assert "The task:" not in reflection_prompt(plain) and "\n\n# Example 1" in reflection_prompt(plain)
+    assert "does not match. The correct final answer is" in reflection_prompt(plain)

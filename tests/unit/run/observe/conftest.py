@@ -54,6 +54,7 @@ def make_observer(tmp_path: Path, written: Written) -> MakeObserver:
         )
         started: Any = RunParts(
             parts=Parts(
+                solved_at=1.0,
                 engines=FakeEngines(reply=lambda prompt, index: FakeReply(text=answer)),
                 grader=FakeGrader(),
                 renderer=FakeRenderer(),

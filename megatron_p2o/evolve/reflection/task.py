@@ -1,0 +1,25 @@
+"""What reflection is told about the task."""
+
+from pathlib import Path
+
+from megatron_p2o.config.tree import Config
+
+FILE_ENDINGS = (".txt", ".md")
+
+
+def task_of(config: Config) -> str | None:
+    """Return the description of the task; None for boxed final answers, which need none, "" where nobody wrote one.
+
+    Raises:
+        ValueError: `evolution.reflection.task` names a file that cannot be read.
+    """
+    task = config.evolution.reflection.task
+    if task is None:
+        is_boxed = config.grading.function == "math" and not config.grading.functions
+        return None if is_boxed else ""
+    if not task.endswith(FILE_ENDINGS):
+        return task
+    try:
+        return Path(task).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"evolution.reflection.task={task} cannot be read ({error}): give a text file") from error

@@ -1,0 +1,23 @@
+"""What reflection is told about the task."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_p2o.config.sections.rollout import WeightedFunctionConfig
+from megatron_p2o.evolve.reflection.task import task_of
+from megatron_p2o.testing.fakes import fake_config
+
+TASK = "evolution.reflection.task"
+
+
+def test_boxed_answers_need_no_task_and_other_rewards_are_not_told_of_boxes(tmp_path: Path) -> None:
+    assert task_of(fake_config()) is None
+    assert task_of(fake_config({"grading.function": "exact"})) == ""
+    assert task_of(fake_config({"grading.functions": {"math": WeightedFunctionConfig(weight=1.0)}})) == ""
+    assert task_of(fake_config({TASK: "Write a palindrome."})) == "Write a palindrome."
+    path = tmp_path / "task.md"
+    path.write_text("Write one.")
+    assert task_of(fake_config({TASK: str(path)})) == "Write one."
+    with pytest.raises(ValueError, match=r"evolution.reflection.task=.*none.txt cannot be read"):
+        task_of(fake_config({TASK: str(tmp_path / "none.txt")}))
