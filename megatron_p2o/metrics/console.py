@@ -5,7 +5,7 @@ from typing import TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_p2o.metrics.sinks import StepRecord
+from megatron_p2o.metrics.sinks.record import StepRecord
 from megatron_p2o.terminal import SafeConsole, printable
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (

@@ -2,23 +2,38 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
+from typing import Any
 
 from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.metrics.console import ConsoleSink
-from megatron_p2o.metrics.sinks import JsonlSink, MetricSink, StepRecord, TensorBoardSink, WandbSink
+from megatron_p2o.metrics.jsonl import read_records
+from megatron_p2o.metrics.sinks.guarded import GuardedSink
+from megatron_p2o.metrics.sinks.record import JsonlSink, MetricSink, SinkContext, StepRecord
+from megatron_p2o.metrics.sinks.registry import run_id_of, wanted_sinks
 from megatron_p2o.metrics.values import MetricValue, numbers_of
+
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
 class MetricsLog:
     """Sends a step's metrics to every sink. Closes them when left as a context manager."""
 
     def __init__(
-        self, sinks: Sequence[MetricSink], announce: Callable[[str], None] | None = None, num_lines: int = 0
+        self,
+        sinks: Sequence[MetricSink],
+        guarded: Sequence[GuardedSink] = (),
+        announce: Callable[[str], None] | None = None,
+        num_lines: int = 0,
     ) -> None:
-        """`num_lines`: records that a resumed run has written before."""
-        self._sinks = list(sinks)
+        """Take the sinks: an error of one of `sinks` ends the run, `guarded` ones keep theirs to themselves.
+
+        Args:
+            num_lines: records that a resumed run has written before.
+        """
+        self._sinks, self._guarded = list(sinks), list(guarded)
         self._announce = announce
         self.num_lines = num_lines
         """Records so far, over all restarts: lines of metrics.jsonl."""
@@ -26,8 +41,12 @@ class MetricsLog:
     def write(self, step: int, epoch: int, metrics: Mapping[str, MetricValue]) -> StepRecord:
         """Reduce `metrics`, write them everywhere, and return what was written."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        record = StepRecord(step=step, epoch=epoch, time=now, metrics=numbers_of(metrics))
-        for sink in self._sinks:
+        numbers = numbers_of(metrics)
+        num_missed = sum(sink.num_missed for sink in self._guarded)
+        if num_missed:
+            numbers = {**numbers, "sinks/missed_records_count": float(num_missed)}
+        record = StepRecord(step=step, epoch=epoch, time=now, metrics=numbers)
+        for sink in (*self._sinks, *self._guarded):
             sink.write(record)
         self.num_lines += 1
         return record
@@ -38,7 +57,7 @@ class MetricsLog:
             self._announce(activity)
 
     def close(self) -> None:
-        for sink in self._sinks:
+        for sink in (*self._sinks, *self._guarded):
             sink.close()
 
     def __enter__(self) -> "MetricsLog":
@@ -51,24 +70,38 @@ class MetricsLog:
 
 
 def open_metrics_log(
-    run_directory: Path, run_name: str, logging: LoggingConfig, num_steps: int, num_kept: int = 0
+    run_directory: Path,
+    run_name: str,
+    logging: LoggingConfig,
+    num_steps: int,
+    num_kept: int = 0,
+    settings: Mapping[str, Any] = NO_SETTINGS,
 ) -> MetricsLog:
     """Open the sinks that `logging` asks for.
 
     Args:
         num_steps: steps the run will have, for the progress bar.
         num_kept: lines of metrics.jsonl that the resumed checkpoint counts; 0 starts afresh.
+        settings: the resolved settings, nested, for the sinks that show them.
 
     Raises:
-        ValueError: a sink was asked for whose package is missing. Nothing is left open or moved then.
+        ValueError: a sink that was asked for cannot be had. Nothing is left open or moved then.
     """
-    optional: list[MetricSink] = []
-    if logging.tensorboard:
-        optional.append(TensorBoardSink(run_directory / "tensorboard"))
-    if logging.wandb_project is not None:
-        optional.append(WandbSink(logging.wandb_project, run_name, run_directory))
-    sinks: list[MetricSink] = [JsonlSink(run_directory / "metrics.jsonl", num_kept), *optional]
+    wanted = wanted_sinks(logging)
+    run_id = run_id_of(run_directory) if wanted else ""
+    jsonl = JsonlSink(run_directory / "metrics.jsonl", num_kept)
+    guarded: list[GuardedSink] = []
+    if wanted:
+        kept_steps = read_records(run_directory / "metrics.jsonl", lambda line: int(line["step"]))
+        context = SinkContext(
+            run_name=run_name,
+            run_id=run_id,
+            run_directory=run_directory,
+            settings=settings,
+            first_step=max(kept_steps, default=-1) + 1,
+        )
+        guarded = [GuardedSink(name, partial(open_sink, context)) for name, open_sink in wanted.items()]
     if not logging.console:
-        return MetricsLog(sinks, num_lines=num_kept)
+        return MetricsLog([jsonl], guarded, num_lines=num_kept)
     console = ConsoleSink(num_steps)
-    return MetricsLog([*sinks, console], console.announce, num_kept)
+    return MetricsLog([jsonl, console], guarded, console.announce, num_kept)

@@ -76,7 +76,8 @@ class ProcessMemory:
 
         `memory/rank_host_peak_bytes` is of the rank that has held the most so far, `engine_host_peak_bytes` of the
         engine with all its processes; `ranks_host_bytes`, `engines_host_bytes` and `<other>_host_bytes` are of all
-        together and now. `rank_gpu_peak_bytes` is of the rank whose tensors have taken the most, where there are GPUs.
+        together and now, `rank_<i>_host_bytes` and `engine_<i>_host_bytes` of each. `rank_gpu_peak_bytes` is of the
+        rank whose tensors have taken the most, where there are GPUs.
 
         Args:
             others: name to memory of what else runs, e.g. graders; left out where it holds nothing.
@@ -94,6 +95,8 @@ class ProcessMemory:
             "rank_gpu_peak": self._gpu_peak_bytes,
             "engine_host_peak": max((engine.peak_bytes for engine in engines), default=0),
             "engines_host": sum(engine.resident_bytes for engine in engines),
+            **{f"rank_{index}_host": rank.host.resident_bytes for index, rank in enumerate(ranks)},
+            **{f"engine_{index}_host": engine.resident_bytes for index, engine in enumerate(engines)},
             **{f"{name}_host": memory.resident_bytes for name, memory in others.items()},
         }
         return {f"memory/{name}_bytes": float(number) for name, number in numbers.items() if number}

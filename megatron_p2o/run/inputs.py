@@ -12,7 +12,7 @@ from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_prob
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
 from megatron_p2o.evolve.reflection.task import task_of
 from megatron_p2o.files import read_json_object
-from megatron_p2o.metrics import sinks
+from megatron_p2o.metrics.sinks.registry import sink_problems
 from megatron_p2o.rewards.tasks import TaskGrader, rewards_line
 from megatron_p2o.types import PLAIN, Problem, TokenIds
 
@@ -32,7 +32,7 @@ def missing_packages(config: Config, *, for_training: bool = True) -> list[str]:
     data = config.data
     files = [*(data.training_files.values() if for_training else ()), *data.evaluation_files.values()]
     readers = [missing_package(Path(file)) for file in dict.fromkeys(files)]
-    return [*filter(None, readers), *(sinks.missing_sink_packages(config.logging) if for_training else ())]
+    return [*filter(None, readers), *(sink_problems(config.logging) if for_training else ())]
 
 
 def load_inputs(config: Config) -> Inputs:

@@ -36,6 +36,7 @@ MAPPINGS = (
     "evolution.reflection.extra_body",
     "grading.arguments",
     "grading.functions",
+    "logging.sinks",
 )
 """Settings whose keys are free."""
 
@@ -48,7 +49,8 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("rollout", "max_restarts refresh_bucket_mib weight_transfer verify_every release_memory stall_timeout_s"),
         *_in("head", "kernel weight_grad"),
         *_in("schedule", "save_every_steps keep_checkpoints"),
-        *_in("logging", "console wandb_project tensorboard rollouts_every_steps profile_update"),
+        *_in("logging", "console wandb_project tensorboard mlflow_experiment trackio_project rollouts_every_steps"),
+        *_in("logging", "sinks profile_update"),
     ),
     "step": (
         *_in("model", "enable_thinking template_date"),

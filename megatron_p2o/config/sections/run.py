@@ -1,9 +1,10 @@
 """Settings of a run as a whole: its place, its length, its alarms and what it writes."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_p2o.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Range
 
@@ -92,6 +93,14 @@ class LoggingConfig:
     """Project of Weights & Biases that receives the metrics. None: no Weights & Biases."""
     tensorboard: bool = False
     """Whether the metrics are also written for TensorBoard, in the run's folder."""
+    mlflow_experiment: str | None = None
+    """Experiment of MLflow that receives the metrics; the environment variable MLFLOW_TRACKING_URI says where. None: no
+    MLflow."""
+    trackio_project: str | None = None
+    """Project of Trackio that receives the metrics. None: no Trackio."""
+    sinks: Mapping[str, Any] = field(default_factory=dict)
+    """Sinks of one's own: the name of an entry point of `megatron_p2o.sinks`, or `package.module:callable`, to the
+    arguments it is called with, e.g. `{}`."""
     rollouts_every_steps: NonNegativeInt = 1
     """Rollout steps between two that are written whole as JSONL. 0 writes none."""
     profile_update: PositiveInt | None = None

@@ -1,7 +1,7 @@
 """The files that a run appends to, opened at the start of a fresh run or at a checkpoint."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_p2o.config.tree import Config
@@ -31,11 +31,11 @@ def open_files(
 
     Raises:
         CheckpointError: the ledger holds less than the checkpoint counts.
-        ValueError: a sink of metrics was asked for whose package is missing.
+        ValueError: a sink of metrics that was asked for cannot be had.
     """
     resumed = beginning.resumed
     num_kept = resumed.num_metrics_lines if resumed else 0
-    metrics = open_metrics_log(run_dir, config.run.name, config.logging, num_steps, num_kept)
+    metrics = open_metrics_log(run_dir, config.run.name, config.logging, num_steps, num_kept, asdict(config))
     stack.enter_context(metrics)
     ledger = LedgerFile(run_dir / "hard_samples.jsonl", resumed.num_ledger_entries if resumed else 0)
     stack.callback(ledger.close)

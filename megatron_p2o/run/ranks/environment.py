@@ -10,9 +10,9 @@ import psutil
 from megatron_p2o.config.tree import Config, ParallelConfig
 from megatron_p2o.evolve.reflection.reflectors import secrets_of
 from megatron_p2o.machine.nodes import Nodes
+from megatron_p2o.metrics.sinks.registry import sink_secrets
 from megatron_p2o.processes import (
     LOOPBACK_ONLY,
-    PROXY_VARIABLES,
     SECRET_NAMES_VARIABLE,
     STORE_FILE_VARIABLE,
     child_environment,
@@ -21,13 +21,11 @@ from megatron_p2o.rollout.servers.remote import own_address
 from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.run.ranks.rank_errors import STOP_TIMEOUT_S
 
-WANDB_SECRETS = ("WANDB_API_KEY", *PROXY_VARIABLES)
-
 
 def conductor_secrets(config: Config) -> tuple[str, ...]:
     """Return the environment variables that may hold secrets and that rank 0 needs; the other ranks need none."""
     names = secrets_of(config.evolution.reflection) if config.evolution.enabled else ()
-    return (*names, *(WANDB_SECRETS if config.logging.wandb_project is not None else ()))
+    return (*names, *sink_secrets(config.logging))
 
 
 @contextmanager

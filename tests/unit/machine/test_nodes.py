@@ -147,6 +147,9 @@ def test_rank_0_alone_is_given_the_secrets_that_it_needs(monkeypatch: pytest.Mon
     assert secrets.keys() & set(conductor_secrets(settings)) == {"TEACHER_LOGIN"}
     watched = replace(config(tmp_path), logging=LoggingConfig(wandb_project="ours"))
     assert secrets.keys() & set(conductor_secrets(watched)) == {"WANDB_API_KEY"}
+    on_a_space = replace(config(tmp_path), logging=LoggingConfig(trackio_project="ours", mlflow_experiment="ours"))
+    assert set(conductor_secrets(on_a_space)) >= {"HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_URI"}
+    assert "WANDB_API_KEY" not in conductor_secrets(on_a_space)
     environments = {local: {"RANK": str(local + 2)} for local in range(2)}
     agent_settings(2, HEAD, 20, secrets).logs_specs.reify(environments)
     assert [len(environment.keys() & secrets) for environment in environments.values()] == [0, 0]

@@ -128,15 +128,24 @@ def test_every_kind_of_process_has_its_memory_in_the_metrics() -> None:
         "memory/rank_gpu_peak_bytes": 80,
         "memory/engine_host_peak_bytes": 30,
         "memory/engines_host_bytes": 33,
+        "memory/rank_0_host_bytes": 3,
+        "memory/rank_1_host_bytes": 4,
+        "memory/engine_0_host_bytes": 11,
+        "memory/engine_1_host_bytes": 22,
         "memory/graders_host_bytes": 2,
     }
     engines = [memory(11, 20), memory(22, 30)]
     assert process_memory.metrics(ranks, engines, others, {"train": 80, "rollout": 50}) == expected
     later = process_memory.metrics(ranks[:1], engines, others, {"train": 10})
+    del expected["memory/rank_1_host_bytes"]
     assert later == expected | {"memory/ranks_host_bytes": 3}, "peaks are of the whole run"
 
 
 def test_without_a_gpu_the_phases_peaks_are_host_memory() -> None:
     ranks = [RankMemory(host=memory(3, 5), gpu_peak_bytes=0)]
     numbers = ProcessMemory().metrics(ranks, [], {}, {"train": 80})
-    assert numbers == {"memory/rank_host_peak_bytes": 80, "memory/ranks_host_bytes": 3}
+    assert numbers == {
+        "memory/rank_host_peak_bytes": 80,
+        "memory/ranks_host_bytes": 3,
+        "memory/rank_0_host_bytes": 3,
+    }

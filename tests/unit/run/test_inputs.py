@@ -11,7 +11,7 @@ import yaml
 
 from megatron_p2o.cli import BAD_INPUT, main
 from megatron_p2o.config.tree import LoggingConfig
-from megatron_p2o.metrics import sinks
+from megatron_p2o.metrics.sinks.registry import sink_problems
 from megatron_p2o.run.inputs import check_hard_set, evolution_notice, missing_packages, planned_work
 from megatron_p2o.testing.fakes import fake_config
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
@@ -199,12 +199,14 @@ def test_files_that_are_not_there_are_missing(settings_file: Path, capsys: pytes
 def test_packages_that_the_settings_need_are_missing(
     settings_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for package in ("tensorboard", "wandb", "pyarrow"):
+    needed = ("tensorboard", "wandb", "mlflow", "trackio", "pyarrow")
+    for package in needed:
         monkeypatch.setitem(sys.modules, package, None)  # what an absent package looks like
     (tmp_path / "held.jsonl").write_bytes(b"PAR1....")
     settings = {"logging__tensorboard": "true", "logging__wandb_project": "p2o"}
+    settings |= {"logging__mlflow_experiment": "p2o", "logging__trackio_project": "p2o"}
     printed = said(settings_file, capsys, **settings)
-    for package in ("tensorboard", "wandb", "pyarrow"):
+    for package in needed:
         assert f"pip install {package}" in printed
     overrides = ["--set", "logging.tensorboard=true"]
     assert main(["train", str(settings_file), *overrides]) == BAD_INPUT, "nothing is started"
@@ -218,7 +220,7 @@ def test_a_folder_named_like_a_package_is_none(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    (sentence,) = sinks.missing_sink_packages(LoggingConfig(wandb_project="p2o"))
+    (sentence,) = sink_problems(LoggingConfig(wandb_project="p2o"))
     assert sentence.startswith("logging.wandb_project=p2o needs the package wandb")
     config = fake_config()
     assert missing_packages(replace(config, logging=LoggingConfig())) == []

@@ -1,0 +1,177 @@
+"""The sinks that settings can ask for beside `metrics.jsonl`: one table, and those that packages add."""
+
+import importlib.metadata
+import inspect
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_p2o.config.tree import LoggingConfig
+from megatron_p2o.files import write_whole
+from megatron_p2o.metrics.sinks.record import MetricSink, SinkContext
+from megatron_p2o.metrics.sinks.services import MlflowSink, TensorBoardSink, TrackioSink, WandbSink
+from megatron_p2o.processes import PROXY_VARIABLES
+
+ENTRY_POINTS = "megatron_p2o.sinks"
+"""Group of entry points by which a package names its sinks."""
+
+RUN_ID_FILE = "run_id"
+RUN_ID = re.compile(r"[0-9a-f]{12}")
+
+OpenSink = Callable[[SinkContext], MetricSink]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SinkKind:
+    """A sink of the table. Its key there is the package it needs."""
+
+    setting: str
+    """Dotted name of the setting that asks for it."""
+    value: Callable[[LoggingConfig], str | bool | None]
+    """Returns the setting's value, which goes to `open`."""
+    off: str
+    """The setting's value, as a file writes it, that asks for none."""
+    open: Callable[[Any, SinkContext], MetricSink]
+    secrets: tuple[str, ...] = ()
+    """Environment variables that may hold secrets and that it needs."""
+
+
+KINDS: Mapping[str, SinkKind] = {
+    "tensorboard": SinkKind(
+        setting="logging.tensorboard", value=lambda logging: logging.tensorboard, off="false", open=TensorBoardSink
+    ),
+    "wandb": SinkKind(
+        setting="logging.wandb_project",
+        value=lambda logging: logging.wandb_project,
+        off="null",
+        open=WandbSink,
+        secrets=("WANDB_API_KEY", *PROXY_VARIABLES),
+    ),
+    "mlflow": SinkKind(
+        setting="logging.mlflow_experiment",
+        value=lambda logging: logging.mlflow_experiment,
+        off="null",
+        open=MlflowSink,
+        secrets=(
+            *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+            *PROXY_VARIABLES,
+        ),
+    ),
+    "trackio": SinkKind(
+        setting="logging.trackio_project",
+        value=lambda logging: logging.trackio_project,
+        off="null",
+        open=TrackioSink,
+        secrets=("HF_TOKEN", "TRACKIO_WRITE_TOKEN", "TRACKIO_SERVER_URL", *PROXY_VARIABLES),
+    ),
+}
+
+
+def wanted_sinks(settings: LoggingConfig) -> dict[str, OpenSink]:
+    """Return the name of each sink that is asked for, and what opens it.
+
+    Raises:
+        ValueError: one cannot be had; the message has all sentences of `sink_problems`.
+    """
+    problems = sink_problems(settings)
+    if problems:
+        raise ValueError("; ".join(problems))
+    built_in = {package: partial(kind.open, value) for package, kind, value in _wanted_kinds(settings)}
+    own = {name: _own_sink(name, arguments) for name, arguments in settings.sinks.items()}
+    return {**built_in, **own}
+
+
+def sink_problems(settings: LoggingConfig) -> list[str]:
+    """Return one sentence for each sink that is asked for and cannot be had: no package, or no such callable."""
+    problems = [
+        f"{kind.setting}={str(value).lower() if value is True else value} needs the package {package}: "
+        f"pip install {package}, or set {kind.setting} to {kind.off}"
+        for package, kind, value in _wanted_kinds(settings)
+        if not _is_installed(package)
+    ]
+    for name, arguments in settings.sinks.items():
+        try:
+            _own_sink(name, arguments)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def sink_secrets(settings: LoggingConfig) -> tuple[str, ...]:
+    """Return the environment variables that may hold secrets and that the sinks asked for need."""
+    return tuple(dict.fromkeys(name for _, kind, _ in _wanted_kinds(settings) for name in kind.secrets))
+
+
+def run_id_of(run_directory: Path) -> str:
+    """Return the id of the run in a folder, which `run_id` there holds; the first call makes it.
+
+    Raises:
+        ValueError: the file holds no id.
+    """
+    path = run_directory / RUN_ID_FILE
+    if not path.exists():
+        write_whole(path, uuid.uuid4().hex[:12] + "\n")
+    run_id = path.read_text("utf-8", errors="replace").strip()
+    if not RUN_ID.fullmatch(run_id):
+        raise ValueError(f"{path} must hold twelve hexadecimal digits: restore it, or remove it to have another id")
+    return run_id
+
+
+def _wanted_kinds(settings: LoggingConfig) -> Iterator[tuple[str, SinkKind, Any]]:
+    for package, kind in KINDS.items():
+        value = kind.value(settings)
+        if value not in (None, False):
+            yield package, kind, value
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        found = find_spec(package)
+    except ValueError:  # a module that was made by hand has no spec
+        return False
+    return found is not None and found.origin is not None  # a folder of that name is no package
+
+
+def _found(name: str) -> Callable[..., MetricSink]:
+    """Return the callable of an entry point, or of `package.module:callable`. Raises `ValueError`."""
+    known = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    if name not in known and ":" not in name:
+        installed = ", ".join(known) or "none are installed"
+        raise ValueError(
+            f"logging.sinks.{name} must be an entry point of {ENTRY_POINTS} ({installed}) or package.module:callable: "
+            "install its package or correct the name"
+        )
+    entry = known.get(name) or importlib.metadata.EntryPoint(name, name, ENTRY_POINTS)
+    try:
+        found: object = entry.load()
+    except Exception as error:  # whatever code of others does when it is imported
+        raise ValueError(f"logging.sinks.{name} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(found):
+        raise ValueError(
+            f"logging.sinks.{name} is {type(found).__name__}, and must be callable as sink(context, **arguments)"
+        )
+    return cast(Callable[..., MetricSink], found)
+
+
+def _own_sink(name: str, arguments: object) -> OpenSink:
+    """Return what opens a sink of `logging.sinks`. Raises `ValueError` unless it is there and takes the arguments."""
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"logging.sinks.{name}={arguments} must be a mapping of arguments: write {{}} for none")
+    sink = _found(name)
+    try:
+        signature = inspect.signature(sink)
+    except ValueError:  # a callable of C that does not say
+        return partial(sink, **arguments)
+    try:
+        signature.bind(None, **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"logging.sinks.{name} has the signature {signature} and must be callable as sink(context, **arguments) "
+            f"({error})"
+        ) from error
+    return partial(sink, **arguments)
