@@ -15,8 +15,8 @@ def task_of(config: Config) -> str | None:
     """
     task = config.evolution.reflection.task
     if task is None:
-        is_boxed = config.grading.function == "math" and not config.grading.functions
-        return None if is_boxed else ""
+        gradings = [each.grading or config.grading for each in config.data.train.values()]
+        return None if all(each.function == "math" and not each.functions for each in gradings) else ""
     if not task.endswith(FILE_ENDINGS):
         return task
     try:

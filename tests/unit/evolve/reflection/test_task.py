@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_p2o.config.sections.rollout import WeightedFunctionConfig
+from megatron_p2o.config.sections.data import TaskConfig
+from megatron_p2o.config.sections.rollout import GradingConfig, WeightedFunctionConfig
 from megatron_p2o.evolve.reflection.task import task_of
 from megatron_p2o.testing.fakes import fake_config
 
@@ -16,6 +17,8 @@ def test_boxed_answers_need_no_task_and_other_rewards_are_not_told_of_boxes(tmp_
     assert task_of(fake_config({"grading.function": "exact"})) == ""
     assert task_of(fake_config({"grading.functions": {"math": WeightedFunctionConfig(weight=1.0)}})) == ""
     assert task_of(fake_config({TASK: "Write a palindrome."})) == "Write a palindrome."
+    tasks = {"a": TaskConfig(file="a.jsonl"), "b": TaskConfig(file="b.jsonl", grading=GradingConfig(function="exact"))}
+    assert task_of(fake_config({"data.train": tasks})) == ""
     path = tmp_path / "task.md"
     path.write_text("Write one.")
     assert task_of(fake_config({TASK: str(path)})) == "Write one."
