@@ -1,6 +1,7 @@
 """The runs of examples/tasks, made small: rewards that are not mathematics, through the whole program."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,24 @@ def test_code_is_tested_in_the_sandbox_and_templates_get_through(tmp_path: Path)
     assert mean(asked_plainly) < 0.1
     assert mean(templated) > 0.25
     assert all("print(x *" in rollout["response"] for rollout in rollouts if rollout["reward"])
+
+
+def test_two_tasks_of_reasoning_gym_are_mixed_and_scored(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install -r requirements/dev.txt")
+    task = prepared("reasoning_gym", tmp_path / "task", "--steps", "100")
+    files = {f"data.train.{name}": task / f"{name}.jsonl" for name in ("chain_sum", "gcd")}
+    settings = {"model.path": task / "model", "schedule.max_steps": 1, **files}
+    rollouts = trained("reasoning_gym/reasoning_gym.yaml", tmp_path / "runs", **settings)
+    assert len(rollouts) == 36 * 6
+    assert all(rollout["reward"] is not None for rollout in rollouts)
+    for source in ("chain_sum", "gcd"):
+        own = [rollout for rollout in rollouts if rollout["source"] == source]
+        assert len(own) == 18 * 6
+        for rollout in own:
+            said = rollout["response"].rpartition("<answer>")[2].partition("</answer>")[0]
+            # The scorer compares numbers: 07 is 7.
+            is_right = re.fullmatch(rf"\s*\+?0*{re.escape(rollout['answer'])}\s*", said) is not None
+            assert (rollout["reward"] == 1.0) == is_right, (rollout["response"], rollout["answer"])
 
 
 def test_partial_credit_gives_rewards_between_zero_and_one(tiny: Path, tmp_path: Path) -> None:
