@@ -224,3 +224,12 @@ def test_a_folder_named_like_a_package_is_none(tmp_path: Path, monkeypatch: pyte
     assert sentence.startswith("logging.wandb_project=p2o needs the package wandb")
     config = fake_config()
     assert missing_packages(replace(config, logging=LoggingConfig())) == []
+
+
+def test_a_sink_of_ones_own_is_checked_by_the_dry_run(
+    settings_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings_file.write_text(settings_file.read_text() + "logging:\n  sinks:\n    gone.module:Sink: {}\n")
+    assert main(["train", str(settings_file), "--dry-run"]) == BAD_INPUT
+    assert "logging.sinks.gone.module:Sink cannot be imported" in capsys.readouterr().err
+    assert not (tmp_path / "test").exists()
