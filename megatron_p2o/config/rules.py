@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_p2o.config.ranges import range_problems
 from megatron_p2o.config.shape import ONLY_TASK
-from megatron_p2o.config.tree import Config, OptimizerConfig
+from megatron_p2o.config.tree import Config, GradingConfig, OptimizerConfig
 
 MAX_NAME_CHARS = 64
 
@@ -46,7 +46,8 @@ def _sampling_rules(config: Config) -> list[Rule]:
 
 
 def _grading_rules(config: Config) -> list[Rule]:
-    of_tasks = {f"data.train.{name}.grading": task.grading for name, task in config.data.train.items() if task.grading}
+    data = config.data
+    of_tasks = {f"data.train.{name}.grading": task.grading for name, task in data.train.items() if task.grading}
     return [
         (
             not grading.functions or (grading.function == "math" and not grading.arguments),
@@ -54,7 +55,18 @@ def _grading_rules(config: Config) -> list[Rule]:
             "arguments of each function below its name",
         )
         for name, grading in {"grading": config.grading, **of_tasks}.items()
+    ] + [
+        (
+            data.of_task(name).answer_field not in (None, "") or not _uses_math(task.grading or config.grading),
+            f"data.train.{name} has no column of gold answers (answer_field), which the reward math compares with: "
+            "name the column, or a reward function that needs none (grading.function)",
+        )
+        for name, task in data.train.items()
     ]
+
+
+def _uses_math(grading: GradingConfig) -> bool:
+    return "math" in grading.functions if grading.functions else grading.function == "math"
 
 
 def _objective_rules(config: Config) -> list[Rule]:

@@ -59,10 +59,10 @@ def columns_of(path: Path, data: DataConfig) -> Columns:
 
 
 def _found(row: Mapping[str, object], names: Sequence[str]) -> str:
-    return next((name for name in names if value_at(row, name) is not None), names[0])
+    return next((name for name in names if field_at(row, name) is not None), names[0])
 
 
-def value_at(row: Mapping[str, object], name: str) -> object:
+def field_at(row: Mapping[str, object], name: str) -> object:
     """Return the value of a column: of that very name, or with dots that lead into mappings; None without one.
 
     A cell that holds JSON text, as in CSV, is read where a dot leads into it.
@@ -88,7 +88,7 @@ def text_at(row: Mapping[str, object], name: str, setting: str) -> str:
     Raises:
         BadRowError: there is none.
     """
-    value = value_at(row, name)
+    value = field_at(row, name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if value is None:
@@ -106,7 +106,7 @@ def asked_at(row: Mapping[str, object], name: str) -> tuple[str, str]:
     Raises:
         BadRowError: there is no question, or more than one.
     """
-    value = value_at(row, name)
+    value = field_at(row, name)
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         value = _conversation_in(value)
     if not isinstance(value, list):

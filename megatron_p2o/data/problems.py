@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_p2o.config.tree import DataConfig
-from megatron_p2o.data.columns import Columns, asked_at, columns_of, text_at, value_at
+from megatron_p2o.data.columns import Columns, asked_at, columns_of, field_at, text_at
 from megatron_p2o.data.raw_rows import BadRowError, parsed, raw_rows
 from megatron_p2o.records import to_json
 from megatron_p2o.terminal import listed
@@ -106,7 +106,7 @@ def _problem(raw_row: object, columns: Columns, data: DataConfig, task: str) -> 
     row = parsed(raw_row)
     system, question = asked_at(row, columns.question)
     answer = None if columns.answer is None else text_at(row, columns.answer, ANSWER_SETTING)
-    has_id = value_at(row, columns.id) is not None
+    has_id = field_at(row, columns.id) is not None
     return Problem(
         id=text_at(row, columns.id, "data.id_field") if has_id else question_id(question),
         question=question,

@@ -39,7 +39,7 @@ from megatron_p2o.files import digest_of, write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.processes import exit_on_signal
-from megatron_p2o.rewards.tasks import TaskGrader
+from megatron_p2o.rewards.tasks import TaskGrader, grading_of
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, read_manifest
@@ -152,7 +152,7 @@ def open_benchmarks(
     for name in config.data.evaluation:
         problems = fitting_problems(set_problems(config.data, name), renderer, config.data.skip_bad_rows)
         protocol = protocol_of(name, len(problems), config)
-        settings = answer_settings(problems, protocol, subject, renderer, config)
+        settings = answer_settings(name, problems, protocol, subject, renderer, config)
         file = stack.enter_context(AnswerFile(output / ANSWERS_FOLDER / f"{quote(name, safe='')}.jsonl", settings))
         benchmarks.append(Benchmark(name=name, problems=problems, protocol=protocol, file=file))
     return benchmarks
@@ -179,9 +179,15 @@ def write_results(benchmarks: Sequence[Benchmark], subject: Subject, config: Con
 
 
 def answer_settings(
-    problems: Sequence[Problem], protocol: Protocol, subject: Subject, renderer: PromptRenderer, config: Config
+    name: str,
+    problems: Sequence[Problem],
+    protocol: Protocol,
+    subject: Subject,
+    renderer: PromptRenderer,
+    config: Config,
 ) -> JsonObject:
-    """Return what the answers to a set depend on, all of it; not their number, which may be raised later."""
+    """Return what the answers to set `name` and their grades depend on; not their number, which may be raised later."""
+    grading = grading_of(config, config.data.task_of_set(name) or "")
     prompts = {problem.id: renderer.render(problem, PLAIN).sampling_ids.tolist() for problem in problems}
     sampling = evaluation_sampling(config, protocol)
     return {
@@ -192,6 +198,8 @@ def answer_settings(
         "temperature": sampling.temperature,
         "rollout.max_new_tokens": sampling.max_new_tokens,
         "run.seed": config.run.seed,
+        "hard.solved_at": config.hard.solved_at,
+        **{f"grading.{each}": asdict(grading)[each] for each in ("function", "arguments", "functions")},
     }
 
 

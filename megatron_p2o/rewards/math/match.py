@@ -109,13 +109,13 @@ def _all(verdicts: Iterable[bool | None]) -> bool | None:
 
 
 def _agree(gold: Answer, answer: Answer, judge: Judge) -> bool | None:
+    gold, answer = in_one_notation(gold, answer)
     if isinstance(gold, Unread) or isinstance(answer, Unread):
         return False
     if gold == answer:
         return True
     if isinstance(gold, Relation) or isinstance(answer, Relation):
         return _relations_agree(gold, answer, judge)
-    gold, answer = in_one_notation(gold, answer)
     if isinstance(gold, Labelled) or isinstance(answer, Labelled):
         return _labelled_agree(gold, answer, judge)
     if isinstance(gold, Items) and isinstance(answer, Items):

@@ -107,9 +107,9 @@ def work(server: int, connection: socket.socket, program: "Program", deadline_s:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(nowhere, descriptor)
-        from megatron_p2o.rewards.workers.loop import Worker
+        from megatron_p2o.rewards.workers.loop import RequestLoop
 
-        asyncio.run(Worker(program, deadline_s, timeout_s).serve(connection))
+        asyncio.run(RequestLoop(program, deadline_s, timeout_s).serve(connection))
     finally:
         os._exit(0)
 

@@ -47,7 +47,7 @@ class Program(Protocol):
         ...
 
 
-class Worker:
+class RequestLoop:
     """Answers the requests of one connection until it is closed."""
 
     def __init__(self, program: Program, deadline_s: float, timeout_s: float) -> None:

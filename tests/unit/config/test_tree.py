@@ -282,3 +282,10 @@ def test_several_reward_functions_take_the_place_of_the_one() -> None:
     for name, value in (("grading.function", "exact"), ("grading.arguments", {"extract": "text"})):
         (sentence,) = problems_of(fake_config({**several, name: value}))
         assert sentence.startswith("grading.functions takes the place of grading.function and grading.arguments")
+
+
+@pytest.mark.parametrize("grading", [{}, {"grading.functions": {"math": WeightedFunctionConfig(weight=1.0)}}])
+def test_mathematics_needs_gold_answers(grading: dict[str, Any]) -> None:
+    (sentence,) = problems_of(fake_config({"data.answer_field": None, **grading}))
+    assert sentence.startswith("data.train.train has no column of gold answers")
+    assert problems_of(fake_config({"data.answer_field": None, "grading.function": "judge"})) == []

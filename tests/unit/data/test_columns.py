@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_p2o.config.tree import DataConfig, EvaluationSetConfig, TaskConfig, one_task
-from megatron_p2o.data.columns import value_at
+from megatron_p2o.data.columns import field_at
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.data.tasks import column_lines, set_problems, task_problems
 from megatron_p2o.types import Problem
@@ -86,7 +86,7 @@ def test_dotted_names_lead_into_nested_columns(tmp_path: Path) -> None:
     ],
 )
 def test_value_of_a_dotted_column(row: dict[str, Any], name: str, expected: object) -> None:
-    assert value_at(row, name) == expected
+    assert field_at(row, name) == expected
 
 
 @pytest.mark.parametrize(

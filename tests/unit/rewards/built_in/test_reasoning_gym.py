@@ -108,7 +108,9 @@ CODE = [
 ]
 
 
-@pytest.mark.parametrize("task", ["string_insertion", "spiral_matrix", "binary_matrix", "n_queens", *READS_ARITHMETIC])
+@pytest.mark.parametrize(
+    "task", ["string_insertion", "spiral_matrix", "binary_matrix", "n_queens", *sorted(READS_ARITHMETIC)]
+)
 @pytest.mark.parametrize("code", CODE)
 def test_code_in_an_answer_is_not_run(task: str, code: str, tmp_path: Path) -> None:
     problem = problems_of(tmp_path, task, 1)[0]
