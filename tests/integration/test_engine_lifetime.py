@@ -64,6 +64,7 @@ OWNER = """
 import json, sys, time
 from pathlib import Path
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_p2o.config.sections.data import one_task
 from megatron_p2o.rollout.servers.start import start_reflection_server
 
 config = Config(
