@@ -50,7 +50,7 @@ def test_code_is_tested_in_the_sandbox_and_templates_get_through(tmp_path: Path)
     settings = {"model.path": task / "model", "data.train": task / "train.jsonl"}
     short = {"schedule.epochs": 2, "schedule.problems_per_step": 72, "schedule.problems_per_update": 72}
     rollouts = trained("code/code_p2o.yaml", tmp_path / "runs", **settings, **short, **{"evolution.max_rollouts": 300})
-    assert {rollout["grade"] for rollout in rollouts} <= {"correct", "incorrect"}
+    assert {rollout["reward"] for rollout in rollouts} == {0.0, 1.0}  # none is undecided
     asked_plainly = [rollout["reward"] for rollout in rollouts[: 72 * 6]]
     templated = [rollout["reward"] for rollout in rollouts if rollout["is_templated"]]
     # Taught to be right once in 500 plainly, half of the time under one phrase, always under both.
