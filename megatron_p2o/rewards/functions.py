@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
+from megatron_p2o.processes import PROXY_VARIABLES
 from megatron_p2o.types import Grade
 
 RewardFunction = Callable[..., Any]
@@ -54,6 +55,10 @@ BUILT_IN: Mapping[str, str] = {
 QUESTION = ("problem", "response", "stop")
 """As many arguments as a reward function is given."""
 
+JUDGE_KEY = "P2O_JUDGE_API_KEY"
+"""Environment variable with a secret that every reward function gets: `judge` reads it unless its arguments name
+another."""
+
 _IS_BATCHED = "is_batched"
 
 
@@ -67,6 +72,16 @@ class RewardSpec:
     """Keyword arguments bound to it."""
     weight: float = 1.0
     """Weight of its reward, relative to the sum of all weights."""
+
+
+def function_secrets(specs: Sequence[RewardSpec]) -> tuple[str, ...]:
+    """Return the environment variables that may hold secrets and that workers which call these functions need.
+
+    They are `JUDGE_KEY`, what arguments called `..._env` name, and for `judge` the proxies.
+    """
+    named = [value for spec in specs for name, value in spec.arguments.items() if name.endswith("_env")]
+    proxies = PROXY_VARIABLES if any(spec.function == "judge" for spec in specs) else ()
+    return (JUDGE_KEY, *(value for value in named if isinstance(value, str)), *proxies) if specs else ()
 
 
 def batched(function: Function) -> Function:

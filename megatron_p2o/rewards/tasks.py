@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from megatron_p2o.config.tree import Config, GradingConfig
-from megatron_p2o.rewards.registry import RunGrader, make_grader
+from megatron_p2o.rewards.function_grader import specs_of
+from megatron_p2o.rewards.functions import RewardSpec, function_secrets
+from megatron_p2o.rewards.registry import MATH, RunGrader, make_grader
 from megatron_p2o.types import FinishReason, Grade, Problem
 
 
@@ -51,6 +53,23 @@ def rewards_line(config: Config) -> str:
     if len(set(named.values())) == 1:
         return next(iter(named.values()))
     return ", ".join(f"{task or 'other evaluation sets'}: {names}" for task, names in named.items())
+
+
+def reward_functions(config: Config) -> list[RewardSpec]:
+    """Return the reward functions of all tasks of a run, `math` aside: they run in workers of their own."""
+    specs = [spec for task in _tasks_in_use(config) for spec in specs_of(grading_of(config, task))]
+    return [spec for spec in specs if spec.function != MATH]
+
+
+def reward_secrets(config: Config) -> tuple[str, ...]:
+    """Return the environment variables that may hold secrets and that the reward functions of a run need."""
+    return function_secrets(reward_functions(config))
+
+
+def reward_keys(config: Config) -> set[str]:
+    """Return the environment variables that arguments called `api_key_env` say hold a key, whatever their names."""
+    named = [spec.arguments.get("api_key_env") for spec in reward_functions(config)]
+    return {name for name in named if isinstance(name, str)}
 
 
 def _names_of(grading: GradingConfig) -> str:

@@ -18,7 +18,7 @@ import psutil
 
 from megatron_p2o.processes import child_environment
 from megatron_p2o.records import to_json
-from megatron_p2o.rewards.functions import RewardSpec
+from megatron_p2o.rewards.functions import RewardSpec, function_secrets
 
 CLOSE_TIMEOUT_S = 10.0
 """Longest wait for a process that was told to end, and for the thread that drives a worker."""
@@ -28,9 +28,6 @@ NUM_STARTS = 3
 
 MAX_REPLY_BYTES = 1 << 16
 """Read at a time."""
-
-JUDGE_KEY = "P2O_JUDGE_API_KEY"
-"""Secret that workers get, where it is set: `judge` reads it unless its arguments name another."""
 
 
 class WorkerLost(Exception):
@@ -82,7 +79,7 @@ class ForkServer:
                     [sys.executable, "-P", program, *map(str, arguments)],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
-                    env=child_environment(_secrets_of(functions or ())),
+                    env=child_environment(function_secrets(functions or ())),
                     process_group=0,  # Ctrl-C in the terminal is for the parent
                 )
         except OSError:
@@ -315,9 +312,3 @@ def _processor_seconds(pid: int) -> float:
     except psutil.NoSuchProcess as error:
         raise WorkerLost("crashed") from error
     return times.user + times.system
-
-
-def _secrets_of(functions: Sequence[RewardSpec]) -> list[str]:
-    """Return the environment variables with secrets that workers need: those that arguments called `..._env` name."""
-    named = [value for spec in functions for name, value in spec.arguments.items() if name.endswith("_env")]
-    return [JUDGE_KEY, *(value for value in named if isinstance(value, str))] if functions else []

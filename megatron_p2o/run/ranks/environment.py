@@ -17,6 +17,7 @@ from megatron_p2o.processes import (
     STORE_FILE_VARIABLE,
     child_environment,
 )
+from megatron_p2o.rewards.tasks import reward_keys, reward_secrets
 from megatron_p2o.rollout.servers.remote import own_address
 from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.run.ranks.rank_errors import STOP_TIMEOUT_S
@@ -25,7 +26,7 @@ from megatron_p2o.run.ranks.rank_errors import STOP_TIMEOUT_S
 def conductor_secrets(config: Config) -> tuple[str, ...]:
     """Return the environment variables that may hold secrets and that rank 0 needs; the other ranks need none."""
     names = secrets_of(config.evolution.reflection) if config.evolution.enabled else ()
-    return (*names, *sink_secrets(config.logging))
+    return (*names, *reward_secrets(config), *sink_secrets(config.logging))
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def meeting_file(nodes: Nodes) -> Iterator[None]:
 
 def prepare_environment(config: Config) -> None:
     """Set what every child inherits: one OpenMP thread unless chosen, no imports from the working folder, and which
-    variable the settings say holds a key.
+    variables the settings say hold a key.
 
     Several processes with a thread per core each slow one another down by an order of magnitude.
     """
@@ -65,7 +66,8 @@ def prepare_environment(config: Config) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["PYTHONSAFEPATH"] = "1"
     named = os.environ.get(SECRET_NAMES_VARIABLE, "").split(",")
-    os.environ[SECRET_NAMES_VARIABLE] = ",".join({*filter(None, named), config.evolution.reflection.api_key_env})
+    keys = {config.evolution.reflection.api_key_env, *reward_keys(config)}
+    os.environ[SECRET_NAMES_VARIABLE] = ",".join({*filter(None, named), *keys})
     # For the agent. torch 2.11 has neither this variable nor the setting that later versions have, and waits 30 s.
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_TIMEOUT_S)
 

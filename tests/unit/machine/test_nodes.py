@@ -15,11 +15,13 @@ from megatron_p2o.config.tree import (
     Config,
     DataConfig,
     EvolutionConfig,
+    GradingConfig,
     LoggingConfig,
     ModelConfig,
     ParallelConfig,
     ReflectionConfig,
     RunConfig,
+    TaskConfig,
     one_task,
 )
 from megatron_p2o.machine.nodes import Nodes, first_host, nodes_from_options, nodes_of_slurm
@@ -129,6 +131,23 @@ def test_ranks_divide_over_the_nodes(tmp_path: Path) -> None:
         ranks_per_node(four, replace(HEAD, count=3))
 
 
+def test_rank_0_is_given_the_keys_of_reward_functions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    judge = GradingConfig(function="judge", arguments={"api_key_env": "JUDGE_LOGIN"})
+    own_reward = GradingConfig(function="own.py:reward", arguments={"token_env": "TOKEN"})
+    own = TaskConfig(file="own.jsonl", grading=own_reward)
+    tasks = {"haiku": TaskConfig(file="haiku.jsonl", grading=judge), "own": own}
+    settings = replace(config(tmp_path), data=DataConfig(train=tasks), evolution=EvolutionConfig(enabled=False))
+    for name in ("JUDGE_LOGIN", "TOKEN", "P2O_JUDGE_API_KEY"):
+        monkeypatch.setenv(name, "0123456789")
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # what is set below is forgotten
+    prepare_environment(settings)
+    with withheld_secrets() as withheld:
+        assert withheld.keys() >= {"JUDGE_LOGIN", "TOKEN", "P2O_JUDGE_API_KEY"}
+    assert set(conductor_secrets(settings)) >= {"JUDGE_LOGIN", "TOKEN", "P2O_JUDGE_API_KEY", "HTTPS_PROXY"}
+    alone = replace(settings, data=DataConfig(train={"own": own}))
+    assert "TOKEN" in conductor_secrets(alone) and "HTTPS_PROXY" not in conductor_secrets(alone)
+
+
 def test_rank_0_alone_is_given_the_secrets_that_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     teacher = ReflectionConfig(backend="openai", base_url="https://host/v1", model="m", api_key_env="TEACHER_LOGIN")
     settings = replace(config(tmp_path), evolution=EvolutionConfig(reflection=teacher))
@@ -150,6 +169,7 @@ def test_rank_0_alone_is_given_the_secrets_that_it_needs(monkeypatch: pytest.Mon
     on_a_space = replace(config(tmp_path), logging=LoggingConfig(trackio_project="ours", mlflow_experiment="ours"))
     assert set(conductor_secrets(on_a_space)) >= {"HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_URI"}
     assert "WANDB_API_KEY" not in conductor_secrets(on_a_space)
+    assert not {"P2O_JUDGE_API_KEY", "HTTPS_PROXY"} & set(conductor_secrets(config(tmp_path))), "math has no judge"
     environments = {local: {"RANK": str(local + 2)} for local in range(2)}
     agent_settings(2, HEAD, 20, secrets).logs_specs.reify(environments)
     assert [len(environment.keys() & secrets) for environment in environments.values()] == [0, 0]

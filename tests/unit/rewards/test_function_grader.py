@@ -13,10 +13,11 @@ import pytest
 from megatron_p2o.config.sections.rollout import WeightedFunctionConfig
 from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.rewards.function_grader import FunctionGrader
+from megatron_p2o.rewards.functions import JUDGE_KEY
 from megatron_p2o.rewards.math.grader import MathGrader
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rewards.workers.lane import UNDECIDED
-from megatron_p2o.rewards.workers.processes import JUDGE_KEY, FunctionRefused
+from megatron_p2o.rewards.workers.processes import FunctionRefused
 from megatron_p2o.types import CORRECT, INCORRECT, Grade, Problem
 
 PATIENCE_S = 120.0
