@@ -24,7 +24,10 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 README = TEXTS["README.md"]
 SOURCES = sorted((ROOT / "megatron_p2o").rglob("*.py"))
 
-AREAS = ("rollout", "train", "perf", "memory", "mismatch", "hard", "library", "evolution", "eval", "engine", "refresh")
+AREAS = (
+    *("rollout", "train", "perf", "memory", "mismatch", "hard", "library", "evolution", "eval", "engine", "refresh"),
+    *("sinks", "task"),
+)
 """What a metric's key begins with."""
 
 FILE_ENDINGS = ("py", "sh", "yaml", "md", "txt", "toml")
