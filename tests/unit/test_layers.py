@@ -121,6 +121,29 @@ def test_every_listed_layer_exists() -> None:
     assert [layer for layer in ALLOWED if layer not in names] == []
 
 
+PICTURE_WIDTH = 52
+"""Columns of CONTRIBUTING's picture that hold layers; what they are stands behind."""
+
+
+def lines_of_the_picture() -> dict[str, int]:
+    """Return for each layer of CONTRIBUTING's picture the line it stands on, from the bottom."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("**Layers.**")[2].split("```")[1]
+    rows = enumerate(reversed(text.strip().splitlines()))
+    return {name.rstrip("/").replace("/", "."): number for number, row in rows for name in row[:PICTURE_WIDTH].split()}
+
+
+def test_the_picture_in_contributing_is_the_table() -> None:
+    lines = lines_of_the_picture()
+    assert lines.keys() == {*ORDER, "p2o_kernels"} - {"config.read"}
+    upwards = {
+        f"{layer} -> {seen}"
+        for layer, below in ORDER.items()
+        for seen in below
+        if "config.read" not in (layer, seen) and seen != layer and lines[seen] >= lines[layer]
+    }
+    assert upwards == set()
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
