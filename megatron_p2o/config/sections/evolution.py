@@ -99,7 +99,8 @@ class EvolutionConfig:
     """Candidates that a round is meant to try; GEPA's automatic budget makes a number of rollouts of it. A file may
     write the names of GEPA and of the authors. 72 (`heavy_4`) is the paper's: 11,040 rollouts at `dev_size` 300."""
     max_rollouts: PositiveInt | None = None
-    """Evaluation rollouts of a round, instead of the number that `evolution.budget` gives. None: that number."""
+    """Rollouts with which a round scores candidates, instead of the number that `evolution.budget` gives. None: that
+    number."""
     dev_size: PositiveInt = 300
     """Problems that score candidates (the paper's 300); the rest of the hard set gives feedback. Small hard sets are
     split by the authors' rules."""

@@ -1,4 +1,4 @@
-"""The number of evaluation rollouts that a round may use."""
+"""The number of trials that a round may make, and its split of the hard problems."""
 
 import math
 import random

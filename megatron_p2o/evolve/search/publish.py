@@ -30,7 +30,7 @@ class RoundStats:
     num_templates: int = 0
     """Published."""
     num_rollouts: int = 0
-    """Evaluations of templates, in this round."""
+    """Trials of templates in this round."""
     num_tokens: int = 0
     """Sampled by them."""
     best_score: float = 0.0
