@@ -71,7 +71,7 @@ class SettingsLoader(yaml.SafeLoader):
             raise YamlError(f"the text holds the control character U+{ord(found[0]):04X}: remove it", line)
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise YamlError(f"*{event.anchor} stands within what it stands for: write it out", line)
+                raise YamlError(f"*{event.anchor} is an alias of a value that contains it: write the value out", line)
             self._num_nodes += self._sizes[id(node)]
         else:
             self._num_nodes += 1

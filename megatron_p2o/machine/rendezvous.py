@@ -111,8 +111,8 @@ def head_listener(nodes: Nodes) -> socket.socket:
             return listener_at(elsewhere, nodes.head_port)
         raise ValueError(
             f"the head node cannot listen at {nodes.head_address}:{nodes.head_port} ({error}): name the head by an "
-            f"address of its own ({HEAD_VARIABLE} under srun, or --head), or set {ADDRESS_VARIABLE} there to one, if "
-            "the others know it by none"
+            f"address of its own ({HEAD_VARIABLE} under srun, or --head). If the others reach it only by an address "
+            f"that is not its own, set {ADDRESS_VARIABLE} on the head to one that is"
         ) from error
 
 

@@ -19,7 +19,8 @@ from megatron_p2o.rl.shaping import shaped
 from megatron_p2o.types import Group, Logprobs, TrainSample, UpdateReport
 
 NUM_PROBED = 4
-"""Samples scored to measure the mismatch in a step without a training pass (every group's rewards are equal)."""
+"""Samples whose log-probs are computed to measure the mismatch in a step without a training pass (every group's
+rewards are equal)."""
 
 
 def update(
@@ -33,7 +34,7 @@ def update(
     parts = chunks(groups, config.schedule.problems_per_update)
     minibatches = [train_samples(part, config.objective) for part in parts]
     live = [
-        length_weighted(scored(carrying_gradient(samples, config), part, policy, config), samples, config)
+        length_weighted(with_recomputed(carrying_gradient(samples, config), part, policy, config), samples, config)
         for samples, part in zip(minibatches, parts, strict=True)
     ]
     live = with_references(live, policy, config)
@@ -98,7 +99,9 @@ def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Conf
     return None if compares_with_sampling(config.objective.context) else policy.logprobs(samples)
 
 
-def scored(samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config) -> list[TrainSample]:
+def with_recomputed(
+    samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config
+) -> list[TrainSample]:
     """Return the samples of `groups` with the trainer's own log-probs of their sampling prompts, if settings ask so."""
     if not config.scoring.recompute:
         return samples

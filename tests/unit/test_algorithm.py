@@ -160,8 +160,8 @@ def test_old_log_probs_are_scored_before_any_update_and_the_engines_refreshed_la
     step = run_step(settings={"schedule.problems_per_update": 1}, templates=TEMPLATED, step=3)
     assert step.journal == ["generate", "release", *["logprobs"] * 3, *["update"] * 4, "weights", "refresh"]
     assert step.policy.updates[0].old_logprobs is None
-    for call, scored in zip(step.policy.updates[1:], step.policy.asked_logprobs, strict=True):
-        assert call.samples == scored and call.old_logprobs is not None
+    for call, asked in zip(step.policy.updates[1:], step.policy.asked_logprobs, strict=True):
+        assert call.samples == asked and call.old_logprobs is not None
         for sample, old in zip(call.samples, call.old_logprobs, strict=True):
             assert np.array_equal(old, fake_logprobs(sample.context_ids, sample.response_ids, num_updates=3))
 

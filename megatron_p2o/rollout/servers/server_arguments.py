@@ -182,8 +182,8 @@ def does_release_memory(config: Config, num_gpus: int, *, has_saver: bool | None
         )
     if setting and "quantization" in config.sglang:
         raise ValueError(
-            "rollout.release_memory=true does not go with sglang.quantization, whose weights are repacked before they "
-            "have their memory back: set rollout.release_memory to false"
+            "rollout.release_memory=true cannot be combined with sglang.quantization, because SGLang repacks quantized "
+            "weights while their memory is still lent: set rollout.release_memory to false"
         )
     can = num_gpus > 0 and is_installed and "quantization" not in config.sglang
     return can if setting is None else setting

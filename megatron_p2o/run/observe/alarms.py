@@ -197,7 +197,7 @@ def warn_of_a_skipped_round(epoch: int, num_hard: int, min_problems: int) -> Non
     """Say that no prompts evolve after an epoch, numbered from 1, and what would change that."""
     logger.warning(
         "epoch %d: no prompts evolve, all problems are asked without templates: %d problems are hard, fewer than "
-        "hard.min_problems=%d: lower it, or raise hard.max_solved, if that is not because the others are solved",
+        "hard.min_problems=%d. Unless the others are solved, lower hard.min_problems or raise hard.max_solved",
         *(epoch, num_hard, min_problems),
     )
 
@@ -210,6 +210,6 @@ def stop_where_nothing_was_sampled(step: int, groups: Sequence[Group]) -> None:
     reasons = [rollout.completion.finish_reason for group in groups for rollout in group.rollouts]
     if reasons and all(reason == "abort" for reason in reasons):
         raise StepGivenUp(
-            f"step {step}: all {len(reasons)} rollouts were given up on: where engines gave no usable answer a warning "
-            "before says why, else they took longer than rollout.request_timeout_s"
+            f"step {step}: all {len(reasons)} rollouts were given up on. An earlier warning says why if the engines "
+            "gave no usable answer; otherwise the rollouts took longer than rollout.request_timeout_s"
         )

@@ -317,7 +317,7 @@ def test_file_and_overrides_win_over_the_preset_in_either_order(tmp_path: Path) 
         (b"a: b\n\nc: \x00", "run.yaml:3: YAML allows no character U+0000: remove it"),
         (b"- run\n", "run.yaml:1: the file must be a mapping of sections"),
         (b"just words", "run.yaml:1: the file must be a mapping of sections"),
-        (b"a: &a {b: *a}", "run.yaml:1: *a stands within what it stands for: write it out"),
+        (b"a: &a {b: *a}", "run.yaml:1: *a is an alias of a value that contains it: write the value out"),
         (b"a: *b", "run.yaml:1: YAML syntax: found undefined alias 'b'"),
         (b"run:\n\tname: x", "run.yaml:2: YAML syntax: found character '\\t' that cannot start any token"),
         ("run: {name: x}".encode("utf-16"), "run.yaml:1: the file must be UTF-8: convert it"),
