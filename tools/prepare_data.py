@@ -25,7 +25,7 @@ from megatron_p2o.config.tree import DataConfig, one_task
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.data.published.download import read_download
 from megatron_p2o.data.published.near_duplicates import MIN_SHARE
-from megatron_p2o.data.published.origin import origin_of, sha256_of
+from megatron_p2o.data.published.origin import origin_of
 from megatron_p2o.data.published.prepare import (
     MANIFEST,
     EvaluationSet,
@@ -41,6 +41,7 @@ from megatron_p2o.data.published.source_rows import row_files
 from megatron_p2o.data.published.sources import DEEPMATH, DEEPSCALER, EVALUATION_SETS, Source, any_source
 from megatron_p2o.data.published.splits import MIN_DIFFICULTY
 from megatron_p2o.errors import expected_message
+from megatron_p2o.files import digest_of
 from megatron_p2o.rewards.extract import last_boxed
 from megatron_p2o.terminal import say, set_up_logging
 
@@ -143,7 +144,7 @@ def _evaluation_sets(folder: Path) -> dict[str, EvaluationSet]:
     return {
         path.stem: EvaluationSet(
             questions={problem.id: problem.question for problem in load_problems(path, settings)},
-            sha256=sha256_of(path),
+            sha256=digest_of(path).sha256,
         )
         for path in files
     }

@@ -22,7 +22,7 @@ PERMANENT_STATUSES = frozenset({401, 402, 403, 404, 405})
 TRANSIENT_STATUSES = frozenset({408, 409, 429})
 """Transient statuses below 500; all from 500 on are transient. The client has already retried them."""
 
-LONGEST_WAIT_S = 60.0
+LONGEST_PAUSE_S = 60.0
 """The client waits so long between two tries at most."""
 
 
@@ -91,7 +91,7 @@ class ChatEndpoint:
         fields: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
         given = {name: omit if value is None else value for name, value in fields.items()}
         try:
-            async with asyncio.timeout(num_tries * (self._endpoint.timeout_s + LONGEST_WAIT_S)):
+            async with asyncio.timeout(num_tries * (self._endpoint.timeout_s + LONGEST_PAUSE_S)):
                 return await self._post(messages, given, extra_body or {})
         except Exception as error:  # whatever the client makes of what an endpoint sends, one reply costs itself
             raise self._meaning(error, num_tries) from error

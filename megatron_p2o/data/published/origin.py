@@ -1,6 +1,5 @@
 """The source of prepared problems: repository, revision, licence and the checksum of every file."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from megatron_p2o.data.published.sources import Source
+from megatron_p2o.files import digest_of
 
 NOT_STATED = "not stated beside the files"
 
@@ -37,14 +37,8 @@ def origin_of(source: Source, files: Sequence[Path], revision: str | None = None
         repository=source.hub_repository,
         revision=revision or _revision_of(files[0]),
         licence=licence or _licence_of(files[0]),
-        files=tuple((path.name, path.stat().st_size, sha256_of(path)) for path in files),
+        files=tuple((path.name, digest.size_bytes, digest.sha256) for path in files for digest in [digest_of(path)]),
     )
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _revision_of(file: Path) -> str | None:

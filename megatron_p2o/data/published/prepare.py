@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from megatron_p2o.data.published.download import Download
 from megatron_p2o.data.published.near_duplicates import RULE, NearDuplicateIndex, words
-from megatron_p2o.data.published.origin import Origin, sha256_of
+from megatron_p2o.data.published.origin import Origin
 from megatron_p2o.data.published.source_rows import SourceRow
 from megatron_p2o.data.published.sources import DEEPSCALER, Source
 from megatron_p2o.data.published.splits import (
@@ -27,7 +27,7 @@ from megatron_p2o.data.published.splits import (
     deepscaler_split,
     type_counts,
 )
-from megatron_p2o.files import read_json_object, write_whole
+from megatron_p2o.files import digest_of, read_json_object, write_whole
 
 MANIFEST = "manifest.json"
 HELD_OUT = "held out"
@@ -155,7 +155,7 @@ def is_prepared(manifest_path: Path, inputs: Mapping[str, Any]) -> bool:
     if not isinstance(files, dict):
         raise ValueError(f"{manifest_path} is no manifest of this tool: choose another --out, or remove {out}")
     for name, digest in files.items():
-        if not (out / name).exists() or sha256_of(out / name) != digest:
+        if not (out / name).exists() or digest_of(out / name).sha256 != digest:
             raise ValueError(f"{out / name} is not what {manifest_path} describes: remove both to make them again")
     return True
 
@@ -280,6 +280,6 @@ def _write_near_duplicates(path: Path, near_duplicates: Iterable[NearDuplicate])
 
 def _write_manifest(path: Path, manifest: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
     """Write `manifest` with the checksums of the files it describes, and return it with them."""
-    complete = {**manifest, "files": {file.name: sha256_of(file) for file in files}}
+    complete = {**manifest, "files": {file.name: digest_of(file).sha256 for file in files}}
     write_whole(path, json.dumps(complete, indent=1, ensure_ascii=False) + "\n")
     return complete

@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
@@ -63,6 +64,12 @@ def test_every_setting_is_read_somewhere() -> None:
     }
     # The preset has done its work once the settings are read.
     assert [name for name in SETTINGS if name.rpartition(".")[2] not in read] == ["preset"]
+
+
+def test_every_setting_is_named_in_a_test() -> None:
+    tests = Path(__file__).parents[2]
+    words = {word for source in tests.rglob("test_*.py") for word in re.findall(r"\w+", source.read_text("utf-8"))}
+    assert [name for name in SETTINGS if name.rpartition(".")[2] not in words] == []
 
 
 def test_a_sensible_run_breaks_no_rule() -> None:
