@@ -337,11 +337,11 @@ class TokenStats(Generic[Number]):
     loss_tokens: Number
     """Response tokens."""
     carrying_tokens: Number
-    """Of those, the ones with a weight, and with an advantage or an entropy or KL term."""
+    """Response tokens with a weight, and with an advantage or an entropy or KL term."""
     live_tokens: Number
-    """Of those, the ones that went through the LM head."""
+    """The part of `carrying_tokens` that went through the LM head."""
     kept_tokens: Number
-    """Of those, the ones that keep a weight after the context ratio."""
+    """The part of `carrying_tokens` that keeps a weight after the context ratio."""
     templated_tokens: Number
     """The part of `carrying_tokens` in templated rollouts."""
     templated_kept_tokens: Number
@@ -370,7 +370,7 @@ class TokenStats(Generic[Number]):
     weighted_tokens: Number
     """Tokens with an advantage and a truncated importance weight (`scoring.importance_cap`)."""
     capped_tokens: Number
-    """Of those, the ones whose weight was truncated."""
+    """The part of `weighted_tokens` whose weight was truncated."""
 
 
 def no_tokens() -> TokenStats[float]:

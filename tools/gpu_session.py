@@ -37,9 +37,9 @@ class Scale:
 
     device: str
     head_shape: str
-    """Of `bench_kernels`."""
+    """Shape of the LM head in `bench_kernels`."""
     tokens: tuple[int, ...]
-    """Of its runs; each is a step."""
+    """Tokens of each run of `bench_kernels`; each run is a step."""
     gate_shapes: tuple[str, ...]
     dead: tuple[float, ...]
     repeats: int
@@ -50,9 +50,9 @@ class Scale:
     bucket_mib: int
     train_options: tuple[str, ...]
     budget_s: float
-    """Of all steps."""
+    """Longest time of all steps together."""
     limit_factor: float = 1.0
-    """Of the steps' own limits; large where a slow machine must not decide what is reached."""
+    """Factor of the steps' own limits; large where a slow machine must not decide what is reached."""
 
 
 GPU = Scale(
@@ -91,7 +91,7 @@ class Step:
     """Commands that run side by side under one limit."""
 
     name: str
-    """Of its files as well."""
+    """Name of the step and of its files."""
     limit_s: float
     commands: dict[str, list[str]]
     """By the name of their log."""
@@ -111,7 +111,7 @@ class Outcome:
     limit_s: float = 0.0
     note: str = ""
     tests: dict[str, int] = field(default_factory=dict)
-    """Of a test report: how many ran, failed and were skipped."""
+    """Counts of a test report: how many tests ran, failed and were skipped."""
 
 
 def main() -> int:

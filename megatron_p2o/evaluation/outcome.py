@@ -74,7 +74,7 @@ class Evaluation:
     by_level: Mapping[str, float]
     """Accuracy by `Problem.level`; empty when the problems name none."""
     mean_reward: float
-    """Of the answers with a verdict; it differs from a share of correct ones where rewards lie between 0 and 1."""
+    """Mean over the answers with a verdict. It differs from the correct share where rewards lie between 0 and 1."""
     mean_tokens: float
     """Mean length of the answers that were not aborted."""
     truncated_share: float

@@ -13,7 +13,7 @@ NUM_EXAMPLES = 4
 """Problems shown per run."""
 
 MAX_SHOWN_CHARACTERS = 2200
-"""Of a response: its beginning and its end, where the boxed answer stands."""
+"""Characters shown of a response: its beginning, and its end, where the boxed answer stands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,7 +23,7 @@ class Inputs:
 
     renderer: ChatRenderer
     train: Sequence[Problem]
-    """Of all tasks, one after another."""
+    """Training problems of all tasks, one task after another."""
     evaluation: Mapping[str, Sequence[Problem]]
 
 

@@ -39,7 +39,7 @@ VOCAB_SIZE = 1000
 SAMPLES = random_samples((30, 170, 1, 200, 90), vocab_size=VOCAB_SIZE)
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, micro_batch_tokens=256)
 TIMEOUT_S = 900.0
-"""Of all layouts of a number of GPUs, compilation of the kernels included."""
+"""Longest run of all layouts of a number of GPUs, compilation of the kernels included."""
 
 
 @pytest.mark.gpu

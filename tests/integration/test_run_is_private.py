@@ -33,7 +33,7 @@ PARTS = (
     "rewards/workers/fork_server.py",
     "evolve.process.service",
 )
-"""Of command lines: what a run consists of."""
+"""Parts of command lines that show the processes of a run."""
 
 pytestmark = pytest.mark.slow
 

@@ -54,7 +54,7 @@ def logprob_error_limit(bench):
 
 
 KERNELS = ("warp_specialized", "plain")
-"""Of the LM head; `run_gpu.sh` runs the tests of each, by name, in a process of its own."""
+"""Kernels of the LM head; `run_gpu.sh` runs the tests of each, by name, in a process of its own."""
 
 
 @pytest.mark.parametrize("weight_grad", ["fast", "precise"])

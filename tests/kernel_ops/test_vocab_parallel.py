@@ -12,7 +12,7 @@ from p2o_kernels.policy_loss import linear_policy_loss_reference
 
 PATHS = {"keeping": TorchHead(), "small chunks": TorchHead(chunk_bytes=32 * 4 * 60, save_bytes=0)}
 VOCAB_SIZES = (240, 181, 113)
-"""Of 240 rows: no padding, a last shard of which one row counts (4 ranks), and last shards of padding alone."""
+"""Shards of 240 rows: no padding, a last shard of which one row counts (4 ranks), and last shards of padding alone."""
 
 
 def make_inputs(vocab_size, loudness=60.0):

@@ -54,7 +54,7 @@ class Recorder:
     stop_at_step: int | None = None
     states: list[TrainState] = field(default_factory=list)
     hard: list[list[Problem]] = field(default_factory=list)
-    """Of each step."""
+    """Hard problems of each step."""
     entries: list[LedgerEntry] = field(default_factory=list)
     epochs: list[tuple[TrainState, tuple[Problem, ...]]] = field(default_factory=list)
 

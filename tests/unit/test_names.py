@@ -76,3 +76,9 @@ def test_each_word_of_the_glossary_is_where_the_table_says(name: str, module: st
 def test_the_table_of_words_is_read() -> None:
     rows = re.findall(r"^\| .+ in `.+` \|$", TABLE, re.MULTILINE)
     assert len(PLACES) >= len(rows) > 20
+
+
+def test_no_docstring_is_a_fragment_that_begins_with_of() -> None:
+    sources = [path for folder in (*PACKAGES, ROOT / "tools", ROOT / "examples") for path in folder.rglob("*.py")]
+    fragments = re.compile(r'^\s*"""Of \w.*', re.MULTILINE)
+    assert not {str(path): found for path in sources if (found := fragments.findall(path.read_text("utf-8")))}

@@ -53,7 +53,7 @@ FUNCTIONS = frozenset(
 )
 
 MAX_CHARACTERS = 1000
-"""Of arithmetic."""
+"""Longest answer that is read as arithmetic."""
 
 
 class ReasoningGymReward:

@@ -20,7 +20,7 @@ REQUIRED = "run: {name: first}\nmodel: {path: model}\ndata: {train: train.jsonl}
 ALIAS_BOMB = b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + b"".join(
     b"a%d: &a%d [%s]\n" % (level, level, b", ".join([b"*a%d" % (level - 1)] * 10)) for level in range(1, 10)
 )
-"""Of 10 lines; written out it holds ten thousand million values."""
+"""A text of 10 lines; written out it holds ten thousand million values."""
 
 
 def write(directory: Path, text: str, name: str = "run.yaml") -> Path:

@@ -2,4 +2,4 @@
 
 
 class QuantizedTensor:
-    """Of which there are none."""
+    """Base class of quantized tensors, of which there are none."""

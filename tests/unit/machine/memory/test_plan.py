@@ -49,7 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
 """From the published config.json files."""
 
 NUM_PARAMETERS = {"4B": 4_022_468_096, "32B": 32_762_123_264}
-"""Of the published checkpoints."""
+"""Parameters of the published checkpoints."""
 
 BUCKETS_4B = 2 * 151936 * 2560 * 2
 """Two, each as large as the embedding, which is larger than `rollout.refresh_bucket_mib`."""

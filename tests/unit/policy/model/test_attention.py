@@ -67,7 +67,7 @@ def test_every_context_rank_computes_its_queries_against_the_gathered_keys():
 
 @pytest.mark.parametrize("context_size", [1, 2])
 def test_the_kernel_for_a_gpu_takes_fewer_key_heads_than_query_heads(context_size: int):
-    """Of whatever torch is installed, by its own account of shapes: a call that it refuses shows without a GPU."""
+    """Whatever torch is installed checks the shapes itself: a call that it refuses shows without a GPU."""
     layout = pack_layout(boundaries((8, 4, 12)), 0, context_size)
     on_gpu = [getattr(layout, name) for name in ("cu_seqlens_q", "cu_seqlens_kv", "key_rows")]
     layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.key_rows = (

@@ -13,7 +13,7 @@ from megatron_p2o.policy.training.random_state import TRACKER, load_random_state
 
 NAME = "a-region"
 CUDA_STATE = torch.zeros(16, dtype=torch.uint8)
-"""Of a GPU's generator: 16 bytes, where the CPU's has 5056."""
+"""State of a GPU's generator: 16 bytes, where the CPU's has 5056."""
 
 
 @pytest.mark.parametrize("is_of_a_gpu", [False, True])

@@ -79,7 +79,7 @@ def received(value: object) -> Any:
 
 
 class NoSuchPeerError(Exception):
-    """Of a package that is not ours."""
+    """An error of a package that is not ours."""
 
 
 def test_peers_tell_one_another_records_arrays_tensors_and_errors() -> None:

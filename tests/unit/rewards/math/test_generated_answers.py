@@ -12,7 +12,8 @@ NUM_GOLDS = int(os.environ.get("P2O_NUM_GOLDS", "580"))
 """Gold answers: twenty of each shape; 2,320 take half a minute of processor time."""
 
 MAX_REFUSED_SHARE = 0.01
-"""Of the right answers: a spelling that is not known costs a reward, a wrong answer accepted teaches it."""
+"""Largest share of right answers that may be refused. A spelling that is not known costs a reward; a wrong answer that
+is accepted teaches it."""
 
 
 def test_no_wrong_answer_is_accepted_and_hardly_a_right_one_refused() -> None:
