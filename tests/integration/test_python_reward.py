@@ -56,6 +56,29 @@ def test_every_form_of_tests_tells_right_from_wrong(tests: Any, entry_point: str
     assert graded(SUBTRACT, tests, entry_point).reward == 0.0
 
 
+@pytest.mark.parametrize(
+    ("tests", "entry_point"),
+    [
+        (["assert abs(add(2, 3) - 5) < 1e-6"], None),
+        ("def check(candidate):\n    assert abs(candidate(2, 3) - 5) < 1e-6", "add"),
+    ],
+)
+def test_a_built_in_of_the_answers_own_does_not_decide_a_test(tests: Any, entry_point: str | None) -> None:
+    assert graded(f"{SUBTRACT}\ndef abs(x):\n    return 0", tests, entry_point).reward == 0.0
+    assert graded(f"{ADD}\ndef abs(x):\n    return 9", tests, entry_point).reward == 1.0
+
+
+def test_an_answer_may_be_called_as_a_built_in() -> None:
+    assert graded("def sum(a, b):\n    return a + b", ["assert sum(10, 15) == 25"]).reward == 1.0
+
+
+def test_a_list_of_one_is_another_value_than_what_it_holds() -> None:
+    assert graded("def f():\n    return 5", [{"args": [], "expected": [5]}], "f").reward == 0.0
+    assert (
+        graded("def f():\n    return 5", {"inputs": [[], []], "outputs": [[5], [5, 6]], "fn_name": "f"}).reward == 0.0
+    )
+
+
 def test_a_method_of_a_class_solution_is_called() -> None:
     code = "class Solution:\n    def add(self, a, b):\n        return a + b"
     assert graded(code, [{"args": [2, 3], "expected": 5}], "add").reward == 1.0
@@ -172,11 +195,9 @@ def test_a_row_without_usable_tests_is_no_answer_of_zero() -> None:
         ([{"input": "x"}], "texts `input` and `output`"),
         ([{"args": [1], "expected": 1}], "a function whose name is not given"),
         ({"inputs": ["1"], "outputs": []}, "as long as each other"),
-        (["this is no Python"], None),
+        (["this is no Python"], "no Python code"),
+        (CHECK, "checks nothing"),
     ]:
-        if words is None:
-            assert graded(ADD, tests).feedback.startswith("Test 1 of 1 fails: ")
-            continue
         with pytest.raises(ValueError, match=words):
             graded(ADD, tests)
 

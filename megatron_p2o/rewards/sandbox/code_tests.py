@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from megatron_p2o.rewards.sandbox.python_tests import checks_something
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +24,8 @@ class CallTest:
     arguments: list[Any]
     keywords: dict[str, Any] = field(default_factory=dict[str, Any])
     expected: Any
+    is_wrapped: bool = False
+    """Whether `expected` may be a list of one that holds the value, as APPS writes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,19 +49,37 @@ def code_tests(column: Any, entry_point: str | None) -> list[CodeTest]:
     text.
 
     Raises:
-        ValueError: it has no test, or not one of these forms, or a function's name is missing.
+        ValueError: it has no test, or not one of these forms, or a function's name is missing, or Python code is none
+            or checks nothing.
     """
     if isinstance(column, str):
         column = _json_or_code(column)
     if isinstance(column, str):
-        return [PythonTest(code=column, entry_point=entry_point)]
+        return _python_tests([column], entry_point)
     if isinstance(column, Mapping):
         return _apps_tests(column, entry_point)
     if not isinstance(column, Sequence) or not column:
         raise ValueError("there are no tests in it: give Python code, or a list of tests")
     if all(isinstance(test, str) for test in column):
-        return [PythonTest(code=test, entry_point=entry_point) for test in column]
+        return _python_tests(column, entry_point)
     return [_listed_test(test, entry_point) for test in column]
+
+
+def _python_tests(texts: Sequence[str], entry_point: str | None) -> list[CodeTest]:
+    """Return a test per text that checks something; one that only prepares belongs to the next."""
+    tests: list[CodeTest] = []
+    before: list[str] = []
+    for text in texts:
+        before.append(text)
+        if checks_something(text, entry_point):
+            tests.append(PythonTest(code="\n".join(before), entry_point=entry_point))
+            before = []
+    if not tests:
+        raise ValueError(
+            "its Python code checks nothing, so that every answer would pass: it must call functions or assert, and a "
+            "`check` that it defines needs the function's name (entry_point_column); classes of unittest are not run"
+        )
+    return tests
 
 
 def _json_or_code(text: str) -> Any:
@@ -76,7 +98,10 @@ def _apps_tests(column: Mapping[str, Any], entry_point: str | None) -> list[Code
     function = column.get("fn_name") or entry_point
     if not function:
         return [ProgramTest(standard_input=_text(given), output=_text(said)) for given, said in zip(inputs, outputs)]
-    return [_call(function, given, said) for given, said in zip(inputs, outputs)]
+    calls = [_call(function, given, said) for given, said in zip(inputs, outputs)]
+    if any(isinstance(said, list) and len(said) != 1 for said in outputs):
+        return calls  # the function returns lists: none of them holds the value
+    return [replace(call, is_wrapped=isinstance(call.expected, list)) for call in calls]
 
 
 def _text(lines: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_p2o.rewards.sandbox.code_tests import CallTest, CodeTest, ProgramTest, PythonTest
 from megatron_p2o.rewards.sandbox.inside.values import decoded, encoded
 from megatron_p2o.rewards.sandbox.process import Limits, ProcessEnd, SandboxedProcess, SandboxFailed
+from megatron_p2o.rewards.sandbox.python_tests import names_for_tests
 
 MAX_SHOWN_CHARACTERS = 300
 
@@ -105,7 +106,7 @@ def call_outcome(reply: "dict[str, Any] | ProcessEnd", test: CallTest) -> TestOu
         value = decoded(reply["value"])
     except (ValueError, RecursionError):
         return TestOutcome(is_passed=False, detail=f"{call}: no plain value")
-    if is_json_equal(value, test.expected) or is_json_equal([value], test.expected):
+    if is_json_equal(value, test.expected) or (test.is_wrapped and is_json_equal([value], test.expected)):
         return PASSED
     return TestOutcome(
         is_passed=False, detail=f"{call}: got {shown_value(value)}, expected {shown_value(test.expected)}"
@@ -119,8 +120,8 @@ def run_python(sandbox: Sandbox, code: str, tests: Sequence[PythonTest]) -> Iter
         if isinstance(loaded, ProcessEnd) or not isinstance(names := loaded.get("functions"), list):
             yield from [TestOutcome(is_passed=False, detail=loading_fault(loaded))] * len(tests)
             return
-        functions = [name for name in names if isinstance(name, str) and name.isidentifier()]
-        listed = [[test.code, test.entry_point] for test in tests]
+        listed = [(test.code, test.entry_point) for test in tests]
+        functions = names_for_tests(names, listed)
         request = {"mode": "tests", "tests": listed, "functions": functions}
         with sandbox.process(request) as tester:
             message = tester.start()

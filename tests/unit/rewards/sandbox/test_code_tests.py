@@ -33,6 +33,27 @@ def test_forms_of_python() -> None:
     assert code_tests('["assert f(1)"]', None) == [PythonTest(code="assert f(1)")]
 
 
+def test_a_check_is_run_by_its_entry_point_or_by_the_code_itself() -> None:
+    check = "def check(candidate):\n    assert candidate(1) == 2"
+    for code, entry_point in [(check, "f"), (f"{check}\ncheck(f)", None)]:
+        assert code_tests(code, entry_point) == [PythonTest(code=code, entry_point=entry_point)]
+
+
+def test_code_that_only_prepares_is_no_test_of_its_own() -> None:
+    listed = ["import math", "def near(a, b):\n    return math.isclose(a, b)", "assert near(f(1), 2)", "assert f(2)"]
+    assert code_tests(listed, None) == [PythonTest(code="\n".join(listed[:3])), PythonTest(code="assert f(2)")]
+
+
+def test_an_output_of_apps_may_be_a_list_with_the_value_unless_the_function_returns_lists() -> None:
+    def are_wrapped(outputs: list[Any]) -> list[bool]:
+        tests = code_tests({"inputs": [[1]] * len(outputs), "outputs": outputs, "fn_name": "f"}, None)
+        return [test.is_wrapped for test in tests if isinstance(test, CallTest)]
+
+    assert are_wrapped([[5], 6]) == [True, False]
+    assert are_wrapped([[5], [5, 6]]) == [False, False]
+    assert are_wrapped([[5], []]) == [False, False]
+
+
 @pytest.mark.parametrize(
     ("column", "words"),
     [
@@ -47,6 +68,13 @@ def test_forms_of_python() -> None:
         ({"inputs": [], "outputs": []}, "not empty"),
         ({"inputs": ["1"], "outputs": ["1", "2"]}, "as long as each other"),
         ({"input": "1", "output": "2"}, "lists `inputs` and `outputs`"),
+        ("# later", "checks nothing"),
+        ("METADATA = dict(author='a')\ndef check(candidate):\n    assert candidate(1) == 2", "checks nothing"),
+        ("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        assert f(1)", "checks nothing"),
+        ("def test():\n    assert f(1)\nif __name__ == '__main__':\n    test()", "checks nothing"),
+        (["import math"], "checks nothing"),
+        ("assert f(1) ==", "no Python code"),
+        ('[{"args": [1], "expected"', "no Python code"),
         ([{"input": "{", "output": "3", "testtype": "functional"}], "Expecting"),
     ],
 )
