@@ -59,6 +59,9 @@ JUDGE_KEY = "P2O_JUDGE_API_KEY"
 """Environment variable with a secret that every reward function gets: `judge` reads it unless its arguments name
 another."""
 
+FOREIGN_NAMES = frozenset({"data_source", "solution_str", "ground_truth", "extra_info", "prompts", "completions"})
+"""Parameters of reward functions of verl and TRL, which take as many arguments in another order."""
+
 _IS_BATCHED = "is_batched"
 
 
@@ -120,11 +123,14 @@ def found_function(spec: RewardSpec) -> RewardFunction:
     found = _found(spec)
     if inspect.isclass(found):
         _check_signature(found, spec, (), "be made with grading.arguments")
+        if not any("__call__" in vars(base) for base in found.__mro__):
+            raise ValueError(_refusal(spec, f"has no method __call__(self, {SIGNATURE[1:]}"))
         instance_only = replace(spec, arguments={})
         _check_signature(found.__call__, instance_only, (None, *QUESTION), f"have a __call__(self, {SIGNATURE[1:]}")
     else:
         expected = BATCH_SIGNATURE if is_batched(found) else SIGNATURE
         _check_signature(found, spec, QUESTION, f"be callable as {expected}")
+        _check_names(found, spec, expected)
     return found
 
 
@@ -138,7 +144,7 @@ def made_function(found: RewardFunction, spec: RewardSpec) -> RewardFunction:
         return partial(found, **spec.arguments) if spec.arguments else found
     try:
         return cast(RewardFunction, found(**spec.arguments))
-    except Exception as error:  # whatever code of others does
+    except (Exception, SystemExit) as error:  # whatever code of others does
         raise ValueError(_refusal(spec, f"cannot be made ({type(error).__name__}: {error})")) from error
 
 
@@ -182,6 +188,23 @@ def _check_signature(function: Callable[..., Any], spec: RewardSpec, given: Sequ
         raise ValueError(_refusal(spec, f"has the signature {signature} and must {rule} ({error})")) from error
 
 
+def _check_names(function: Callable[..., Any], spec: RewardSpec, expected: str) -> None:
+    """Raise `ValueError` for a function whose parameters have the names that another library gives their places."""
+    try:
+        names = list(inspect.signature(function).parameters)[: len(QUESTION)]
+    except ValueError:
+        return
+    foreign = [name for name in names if name in FOREIGN_NAMES]
+    if foreign:
+        raise ValueError(
+            _refusal(
+                spec,
+                f"takes {', '.join(foreign)}, as another library calls it, and is called as {expected} here: wrap it, "
+                "problem.answer is the gold answer and problem.columns the row",
+            )
+        )
+
+
 def _found(spec: RewardSpec) -> Callable[..., Any]:
     """Return the callable of a name. Raises `ValueError`."""
     place, _, attribute = _target(spec.function).rpartition(":")
@@ -192,7 +215,7 @@ def _found(spec: RewardSpec) -> Callable[..., Any]:
         found: Any = _module(place)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # whatever code of others does when it is imported
+    except (Exception, SystemExit) as error:  # whatever code of others does when it is imported
         raise ValueError(_refusal(spec, f"cannot be imported ({type(error).__name__}: {error})")) from error
     if not callable(found):
         raise ValueError(_refusal(spec, f"is {type(found).__name__}, and must be callable as {SIGNATURE}"))

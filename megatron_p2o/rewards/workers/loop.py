@@ -9,6 +9,7 @@ that a process handles itself do not interrupt arithmetic on long integers.
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import traceback
@@ -53,6 +54,7 @@ class RequestLoop:
     def __init__(self, program: Program, deadline_s: float, timeout_s: float) -> None:
         self._program, self._deadline_s, self._timeout_s = program, deadline_s, timeout_s
         self._refusal = ""
+        self._process_id = os.getpid()
         self._tasks: set[Task[None]] = set()
 
     async def serve(self, connection: socket.socket) -> None:
@@ -68,7 +70,10 @@ class RequestLoop:
             task.add_done_callback(self._ended)
 
     async def _answer(self, request: Mapping[str, Any], writer: StreamWriter) -> None:
-        reply = {"id": request["id"], **await self._outcome(request), "peak_bytes": peak_bytes()}
+        outcome = await self._outcome(request)
+        if os.getpid() != self._process_id:  # the function has forked: a child that came back here has no say
+            os._exit(0)
+        reply = {"id": request["id"], **outcome, "peak_bytes": peak_bytes()}
         writer.write(json.dumps(reply).encode() + b"\n")
         await writer.drain()
 
@@ -86,6 +91,11 @@ class RequestLoop:
             if isinstance(error, TimeoutError) and limit.expired():
                 return {"outcome": "timed_out"}
             return raised(error)
+        except asyncio.CancelledError as error:  # raised by a function, unless the loop ends
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return raised(error)
 
     def _ended(self, task: Task[None]) -> None:
         self._tasks.discard(task)
@@ -101,7 +111,7 @@ def graded(grade: "Grade | bool") -> dict[str, Any]:
         return {"outcome": "graded", "reward": float(grade), "reason": "", "feedback": ""}
     return {
         "outcome": "graded",
-        "reward": grade.reward,
+        "reward": None if grade.reward is None else float(grade.reward),  # a function's may be numpy's
         "reason": grade.reason[:MAX_REASON_CHARACTERS],
         "feedback": grade.feedback[:MAX_FEEDBACK_CHARACTERS],
     }

@@ -25,6 +25,7 @@ PATIENCE_S = 120.0
 
 FILE = r'''
 import asyncio, os, sys, time
+import numpy as np
 from megatron_p2o.rewards.functions import batched
 from megatron_p2o.types import Grade
 
@@ -34,6 +35,15 @@ def told(problem, response, finish_reason):
 
 def value(problem, response, finish_reason):
     return eval(response)
+
+def forked(problem, response, finish_reason):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+    return 0.25 if child else 1.0
+
+async def cancelled(problem, response, finish_reason):
+    raise asyncio.CancelledError("shut down")
 
 def slow(problem, response, finish_reason):
     time.sleep(float(response))
@@ -129,6 +139,7 @@ def test_a_function_sees_the_whole_row_and_its_grade_comes_back_whole(tmp_path: 
 def test_what_is_no_reward_is_undecided_and_says_why(tmp_path: Path) -> None:
     with grader_of(tmp_path, "value") as grader:
         assert rewards_of(grader, "0.25", "True", "0", "1") == [0.25, 1.0, 0.0, 1.0]
+        assert rewards_of(grader, "Grade(reward=np.float32(0.5))", "Grade(reward=True)") == [0.5, 1.0]
         bad = grades_of(grader, "float('nan')", "1.5", "None", "'1'", "Grade(reward=-1)")
     assert [grade.reward for grade in bad] == [None] * 5
     assert [grade.reason for grade in bad] == [
@@ -162,6 +173,16 @@ def test_the_limits_of_workers_hold_for_functions_and_their_neighbours_are_grade
     assert spun == Grade.undecided(UNDECIDED["out_of_time"])
     assert filled == Grade.undecided(UNDECIDED["out_of_memory"])
     assert right == also_right == CORRECT
+
+
+def test_a_child_of_a_function_gives_no_grade(tmp_path: Path) -> None:
+    with grader_of(tmp_path, "forked") as grader:
+        assert rewards_of(grader, *"abcd") == [0.25] * 4
+
+
+def test_a_function_that_is_cancelled_is_undecided_at_once(tmp_path: Path) -> None:
+    with grader_of(tmp_path, "cancelled") as grader:
+        assert grades_of(grader, "a", "b") == [Grade.undecided("CancelledError: shut down")] * 2
 
 
 def test_a_function_that_never_returns_meets_the_wall_clock(tmp_path: Path) -> None:

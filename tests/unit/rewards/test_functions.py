@@ -47,6 +47,19 @@ class Record:
 class Scores:
     best = staticmethod(lambda problem, response, finish_reason: 1.0)
 
+class Silent:
+    def score(self, problem, response, finish_reason):
+        return 1.0
+
+class Exits:
+    def __init__(self):
+        raise SystemExit(3)
+    def __call__(self, problem, response, finish_reason):
+        return 1.0
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return float(solution_str == ground_truth)
+
 def two(problem, response):
     return 1.0
 
@@ -107,6 +120,9 @@ def test_what_cannot_be_called_as_a_reward_function_is_refused_with_the_signatur
     path = reward_file(tmp_path)
     expected = "must be callable as (problem, response, finish_reason)"
     assert "has the signature (problem, response) and " + expected in refusal(f"{path}:two")
+    assert "has no method __call__(self, problem, response, finish_reason)" in refusal(f"{path}:Silent")
+    assert "takes data_source, solution_str, ground_truth, as another library" in refusal(f"{path}:compute_score")
+    assert "cannot be made (SystemExit: 3)" in refusal(f"{path}:Exits")
     assert "is int, and " + expected in refusal(f"{path}:number")
     assert "cannot be imported (AttributeError: " in refusal(f"{path}:missing")
     assert "cannot be imported (FileNotFoundError: " in refusal(f"{tmp_path}/none.py:length")
@@ -120,6 +136,11 @@ def test_a_file_that_raises_is_refused_again_and_again(tmp_path: Path) -> None:
     path = reward_file(tmp_path, "raise RuntimeError('no key')")
     for _ in range(2):
         assert "cannot be imported (RuntimeError: no key)" in refusal(f"{path}:length")
+
+
+def test_a_file_that_ends_the_program_is_refused(tmp_path: Path) -> None:
+    path = reward_file(tmp_path, "raise SystemExit('usage: ...')")
+    assert "cannot be imported (SystemExit: usage: ...)" in refusal(f"{path}:length")
 
 
 def test_asynchronous_and_batched_functions_are_told_apart(tmp_path: Path) -> None:
