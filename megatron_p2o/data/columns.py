@@ -7,6 +7,7 @@
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,12 @@ AUTO = "auto"
 QUESTION_FIELDS = ("question", "problem", "prompt", "messages")
 
 ANSWER_FIELDS = ("answer", "final_answer", "reward_model.ground_truth")
+
+
+SYSTEM_ROLES = ("system", "developer")
+
+CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
+"""How the text of a conversation begins, in JSON or as Python writes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,28 +114,34 @@ def asked_at(row: Mapping[str, object], name: str) -> tuple[str, str]:
         BadRowError: there is no question, or more than one.
     """
     value = field_at(row, name)
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        value = _conversation_in(value)
+    if isinstance(value, str) and CONVERSATION.match(value):
+        value = _conversation_in(value, name)
     if not isinstance(value, list):
         return "", text_at(row, name, "data.question_field")
     messages = [_message(item, name) for item in cast(list[object], value)]
-    systems = [content for role, content in messages if role in ("system", "developer")]
+    systems = [content for role, content in messages if role in SYSTEM_ROLES]
     questions = [content for role, content in messages if role == "user"]
     if len(questions) != 1 or len(systems) > 1:
         raise BadRowError(
             f"{name} holds {len(questions)} user and {len(systems)} system messages, must hold one question and at "
             "most one system message: cut the conversation"
         )
+    before = [role for role, _ in messages[: [role for role, _ in messages].index("user")] if role not in SYSTEM_ROLES]
+    if before:
+        raise BadRowError(f"{name} holds a message of the {before[0]} before the question, which is not asked: cut it")
     if not questions[0].strip():
         raise BadRowError(f"{name} asks nothing: its user message is blank")
     return encodable(systems[0], name) if systems else "", encodable(questions[0], name)
 
 
-def _conversation_in(text: str) -> object:
+def _conversation_in(text: str, name: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
-        return text
+    except ValueError as error:
+        raise BadRowError(
+            f"{name} holds the text of a conversation which is not JSON ({error}): write it as JSON, or as a list; "
+            "str() and pandas write Python instead"
+        ) from error
 
 
 def _message(item: object, name: str) -> tuple[str, str]:

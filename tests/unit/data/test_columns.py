@@ -46,6 +46,8 @@ def only(path: Path, data: DataConfig = DATA) -> Problem:
         ({"question": "1+1", "problem": "no", "answer": "2", "final_answer": "no"}, ("", "1+1"), "2"),
         ({"question": "clips?", "answer": "48/2 = 24\n#### 72"}, ("", "clips?"), "72"),
         ({"prompt": "1+1", "answer": "2"}, ("", "1+1"), "2"),
+        ({"prompt": json.dumps([{"role": "user", "content": "1+1"}], indent=1), "answer": "2"}, ("", "1+1"), "2"),
+        ({"prompt": "[{1}, {2}]: how many sets?", "answer": "2"}, ("", "[{1}, {2}]: how many sets?"), "2"),
         (
             {
                 "messages": [
@@ -100,6 +102,11 @@ def test_value_of_a_dotted_column(row: dict[str, Any], name: str, expected: obje
             "messages holds 2 user and 0 system messages, must hold one question",
         ),
         ({"messages": [{"role": "user", "content": " "}], "answer": 1}, "messages asks nothing"),
+        (
+            {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}], "answer": 1},
+            "messages holds a message of the assistant before the question",
+        ),
+        ({"prompt": "[{'role': 'user', 'content': '1+1'}]", "answer": 1}, "conversation which is not JSON"),
         ({"messages": [{"role": "user"}], "answer": 1}, "must hold messages like"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}], "answer": 1},
