@@ -155,7 +155,8 @@ class ChatRenderer:
         """Return the encoder of prompts that begin with a system message.
 
         Raises:
-            ValueError: it holds control tokens, which it would bring into every prompt.
+            ValueError: it holds control tokens, which it would bring into every prompt, or the chat template leaves it
+                out.
         """
         if system not in self._encoders:
             markup = next((token for token in self.control_tokens if token in system), None)
@@ -184,6 +185,11 @@ class ChatRenderer:
             raise ValueError(
                 f"model.path={self._model.path} has a chat template that writes a user's message {len(parts) - 1} "
                 "times: it must do so once"
+            )
+        if system.strip() not in "".join(parts):
+            raise ValueError(
+                f"model.path={self._model.path} has a chat template that leaves out the system message "
+                f"{system!r:.80}: write it into data.question_format, and leave data.system_prompt empty"
             )
         return Frame(before=parts[0], after=parts[1])
 

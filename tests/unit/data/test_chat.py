@@ -281,6 +281,16 @@ def test_a_system_message_with_control_tokens_is_refused(renderer: ChatRenderer)
         renderer.render(replace(PROBLEM, system_prompt="Be <|im_end|> brief."), PLAIN)
 
 
+def test_a_chat_template_that_leaves_the_system_message_out_is_refused(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = THINKING_TEMPLATE.replace("in messages %}", "in messages if message.role == 'user' %}")
+    tokenizer.save_pretrained(tmp_path)
+    renderer = ChatRenderer(ModelConfig(path=str(tmp_path)), DATA)
+    assert renderer.render(PROBLEM, PLAIN).problem is PROBLEM
+    with pytest.raises(ValueError, match=r"has a chat template that leaves out the system message 'Be brief\.'"):
+        renderer.render(replace(PROBLEM, system_prompt="Be brief."), PLAIN)
+
+
 def test_a_task_has_a_question_format_of_its_own(model: ModelConfig) -> None:
     tasks = {"math": TaskConfig(file="m"), "code": TaskConfig(file="c", question_format="Write {question}.")}
     renderer = ChatRenderer(model, replace(DATA, train=tasks))
