@@ -47,21 +47,36 @@ def _sampling_rules(config: Config) -> list[Rule]:
 
 def _grading_rules(config: Config) -> list[Rule]:
     data = config.data
-    of_tasks = {f"data.train.{name}.grading": task.grading for name, task in data.train.items() if task.grading}
+    own = {f"data.train.{name}.grading": task.grading for name, task in data.train.items() if task.grading}
+    return [
+        *(
+            rule
+            for name, grading in {"grading": config.grading, **own}.items()
+            for rule in _function_rules(name, grading)
+        ),
+        *(
+            (
+                data.of_task(name).answer_field not in (None, "") or not _uses_math(task.grading or config.grading),
+                f"data.train.{name} has no column of gold answers (answer_field), which the reward math compares with: "
+                "name the column, or a reward function that needs none (grading.function)",
+            )
+            for name, task in data.train.items()
+        ),
+    ]
+
+
+def _function_rules(name: str, grading: GradingConfig) -> list[Rule]:
     return [
         (
             not grading.functions or (grading.function == "math" and not grading.arguments),
             f"{name}.functions takes the place of {name}.function and {name}.arguments: set it alone, with the "
             "arguments of each function below its name",
-        )
-        for name, grading in {"grading": config.grading, **of_tasks}.items()
-    ] + [
+        ),
         (
-            data.of_task(name).answer_field not in (None, "") or not _uses_math(task.grading or config.grading),
-            f"data.train.{name} has no column of gold answers (answer_field), which the reward math compares with: "
-            "name the column, or a reward function that needs none (grading.function)",
-        )
-        for name, task in data.train.items()
+            not grading.arguments or grading.function != "math" or bool(grading.functions),
+            f"{name}.arguments={dict(grading.arguments)} must be empty with {name}.function=math, which takes none: "
+            "name another function, or take the arguments out",
+        ),
     ]
 
 

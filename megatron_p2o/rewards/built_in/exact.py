@@ -42,6 +42,8 @@ class ExactReward:
         answers = column(problem, self._answers_column, "answers_column")
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
             raise ValueError(f"column {self._answers_column!r} of problem {problem.id} must be a list of texts")
+        if not all(map(str.strip, answers)):  # an empty response would be right
+            raise ValueError(f"column {self._answers_column!r} of problem {problem.id} holds a blank answer")
         return answers
 
     def _normal(self, text: str) -> str:

@@ -64,7 +64,9 @@ class RegexReward:
 
 
 def compiled(pattern: str, what: str) -> re.Pattern[str]:
-    """Return the pattern, which `re` keeps. Raises `ValueError` when it is none."""
+    """Return the pattern, which `re` keeps. Raises `ValueError` when it is none, or blank: that matches all."""
+    if not pattern.strip():
+        raise ValueError(f"{what}={pattern!r} is blank, which every answer matches: write a pattern")
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:

@@ -16,7 +16,7 @@ from megatron_p2o.config.ranges import LONGEST_WAIT_S, UNBOUNDED, Range, range_o
 from megatron_p2o.config.rules import problems_of
 from megatron_p2o.config.sections.rollout import WeightedFunctionConfig
 from megatron_p2o.config.shape import record_of
-from megatron_p2o.config.tree import REFERENCE_PRESET, Config, EvaluationSetConfig, RunConfig, TaskConfig
+from megatron_p2o.config.tree import REFERENCE_PRESET, Config, EvaluationSetConfig, GradingConfig, RunConfig, TaskConfig
 from megatron_p2o.testing.fakes import fake_config, with_setting
 
 
@@ -289,6 +289,16 @@ def test_several_reward_functions_take_the_place_of_the_one() -> None:
     for name, value in (("grading.function", "exact"), ("grading.arguments", {"extract": "text"})):
         (sentence,) = problems_of(fake_config({**several, name: value}))
         assert sentence.startswith("grading.functions takes the place of grading.function and grading.arguments")
+
+
+def test_mathematics_takes_no_arguments() -> None:
+    arguments = {"extract": "answer_tag"}
+    (sentence,) = problems_of(fake_config({"grading.arguments": arguments}))
+    assert sentence.startswith("grading.arguments={'extract': 'answer_tag'} must be empty with grading.function=math")
+    assert problems_of(fake_config({"grading.arguments": arguments, "grading.function": "exact"})) == []
+    task = TaskConfig(file="a", grading=GradingConfig(arguments=arguments))
+    (sentence,) = problems_of(fake_config({"data.train": {"a": task}}))
+    assert sentence.startswith("data.train.a.grading.arguments=")
 
 
 @pytest.mark.parametrize("grading", [{}, {"grading.functions": {"math": WeightedFunctionConfig(weight=1.0)}}])

@@ -49,6 +49,7 @@ def test_exact_does_not_tell_the_answer() -> None:
         ("a", None, {"answers_column": "accepted"}, "no column 'accepted'"),
         ("a", {"accepted": []}, {"answers_column": "accepted"}, "must be a list of texts"),
         ("a", {"accepted": "NYC"}, {"answers_column": "accepted"}, "must be a list of texts"),
+        ("a", {"accepted": ["NYC", " "]}, {"answers_column": "accepted"}, "holds a blank answer"),
     ],
 )
 def test_exact_has_no_verdict_without_a_gold_answer(answer: Any, row: Any, arguments: Any, words: str) -> None:
@@ -84,6 +85,7 @@ def test_a_problems_own_pattern_is_not_told() -> None:
         ("exact", {"extract": "end"}, "extract='end' must be one of"),
         ("regex", {}, "needs either pattern, for all problems, or pattern_column"),
         ("regex", {"pattern": "a", "pattern_column": "b"}, "needs either pattern"),
+        ("regex", {"pattern": ""}, "is blank, which every answer matches"),
         ("regex", {"pattern": "(a"}, "is no regular expression: missing \\)"),
     ],
 )
@@ -95,3 +97,5 @@ def test_bad_settings_are_refused_at_the_start(function: str, arguments: dict[st
 def test_a_bad_pattern_in_a_row_is_no_verdict() -> None:
     with pytest.raises(ValueError, match="column 'pattern' of problem p='\\(a' is no regular expression"):
         graded("regex", "x", row={"pattern": "(a"}, pattern_column="pattern")
+    with pytest.raises(ValueError, match="column 'pattern' of problem p='' is blank"):
+        graded("regex", "x", row={"pattern": ""}, pattern_column="pattern")
