@@ -49,7 +49,7 @@ def epoch_batches(
 def asked_counts(mix: Sequence[tuple[int, float]]) -> list[int]:
     """Return how many problems of each task an epoch asks, at least one of each; `mix`: sizes and weights."""
     largest = max(weight for _, weight in mix)
-    return [max(1, round(size * weight / largest)) for size, weight in mix]
+    return [max(1, round(size * (weight / largest))) for size, weight in mix]
 
 
 def _tasks_of(problems: Sequence[Problem], weights: Mapping[str, float] | None) -> list[list[Problem]]:

@@ -65,6 +65,8 @@ def entry_from(line: Mapping[str, Any]) -> LedgerEntry:
         raise ValueError("a count is negative")
     if entry.plain_solved > entry.plain_tries or entry.templated_solved > entry.templated_tries:
         raise ValueError("more solved than tried")
+    if not 0 <= entry.plain_reward_sum <= entry.plain_tries:
+        raise ValueError("the sum of rewards is not between 0 and the number of tries")
     return entry
 
 

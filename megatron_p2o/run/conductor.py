@@ -13,7 +13,7 @@ from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution
 from megatron_p2o.policy.training.ranks import MegatronPolicy
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.run.beginning import Beginning, beginning_of
-from megatron_p2o.run.inputs import Inputs, batches_of, evolution_notice, planned_steps
+from megatron_p2o.run.inputs import Inputs, batches_of, notices, planned_steps
 from megatron_p2o.run.observe.alarms import NothingLearnt, StepGivenUp
 from megatron_p2o.run.observe.files import open_files
 from megatron_p2o.run.observe.observer import RunObserver
@@ -57,8 +57,7 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
 
 def say_what_starts(config: Config, run_dir: Path, policy: MegatronPolicy, num_steps_per_epoch: int) -> None:
     """Tell the person watching how the policy was built, and what comes next."""
-    notice = evolution_notice(config, num_steps_per_epoch)
-    if notice is not None:
+    for notice in notices(config, num_steps_per_epoch):
         logger.warning(notice)
     say(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}")
     say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")

@@ -71,7 +71,6 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
     num_steps = len(batches_of(config, inputs.train, epoch=0))
     at_most = "at most " if schedule.max_batches_per_step > 1 else ""
     longest = max(len(token_ids) for token_ids in _plain_prompts(inputs))
-    notice = evolution_notice(config, num_steps)
     rewards = checked_rewards(config)
     return [
         *column_lines(config.data),
@@ -82,7 +81,7 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
         f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens",
         f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",
         f"rewards: {rewards}",
-        *([notice] if notice else []),
+        *notices(config, num_steps),
     ]
 
 
@@ -151,6 +150,25 @@ def planned_work(config: Config, num_steps_per_epoch: int) -> str:
     is_cut = num_steps < num_steps_per_epoch * schedule.epochs
     limit = f", where schedule.max_steps={schedule.max_steps} ends it" if is_cut else ""
     return f"whole run: {at_most}{num_steps} steps{limit}, {at_most}{num_rollouts} training rollouts"
+
+
+def notices(config: Config, num_steps_per_epoch: int) -> list[str]:
+    """Return what the settings ask for and the schedule leaves no room for, one sentence each."""
+    found = [evolution_notice(config, num_steps_per_epoch), warmup_notice(config, num_steps_per_epoch)]
+    return [notice for notice in found if notice is not None]
+
+
+def warmup_notice(config: Config, num_steps_per_epoch: int) -> str | None:
+    """Return that warm-up outlasts the run, so that no step is taken at `optimizer.lr`; None when it does not."""
+    num_updates = planned_steps(config.schedule, num_steps_per_epoch) * config.schedule.updates_per_step
+    warmup_steps, lr = config.optimizer.warmup_steps, config.optimizer.lr
+    if warmup_steps < num_updates:
+        return None
+    highest = lr * num_updates / (warmup_steps + 1)
+    return (
+        f"the learning rate never reaches optimizer.lr={lr:g}, it ends at {highest:.2g}: optimizer.warmup_steps="
+        f"{warmup_steps} is no less than the {num_updates} optimizer steps of the run"
+    )
 
 
 def evolution_notice(config: Config, num_steps_per_epoch: int) -> str | None:

@@ -7,7 +7,9 @@ from collections import Counter
 
 import pytest
 
+from megatron_p2o.config.tree import DataConfig, TaskConfig
 from megatron_p2o.data.batches import asked_counts, epoch_batches
+from megatron_p2o.data.tasks import num_asked
 from megatron_p2o.types import Problem
 
 PROBLEMS = [Problem(id=str(number), question="q", answer="a") for number in range(50)]
@@ -76,6 +78,14 @@ def test_an_epoch_asks_all_of_the_heaviest_task_and_the_share_of_the_others() ->
     asked = [problem for batch in epoch_batches(problems, 1, seed=1, epoch=0, weights=weights) for problem in batch]
     assert Counter(problem.task for problem in asked) == {"math": 40, "code": 10, "puzzles": 7}
     assert len({problem.id for problem in asked}) == 57
+
+
+@pytest.mark.parametrize("weights", [(0.7, 1.4), (0.1, 0.6), (1e-9, 1e9), (5e-324, 1e308)])
+def test_as_many_problems_are_asked_as_settings_announce(weights: tuple[float, float]) -> None:
+    tasks = {name: TaskConfig(file=name, weight=weight) for name, weight in zip("ab", weights, strict=True)}
+    problems = mixed(a=3, b=40)
+    asked = epoch_batches(problems, 1, seed=1, epoch=0, weights=dict(zip("ab", weights, strict=True)))
+    assert len(asked) == num_asked(DataConfig(train=tasks), problems)
 
 
 def test_a_task_is_asked_through_before_a_problem_of_it_is_asked_again() -> None:

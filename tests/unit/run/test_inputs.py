@@ -12,7 +12,7 @@ import yaml
 from megatron_p2o.cli import BAD_INPUT, main
 from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.metrics.sinks.registry import sink_problems
-from megatron_p2o.run.inputs import check_hard_set, evolution_notice, missing_packages, planned_work
+from megatron_p2o.run.inputs import check_hard_set, evolution_notice, missing_packages, notices, planned_work
 from megatron_p2o.testing.fakes import fake_config
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
@@ -176,6 +176,19 @@ def test_a_schedule_on_which_no_prompts_evolve_is_said(settings: dict[str, Any],
     notice = evolution_notice(fake_config({"evolution.enabled": True, **settings}), num_steps_per_epoch=10)
     assert (notice is None) == (said is None)
     assert said is None or said in (notice or "")
+
+
+def test_a_warm_up_that_outlasts_the_run_is_said() -> None:
+    def said_of(warmup_steps: int) -> list[str]:
+        schedule = {"schedule.epochs": 2, "schedule.problems_per_step": 128, "schedule.problems_per_update": 64}
+        settings = {**schedule, "optimizer.warmup_steps": warmup_steps, "optimizer.lr": 1e-6}
+        return notices(fake_config({"evolution.enabled": False, **settings}), num_steps_per_epoch=10)
+
+    assert said_of(39) == []
+    assert said_of(79) == [
+        "the learning rate never reaches optimizer.lr=1e-06, it ends at 5e-07: optimizer.warmup_steps=79 is no less "
+        "than the 40 optimizer steps of the run"
+    ]
 
 
 def test_a_tokenizer_of_another_model_is_refused(

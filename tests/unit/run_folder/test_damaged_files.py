@@ -97,6 +97,14 @@ def test_an_entry_that_is_json_but_cannot_be_true_is_damaged(tmp_path: Path, dam
     assert [each.problem_id for each in read_ledger(path)] == ["walk-0", "walk-3"]
 
 
+@pytest.mark.parametrize("reward", ["NaN", "-0.5", "1e9"])
+def test_an_entry_with_impossible_rewards_is_damaged(tmp_path: Path, reward: str) -> None:
+    path = tmp_path / "hard_samples.jsonl"
+    changed = json.dumps({**json.loads(LINES[2]), "plain_reward": "?"}).replace('"?"', reward)
+    path.write_bytes(b"".join([LINES[0], changed.encode() + b"\n", LINES[3]]))
+    assert [each.problem_id for each in read_ledger(path)] == ["walk-0", "walk-3"]
+
+
 def test_a_damaged_line_of_the_metrics_stays_where_it_is_and_the_others_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
