@@ -1,5 +1,6 @@
 """Reads the inputs of a run before anything is started, and describes them."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,14 +161,16 @@ def notices(config: Config, num_steps_per_epoch: int) -> list[str]:
 
 def warmup_notice(config: Config, num_steps_per_epoch: int) -> str | None:
     """Return that warm-up outlasts the run, so that no step is taken at `optimizer.lr`; None when it does not."""
+    rates = config.optimizer
     num_updates = planned_steps(config.schedule, num_steps_per_epoch) * config.schedule.updates_per_step
-    warmup_steps, lr = config.optimizer.warmup_steps, config.optimizer.lr
-    if warmup_steps < num_updates:
+    num_warmup = max(rates.warmup_steps, math.ceil(rates.warmup_share * num_updates))
+    if num_warmup < num_updates:
         return None
-    highest = lr * num_updates / (warmup_steps + 1)
+    setting = "warmup_steps" if rates.warmup_steps else "warmup_share"
+    highest = rates.lr * num_updates / (num_warmup + 1)
     return (
-        f"the learning rate never reaches optimizer.lr={lr:g}, it ends at {highest:.2g}: optimizer.warmup_steps="
-        f"{warmup_steps} is no less than the {num_updates} optimizer steps of the run"
+        f"the learning rate never reaches optimizer.lr={rates.lr:g}, it ends at {highest:.2g}: optimizer.{setting}="
+        f"{getattr(rates, setting):g} makes warm-up last for all {num_updates} optimizer steps of the run"
     )
 
 

@@ -26,7 +26,7 @@ class ExactReward:
         self._ignore_case = ignore_case
 
     def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
-        answer = final_answer(response, self._extract)
+        answer = final_answer(response, self._extract, finish_reason)
         if answer is None:
             return Grade(reward=0.0, reason="no answer", feedback=f"The response has no answer ({self._extract}).")
         if self._normal(answer) in map(self._normal, self._accepted(problem)):

@@ -4,11 +4,12 @@ import re
 from typing import Literal, get_args
 
 from megatron_p2o.rewards.extract import END_OF_THINKING, START_OF_THINKING, last_boxed
+from megatron_p2o.types import FinishReason
 
 Extract = Literal["response", "last_line", "boxed", "answer_tag", "code_block"]
-"""`response`: all of it; `last_line`: its last line that is not blank; `boxed`: the content of the last \\boxed{...};
-`answer_tag`: that of the last <answer>...</answer>; `code_block`: the last closed fenced block. What a model thinks
-between <think> and </think> never counts."""
+"""`response`: all of it; `last_line`: its last line that is not blank, unless it was cut off; `boxed`: the content of
+the last \\boxed{...}; `answer_tag`: that of the last <answer>...</answer>; `code_block`: the last closed fenced block.
+What a model thinks between <think> and </think> never counts."""
 
 ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*([^`\n]*)")
@@ -22,8 +23,11 @@ def checked_extract(extract: str, function: str) -> Extract:
     raise ValueError(f"{function} extract={extract!r} must be one of {', '.join(get_args(Extract))}")
 
 
-def final_answer(response: str, extract: Extract) -> str | None:
-    """Return the answer of a response without space around it; None where it has none, or is still thinking."""
+def final_answer(response: str, extract: Extract, finish_reason: FinishReason = "stop") -> str | None:
+    """Return the answer of a response without space around it; None where it has none, or is still thinking.
+
+    The last line of a response that was cut off may go on ("12" of "123"): it is no answer.
+    """
     said = without_thinking(response)
     if said is None:
         return None
@@ -38,6 +42,8 @@ def final_answer(response: str, extract: Extract) -> str | None:
     if extract == "code_block":
         blocks = fenced_blocks(said)
         return blocks[-1][1] if blocks else None
+    if finish_reason != "stop":
+        return None
     lines = said.strip().splitlines()
     return lines[-1].strip() if lines else None
 

@@ -111,7 +111,7 @@ class JudgeReward:
         self._check()
 
     async def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
-        answer = final_answer(response, self._extract)
+        answer = final_answer(response, self._extract, finish_reason)
         if answer is None:
             return Grade(reward=0.0, reason="no answer", feedback=f"The response has no answer ({self._extract}).")
         code = code_of(problem, response)

@@ -83,7 +83,7 @@ class ReasoningGymReward:
     def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
         entry = entry_of(problem)
         task = entry["metadata"]["source_dataset"]
-        answer = final_answer(response, self._extract)
+        answer = final_answer(response, self._extract, finish_reason)
         if answer is None:
             return Grade(reward=0.0, reason="no answer", feedback=f"The response has no answer ({self._extract}).")
         if task in READS_ARITHMETIC and not is_arithmetic(answer):

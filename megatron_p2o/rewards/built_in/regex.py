@@ -41,7 +41,7 @@ class RegexReward:
             compiled(pattern, "regex pattern")
 
     def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
-        answer = final_answer(response, self._extract)
+        answer = final_answer(response, self._extract, finish_reason)
         if answer is None:
             return Grade(reward=0.0, reason="no answer", feedback=f"The response has no answer ({self._extract}).")
         pattern = self._pattern_of(problem)

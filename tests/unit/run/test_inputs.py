@@ -179,15 +179,16 @@ def test_a_schedule_on_which_no_prompts_evolve_is_said(settings: dict[str, Any],
 
 
 def test_a_warm_up_that_outlasts_the_run_is_said() -> None:
-    def said_of(warmup_steps: int) -> list[str]:
+    def said_of(setting: str, value: float) -> list[str]:
         schedule = {"schedule.epochs": 2, "schedule.problems_per_step": 128, "schedule.problems_per_update": 64}
-        settings = {**schedule, "optimizer.warmup_steps": warmup_steps, "optimizer.lr": 1e-6}
+        settings = {**schedule, setting: value, "optimizer.lr": 1e-6}
         return notices(fake_config({"evolution.enabled": False, **settings}), num_steps_per_epoch=10)
 
-    assert said_of(39) == []
-    assert said_of(79) == [
-        "the learning rate never reaches optimizer.lr=1e-06, it ends at 5e-07: optimizer.warmup_steps=79 is no less "
-        "than the 40 optimizer steps of the run"
+    assert said_of("optimizer.warmup_steps", 39) == said_of("optimizer.warmup_share", 0.97) == []
+    assert "optimizer.warmup_share=0.99" in said_of("optimizer.warmup_share", 0.99)[0]
+    assert said_of("optimizer.warmup_steps", 79) == [
+        "the learning rate never reaches optimizer.lr=1e-06, it ends at 5e-07: optimizer.warmup_steps=79 makes "
+        "warm-up last for all 40 optimizer steps of the run"
     ]
 
 

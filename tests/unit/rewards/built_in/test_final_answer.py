@@ -32,6 +32,12 @@ def test_the_last_one_counts(extract: Extract, answer: str) -> None:
     assert final_answer(RESPONSE, extract) == answer
 
 
+def test_the_last_line_of_a_response_that_was_cut_off_is_no_answer() -> None:
+    assert final_answer("The sum is\n12", "last_line", "stop") == "12"
+    assert final_answer("The sum is\n12", "last_line", "length") is None
+    assert final_answer("\\boxed{12} is the s", "boxed", "length") == "12", "it is closed"
+
+
 @pytest.mark.parametrize("extract", ["response", "boxed", "answer_tag", "code_block", "last_line"])
 def test_an_answer_in_open_thinking_is_none(extract: Extract) -> None:
     assert final_answer(f"<think>{RESPONSE.replace('</think>', '')}", extract) is None

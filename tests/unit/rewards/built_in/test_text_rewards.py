@@ -32,6 +32,14 @@ def test_exact(response: str, arguments: dict[str, Any], reward: float) -> None:
     assert graded("exact", response, **arguments).reward == reward
 
 
+@pytest.mark.parametrize(("function", "arguments"), [("exact", {}), ("regex", {"pattern": "Paris"})])
+def test_the_last_line_counts_where_the_response_came_to_its_end(function: str, arguments: dict[str, Any]) -> None:
+    reward = load_function(RewardSpec(function=function, arguments={"extract": "last_line", **arguments}))
+    problem = Problem(id="p", question="q", answer="Paris")
+    assert reward(problem, "It is:\nParis", "stop").reward == 1.0
+    assert reward(problem, "It is:\nParis", "length").reward == 0.0
+
+
 def test_exact_with_several_accepted_answers() -> None:
     row = {"accepted": ["NYC", "New York"]}
     assert graded("exact", r"\boxed{NYC}", None, row, answers_column="accepted").reward == 1.0
