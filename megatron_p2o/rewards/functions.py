@@ -130,7 +130,8 @@ def found_function(spec: RewardSpec) -> RewardFunction:
     else:
         expected = BATCH_SIGNATURE if is_batched(found) else SIGNATURE
         _check_signature(found, spec, QUESTION, f"be callable as {expected}")
-        _check_names(found, spec, expected)
+        if not is_batched(found):
+            _check_names(found, spec, expected)
     return found
 
 

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 from asyncio import Future
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from megatron_p2o.records import from_json
@@ -54,8 +55,11 @@ class Calls:
     async def grade(self, request: Mapping[str, Any]) -> Grade:
         """Return the weighted mean of what the functions return; they are asked at the same time."""
         problem = from_json(Problem, request["problem"], skips_unknown=True)
-        question: Question = problem, request["response"], request["finish_reason"]
-        returned = await asyncio.gather(*(_returned(function, question) for function in self._functions))
+        # One that changes the columns of its problem changes them for itself.
+        problems = [problem, *(deepcopy(problem) for _ in self._functions[1:])]
+        said = request["response"], request["finish_reason"]
+        asked = [(own, *said) for own in problems]
+        returned = await asyncio.gather(*map(_returned, self._functions, asked))
         grades = [grade_of(value) for value in returned]
         return grades[0] if len(grades) == 1 else weighted_sum(grades, [spec.weight for spec in self._specs])
 

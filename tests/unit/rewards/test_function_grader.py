@@ -45,6 +45,13 @@ def forked(problem, response, finish_reason):
 async def cancelled(problem, response, finish_reason):
     raise asyncio.CancelledError("shut down")
 
+def taking(problem, response, finish_reason):
+    problem.columns["tests"].clear()
+    return float("minimum" in problem.columns)
+
+def counting(problem, response, finish_reason):
+    return float(len(problem.columns["tests"]) == 1)
+
 def slow(problem, response, finish_reason):
     time.sleep(float(response))
     return 1.0
@@ -268,6 +275,17 @@ def test_closing_leaves_what_runs_and_waits_undecided(tmp_path: Path) -> None:
             time.sleep(0.02)
         grader.close()
         assert [future.result(PATIENCE_S) for future in futures] == [Grade.undecided("the grader was closed")] * 100
+
+
+def test_a_function_that_changes_the_row_changes_it_for_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "my_reward.py"
+    path.write_text(FILE)
+    functions = {f"{path}:{name}": WeightedFunctionConfig(weight=1.0) for name in ("taking", "counting")}
+    grader = make_grader(GradingConfig(functions=functions, num_workers=1, deadline_s=PATIENCE_S))
+    try:
+        assert [grader.submit(PROBLEM, "r", "stop").result(PATIENCE_S) for _ in range(2)] == [CORRECT] * 2
+    finally:
+        grader.close()
 
 
 def test_several_functions_make_a_weighted_mean_each_with_its_arguments(tmp_path: Path) -> None:
