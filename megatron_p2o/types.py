@@ -161,6 +161,10 @@ class Completion:
         return self.finish_reason == "abort"
 
 
+ROUNDING = 1e-9
+"""Relative error of a reward that is a sum of parts, with room to spare."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grade:
     """Verdict on one completion.
@@ -191,6 +195,11 @@ class Grade:
     @property
     def is_decided(self) -> bool:
         return self.reward is not None
+
+    def reaches(self, solved_at: float) -> bool:
+        """Whether there is a verdict and its reward is at least `solved_at`, but for rounding: 0.1 + 0.7 is less than
+        0.8 in floating point."""
+        return self.reward is not None and self.reward >= solved_at * (1 - ROUNDING)
 
 
 CORRECT = Grade(reward=1.0)
@@ -226,7 +235,7 @@ class Rollout:
     @property
     def is_solved(self) -> bool:
         """Whether it has a verdict and its reward reaches `solved_at`."""
-        return self.is_decided and self.reward >= self.solved_at
+        return self.is_decided and self.grade.reaches(self.solved_at)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,7 +39,7 @@ class GradedResponse:
 
     @property
     def is_correct(self) -> bool:
-        return self.is_decided and self.grade.reward is not None and self.grade.reward >= self.solved_at
+        return self.is_decided and self.grade.reaches(self.solved_at)
 
     @property
     def is_decided(self) -> bool:

@@ -89,7 +89,7 @@ def _judge(
     if grade.reward is None:
         settle(outcome, TrialFailed(f"the grader could not decide ({grade.reason})"))
     else:
-        solved_share = float(grade.reward >= solved_at)
+        solved_share = float(grade.reaches(solved_at))
         settle(outcome, _trial(completion, grade.reward, solved_share, text, grade.feedback))
 
 

@@ -12,7 +12,9 @@ import pytest
 
 from megatron_p2o import types
 from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
+from megatron_p2o.evaluation.outcome import graded_response
 from megatron_p2o.rl.grouping import make_groups, train_samples
+from megatron_p2o.types import Grade
 
 RECORDS = {name: value for name, value in vars(types).items() if isinstance(value, type) and is_dataclass(value)}
 
@@ -55,3 +57,13 @@ def test_the_examples_are_right_and_what_they_write_out_is_what_the_code_makes(s
     for field in ("context_ids", "response_ids", "sampling_logprobs"):
         np.testing.assert_array_equal(getattr(made, field), getattr(shown_sample, field))
     assert (made.advantage, made.is_templated) == (shown_sample.advantage, shown_sample.is_templated)
+
+
+def test_a_reward_of_parts_reaches_their_sum_in_every_place(shown: dict[str, Any]) -> None:
+    rounded = Grade(reward=0.1 + 0.7)
+    assert rounded.reward == 0.7999999999999999
+    assert rounded.reaches(0.8) and not Grade(reward=0.799).reaches(0.8)
+    assert not Grade(reward=0.0).reaches(1e-12) and not Grade.undecided("lost").reaches(0.1)
+    rollout = replace(shown["right"], grade=rounded, solved_at=0.8)
+    assert rollout.is_solved
+    assert graded_response(rollout, sample=0).is_correct
