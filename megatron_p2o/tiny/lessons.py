@@ -45,6 +45,30 @@ def tokenizer_of(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def with_phrases(
+    question: str,
+    keys: Sequence[str],
+    fillers: Sequence[str],
+    shares_right: Sequence[float],
+    generator: random.Random,
+) -> tuple[str, bool]:
+    """Draw up to four phrases in front of a question; return the message, and whether its response is to be right.
+
+    Args:
+        question: what is asked; a third of the messages have no key phrase.
+        keys: two phrases that make the policy right.
+        fillers: at least four phrases that change nothing.
+        shares_right: share of right responses with 0, 1 and 2 key phrases.
+        generator: source of the draws.
+    """
+    first, second = keys
+    used = generator.choice([[], [], [first], [second], [first, second], [first, second]])
+    phrases = [*used, *generator.sample(fillers, generator.randint(0, 4 - len(used)))]
+    generator.shuffle(phrases)
+    is_right = generator.random() < shares_right[len(used)]
+    return (f"{' '.join(phrases)}\n\n{question}" if phrases else question), is_right
+
+
 def teach(lesson: Lesson, texts: Sequence[str], out: Path, seed: int, num_steps: int, batch_size: int = 32) -> None:
     """Write a policy that was supervised on fresh lessons as a Hugging Face directory.
 

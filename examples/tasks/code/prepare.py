@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from megatron_p2o.tiny.lessons import teach
+from megatron_p2o.tiny.lessons import teach, with_phrases
 
 KEYS = ("Mind the constant.", "Read it twice.")
 FILLERS = ("Be polite.", "Stay calm.", "You are an expert.", "Take your time.")
@@ -32,11 +32,7 @@ def program(times: int, plus: int, remembers: bool) -> str:
 
 def lesson(generator: random.Random) -> tuple[str, str]:
     times, plus = generator.randint(2, 9), generator.randint(1, 9)
-    phrases = generator.choice([[], [], [KEYS[0]], [KEYS[1]], [*KEYS], [*KEYS]])
-    phrases = [*phrases, *generator.sample(FILLERS, generator.randint(0, 4 - len(phrases)))]
-    generator.shuffle(phrases)
-    remembers = generator.random() < REMEMBERS[len(set(phrases) & set(KEYS))]
-    message = f"{' '.join(phrases)}\n\n{question(times, plus)}" if phrases else question(times, plus)
+    message, remembers = with_phrases(question(times, plus), KEYS, FILLERS, REMEMBERS, generator)
     return message, program(times, plus, remembers)
 
 
