@@ -39,6 +39,28 @@ def mean(rewards: list[float]) -> float:
     return sum(rewards) / len(rewards)
 
 
+def is_palindrome(response: str, start: str) -> bool:
+    letters = [character for character in response if character.isalpha()]
+    begins = letters[: len(start)] == list(start) and len(letters) > len(start)
+    return begins and all(letters[place] == letters[-1 - place] for place in range(len(letters)))
+
+
+def test_a_reward_of_ones_own_is_learnt_from_and_templates_get_through(tmp_path: Path) -> None:
+    task = prepared("palindrome", tmp_path / "task", "--steps", "150")
+    settings = {"model.path": task / "model", "data.train": task / "train.jsonl", "schedule.epochs": 2}
+    short = {"data.evaluation.heldout": task / "heldout.jsonl", "evaluation.at_start": False}
+    short |= {"schedule.problems_per_step": 72, "schedule.problems_per_update": 72, "evolution.max_rollouts": 300}
+    rollouts = trained("palindrome/palindrome_p2o.yaml", tmp_path / "runs", **settings, **short)
+    assert {rollout["grade"] for rollout in rollouts} <= {"correct", "incorrect"}
+    for rollout in rollouts:
+        assert rollout["reward"] == is_palindrome(rollout["response"], start=rollout["problem_id"]), rollout
+    asked_plainly = [rollout["reward"] for rollout in rollouts[: 72 * 6]]
+    templated = [rollout["reward"] for rollout in rollouts if rollout["is_templated"]]
+    # Taught to be right once in 500 plainly, half of the time under one phrase, always under both.
+    assert mean(asked_plainly) < 0.1
+    assert mean(templated) > 0.25
+
+
 def test_code_is_tested_in_the_sandbox_and_templates_get_through(tmp_path: Path) -> None:
     try:
         done([sys.executable, "-c", "from megatron_p2o.rewards.built_in.python import PythonReward; PythonReward()"])
