@@ -77,7 +77,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in(
             "evolution.reflection", "backend base_url model api_key_env phrases task temperature max_tokens timeout_s"
         ),
-        *_in("evolution.reflection", "max_retries extra_body task"),
+        *_in("evolution.reflection", "max_retries extra_body"),
     ),
     "evaluation": (
         "data.evaluation",

@@ -51,7 +51,7 @@ def test_a_reward_of_ones_own_is_learnt_from_and_templates_get_through(tmp_path:
     short = {"data.evaluation.heldout": task / "heldout.jsonl", "evaluation.at_start": False}
     short |= {"schedule.problems_per_step": 72, "schedule.problems_per_update": 72, "evolution.max_rollouts": 300}
     rollouts = trained("palindrome/palindrome_p2o.yaml", tmp_path / "runs", **settings, **short)
-    assert {rollout["grade"] for rollout in rollouts} <= {"correct", "incorrect"}
+    assert {rollout["reward"] for rollout in rollouts} <= {0.0, 1.0}, "None would be undecided"
     for rollout in rollouts:
         assert rollout["reward"] == is_palindrome(rollout["response"], start=rollout["problem_id"]), rollout
     asked_plainly = [rollout["reward"] for rollout in rollouts[: 72 * 6]]
