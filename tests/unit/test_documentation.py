@@ -19,7 +19,14 @@ from megatron_p2o.run.trials import round_statistics
 from megatron_p2o.tiny.policy import build_tokenizer, new_policy
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").rglob("*.md")])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+        *(ROOT / "kernels").rglob("*.md"),
+    ]
+)
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
 SOURCES = sorted((ROOT / "megatron_p2o").rglob("*.py"))
