@@ -100,7 +100,7 @@ def _apps_tests(column: Mapping[str, Any], entry_point: str | None) -> list[Code
         return [ProgramTest(standard_input=_text(given), output=_text(said)) for given, said in zip(inputs, outputs)]
     calls = [_call(function, given, said) for given, said in zip(inputs, outputs)]
     if any(isinstance(said, list) and len(said) != 1 for said in outputs):
-        return calls  # the function returns lists: none of them holds the value
+        return [*calls]  # the function returns lists: none of them holds the value
     return [replace(call, is_wrapped=isinstance(call.expected, list)) for call in calls]
 
 
