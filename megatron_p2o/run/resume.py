@@ -278,9 +278,9 @@ def _place_in_epoch(old: MadeWith, new: MadeWith, state: RunState) -> _Place:
     also where what was asked is a whole number of steps of the new size.
     """
     reordering = [f"{found}" for found in _setting_differences(old, new) if found.effect == "order"]
-    if old.mix and _mix(old) != _mix(new):
-        reordering.append(f"tasks of data.train (problems, weight): {_mix(old)} -> {_mix(new)}")
     moved = _moved_problems(old, new)
+    if old.mix and _mix(old) != _mix(new) and not (moved and _weights(old) == _weights(new)):
+        reordering.append(f"tasks of data.train (problems, weight): {_mix(old)} -> {_mix(new)}")
     if not reordering and not moved:
         return _Place(batch=state.batch, when="the next time they are asked")
     old_size, new_size = old.settings[PER_STEP], new.settings[PER_STEP]
@@ -305,6 +305,10 @@ def _place_in_epoch(old: MadeWith, new: MadeWith, state: RunState) -> _Place:
 
 def _mix(made: MadeWith) -> list[tuple[int, float]]:
     return [(size, weight) for size, weight in made.mix]
+
+
+def _weights(made: MadeWith) -> list[float]:
+    return [weight for _, weight in made.mix]
 
 
 def _num_asked(made: MadeWith) -> int:
