@@ -15,11 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from megatron_p2o.terminal import say
-from megatron_p2o.tiny.policy import TINY_CHAT_TEMPLATE, new_policy, prompt_ids, supervised_rows
+from megatron_p2o.tiny.policy import SPECIAL, new_policy, prompt_ids, supervised_rows, with_chat
 
 PIECES = r"[A-Za-z_]+|[0-9]+|\s+|[^\sA-Za-z0-9_]+"
-
-SPECIAL = ("<|pad|>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 Lesson = Callable[[random.Random], tuple[str, str]]
 """Draws a user message and the response to it."""
@@ -32,17 +30,7 @@ def tokenizer_of(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-        chat_template=TINY_CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        model_max_length=512,
-    )
+    return with_chat(tokenizer)
 
 
 def with_phrases(

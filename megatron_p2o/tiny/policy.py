@@ -84,17 +84,25 @@ class Supervision:
     """Share of the steps whose demonstrations never give up: the step is learnt first, when to stop after that."""
 
 
+SPECIAL = ("<|pad|>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+"""Control tokens of the tiny policies."""
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer: one token per number, word and sign; anything else is one `<unk>`."""
-    special = ["<|pad|>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     signs = ["+", ":", ",", ".", "\\boxed{", "}"]
     numbers = [str(number) for number in range(MODULUS)]
     words = sorted({*FAMILIES, *re.findall("[a-z]+", " ".join(PHRASES))})
-    vocabulary = {token: index for index, token in enumerate([*special, *signs, *numbers, *words])}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *signs, *numbers, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     token_pattern = Regex(r"\\boxed\{|[0-9]+|[a-z]+|[^\s0-9a-z]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(token_pattern, behavior="removed", invert=True)
+    return with_chat(tokenizer)
+
+
+def with_chat(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, whose vocabulary begins with `SPECIAL`, with the tiny policies' chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
