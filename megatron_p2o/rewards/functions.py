@@ -56,8 +56,7 @@ QUESTION = ("problem", "response", "stop")
 """As many arguments as a reward function is given."""
 
 JUDGE_KEY = "P2O_JUDGE_API_KEY"
-"""Environment variable with a secret that every reward function gets: `judge` reads it unless its arguments name
-another."""
+"""Environment variable with the key of `judge`, unless its arguments name another."""
 
 FOREIGN_NAMES = frozenset({"data_source", "solution_str", "ground_truth", "extra_info", "prompts", "completions"})
 """Parameters of reward functions of verl and TRL, which take as many arguments in another order."""
@@ -80,11 +79,11 @@ class RewardSpec:
 def function_secrets(specs: Sequence[RewardSpec]) -> tuple[str, ...]:
     """Return the environment variables that may hold secrets and that workers which call these functions need.
 
-    They are `JUDGE_KEY`, what arguments called `..._env` name, and for `judge` the proxies.
+    They are what arguments called `..._env` name, and for `judge` also `JUDGE_KEY` and the proxies.
     """
     named = [value for spec in specs for name, value in spec.arguments.items() if name.endswith("_env")]
-    proxies = PROXY_VARIABLES if any(spec.function == "judge" for spec in specs) else ()
-    return (JUDGE_KEY, *(value for value in named if isinstance(value, str)), *proxies) if specs else ()
+    of_judge = (JUDGE_KEY, *PROXY_VARIABLES) if any(spec.function == "judge" for spec in specs) else ()
+    return (*(value for value in named if isinstance(value, str)), *of_judge)
 
 
 def batched(function: Function) -> Function:

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_p2o.config.sections.rollout import WeightedFunctionConfig
 from megatron_p2o.config.tree import GradingConfig
+from megatron_p2o.processes import PROXY_VARIABLES
 from megatron_p2o.rewards.function_grader import FunctionGrader
-from megatron_p2o.rewards.functions import JUDGE_KEY
+from megatron_p2o.rewards.functions import JUDGE_KEY, RewardSpec, function_secrets
 from megatron_p2o.rewards.math.grader import MathGrader
 from megatron_p2o.rewards.registry import make_grader
 from megatron_p2o.rewards.workers.lane import UNDECIDED
@@ -235,9 +236,15 @@ def test_workers_get_the_secrets_that_arguments_name_and_no_others(
     monkeypatch.setenv("OTHER_API_KEY", "other")
     monkeypatch.setenv(JUDGE_KEY, "+judge")
     with grader_of(tmp_path, "variable", arguments={"key_env": "MY_API_KEY"}) as grader:
-        assert grades_of(grader, "")[0].reason == "mine+judge"
+        assert grades_of(grader, "")[0].reason == "mine"
     with grader_of(tmp_path, "variable") as grader:
-        assert grades_of(grader, "")[0].reason == "+judge"
+        assert grades_of(grader, "")[0].reason == ""
+
+
+def test_the_key_of_the_judge_reaches_the_judge_alone() -> None:
+    judge, own = RewardSpec(function="judge"), RewardSpec(function="python", arguments={"key_env": "MY_API_KEY"})
+    assert function_secrets([own]) == ("MY_API_KEY",)
+    assert function_secrets([judge]) == (JUDGE_KEY, *PROXY_VARIABLES)
 
 
 @pytest.mark.parametrize(
