@@ -232,11 +232,11 @@ def test_a_batched_function_gets_what_waits_and_is_asked_singly_where_it_fails(t
 def test_workers_get_the_secrets_that_arguments_name_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MY_API_KEY", "mine")
-    monkeypatch.setenv("OTHER_API_KEY", "other")
-    monkeypatch.setenv(JUDGE_KEY, "+judge")
+    monkeypatch.setenv("MY_API_KEY", "mine-of-own")
+    monkeypatch.setenv("OTHER_API_KEY", "of-another")
+    monkeypatch.setenv(JUDGE_KEY, "of-the-judge")
     with grader_of(tmp_path, "variable", arguments={"key_env": "MY_API_KEY"}) as grader:
-        assert grades_of(grader, "")[0].reason == "mine"
+        assert grades_of(grader, "")[0].reason == "mine-of-own"
     with grader_of(tmp_path, "variable") as grader:
         assert grades_of(grader, "")[0].reason == ""
 
