@@ -9,6 +9,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import AsyncExitStack
 from itertools import count
 from typing import TypeVar
 
@@ -105,12 +106,11 @@ class Broker:
 
         async def add() -> None:
             engine = EngineHandle(name, make_client(), log_tail)
-            if prepare is not None:
-                try:
+            async with AsyncExitStack() as unless_prepared:
+                unless_prepared.push_async_callback(engine.client.close)
+                if prepare is not None:
                     await prepare(name, engine.client)
-                except BaseException:
-                    await engine.client.close()
-                    raise
+                unless_prepared.pop_all()
             self._engines.append(engine)
             engine.heartbeat = self._thread.later(self._watch(engine))
             self._dispatch()

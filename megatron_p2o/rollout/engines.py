@@ -142,7 +142,7 @@ class SglangEngines:
             self.broker.admit(NOBODY)
             with self._weights_lock:
                 self._sync.lend()
-        except Exception as error:
+        except Exception as error:  # whatever it is, the engines may have lent their memory: no one may sample
             self.broker.suspend(error)
             raise
 
@@ -162,7 +162,7 @@ class SglangEngines:
         with self._weights_lock:
             try:
                 self._stats = self._sync.refresh(weights, version, verify=verify).metrics()
-            except Exception as error:
+            except Exception as error:  # whatever it is, the engines' weights are not to be sampled
                 self.broker.suspend(error)
                 raise
             finally:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -57,18 +58,18 @@ def start_engines(
 
     allow_connections(config.rollout)
     servers: list[Server] = []
-    try:
+    with ExitStack() as unless_all_start:
+        unless_all_start.callback(stop_all, servers)
         for name in places:
             servers.append(start(name, 0))
         for server in servers:
             server.wait_until_ready(config.rollout.startup_timeout_s)
         lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
-        return SglangEngines(
+        engines = SglangEngines(
             config, run_dir, servers, start, stop_token_ids=stop_token_ids, releases_memory=lends, outlet=outlet
         )
-    except BaseException:
-        stop_all(servers)
-        raise
+        unless_all_start.pop_all()
+        return engines
 
 
 def allow_connections(rollout: RolloutConfig) -> None:
