@@ -85,7 +85,7 @@ def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[T
             if not has_sample(rollout) or (objective.drop_truncated and completion.finish_reason == "length"):
                 continue
             prompt = completion.prompt
-            if objective.drop_failed_templated and prompt.is_templated and rollout.reward == 0:
+            if objective.drop_failed_templated and prompt.is_templated and not rollout.is_solved:
                 continue
             distils = takes_gradient_on_bare_prompt(objective.context)
             samples.append(

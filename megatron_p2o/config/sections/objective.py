@@ -70,7 +70,8 @@ class ObjectiveConfig:
     """Whether rollouts without gradient stay out of the forward pass, which saves time. They always take part where an
     entropy or KL term acts on them."""
     drop_failed_templated: bool = False
-    """Whether failed templated rollouts get no gradient. They shape the baseline either way."""
+    """Whether templated rollouts that did not solve their problem (`hard.solved_at`) get no gradient. They shape the
+    baseline either way."""
     drop_truncated: bool = False
     """Whether rollouts that `rollout.max_new_tokens` cut off get no gradient (DAPO's overlong filtering,
     arXiv:2503.14476). They shape the baseline either way."""

@@ -91,6 +91,15 @@ def test_failed_templated_rollouts_can_be_dropped_and_still_shape_the_baseline()
     assert [sample.is_templated for sample in samples] == [True, True, False, False]
 
 
+@pytest.mark.parametrize(("solved_at", "kept"), [(1.0, [2, 3, 4]), (0.75, [1, 2, 3, 4])])
+def test_a_templated_rollout_with_a_reward_below_solved_has_failed(solved_at: float, kept: list[int]) -> None:
+    siblings = rollouts(templated=[0.5, 0.75, 1.0], plain=[0.75, 0.5])
+    siblings = [replace(rollout, solved_at=solved_at) for rollout in siblings]
+    group = make_group(siblings, AdvantageConfig(), plain_success_rate=0.0)
+    samples = train_samples([group], ObjectiveConfig(drop_failed_templated=True))
+    assert [sample.advantage for sample in samples] == [group.advantages[index] for index in kept]
+
+
 def test_an_empty_response_is_credited_but_cannot_be_trained_on() -> None:
     empty = fake_rollout(PROBLEM, reward=0, num_tokens=0)
     group = make_group([empty, *rollouts(plain=[1, 1])], AdvantageConfig(), plain_success_rate=0.0)
