@@ -10,7 +10,7 @@ from typing import Any
 from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.metrics.console import ConsoleSink
 from megatron_p2o.metrics.jsonl import read_records
-from megatron_p2o.metrics.sinks.guarded import GuardedSink
+from megatron_p2o.metrics.sinks.guarded import GuardedSink, close_all
 from megatron_p2o.metrics.sinks.record import JsonlSink, MetricSink, SinkContext, StepRecord
 from megatron_p2o.metrics.sinks.registry import run_id_of, wanted_sinks
 from megatron_p2o.metrics.values import MetricValue, numbers_of
@@ -57,8 +57,9 @@ class MetricsLog:
             self._announce(activity)
 
     def close(self) -> None:
-        for sink in (*self._sinks, *self._guarded):
+        for sink in self._sinks:
             sink.close()
+        close_all(self._guarded)
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -1,13 +1,15 @@
 """Keeps the failures and waits of a sink away from training."""
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Thread
 
 from megatron_p2o.metrics.sinks.record import MetricSink, StepRecord
 
 CLOSE_TIMEOUT_S = 60.0
+"""Longest that the end of a run waits for its sinks, all together."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,15 @@ class GuardedSink:
         """Hand a record over; returns at once."""
         self._records.put(record)
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Wait until the sink has taken everything and is closed, for `timeout_s` at most."""
+    def end(self) -> None:
+        """Have the sink closed after what was written; returns at once."""
         self._records.put(None)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for the end, for `timeout_s` at most."""
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            self._warn(f"did not finish within {timeout_s:g} s; up to {self._records.qsize()} records are not in it")
+            self._warn(f"had not ended when the run did; up to {self._records.qsize()} records are not in it")
 
     def _work(self) -> None:
         while (record := self._records.get()) is not None:
@@ -64,3 +69,12 @@ class GuardedSink:
                 self._name,
                 fault,
             )
+
+
+def close_all(sinks: Sequence[GuardedSink], timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    """Wait until all sinks have taken everything and are closed, for `timeout_s` at most in all."""
+    for sink in sinks:
+        sink.end()
+    deadline = time.monotonic() + timeout_s
+    for sink in sinks:
+        sink.wait(max(0.0, deadline - time.monotonic()))

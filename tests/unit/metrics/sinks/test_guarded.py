@@ -1,6 +1,7 @@
 """A sink that fails or hangs costs its own records and one warning, nothing else."""
 
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from megatron_p2o.metrics.jsonl import read_lines
 from megatron_p2o.metrics.log import MetricsLog
-from megatron_p2o.metrics.sinks.guarded import GuardedSink
+from megatron_p2o.metrics.sinks.guarded import GuardedSink, close_all
 from megatron_p2o.metrics.sinks.record import JsonlSink, StepRecord
 from megatron_p2o.metrics.values import Last
 
@@ -52,7 +53,7 @@ def test_a_sink_that_fails_is_warned_of_once_and_gets_the_next_records(caplog: p
     sink = GuardedSink("theirs", service.open)
     for step in range(1, 6):
         sink.write(record(step))
-    sink.close(PATIENCE_S)
+    close_all([sink], PATIENCE_S)
     assert (service.taken, service.num_opened, service.num_closed) == ([1, 4, 5], 1, 1)
     assert sink.num_missed == 2
     (warning,) = caplog.messages
@@ -64,12 +65,12 @@ def test_a_sink_that_cannot_be_opened_is_tried_again(caplog: pytest.LogCaptureFi
     sink = GuardedSink("theirs", service.open)
     for step in range(1, 5):
         sink.write(record(step))
-    sink.close(PATIENCE_S)
+    close_all([sink], PATIENCE_S)
     assert (service.taken, sink.num_missed, len(caplog.messages)) == ([3, 4], 2, 1)
     assert "ConnectionError: no route to host" in caplog.text
 
 
-def test_a_sink_that_hangs_holds_up_no_step_and_the_end_for_no_longer_than_its_limit(
+def test_sinks_that_hang_hold_up_no_step_and_the_end_once_for_all_and_no_other_sink(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     released = threading.Event()
@@ -78,11 +79,19 @@ def test_a_sink_that_hangs_holds_up_no_step_and_the_end_for_no_longer_than_its_l
         def write(self, record: StepRecord) -> None:
             released.wait(PATIENCE_S)
 
-    sink = GuardedSink("theirs", Hanging().open)
-    for step in (1, 2):
-        sink.write(record(step))
-    sink.close(timeout_s=0.01)
-    assert "theirs did not finish within 0.01 s" in caplog.text
+    theirs = Service()
+    sinks = [GuardedSink("first", Hanging().open), GuardedSink("second", Hanging().open)]
+    sinks.append(GuardedSink("theirs", theirs.open))
+    for sink in sinks:
+        for step in (1, 2):
+            sink.write(record(step))
+    while len(theirs.taken) < 2:
+        time.sleep(0.001)
+    close_all(sinks, timeout_s=0.01)
+    sinks[2].wait(PATIENCE_S)  # it was told to end although the first two have not
+    assert theirs.num_closed == 1
+    for name in ("first", "second"):
+        assert f"the metrics sink {name} had not ended when the run did" in caplog.text
     released.set()
 
 
