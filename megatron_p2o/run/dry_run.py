@@ -45,7 +45,7 @@ def dry_run(config: Config) -> None:
     resumed = check_resume(dated, config.run.folder)
     for change in resumed.changes if resumed else ():
         say(f"changed since the checkpoint: {change}")
-    if ending := finished(dated, config.run.folder):
+    if ending := finished(dated, config.run.folder, resumed):
         say(ending)
     problems += machine_problems(config, settings, machine_capabilities())
     try:

@@ -72,13 +72,13 @@ def launch(config: Config, arguments: Sequence[str] = (), nodes: Nodes | None = 
 def start_ranks(config: Config, run_dir: Path, num_ranks: int, nodes: Nodes, arguments: Sequence[str]) -> int:
     """Run the ranks of this node to their end; see `launch`."""
     trains, dated = not arguments, with_template_date(config, run_dir / "config.yaml")
-    if trains and (ending := finished(dated, run_dir)):  # asked on every node: none waits for another then
+    # Before the settings are written, and on every node: none waits for another that ends here.
+    how = check_resume(dated, run_dir) if trains else None
+    if ending := finished(dated, run_dir, how):
         say(ending)
         return 0
     if nodes.is_head:
         forget_errors(run_dir)  # before the settings, which the other nodes wait for
-        if trains:  # what a checkpoint cannot go on with must not become the run's settings
-            check_resume(dated, run_dir)
     resolved = share_settings(config, run_dir, nodes)
     prepare_environment(config)
     prepare_gpus(config.parallel)

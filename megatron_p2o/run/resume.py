@@ -15,7 +15,7 @@ from megatron_p2o.data.batches import asked_counts
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.run.inputs import load_inputs
 from megatron_p2o.run_folder.checkpoints import pointed_name
-from megatron_p2o.run_folder.made_with import MadeWith, made_with, read_made_with
+from megatron_p2o.run_folder.made_with import MadeWith, made_with, read_made_with, with_problems
 from megatron_p2o.run_folder.results import finished_line, steps_of_results
 from megatron_p2o.run_folder.resume_effects import (
     CHAT_TEMPLATE,
@@ -127,19 +127,18 @@ def check_resume(config: Config, run_dir: Path) -> Resumption | None:
         return None
     new = replace(made_with(config, ()), problems=old.problems, mix=old.mix)
     if _may_ask_others(old, new):
-        new = made_with(config, load_inputs(config).train)
+        new = with_problems(new, config, load_inputs(config).train)
     return resumption(old, new, state, checkpoint)
 
 
-def finished(config: Config, run_dir: Path) -> str:
+def finished(config: Config, run_dir: Path, how: Resumption | None) -> str:
     """Return that a run has nothing left to do with these settings, and how to train on; "" where it has.
 
     Something is left where steps are, where its results are not those of its last step, and where a setting or a file
-    has changed that results depend on. Starts nothing. Raises as `check_resume`.
+    has changed that results depend on. `how`: `check_resume`'s answer.
     """
     num_steps = steps_of_results(run_dir)
-    how = check_resume(config, run_dir) if num_steps is not None else None
-    if how is None:
+    if how is None or num_steps is None:
         return ""
     state = read_state(run_dir / "checkpoints" / pointed_name(run_dir / "checkpoints") / STATE_FILE)
     schedule = config.schedule
@@ -279,8 +278,9 @@ def _place_in_epoch(old: MadeWith, new: MadeWith, state: RunState) -> _Place:
     """
     reordering = [f"{found}" for found in _setting_differences(old, new) if found.effect == "order"]
     moved = _moved_problems(old, new)
-    if old.mix and _mix(old) != _mix(new) and not (moved and _weights(old) == _weights(new)):
-        reordering.append(f"tasks of data.train (problems, weight): {_mix(old)} -> {_mix(new)}")
+    names_it = bool(moved) and _weights(old) == _weights(new)  # that sizes differ follows from moved problems
+    if old.mix and old.mix != new.mix and not names_it:
+        reordering.append(f"tasks of data.train (problems, weight): {old.mix} -> {new.mix}")
     if not reordering and not moved:
         return _Place(batch=state.batch, when="the next time they are asked")
     old_size, new_size = old.settings[PER_STEP], new.settings[PER_STEP]
@@ -301,10 +301,6 @@ def _place_in_epoch(old: MadeWith, new: MadeWith, state: RunState) -> _Place:
         f"schedule.max_steps={last}, and change it then, or {NEW_RUN}"
     )
     return _Place(batch=state.batch, when="", refusal=refusal)
-
-
-def _mix(made: MadeWith) -> list[tuple[int, float]]:
-    return [(size, weight) for size, weight in made.mix]
 
 
 def _weights(made: MadeWith) -> list[float]:

@@ -7,7 +7,7 @@ runs/<name>/history.jsonl                            one line per start: what it
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,19 @@ class MadeWith:
 
 def made_with(config: Config, train: Sequence[Problem]) -> MadeWith:
     """Return the record of a run; `train` are the problems as they are asked. Raises `OSError` and `ValueError`."""
-    return MadeWith(
+    record = MadeWith(
         settings=settings_of(config),
         files=file_digests(config),
         architecture=flat(json.loads(json.dumps(asdict(read_architecture(Path(config.model.path)))))),
+        problems={},
+    )
+    return with_problems(record, config, train)
+
+
+def with_problems(record: MadeWith, config: Config, train: Sequence[Problem]) -> MadeWith:
+    """Return the record of a run on these problems."""
+    return replace(
+        record,
         problems={problem.id: _short_digest([problem.question, problem.answer]) for problem in train},
         mix=config.data.mix(problem.task for problem in train),
     )

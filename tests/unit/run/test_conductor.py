@@ -16,7 +16,7 @@ from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.run.conductor import conduct
 from megatron_p2o.run.inputs import load_inputs
 from megatron_p2o.run.launch import launch
-from megatron_p2o.run.resume import finished
+from megatron_p2o.run.resume import check_resume, finished
 from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, FakeReply
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import Completion, Prompt, SamplingParams
@@ -134,11 +134,15 @@ def test_a_run_trains_to_the_end_of_its_schedule_and_leaves_its_results(config: 
     assert (folder / "checkpoints" / "latest").read_text() == "step-000004"
 
 
+def ending_of(config: Config) -> str:
+    return finished(config, config.run.folder, check_resume(config, config.run.folder))
+
+
 def test_a_run_that_is_finished_says_so_at_once_and_starts_nothing(
     config: Config, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = config.run.folder
-    assert finished(config, folder) == "", "it has not begun"
+    assert ending_of(config) == "", "it has not begun"
     run(config, lambda stop_token_ids: Engines())
     line = f"finished after 4 steps: results are in {folder}/results.json; to look at them: p2o report {folder}"
     assert capsys.readouterr().out.splitlines()[-1] == line
@@ -149,7 +153,7 @@ def test_a_run_that_is_finished_says_so_at_once_and_starts_nothing(
     assert not (folder / "config.yaml").exists(), "no rank was started"
 
     def left(*overrides: str) -> str:
-        return finished(config_of(tmp_path, model, *overrides), folder)
+        return ending_of(config_of(tmp_path, model, *overrides))
 
     assert left("logging.rollouts_every_steps=5").startswith("finished after 4 steps: ")
     assert left("schedule.epochs=3") == "", "steps are left"
@@ -163,8 +167,8 @@ def test_a_run_that_is_finished_says_so_at_once_and_starts_nothing(
 def test_a_run_that_max_steps_ends_says_what_to_raise(tmp_path: Path, model: Path, config: Config) -> None:
     limited = config_of(tmp_path, model, "schedule.max_steps=1")
     run(limited, lambda stop_token_ids: Engines())
-    assert finished(limited, config.run.folder).endswith("; to train on: raise schedule.max_steps=1")
-    assert finished(config_of(tmp_path, model, "schedule.max_steps=2"), config.run.folder) == ""
+    assert ending_of(limited).endswith("; to train on: raise schedule.max_steps=1")
+    assert ending_of(config_of(tmp_path, model, "schedule.max_steps=2")) == ""
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_stood(

@@ -14,6 +14,7 @@ from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, one_task
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer
 from megatron_p2o.evolve.record.library import PublishedLibrary
+from megatron_p2o.records import from_text
 from megatron_p2o.run.resume import (
     ResumeRefused,
     Resumption,
@@ -28,6 +29,7 @@ from megatron_p2o.run_folder.made_with import (
     MADE_WITH_FILE,
     MadeWith,
     made_with,
+    made_with_text,
     note_start,
     read_made_with,
     settings_of,
@@ -106,7 +108,7 @@ def resumed_with(
     before = made_with(config_of(tmp_path, model), PROBLEMS)
     after = made_with(config_of(tmp_path, model, *overrides), problems)
     # As a checkpoint keeps it.
-    kept = MadeWith(**json.loads(json.dumps({name: getattr(before, name) for name in MadeWith.__dataclass_fields__})))
+    kept = from_text(MadeWith, made_with_text(before))
     return resumption(kept, after, at, tmp_path / "step")
 
 
