@@ -14,8 +14,8 @@ from megatron_p2o.machine.memory.trainer import trainer_memory
 from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.testing.distributed import run_gloo_ranks
-from megatron_p2o.testing.held_memory import held_bytes
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples
+from megatron_p2o.testing.tested_policy import held_bytes
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
 VOCAB_SIZE = 131

@@ -24,8 +24,8 @@ from megatron_p2o.machine.memory.words import check_fits, described, warning_of
 from megatron_p2o.policy.model.architecture import Architecture, read_architecture
 from megatron_p2o.policy.training.ranks import build_policy
 from megatron_p2o.testing.fakes import fake_config
-from megatron_p2o.testing.held_memory import held_bytes
 from megatron_p2o.testing.policy_oracle import policy_config, random_samples
+from megatron_p2o.testing.tested_policy import held_bytes
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
 EXAMPLES = Path(__file__).parents[4] / "examples"

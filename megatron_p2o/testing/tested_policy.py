@@ -1,10 +1,39 @@
-"""Measures the memory of a policy's rank, to which tests compare the memory plan."""
+"""A policy under test: the samples of the tiny models, its weights, and the memory that a rank holds."""
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 
-from megatron_p2o.policy.training.ranks import MegatronPolicy
+from megatron_p2o.config.tree import Config
+from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
+from megatron_p2o.testing.policy_oracle import random_samples
+
+VOCAB_SIZE = 131
+LENGTHS = (3, 17, 1, 20, 30, 9, 9)
+"""Response lengths of `SAMPLES`."""
+
+SAMPLES = random_samples(LENGTHS, vocab_size=VOCAB_SIZE)
+
+
+@contextmanager
+def policy_of(config: Config) -> Iterator[MegatronPolicy]:
+    """The policy of this process alone; closed at the end."""
+    with closing(build_policy(config)) as policy:
+        yield policy
+
+
+def weights_of(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
+    """Return the exported weights by Hugging Face name."""
+    return dict(policy.weights())
+
+
+def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float) -> None:
+    """Both are by Hugging Face name."""
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def held_bytes(policy: MegatronPolicy) -> dict[str, int]:
