@@ -30,6 +30,16 @@ def digest_of(path: Path) -> FileDigest:
         return FileDigest(size_bytes=file.tell(), sha256=sha256)
 
 
+def json_digest(value: object, *, is_compact: bool = False) -> str:
+    """Return the SHA-256 of a JSON value, in hexadecimal; the order of an object's members does not matter.
+
+    Args:
+        is_compact: hash its text without spaces. The digests differ: files that hold one keep to theirs.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":") if is_compact else None)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 

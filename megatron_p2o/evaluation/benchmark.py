@@ -5,7 +5,6 @@
 <output>/config.yaml, engines/ the resolved settings and the engines' logs
 """
 
-import hashlib
 import json
 import shutil
 import signal
@@ -35,7 +34,7 @@ from megatron_p2o.evaluation.outcome import (
 )
 from megatron_p2o.evaluation.protocol import Protocol, all_asked, answered, evaluation_sampling, protocol_of
 from megatron_p2o.evaluation.tables import EvaluationProgress, print_results
-from megatron_p2o.files import digest_of, write_whole
+from megatron_p2o.files import digest_of, json_digest, write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.processes import exit_on_signal
@@ -79,7 +78,9 @@ def directory_subject(directory: Path) -> Subject:
     if not files:
         raise ValueError(f"{directory} holds no *.safetensors: give a Hugging Face model directory")
     return Subject(
-        path=str(directory), weights_sha256=_digest({file.name: digest_of(file).sha256 for file in files}), step=None
+        path=str(directory),
+        weights_sha256=json_digest({file.name: digest_of(file).sha256 for file in files}),
+        step=None,
     )
 
 
@@ -87,7 +88,7 @@ def checkpoint_subject(checkpoint: Path, step: int) -> Subject:
     """Return a whole checkpoint of a run as the subject of an evaluation, by the hashes in its manifest."""
     files = read_manifest(checkpoint).files
     weights = {name: digest.sha256 for name, digest in files.items() if name.startswith(f"{POLICY_FOLDER}/")}
-    return Subject(path=str(checkpoint), weights_sha256=_digest(weights), step=step)
+    return Subject(path=str(checkpoint), weights_sha256=json_digest(weights), step=step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +194,7 @@ def answer_settings(
     return {
         "weights": subject.weights_sha256,
         "problems": problems_digest(problems),
-        "prompts": _digest(prompts),
+        "prompts": json_digest(prompts),
         "model.dtype": config.model.dtype,
         "temperature": sampling.temperature,
         "rollout.max_new_tokens": sampling.max_new_tokens,
@@ -238,7 +239,3 @@ def _engines_here(config: Config) -> int:
     if num_gpus == 0:
         return config.rollout.num_engines
     return max(1, min(config.rollout.num_engines, num_gpus // config.rollout.tensor_parallel))
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

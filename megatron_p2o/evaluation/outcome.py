@@ -1,12 +1,11 @@
 """Graded answers to a set of problems, and the statistics over them."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_p2o.evaluation.estimators import pass_at_k, powers_up_to
 from megatron_p2o.evaluation.intervals import Interval, mean_interval
+from megatron_p2o.files import json_digest
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.metrics.values import Last, Mean, MetricValue, Sum
 from megatron_p2o.types import FinishReason, Grade, Problem, Rollout
@@ -185,7 +184,7 @@ def problems_digest(problems: Sequence[Problem]) -> str:
     """Return a hash of ids, questions and gold answers that does not depend on their order. Evaluations of the same set
     have the same hash."""
     rows = sorted([problem.id, problem.question, problem.answer or ""] for problem in problems)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return json_digest(rows)
 
 
 def _accuracy_by(labels: Mapping[str, str], correct: Mapping[str, int], decided: Mapping[str, int]) -> dict[str, float]:

@@ -4,7 +4,6 @@ runs/<name>/checkpoints/step-000030/made_with.json   what `run.resume` compares 
 runs/<name>/history.jsonl                            one line per start: what it went on from and what had changed
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_p2o.config.tree import Config
-from megatron_p2o.files import digest_of, read_json_object
+from megatron_p2o.files import digest_of, json_digest, read_json_object
 from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.records import from_text, to_json
 from megatron_p2o.run_folder.resume_effects import (
@@ -161,4 +160,4 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _short_digest(value: Any) -> str:
     """Return 64 bits of the SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(value)[:16]

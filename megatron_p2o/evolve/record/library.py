@@ -1,13 +1,11 @@
 """The outcome of a round: the templates of the next epoch. An immutable file with version and checksum."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from megatron_p2o.files import write_whole
+from megatron_p2o.files import json_digest, write_whole
 from megatron_p2o.records import from_json, to_json
 from megatron_p2o.types import PLAIN, Problem, Template
 
@@ -52,7 +50,7 @@ class PublishedLibrary:
             is_sorted=True,
         )
         path = library_path(run_dir, self.version)
-        write_whole(path, json.dumps({"checksum": json_digest(content), **content}, indent=1) + "\n")
+        write_whole(path, json.dumps({"checksum": json_digest(content, is_compact=True), **content}, indent=1) + "\n")
         return path
 
 
@@ -78,7 +76,7 @@ def load_library(path: Path) -> PublishedLibrary:
         expected = content.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a template library ({error!r}): {WAYS_OUT}") from error
-    if json_digest(content) != expected:
+    if json_digest(content, is_compact=True) != expected:
         raise ValueError(f"{path} does not match its checksum, it was altered or damaged: {WAYS_OUT}")
     stored = from_json(LibraryFile, content)
     by_id = {template.id: template for template in stored.templates} | {PLAIN.id: PLAIN}
@@ -87,11 +85,6 @@ def load_library(path: Path) -> PublishedLibrary:
         templates=stored.templates,
         assignments={key: _looked_up(ids, by_id, path) for key, ids in stored.assignments.items()},
     )
-
-
-def json_digest(content: Any) -> str:
-    """Return the sha256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _looked_up(ids: Iterable[int], by_id: Mapping[int, Template], path: Path) -> tuple[Template, ...]:

@@ -1,7 +1,5 @@
 """One round of evolution: what it is given, and what both sets of rules (asynchronous, reference) work on."""
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from megatron_p2o.evolve.search.candidate_pool import Candidate, CandidatePool, 
 from megatron_p2o.evolve.search.rules import rules_named
 from megatron_p2o.evolve.search.score_book import ScoreBook
 from megatron_p2o.evolve.trial import FreeScore, Trial
+from megatron_p2o.files import json_digest
 from megatron_p2o.records import to_json
 from megatron_p2o.types import Problem, Template
 
@@ -66,7 +65,7 @@ class RoundSpec:
             [evolution.evaluation_temperature, evolution.guard_leaks, evolution.reflection.backend],
             [self.settings.min_problems, self.settings.seed],
         ]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        return json_digest(identity)[:16]
 
     def rng(self, purpose: str) -> random.Random:
         """Return a generator that depends on the run's seed, the round and `purpose` only."""
