@@ -4,12 +4,15 @@ import re
 from dataclasses import dataclass
 
 _DOMAIN = r"\\mathbb ?\{?(?P<domain>[ZNR])\}?"
+_FRONT = r"(?<![,;\x01 ])[,;\x01 ]*"
+"""What separates the parameter from the family, all of it: tried once for each run, which keeps the search linear."""
+
 _TAIL = re.compile(
-    r"[,;\x01 ]*(?:\\text\{[, ]*(?:where|for|with)(?: (?:all|any|some|every|each))? ?\})?[,\x01 ]*"
+    rf"{_FRONT}(?:\\text\{{[, ]*(?:where|for|with)(?: (?:all|any|some|every|each))? ?\}}[,\x01 ]*)?"
     rf"\(?(?P<letter>[A-Za-z])\\in ?{_DOMAIN}\)?$"
 )
 _WORDS = re.compile(
-    r"[,;\x01 ]*\\text\{[, ]*(?:where|for|with)(?: (?:all|any|some|every|each|an))?(?: integers?)? ?\}"
+    rf"{_FRONT}\\text\{{[, ]*(?:where|for|with)(?: (?:all|any|some|every|each|an))?(?: integers?)? ?\}}"
     r"(?P<letter>[A-Za-z])"
     r"(?P<is>\\text\{ ?is (?:an|any) integer\.?\})?$"
 )
