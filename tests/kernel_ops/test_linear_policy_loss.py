@@ -306,6 +306,15 @@ def test_misfits_are_named(change, message, head_case):
         linear_policy_loss(*case.leaves(), case.targets_T, rule=LossRule(), **arguments)
 
 
+@pytest.mark.parametrize("change", [{"advantage_T": torch.ones(37)}, {"weights_T": ...}], ids=["unknown", "missing"])
+def test_names_of_the_tokens_values_are_checked(change, head_case):
+    case = head_case()
+    arguments = token_arguments(case, has_old=True) | change
+    given = {name: value for name, value in arguments.items() if value is not ...}
+    with pytest.raises(TypeError, match=next(iter(change))):
+        linear_policy_loss(*case.leaves(), case.targets_T, rule=LossRule(), **given)
+
+
 def sequence_arguments(case, *, has_old=True):
     """Return tokens of which every sequence has one advantage, as in training, and small steps of the policy."""
     generator = torch.Generator().manual_seed(8)

@@ -15,7 +15,7 @@ from p2o_kernels import LossRule, linear_logprob, linear_policy_loss
 from p2o_kernels.lm_head.shard import HeadShard
 from p2o_kernels.logprob import linear_logprob_reference
 from p2o_kernels.policy_loss import linear_policy_loss_reference
-from p2o_kernels.policy_loss.token_loss import token_inputs, token_losses_torch
+from p2o_kernels.policy_loss.token_loss import LossTokens, token_inputs, token_losses_torch
 
 pytestmark = pytest.mark.usefixtures("interpreted_triton")
 
@@ -228,13 +228,15 @@ def test_the_token_loss_kernel_equals_the_torch_form(has_old, nan_empty):
     for rule in TOKEN_RULES:
         tokens = token_inputs(
             rule,
-            advantages_N=torch.randn(700, generator=generator),
-            weights_N=torch.rand(700, generator=generator),
-            old_logprobs_N=old if has_old else None,
-            sampling_logprobs_N=old + 3 * torch.randn(700, generator=generator),
-            is_templated_N=torch.rand(700, generator=generator) < 0.5,
-            # From nothing over the series of the kernel's expm1 to beyond the bound of the ratio.
-            reference_logprobs_N=logprobs + torch.logspace(-4, 1.5, 700) * (-1) ** torch.arange(700),
+            LossTokens(
+                advantages_T=torch.randn(700, generator=generator),
+                weights_T=torch.rand(700, generator=generator),
+                old_logprobs_T=old if has_old else None,
+                sampling_logprobs_T=old + 3 * torch.randn(700, generator=generator),
+                is_templated_T=torch.rand(700, generator=generator) < 0.5,
+                # From nothing over the series of the kernel's expm1 to beyond the bound of the ratio.
+                reference_logprobs_T=logprobs + torch.logspace(-4, 1.5, 700) * (-1) ** torch.arange(700),
+            ),
         )
         if rule.surrogate == "gspo" and has_old:
             tokens = replace(tokens, log_ratio_N=0.2 * torch.randn(700, generator=generator))
@@ -256,11 +258,13 @@ def test_the_token_loss_kernel_treats_nan_like_the_torch_form(has_old, form):
     rule = LossRule(ratio_form=form)
     tokens = token_inputs(
         rule,
-        advantages_N=advantages,
-        weights_N=weights,
-        old_logprobs_N=old if has_old else None,
-        sampling_logprobs_N=sampling,
-        is_templated_N=torch.ones_like(old) > 0,
+        LossTokens(
+            advantages_T=advantages,
+            weights_T=weights,
+            old_logprobs_T=old if has_old else None,
+            sampling_logprobs_T=sampling,
+            is_templated_T=torch.ones_like(old) > 0,
+        ),
     )
     computed, expected = token_losses_triton(rule, logprobs, tokens), token_losses_torch(rule, logprobs, tokens)
     for name in expected.__slots__:

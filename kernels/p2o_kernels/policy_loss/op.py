@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from p2o_kernels.logprob.op import linear_logprob_of_shard
 from p2o_kernels.policy_loss.sequence_ratio import sequence_log_ratios
 from p2o_kernels.policy_loss.token_loss import (
     LossRule,
+    LossTokens,
     TokenInputs,
     TokenLosses,
     context_weighted,
@@ -54,16 +55,7 @@ def linear_policy_loss(
     weight_VpD: Tensor,
     targets_T: Tensor,
     *,
-    advantages_T: Tensor,
-    weights_T: Tensor,
     rule: LossRule,
-    old_logprobs_T: Tensor | None = None,
-    sampling_logprobs_T: Tensor | None = None,
-    is_templated_T: Tensor | None = None,
-    reference_logprobs_T: Tensor | None = None,
-    sequence_T: Tensor | None = None,
-    num_sequences: int = 0,
-    sequence_group: ProcessGroup | None = None,
     loss_scale: float = 1.0,
     temperature: float = 1.0,
     tp_group: ProcessGroup | None = None,
@@ -73,6 +65,7 @@ def linear_policy_loss(
     expected_dead_share: float = 0.0,
     with_entropy: bool = True,
     path: LmHeadPath | None = None,
+    **tokens: Unpack[LossTokens],
 ) -> PolicyLoss:
     """Compute the P2O loss and, in the same pass, both gradients: three matrix products, no [T, V] logits.
 
@@ -85,62 +78,31 @@ def linear_policy_loss(
     the first token's gradient. Where this pass provides the old ones the ratio is 1, and there are three.
 
     Args:
-        advantages_T, weights_T: float32; the weight is a factor on the token's loss, 0 outside the loss mask.
         rule: context, surrogate with its clips, context-ratio band, KL and entropy terms.
-        old_logprobs_T: float32, under the same prompt before the first update; None: this pass provides them.
-        sampling_logprobs_T: float32, under the prompt of sampling; for `importance` and `ratio_mask`.
-        is_templated_T: bool, whether the prompts differ; for `ratio_mask`.
-        reference_logprobs_T: float32, of the reference policy under the same prompt; for the KL term.
-        sequence_T: int64 in [0, num_sequences), ascending: the sequence of each token; for `gspo`.
-        sequence_group: the ranks that hold other tokens of the same sequences (context parallelism); all must call.
         loss_scale: 1 / global denominator, known before the call so that the gradient needs no second pass.
         weight_main_grad_VpD: float32 [Vp, D]. The weight gradient is added to it **during the forward call**, none is
             returned to autograd, and the gradient that arrives at `loss` must be 1.
         expected_dead_share: share of live rows the context mask will drop, as measured in the last step. Above
             `TWO_PHASE_DEAD_SHARE` the Triton path finds log-probs first and then the rest for what is left; the torch
             path drops such rows after each chunk's softmax anyway. Changes time, not results.
+        tokens: the fields of `LossTokens`.
 
     Raises:
         ValueError: inputs do not fit each other or the rule. RuntimeError: backward through one loss twice.
     """
     path = path_for(hidden_TD) if path is None else path
     shard = make_shard(hidden_TD, weight_VpD, targets_T, temperature, tp_group, vocab_start, vocab_size)
-    _check_tokens(
-        targets_T,
-        advantages_T=advantages_T,
-        weights_T=weights_T,
-        old_logprobs_T=old_logprobs_T,
-        sampling_logprobs_T=sampling_logprobs_T,
-        is_templated_T=is_templated_T,
-        reference_logprobs_T=reference_logprobs_T,
-    )
+    _check_tokens(targets_T, tokens)
     _check_main_grad(weight_main_grad_VpD, weight_VpD, shard)
-    tokens = token_inputs(
-        rule,
-        advantages_N=advantages_T,
-        weights_N=weights_T,
-        old_logprobs_N=old_logprobs_T,
-        sampling_logprobs_N=sampling_logprobs_T,
-        is_templated_N=is_templated_T,
-        reference_logprobs_N=reference_logprobs_T,
-    )
 
     def logprobs_of(rows: Tensor) -> Tensor:
         with torch.no_grad():
             return linear_logprob_of_shard(hidden_TD[rows], weight_VpD, targets_T[rows], shard, path)[0]
 
-    if rule.surrogate == "gspo" and tokens.old_logprobs_N is not None:
-        rows = _index(path, advantages_T, weights_T)
-        log_ratios_N = logprobs_of(rows) - tokens.old_logprobs_N[rows]
-        whole = sequence_log_ratios(rows, log_ratios_N, sequence_T, num_sequences, sequence_group)
-        tokens = replace(tokens, log_ratio_N=whole)
-    tokens, live = _live_rows(path, rule, tokens)
-    may_lose_rows = tokens.mask_logprobs_N is not None and not path.compacts_rows
-    if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
-        tokens, live = _masked_rows(path, rule, tokens, live, logprobs_of(live))
+    inputs, live = _live_tokens(path, rule, tokens, logprobs_of, expected_dead_share)
     wants_grad = _wants_grad(hidden_TD), _wants_grad(weight_VpD)
     with_entropy = with_entropy or rule.entropy_coefficient > 0
-    call = _Call(shard, path, rule, tokens, live, loss_scale, weight_main_grad_VpD, with_entropy, *wants_grad)
+    call = _Call(shard, path, rule, inputs, live, loss_scale, weight_main_grad_VpD, with_entropy, *wants_grad)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_TD, weight_VpD, targets_T, call))  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -169,6 +131,30 @@ def _wants_grad(tensor: Tensor) -> bool:
 def _index(path: LmHeadPath, advantages_N: Tensor, weights_N: Tensor) -> Tensor:
     """Return the row numbers of the tokens that have both."""
     return active_token_index(advantages_N, weights_N, implementation="triton" if path.is_triton else "torch")
+
+
+def _live_tokens(
+    path: LmHeadPath,
+    rule: LossRule,
+    tokens: LossTokens,
+    logprobs_of: Callable[[Tensor], Tensor],
+    expected_dead_share: float,
+) -> tuple[TokenInputs, Tensor]:
+    """Return what the loss of the tokens that have one needs, and their row numbers.
+
+    `logprobs_of` computes the log-probs of rows, where a ratio or a mask needs them before the pass.
+    """
+    inputs = token_inputs(rule, tokens)
+    if rule.surrogate == "gspo" and inputs.old_logprobs_N is not None:
+        rows = _index(path, tokens["advantages_T"], tokens["weights_T"])
+        log_ratios_N = logprobs_of(rows) - inputs.old_logprobs_N[rows]
+        sequences = tokens.get("sequence_T"), tokens.get("num_sequences", 0), tokens.get("sequence_group")
+        inputs = replace(inputs, log_ratio_N=sequence_log_ratios(rows, log_ratios_N, *sequences))
+    inputs, live = _live_rows(path, rule, inputs)
+    may_lose_rows = inputs.mask_logprobs_N is not None and not path.compacts_rows
+    if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
+        inputs, live = _masked_rows(path, rule, inputs, live, logprobs_of(live))
+    return inputs, live
 
 
 def _live_rows(
@@ -342,9 +328,13 @@ class _Gradients:
         return hidden_TD, None
 
 
-def _check_tokens(targets_T: Tensor, **values: Tensor | None) -> None:
-    for name, value in values.items():
-        if value is None:
+def _check_tokens(targets_T: Tensor, tokens: LossTokens) -> None:
+    unknown = tokens.keys() - LossTokens.__annotations__.keys()
+    missing = LossTokens.__required_keys__ - tokens.keys()
+    if unknown or missing:
+        raise TypeError(f"linear_policy_loss: unknown {sorted(unknown)}, missing {sorted(missing)}")
+    for name, value in tokens.items():
+        if not isinstance(value, Tensor) or name == "sequence_T":
             continue
         if value.shape != targets_T.shape or value.device != targets_T.device:
             raise ValueError(

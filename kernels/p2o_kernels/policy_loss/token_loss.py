@@ -4,10 +4,11 @@ Legend: N tokens, in any order.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal, assert_never
+from typing import Literal, Required, TypedDict, assert_never
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 MAX_LOG_RATIO = 20.0
 """The policy ratio is exp of the log-prob difference clamped to +-20."""
@@ -52,6 +53,28 @@ class LossRule:
         return self.kl_coefficient > 0 or self.entropy_coefficient > 0
 
 
+class LossTokens(TypedDict, total=False):
+    """What is known of the T tokens of a pack before their log-probs are computed."""
+
+    advantages_T: Required[Tensor]
+    """float32"""
+    weights_T: Required[Tensor]
+    """float32 factor on the token's loss, 0 outside the loss mask."""
+    old_logprobs_T: Tensor | None
+    """float32, under the same prompt before the first update; None: this pass provides them."""
+    sampling_logprobs_T: Tensor | None
+    """float32, under the prompt of sampling; for `importance` and `ratio_mask`."""
+    is_templated_T: Tensor | None
+    """bool, whether the prompts differ; for `ratio_mask`."""
+    reference_logprobs_T: Tensor | None
+    """float32, of the reference policy under the same prompt; for the KL term."""
+    sequence_T: Tensor | None
+    """int64 in [0, num_sequences), ascending: the sequence of each token; for `gspo`."""
+    num_sequences: int
+    sequence_group: ProcessGroup | None
+    """Ranks that hold other tokens of the same sequences (context parallelism); all must call."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenInputs:
     """What the loss of N tokens needs besides the current log-prob."""
@@ -91,21 +114,15 @@ class TokenLosses:
     """bool: clipping took the gradient away."""
 
 
-def token_inputs(
-    rule: LossRule,
-    *,
-    advantages_N: Tensor,
-    weights_N: Tensor,
-    old_logprobs_N: Tensor | None,
-    sampling_logprobs_N: Tensor | None,
-    is_templated_N: Tensor | None,
-    reference_logprobs_N: Tensor | None = None,
-) -> TokenInputs:
+def token_inputs(rule: LossRule, tokens: LossTokens) -> TokenInputs:
     """Choose the log-probs that `rule.context` compares with, and apply the context ratio where it is known already.
 
     Raises:
         ValueError: the rule needs an input that is None.
     """
+    weights_N, old_logprobs_N = tokens["weights_T"], tokens.get("old_logprobs_T")
+    sampling_logprobs_N, is_templated_N = tokens.get("sampling_logprobs_T"), tokens.get("is_templated_T")
+    reference_logprobs_N = tokens.get("reference_logprobs_T")
     mask_N = None
     match rule.context:
         case "sampling" | "replace":
@@ -124,7 +141,7 @@ def token_inputs(
     if rule.kl_coefficient > 0:
         reference_logprobs_N = _given(reference_logprobs_N, "reference_logprobs_T", "kl_coefficient > 0")
     return TokenInputs(
-        advantages_N=advantages_N,
+        advantages_N=tokens["advantages_T"],
         weights_N=weights_N,
         old_logprobs_N=old_logprobs_N,
         mask_logprobs_N=mask_N,

@@ -29,7 +29,7 @@ from megatron_p2o.rl.packing import pack
 from megatron_p2o.testing.fakes import fake_logprobs
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample, no_tokens
 from p2o_kernels import LossRule, PolicyLoss
-from p2o_kernels.policy_loss.token_loss import token_inputs, token_losses_torch
+from p2o_kernels.policy_loss.token_loss import LossTokens, token_inputs, token_losses_torch
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
 CONTEXTS: tuple[Context, ...] = ("sampling", "replace", "importance", "ratio_mask")
@@ -91,11 +91,13 @@ def policy_loss(
     rule = loss_rule(objective)
     tokens = token_inputs(
         rule,
-        advantages_N=batch.advantages_T[rows],
-        weights_N=batch.loss_weights_T[rows],
-        old_logprobs_N=picked(batch.old_logprobs_T),
-        sampling_logprobs_N=batch.sampling_logprobs_T[rows],
-        is_templated_N=batch.is_templated_T[rows],
+        LossTokens(
+            advantages_T=batch.advantages_T[rows],
+            weights_T=batch.loss_weights_T[rows],
+            old_logprobs_T=picked(batch.old_logprobs_T),
+            sampling_logprobs_T=batch.sampling_logprobs_T[rows],
+            is_templated_T=batch.is_templated_T[rows],
+        ),
     )
     logprobs_N = logprobs_T[rows]
     losses = token_losses_torch(rule, logprobs_N.detach(), tokens)
