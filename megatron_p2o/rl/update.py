@@ -96,7 +96,13 @@ def length_weighted(
 
 def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Config) -> Sequence[Logprobs] | None:
     """Return log pi_old on the gradient's prompt; the importance context uses the sampling log-probs instead."""
-    return None if compares_with_sampling(config.objective.context) else policy.logprobs(samples)
+    if compares_with_sampling(config.objective.context):
+        return None
+    if not config.scoring.recompute:
+        return policy.logprobs(samples)
+    # Where both prompts are one, `with_recomputed` has these log-probs already.
+    rows = iter(policy.logprobs([sample for sample in samples if sample.is_templated]))
+    return [next(rows) if sample.is_templated else sample.sampling_logprobs for sample in samples]
 
 
 def with_recomputed(

@@ -179,6 +179,19 @@ def test_true_importance_ratios_never_need_scoring() -> None:
     assert [call.old_logprobs for call in step.policy.updates] == [None, None]
 
 
+@pytest.mark.parametrize(("context", "num_scored"), [("sampling", 16), ("ratio_mask", 17)])
+def test_recomputed_log_probs_are_not_computed_again_as_old_ones(context: Context, num_scored: int) -> None:
+    """16 rollouts, of which one is templated, in the second of two updates."""
+    settings = {"scoring.recompute": True, "objective.context": context, "objective.drop_zero_advantage": False}
+    templates = {PROBLEMS[3].id: (PLAIN, HINT, PLAIN, PLAIN)}
+    step = run_step(settings=settings, templates=templates, step=2)
+    assert sum(map(len, step.policy.asked_logprobs)) == num_scored
+    first, second = step.policy.updates
+    assert first.old_logprobs is None and second.old_logprobs is not None
+    for sample, old in zip(second.samples, second.old_logprobs, strict=True):
+        assert np.array_equal(old, fake_logprobs(sample.context_ids, sample.response_ids, num_updates=2))
+
+
 @pytest.mark.parametrize("drop_failed", [False, True])
 @pytest.mark.parametrize("num_updates", [1, 2])
 def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_failed: bool, num_updates: int) -> None:
