@@ -1,9 +1,7 @@
 """`exact`: the answer is the same text as the gold answer, or as one of several."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer
+from megatron_p2o.rewards.built_in.columns import column
+from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer, no_answer
 from megatron_p2o.types import CORRECT, FinishReason, Grade, Problem
 
 
@@ -28,7 +26,7 @@ class ExactReward:
     def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
         answer = final_answer(response, self._extract, finish_reason)
         if answer is None:
-            return Grade(reward=0.0, reason="no answer", feedback=f"The response has no answer ({self._extract}).")
+            return no_answer(self._extract)
         if self._normal(answer) in map(self._normal, self._accepted(problem)):
             return CORRECT
         return Grade(reward=0.0, reason="another answer", feedback="The answer is not the expected one.")
@@ -48,11 +46,3 @@ class ExactReward:
 
     def _normal(self, text: str) -> str:
         return text.strip().casefold() if self._ignore_case else text.strip()
-
-
-def column(problem: Problem, name: str, argument: str) -> Any:
-    """Return a column of the problem's row. Raises `ValueError` when it has none of that name."""
-    columns: Mapping[str, Any] = problem.columns
-    if columns.get(name) is None:
-        raise ValueError(f"problem {problem.id} has no column {name!r} ({argument}); it has {', '.join(columns)}")
-    return columns[name]

@@ -4,7 +4,7 @@ import re
 from typing import Literal, get_args
 
 from megatron_p2o.rewards.extract import END_OF_THINKING, START_OF_THINKING, last_boxed
-from megatron_p2o.types import FinishReason
+from megatron_p2o.types import FinishReason, Grade
 
 Extract = Literal["response", "last_line", "boxed", "answer_tag", "code_block"]
 """`response`: all of it; `last_line`: its last line that is not blank, unless it was cut off; `boxed`: the content of
@@ -46,6 +46,11 @@ def final_answer(response: str, extract: Extract, finish_reason: FinishReason = 
         return None
     lines = said.strip().splitlines()
     return lines[-1].strip() if lines else None
+
+
+def no_answer(extract: Extract) -> Grade:
+    """Return the grade of a response in which `final_answer` finds nothing."""
+    return Grade(reward=0.0, reason="no answer", feedback=f"The response has no answer ({extract}).")
 
 
 def without_thinking(response: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_p2o.rewards.built_in.exact import column
+from megatron_p2o.rewards.built_in.columns import column
 from megatron_p2o.rewards.built_in.final_answer import fenced_blocks, without_thinking
 from megatron_p2o.types import CORRECT, FinishReason, Grade, Problem
 

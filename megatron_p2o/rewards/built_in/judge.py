@@ -16,7 +16,14 @@ from typing import Any
 from megatron_p2o.endpoints.address import checked_address
 from megatron_p2o.endpoints.chat import ChatEndpoint, Endpoint, EndpointUnavailable
 from megatron_p2o.endpoints.reply import EndpointRefused, Reply, read_reply
-from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer
+from megatron_p2o.rewards.built_in.final_answer import (
+    Extract,
+    checked_extract,
+    final_answer,
+    no_answer,
+    without_thinking,
+)
+from megatron_p2o.rewards.functions import JUDGE_KEY
 from megatron_p2o.terminal import quoted
 from megatron_p2o.types import FinishReason, Grade, Problem
 
@@ -61,7 +68,7 @@ class JudgeReward:
         model: str,
         rubric: str | None = None,
         rubric_file: str | None = None,
-        api_key_env: str = "P2O_JUDGE_API_KEY",
+        api_key_env: str = JUDGE_KEY,
         extract: str = "response",
         shows_answer: bool = True,
         scale: int = 10,
@@ -113,7 +120,7 @@ class JudgeReward:
     async def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
         answer = final_answer(response, self._extract, finish_reason)
         if answer is None:
-            return Grade(reward=0.0, reason="no answer", feedback=f"The response has no answer ({self._extract}).")
+            return no_answer(self._extract)
         code = code_of(problem, response)
         if self._client is None:
             self._client = self._connected()
@@ -212,8 +219,8 @@ def verdict_in(reply: Reply, code: str) -> tuple[int, str]:
     """
     if reply.is_declined:
         raise NoVerdict("it declines")
-    said = reply.text.rpartition("</think>")[2]
-    if reply.is_cut or "<think>" in said:
+    said = without_thinking(reply.text)
+    if reply.is_cut or said is None:
         raise NoVerdict("its reply is cut off: raise max_tokens")
     line = re.compile(rf"^[ \t>*_`#]*VERDICT[ \t]+{code}[ \t:*_`]+(\d{{1,6}})[ \t*_`.]*$", re.MULTILINE)
     scores = {int(score) for score in line.findall(said)}

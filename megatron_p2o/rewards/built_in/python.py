@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_p2o.rewards.built_in.exact import column
+from megatron_p2o.rewards.built_in.columns import column
 from megatron_p2o.rewards.built_in.final_answer import fenced_blocks, without_thinking
 from megatron_p2o.rewards.sandbox.code_tests import CodeTest, code_tests
 from megatron_p2o.rewards.sandbox.process import Limits, SandboxFailed

@@ -12,8 +12,8 @@ from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
-from megatron_p2o.rewards.built_in.exact import column
-from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer
+from megatron_p2o.rewards.built_in.columns import column
+from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer, no_answer
 from megatron_p2o.types import FinishReason, Grade, Problem
 
 VERSION = "0.1.25"
@@ -85,7 +85,7 @@ class ReasoningGymReward:
         task = entry["metadata"]["source_dataset"]
         answer = final_answer(response, self._extract, finish_reason)
         if answer is None:
-            return Grade(reward=0.0, reason="no answer", feedback=f"The response has no answer ({self._extract}).")
+            return no_answer(self._extract)
         if task in READS_ARITHMETIC and not is_arithmetic(answer):
             return Grade(reward=0.0, reason="no arithmetic", feedback="The answer is not an arithmetic expression.")
         settings = problem.columns.get("settings") or {}

@@ -2,8 +2,8 @@
 
 import re
 
-from megatron_p2o.rewards.built_in.exact import column
-from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer
+from megatron_p2o.rewards.built_in.columns import column
+from megatron_p2o.rewards.built_in.final_answer import Extract, checked_extract, final_answer, no_answer
 from megatron_p2o.types import CORRECT, FinishReason, Grade, Problem
 
 
@@ -34,16 +34,15 @@ class RegexReward:
         """
         if (pattern is None) == (pattern_column is None):
             raise ValueError("regex needs either pattern, for all problems, or pattern_column, each problem's own")
-        self._pattern, self._pattern_column = pattern, pattern_column
+        self._pattern = None if pattern is None else compiled(pattern, "regex pattern")
+        self._pattern_column = pattern_column
         self._extract: Extract = checked_extract(extract, "regex")
         self._is_whole = is_whole
-        if pattern is not None:
-            compiled(pattern, "regex pattern")
 
     def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
         answer = final_answer(response, self._extract, finish_reason)
         if answer is None:
-            return Grade(reward=0.0, reason="no answer", feedback=f"The response has no answer ({self._extract}).")
+            return no_answer(self._extract)
         pattern = self._pattern_of(problem)
         if pattern.fullmatch(answer) if self._is_whole else pattern.search(answer):
             return CORRECT
@@ -55,7 +54,7 @@ class RegexReward:
 
     def _pattern_of(self, problem: Problem) -> re.Pattern[str]:
         if self._pattern is not None:
-            return compiled(self._pattern, "regex pattern")
+            return self._pattern
         name = self._pattern_column or ""
         text = column(problem, name, "pattern_column")
         if not isinstance(text, str):
