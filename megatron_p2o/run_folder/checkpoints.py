@@ -181,19 +181,26 @@ class CheckpointSaver:
                 self.point_best(best)
             self._prune(name)
             saving.set_result(final)
-        except Exception as error:  # carried to the thread that trains
+        except Exception as error:  # whatever it is, the thread that trains waits for it
             failure = self._failure(name, error)
             failure.__cause__ = error
             saving.set_exception(failure)
 
     def _failure(self, name: str, error: Exception) -> CheckpointError:
         """Clear away what there is of a checkpoint, and return what to say of it."""
-        free_mib = shutil.disk_usage(self._folder if self._folder.exists() else "/").free >> 20
+        room = self._room_left()
         shutil.rmtree(self._folder / f"{PARTIAL}{name}", ignore_errors=True)
         return CheckpointError(
-            f"{self._folder / name} could not be written with {free_mib} MiB free on its disk: {error}; the checkpoint "
-            "before is intact: free some space and start the run again"
+            f"{self._folder / name} could not be written{room}: {error}; the checkpoint before is intact: free some "
+            "space and start the run again"
         )
+
+    def _room_left(self) -> str:
+        """Return what is free on the disk, as a part of a sentence; nothing where the disk does not say."""
+        try:
+            return f" with {shutil.disk_usage(self._folder).free >> 20} MiB free on its disk"
+        except OSError:
+            return ""
 
     def _prune(self, newest: str) -> None:
         """Remove checkpoints older than `newest`, except the `keep_last` newest of this history, the best and the

@@ -224,6 +224,20 @@ def test_a_failure_is_told_at_the_next_step_and_the_checkpoint_before_stays(tmp_
     assert damage_of(tmp_path / "checkpoints" / "step-000001") is None
 
 
+def test_a_failure_is_told_also_when_the_disk_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: Path) -> None:
+        raise OSError(116, "Stale file handle")
+
+    policy = SlowPolicy()
+    saver = CheckpointSaver(tmp_path, policy, keep_last=1)
+    saver.begin(state(1))
+    monkeypatch.setattr("megatron_p2o.run_folder.checkpoints.shutil.disk_usage", stale)
+    monkeypatch.setattr("megatron_p2o.run_folder.checkpoints.WRITE_TIMEOUT_S", 20.0)
+    policy.written.set_exception(NO_SPACE)
+    with pytest.raises(CheckpointError, match=r"step-000001 could not be written: .*No space left on device"):
+        saver.finish()
+
+
 def test_a_checkpoint_of_the_same_step_takes_the_others_place(tmp_path: Path) -> None:
     saver = saved(tmp_path, 1)
     saver.begin(state(1, epoch=2))
