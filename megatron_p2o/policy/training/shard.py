@@ -100,12 +100,10 @@ class PolicyShard:
         )
         learning_rate = optimization.learning_rate
         optimization.clear_gradients()
-        result = forward_backward(optimization.modules, batches, denominator, self._dead_share)
+        result = forward_backward(optimization.modules, batches, denominator, self._dead_share).on_cpu()
         self._dead_share = dead_share(stats_as_numbers(result.stats), otherwise=self._dead_share)
         outcome = optimization.step()
-        return UpdateReply(
-            outcome=outcome, learning_rate=learning_rate, result=result.on_cpu() if self.speaks else None
-        )
+        return UpdateReply(outcome=outcome, learning_rate=learning_rate, result=result if self.speaks else None)
 
     def plan_updates(self, num_updates: int) -> None:
         """See `Optimization.plan`."""
