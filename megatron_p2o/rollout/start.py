@@ -46,7 +46,7 @@ def start_engines(
         ValueError: `sglang` holds an unknown argument, or one that another setting decides.
         EngineStartFailed: a server died or took too long; the message ends with its log.
     """
-    places = {f"engine {place.index}": place for place in engine_places(config.rollout.num_engines, 1 + len(daemons))}
+    places = {place.name: place for place in engine_places(config.rollout.num_engines, 1 + len(daemons))}
     mirrors = [NodeMirror(address, config.rollout.stall_timeout_s) for address in daemons]
 
     def start(name: str, restart: int) -> Server:

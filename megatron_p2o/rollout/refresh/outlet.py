@@ -186,7 +186,7 @@ def engine_devices(config: Config) -> dict[str, list[DevicePlace]]:
     num_devices = torch.cuda.device_count() or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_ranks = config.rollout.tensor_parallel
     return {
-        f"engine {place.index}": [
+        place.name: [
             DevicePlace(place.node, (place.slot * num_ranks + rank) % num_devices) for rank in range(num_ranks)
         ]
         for place in engine_places(config.rollout.num_engines, num_nodes)

@@ -118,7 +118,7 @@ class RemoteServer:
         Raises:
             EngineStartFailed: the daemon is gone.
         """
-        self.name = f"engine {place.index}"
+        self.name = place.name
         self.log_path = log_path
         self.base_url = f"{address.url}/engines/{place.index}"
         self.api_key = self.admin_key = address.key

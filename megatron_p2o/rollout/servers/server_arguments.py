@@ -64,6 +64,11 @@ class EnginePlace:
     slot: int
     """Index of the engine on its node."""
 
+    @property
+    def name(self) -> str:
+        """What the engine is called in messages, and by rank 0 and its outlet alike."""
+        return f"engine {self.index}"
+
 
 def engine_places(num_engines: int, num_nodes: int) -> list[EnginePlace]:
     """Spread engines over nodes as evenly as possible, neighbours together; the last nodes may get none."""

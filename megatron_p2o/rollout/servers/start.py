@@ -17,7 +17,7 @@ def start_server(config: Config, run_dir: Path, place: EnginePlace, restart: int
     """
     arguments = server_arguments(config, place, torch.cuda.device_count())
     log_path = engine_log(run_dir, place, restart)
-    return EngineServer(f"engine {place.index}", arguments, log_path, longest_tokens(config))
+    return EngineServer(place.name, arguments, log_path, longest_tokens(config))
 
 
 def start_reflection_server(config: Config, run_dir: Path, num_engines_here: int) -> EngineServer:
