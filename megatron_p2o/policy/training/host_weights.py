@@ -32,8 +32,9 @@ class HostWeights:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        # One tensor at a time: the GPU holds no second model, the host one tensor more than the copy.
+        # One tensor at a time: the model's device holds no second model. A GPU copies from and to pinned memory in the
+        # order of its stream, and the host waits for none of it.
         for kept, parameter in zip(self._elsewhere, self._parameters, strict=True):
-            leaving = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(kept)
-            kept.copy_(leaving)
+            leaving = parameter.detach().clone()
+            parameter.copy_(kept, non_blocking=True)
+            kept.copy_(leaving, non_blocking=True)
