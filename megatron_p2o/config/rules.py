@@ -1,15 +1,28 @@
 """Rules between settings. Returns every rule that a tree of settings violates."""
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 from megatron_p2o.config.ranges import range_problems
 from megatron_p2o.config.shape import ONLY_TASK
-from megatron_p2o.config.tree import Config, GradingConfig, OptimizerConfig
+from megatron_p2o.config.tree import Config, GradingConfig, ObjectiveConfig, OptimizerConfig
 
 MAX_NAME_CHARS = 64
 
 SET_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_CHARS}}}")
+
+IN_USE: Mapping[str, tuple[str, Callable[[Config], bool]]] = {
+    "objective.ratio_low": ("objective.context=ratio_mask", lambda config: config.objective.context == "ratio_mask"),
+    "objective.ratio_high": ("objective.context=ratio_mask", lambda config: config.objective.context == "ratio_mask"),
+    "objective.ratio_form": ("objective.context=ratio_mask", lambda config: config.objective.context == "ratio_mask"),
+    "objective.dual_clip": ("objective.surrogate=ppo", lambda config: config.objective.surrogate == "ppo"),
+    "objective.kl_estimator": ("objective.kl_coefficient above 0", lambda config: config.objective.kl_coefficient > 0),
+    "objective.kl_as": ("objective.kl_coefficient above 0", lambda config: config.objective.kl_coefficient > 0),
+}
+"""Settings that act only beside another: what they need, and whether it is so."""
 
 Rule = tuple[bool, str]
 """Whether a rule holds, and the sentence that says so when it does not."""
@@ -28,6 +41,16 @@ def problems_of(config: Config) -> list[str]:
         *_evaluation_rules(config),
     ]
     return range_problems(config) + [text for holds, text in rules if not holds]
+
+
+def idle_settings(config: Config) -> list[str]:
+    """Return one sentence for each setting that differs from its default and has no effect beside the others."""
+    default = replace(config, objective=ObjectiveConfig())
+    return [
+        f"{name}={attrgetter(name)(config)} has no effect: it acts only with {needed}"
+        for name, (needed, is_in_use) in IN_USE.items()
+        if attrgetter(name)(config) != attrgetter(name)(default) and not is_in_use(config)
+    ]
 
 
 def _sampling_rules(config: Config) -> list[Rule]:

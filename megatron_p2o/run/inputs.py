@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_p2o.config.rules import idle_settings
 from megatron_p2o.config.tree import Config, ScheduleConfig
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
@@ -154,9 +155,9 @@ def planned_work(config: Config, num_steps_per_epoch: int) -> str:
 
 
 def notices(config: Config, num_steps_per_epoch: int) -> list[str]:
-    """Return what the settings ask for and the schedule leaves no room for, one sentence each."""
+    """Return what the settings ask for and will not have, one sentence each."""
     found = [evolution_notice(config, num_steps_per_epoch), warmup_notice(config, num_steps_per_epoch)]
-    return [notice for notice in found if notice is not None]
+    return [*(notice for notice in found if notice is not None), *idle_settings(config)]
 
 
 def warmup_notice(config: Config, num_steps_per_epoch: int) -> str | None:

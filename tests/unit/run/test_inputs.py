@@ -192,6 +192,28 @@ def test_a_warm_up_that_outlasts_the_run_is_said() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "needed", "said"),
+    [
+        *(
+            (f"objective.{name}", value, {"objective.context": "ratio_mask"}, "objective.context=ratio_mask")
+            for name, value in (("ratio_low", 0.5), ("ratio_high", 2.0), ("ratio_form", "soft"))
+        ),
+        ("objective.dual_clip", 5.0, {"objective.surrogate": "ppo"}, "objective.surrogate=ppo"),
+        ("objective.kl_estimator", "k2", {"objective.kl_coefficient": 0.1}, "objective.kl_coefficient above 0"),
+        ("objective.kl_as", "reward", {"objective.kl_coefficient": 0.1}, "objective.kl_coefficient above 0"),
+    ],
+)
+def test_a_setting_without_effect_beside_the_others_is_said(
+    name: str, value: object, needed: dict[str, Any], said: str
+) -> None:
+    others = {"objective.context": "importance", "objective.surrogate": "gspo", "evolution.enabled": False}
+    found = [*notices(fake_config(others), 10), *notices(fake_config({**others, name: value, **needed}), 10)]
+    assert found == []
+    idle = notices(fake_config({**others, name: value}), 10)
+    assert idle == [f"{name}={value} has no effect: it acts only with {said}"]
+
+
 def test_a_tokenizer_of_another_model_is_refused(
     settings_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
