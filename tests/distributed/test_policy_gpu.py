@@ -5,10 +5,11 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_p2o.config.tree import Config, OptimizerConfig
+from megatron_p2o.config.tree import Config, ObjectiveConfig, OptimizerConfig
 from megatron_p2o.policy.model.attention import _attend_on_cpu, _attend_on_cuda, pack_layout
 from megatron_p2o.policy.model.layer_choice import machine_capabilities
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
@@ -93,6 +94,20 @@ def test_recomputed_activations_give_the_same_update(config: Config):
             reports.append(policy.update(SAMPLES, None, 600))
     assert reports[1].loss == pytest.approx(reports[0].loss, rel=1e-3)
     assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-2)
+
+
+def test_the_initial_policy_answers_after_an_update_and_the_policy_is_left_as_it_was(config: Config):
+    with closing(build_policy(replace(config, objective=ObjectiveConfig(kl_coefficient=0.1)))) as policy:
+        initial = policy.logprobs(SAMPLES)
+        samples = [replace(sample, reference_logprobs=row) for sample, row in zip(SAMPLES, initial, strict=True)]
+        policy.update(samples, None, 600)
+        weights = {name: weight.cpu() for name, weight in policy.weights()}
+        moved = np.concatenate(policy.logprobs(SAMPLES))
+        for _ in range(2):
+            asked = np.concatenate(policy.reference_logprobs(SAMPLES))
+            assert np.abs(asked - np.concatenate(initial)).max() < np.abs(asked - moved).max() / 10
+        for name, weight in policy.weights():
+            assert torch.equal(weight.cpu(), weights[name]), name
 
 
 def test_a_checkpoint_restores_weights_and_optimizer(policy: MegatronPolicy, tmp_path: Path):
