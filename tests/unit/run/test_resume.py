@@ -14,7 +14,9 @@ from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, one_task
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer
 from megatron_p2o.evolve.record.library import PublishedLibrary
+from megatron_p2o.machine.nodes import Nodes
 from megatron_p2o.records import from_text
+from megatron_p2o.run.launch import start_ranks
 from megatron_p2o.run.resume import (
     ResumeRefused,
     Resumption,
@@ -317,6 +319,14 @@ def test_a_run_is_checked_before_it_starts_anything(tmp_path: Path, model: Path)
     write_problems(tmp_path / "train.jsonl", APPENDED)
     with pytest.raises(ResumeRefused, match=r"step-000002 cannot be resumed.*2 added \(new-1, new-2\)"):
         check_resume(config, config.run.folder)
+
+
+def test_a_refused_resume_is_told_on_a_node_that_awaits_the_settings(tmp_path: Path, model: Path) -> None:
+    save(config_of(tmp_path, model), state(2, 2), made_with(config_of(tmp_path, model), PROBLEMS))
+    config = config_of(tmp_path, model, "model.dtype=float32", "parallel.timeout_s=1")
+    second = Nodes(count=2, rank=1, head_address="127.0.0.1", head_port=0, launch_id="1")
+    with pytest.raises(ResumeRefused, match=r"model\.dtype: "):
+        start_ranks(config, config.run.folder, 1, second, ())
 
 
 def test_a_chat_template_under_which_prompts_grow_too_long_is_refused_before_the_start(tmp_path: Path) -> None:
