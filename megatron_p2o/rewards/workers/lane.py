@@ -218,7 +218,7 @@ class Lane:
     def _settle(self, job: Job, grade: Callable[[], Grade]) -> None:
         try:
             job.future.set_result(grade())
-        except Exception as error:
+        except Exception as error:  # the border of a request: who waits for its grade must hear of it, whatever it is
             self._fail(job, error)
 
     def _fail(self, job: Job, error: BaseException) -> None:
