@@ -79,11 +79,12 @@ def _grading_rules(config: Config) -> list[Rule]:
         ),
         *(
             (
-                data.of_task(name).answer_field not in (None, "") or not _uses_math(task.grading or config.grading),
+                data.of_task(name).answer_field not in (None, "")
+                or "math" not in config.grading_of(name).function_names,
                 f"data.train.{name} has no column of gold answers (answer_field), which the reward math compares with: "
                 "name the column, or a reward function that needs none (grading.function)",
             )
-            for name, task in data.train.items()
+            for name in data.train
         ),
     ]
 
@@ -101,10 +102,6 @@ def _function_rules(name: str, grading: GradingConfig) -> list[Rule]:
             "name another function, or take the arguments out",
         ),
     ]
-
-
-def _uses_math(grading: GradingConfig) -> bool:
-    return "math" in grading.functions if grading.functions else grading.function == "math"
 
 
 def _objective_rules(config: Config) -> list[Rule]:

@@ -102,6 +102,11 @@ class Config:
     """Fields of megatron-core's TransformerConfig, OptimizerConfig and DistributedDataParallelConfig, checked against
     the installed version."""
 
+    def grading_of(self, task: str | None) -> GradingConfig:
+        """Return how the answers to a task's problems are graded; "" or None for problems of no task."""
+        own = self.data.train[task].grading if task else None
+        return own or self.grading
+
 
 REFERENCE_PRESET: Mapping[str, Any] = {
     "hard.counted": "all",

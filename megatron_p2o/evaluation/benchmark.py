@@ -38,7 +38,7 @@ from megatron_p2o.files import digest_of, json_digest, write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.processes import exit_on_signal
-from megatron_p2o.rewards.tasks import TaskGrader, grading_of
+from megatron_p2o.rewards.tasks import TaskGrader
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, read_manifest
@@ -188,7 +188,7 @@ def answer_settings(
     config: Config,
 ) -> JsonObject:
     """Return what the answers to set `name` and their grades depend on; not their number, which may be raised later."""
-    grading = grading_of(config, config.data.task_of_set(name) or "")
+    grading = config.grading_of(config.data.task_of_set(name))
     prompts = {problem.id: renderer.render(problem, PLAIN).sampling_ids.tolist() for problem in problems}
     sampling = evaluation_sampling(config, protocol)
     return {

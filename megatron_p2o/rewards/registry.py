@@ -5,7 +5,7 @@ from typing import Protocol
 
 from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.interfaces import Grader
-from megatron_p2o.rewards.function_grader import FunctionGrader, specs_of
+from megatron_p2o.rewards.function_grader import FunctionGrader
 from megatron_p2o.rewards.math.grader import MathGrader
 
 MATH = "math"
@@ -34,8 +34,7 @@ def make_grader(config: GradingConfig) -> RunGrader:
     Raises:
         RuntimeError: math-verify is needed and not installed.
     """
-    specs = specs_of(config)
-    if any(spec.function == MATH for spec in specs) and find_spec("math_verify") is None:
+    if MATH in config.function_names and find_spec("math_verify") is None:
         raise RuntimeError("grading needs math-verify: pip install 'math-verify[antlr4_13_2]==0.9.0'")
     # What needs no algebra, most answers, it decides in this process.
-    return MathGrader(config) if [spec.function for spec in specs] == [MATH] else FunctionGrader(config)
+    return MathGrader(config) if config.function_names == (MATH,) else FunctionGrader(config)

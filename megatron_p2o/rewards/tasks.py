@@ -10,18 +10,12 @@ from megatron_p2o.rewards.registry import MATH, RunGrader, make_grader
 from megatron_p2o.types import FinishReason, Grade, Problem
 
 
-def grading_of(config: Config, task: str) -> GradingConfig:
-    """Return how the answers to a task's problems are graded; "" for problems of no task."""
-    own = config.data.train[task].grading if task else None
-    return own or config.grading
-
-
 class TaskGrader:
     """The `Grader` of a run: hands each problem to the grader of its task. Tasks that are graded alike share one."""
 
     def __init__(self, config: Config, make: Callable[[GradingConfig], RunGrader] = make_grader) -> None:
         """Start the graders, each by `make`; the caller closes them. Raises as `make_grader`."""
-        gradings = {task: grading_of(config, task) for task in ("", *config.data.train)}
+        gradings = {task: config.grading_of(task) for task in ("", *config.data.train)}
         used = [gradings[task] for task in _tasks_in_use(config)]
         distinct = [grading for index, grading in enumerate(used) if grading not in used[:index]]
         self._graders = [make(grading) for grading in distinct]
@@ -49,7 +43,7 @@ class TaskGrader:
 
 def rewards_line(config: Config) -> str:
     """Return the reward functions of a run: "math", or "math: exact, code: 2 python + 1 regex" of several tasks."""
-    named = {task: _names_of(grading_of(config, task)) for task in _tasks_in_use(config)}
+    named = {task: _names_of(config.grading_of(task)) for task in _tasks_in_use(config)}
     if len(set(named.values())) == 1:
         return next(iter(named.values()))
     return ", ".join(f"{task or 'other evaluation sets'}: {names}" for task, names in named.items())
@@ -57,7 +51,7 @@ def rewards_line(config: Config) -> str:
 
 def reward_functions(config: Config) -> list[RewardSpec]:
     """Return the reward functions of all tasks of a run, `math` aside: they run in workers of their own."""
-    specs = [spec for task in _tasks_in_use(config) for spec in specs_of(grading_of(config, task))]
+    specs = [spec for task in _tasks_in_use(config) for spec in specs_of(config.grading_of(task))]
     return [spec for spec in specs if spec.function != MATH]
 
 

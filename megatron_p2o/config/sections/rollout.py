@@ -100,3 +100,8 @@ class GradingConfig:
         2048
     )
     """Address space of one worker, at most, in MiB."""
+
+    @property
+    def function_names(self) -> tuple[str, ...]:
+        """The reward functions, as settings name them."""
+        return tuple(self.functions) or (self.function,)

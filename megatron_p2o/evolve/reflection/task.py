@@ -15,8 +15,8 @@ def task_of(config: Config) -> str | None:
     """
     task = config.evolution.reflection.task
     if task is None:
-        gradings = [each.grading or config.grading for each in config.data.train.values()]
-        return None if all(each.function == "math" and not each.functions for each in gradings) else ""
+        rewards = [config.grading_of(name).function_names for name in config.data.train]
+        return None if all(each == ("math",) for each in rewards) else ""
     if not task.endswith(FILE_ENDINGS):
         return task
     try:

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from megatron_p2o.config.tree import EvaluationSetConfig, GradingConfig, TaskConfig
-from megatron_p2o.rewards.tasks import TaskGrader, grading_of, rewards_line
+from megatron_p2o.rewards.tasks import TaskGrader, rewards_line
 from megatron_p2o.testing.fakes import fake_config, fake_problem
 from megatron_p2o.types import CORRECT, FinishReason, Grade, Problem
 
@@ -74,7 +74,7 @@ def test_an_evaluation_set_of_no_task_is_graded_as_the_settings_say() -> None:
     _, made = graded({"data.train": tasks, "data.evaluation": sets}, "", "code")
     assert [(each.grading, each.asked) for each in made] == [(OWN, ["code"]), (ALL, [""])]
     config = fake_config({"data.train": tasks, "grading": ALL})
-    assert (grading_of(config, ""), grading_of(config, "code")) == (ALL, OWN)
+    assert (config.grading_of(""), config.grading_of("code")) == (ALL, OWN)
 
 
 def test_two_tasks_with_two_built_in_rewards() -> None:

@@ -15,7 +15,9 @@ TASK = "evolution.reflection.task"
 def test_boxed_answers_need_no_task_and_other_rewards_are_not_told_of_boxes(tmp_path: Path) -> None:
     assert task_of(fake_config()) is None
     assert task_of(fake_config({"grading.function": "exact"})) == ""
-    assert task_of(fake_config({"grading.functions": {"math": WeightedFunctionConfig(weight=1.0)}})) == ""
+    math = {"math": WeightedFunctionConfig(weight=1.0)}
+    assert task_of(fake_config({"grading.functions": math})) is None, "the mean of one reward is that reward"
+    assert task_of(fake_config({"grading.functions": {**math, "exact": WeightedFunctionConfig(weight=1.0)}})) == ""
     assert task_of(fake_config({TASK: "Write a palindrome."})) == "Write a palindrome."
     tasks = {"a": TaskConfig(file="a.jsonl"), "b": TaskConfig(file="b.jsonl", grading=GradingConfig(function="exact"))}
     assert task_of(fake_config({"data.train": tasks})) == ""
