@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_p2o.rl.grouping import make_groups
 from megatron_p2o.rl.shaping import kl_of, kl_sum, overlong_penalty, shaped
@@ -66,8 +67,6 @@ def test_the_estimates_are_those_of_schulman_in_float64(estimator: str) -> None:
 
 def test_k1_over_all_tokens_of_a_distribution_is_the_divergence_and_its_reward_gradient_the_divergences() -> None:
     """Sum over p of k1 times the score: what a policy gradient sees of `k1` in the reward (arXiv:2510.01555)."""
-    import torch
-
     logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
     logprobs = logits.log_softmax(0)
@@ -75,7 +74,8 @@ def test_k1_over_all_tokens_of_a_distribution_is_the_divergence_and_its_reward_g
     (truth,) = torch.autograd.grad(divergence, logits, retain_graph=True)
     objective = fake_config({"objective.kl_estimator": "k1"}).objective
     rows = [
-        (np.array([float(ours)]), np.array([float(theirs)])) for ours, theirs in zip(logprobs, reference, strict=True)
+        (np.array([float(ours)]), np.array([float(theirs)]))
+        for ours, theirs in zip(logprobs.detach(), reference, strict=True)
     ]
     k1 = torch.tensor([kl_sum(*row, objective) for row in rows], dtype=torch.float64)
     probabilities = logprobs.detach().exp()
