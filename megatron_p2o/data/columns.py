@@ -23,7 +23,6 @@ QUESTION_FIELDS = ("question", "problem", "prompt", "messages")
 
 ANSWER_FIELDS = ("answer", "final_answer", "reward_model.ground_truth")
 
-
 SYSTEM_ROLES = ("system", "developer")
 
 CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")

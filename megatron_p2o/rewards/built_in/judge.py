@@ -85,8 +85,8 @@ class JudgeReward:
             model: model that it is asked for.
             rubric: what makes a response good, as text; or
             rubric_file: a file with it.
-            api_key_env: environment variable that holds the key; name it in `grading.arguments` for it to reach the
-                worker. The key itself is never in a file.
+            api_key_env: environment variable that holds the key; one of another name reaches the worker because
+                `grading.arguments` names it. The key itself is never in a file.
             extract: part of the response that is judged (`final_answer.Extract`).
             shows_answer: whether the judge sees the gold answer, where the problem has one.
             scale: the best score; the reward is the score over it.
