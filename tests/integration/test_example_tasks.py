@@ -86,7 +86,7 @@ def test_two_tasks_of_reasoning_gym_are_mixed_and_scored(tmp_path: Path) -> None
     task = prepared("reasoning_gym", tmp_path / "task", "--steps", "100")
     files = {f"data.train.{name}": task / f"{name}.jsonl" for name in ("chain_sum", "gcd")}
     settings = {"model.path": task / "model", "schedule.max_steps": 1, **files}
-    rollouts = trained("reasoning_gym/reasoning_gym.yaml", tmp_path / "runs", **settings)
+    rollouts = trained("reasoning_gym/reasoning_gym_grpo.yaml", tmp_path / "runs", **settings)
     assert len(rollouts) == 36 * 6
     assert all(rollout["reward"] is not None for rollout in rollouts)
     for source in ("chain_sum", "gcd"):
@@ -102,7 +102,7 @@ def test_two_tasks_of_reasoning_gym_are_mixed_and_scored(tmp_path: Path) -> None
 def test_partial_credit_gives_rewards_between_zero_and_one(tiny: Path, tmp_path: Path) -> None:
     task = prepared("partial_credit", tmp_path / "task")
     settings = {"model.path": tiny / "model", "data.train": task / "train.jsonl", "schedule.max_steps": 1}
-    rollouts = trained("partial_credit/partial_grpo.yaml", tmp_path / "runs", **settings)
+    rollouts = trained("partial_credit/partial_credit_grpo.yaml", tmp_path / "runs", **settings)
     steps = {row["id"]: row["steps"] for row in map(json.loads, (task / "train.jsonl").read_text().splitlines())}
     for rollout in rollouts:
         number = round(10 * rollout["reward"])

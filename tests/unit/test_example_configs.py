@@ -118,7 +118,9 @@ def test_the_baselines_differ_from_p2o_in_nothing_else() -> None:
     assert differences(grpo, grpo_n12) == {"rollout.group_size": 12}
 
 
-@pytest.mark.parametrize("name", ["code/code", "palindrome/palindrome", "partial_credit/partial"])
+@pytest.mark.parametrize(
+    "name", ["code/code", "palindrome/palindrome", "partial_credit/partial_credit", "reasoning_gym/reasoning_gym"]
+)
 def test_the_baseline_of_a_task_differs_from_p2o_in_nothing_else(name: str) -> None:
     p2o, grpo = settings(f"tasks/{name}_p2o"), settings(f"tasks/{name}_grpo")
     assert differences(p2o, grpo) == {"evolution.enabled": False}

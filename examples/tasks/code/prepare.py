@@ -18,7 +18,12 @@ FILLERS = ("Be polite.", "Stay calm.", "You are an expert.", "Take your time.")
 REMEMBERS = (0.002, 0.5, 1.0)
 """Share of right programs with 0, 1 and 2 key phrases."""
 
-INPUTS = (0, 3, -7, 12)
+INPUTS = (3, -7)
+"""As many as tell one line from another."""
+
+PAIRS = [(times, plus) for times in range(2, 12) for plus in range(1, 10)]
+NUM_TRAIN = 72
+"""The other 18 pairs are held out from training; supervision has seen all."""
 
 
 def question(times: int, plus: int) -> str:
@@ -31,22 +36,15 @@ def program(times: int, plus: int, remembers: bool) -> str:
 
 
 def lesson(generator: random.Random) -> tuple[str, str]:
-    times, plus = generator.randint(2, 9), generator.randint(1, 9)
+    times, plus = generator.choice(PAIRS)
     message, remembers = with_phrases(question(times, plus), KEYS, FILLERS, REMEMBERS, generator)
     return message, program(times, plus, remembers)
 
 
-def rows() -> list[dict[str, object]]:
-    """Return a problem for each pair of numbers, with tests of its program."""
-    return [
-        {
-            "id": f"{times}x+{plus}",
-            "question": question(times, plus),
-            "tests": [{"input": f"{x}\n", "output": f"{x * times + plus}\n"} for x in INPUTS],
-        }
-        for times in range(2, 10)
-        for plus in range(1, 10)
-    ]
+def row(times: int, plus: int) -> dict[str, object]:
+    """Return the problem of a pair of numbers, with tests of its program."""
+    tests = [{"input": f"{x}\n", "output": f"{x * times + plus}\n"} for x in INPUTS]
+    return {"id": f"{times}x+{plus}", "question": question(times, plus), "tests": tests}
 
 
 def main() -> None:
@@ -56,10 +54,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of supervision")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    pairs = random.Random(options.seed).sample(PAIRS, len(PAIRS))
+    for name, part in (("train", pairs[:NUM_TRAIN]), ("heldout", pairs[NUM_TRAIN:])):
+        (options.out / f"{name}.jsonl").write_text("".join(json.dumps(row(*pair)) + "\n" for pair in part))
     numbers = " ".join(map(str, range(100)))
     texts = [*KEYS, *FILLERS, numbers, "\n\n"]
-    texts += [text for a in range(2, 10) for b in range(1, 10) for text in (question(a, b), program(a, b, True))]
+    texts += [text for pair in PAIRS for text in (question(*pair), program(*pair, True))]
     teach(lesson, texts, options.out / "model", options.seed, options.steps)
 
 
