@@ -278,7 +278,7 @@ class TrainSample:
     is_templated: bool
     """Whether the sampling prompt differs from `context_ids`: only then the context ratio can differ from 1."""
     engine_logprobs: Logprobs | None = None
-    """[R] what the engine said, where `sampling_logprobs` are the trainer's own (`scoring.recompute`)."""
+    """[R] what the engine said, where `sampling_logprobs` are the trainer's own (`logprobs.recompute`)."""
     loss_weights: Logprobs | None = None
     """[R] factors on the tokens' losses; None: 1 each."""
     reference_logprobs: Logprobs | None = None
@@ -362,7 +362,7 @@ class TokenStats(Generic[Number]):
     entropy_sum: Number
     """Entropies of `live_tokens`, nats."""
     mismatch_tokens: Number
-    """Tokens compared: those of plain rollouts with an advantage; under `scoring.recompute` all with one."""
+    """Tokens compared: those of plain rollouts with an advantage; under `logprobs.recompute` all with one."""
     mismatch_abs_sum: Number
     """Absolute differences of the log-probs, nats."""
     mismatch_abs_max: Number
@@ -377,7 +377,7 @@ class TokenStats(Generic[Number]):
     reference_kl_sum: Number
     """The same estimate of KL(policy || initial policy), nats, whatever `objective.kl_estimator` is."""
     weighted_tokens: Number
-    """Tokens with an advantage and a truncated importance weight (`scoring.importance_cap`)."""
+    """Tokens with an advantage and a truncated importance weight (`logprobs.importance_cap`)."""
     capped_tokens: Number
     """The part of `weighted_tokens` whose weight was truncated."""
 

@@ -35,6 +35,11 @@ RENAMED: Mapping[str, str] = {
     "scoring.mismatch_alarm_action": "alarms.mismatch_action",
     "hard.forgotten_alarm": "alarms.forgotten",
     "grading.undecided_alarm": "alarms.undecided",
+    "scoring.recompute": "logprobs.recompute",
+    "scoring.importance_cap": "logprobs.importance_cap",
+    "scoring": "logprobs (its alarms: alarms)",
+    "evolution.evaluation_temperature": "evolution.trial_temperature",
+    "evolution.reflection.task": "evolution.reflection.task_description",
     "evaluation.num_samples_of": "data.evaluation.NAME.num_samples",
     "evaluation.temperature_of": "data.evaluation.NAME.temperature",
 }
@@ -47,7 +52,7 @@ def suggestion(name: NamePath) -> str:
     Looked for are names of earlier versions, settings with the like name in the same section, of the same name
     elsewhere, what others call so, and settings with a like name elsewhere; else the section's settings are listed.
     """
-    renamed = [RENAMED[old] for depth in range(len(name)) if (old := ".".join(name[: depth + 1])) in RENAMED]
+    renamed = [RENAMED[old] for depth in range(len(name), 0, -1) if (old := ".".join(name[:depth])) in RENAMED]
     if renamed:
         return f"write {renamed[0]}"
     known = list(_all_settings())

@@ -119,9 +119,9 @@ def _objective_rules(config: Config) -> list[Rule]:
             f"advantage.overlong_tokens={overlong_tokens} must be at most rollout.max_new_tokens={max_new_tokens}",
         ),
         (
-            config.scoring.importance_cap is None or config.scoring.recompute,
-            f"scoring.importance_cap={config.scoring.importance_cap} needs scoring.recompute=true: the trainer has no "
-            "log-probs under templates otherwise",
+            config.logprobs.importance_cap is None or config.logprobs.recompute,
+            f"logprobs.importance_cap={config.logprobs.importance_cap} needs logprobs.recompute=true: the trainer has "
+            "no log-probs under templates otherwise",
         ),
     ]
 

@@ -18,7 +18,7 @@ from megatron_p2o.config.sections.evolution import (
     HardConfig,
     ReflectionConfig,
 )
-from megatron_p2o.config.sections.objective import AdvantageConfig, ObjectiveConfig, ScoringConfig
+from megatron_p2o.config.sections.objective import AdvantageConfig, LogprobsConfig, ObjectiveConfig
 from megatron_p2o.config.sections.rollout import GradingConfig, RolloutConfig
 from megatron_p2o.config.sections.run import AlarmsConfig, LoggingConfig, RunConfig, ScheduleConfig
 from megatron_p2o.config.sections.trainer import HeadConfig, ModelConfig, OptimizerConfig, ParallelConfig
@@ -39,6 +39,7 @@ __all__ = [
     "HardConfig",
     "HeadConfig",
     "LoggingConfig",
+    "LogprobsConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -47,7 +48,6 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "ScheduleConfig",
-    "ScoringConfig",
     "TaskConfig",
     "one_task",
 ]
@@ -82,7 +82,7 @@ class Config:
     """The token loss."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """Computation of the LM head."""
-    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    logprobs: LogprobsConfig = field(default_factory=LogprobsConfig)
     """Origin of the log-probs."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
@@ -116,7 +116,7 @@ REFERENCE_PRESET: Mapping[str, Any] = {
     "objective.context": "ratio_mask",
     "objective.normalization": "micro_batch_mean",
     "objective.drop_zero_advantage": False,
-    "scoring.recompute": True,
+    "logprobs.recompute": True,
     "evolution.rules": "reference",
     "evolution.beside_training": False,
     "evolution.warm_start": False,

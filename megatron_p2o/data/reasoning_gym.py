@@ -18,10 +18,12 @@ from megatron_p2o.terminal import say
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_p2o.data.reasoning_gym", description=__doc__)
-    parser.add_argument("task", help="name of a task of the library, such as chain_sum")
+    parser.add_argument("name", metavar="DATASET", help="name of a dataset of the library, such as chain_sum")
     parser.add_argument("--size", type=int, required=True, help="number of problems")
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of the task, as JSON")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="setting of the dataset, as JSON"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     options = parser.parse_args(arguments)
     try:
@@ -35,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(options: argparse.Namespace) -> int:
-    problems = rows(options.task, options.size, options.seed, settings_in(options.set))
+    problems = rows(options.name, options.size, options.seed, settings_in(options.set))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("".join(json.dumps(row) + "\n" for row in problems))
-    say(f"{options.out}: {len(problems)} problems of {options.task}")
+    say(f"{options.out}: {len(problems)} problems of {options.name}")
     return 0
 
 
@@ -56,45 +58,45 @@ def settings_in(texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def rows(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows(name: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each problem: id, question, answer, source, metadata and the settings for its scorer.
 
     Raises:
-        ValueError: the library is not installed, has no such task or settings, or the task cannot be graded from a
-            file: its own answer, read back from JSON, does not score 1.
+        ValueError: the library is not installed, has no such dataset or settings, or its problems cannot be graded
+            from a file: its own answer, read back from JSON, does not score 1.
     """
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise ValueError(f"problems of reasoning-gym need it: pip install reasoning-gym ({error})") from error
-    if task not in DATASETS:
-        raise ValueError(f"reasoning-gym has no task {task!r}; it has {', '.join(sorted(DATASETS))}")
+    if name not in DATASETS:
+        raise ValueError(f"reasoning-gym has no dataset {name!r}; it has {', '.join(sorted(DATASETS))}")
     if size < 1:
         raise ValueError(f"--size {size} must be at least 1")
     try:
-        dataset = reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
+        dataset = reasoning_gym.create_dataset(name, size=size, seed=seed, **settings)
     except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"reasoning-gym does not make {task} with {dict(settings)}: {error}") from error
-    return [row(dataset, index, task, seed, settings) for index in range(size)]
+        raise ValueError(f"reasoning-gym does not make {name} with {dict(settings)}: {error}") from error
+    return [row(dataset, index, name, seed, settings) for index in range(size)]
 
 
-def row(dataset: Any, index: int, task: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+def row(dataset: Any, index: int, name: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return one problem. Raises `ValueError` when it could not be graded from a file."""
     entry = dataset[index]
     try:
         kept = json.loads(json.dumps(entry))
     except TypeError as error:
-        raise ValueError(f"a problem of {task} cannot be written as JSON ({error}): no file can hold it") from error
+        raise ValueError(f"a problem of {name} cannot be written as JSON ({error}): no file can hold it") from error
     if kept["answer"] is not None and dataset.score_answer(kept["answer"], kept) != 1:
         raise ValueError(
-            f"the library's own answer to a problem of {task} scores less than 1 when it is read from a file"
+            f"the library's own answer to a problem of {name} scores less than 1 when it is read from a file"
         )
     return {
-        "id": f"{task}-{seed}-{index}",
+        "id": f"{name}-{seed}-{index}",
         "question": kept["question"],
         "answer": kept["answer"],
-        "source": task,
+        "source": name,
         "metadata": kept["metadata"],
         "settings": dict(settings),
     }

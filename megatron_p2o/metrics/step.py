@@ -20,7 +20,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     memory/*_host*_bytes                resident pages of ranks, engines, graders, evolution (`memory.ProcessMemory`)
     hard/forgotten_share                problems of the step that were mastered: solved plainly at least half the time
     mismatch/*_mean                     tokens of plain rollouts with an advantage: engine and trainer, same prompt
-    mismatch/importance_capped_share    tokens with an importance weight: it was truncated at scoring.importance_cap
+    mismatch/importance_capped_share    tokens with an importance weight: it was truncated at logprobs.importance_cap
 
 `mismatch/kl_mean` estimates KL(engine || trainer) in nats per token; see `types.TokenStats`.
 """

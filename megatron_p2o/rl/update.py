@@ -61,7 +61,7 @@ def updated(
 ) -> UpdateReport:
     """Take the optimizer step on `samples`, the part of `minibatch` that carries gradient."""
     report = policy.update(samples, old_logprobs, sum(len(sample.response_ids) for sample in minibatch))
-    return replace(report, tokens=with_caps(report.tokens, samples, config.scoring.importance_cap))
+    return replace(report, tokens=with_caps(report.tokens, samples, config.logprobs.importance_cap))
 
 
 def with_probe(report: UpdateReport, samples: Sequence[TrainSample], policy: Policy) -> UpdateReport:
@@ -98,7 +98,7 @@ def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Conf
     """Return log pi_old on the gradient's prompt; the importance context uses the sampling log-probs instead."""
     if compares_with_sampling(config.objective.context):
         return None
-    if not config.scoring.recompute:
+    if not config.logprobs.recompute:
         return policy.logprobs(samples)
     # Where both prompts are one, `with_recomputed` has these log-probs already.
     rows = iter(policy.logprobs([sample for sample in samples if sample.is_templated]))
@@ -109,10 +109,10 @@ def with_recomputed(
     samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config
 ) -> list[TrainSample]:
     """Return the samples of `groups` with the trainer's own log-probs of their sampling prompts, if settings ask so."""
-    if not config.scoring.recompute:
+    if not config.logprobs.recompute:
         return samples
     sampling = replace(config.objective, context="sampling")
     on_sampling_context = carrying_gradient(train_samples(groups, sampling), config)
     logprobs = policy.logprobs(on_sampling_context)
-    cap = config.scoring.importance_cap
+    cap = config.logprobs.importance_cap
     return [with_trainer_logprobs(sample, row, cap) for sample, row in zip(samples, logprobs, strict=True)]

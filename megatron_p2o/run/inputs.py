@@ -12,7 +12,7 @@ from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
 from megatron_p2o.data.tables import missing_package
 from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
-from megatron_p2o.evolve.reflection.task import task_of
+from megatron_p2o.evolve.reflection.task_description import task_description_of
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.sinks.registry import sink_problems
 from megatron_p2o.rewards.tasks import TaskGrader, rewards_line
@@ -130,7 +130,7 @@ def check_phrases(config: Config) -> None:
     """Raise `ValueError` when the phrases that prompts are to evolve from, or the task, cannot be read."""
     reflection = config.evolution.reflection
     if config.evolution.enabled:
-        task_of(config)
+        task_description_of(config)
     if config.evolution.enabled and reflection.backend == "phrasebook" and reflection.phrases is not None:
         Phrasebook.from_file(Path(reflection.phrases), config.run.seed)
 

@@ -62,7 +62,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("objective", "context ratio_low ratio_high ratio_form surrogate clip_low clip_high dual_clip"),
         *_in("objective", "normalization entropy_coefficient drop_zero_advantage drop_failed_templated"),
         *_in("objective", "kl_coefficient kl_estimator kl_as drop_truncated"),
-        *_in("scoring", "recompute importance_cap"),
+        *_in("logprobs", "recompute importance_cap"),
         *_in("alarms", "mismatch mismatch_rise mismatch_action forgotten undecided"),
         *_in("optimizer", "lr beta1 beta2 eps weight_decay warmup_steps warmup_share lr_decay min_lr"),
         *_in("optimizer", "clip_grad micro_batch_tokens"),
@@ -72,12 +72,12 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
     "round": (
         *("hard.min_problems", "assignment.num_plain", "assignment.same_template_in_group"),
         *_in("evolution", "enabled beside_training max_version_gap rules budget max_rollouts dev_size num_lineages"),
-        *_in("evolution", "minibatch_size evaluation_temperature warm_start guard_leaks plain_control"),
+        *_in("evolution", "minibatch_size trial_temperature warm_start guard_leaks plain_control"),
         *_in("evolution", "max_template_tokens round_timeout_s"),
         *_in(
-            "evolution.reflection", "backend base_url model api_key_env phrases task temperature max_tokens timeout_s"
+            "evolution.reflection", "backend base_url model api_key_env phrases task_description temperature max_tokens"
         ),
-        *_in("evolution.reflection", "max_retries extra_body"),
+        *_in("evolution.reflection", "timeout_s max_retries extra_body"),
     ),
     "evaluation": (
         "data.evaluation",

@@ -89,7 +89,7 @@ TEMPLATED = {PROBLEMS[1].id: [HINT, OTHER, PLAIN, HINT], PROBLEMS[2].id: [HINT] 
 @pytest.mark.parametrize("context", ["replace", "importance", "ratio_mask"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_engine_sees_the_template_and_training_does_not(context: Context, recompute: bool) -> None:
-    step = run_step(settings={"objective.context": context, "scoring.recompute": recompute}, templates=TEMPLATED)
+    step = run_step(settings={"objective.context": context, "logprobs.recompute": recompute}, templates=TEMPLATED)
     asked = [chr(prompt.sampling_ids[0]) for prompt in step.engines.prompts]
     assert asked == ["q"] * 4 + ["§", "§", "q", "§"] + ["§"] * 4 + ["q"] * 4
     samples = [sample for call in step.policy.updates for sample in call.samples]
@@ -182,7 +182,7 @@ def test_true_importance_ratios_never_need_scoring() -> None:
 @pytest.mark.parametrize(("context", "num_scored"), [("sampling", 16), ("ratio_mask", 17)])
 def test_recomputed_log_probs_are_not_computed_again_as_old_ones(context: Context, num_scored: int) -> None:
     """16 rollouts, of which one is templated, in the second of two updates."""
-    settings = {"scoring.recompute": True, "objective.context": context, "objective.drop_zero_advantage": False}
+    settings = {"logprobs.recompute": True, "objective.context": context, "objective.drop_zero_advantage": False}
     templates = {PROBLEMS[3].id: (PLAIN, HINT, PLAIN, PLAIN)}
     step = run_step(settings=settings, templates=templates, step=2)
     assert sum(map(len, step.policy.asked_logprobs)) == num_scored
@@ -201,8 +201,8 @@ def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_fa
         return replace(reply, logprobs=np.full(len(reply.token_ids), -9.0, np.float32))
 
     settings = {
-        "scoring.recompute": True,
-        "scoring.importance_cap": 2.0,
+        "logprobs.recompute": True,
+        "logprobs.importance_cap": 2.0,
         "objective.drop_failed_templated": drop_failed,
         "objective.drop_zero_advantage": False,
         "schedule.problems_per_update": 4 // num_updates,

@@ -52,7 +52,7 @@ PAPER: dict[str, Any] = {
     "evolution.dev_size": 300,
     "evolution.num_lineages": 16,
     "evolution.minibatch_size": 3,
-    "evolution.evaluation_temperature": 0.0,
+    "evolution.trial_temperature": 0.0,
     "evolution.reflection.backend": "openai",
     "evolution.reflection.temperature": 0.6,
     "evolution.reflection.max_tokens": 2048,

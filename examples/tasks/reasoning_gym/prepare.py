@@ -1,4 +1,4 @@
-"""Writes problems of two tasks of reasoning-gym and a tiny policy that answers half of them.
+"""Writes problems of two datasets of reasoning-gym and a tiny policy that answers half of them.
 
 python examples/tasks/reasoning_gym/prepare.py --out runs/tasks/reasoning_gym
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_p2o.data.reasoning_gym import rows
 from megatron_p2o.tiny.lessons import teach
 
-TASKS = {
+DATASETS = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
     "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 12},
 }
@@ -27,10 +27,10 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     problems = []
-    for task, settings in TASKS.items():
-        of_task = rows(task, 36, options.seed, settings)
-        (options.out / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_task))
-        problems += of_task
+    for name, settings in DATASETS.items():
+        found = rows(name, 36, options.seed, settings)
+        (options.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        problems += found
 
     def lesson(generator: random.Random) -> tuple[str, str]:
         row = generator.choice(problems)

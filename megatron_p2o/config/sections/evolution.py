@@ -54,7 +54,7 @@ class ReflectionConfig:
     """Environment variable that holds the key of the `openai` backend. The key itself is never in a file."""
     phrases: str | None = None
     """File of the `phrasebook` backend, one phrase per line."""
-    task: str | None = None
+    task_description: str | None = None
     """What reflection is told about the task: a text, or a file if it ends in .txt or .md. It also sees the feedback of
     the reward function. None: what `grading.function: math` asks for, a final answer in a box; with other functions
     nothing but the judged answers."""
@@ -108,7 +108,7 @@ class EvolutionConfig:
     """Lines of templates that evolve side by side (the paper's)."""
     minibatch_size: PositiveInt = 3
     """Feedback problems by which a new template is compared with its parent (the paper's)."""
-    evaluation_temperature: NonNegativeFloat = 0.0
+    trial_temperature: NonNegativeFloat = 0.0
     """Sampling temperature at which a round scores templates. 0 is greedy, as the authors; training samples at
     `rollout.temperature`."""
     warm_start: bool = True

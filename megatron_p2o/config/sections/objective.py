@@ -78,7 +78,7 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoringConfig:
+class LogprobsConfig:
     """Where log-probs come from."""
 
     recompute: bool = False
@@ -86,4 +86,4 @@ class ScoringConfig:
     forward pass."""
     importance_cap: Annotated[float, Range(at_least=1)] | None = None
     """Cap of the truncated importance weight min(pi_trainer / pi_engine, cap) of each token, under the prompt it was
-    sampled with. Needs `scoring.recompute`. None: no weight."""
+    sampled with. Needs `logprobs.recompute`. None: no weight."""

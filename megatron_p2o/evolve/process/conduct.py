@@ -128,7 +128,7 @@ def open_round(
         runner,
         history,
         RolloutBudget(limit, spent=history.num_scored),
-        temperature=spec.settings.evolution.evaluation_temperature,
+        temperature=spec.settings.evolution.trial_temperature,
         feedback_ids=split.feedback,
         free_scores=spec.free_scores if rules.reuses_scores else (),
         is_loss_final=rules.is_lock_step,

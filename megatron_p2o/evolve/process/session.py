@@ -20,7 +20,7 @@ from megatron_p2o.evolve.record.history import EndedBy, ForeignJournal
 from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.reflection.reflection import shorten
 from megatron_p2o.evolve.reflection.reflectors import check_settings, secrets_of
-from megatron_p2o.evolve.reflection.task import task_of
+from megatron_p2o.evolve.reflection.task_description import task_description_of
 from megatron_p2o.evolve.search.budget import RoundSplit
 from megatron_p2o.evolve.search.publish import RoundStats, keep_round, rounds_path
 from megatron_p2o.evolve.search.round import RoundSettings, RoundSpec
@@ -300,5 +300,5 @@ def _round_settings(config: Config, reflection_url: str | None, reflection_model
         sampling_temperature=config.rollout.temperature,
         min_problems=config.hard.min_problems,
         seed=config.run.seed,
-        task=task_of(config),
+        task_description=task_description_of(config),
     )

@@ -34,7 +34,7 @@ class ReflectionRequest:
     """Number of the proposal within the round: keys all randomness."""
     parent_text: str
     examples: tuple[Example, ...]
-    task: str | None = None
+    task_description: str | None = None
     """What the model is to do, and how answers are judged. None: it is to put one final answer into a box."""
 
 
@@ -60,11 +60,11 @@ def reflection_prompt(request: ReflectionRequest, max_chars: int = MAX_PROMPT_CH
     """Return the user message that asks for a new template, in the shape of GEPA's instruction proposal."""
     longest = max(map(len, re.findall("`+", request.parent_text)), default=0)
     shown = {"parent": request.parent_text, "fence": "`" * max(3, longest + 1)}
-    shown["task"] = f"The task: {request.task.strip()}\n\n" if request.task else ""
+    shown["task_description"] = f"The task: {request.task_description.strip()}\n\n" if request.task_description else ""
     frame = PROMPT.format(**shown, examples="")
     share = max(0, max_chars - len(frame)) // max(1, len(request.examples))
     examples = "\n\n".join(
-        _example_text(index + 1, item, share, request.task) for index, item in enumerate(request.examples)
+        _example_text(index + 1, item, share, request.task_description) for index, item in enumerate(request.examples)
     )
     return PROMPT.format(**shown, examples=examples)
 
@@ -78,7 +78,7 @@ A language model answers questions. In front of each question it is given this i
 
 Below are questions it was asked with that instruction, what it answered, and a judgement of each answer.
 
-{task}{examples}
+{task_description}{examples}
 
 Write a better instruction for the model.
 
@@ -93,21 +93,23 @@ instruction itself contains such lines, put it between lines of four.
 """
 
 
-def _example_text(number: int, example: Example, max_chars: int, task: str | None) -> str:
+def _example_text(number: int, example: Example, max_chars: int, task_description: str | None) -> str:
     """Return one example in at most about `max_chars`; the response gives way first, then the question."""
-    verdict = "\n".join(filter(None, [_verdict(example, task), shorten(example.trial.feedback, max_chars // 4)]))
+    verdict = "\n".join(
+        filter(None, [_verdict(example, task_description), shorten(example.trial.feedback, max_chars // 4)])
+    )
     question = shorten(example.problem.question, max(200, max_chars // 2))
     room = max(200, max_chars - len(question) - len(verdict) - EXAMPLE_FRAME_CHARS)
-    if task is None and _lacks_final_answer(example.trial):
+    if task_description is None and _lacks_final_answer(example.trial):
         room = min(room, MAX_FORMAT_FAILURE_CHARS)
     response = shorten(example.trial.response_text, room)
     return f"# Example {number}\n## Question\n{question}\n## Answer of the model\n{response}\n## Judgement\n{verdict}"
 
 
-def _verdict(example: Example, task: str | None) -> str:
+def _verdict(example: Example, task_description: str | None) -> str:
     answer = example.problem.answer
     gold = "" if answer is None else f"The correct final answer is {answer}."
-    if task is not None:
+    if task_description is not None:
         return _plain_verdict(example, "" if answer is None else f"A correct answer: {answer}")
     if example.trial.is_solved:
         return f"Correct. {gold}"

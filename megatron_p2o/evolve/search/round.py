@@ -33,8 +33,8 @@ class RoundSettings:
     """Temperature of training rollouts; the plain control uses it, too."""
     min_problems: int
     seed: int
-    task: str | None = None
-    """As `ReflectionRequest.task`."""
+    task_description: str | None = None
+    """As `ReflectionRequest.task_description`."""
     control_tokens: tuple[str, ...] = ()
     """What the policy's tokenizer takes for control tokens, as text."""
 
@@ -62,7 +62,7 @@ class RoundSpec:
             to_json(self.problems),
             [template.text for template in self.warm_templates],
             [evolution.rules, evolution.dev_size, evolution.minibatch_size, evolution.num_lineages],
-            [evolution.evaluation_temperature, evolution.guard_leaks, evolution.reflection.backend],
+            [evolution.trial_temperature, evolution.guard_leaks, evolution.reflection.backend],
             [self.settings.min_problems, self.settings.seed],
         ]
         return json_digest(identity)[:16]
@@ -160,7 +160,7 @@ class Round:
         request = ReflectionRequest(
             proposal=proposal,
             parent_text=parent.text,
-            task=self.spec.settings.task,
+            task_description=self.spec.settings.task_description,
             examples=tuple(
                 Example(problem=self._problems[problem_id], trial=trial) for problem_id, trial in examples.items()
             ),

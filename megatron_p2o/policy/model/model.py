@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_p2o.config.tree import ParallelConfig
 from megatron_p2o.policy.model.architecture import Architecture, Experts
 from megatron_p2o.policy.model.attention import PackLayout
-from megatron_p2o.policy.model.head import HeadTask, PolicyHead
+from megatron_p2o.policy.model.head import HeadInput, PolicyHead
 from megatron_p2o.policy.model.layer_choice import LayerBackend
 from megatron_p2o.policy.model.layer_specs import block_spec
 from megatron_p2o.rl.packing import rounded_up
@@ -94,10 +94,11 @@ def _build_stage(
 
 
 class PolicyModel(GPTModel):
-    """GPT whose last stage returns its head's result for a `HeadTask`: log-probs or the loss.
+    """GPT whose last stage returns its head's result for a `HeadInput`: log-probs or the loss.
 
-    Call: `model(input_ids, position_ids, None, packed_seq_params=PackLayout, labels=HeadTask)`, ids [1, T];
-    positions restart at each sample. Other stages return hidden states. Without a task the logits are returned.
+    Call: `model(input_ids, position_ids, None, packed_seq_params=PackLayout, labels=HeadInput)`, ids [1, T];
+    positions restart at each sample. Other stages return hidden states. Without
+    labels the logits are returned.
     """
 
     def __init__(
@@ -125,14 +126,14 @@ class PolicyModel(GPTModel):
         assert isinstance(rotary_L, Tensor)
         return (decoder_input, rotary_L.index_select(0, position_ids.flatten()), *rest)
 
-    def _postprocess(self, hidden_states: Tensor, *, labels: HeadTask | None, **kwargs: Any) -> Any:
+    def _postprocess(self, hidden_states: Tensor, *, labels: HeadInput | None, **kwargs: Any) -> Any:
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states, labels=None, **kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(
             hidden_states,
             weight=weight,
-            task=labels,
+            head_input=labels,
             temperature=self.temperature,
             vocab_size=self.real_vocab_size,
             options=self.head_options,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.policy.model.attention import PackLayout, pack_layout, sample_positions
-from megatron_p2o.policy.model.head import HeadTask
+from megatron_p2o.policy.model.head import HeadInput
 from megatron_p2o.policy.model.parallel import context_group
 from megatron_p2o.policy.training.rank_samples import RankSamples
 from megatron_p2o.rl.objective import loss_rule, merged_stats, stats_on_cpu, token_stats, zero_stats
@@ -184,7 +184,7 @@ def forward_backward(
 ) -> PassResult:
     """Accumulate the gradient of the step's loss over `batches`, reduced over the data-parallel ranks. Collective.
 
-    `expected_dead_share`: see `HeadTask`.
+    `expected_dead_share`: see `HeadInput`.
     """
     objective = denominator.objective
     rule = loss_rule(objective)
@@ -194,13 +194,13 @@ def forward_backward(
     def forward_step(micro_batches_left: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Any, Any]:
         number, micro_batch = next(micro_batches_left)
 
-        task = HeadTask(
+        head_input = HeadInput(
             batch=micro_batch.part,
             rule=rule,
             adds_to_main_grad=adds_to_main_grad,
             expected_dead_share=expected_dead_share,
         )
-        output = _run_model(model, micro_batch, task)
+        output = _run_model(model, micro_batch, head_input)
         if isinstance(output, Tensor):
             return output, None  # hidden states of an inner stage
         outcome = PolicyLoss(*output)
@@ -230,7 +230,7 @@ def response_logprobs(modules: Sequence[DistributedDataParallel], batches: Seque
             logprobs_T = _on_positions(output[0].float(), micro_batch.part)
             return micro_batch, _joined_over_context(logprobs_T, micro_batch.whole)
 
-        output = _run_model(model, micro_batch, HeadTask(batch=micro_batch.part))
+        output = _run_model(model, micro_batch, HeadInput(batch=micro_batch.part))
         # One tensor: with experts the schedule asks the output for its device.
         return torch.stack(output) if isinstance(output, tuple) else output, collect
 
@@ -268,14 +268,14 @@ def _schedule(
     )
 
 
-def _run_model(model: Any, micro_batch: MicroBatch, task: HeadTask) -> Any:
-    """Return the head's result for the task on the last stage, hidden states on the others."""
+def _run_model(model: Any, micro_batch: MicroBatch, head_input: HeadInput) -> Any:
+    """Return the result of the head on the last stage, hidden states on the others."""
     return model(
         micro_batch.token_ids_T[None],
         micro_batch.positions_T[None],
         None,
         packed_seq_params=micro_batch.layout,
-        labels=task,
+        labels=head_input,
     )
 
 

@@ -57,7 +57,7 @@ MAX_CHARACTERS = 1000
 
 
 class ReasoningGymReward:
-    """The score of the task's own scorer, which may give part of 1."""
+    """The score of the dataset's own scorer, which may give part of 1."""
 
     def __init__(self, *, extract: str = "answer_tag") -> None:
         """Prepare.
@@ -82,34 +82,34 @@ class ReasoningGymReward:
 
     def __call__(self, problem: Problem, response: str, finish_reason: FinishReason) -> Grade:
         entry = entry_of(problem)
-        task = entry["metadata"]["source_dataset"]
+        name = entry["metadata"]["source_dataset"]
         answer = final_answer(response, self._extract, finish_reason)
         if answer is None:
             return no_answer(self._extract)
-        if task in READS_ARITHMETIC and not is_arithmetic(answer):
+        if name in READS_ARITHMETIC and not is_arithmetic(answer):
             return Grade(reward=0.0, reason="no arithmetic", feedback="The answer is not an arithmetic expression.")
         settings = problem.columns.get("settings") or {}
-        score = float(scorer(task, json.dumps(settings)).score_answer(answer, entry))
-        return Grade(reward=score, reason=f"{task}: {score:g}", feedback=f"The answer scores {score:g} of 1.")
+        score = float(scorer(name, json.dumps(settings)).score_answer(answer, entry))
+        return Grade(reward=score, reason=f"{name}: {score:g}", feedback=f"The answer scores {score:g} of 1.")
 
 
 def entry_of(problem: Problem) -> dict[str, Any]:
     """Return the library's entry in a problem's row. Raises `ValueError` for a row that has none."""
     described = column(problem, "metadata", "the library's")
     if not isinstance(described, dict) or not isinstance(described.get("source_dataset"), str):
-        raise ValueError(f"column 'metadata' of problem {problem.id} does not say its task (source_dataset)")
+        raise ValueError(f"column 'metadata' of problem {problem.id} does not say its dataset (source_dataset)")
     return {"question": problem.question, "answer": problem.columns.get("answer"), "metadata": described}
 
 
 @lru_cache(maxsize=256)
-def scorer(task: str, settings: str) -> Any:
-    """Return the task with the settings, as JSON, that its problems were made with.
+def scorer(name: str, settings: str) -> Any:
+    """Return the dataset with the settings, as JSON, that its problems were made with.
 
-    Raises `ValueError` for an unknown task.
+    Raises `ValueError` for an unknown dataset.
     """
     import reasoning_gym
 
-    return reasoning_gym.create_dataset(task, **json.loads(settings))
+    return reasoning_gym.create_dataset(name, **json.loads(settings))
 
 
 def is_arithmetic(text: str) -> bool:

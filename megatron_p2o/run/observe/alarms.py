@@ -119,8 +119,8 @@ class MismatchWatch:
             self._ring(
                 f"step {step}: engine and trainer differ by {mean:.3g} nats a token (worst token "
                 f"{numbers['mismatch/logprob_abs_max']:.3g}, KL estimate {numbers['mismatch/kl_mean']:.3g}), more than "
-                f"alarms.mismatch={self._alarms.mismatch:g}: set scoring.recompute and "
-                "scoring.importance_cap, or look for a difference in precision or weights"
+                f"alarms.mismatch={self._alarms.mismatch:g}: set logprobs.recompute and "
+                "logprobs.importance_cap, or look for a difference in precision or weights"
             )
         if math.isfinite(mean):
             self._means.append(mean)
@@ -133,7 +133,7 @@ class MismatchWatch:
             self._ring(
                 f"step {step}: engine and trainer differ by {rise.last:.3g} nats a token, {rise.first:.3g} when the "
                 f"run began, more than alarms.mismatch_rise={self._alarms.mismatch_rise:g} times as much"
-                ": lower optimizer.lr, set scoring.recompute and scoring.importance_cap, or go back to an earlier "
+                ": lower optimizer.lr, set logprobs.recompute and logprobs.importance_cap, or go back to an earlier "
                 "checkpoint"
             )
 

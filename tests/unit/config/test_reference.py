@@ -48,7 +48,7 @@ def test_a_row_states_type_default_range_unit_and_meaning() -> None:
     assert found["schedule.max_steps"][:4] == ["integer or null", "`null`", "≥ 1", "steps"]
     assert found["data.train"][:2] == ["records by name", "none"]
     assert found["data.train.NAME.grading"][:2] == ["null, or a section like `grading`", "`null`"]
-    assert found["scoring.importance_cap"][:3] == ["number or null", "`null`", "≥ 1"]
+    assert found["logprobs.importance_cap"][:3] == ["number or null", "`null`", "≥ 1"]
     assert found["hard.counted"][:2] == ["one of `plain`, `all`", "`plain`; reference: `all`"]
     assert found["evolution.budget"][:2] == ["integer", "`72`"]
     assert (

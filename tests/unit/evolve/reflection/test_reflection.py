@@ -149,13 +149,13 @@ def test_a_task_of_ones_own_is_told_with_rewards_and_feedback_and_without_boxes(
     problem = replace(WRONG.problem, answer=None)
     trial = replace(WRONG.trial, reward=0.4, solved_share=0.0, feedback="Two letters do not mirror.")
     example = replace(WRONG, problem=problem, trial=trial)
-    asked = ReflectionRequest(proposal=1, parent_text="", examples=(example,), task="Write a palindrome.\n")
+    asked = ReflectionRequest(proposal=1, parent_text="", examples=(example,), task_description="Write a palindrome.\n")
     prompt = reflection_prompt(asked)
     assert "The task: Write a palindrome.\n\n# Example 1" in prompt
     assert "## Judgement\nNot good enough: it earned 0.4 of 1.\nTwo letters do not mirror." in prompt
     assert "boxed" not in prompt.replace(trial.response_text, "") and "correct final answer" not in prompt
     solved = replace(example, trial=replace(trial, solved_share=1.0, feedback=""))
-    assert "Good: it earned 0.4 of 1." in reflection_prompt(replace(asked, examples=(solved,), task=""))
+    assert "Good: it earned 0.4 of 1." in reflection_prompt(replace(asked, examples=(solved,), task_description=""))
 
 
 def test_without_a_task_of_ones_own_the_prompt_is_that_of_boxed_answers() -> None:

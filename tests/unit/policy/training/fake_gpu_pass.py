@@ -220,7 +220,7 @@ def run(path: Path, recomputes: bool, is_sharded: bool) -> dict[str, Any]:
     """Run the update's forward pass and one for log-probs; return the waits of each and the Triton launches."""
     from megatron_p2o.config.tree import ObjectiveConfig, OptimizerConfig, ParallelConfig
     from megatron_p2o.policy.model.architecture import read_architecture
-    from megatron_p2o.policy.model.head import HeadTask
+    from megatron_p2o.policy.model.head import HeadInput
     from megatron_p2o.policy.model.model import build_models, transformer_config
     from megatron_p2o.policy.training.forward import _run_model, response_logprobs
     from megatron_p2o.policy.training.optimizer import Optimization
@@ -237,8 +237,8 @@ def run(path: Path, recomputes: bool, is_sharded: bool) -> dict[str, Any]:
         report: dict[str, Any] = {"waits": {}}
         with Device(num_masked):
             optimization.clear_gradients()
-            task = HeadTask(batch=micro_batch.part, rule=loss_rule(ObjectiveConfig()), adds_to_main_grad=True)
-            outcome = PolicyLoss(*_run_model(optimization.modules[0], micro_batch, task))
+            head_input = HeadInput(batch=micro_batch.part, rule=loss_rule(ObjectiveConfig()), adds_to_main_grad=True)
+            outcome = PolicyLoss(*_run_model(optimization.modules[0], micro_batch, head_input))
             stats = token_stats(micro_batch.part, outcome)
             report["waits"]["forward"] = taken()
             gradients = [parameter.main_grad for parameter in models[0].parameters()]

@@ -22,7 +22,7 @@ from megatron_p2o.config.tree import (
 )
 from megatron_p2o.policy.model.attention import pack_layout, sample_positions
 from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
-from megatron_p2o.policy.model.head import HeadTask
+from megatron_p2o.policy.model.head import HeadInput
 from megatron_p2o.policy.training.forward import Denominator, MicroBatch
 from megatron_p2o.policy.training.settings import check_values
 from megatron_p2o.policy.weights.hf_directory import WeightFiles, write_hf_directory
@@ -112,7 +112,9 @@ def test_every_parameter_has_the_gradient_of_full_logits_and_the_readable_loss(a
                 objective = ObjectiveConfig(
                     context=context, normalization=normalization, clip_high=0.28, ratio_high=3.0
                 )
-                outcome = PolicyLoss(*model(*inputs, **layout, labels=HeadTask(batch=batch, rule=loss_rule(objective))))
+                outcome = PolicyLoss(
+                    *model(*inputs, **layout, labels=HeadInput(batch=batch, rule=loss_rule(objective)))
+                )
                 divided = Denominator(objective=objective, num_loss_tokens=120, num_samples=7, counts_here=True)
                 loss, divisor = divided.contribution(outcome.loss, token_stats(batch, outcome), whole, 0)
                 expected = readable_loss(logits, batch, objective)

@@ -71,7 +71,7 @@ def test_the_scorer_has_the_settings_that_the_problems_were_made_with(tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["chain_summ"], "has no task 'chain_summ'; it has ab, "),
+        (["chain_summ"], "has no dataset 'chain_summ'; it has ab, "),
         (["chain_sum", "--set", "max_terms=0"], "does not make chain_sum with {'max_terms': 0}"),
         (["chain_sum", "--set", "terms=3"], "does not make chain_sum with {'terms': 3}"),
         (["chain_sum", "--set", "max_terms"], "--set max_terms must be NAME=VALUE"),
@@ -165,7 +165,7 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("columns", "words"),
     [
         ({"question": "q"}, "has no column 'metadata'"),
-        ({"metadata": {}}, "does not say its task"),
+        ({"metadata": {}}, "does not say its dataset"),
         ({"metadata": {"source_dataset": "no_such"}}, "no_such"),
     ],
 )
