@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and inherited by the processes that tests start
@@ -59,3 +59,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             command = [sys.executable, "-m", "megatron_p2o.tiny.policy", "--out", str(folder), "--seed", "1"]
             subprocess.run(command, check=True, timeout=SUPERVISION_TIMEOUT_S)
     return folder
+
+
+@pytest.fixture
+def installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], Path]:
+    """Return what installs a package of one module, as pip leaves it: (module, its text, entry_points.txt) to a folder.
+
+    The folder stands on this process's path, and on that of the processes it starts.
+    """
+
+    def install(module: str, text: str, entry_points: str) -> Path:
+        folder = tmp_path / "site-packages"
+        metadata = folder / f"{module}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (folder / f"{module}.py").write_text(text)
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(entry_points)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        return folder
+
+    return install

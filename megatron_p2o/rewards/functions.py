@@ -14,19 +14,14 @@ It runs in the workers of `rewards.workers.worker_pool`. One that raises, takes 
 answer undecided.
 """
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import fsum
-from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar, cast
 
+from megatron_p2o.config.callables import CallableKind, check_call, load_callable
 from megatron_p2o.processes import PROXY_VARIABLES
 from megatron_p2o.types import Grade
 
@@ -38,9 +33,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 SIGNATURE = "(problem, response, finish_reason)"
 BATCH_SIGNATURE = "(problems, responses, finish_reasons)"
 
-ENTRY_POINTS = "megatron_p2o.rewards"
-"""Group of entry points by which an installed package gives its reward functions short names."""
-
 BUILT_IN: Mapping[str, str] = {
     "math": "megatron_p2o.rewards.built_in.math:math_reward",
     "exact": "megatron_p2o.rewards.built_in.exact:ExactReward",
@@ -51,6 +43,9 @@ BUILT_IN: Mapping[str, str] = {
     "reasoning_gym": "megatron_p2o.rewards.built_in.reasoning_gym:ReasoningGymReward",
 }
 """Short name to the callable it stands for."""
+
+KIND = CallableKind(signature=SIGNATURE, built_in=BUILT_IN, entry_points="megatron_p2o.rewards")
+"""What `grading.function` may name."""
 
 QUESTION = ("problem", "response", "stop")
 """As many arguments as a reward function is given."""
@@ -119,7 +114,7 @@ def found_function(spec: RewardSpec) -> RewardFunction:
         ValueError: it is not found, cannot be imported, or cannot be called as a reward function with these arguments;
             the message names `grading.function` and the signature expected.
     """
-    found = _found(spec)
+    found = load_callable(spec.function, KIND, _subject(spec))
     if inspect.isclass(found):
         _check_signature(found, spec, (), "be made with grading.arguments")
         if not any("__call__" in vars(base) for base in found.__mro__):
@@ -178,14 +173,7 @@ def weighted_sum(grades: Sequence[Grade], weights: Sequence[float]) -> Grade:
 
 def _check_signature(function: Callable[..., Any], spec: RewardSpec, given: Sequence[object], rule: str) -> None:
     """Raise `ValueError` unless a function takes what it is given, and the arguments."""
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # a callable of C that does not say
-        return
-    try:
-        signature.bind(*given, **spec.arguments)
-    except TypeError as error:
-        raise ValueError(_refusal(spec, f"has the signature {signature} and must {rule} ({error})")) from error
+    check_call(function, given, spec.arguments, subject=_subject(spec), rule=rule)
 
 
 def _check_names(function: Callable[..., Any], spec: RewardSpec, expected: str) -> None:
@@ -205,51 +193,9 @@ def _check_names(function: Callable[..., Any], spec: RewardSpec, expected: str) 
         )
 
 
-def _found(spec: RewardSpec) -> Callable[..., Any]:
-    """Return the callable of a name. Raises `ValueError`."""
-    place, _, attribute = _target(spec.function).rpartition(":")
-    if not place or not attribute:
-        known = ", ".join(dict.fromkeys([*BUILT_IN, *_entry_points()]))
-        raise ValueError(_refusal(spec, f"is none of {known}, nor package.module:callable or path/to/file.py:callable"))
-    try:
-        found: Any = _module(place)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (Exception, SystemExit) as error:  # whatever code of others does when it is imported
-        raise ValueError(_refusal(spec, f"cannot be imported ({type(error).__name__}: {error})")) from error
-    if not callable(found):
-        raise ValueError(_refusal(spec, f"is {type(found).__name__}, and must be callable as {SIGNATURE}"))
-    return found
-
-
-def _target(name: str) -> str:
-    return BUILT_IN.get(name) or _entry_points().get(name) or name
-
-
-def _entry_points() -> dict[str, str]:
-    return {entry.name: entry.value for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-
-
-def _module(place: str) -> ModuleType:
-    """Import a module by name, or a file by its path; a file is imported once, under a name of its own."""
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    path = Path(place).resolve()
-    name = f"p2o_reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name not in sys.modules:
-        if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))  # for the files beside it
-        module_spec = importlib.util.spec_from_file_location(name, path)
-        assert module_spec is not None and module_spec.loader is not None, "a path that ends in .py has a loader"
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[name] = module  # dataclasses of the file look themselves up there
-        try:
-            module_spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+def _subject(spec: RewardSpec) -> str:
+    return f"grading.function={spec.function}"
 
 
 def _refusal(spec: RewardSpec, fault: str) -> str:
-    return f"grading.function={spec.function} {fault}"
+    return f"{_subject(spec)} {fault}"

@@ -100,7 +100,7 @@ class LoggingConfig:
     """Project of Trackio that receives the metrics. None: no Trackio."""
     sinks: Mapping[str, Any] = field(default_factory=dict)
     """Sinks of one's own and their arguments; `{}` for a sink without any. A sink's name is that of an entry point of
-    `megatron_p2o.sinks`, or `package.module:callable`."""
+    `megatron_p2o.sinks`, `package.module:callable` or `path/to/file.py:callable`."""
     rollouts_every_steps: NonNegativeInt = 1
     """Rollout steps between two that are written whole as JSONL. 0 writes none."""
     profile_update: PositiveInt | None = None

@@ -1,7 +1,5 @@
 """The sinks that settings can ask for beside `metrics.jsonl`: one table, and those that packages add."""
 
-import importlib.metadata
-import inspect
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -9,16 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from megatron_p2o.config.callables import CallableKind, check_call, load_callable
 from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.sinks.record import MetricSink, SinkContext
 from megatron_p2o.metrics.sinks.services import MlflowSink, TensorBoardSink, TrackioSink, WandbSink
 from megatron_p2o.processes import PROXY_VARIABLES
 
-ENTRY_POINTS = "megatron_p2o.sinks"
-"""Group of entry points by which a package names its sinks."""
+OWN = CallableKind(signature="sink(context, **arguments)", entry_points="megatron_p2o.sinks")
+"""What `logging.sinks` may name."""
 
 RUN_ID_FILE = "run_id"
 RUN_ID = re.compile(r"[0-9a-f]{12}")
@@ -137,41 +136,11 @@ def _is_installed(package: str) -> bool:
     return found is not None and found.origin is not None  # a folder of that name is no package
 
 
-def _found(name: str) -> Callable[..., MetricSink]:
-    """Return the callable of an entry point, or of `package.module:callable`. Raises `ValueError`."""
-    known = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    if name not in known and ":" not in name:
-        installed = ", ".join(known) or "none are installed"
-        raise ValueError(
-            f"logging.sinks.{name} must be an entry point of {ENTRY_POINTS} ({installed}) or package.module:callable: "
-            "install its package or correct the name"
-        )
-    entry = known.get(name) or importlib.metadata.EntryPoint(name, name, ENTRY_POINTS)
-    try:
-        found: object = entry.load()
-    except Exception as error:  # whatever code of others does when it is imported
-        raise ValueError(f"logging.sinks.{name} cannot be imported ({type(error).__name__}: {error})") from error
-    if not callable(found):
-        raise ValueError(
-            f"logging.sinks.{name} is {type(found).__name__}, and must be callable as sink(context, **arguments)"
-        )
-    return cast(Callable[..., MetricSink], found)
-
-
 def _own_sink(name: str, arguments: object) -> OpenSink:
     """Return what opens a sink of `logging.sinks`. Raises `ValueError` unless it is there and takes the arguments."""
     if not isinstance(arguments, Mapping):
         raise ValueError(f"logging.sinks.{name}={arguments} must be a mapping of arguments: write {{}} for none")
-    sink = _found(name)
-    try:
-        signature = inspect.signature(sink)
-    except ValueError:  # a callable of C that does not say
-        return partial(sink, **arguments)
-    try:
-        signature.bind(None, **arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"logging.sinks.{name} has the signature {signature} and must be callable as sink(context, **arguments) "
-            f"({error})"
-        ) from error
+    subject = f"logging.sinks.{name}"
+    sink = load_callable(name, OWN, subject)
+    check_call(sink, (None,), arguments, subject=subject, rule=f"be callable as {OWN.signature}")
     return partial(sink, **arguments)

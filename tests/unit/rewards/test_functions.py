@@ -1,16 +1,16 @@
 """How reward functions are named and found, and what they may return."""
 
 import math
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from importlib.metadata import EntryPoint
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_p2o.rewards import functions
 from megatron_p2o.rewards.functions import (
     RewardSpec,
     batched,
@@ -98,14 +98,10 @@ def test_a_function_is_found_in_a_file_in_a_module_and_by_a_short_name(
     assert load("math")(PROBLEM, "so x+1", "stop") is False
 
 
-def test_a_package_names_its_functions_by_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reward_file(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    entry = EntryPoint(name="long", value="my_reward:length", group="megatron_p2o.rewards")
-    found = {"megatron_p2o.rewards": [entry]}
-    monkeypatch.setattr(functions.importlib.metadata, "entry_points", lambda group: found[group])
+def test_a_package_names_its_functions_by_entry_points(installed_package: Callable[[str, str, str], Path]) -> None:
+    installed_package("lengths", FILE, "[megatron_p2o.rewards]\nlong = lengths:length\n")
     assert load("long")(PROBLEM, "abc", "stop") == 0.3
-    assert "reasoning_gym, long" in refusal("short")
+    assert "reasoning_gym, long, nor" in refusal("short")
 
 
 def test_a_class_becomes_one_instance_with_the_arguments(tmp_path: Path) -> None:
@@ -161,7 +157,7 @@ def test_asynchronous_and_batched_functions_are_told_apart(tmp_path: Path) -> No
             return [0.0 for _ in responses]
 
     assert is_batched(lengths) and not is_async(lengths)
-    assert is_batched(functions.partial(lengths, scale=3))
+    assert is_batched(partial(lengths, scale=3))
     assert is_batched(Lengths()) and is_async(Lengths())
     assert not is_batched(load(f"{path}:length"))
 

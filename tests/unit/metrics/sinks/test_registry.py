@@ -1,7 +1,7 @@
 """Which sinks settings ask for, those of packages among them, and who a run is."""
 
-import importlib.metadata
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,25 +33,16 @@ NUMBER = 5
 
 
 @pytest.fixture
-def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the name of a module with a sink."""
-    (tmp_path / "my_sinks.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_sinks", raising=False)
+def own_module(installed_package: Callable[[str, str, str], Path]) -> str:
+    """Return the name of an installed module with a sink, which its package calls `aim`."""
+    installed_package("my_sinks", MODULE, "[megatron_p2o.sinks]\naim = my_sinks:ListSink\n")
     return "my_sinks"
-
-
-def entry_point(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    entry = importlib.metadata.EntryPoint(name, value, registry.ENTRY_POINTS)
-    found = {registry.ENTRY_POINTS: [entry]}
-    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: found[group])
 
 
 @pytest.mark.parametrize("name", ["aim", "my_sinks:ListSink"])
 def test_a_sink_of_ones_own_gets_its_arguments_the_settings_and_all_records(
-    tmp_path: Path, own_module: str, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, own_module: str, name: str
 ) -> None:
-    entry_point(monkeypatch, "aim", "my_sinks:ListSink")
     run = tmp_path / "run"
     logging = LoggingConfig(console=False, sinks={name: {"repo": "there"}})
     settings = {"optimizer": {"lr": 1e-6}}
@@ -76,7 +67,8 @@ def test_a_sink_of_ones_own_gets_its_arguments_the_settings_and_all_records(
         (
             "aimm",
             {},
-            "logging.sinks.aimm must be an entry point of megatron_p2o.sinks (aim) or package.module:callable",
+            "logging.sinks.aimm is none of aim, nor package.module:callable or "
+            "path/to/file.py:callable (packages add names by the entry points megatron_p2o.sinks)",
         ),
         ("gone_module:Sink", {}, "logging.sinks.gone_module:Sink cannot be imported (ModuleNotFoundError"),
         ("my_sinks:Gone", {}, "logging.sinks.my_sinks:Gone cannot be imported (AttributeError"),
@@ -86,9 +78,8 @@ def test_a_sink_of_ones_own_gets_its_arguments_the_settings_and_all_records(
     ],
 )
 def test_a_sink_that_cannot_be_had_is_named_before_the_run_starts(
-    own_module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, arguments: object, sentence: str
+    own_module: str, tmp_path: Path, name: str, arguments: object, sentence: str
 ) -> None:
-    entry_point(monkeypatch, "aim", "my_sinks:ListSink")
     logging = LoggingConfig(console=False, sinks={name: arguments})
     (problem,) = sink_problems(logging)
     assert sentence in problem

@@ -1,0 +1,109 @@
+"""Callables that settings name: a built-in one, an installed package's, or one of the user's own code.
+
+A name is a short one (built in, or an entry point of the setting's group), `package.module:callable`, or
+`path/to/file.py:callable`.
+"""
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallableKind:
+    """What a setting may name."""
+
+    signature: str
+    """How it is called, for messages: `(problem, response, finish_reason)`."""
+    built_in: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Short name to the callable it stands for, as `package.module:callable`."""
+    entry_points: str | None = None
+    """Group of entry points by which an installed package gives its callables short names."""
+
+    def entries(self) -> dict[str, str]:
+        """Return the short names of installed packages, and the callables they stand for."""
+        if self.entry_points is None:
+            return {}
+        found = importlib.metadata.entry_points(group=self.entry_points)
+        return {entry.name: f"{entry.module}:{entry.attr}" for entry in found}
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is that of a callable, `package.module:callable` or `path/to/file.py:callable`."""
+    place, _, attribute = name.rpartition(":")
+    return bool(place and attribute)
+
+
+def load_callable(name: str, kind: CallableKind, subject: str) -> Callable[..., Any]:
+    """Return the callable of a name. Imports the code that holds it.
+
+    Args:
+        name: see the module.
+        kind: what the setting may name.
+        subject: begins the messages, `grading.function=NAME`.
+
+    Raises:
+        ValueError: it is not found, cannot be imported or is not callable.
+    """
+    target = kind.built_in.get(name) or (name if is_own(name) else kind.entries().get(name, ""))
+    if not target:
+        known = ", ".join(dict.fromkeys([*kind.built_in, *kind.entries()]))
+        choices = f"is none of {known}, nor" if known else "must be"
+        group = f" (packages add names by the entry points {kind.entry_points})" if kind.entry_points else ""
+        raise ValueError(f"{subject} {choices} package.module:callable or path/to/file.py:callable{group}")
+    place, _, attribute = target.rpartition(":")
+    try:
+        found: Any = _module(place)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:  # whatever code of others does when it is imported
+        raise ValueError(f"{subject} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(found):
+        raise ValueError(f"{subject} is {type(found).__name__}, and must be callable as {kind.signature}")
+    return found
+
+
+def check_call(
+    function: Callable[..., Any], given: Sequence[object], arguments: Mapping[str, Any], *, subject: str, rule: str
+) -> None:
+    """Raise `ValueError` unless a callable takes what it is given, and keyword arguments.
+
+    `subject` begins the message and `rule` says what it must be able to do: "be callable as (problem, response)".
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a callable of C that does not say
+        return
+    try:
+        signature.bind(*given, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{subject} has the signature {signature} and must {rule} ({error})") from error
+
+
+def _module(place: str) -> ModuleType:
+    """Import a module by name, or a file by its path; a file is imported once, under a name of its own."""
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    name = f"p2o_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))  # for the files beside it
+        module_spec = importlib.util.spec_from_file_location(name, path)
+        assert module_spec is not None and module_spec.loader is not None, "a path that ends in .py has a loader"
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[name] = module  # dataclasses of the file look themselves up there
+        try:
+            module_spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
