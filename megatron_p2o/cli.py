@@ -40,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="p2o", description="Joint policy and prompt optimization (arXiv:2603.21877).")
     parser.add_argument("--version", action="version", version=f"p2o {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(run=_next_step)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
+    _add_init(commands.add_parser("init", help="write the settings of a first run"))
     train = commands.add_parser("train", help="train, or go on with a run that was interrupted")
     _add_config_arguments(train)
     train.add_argument("--dry-run", action="store_true", help="check settings and files, start nothing")
@@ -75,6 +77,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="", metavar="FOLDER", help="Hugging Face directory (asked for)")
+    parser.add_argument("--problems", default="", metavar="FILE", help="problems to train on (asked for)")
+    parser.add_argument("--heldout", default="", metavar="FILE", help="problems to measure the policy on")
+    parser.add_argument(
+        "--task",
+        default="",
+        metavar="NAME",
+        help="what rewards an answer: math (default), exact, regex, json_schema, python, judge, reasoning_gym, or "
+        "file.py:function",
+    )
+    parser.add_argument("--output", type=Path, default=Path("config.yaml"), metavar="FILE", help="default: config.yaml")
+    _add_overrides(parser)
+    parser.set_defaults(run=_init)
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +131,24 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change one setting; repeatable"
     )
+
+
+def _next_step(options: argparse.Namespace) -> int:
+    """Tell what there is to do where `p2o` is called alone."""
+    say(_parser().format_help())
+    drafted = Path("config.yaml")
+    step = f"p2o train {drafted} --dry-run    (checks it; starts nothing)" if drafted.exists() else "p2o init"
+    say(f"next: {step}")
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    # Imported here: it loads Megatron, which takes seconds.
+    from megatron_p2o.run.before.first_settings import Wanted, write_first_settings
+
+    wanted = Wanted(model=options.model, problems=options.problems, heldout=options.heldout, task=options.task)
+    write_first_settings(wanted, options.overrides, options.output, input if sys.stdin.isatty() else None)
+    return 0
 
 
 def _checked_config(path: Path, overrides: Sequence[str]) -> Config:

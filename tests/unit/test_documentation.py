@@ -50,7 +50,7 @@ def commands(text: str) -> Iterator[str]:
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     for line in [*lines, *quoted(text)]:
-        found = re.match(r"\s*(?:\S+ )*?(p2o (?:train|eval|report|doctor)\b[^#|]*)", line)
+        found = re.match(r"\s*(?:\S+ )*?(p2o (?:init|train|eval|report|doctor)\b[^#|]*)", line)
         if found:
             yield found[1].strip()
 
@@ -62,7 +62,7 @@ COMMANDS = sorted({(page, command) for page, text in TEXTS.items() for command i
 def test_a_command_can_be_called_as_it_is_shown(page: str, command: str) -> None:
     shown = re.sub(r"\[(\S+)\]", r"\1", command).replace(" N ", " 8 ").replace(" ...", "")
     _, *arguments = shlex.split(shown)
-    if all(argument.startswith("-") for argument in arguments[1:]):
+    if arguments[0] != "init" and all(argument.startswith("-") for argument in arguments[1:]):
         arguments.append("config.yaml")  # the command is spoken of, not shown
     _parser().parse_args(arguments)
 
