@@ -75,10 +75,13 @@ def variants() -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Return (name, kernel, compile-time values, launch options) of everything that production launches."""
     block = {"BLOCK": 1024}
     advantage = {"HAS_ANCHORS": True, "BLOCK_ROLLOUTS": 1024}
-    loss = {"HAS_OLD": True, "HAS_MASK": True, "SOFT": True, "K2": False, "BLOCK": 256}
-    ppo = {"HAS_LOG_RATIO": False, "CISPO": False, "DUAL_CLIP": True, "K3": False}
-    gspo = {"HAS_LOG_RATIO": True, "CISPO": False, "DUAL_CLIP": False, "K3": True}
-    cispo = {"HAS_LOG_RATIO": False, "CISPO": True, "DUAL_CLIP": False, "K3": True}
+    loss = {"HAS_OLD": True, "HAS_MASK": True, "K2": False, "BLOCK": 256}
+    soft, fading, one_sided = (
+        {name: name == chosen for name in ("SOFT", "FADING", "ONE_SIDED")} for chosen in ("SOFT", "FADING", "ONE_SIDED")
+    )
+    ppo = soft | {"HAS_LOG_RATIO": False, "CISPO": False, "DUAL_CLIP": True, "K3": False}
+    gspo = fading | {"HAS_LOG_RATIO": True, "CISPO": False, "DUAL_CLIP": False, "K3": True}
+    cispo = one_sided | {"HAS_LOG_RATIO": False, "CISPO": True, "DUAL_CLIP": False, "K3": True}
     return [
         exponentials_variant("gradient with entropy", Tile(), store=True, entropy=True),
         exponentials_variant("gradient", Tile(), store=True, entropy=False),

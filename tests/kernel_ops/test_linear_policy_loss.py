@@ -14,7 +14,9 @@ from p2o_kernels.policy_loss import linear_policy_loss_reference
 
 SMALL_CHUNKS = TorchHead(chunk_bytes=16 * 4 * 224)
 CONTEXTS = ("sampling", "replace", "importance", "ratio_mask")
-RULES = [LossRule(context=context, clip_high=0.28) for context in CONTEXTS] + [LossRule(ratio_form="soft")]
+RULES = [LossRule(context=context, clip_high=0.28) for context in CONTEXTS] + [
+    LossRule(ratio_form=form) for form in ("one_sided", "soft", "fading")
+]
 SURROGATES = [
     LossRule(context=context, surrogate=surrogate, clip_low=0.1, clip_high=0.15)
     for context in CONTEXTS

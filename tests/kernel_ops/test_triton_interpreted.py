@@ -5,6 +5,7 @@ What the interpreter cannot show (races, tensor-core rounding, warp specializati
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from p2o_kernels import LossRule, linear_logprob, linear_policy_loss
 from p2o_kernels.lm_head.shard import HeadShard
 from p2o_kernels.logprob import linear_logprob_reference
 from p2o_kernels.policy_loss import linear_policy_loss_reference
-from p2o_kernels.policy_loss.token_loss import LossTokens, token_inputs, token_losses_torch
+from p2o_kernels.policy_loss.token_loss import LossTokens, RatioForm, token_inputs, token_losses_torch
 
 pytestmark = pytest.mark.usefixtures("interpreted_triton")
 
@@ -92,8 +93,10 @@ def test_policy_loss_and_gradients_equal_float64_autograd(shape, head_case, rela
         LossRule(entropy_coefficient=3.0, kl_coefficient=0.5, surrogate="gspo", clip_low=0.1),
         LossRule(surrogate="gspo", context="importance", clip_low=0.1),
         LossRule(kl_coefficient=0.5, kl_estimator="k2", surrogate="cispo"),
+        LossRule(ratio_form="one_sided"),
+        LossRule(ratio_form="fading"),
     ],
-    ids=["entropy", "gspo with both terms", "gspo over two prompts", "cispo with k2"],
+    ids=["entropy", "gspo with both terms", "gspo over two prompts", "cispo with k2", "one-sided", "fading"],
 )
 def test_terms_and_surrogates_equal_float64_autograd(rule, has_old, head_case, relative_error, nan_empty):
     case = make_case(head_case)
@@ -208,6 +211,8 @@ def test_targets_down_to_minus_100_nats_and_up_to_certainty_keep_their_digits():
 TOKEN_RULES = (
     LossRule(),
     LossRule(ratio_form="soft"),
+    LossRule(ratio_form="one_sided"),
+    LossRule(ratio_form="fading"),
     LossRule(context="importance"),
     LossRule(context="replace"),
     LossRule(surrogate="gspo", clip_low=0.1, clip_high=0.15),
@@ -245,7 +250,7 @@ def test_the_token_loss_kernel_equals_the_torch_form(has_old, nan_empty):
             torch.testing.assert_close(getattr(computed, name), getattr(expected, name), rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", ["hard", "soft"])
+@pytest.mark.parametrize("form", get_args(RatioForm))
 @pytest.mark.parametrize("has_old", [True, False], ids=["old given", "old is current"])
 def test_the_token_loss_kernel_treats_nan_like_the_torch_form(has_old, form):
     from p2o_kernels.policy_loss.triton_path import token_losses_triton
@@ -371,6 +376,8 @@ def test_two_phases_give_what_one_pass_gives_from_fewer_rows(head_case, relative
     two, two_hidden, two_weight = run_policy(case, LossRule(), arguments | {"expected_dead_share": 0.4}, small_path())
     assert two.is_live_T.sum() < 0.9 * one.is_live_T.sum()
     torch.testing.assert_close(two.loss, one.loss)
+    # Also of the rows that the mask drops: metrics compare them with the template's log-probs.
+    torch.testing.assert_close(two.logprobs_T, one.logprobs_T)
     assert relative_error(two_hidden, one_hidden) < 1e-6
     assert relative_error(two_weight, one_weight) < 1e-5
 

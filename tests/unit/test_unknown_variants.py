@@ -60,7 +60,8 @@ def contribution(**settings: Any) -> None:
 
 
 def context_weights(ratio_form: Any) -> None:
-    context_weighted(LossRule(ratio_form=ratio_form), *[torch.ones(1)] * 3, torch.ones(1, dtype=torch.bool))
+    flag, one = torch.ones(1, dtype=torch.bool), torch.ones(1)
+    context_weighted(LossRule(ratio_form=ratio_form), one, one, one, flag, one)
 
 
 def score(best_metric: Any) -> None:

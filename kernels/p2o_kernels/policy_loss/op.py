@@ -37,7 +37,7 @@ class PolicyLoss(NamedTuple):
     loss: Tensor
     """Scalar: loss_scale * sum of the weighted token losses, the same on all ranks."""
     logprobs_T: Tensor
-    """0 where not live."""
+    """0 where not live, but for rows that a first phase found the context ratio to drop."""
     entropy_T: Tensor
     """Nats; 0 where not live or not asked for."""
     weights_T: Tensor
@@ -99,10 +99,12 @@ def linear_policy_loss(
         with torch.no_grad():
             return linear_logprob_of_shard(hidden_TD[rows], weight_VpD, targets_T[rows], shard, path)[0]
 
-    inputs, live = _live_tokens(path, rule, tokens, logprobs_of, expected_dead_share)
+    inputs, live, first_phase = _live_tokens(path, rule, tokens, logprobs_of, expected_dead_share)
     wants_grad = _wants_grad(hidden_TD), _wants_grad(weight_VpD)
     with_entropy = with_entropy or rule.entropy_coefficient > 0
-    call = _Call(shard, path, rule, inputs, live, loss_scale, weight_main_grad_VpD, with_entropy, *wants_grad)
+    call = _Call(
+        shard, path, rule, inputs, live, first_phase, loss_scale, weight_main_grad_VpD, with_entropy, *wants_grad
+    )
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_TD, weight_VpD, targets_T, call))  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -116,6 +118,8 @@ class _Call:
     tokens: TokenInputs
     live: Tensor
     """int64 rows of the batch that go through the head, ascending."""
+    first_phase: tuple[Tensor, Tensor] | None
+    """Rows whose log-probs were computed to decide which of them are live, and those; None without such a phase."""
     loss_scale: float
     weight_main_grad_VpD: Tensor | None
     with_entropy: bool
@@ -139,8 +143,8 @@ def _live_tokens(
     tokens: LossTokens,
     logprobs_of: Callable[[Tensor], Tensor],
     expected_dead_share: float,
-) -> tuple[TokenInputs, Tensor]:
-    """Return what the loss of the tokens that have one needs, and their row numbers.
+) -> tuple[TokenInputs, Tensor, tuple[Tensor, Tensor] | None]:
+    """Return what the loss of the tokens that have one needs, their row numbers, and `_Call.first_phase`.
 
     `logprobs_of` computes the log-probs of rows, where a ratio or a mask needs them before the pass.
     """
@@ -152,9 +156,10 @@ def _live_tokens(
         inputs = replace(inputs, log_ratio_N=sequence_log_ratios(rows, log_ratios_N, *sequences))
     inputs, live = _live_rows(path, rule, inputs)
     may_lose_rows = inputs.mask_logprobs_N is not None and not path.compacts_rows
-    if may_lose_rows and expected_dead_share > TWO_PHASE_DEAD_SHARE:
-        inputs, live = _masked_rows(path, rule, inputs, live, logprobs_of(live))
-    return inputs, live
+    if not may_lose_rows or expected_dead_share <= TWO_PHASE_DEAD_SHARE:
+        return inputs, live, None
+    first_phase = live, logprobs_of(live)
+    return *_masked_rows(path, rule, inputs, *first_phase), first_phase
 
 
 def _live_rows(
@@ -173,7 +178,8 @@ def _masked_rows(
 ) -> tuple[TokenInputs, Tensor]:
     """Apply the context mask that the log-probs of a first phase decide, and drop the rows it kills."""
     assert tokens.mask_logprobs_N is not None and tokens.is_templated_N is not None
-    weights_N = context_weighted(rule, tokens.weights_N, logprobs_N, tokens.mask_logprobs_N, tokens.is_templated_N)
+    masked = tokens.mask_logprobs_N, tokens.is_templated_N, tokens.advantages_N
+    weights_N = context_weighted(rule, tokens.weights_N, logprobs_N, *masked)
     masked = replace(tokens, weights_N=weights_N, old_logprobs_N=logprobs_N, mask_logprobs_N=None, is_templated_N=None)
     return _live_rows(path, rule, masked, live)
 
@@ -239,6 +245,8 @@ class _Outputs:
         ).unbind()
         is_clipped, is_live = call.live.new_zeros(2, num_tokens, dtype=torch.bool).unbind()
         is_live.index_fill_(0, call.live, True)  # assigned by an index, the value would be copied from the host
+        if call.first_phase is not None:
+            logprobs.index_copy_(0, *call.first_phase)
         return _Outputs(losses, logprobs, entropy, weights, torch.ones_like(losses), is_clipped, is_live)
 
     def put(self, rows: Tensor, chunk: SoftmaxChunk, losses: TokenLosses) -> None:

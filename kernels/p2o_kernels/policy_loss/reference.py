@@ -39,9 +39,13 @@ def linear_policy_loss_reference(
     if rule.context == "ratio_mask":
         assert sampling_logprobs_T is not None and is_templated_T is not None
         rho_T = torch.where(is_templated_T, first_pass_T - sampling_logprobs_T.to(dtype), 0.0).clamp(-60, 60).exp()
+        is_inside_T = (rho_T >= rule.ratio_low) & (rho_T <= rule.ratio_high)
+        clipped_T = rho_T.clamp(rule.ratio_low, rule.ratio_high)
         factor_T = {
-            "hard": ((rho_T >= rule.ratio_low) & (rho_T <= rule.ratio_high)).to(dtype),
-            "soft": rho_T.clamp(rule.ratio_low, rule.ratio_high) / rho_T,
+            "hard": is_inside_T.to(dtype),
+            "one_sided": (is_inside_T | (advantages_T > 0)).to(dtype),
+            "soft": clipped_T / rho_T,
+            "fading": torch.where(rho_T < rule.ratio_low, rho_T / clipped_T, clipped_T / rho_T),
         }[rule.ratio_form]
         # A token of weight 0 may hold any log-prob; a nan of one that counts is no reason to leave it out.
         factor_T = torch.where(rho_T.isnan(), rho_T, factor_T)

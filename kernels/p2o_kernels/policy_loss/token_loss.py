@@ -16,6 +16,7 @@ MAX_CONTEXT_LOG_RATIO = 60.0
 """The same for the context ratio."""
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
+RatioForm = Literal["hard", "one_sided", "soft", "fading"]
 Surrogate = Literal["ppo", "gspo", "cispo"]
 KlEstimator = Literal["k2", "k3"]
 
@@ -39,8 +40,9 @@ class LossRule:
     ratio_low: float = 0.01
     ratio_high: float = 10.0
     """Band of rho, both ends inclusive."""
-    ratio_form: Literal["hard", "soft"] = "hard"
-    """Outside the band: weight 0, or clip(rho) / rho."""
+    ratio_form: RatioForm = "hard"
+    """Weight outside the band. `hard`: 0. `one_sided`: 0, but 1 where the advantage is positive. `soft`: clip(rho) /
+    rho. `fading`: the smaller of clip(rho) / rho and rho / clip(rho), which is never above 1."""
     kl_coefficient: float = 0.0
     """Factor of the estimate of KL(policy || reference) that is added to a token's loss."""
     kl_estimator: KlEstimator = "k3"
@@ -135,7 +137,8 @@ def token_inputs(rule: LossRule, tokens: LossTokens) -> TokenInputs:
             if old_logprobs_N is None:
                 mask_N = sampling_N
             else:
-                weights_N = context_weighted(rule, weights_N, old_logprobs_N, sampling_N, templated_N)
+                advantages_N = tokens["advantages_T"]
+                weights_N = context_weighted(rule, weights_N, old_logprobs_N, sampling_N, templated_N, advantages_N)
         case _:
             assert_never(rule.context)
     if rule.kl_coefficient > 0:
@@ -157,20 +160,30 @@ def _given(values_N: Tensor | None, name: str, rule: str) -> Tensor:
 
 
 def context_weighted(
-    rule: LossRule, weights_N: Tensor, old_N: Tensor, sampling_N: Tensor, is_templated_N: Tensor
+    rule: LossRule,
+    weights_N: Tensor,
+    old_N: Tensor,
+    sampling_N: Tensor,
+    is_templated_N: Tensor,
+    advantages_N: Tensor,
 ) -> Tensor:
     """Return the weights times those of the context ratio, in the dtype of `old_N`; 0 stays 0 whatever the ratio is.
 
-    A ratio that is nan makes the weight nan in either form: as a token left out it would pass every check of the loss.
+    A ratio that is nan makes the weight nan in every form: as a token left out it would pass every check of the loss.
     """
     log_ratio_N = torch.where(is_templated_N, old_N - sampling_N, 0.0)
     ratio_N = log_ratio_N.clamp(-MAX_CONTEXT_LOG_RATIO, MAX_CONTEXT_LOG_RATIO).exp()
     match rule.ratio_form:
-        case "hard":
-            is_outside_N = (ratio_N < rule.ratio_low) | (ratio_N > rule.ratio_high)
-            factor_N = torch.where(ratio_N.isnan(), ratio_N, (~is_outside_N).to(ratio_N.dtype))
+        case "hard" | "one_sided":
+            is_dropped_N = (ratio_N < rule.ratio_low) | (ratio_N > rule.ratio_high)
+            if rule.ratio_form == "one_sided":
+                is_dropped_N = is_dropped_N & ~(advantages_N > 0)
+            factor_N = torch.where(ratio_N.isnan(), ratio_N, (~is_dropped_N).to(ratio_N.dtype))
         case "soft":
             factor_N = ratio_N.clamp(rule.ratio_low, rule.ratio_high) / ratio_N
+        case "fading":
+            band_N = ratio_N.clamp(rule.ratio_low, rule.ratio_high)
+            factor_N = torch.minimum(band_N / ratio_N, ratio_N / band_N)
         case _:
             assert_never(rule.ratio_form)
     return torch.where(weights_N != 0, weights_N.to(factor_N.dtype) * factor_N, 0.0)
@@ -182,7 +195,8 @@ def token_losses_torch(rule: LossRule, logprobs_N: Tensor, tokens: TokenInputs) 
     weights_N = tokens.weights_N.to(logprobs_N.dtype)
     if tokens.mask_logprobs_N is not None:
         assert tokens.is_templated_N is not None
-        weights_N = context_weighted(rule, weights_N, old_N, tokens.mask_logprobs_N, tokens.is_templated_N)
+        masked = tokens.mask_logprobs_N, tokens.is_templated_N, tokens.advantages_N
+        weights_N = context_weighted(rule, weights_N, old_N, *masked)
     log_ratio_N = logprobs_N - old_N if tokens.log_ratio_N is None else tokens.log_ratio_N
     ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     advantages_N = tokens.advantages_N.to(logprobs_N.dtype)

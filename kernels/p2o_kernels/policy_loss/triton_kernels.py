@@ -25,6 +25,7 @@ def token_losses_kernel(
     num_tokens, clip_low, clip_high, dual_clip, ratio_low, ratio_high, kl_coefficient,
     max_log_ratio, max_context_log_ratio,
     HAS_OLD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LOG_RATIO: tl.constexpr, SOFT: tl.constexpr,
+    FADING: tl.constexpr, ONE_SIDED: tl.constexpr,
     CISPO: tl.constexpr, DUAL_CLIP: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (token blocks,). `token_loss.token_losses_torch`, term by term."""
@@ -41,10 +42,17 @@ def token_losses_kernel(
         sampling = tl.load(sampling_ptr + tokens, mask=inside, other=0.0)
         context_log_ratio = tl.where(is_templated, old - sampling, 0.0)
         context_ratio = tl.exp(_clamp(context_log_ratio, -max_context_log_ratio, max_context_log_ratio))
+        band = _clamp(context_ratio, ratio_low, ratio_high)
         if SOFT:
-            factor = _clamp(context_ratio, ratio_low, ratio_high) / context_ratio
+            factor = band / context_ratio
+        elif FADING:
+            nan: tl.constexpr = tl.PropagateNan.ALL
+            factor = tl.minimum(band / context_ratio, context_ratio / band, propagate_nan=nan)
         else:
-            factor = tl.where((context_ratio < ratio_low) | (context_ratio > ratio_high), 0.0, 1.0)
+            is_dropped = (context_ratio < ratio_low) | (context_ratio > ratio_high)
+            if ONE_SIDED:
+                is_dropped = is_dropped & ((advantage > 0.0) == 0)
+            factor = tl.where(is_dropped, 0.0, 1.0)
             factor = tl.where(context_ratio == context_ratio, factor, context_ratio)  # nan
         weight = tl.where(weight != 0.0, weight * factor, 0.0)
     log_ratio = logprob - old

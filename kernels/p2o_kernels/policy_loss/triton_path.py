@@ -15,6 +15,12 @@ from p2o_kernels.policy_loss.token_loss import (
 from p2o_kernels.policy_loss.triton_kernels import token_losses_kernel
 
 _BLOCK = 256
+_RATIO_FORMS = {
+    "hard": {"SOFT": False, "FADING": False, "ONE_SIDED": False},
+    "one_sided": {"SOFT": False, "FADING": False, "ONE_SIDED": True},
+    "soft": {"SOFT": True, "FADING": False, "ONE_SIDED": False},
+    "fading": {"SOFT": False, "FADING": True, "ONE_SIDED": False},
+}
 _SURROGATES = {
     "ppo": {"CISPO": False, "DUAL_CLIP": True},
     "gspo": {"CISPO": False, "DUAL_CLIP": False},
@@ -41,7 +47,7 @@ def token_losses_triton(rule: LossRule, logprobs_N: Tensor, tokens: TokenInputs)
         num_tokens, rule.clip_low, rule.clip_high, rule.dual_clip, rule.ratio_low, rule.ratio_high, rule.kl_coefficient,
         MAX_LOG_RATIO, MAX_CONTEXT_LOG_RATIO,
         HAS_OLD=tokens.old_logprobs_N is not None, HAS_MASK=tokens.mask_logprobs_N is not None,
-        HAS_LOG_RATIO=tokens.log_ratio_N is not None, SOFT={"hard": False, "soft": True}[rule.ratio_form],
+        HAS_LOG_RATIO=tokens.log_ratio_N is not None, **_RATIO_FORMS[rule.ratio_form],
         **_SURROGATES[rule.surrogate], K2=has_kl and rule.kl_estimator == "k2", K3=has_kl and rule.kl_estimator == "k3",
         BLOCK=_BLOCK,
     )  # fmt: skip

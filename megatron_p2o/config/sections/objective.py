@@ -34,8 +34,11 @@ class ObjectiveConfig:
     """Smallest context ratio that `ratio_mask` keeps, inclusive (the paper's)."""
     ratio_high: Annotated[float, Range(at_least=1)] = 10.0
     """Largest context ratio that `ratio_mask` keeps, inclusive (the paper's)."""
-    ratio_form: Literal["hard", "soft"] = "hard"
-    """Weight of a token whose context ratio rho lies outside the band. `hard`: 0. `soft`: clip(rho) / rho."""
+    ratio_form: Literal["hard", "one_sided", "soft", "fading"] = "hard"
+    """Weight of a token whose context ratio rho lies outside the band. `hard`: 0 (the paper's). `one_sided`: 0 in
+    responses whose advantage is not positive; those with a positive one keep every token. `soft`: clip(rho) / rho (the
+    authors' option), which is above 1 below the band. `fading`: rho / `objective.ratio_low` below the band,
+    `objective.ratio_high` / rho above it. No weight at all is `objective.context: replace`."""
     surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"
     """Loss made of the policy ratio. `ppo`: clipped token by token (arXiv:1707.06347; the paper's). `gspo`: one ratio
     for a whole response, the geometric mean over its tokens, and one clip (arXiv:2507.18071). `cispo`: the log-prob
