@@ -253,6 +253,10 @@ class Group:
     """[G] same order."""
 
 
+RolloutKey = tuple[str, int]
+"""Names a rollout of a step: the id of its problem, and its place in the group."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSample:
     """One sequence to take the gradient on.
@@ -277,6 +281,8 @@ class TrainSample:
     """[R] log-probs of the response under the prompt it was sampled with: the c side of the context ratio."""
     is_templated: bool
     """Whether the sampling prompt differs from `context_ids`: only then the context ratio can differ from 1."""
+    key: RolloutKey = ("", 0)
+    """The rollout it was made from."""
     engine_logprobs: Logprobs | None = None
     """[R] what the engine said, where `sampling_logprobs` are the trainer's own (`logprobs.recompute`)."""
     loss_weights: Logprobs | None = None
@@ -322,6 +328,8 @@ class PackedBatch:
     """float32 log-probs under the same context before the first update; None says that this forward pass is it."""
     sample_index_T: "Tensor"
     """int64 index of the sample (in the list that was packed) each position belongs to."""
+    response_index_T: "Tensor"
+    """int64 place of the target in its response, 0 the first; below 0 in the prompt."""
     engine_logprobs_T: "Tensor | None"
     """float32 where `sampling_logprobs_T` are the trainer's own, else None."""
     reference_logprobs_T: "Tensor | None" = None
@@ -355,6 +363,15 @@ class TokenStats(Generic[Number]):
     """The part of `carrying_tokens` in templated rollouts."""
     templated_kept_tokens: Number
     """The part of `kept_tokens` in templated rollouts."""
+    templated_advantage_sum: Number
+    """|advantage| times weight before the context ratio, over `templated_tokens`."""
+    dropped_advantage_sum: Number
+    """What the context ratio takes from it: all where a weight becomes 0, nothing where it does not fall."""
+    templated_gain_sum: Number
+    """Advantage times weight times the shift of the log-prob by the template (`rl.context_shift`), nats, over those of
+    `templated_tokens` where advantage and shift are positive: what the template brings to successes."""
+    dropped_gain_sum: Number
+    """What the context ratio takes from it."""
     clipped_tokens: Number
     """The part of `kept_tokens` whose gradient the clip took away."""
     ratio_sum: Number
@@ -387,6 +404,27 @@ def no_tokens() -> TokenStats[float]:
     return TokenStats(**{field.name: 0.0 for field in fields(TokenStats)})
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextShift:
+    """How much more likely a rollout's response is under its template: sums over tokens of
+    log pi(y | x, z) - log pi(y | x), nats. See `rl.context_shift`.
+
+    >>> shift = ContextShift(head_sum=3.0, head_tokens=2, rest_sum=0.0, rest_tokens=1)
+    >>> shift.per_token
+    1.0
+    """
+
+    head_sum: float
+    """Shift of the first tokens of the response."""
+    head_tokens: int
+    rest_sum: float
+    rest_tokens: int
+
+    @property
+    def per_token(self) -> float:
+        return (self.head_sum + self.rest_sum) / (self.head_tokens + self.rest_tokens)
+
+
 UpdateOutcome = Literal["applied", "empty", "non_finite"]
 """What became of an optimizer step: the weights moved; no sample carried a gradient; the gradient was not finite. In
 the last two cases the weights stand still and the learning-rate schedule advances."""
@@ -406,5 +444,7 @@ class UpdateReport:
     learning_rate: float
     outcome: UpdateOutcome
     tokens: TokenStats[float] = field(default_factory=no_tokens)
+    shifts: Mapping[RolloutKey, ContextShift] = field(default_factory=dict[RolloutKey, ContextShift])
+    """Shifts of the templated rollouts that were trained on without their template."""
     flops_per_rank: float = 0.0
     """Matrix-product operations of forward and backward pass on the samples, recomputation left out, over the ranks."""

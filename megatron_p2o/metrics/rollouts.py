@@ -1,12 +1,12 @@
 """Every rollout of a step as JSON lines, for reading and for the report."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.jsonl import JsonObject
-from megatron_p2o.types import Completion, Group, Rollout
+from megatron_p2o.types import Completion, ContextShift, Group, Rollout, RolloutKey
 
 
 class RolloutWriter:
@@ -21,12 +21,24 @@ class RolloutWriter:
                 (directory / "discarded").mkdir(exist_ok=True)
                 path.replace(directory / "discarded" / path.name)
 
-    def write(self, step: int, groups: Sequence[Group], decode: Callable[[Completion], str]) -> Path:
+    def write(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        decode: Callable[[Completion], str],
+        shifts: Mapping[RolloutKey, ContextShift],
+    ) -> Path:
         """Write the step's file, whole or not at all, and return its path. `decode` gives the response text."""
         lines = [
-            json.dumps(_line(group, rollout, advantage, decode(rollout.completion)), ensure_ascii=False)
+            json.dumps(
+                {
+                    **_line(group, rollout, advantage, decode(rollout.completion)),
+                    **_shift_fields(shifts.get((group.problem.id, place))),
+                },
+                ensure_ascii=False,
+            )
             for group in groups
-            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+            for place, (rollout, advantage) in enumerate(zip(group.rollouts, group.advantages, strict=True))
         ]
         path = self._directory / f"step-{step:06d}.jsonl"
         write_whole(path, "".join(line + "\n" for line in lines))
@@ -64,4 +76,15 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
         "num_response_tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
         "weight_versions": list(completion.weight_versions),
+    }
+
+
+def _shift_fields(shift: ContextShift | None) -> JsonObject:
+    """Return what the template adds to the response's log-probs, nats per token; null where it was not measured."""
+    if shift is None:
+        return {"shift_per_token": None, "shift_head_per_token": None, "shift_rest_per_token": None}
+    return {
+        "shift_per_token": shift.per_token,
+        "shift_head_per_token": shift.head_sum / shift.head_tokens if shift.head_tokens else None,
+        "shift_rest_per_token": shift.rest_sum / shift.rest_tokens if shift.rest_tokens else None,
     }

@@ -11,6 +11,8 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     rollout/dropped_rollouts_share      rollouts
     rollout/truncated_share             rollouts that the engines did not give up, as rollout/response_tokens_*
     train/ratio_mask_kept_share         response tokens of templated rollouts with an advantage
+    train/ratio_mask_dropped_*_share    |advantage| of those tokens; for successes, times what the template adds in nats
+    template/*shift*per_token           tokens of templated rollouts that were trained on without their template
     train/clipped_share                 tokens that keep a weight after the context ratio
     train/*_mean                        tokens that went through the LM head
     train/reference_kl_mean             tokens with a KL term: KL(policy || initial policy) in nats by k3
@@ -31,7 +33,7 @@ from megatron_p2o.config.shape import ONLY_TASK
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
 from megatron_p2o.rl.objective import total_stats
-from megatron_p2o.types import Group, Problem, Rollout, UpdateReport
+from megatron_p2o.types import ContextShift, Group, Problem, Rollout, RolloutKey, UpdateReport
 
 
 def step_metrics(
@@ -52,6 +54,7 @@ def step_metrics(
         **rollout_metrics(groups),
         **task_metrics(groups),
         **update_metrics(reports),
+        **shift_metrics(groups, reports),
         **speed_metrics(groups, reports, seconds),
         **memory_metrics(peak_bytes or {}),
     }
@@ -118,6 +121,8 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
         "train/empty_updates_count": Sum(outcomes.count("empty")),
         "train/non_finite_updates_count": Sum(outcomes.count("non_finite")),
         "train/ratio_mask_kept_share": Mean(total.templated_kept_tokens, total.templated_tokens),
+        "train/ratio_mask_dropped_advantage_share": Mean(total.dropped_advantage_sum, total.templated_advantage_sum),
+        "train/ratio_mask_dropped_shift_share": Mean(total.dropped_gain_sum, total.templated_gain_sum),
         "train/clipped_share": Mean(total.clipped_tokens, total.kept_tokens),
         "train/ratio_mean": Mean(total.ratio_sum, total.live_tokens),
         "train/reference_kl_mean": Mean(total.reference_kl_sum, total.reference_tokens),
@@ -135,6 +140,43 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
     if compared:
         metrics["mismatch/logprob_abs_max"] = Max.of(compared)
     return metrics
+
+
+def shift_metrics(groups: Sequence[Group], reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
+    """Return what templates still buy, in nats per token (`rl.context_shift`): over all templated rollouts that were
+    trained on, in the first tokens of their responses and in the rest, and by template of the current library."""
+    shifts = shifts_by_rollout(reports)
+    by_template: dict[int, list[ContextShift]] = {}
+    for group in groups:
+        for place, rollout in enumerate(group.rollouts):
+            if (shift := shifts.get((group.problem.id, place))) is not None:
+                by_template.setdefault(rollout.completion.prompt.template.id, []).append(shift)
+    return {
+        "template/shift_per_token": _mean_shift(shifts.values()),
+        "template/shift_head_per_token": Mean(
+            sum(shift.head_sum for shift in shifts.values()), sum(shift.head_tokens for shift in shifts.values())
+        ),
+        "template/shift_rest_per_token": Mean(
+            sum(shift.rest_sum for shift in shifts.values()), sum(shift.rest_tokens for shift in shifts.values())
+        ),
+        **{
+            f"template/{template_id}/shift_per_token": _mean_shift(own)
+            for template_id, own in sorted(by_template.items())
+        },
+    }
+
+
+def shifts_by_rollout(reports: Iterable[UpdateReport]) -> dict[RolloutKey, ContextShift]:
+    """Return the shift of each rollout of a step that has one."""
+    return {key: shift for report in reports for key, shift in report.shifts.items()}
+
+
+def _mean_shift(shifts: Iterable[ContextShift]) -> Mean:
+    own = list(shifts)
+    return Mean(
+        sum(shift.head_sum + shift.rest_sum for shift in own),
+        sum(shift.head_tokens + shift.rest_tokens for shift in own),
+    )
 
 
 def speed_metrics(

@@ -222,6 +222,12 @@ def health_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
         ("train/grad_norm", "Gradient norm", "Before clipping, mean over the optimizer steps.", "number"),
         ("train/entropy_mean", "Entropy", "Nats per trained token.", "number"),
         ("train/ratio_mask_kept_share", "Context-ratio mask", "Templated tokens that keep their gradient.", "share"),
+        (
+            "train/ratio_mask_dropped_shift_share",
+            "What the mask keeps from training",
+            "Of what templates add to the log-probs of successes.",
+            "share",
+        ),
         ("hard/forgotten_share", "Forgotten problems", "Mastered before, failed by every plain try now.", "share"),
         ("train/clipped_share", "Clipped tokens", "Share of the trained tokens.", "share"),
         ("rollout/zero_advantage_groups_share", "Groups without gradient", "Every advantage is zero.", "share"),

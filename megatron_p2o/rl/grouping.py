@@ -80,7 +80,7 @@ def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[T
     """Return every decided rollout that has a response as a sample on the prompt the gradient is taken on."""
     samples: list[TrainSample] = []
     for group in groups:
-        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
+        for place, (rollout, advantage) in enumerate(zip(group.rollouts, group.advantages, strict=True)):
             completion = rollout.completion
             if not has_sample(rollout) or (objective.drop_truncated and completion.finish_reason == "length"):
                 continue
@@ -95,6 +95,7 @@ def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[T
                     advantage=advantage,
                     sampling_logprobs=completion.logprobs,
                     is_templated=distils and prompt.is_templated,
+                    key=(group.problem.id, place),
                 )
             )
     return samples

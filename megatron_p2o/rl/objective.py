@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config.tree import ObjectiveConfig
+from megatron_p2o.rl.context_shift import shift_of_tokens
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
 from p2o_kernels import Context, LossRule, PolicyLoss
 
@@ -163,15 +164,19 @@ def with_length_weights(
             assert_never(objective.normalization)
 
 
+def carrying_tokens(batch: PackedBatch, *, acts_without_advantage: bool = False) -> Tensor:
+    """Return which tokens may carry gradient: those with a weight and, unless a term acts without it, an advantage."""
+    carries_T = batch.loss_mask_T & (batch.loss_weights_T != 0)
+    return carries_T if acts_without_advantage else carries_T & (batch.advantages_T != 0)
+
+
 def token_stats(batch: PackedBatch, outcome: PolicyLoss, *, acts_without_advantage: bool = False) -> TokenStats[Tensor]:
     """Return what happened to the tokens of `batch`; only those that may carry gradient are looked at.
 
     A token without advantage or weight is in `loss_tokens` and nowhere else, so that it does not matter whether it was
     dropped before packing. Where a term acts without an advantage, the weight alone decides.
     """
-    carries_T = batch.loss_mask_T & (batch.loss_weights_T != 0)
-    if not acts_without_advantage:
-        carries_T = carries_T & (batch.advantages_T != 0)
+    carries_T = carrying_tokens(batch, acts_without_advantage=acts_without_advantage)
     live_T = outcome.is_live_T
     is_kept_T = outcome.weights_T != 0
     is_templated_T = batch.is_templated_T & carries_T
@@ -189,6 +194,7 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss, *, acts_without_advanta
         kept_tokens=_sum(is_kept_T),
         templated_tokens=_sum(is_templated_T),
         templated_kept_tokens=_sum(is_templated_T & is_kept_T),
+        **_mask_sums(batch, outcome, is_templated_T),
         clipped_tokens=_sum(outcome.is_clipped_T & is_kept_T),
         ratio_sum=_sum(torch.where(live_T, outcome.ratio_T, zero_T)),
         entropy_sum=_sum(outcome.entropy_T),
@@ -200,6 +206,21 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss, *, acts_without_advanta
         reference_tokens=_sum(is_referred_T),
         reference_kl_sum=_k3_sum(torch.where(is_referred_T, reference_T - outcome.logprobs_T, zero_T)),
     )
+
+
+def _mask_sums(batch: PackedBatch, outcome: PolicyLoss, is_templated_T: Tensor) -> dict[str, Tensor]:
+    """Return what the context ratio has to weigh in templated rollouts, and what it takes away; see `TokenStats`."""
+    weights_T = torch.where(is_templated_T, batch.loss_weights_T, 1.0)
+    taken_T = 1 - (outcome.weights_T / weights_T).clamp(max=1)
+    mass_T = torch.where(is_templated_T, batch.advantages_T.abs() * weights_T, 0.0)
+    is_gain_T = is_templated_T & (batch.advantages_T > 0)
+    gain_T = torch.where(is_gain_T, mass_T * shift_of_tokens(batch, outcome).clamp(min=0), 0.0)
+    return {
+        "templated_advantage_sum": _sum(mass_T),
+        "dropped_advantage_sum": _sum(torch.where(is_templated_T, mass_T * taken_T, 0.0)),
+        "templated_gain_sum": _sum(gain_T),
+        "dropped_gain_sum": _sum(torch.where(is_gain_T, gain_T * taken_T, 0.0)),
+    }
 
 
 def _k3_sum(difference_T: Tensor) -> Tensor:

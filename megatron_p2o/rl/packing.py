@@ -60,6 +60,9 @@ def pack(
         is_templated_T=torch.from_numpy(np.array([s.is_templated for s in samples])[sample_index_T]).to(device),
         old_logprobs_T=None if old_logprobs is None else on_responses(old_logprobs),
         sample_index_T=_int64(sample_index_T, device),
+        response_index_T=_int64(
+            np.concatenate([np.arange(length) - start for length, start in zip(lengths, starts, strict=True)]), device
+        ),
         engine_logprobs_T=on_all_responses([sample.engine_logprobs for sample in samples]),
         reference_logprobs_T=on_all_responses([sample.reference_logprobs for sample in samples]),
     )
@@ -102,6 +105,7 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
         is_templated_T=batch.is_templated_T[positions],
         old_logprobs_T=of_part(batch.old_logprobs_T),
         sample_index_T=batch.sample_index_T[positions],
+        response_index_T=batch.response_index_T[positions],
         engine_logprobs_T=of_part(batch.engine_logprobs_T),
         reference_logprobs_T=of_part(batch.reference_logprobs_T),
     )

@@ -33,6 +33,7 @@ from megatron_p2o.types import (
     INCORRECT,
     PLAIN,
     Completion,
+    ContextShift,
     FinishReason,
     Grade,
     Logprobs,
@@ -180,10 +181,12 @@ class FakePolicy:
     ) -> UpdateReport:
         self.journal.append("update")
         old = None if old_logprobs is None else tuple(old_logprobs)
+        before = self.num_updates
         self.updates.append(UpdateCall(samples=tuple(samples), old_logprobs=old, num_loss_tokens=num_loss_tokens))
         self.num_updates += 1 if samples else 0
         outcome = "applied" if samples else "empty"
-        return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, outcome=outcome)
+        shifts = {sample.key: fake_shift(sample, before) for sample in samples if sample.is_templated}
+        return UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, outcome=outcome, shifts=shifts)
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
         self.journal.append("logprobs")
@@ -207,6 +210,12 @@ class FakePolicy:
 
     def load(self, directory: Path) -> None:
         self.num_updates = int(json.loads((directory / "policy.json").read_text(encoding="utf-8")))
+
+
+def fake_shift(sample: TrainSample, num_updates: int) -> ContextShift:
+    """Return the shift of a templated sample under a policy that has moved so often; every token is of the head."""
+    shift = sample.sampling_logprobs - fake_logprobs(sample.context_ids, sample.response_ids, num_updates)
+    return ContextShift(head_sum=float(shift.sum()), head_tokens=len(shift), rest_sum=0.0, rest_tokens=0)
 
 
 UNDECIDED = Grade.undecided("made so")

@@ -63,6 +63,7 @@ def random_samples(
             advantage=float(generator.normal()),
             sampling_logprobs=generator.uniform(-9.0, -3.0, length).astype(np.float32),
             is_templated=index % 2 == 1,
+            key=(f"problem-{index}", 0),
         )
         for index, length in enumerate(response_lengths)
     ]
@@ -158,7 +159,15 @@ def token_losses(
     weights_R = torch.ones_like(old_R) if sample.loss_weights is None else torch.from_numpy(sample.loss_weights)
     if objective.context == "ratio_mask" and sample.is_templated:
         rho_R = (first_R - torch.from_numpy(sample.sampling_logprobs)).exp()
-        weights_R = weights_R * ((rho_R >= objective.ratio_low) & (rho_R <= objective.ratio_high)).float()
+        is_inside_R = (rho_R >= objective.ratio_low) & (rho_R <= objective.ratio_high)
+        beyond_R = rho_R.clamp(objective.ratio_low, objective.ratio_high) / rho_R
+        outside_R = {
+            "hard": torch.zeros_like(rho_R),
+            "one_sided": torch.full_like(rho_R, float(sample.advantage > 0)),
+            "soft": beyond_R,
+            "fading": torch.minimum(beyond_R, 1 / beyond_R),
+        }[objective.ratio_form]
+        weights_R = weights_R * torch.where(is_inside_R, 1.0, outside_R)
     return surrogate_losses(logprobs_R, old_R, sample.advantage, objective), weights_R
 
 

@@ -106,11 +106,20 @@ def train_each(configs: Sequence[Config]) -> list[dict[str, Any]]:
                 "losses": [report.loss for report in reports],
                 "grad_norms": [report.grad_norm for report in reports],
                 "tokens": asdict(reports[1].tokens),
+                "shifts": [{key: asdict(report.shifts[key]) for key in sorted(report.shifts)} for report in reports],
                 "weights": {name: tensor.numpy() for name, tensor in policy.weights()},
             }
         )
         policy.close()
     return results
+
+
+def assert_same_shifts(result: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    templated = [sample.key for sample in SAMPLES if sample.is_templated]
+    for ours, theirs in zip(result["shifts"], expected["shifts"], strict=True):
+        assert list(ours) == list(theirs) == templated, name
+        for key in templated:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-4), (name, key)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +139,7 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_layout(
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=1e-6), name
         assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-5), name
         assert result["tokens"] == pytest.approx(expected["tokens"], rel=1e-5, abs=1e-5), name
+        assert_same_shifts(result, expected, name)
         for weight, tensor in expected["weights"].items():
             np.testing.assert_allclose(result["weights"][weight], tensor, atol=1e-5, err_msg=f"{name}: {weight}")
 
@@ -138,6 +148,8 @@ OBJECTIVES = {
     "gspo": ObjectiveConfig(surrogate="gspo", normalization="sequence_mean", clip_low=0.01, clip_high=0.01),
     "gspo, importance": ObjectiveConfig(surrogate="gspo", context="importance", clip_low=0.9, clip_high=9.0),
     "cispo": ObjectiveConfig(surrogate="cispo", normalization="sequence_sum", clip_low=1.0, clip_high=0.1),
+    "one-sided": ObjectiveConfig(ratio_form="one_sided", ratio_low=0.3, ratio_high=3.0),
+    "fading": ObjectiveConfig(ratio_form="fading", ratio_low=0.3, ratio_high=3.0, normalization="kept_token_mean"),
     "entropy and KL": ObjectiveConfig(entropy_coefficient=0.05, kl_coefficient=0.5, context="replace"),
 }
 LAYOUTS: dict[int, dict[str, Case]] = {
@@ -175,6 +187,7 @@ def test_no_objective_depends_on_the_layout(
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=2e-6), label
         assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-5), label
         assert result["tokens"] == pytest.approx(expected["tokens"], rel=1e-5, abs=1e-5), label
+        assert_same_shifts(result, expected, label)
         for weight, tensor in expected["weights"].items():
             np.testing.assert_allclose(result["weights"][weight], tensor, atol=1e-5, err_msg=f"{label}: {weight}")
     assert expected_of["entropy and KL"]["tokens"]["reference_kl_sum"] > 0.01

@@ -78,6 +78,10 @@ class AlarmsConfig:
     is on record and before its weights are saved, so that the run can go on from the checkpoint before."""
     forgotten: Annotated[float, Range(at_least=0, at_most=1)] = 0.25
     """Share of a step's mastered problems (if they are at least ten) above which plain failures cause a warning."""
+    ratio_mask_dropped: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
+    """Share of what templated rollouts teach that the context ratio may take away, above which a warning says that
+    training cannot internalise it: of their |advantage|, or of what the template adds to the log-probs of successes. 1
+    turns it off."""
     undecided: Annotated[float, Range(at_least=0, at_most=1)] = 0.01
     """Share of the answers of a step or an evaluation above which undecided ones cause a warning. Undecided answers are
     not learnt from and count in no rate."""

@@ -23,7 +23,15 @@ from megatron_p2o.policy.model.attention import PackLayout, pack_layout, sample_
 from megatron_p2o.policy.model.head import HeadInput
 from megatron_p2o.policy.model.parallel import context_group
 from megatron_p2o.policy.training.rank_samples import RankSamples
-from megatron_p2o.rl.objective import loss_rule, merged_stats, stats_on_cpu, token_stats, zero_stats
+from megatron_p2o.rl.context_shift import shift_sums
+from megatron_p2o.rl.objective import (
+    carrying_tokens,
+    loss_rule,
+    merged_stats,
+    stats_on_cpu,
+    token_stats,
+    zero_stats,
+)
 from megatron_p2o.rl.packing import context_part, context_positions, pack
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
 from p2o_kernels import PolicyLoss
@@ -104,12 +112,15 @@ class PassResult:
     divisor: Tensor
     """[] int32."""
     stats: TokenStats[Tensor]
+    shifts: tuple[tuple[tuple[int, ...], Tensor], ...] = ()
+    """For each pack its samples, as in `MicroBatch`, and the `shift_sums` of their templated tokens."""
 
     def merge(self, other: "PassResult") -> "PassResult":
         return PassResult(
             loss=self.loss + other.loss,
             divisor=self.divisor + other.divisor,
             stats=merged_stats(self.stats, other.stats),
+            shifts=self.shifts + other.shifts,
         )
 
     @staticmethod
@@ -122,7 +133,21 @@ class PassResult:
         )
 
     def on_cpu(self) -> "PassResult":
-        return PassResult(loss=self.loss.cpu(), divisor=self.divisor.cpu(), stats=stats_on_cpu(self.stats))
+        return PassResult(
+            loss=self.loss.cpu(),
+            divisor=self.divisor.cpu(),
+            stats=stats_on_cpu(self.stats),
+            shifts=tuple((samples, sums.cpu()) for samples, sums in self.shifts),
+        )
+
+    def shifts_by_sample(self) -> dict[int, list[float]]:
+        """Return the four sums of each of the rank's samples by index; of a result that is in host memory."""
+        return {
+            sample: row
+            for samples, sums in self.shifts
+            for sample, row in zip(samples, sums.tolist(), strict=True)
+            if row[1] or row[3]
+        }
 
 
 def make_micro_batches(rank_samples: RankSamples, device: torch.device, length_multiple: int) -> list[MicroBatch]:
@@ -206,17 +231,27 @@ def forward_backward(
         outcome = PolicyLoss(*output)
 
         def loss_of(loss: Tensor) -> tuple[Tensor, Tensor, PassResult]:
-            stats = token_stats(micro_batch.part, outcome, acts_without_advantage=rule.acts_without_advantage)
-            if not micro_batch.samples:
-                stats = zero_stats(loss.device)
+            stats, shifts = _measured(micro_batch, outcome, acts_without_advantage=rule.acts_without_advantage)
             loss, divisor = denominator.contribution(loss, stats, micro_batch, number)
             # Megatron adds the divisors into a tensor of its own and scales the gradient by their sum.
-            return loss, divisor, PassResult(loss=loss.detach(), divisor=divisor.clone(), stats=stats)
+            return loss, divisor, PassResult(loss=loss.detach(), divisor=divisor.clone(), stats=stats, shifts=shifts)
 
         return outcome.loss, loss_of
 
     results = _schedule(forward_step, list(enumerate(batches)), modules)
     return functools.reduce(PassResult.merge, results, PassResult.zero(batches[0].whole.token_ids_T.device))
+
+
+def _measured(
+    micro_batch: MicroBatch, outcome: PolicyLoss, *, acts_without_advantage: bool
+) -> tuple[TokenStats[Tensor], tuple[tuple[tuple[int, ...], Tensor], ...]]:
+    """Return the statistics of a pack and its part of `PassResult.shifts`; nothing of a filler."""
+    if not micro_batch.samples:
+        return zero_stats(outcome.loss.device), ()
+    part = micro_batch.part
+    stats = token_stats(part, outcome, acts_without_advantage=acts_without_advantage)
+    is_counted_T = part.is_templated_T & carrying_tokens(part, acts_without_advantage=acts_without_advantage)
+    return stats, ((micro_batch.samples, shift_sums(part, outcome, is_counted_T)),)
 
 
 @torch.no_grad()

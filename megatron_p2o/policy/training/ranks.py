@@ -29,6 +29,7 @@ from megatron_p2o.policy.training.rank_samples import RankSamples, check_samples
 from megatron_p2o.policy.training.shard import PolicyShard, UpdateReply
 from megatron_p2o.policy.weights.hf_directory import first_of
 from megatron_p2o.processes import RankMemory
+from megatron_p2o.rl.context_shift import shifts_of
 from megatron_p2o.rl.objective import stats_as_numbers
 from megatron_p2o.types import Logprobs, TrainSample, UpdateReport
 
@@ -141,7 +142,7 @@ class MegatronPolicy:
         )
         # Forward, and twice as much backward.
         flops = 3 * sum(self._shard.architecture.forward_flops(s.num_tokens, len(s.response_ids)) for s in samples)
-        return _update_report(replies, flops / self._ranks.world_size)
+        return _update_report(replies, samples, flops / self._ranks.world_size)
 
     def plan_updates(self, num_updates: int) -> None:
         """Set the number of updates of the whole run, including those already done. The learning-rate schedule depends
@@ -307,7 +308,9 @@ class MegatronPolicy:
             return result
 
 
-def _update_report(replies: Sequence[UpdateReply], flops_per_rank: float) -> UpdateReport:
+def _update_report(
+    replies: Sequence[UpdateReply], samples: Sequence[TrainSample], flops_per_rank: float
+) -> UpdateReport:
     results = [reply.result for reply in replies if reply.result is not None]
     total = functools.reduce(PassResult.merge, results, PassResult.zero())
     return UpdateReport(
@@ -316,5 +319,6 @@ def _update_report(replies: Sequence[UpdateReply], flops_per_rank: float) -> Upd
         learning_rate=replies[0].learning_rate,
         outcome=replies[0].outcome.outcome,
         tokens=stats_as_numbers(total.stats),
+        shifts=shifts_of(samples, [reply.shifts for reply in replies]),
         flops_per_rank=flops_per_rank,
     )

@@ -1,8 +1,8 @@
 """This rank's part of the policy: model and optimizer. Every method is collective."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,8 @@ class UpdateReply:
     learning_rate: float
     result: PassResult | None
     """Result of the pass, on the one rank that represents its data-parallel replica; None on the others."""
+    shifts: Mapping[int, Sequence[float]]
+    """`PassResult.shifts_by_sample` by place in the caller's list; empty where there is no result."""
 
 
 class PolicyShard:
@@ -103,7 +105,12 @@ class PolicyShard:
         result = forward_backward(optimization.modules, batches, denominator, self._dead_share).on_cpu()
         self._dead_share = dead_share(stats_as_numbers(result.stats), otherwise=self._dead_share)
         outcome = optimization.step()
-        return UpdateReply(outcome=outcome, learning_rate=learning_rate, result=result if self.speaks else None)
+        if not self.speaks:
+            return UpdateReply(outcome=outcome, learning_rate=learning_rate, result=None, shifts={})
+        shifts = {rank_samples.indices[place]: sums for place, sums in result.shifts_by_sample().items()}
+        return UpdateReply(
+            outcome=outcome, learning_rate=learning_rate, result=replace(result, shifts=()), shifts=shifts
+        )
 
     def plan_updates(self, num_updates: int) -> None:
         """See `Optimization.plan`."""

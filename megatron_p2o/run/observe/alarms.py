@@ -31,6 +31,13 @@ FORGOTTEN = "hard/forgotten_share"
 """Metric key of the share of mastered problems that fail plainly."""
 
 
+DROPPED = {
+    "train/ratio_mask_dropped_advantage_share": "of the advantage of templated rollouts",
+    "train/ratio_mask_dropped_shift_share": "of what templates add to the log-probs of successes",
+}
+"""Metric keys of what the context ratio takes away, and of what it takes."""
+
+
 class MismatchAlarm(RuntimeError):
     """Engine and trainer differ too much; `alarms.mismatch_action` is stop."""
 
@@ -51,6 +58,7 @@ class Alarms:
         self._alarms = alarms
         self._health = HealthWatch()
         self._mismatch = MismatchWatch(alarms, earlier_mismatches)
+        self._mask = MaskWatch(alarms.ratio_mask_dropped)
 
     def is_healthy(self, step: int, result: StepResult, metrics: Mapping[str, MetricValue]) -> bool:
         """Warn of the problems of a step. Return whether the policy before it could be sampled and trained.
@@ -61,6 +69,7 @@ class Alarms:
         warn_of_forgotten(step, metrics, self._alarms.forgotten)
         warn_of_skipped_updates(step, result.reports)
         warn_of_undecided(step, metrics, self._alarms.undecided)
+        self._mask.look(step, metrics)
         return self._health.is_healthy(step, result.groups, result.reports)
 
     def check(self, step: int, result: StepResult, metrics: Mapping[str, MetricValue]) -> None:
@@ -148,6 +157,30 @@ class MismatchWatch:
                 logger.warning(message)
             case _:
                 assert_never(self._alarms.mismatch_action)
+
+
+class MaskWatch:
+    """Warns where the context ratio drops most of what templates teach. Once, until it is over."""
+
+    def __init__(self, alarm: float) -> None:
+        """`alarm`: `alarms.ratio_mask_dropped`."""
+        self._alarm = alarm
+        self._is_ringing = False
+
+    def look(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
+        """Take in a step's metrics; a step without templated rollouts changes nothing."""
+        numbers = numbers_of(metrics)
+        shares = {key: numbers[key] for key in DROPPED if key in numbers}
+        if not shares:
+            return
+        was_ringing = self._is_ringing
+        self._is_ringing = max(shares.values()) > self._alarm
+        if self._is_ringing and not was_ringing:
+            logger.warning(
+                "step %d: the context ratio drops %s, more than alarms.ratio_mask_dropped=%g: training cannot "
+                "internalise what the templates bring: set objective.ratio_form=one_sided or objective.context=replace",
+                *(step, " and ".join(f"{share:.0%} {DROPPED[key]}" for key, share in shares.items()), self._alarm),
+            )
 
 
 def earlier_mismatches(run_dir: Path) -> list[float]:

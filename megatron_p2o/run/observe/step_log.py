@@ -5,7 +5,13 @@ from collections.abc import Callable, Mapping
 
 from megatron_p2o.algorithm import StepResult, TrainState
 from megatron_p2o.metrics.clock import PhaseClock
-from megatron_p2o.metrics.step import asked_plainly_metrics, forgotten_metrics, phase_metrics, step_metrics
+from megatron_p2o.metrics.step import (
+    asked_plainly_metrics,
+    forgotten_metrics,
+    phase_metrics,
+    shifts_by_rollout,
+    step_metrics,
+)
 from megatron_p2o.metrics.values import Last, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import ledger_entry
 from megatron_p2o.run.observe.files import RunFiles
@@ -50,7 +56,8 @@ class StepLog:
         self.write(state, {**metrics, **of_processes})
         self._files.ledger.append(entries)
         if is_due(state.step, self._rollouts_every_steps):
-            self._files.rollouts.write(state.step, result.groups, self._decode)
+            shifts = shifts_by_rollout(result.reports)
+            self._files.rollouts.write(state.step, result.groups, self._decode, shifts)
         return metrics
 
     def write(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:

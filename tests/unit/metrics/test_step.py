@@ -15,6 +15,7 @@ from megatron_p2o.types import (
     INCORRECT,
     PLAIN,
     Completion,
+    ContextShift,
     FinishReason,
     Grade,
     Group,
@@ -141,6 +142,31 @@ def test_token_shares_are_over_all_updates_tokens_not_means_of_updates() -> None
     assert numbers["train/entropy_mean"] == 30 / 40
 
 
+def test_the_shift_is_a_mean_over_tokens_of_all_rollouts_and_of_each_template() -> None:
+    easy, hard = fake_problem(0), fake_problem(1)
+    other = Template(id=7, text="Stop.", parent=0)
+    groups = [
+        Group(problem=each, rollouts=tuple(rollout(each, z, correct=True) for z in asked), advantages=(1.0, 1.0, 0.0))
+        for each, asked in ((easy, (HINT, other, PLAIN)), (hard, (HINT, HINT, PLAIN)))
+    ]
+
+    def shift(head: tuple[float, int], rest: tuple[float, int]) -> ContextShift:
+        return ContextShift(head_sum=head[0], head_tokens=head[1], rest_sum=rest[0], rest_tokens=rest[1])
+
+    first = {(easy.id, 0): shift((4.0, 2), (1.0, 8)), (easy.id, 1): shift((3.0, 1), (0.0, 0))}
+    second = {(hard.id, 1): shift((-1.0, 1), (5.0, 4))}
+    reports = [replace(report(1), shifts=shifts) for shifts in (first, second)]
+    numbers = {key: value for key, value in numbers_of(step_metrics(groups, reports, {})).items() if "shift" in key}
+    assert numbers == {
+        "template/shift_per_token": 12 / 16,
+        "template/shift_head_per_token": 6 / 4,
+        "template/shift_rest_per_token": 6 / 12,
+        "template/3/shift_per_token": 9 / 15,
+        "template/7/shift_per_token": 3.0,
+    }
+    assert not any("shift" in key for key in numbers_of(step_metrics(groups, [report(1)], {})))
+
+
 def test_updates_that_moved_nothing_are_counted_by_reason_and_spoil_no_mean() -> None:
     reports = [report(1.0), *[report(0.0, outcome="empty")] * 2, report(float("nan"), outcome="non_finite")]
     numbers = numbers_of(step_metrics([], reports, {}))
@@ -207,6 +233,8 @@ def test_every_metric_of_the_tokens_has_its_own_numerator_and_denominator() -> N
     place = {field.name: index for index, field in enumerate(fields(TokenStats))}
     of_tokens = {
         "train/ratio_mask_kept_share": ("templated_kept_tokens", "templated_tokens"),
+        "train/ratio_mask_dropped_advantage_share": ("dropped_advantage_sum", "templated_advantage_sum"),
+        "train/ratio_mask_dropped_shift_share": ("dropped_gain_sum", "templated_gain_sum"),
         "train/clipped_share": ("clipped_tokens", "kept_tokens"),
         "train/ratio_mean": ("ratio_sum", "live_tokens"),
         "train/entropy_mean": ("entropy_sum", "live_tokens"),

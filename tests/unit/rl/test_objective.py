@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from megatron_p2o.rl.packing import pack
 from megatron_p2o.testing.fakes import fake_logprobs
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample, no_tokens
 from p2o_kernels import LossRule, PolicyLoss
-from p2o_kernels.policy_loss.token_loss import LossTokens, token_inputs, token_losses_torch
+from p2o_kernels.policy_loss.token_loss import LossTokens, RatioForm, token_inputs, token_losses_torch
 
 Context = Literal["sampling", "replace", "importance", "ratio_mask"]
 CONTEXTS: tuple[Context, ...] = ("sampling", "replace", "importance", "ratio_mask")
@@ -56,9 +56,14 @@ def scalar_weight(token: Token, objective: ObjectiveConfig) -> float:
         return 1.0
     ratio = math.exp(token.old - token.sampling)
     inside = objective.ratio_low <= ratio <= objective.ratio_high
-    if objective.ratio_form == "hard":
-        return float(inside)
-    return 1.0 if inside else (objective.ratio_low if ratio < 1 else objective.ratio_high) / ratio
+    beyond = (objective.ratio_low if ratio < 1 else objective.ratio_high) / ratio
+    outside = {
+        "hard": 0.0,
+        "one_sided": float(token.advantage > 0),
+        "soft": beyond,
+        "fading": min(beyond, 1 / beyond),
+    }
+    return 1.0 if inside else outside[objective.ratio_form]
 
 
 def scalar_loss(token: Token, objective: ObjectiveConfig) -> float:
@@ -180,9 +185,9 @@ def test_the_rule_of_the_kernels_has_every_setting_of_the_objective(
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("advantage", [2.0412, 0.4082, -0.4082, -2.0412, 0.0])
 @pytest.mark.parametrize("is_templated", [True, False])
-@pytest.mark.parametrize("form", ["hard", "soft"])
+@pytest.mark.parametrize("form", get_args(RatioForm))
 def test_each_token_has_the_loss_of_the_scalar_reference(
-    context: Context, advantage: float, is_templated: bool, form: Literal["hard", "soft"]
+    context: Context, advantage: float, is_templated: bool, form: RatioForm
 ) -> None:
     objective = ObjectiveConfig(context=context, ratio_form=form)
     tokens = grid_of_tokens(advantage, is_templated)
@@ -265,8 +270,8 @@ def test_gradients_agree_with_finite_differences(context: Context, seed: int) ->
 
 
 @pytest.mark.parametrize("context", ["sampling", "replace", "ratio_mask"])
-@pytest.mark.parametrize("form", ["hard", "soft"])
-def test_the_first_update_takes_its_own_forward_pass_as_old(context: Context, form: Literal["hard", "soft"]) -> None:
+@pytest.mark.parametrize("form", get_args(RatioForm))
+def test_the_first_update_takes_its_own_forward_pass_as_old(context: Context, form: RatioForm) -> None:
     objective = ObjectiveConfig(context=context, ratio_form=form, ratio_low=0.2, ratio_high=4.0)
     logprobs_T, batch = mixed_batch(with_old=False)
     loss, stats = policy_loss(logprobs_T.requires_grad_(), batch, objective)
@@ -334,6 +339,36 @@ def test_a_zero_loss_weight_drops_the_token_from_the_loss_and_not_from_the_denom
     assert stats.kept_tokens == whole_stats.kept_tokens - 1
 
 
+@pytest.mark.parametrize(
+    ("form", "dropped", "dropped_gain"),
+    [
+        ("hard", 2 + 1 + 0.5, 2 * 18 + 1 * 6),
+        ("one_sided", 0.5, 0),
+        # Below the band its weights are above 1: nothing is taken.
+        ("soft", 0, 0),
+        ("fading", 2 * (1 - 100 * math.exp(-18)) + (1 - 100 * math.exp(-6)) + 0.5 * (1 - 100 * math.exp(-9)), None),
+    ],
+)
+def test_what_the_mask_takes_is_counted_in_advantage_and_in_what_templates_add(
+    form: RatioForm, dropped: float, dropped_gain: float | None
+) -> None:
+    """Shifts of 18, 6, 1 and -1 nats in successes, of 9 in a failure; a plain rollout counts nowhere."""
+    groups = [
+        [Token(-20.0, -20.0, -2.0, 2.0, True), Token(-2.0, -2.0, -1.0, 2.0, True), Token(-2.0, -2.0, -3.0, 2.0, True)],
+        [Token(-7.0, -7.0, -1.0, 1.0, True)],
+        [Token(-10.0, -10.0, -1.0, -0.5, True)],
+        [Token(-10.0, -10.0, -1.0, 1.0, False)],
+    ]
+    logprobs_T, batch = batch_of(groups)
+    for given in (batch, replace(batch, old_logprobs_T=None)):
+        _, stats = policy_loss(logprobs_T, given, ObjectiveConfig(ratio_form=form))
+        assert stats.templated_advantage_sum == pytest.approx(3 * 2 + 1 + 0.5)
+        assert stats.templated_gain_sum == pytest.approx(2 * (18 + 1) + 1 * 6)
+        assert stats.dropped_advantage_sum == pytest.approx(dropped)
+        if dropped_gain is not None:
+            assert stats.dropped_gain_sum == pytest.approx(dropped_gain)
+
+
 def test_token_sums_are_those_counted_by_hand() -> None:
     groups = [
         [Token(-1.0, -1.0, -1.0, 1.0, True), Token(-0.5, -1.0, -9.0, 1.0, True), Token(-1.0, -2.0, -2.0, 1.0, True)],
@@ -350,6 +385,11 @@ def test_token_sums_are_those_counted_by_hand() -> None:
             "kept_tokens": 4,
             "templated_tokens": 3,
             "templated_kept_tokens": 2,
+            # The second token's ratio is e^8: dropped. No shift is positive.
+            "templated_advantage_sum": 3,
+            "dropped_advantage_sum": 1,
+            "templated_gain_sum": 0,
+            "dropped_gain_sum": 0,
             "clipped_tokens": 2,
             "ratio_sum": 1 + math.exp(0.5) + math.exp(1.0) + 1 + math.exp(2.0),
             "entropy_sum": 2.5,

@@ -140,6 +140,9 @@ OBJECTIVES = {
     "gspo": ObjectiveConfig(surrogate="gspo", clip_low=0.2, clip_high=0.3),
     "gspo, importance": ObjectiveConfig(surrogate="gspo", context="importance", clip_low=0.5, clip_high=2.0),
     "cispo": ObjectiveConfig(surrogate="cispo", context="importance", clip_low=1.0, clip_high=1.5),
+    "one-sided": ObjectiveConfig(ratio_form="one_sided", ratio_low=0.7, ratio_high=1.4),
+    "soft": ObjectiveConfig(ratio_form="soft", ratio_low=0.7, ratio_high=1.4),
+    "fading": ObjectiveConfig(ratio_form="fading", ratio_low=0.7, ratio_high=1.4),
     "entropy": ObjectiveConfig(entropy_coefficient=0.05, context="replace"),
     "k2": ObjectiveConfig(kl_coefficient=0.1, kl_estimator="k2"),
     "k3": ObjectiveConfig(kl_coefficient=0.1, kl_estimator="k3", surrogate="cispo"),
@@ -175,6 +178,24 @@ def test_three_updates_equal_transformers_with_torch_adamw(any_model: Path, obje
         assert_same_weights(weights_of(policy), oracle.weights(), atol=1e-5)
     if objective == OBJECTIVES["gspo"]:
         assert 0 < report.tokens.clipped_tokens < report.tokens.kept_tokens, report.tokens
+
+
+@pytest.mark.parametrize("context", ["replace", "importance", "ratio_mask"])
+def test_the_shift_of_each_templated_sample_is_its_template_s_log_probs_less_those_of_the_policy_before(
+    model: Path, context: Context
+):
+    config = policy_config(model, objective=ObjectiveConfig(context=context))
+    with policy_of(config) as policy:
+        before = policy.logprobs(NEAR)
+        reports = [policy.update(NEAR, old, 120) for old in (None, None if context == "importance" else before)]
+    truth = {
+        sample.key: float((sample.sampling_logprobs.astype(np.float64) - row).sum())
+        for sample, row in zip(NEAR, before, strict=True)
+        if sample.is_templated
+    }
+    # The importance context keeps no log-probs of before: its second update sees the moved policy's.
+    for report in reports[:1] if context == "importance" else reports:
+        assert {key: shift.head_sum for key, shift in report.shifts.items()} == pytest.approx(truth, abs=1e-4)
 
 
 def test_the_export_equals_what_was_loaded_bit_for_bit(any_model: Path, tmp_path: Path):

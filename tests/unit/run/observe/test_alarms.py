@@ -18,6 +18,7 @@ from megatron_p2o.metrics.values import Mean, numbers_of
 from megatron_p2o.run.observe.alarms import (
     MISMATCH,
     HealthWatch,
+    MaskWatch,
     MismatchAlarm,
     MismatchWatch,
     NothingLearnt,
@@ -97,6 +98,30 @@ def test_a_difference_that_is_no_number_is_too_large(
     assert "engine and trainer differ by nan nats a token" in caplog.text
     with pytest.raises(MismatchAlarm, match="differ by nan nats a token"):
         observed_step({"alarms.mismatch": 1e9, "alarms.mismatch_action": "stop"}, sums)
+
+
+HALF_DROPPED = {"templated_advantage_sum": 8.0, "dropped_advantage_sum": 1.0}
+HALF_DROPPED |= {"templated_gain_sum": 2.0, "dropped_gain_sum": 1.5}
+
+
+@pytest.mark.parametrize(("alarm", "warns"), [(0.5, True), (0.75, False), (1.0, False)])
+def test_a_mask_that_drops_what_templates_bring_is_warned_of(
+    alarm: float, warns: bool, observed_step: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    observed_step({"alarms.ratio_mask_dropped": alarm}, HALF_DROPPED)
+    sentence = (
+        "step 0: the context ratio drops 12% of the advantage of templated rollouts and 75% of what templates add to "
+        "the log-probs of successes, more than alarms.ratio_mask_dropped=0.5: training cannot internalise what the "
+        "templates bring: set objective.ratio_form=one_sided or objective.context=replace"
+    )
+    assert [record.message for record in caplog.records] == [sentence] * warns
+
+
+def test_the_mask_rings_once_until_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    watch = MaskWatch(0.5)
+    for step, share in enumerate([0.4, 0.6, 0.9, None, 0.7, 0.2, 0.8], start=1):
+        watch.look(step, {} if share is None else {"train/ratio_mask_dropped_shift_share": Mean(share, 1.0)})
+    assert [record.message.split(":")[0] for record in caplog.records] == ["step 2", "step 7"]
 
 
 DRIFT = [0.011 + 0.025 * step / 29 for step in range(30)]
