@@ -1,6 +1,6 @@
 """Chooses the next waiting request and its engine."""
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 
 from megatron_p2o.rollout.requests import EVERYONE, PRIORITIES, EngineHandle, GenerationRequest, Priority
@@ -11,7 +11,10 @@ class RequestQueues:
 
     def __init__(self, slots_per_engine: int) -> None:
         self._slots = slots_per_engine
-        self._queues: dict[Priority, deque[GenerationRequest]] = {priority: deque() for priority in PRIORITIES}
+        self._queues: dict[Priority, OrderedDict[GenerationRequest, None]] = {
+            each: OrderedDict() for each in PRIORITIES
+        }
+        """In order, the next one first; a request is taken out of the middle in constant time."""
         self._homes: dict[str, EngineHandle] = {}
         self._num_open: Counter[str] = Counter()
         """Requests of each problem that have been added and not settled."""
@@ -21,34 +24,35 @@ class RequestQueues:
     def add(self, request: GenerationRequest) -> None:
         """Queue a new request; it is open until `settled`."""
         self._num_open[request.prompt.problem.id] += 1
-        self._queues[request.priority].append(request)
+        self._queues[request.priority][request] = None
 
     def add_again(self, request: GenerationRequest) -> None:
         """Queue an open request before the others: its engine was lost."""
-        self._queues[request.priority].appendleft(request)
+        queue = self._queues[request.priority]
+        queue[request] = None
+        queue.move_to_end(request, last=False)
 
     def take(self, engines: Sequence[EngineHandle]) -> tuple[GenerationRequest, EngineHandle] | None:
         """Return the request that goes next and the engine it goes to; None while it has to wait or there is none."""
         for priority in PRIORITIES:
             queue = self._queues[priority]
             if priority in self.admitted and queue:
-                engine = self._engine_for(queue[0].prompt.problem.id, engines)
-                return None if engine is None else (queue.popleft(), engine)
+                engine = self._engine_for(next(iter(queue)).prompt.problem.id, engines)
+                return None if engine is None else (queue.popitem(last=False)[0], engine)
         return None
 
     def remove(self, request: GenerationRequest) -> bool:
         """Take a request out and return whether it was waiting."""
         queue = self._queues[request.priority]
         is_waiting = request in queue
-        if is_waiting:
-            queue.remove(request)
+        queue.pop(request, None)
         return is_waiting
 
     def take_all(self) -> Iterator[GenerationRequest]:
         """Yield and take out every waiting request, admitted or not."""
         for queue in self._queues.values():
             while queue:
-                yield queue.popleft()
+                yield queue.popitem(last=False)[0]
 
     def settled(self, request: GenerationRequest) -> None:
         """Close an open request; with its last one a problem loses its engine."""

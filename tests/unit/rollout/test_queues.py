@@ -4,6 +4,8 @@ import asyncio
 from concurrent.futures import Future
 from typing import Any, cast
 
+import pytest
+
 from megatron_p2o.rollout.queues import RequestQueues
 from megatron_p2o.rollout.requests import EVERYONE, NOBODY, EngineHandle, GenerationRequest, Priority
 from megatron_p2o.testing.fakes import FakeRenderer, fake_problem
@@ -85,6 +87,19 @@ def test_a_request_of_a_lost_engine_goes_before_the_others() -> None:
     assert start(queues, only) == (lost, "a")
     queues.add_again(lost)
     assert [start(queues, only), start(queues, only)] == [(lost, "a"), (waiting, "a")]
+
+
+def test_removing_one_of_many_requests_compares_it_with_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparisons: list[object] = []
+    queues = RequestQueues(slots_per_engine=8)
+    many = [request(number) for number in range(100)]
+    for each in many:
+        queues.add(each)
+    monkeypatch.setattr(GenerationRequest, "__eq__", lambda self, other: comparisons.append(other) or self is other)
+    monkeypatch.setattr(GenerationRequest, "__hash__", object.__hash__)
+    for each in reversed(many):
+        assert queues.remove(each)
+    assert not comparisons and not list(queues.take_all())
 
 
 def test_a_request_is_removed_once_and_only_while_it_waits() -> None:
