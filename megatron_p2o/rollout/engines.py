@@ -158,9 +158,9 @@ class SglangEngines:
         every = self._config.rollout.verify_every
         verify = every > 0 and self._num_refreshes % every == 0
         self._supervisor.renew()
-        self.broker.admit(NOBODY)
         with self._weights_lock:
             try:
+                self.broker.admit(NOBODY)
                 self._stats = self._sync.refresh(weights, version, verify=verify).metrics()
             except Exception as error:  # whatever it is, the engines' weights are not to be sampled
                 self.broker.suspend(error)

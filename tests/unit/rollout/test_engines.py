@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.rollout.engines import SglangEngines
-from megatron_p2o.testing.fakes import fake_config
+from megatron_p2o.testing.fakes import FakeRenderer, fake_config, fake_problem
+from megatron_p2o.types import PLAIN, SamplingParams
 
 
 class Sync:
@@ -55,6 +56,29 @@ def test_a_refresh_that_failed_is_not_counted(tmp_path: Path, monkeypatch: pytes
         for version in (1, 2):
             engines.refresh(no_weights(), version)
         assert sync.compared == [True, False]
+
+
+def test_a_gate_that_does_not_close_refuses_the_rollouts_and_lets_servers_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engines_of(2, tmp_path) as engines:
+        let_go: list[bool] = []
+        monkeypatch.setattr(engines, "_sync", Sync())
+        monkeypatch.setattr(engines._supervisor, "let_go", lambda: let_go.append(True))
+        with monkeypatch.context() as stuck:
+            stuck.setattr(engines.broker, "admit", stuck_gate)
+            with pytest.raises(TimeoutError, match="stuck"):
+                engines.refresh(no_weights(), 1)
+        assert let_go == [True]
+        prompt = FakeRenderer().render(fake_problem(1), PLAIN)
+        with pytest.raises(TimeoutError, match="stuck"):
+            list(engines.generate([prompt], SamplingParams(temperature=1.0, max_new_tokens=1)))
+        engines.refresh(no_weights(), 1)
+        assert let_go == [True, True]
+
+
+def stuck_gate(priorities: frozenset[str]) -> None:
+    raise TimeoutError("the loop is stuck")
 
 
 def no_weights() -> Iterator[tuple[str, Tensor]]:
