@@ -27,7 +27,7 @@ class Reply:
     """The first choice of a chat completion."""
 
     text: str
-    """What the model says; reasoning may precede it between <think> and </think>."""
+    """What the model says, its lines ended by "\\n" alone; reasoning may precede it between <think> and </think>."""
     has_reasoning: bool
     """Whether reasoning came in a field of its own."""
     is_cut: bool
@@ -53,7 +53,7 @@ def read_reply(content: bytes) -> Reply:
 
 
 def _text_of(content: Any) -> str:
-    """Return the text of a message, which may come in parts of several types."""
+    """Return the text of a message, which may come in parts of several types and with any line ends."""
     if isinstance(content, list):
-        return "".join(str(part["text"]) for part in cast(list[Any], content) if part.get("type") == "text")
-    return content if isinstance(content, str) else ""
+        content = "".join(str(part["text"]) for part in cast(list[Any], content) if part.get("type") == "text")
+    return content.replace("\r\n", "\n").replace("\r", "\n") if isinstance(content, str) else ""

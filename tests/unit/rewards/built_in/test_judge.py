@@ -82,6 +82,12 @@ def test_the_score_over_the_scale_is_the_reward(monkeypatch: pytest.MonkeyPatch)
     assert "Write a haiku." in request["messages"][1]["content"]
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_a_judge_may_end_its_lines_as_windows_does(end: str) -> None:
+    grade, _ = graded("A haiku.", says(f"Fine.{end}Really.{end}VERDICT {{code}} 7{end}"))
+    assert grade == Grade(reward=0.7, reason="score 7 of 10", feedback="Fine.\nReally.")
+
+
 def test_the_gold_answer_is_shown_where_there_is_one_and_only_if_asked() -> None:
     problem = Problem(id="p", question="q", answer="Forty-two")
     for shows_answer in (True, False):
