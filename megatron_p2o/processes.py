@@ -6,7 +6,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -61,6 +61,17 @@ def child_environment(needed: Collection[str] = ()) -> dict[str, str]:
     What remains may still depend on the machine (CUDA, NCCL, Slurm, paths), which no list of allowed names would know.
     """
     return {name: value for name, value in os.environ.items() if name in needed or not is_secret(name, value)}
+
+
+def variables_named_in(arguments: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the environment variables that foreign code needs: those that its arguments called `..._env` name."""
+    return tuple(value for name, value in arguments.items() if name.endswith("_env") and isinstance(value, str))
+
+
+def keys_named_in(arguments: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the part of them that holds a key whatever its name is: what an argument `api_key_env` names."""
+    value = arguments.get("api_key_env")
+    return (value,) if isinstance(value, str) else ()
 
 
 def end_with_parent(parent_pid: int) -> None:

@@ -22,7 +22,7 @@ from math import fsum
 from typing import Any, TypeVar, cast
 
 from megatron_p2o.config.callables import CallableKind, check_call, load_callable
-from megatron_p2o.processes import PROXY_VARIABLES
+from megatron_p2o.processes import PROXY_VARIABLES, variables_named_in
 from megatron_p2o.types import Grade
 
 RewardFunction = Callable[..., Any]
@@ -76,9 +76,9 @@ def function_secrets(specs: Sequence[RewardSpec]) -> tuple[str, ...]:
 
     They are what arguments called `..._env` name, and for `judge` also `JUDGE_KEY` and the proxies.
     """
-    named = [value for spec in specs for name, value in spec.arguments.items() if name.endswith("_env")]
     of_judge = (JUDGE_KEY, *PROXY_VARIABLES) if any(spec.function == "judge" for spec in specs) else ()
-    return (*(value for value in named if isinstance(value, str)), *of_judge)
+    named = [name for spec in specs for name in variables_named_in(spec.arguments)]
+    return (*named, *of_judge)
 
 
 def batched(function: Function) -> Function:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from megatron_p2o.config.tree import Config, GradingConfig
+from megatron_p2o.processes import keys_named_in
 from megatron_p2o.rewards.function_grader import specs_of
 from megatron_p2o.rewards.functions import RewardSpec, function_secrets
 from megatron_p2o.rewards.registry import MATH, RunGrader, make_grader
@@ -62,8 +63,7 @@ def reward_secrets(config: Config) -> tuple[str, ...]:
 
 def reward_keys(config: Config) -> set[str]:
     """Return the environment variables that arguments called `api_key_env` say hold a key, whatever their names."""
-    named = [spec.arguments.get("api_key_env") for spec in reward_functions(config)]
-    return {name for name in named if isinstance(name, str)}
+    return {name for spec in reward_functions(config) for name in keys_named_in(spec.arguments)}
 
 
 def _names_of(grading: GradingConfig) -> str:

@@ -104,7 +104,8 @@ class LoggingConfig:
     """Project of Trackio that receives the metrics. None: no Trackio."""
     sinks: Mapping[str, Any] = field(default_factory=dict)
     """Sinks of one's own and their arguments; `{}` for a sink without any. A sink's name is that of an entry point of
-    `megatron_p2o.sinks`, `package.module:callable` or `path/to/file.py:callable`."""
+    `megatron_p2o.sinks`, `package.module:callable` or `path/to/file.py:callable`. An argument whose name ends in `_env`
+    names an environment variable, which then reaches the sink even if it holds a secret."""
     rollouts_every_steps: NonNegativeInt = 1
     """Rollout steps between two that are written whole as JSONL. 0 writes none."""
     profile_update: PositiveInt | None = None

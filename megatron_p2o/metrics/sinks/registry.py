@@ -14,7 +14,7 @@ from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.sinks.record import MetricSink, SinkContext
 from megatron_p2o.metrics.sinks.services import MlflowSink, TensorBoardSink, TrackioSink, WandbSink
-from megatron_p2o.processes import PROXY_VARIABLES
+from megatron_p2o.processes import PROXY_VARIABLES, keys_named_in, variables_named_in
 
 OWN = CallableKind(signature="sink(context, **arguments)", entry_points="megatron_p2o.sinks")
 """What `logging.sinks` may name."""
@@ -102,8 +102,23 @@ def sink_problems(settings: LoggingConfig) -> list[str]:
 
 
 def sink_secrets(settings: LoggingConfig) -> tuple[str, ...]:
-    """Return the environment variables that may hold secrets and that the sinks asked for need."""
-    return tuple(dict.fromkeys(name for _, kind, _ in _wanted_kinds(settings) for name in kind.secrets))
+    """Return the environment variables that may hold secrets and that the sinks asked for need.
+
+    For a sink of one's own they are what its arguments called `..._env` name.
+    """
+    built_in = [name for _, kind, _ in _wanted_kinds(settings) for name in kind.secrets]
+    own = [name for arguments in _own_arguments(settings) for name in variables_named_in(arguments)]
+    return tuple(dict.fromkeys((*built_in, *own)))
+
+
+def sink_keys(settings: LoggingConfig) -> set[str]:
+    """Return the environment variables that arguments called `api_key_env` say hold a key, whatever their names."""
+    return {name for arguments in _own_arguments(settings) for name in keys_named_in(arguments)}
+
+
+def _own_arguments(settings: LoggingConfig) -> Iterator[Mapping[str, object]]:
+    """Yield the arguments of each sink of one's own; what is no mapping is refused elsewhere."""
+    yield from (arguments for arguments in settings.sinks.values() if isinstance(arguments, Mapping))
 
 
 def run_id_of(run_directory: Path) -> str:

@@ -148,6 +148,18 @@ def test_rank_0_is_given_the_keys_of_reward_functions(monkeypatch: pytest.Monkey
     assert "TOKEN" in conductor_secrets(alone) and "HTTPS_PROXY" not in conductor_secrets(alone)
 
 
+def test_rank_0_alone_is_given_the_keys_of_a_sink_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    logging = LoggingConfig(sinks={"own:sink": {"api_key_env": "AIM_LOGIN", "url_env": "AIM_TOKEN"}})
+    settings = replace(config(tmp_path), logging=logging)
+    for name in ("AIM_LOGIN", "AIM_TOKEN"):
+        monkeypatch.setenv(name, "0123456789")
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # what is set below is forgotten
+    prepare_environment(settings)
+    with withheld_secrets() as withheld:
+        assert withheld.keys() >= {"AIM_LOGIN", "AIM_TOKEN"}
+    assert set(conductor_secrets(settings)) >= {"AIM_LOGIN", "AIM_TOKEN"}
+
+
 def test_rank_0_alone_is_given_the_secrets_that_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     teacher = ReflectionConfig(backend="openai", base_url="https://host/v1", model="m", api_key_env="TEACHER_LOGIN")
     settings = replace(config(tmp_path), evolution=EvolutionConfig(reflection=teacher))

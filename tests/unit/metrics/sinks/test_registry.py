@@ -10,8 +10,9 @@ from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.sinks import registry
 from megatron_p2o.metrics.sinks.record import SinkContext
-from megatron_p2o.metrics.sinks.registry import run_id_of, sink_problems, sink_secrets
+from megatron_p2o.metrics.sinks.registry import run_id_of, sink_keys, sink_problems, sink_secrets
 from megatron_p2o.metrics.values import Last
+from megatron_p2o.processes import PROXY_VARIABLES
 
 MODULE = """
 class ListSink:
@@ -102,6 +103,13 @@ def test_every_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         "null",
     ]
     assert sink_problems(LoggingConfig()) == [] and sink_secrets(LoggingConfig()) == ()
+
+
+def test_a_sink_of_ones_own_gets_the_variables_that_its_arguments_name() -> None:
+    sinks = {"a:b": {"api_key_env": "AIM_LOGIN", "server_env": "AIM_SERVER", "repo": "/data"}, "c:d": {}, "e:f": None}
+    logging = LoggingConfig(sinks=sinks, wandb_project="w")
+    assert sink_secrets(logging) == ("WANDB_API_KEY", *PROXY_VARIABLES, "AIM_LOGIN", "AIM_SERVER")
+    assert sink_keys(logging) == {"AIM_LOGIN"}, "a secret for all other processes, whatever it is called"
 
 
 def test_every_run_folder_has_an_id_of_its_own_that_stays(tmp_path: Path) -> None:
