@@ -25,6 +25,12 @@ ANSWER_FIELDS = ("answer", "final_answer", "reward_model.ground_truth")
 
 SYSTEM_ROLES = ("system", "developer")
 
+MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of what is part of a question and cannot be shown to a language model."""
+
+TOOL_FIELD = "tools"
+"""Column with the functions that a policy may call, which it is not told of."""
+
 CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 """How the text of a conversation begins, in JSON or as Python writes it."""
 
@@ -131,6 +137,16 @@ def asked_at(row: Mapping[str, object], name: str) -> tuple[str, str]:
     if not questions[0].strip():
         raise BadRowError(f"{name} asks nothing: its user message is blank")
     return encodable(systems[0], name) if systems else "", encodable(questions[0], name)
+
+
+def check_media(row: Mapping[str, object]) -> None:
+    """Raise `BadRowError` for a question with pictures or sound: without them it would be another one."""
+    for name in MEDIA_FIELDS:
+        if row.get(name):
+            raise BadRowError(
+                f"has {name}, which the policy is not shown: use rows of text alone, or rename the column where the "
+                "question can be answered without it"
+            )
 
 
 def _conversation_in(text: str, name: str) -> object:

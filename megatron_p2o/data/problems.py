@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_p2o.config.tree import DataConfig
-from megatron_p2o.data.columns import Columns, asked_at, columns_of, field_at, text_at
+from megatron_p2o.data.columns import TOOL_FIELD, Columns, asked_at, check_media, columns_of, field_at, text_at
 from megatron_p2o.data.raw_rows import BadRowError, parsed, raw_rows
 from megatron_p2o.records import to_json
 from megatron_p2o.terminal import listed
@@ -36,6 +36,8 @@ def load_problems(path: str | Path, data: DataConfig, task: str | None = None) -
 
     Args:
         task: name under `data.train` of what decides columns and system message; None: `data` alone.
+
+    A row with pictures or sound is a bad one; functions to call (`tools`) are warned of.
 
     Raises:
         ValueError: the file has bad rows (named with their lines, duplicates included) or no usable one, or is parquet
@@ -69,6 +71,7 @@ def load_problems(path: str | Path, data: DataConfig, task: str | None = None) -
     if not problems:
         raise ValueError(f"{path} holds no problem: give a file with one JSON object or parquet row per problem")
     _report_answers(path, marked, unlikely)
+    _report_tools(path, problems)
     return problems
 
 
@@ -98,12 +101,22 @@ def _report_answers(path: Path, marked: Sequence[int], unlikely: Sequence[int]) 
         )
 
 
+def _report_tools(path: Path, problems: Sequence[Problem]) -> None:
+    named = [problem.id for problem in problems if problem.columns.get(TOOL_FIELD)]
+    if named:
+        logger.warning(
+            "%s: the column `%s` of %d problems is not shown to the policy, which can call nothing (%s)",
+            *(path, TOOL_FIELD, len(named), listed(named, MAX_REPORTED_ROWS)),
+        )
+
+
 def _rows(numbers: Sequence[int]) -> str:
     return f"rows {listed([str(number) for number in numbers], MAX_REPORTED_ROWS)}"
 
 
 def _problem(raw_row: object, columns: Columns, data: DataConfig, task: str) -> Problem:
     row = parsed(raw_row)
+    check_media(row)
     system, question = asked_at(row, columns.question)
     answer = None if columns.answer is None else text_at(row, columns.answer, ANSWER_SETTING)
     has_id = field_at(row, columns.id) is not None

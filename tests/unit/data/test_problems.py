@@ -206,3 +206,18 @@ def test_gold_answers_that_nothing_will_equal_are_warned_of_with_their_rows(
     assert "problems.jsonl: 31 gold answers have more than 200 characters or several lines" in record.message
     listed = ", ".join(str(number) for number in (2, 3, *range(5, 23)))
     assert record.message.endswith(f"give the final answer alone (rows {listed} and 11 more)")
+
+
+@pytest.mark.parametrize("column", ["image", "images", "videos", "audios"])
+def test_a_question_with_pictures_or_sound_is_a_bad_row(column: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path, row(1), row(2, **{column: [{"bytes": "..."}]}), row(3, **{column: []}))
+    (line,) = refused(path)
+    assert line.startswith(f"problems.jsonl:2: has {column}, which the policy is not shown: use rows of text alone")
+    assert [problem.id for problem in load_problems(path, SKIPPING)] == ["p1", "p3"]
+
+
+def test_functions_to_call_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_lines(tmp_path, row(1, tools=[{"name": "search"}]), row(2, tools=[]), row(3, tools=[{"name": "run"}]))
+    assert len(load_problems(path, DATA)) == 3
+    (warning,) = caplog.messages
+    assert "`tools` of 2 problems is not shown to the policy" in warning and warning.endswith("(p1, p3)")
