@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_p2o.rewards.built_in.columns import column
 from megatron_p2o.rewards.built_in.final_answer import fenced_blocks, without_thinking
+from megatron_p2o.rewards.built_in.schema_keywords import check_keywords
 from megatron_p2o.types import CORRECT, FinishReason, Grade, Problem
 
 MAX_DEPTH = 64
@@ -17,6 +19,9 @@ MAX_DIGITS = 308
 """Longest whole number: beyond that it has no floating-point value, and comparisons fail."""
 
 MAX_MESSAGE_CHARACTERS = 300
+
+MAX_KEPT_SCHEMAS = 4096
+"""Problems whose own schema stays ready: each is asked several times in a row."""
 
 
 class NotJson(Exception):
@@ -72,9 +77,8 @@ class JsonSchemaReward:
         if validator is None:
             name = self._schema_column or ""
             schema = column(problem, name, "schema_column")
-            validator = validator_of(
-                json.loads(schema) if isinstance(schema, str) else schema, f"column {name!r} of problem {problem.id}"
-            )
+            text = schema if isinstance(schema, str) else json.dumps(schema)
+            validator = _validator_of_text(text, f"column {name!r} of problem {problem.id}")
         error = best_match(validator.iter_errors(document))
         if error is None:
             return ""
@@ -139,7 +143,11 @@ def is_same(document: Any, expected: Any) -> bool:
 
 
 def validator_of(schema: Any, what: str) -> Any:
-    """Return the validator of a schema, which opens no address. Raises `ValueError`."""
+    """Return the validator of a schema, which opens no address.
+
+    Raises:
+        ValueError: it is none, or says something that would be passed over; `what` names it in the message.
+    """
     try:
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import Draft202012Validator, validator_for
@@ -148,13 +156,25 @@ def validator_of(schema: Any, what: str) -> Any:
         raise ValueError("json_schema needs jsonschema: pip install jsonschema") from error
     if not isinstance(schema, dict | bool):
         raise ValueError(f"{what} must be a JSON schema, an object; it is {type(schema).__name__}")
-    kind: Any = validator_for(schema, default=Draft202012Validator)
+    draft = schema.get("$schema") if isinstance(schema, dict) else None
+    if draft is not None and not isinstance(draft, str):
+        raise ValueError(f"{what} has a $schema that is no text: {draft!r:.100}")
+    unknown: Any = None
+    kind: Any = validator_for(schema, default=Draft202012Validator if draft is None else unknown)
+    if kind is unknown:
+        raise ValueError(f"{what} has a $schema that is not known: {draft}")
     try:
         kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"{what} is no JSON schema: at {error.json_path}: {error.message[:200]}") from error
+    check_keywords(schema, kind, what)
     # Without a registry of its own it would fetch the addresses that a schema names.
     return kind(schema, registry=REGISTRY, format_checker=kind.FORMAT_CHECKER)
+
+
+@lru_cache(MAX_KEPT_SCHEMAS)
+def _validator_of_text(schema: str, what: str) -> Any:
+    return validator_of(json.loads(schema), what)
 
 
 def _read(schema: Mapping[str, Any] | str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_p2o.rewards.built_in import json_schema
 from megatron_p2o.rewards.built_in.json_schema import MAX_DEPTH, NotJson, is_same, parsed_json
 from megatron_p2o.rewards.functions import RewardSpec, load_function
 from megatron_p2o.types import Grade, Problem
@@ -17,6 +18,7 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 GOOD = '{"name": "Ann", "age": 3}'
 
 
@@ -126,3 +128,45 @@ def test_true_is_not_one_and_order_does_not_count() -> None:
     assert not is_same([True], [1])
     assert not is_same([1, 2], [2, 1])
     assert not is_same({"a": None}, {})
+
+
+@pytest.mark.parametrize(
+    ("schema", "fault"),
+    [
+        ({"typ": "object"}, "the unknown keyword 'typ' at $ (did you mean 'type'?), which would be passed over"),
+        ({"properties": {"a": {"minimun": 3}}}, "'minimun' at $.properties.a (did you mean 'minimum'?)"),
+        ({"anyOf": [{"const": 1}, {"zzz": 1}]}, "'zzz' at $.anyOf.1, which"),
+        ({"definitions": {"a": {"requird": []}}}, "'requird' at $.definitions.a (did you mean 'required'?)"),
+        ({"$defs": {"a": {"items": {"foo": 1}}}}, "'foo' at $.$defs.a.items"),
+        ({"dependencies": {"a": ["b"]}}, "'dependencies' at $"),  # of draft 7: the default draft passes it over
+        ({"$schema": DRAFT_7, "items": [{"prefixItems": []}]}, "'prefixItems' at $.items.0"),
+        ({"format": "date-time"}, "a format at $ that is not checked here: 'date-time'"),
+        ({"$schema": "http://example.com/none"}, "a $schema that is not known: http://example.com/none"),
+        ({"$schema": 7}, "a $schema that is no text: 7"),
+    ],
+)
+def test_a_schema_that_says_something_in_vain_is_refused(schema: Any, fault: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        graded("1", schema=schema)
+    assert fault in str(refused.value)
+    with pytest.raises(ValueError) as refused:
+        graded("1", row={"own": schema}, schema_column="own")
+    assert fault in str(refused.value) and "column 'own' of problem p has" in str(refused.value)
+
+
+def test_what_only_looks_like_a_keyword_is_none() -> None:
+    described = {"title": "t", "x-unit": "m", "$comment": "c", "deprecated": True, "examples": [{"minimun": 1}]}
+    values = {"properties": {"typ": {"type": "integer"}}, "default": {"typo": 1}, "enum": [{"typ": 1}], "if": True}
+    assert graded('{"typ": 1}', schema={**described, **values, "then": {"minContains": 0}}).reward == 1.0
+    assert graded("1", schema={"$schema": DRAFT_7, "definitions": {}, "dependencies": {"a": ["b"]}}).reward == 1.0
+
+
+def test_the_schema_of_a_problem_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    reward = load_function(RewardSpec(function="json_schema", arguments={"schema_column": "own"}))
+    monkeypatch.setattr(json_schema, "check_keywords", lambda schema, kind, what: checked.append(what))
+    for name in ("once", "other"):
+        problem = Problem(id=name, question="q", answer=None, columns={"own": {"const": name}})
+        for said in ("once", "other", "once"):
+            assert reward(problem, f'"{said}"', "stop").reward == (said == name)
+    assert checked == ["column 'own' of problem once", "column 'own' of problem other"]
