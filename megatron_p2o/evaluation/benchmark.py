@@ -34,7 +34,7 @@ from megatron_p2o.evaluation.outcome import (
 )
 from megatron_p2o.evaluation.protocol import Protocol, all_asked, answered, evaluation_sampling, protocol_of
 from megatron_p2o.evaluation.tables import EvaluationProgress, print_results
-from megatron_p2o.files import digest_of, json_digest, write_whole
+from megatron_p2o.files import digests_of, json_digest, write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.processes import exit_on_signal
@@ -79,7 +79,7 @@ def directory_subject(directory: Path) -> Subject:
         raise ValueError(f"{directory} holds no *.safetensors: give a Hugging Face model directory")
     return Subject(
         path=str(directory),
-        weights_sha256=json_digest({file.name: digest_of(file).sha256 for file in files}),
+        weights_sha256=json_digest({name: digest.sha256 for name, digest in digests_of(files).items()}),
         step=None,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_p2o.config.tree import Config
-from megatron_p2o.files import digest_of, json_digest, read_json_object
+from megatron_p2o.files import digest_of, digests_of, json_digest, read_json_object
 from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.records import from_text, to_json
 from megatron_p2o.run_folder.resume_effects import (
@@ -95,7 +95,8 @@ def file_digests(config: Config) -> dict[str, str]:
 
 def weights_digest(directory: Path) -> str:
     """Return the digest of a model directory's weights; reads all of them."""
-    return _short_digest([[path.name, digest_of(path).sha256] for path in sorted(directory.glob("*.safetensors"))])
+    digests = digests_of(sorted(directory.glob("*.safetensors")))
+    return _short_digest([[name, digest.sha256] for name, digest in digests.items()])
 
 
 def model_digests(directory: Path) -> dict[str, str]:
