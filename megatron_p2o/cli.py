@@ -115,7 +115,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         help="a set of problems, or one of data.evaluation; repeatable; default: all of data.evaluation",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: evaluations/ of the run")
-    parser.add_argument("--restart", action="store_true", help="throw away the answers in the output folder")
+    parser.add_argument("--restart", action="store_true", help="throw away the responses in the output folder")
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"), help="compare two output folders instead"
     )

@@ -63,10 +63,10 @@ if [ "$work" = train ]; then
     progress() { cat "$run/checkpoints/latest" 2> /dev/null || true; }
     end_step() { touch "$run/stop"; }
 else
-    unit="an answer"
+    unit="a response"
     mode=(eval)
-    progress() { cat "$run"/answers/*.jsonl 2> /dev/null | grep -c . | sed -n 's/^[1-9].*/& lines of answers/p' || true; }
-    end_step() { [ -z "$step" ] || kill "$step"; } # srun ends its tasks; what has been answered is on disk
+    progress() { cat "$run"/responses/*.jsonl 2> /dev/null | grep -c . | sed -n 's/^[1-9].*/& lines of responses/p' || true; }
+    end_step() { [ -z "$step" ] || kill "$step"; } # srun ends its tasks; what has been sampled is on disk
 fi
 
 stop_step() {

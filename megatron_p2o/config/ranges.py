@@ -54,7 +54,7 @@ NonNegativeFloat = Annotated[float, Range(at_least=0)]
 NumRanks = Annotated[
     int, Range(at_least=1, at_most=65536, reason="each is a process, on a GPU of its own where there are any")
 ]
-NumSamples = Annotated[int, Range(at_least=1, at_most=65536, reason="each problem is answered so often")]
+NumSamples = Annotated[int, Range(at_least=1, at_most=65536, reason="each problem is asked so often")]
 Seconds = Annotated[float, Range(above=0, at_most=LONGEST_WAIT_S)]
 """A time limit. None of them can be switched off: every wait ends."""
 

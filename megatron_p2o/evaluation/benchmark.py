@@ -1,6 +1,6 @@
-"""`p2o eval`: samples answers to sets of problems, keeps every answer, and writes the results.
+"""`p2o eval`: samples responses to sets of problems, keeps every response, and writes the results.
 
-<output>/answers/<set>.jsonl   every answer as it arrived; an evaluation that was interrupted goes on from here
+<output>/responses/<set>.jsonl   every response as it arrived; an evaluation that was interrupted goes on from here
 <output>/results.json          what they amount to, see docs/evaluation.md
 <output>/config.yaml, engines/ the resolved settings and the engines' logs
 """
@@ -20,7 +20,6 @@ from megatron_p2o.config.read import dump_config, with_template_date
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import chat_renderer, fitting_problems
 from megatron_p2o.data.tasks import set_problems
-from megatron_p2o.evaluation.answer_file import AnswerFile
 from megatron_p2o.evaluation.estimators import NUM_RESAMPLES
 from megatron_p2o.evaluation.intervals import CONFIDENCE
 from megatron_p2o.evaluation.outcome import (
@@ -32,7 +31,8 @@ from megatron_p2o.evaluation.outcome import (
     graded_response,
     problems_digest,
 )
-from megatron_p2o.evaluation.protocol import Protocol, all_asked, answered, evaluation_sampling, protocol_of
+from megatron_p2o.evaluation.protocol import Protocol, all_asked, evaluation_sampling, protocol_of, sampled_responses
+from megatron_p2o.evaluation.response_file import ResponseFile
 from megatron_p2o.evaluation.tables import EvaluationProgress, print_results
 from megatron_p2o.files import digests_of, json_digest, write_whole
 from megatron_p2o.interfaces import PromptRenderer
@@ -47,13 +47,13 @@ from megatron_p2o.types import PLAIN, Problem
 
 FORMAT = 2
 INTERVALS = "over problems: Clopper-Pearson where all are 0 or 1 or fewer than 6 vary, else percentile bootstrap"
-ANSWERS_FOLDER = "answers"
+RESPONSES_FOLDER = "responses"
 RESULTS_FILE = "results.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """Whose answers these are."""
+    """Whose responses these are."""
 
     path: str
     """Checkpoint or model directory."""
@@ -62,9 +62,9 @@ class Subject:
     """Training step; None for a model directory."""
 
 
-def discard_answers(output: Path) -> None:
+def discard_responses(output: Path) -> None:
     """Forget an earlier evaluation in `output`."""
-    shutil.rmtree(output / ANSWERS_FOLDER, ignore_errors=True)
+    shutil.rmtree(output / RESPONSES_FOLDER, ignore_errors=True)
     (output / RESULTS_FILE).unlink(missing_ok=True)
 
 
@@ -93,12 +93,12 @@ def checkpoint_subject(checkpoint: Path, step: int) -> Subject:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """A set of problems, how they are answered, and the answers there are."""
+    """A set of problems, how they are asked, and the responses there are."""
 
     name: str
     problems: Sequence[Problem]
     protocol: Protocol
-    file: AnswerFile
+    file: ResponseFile
 
     @property
     def wanted(self) -> list[tuple[Problem, int]]:
@@ -106,13 +106,13 @@ class Benchmark:
 
     @property
     def missing(self) -> list[tuple[Problem, int]]:
-        return [(problem, sample) for problem, sample in self.wanted if (problem.id, sample) not in self.file.answers]
+        return [(problem, sample) for problem, sample in self.wanted if (problem.id, sample) not in self.file.responses]
 
     def outcome(self) -> Evaluation:
-        """Return what the answers amount to; none may be missing. Raises `NothingDecided`, naming the set."""
-        answers = [self.file.answers[problem.id, sample] for problem, sample in self.wanted]
+        """Return what the responses amount to; none may be missing. Raises `NothingDecided`, naming the set."""
+        responses = [self.file.responses[problem.id, sample] for problem, sample in self.wanted]
         try:
-            return evaluation_of(answers, self.problems, self.protocol.num_samples, self.protocol.temperature)
+            return evaluation_of(responses, self.problems, self.protocol.num_samples, self.protocol.temperature)
         except NothingDecided as error:
             raise NothingDecided(f"{self.name}: {error}: the same command asks them again") from error
 
@@ -121,7 +121,7 @@ def evaluate_directory(config: Config, output: Path) -> None:
     """Evaluate the model in `model.path` on engines of this machine alone; no trainer is started.
 
     Raises:
-        ValueError: a problem file, the model directory or earlier answers in `output` are not usable.
+        ValueError: a problem file, the model directory or earlier responses in `output` are not usable.
     """
     signal.signal(signal.SIGTERM, exit_on_signal)
     config = replace(config, rollout=replace(config.rollout, num_engines=_engines_here(config)))
@@ -137,49 +137,49 @@ def evaluate_directory(config: Config, output: Path) -> None:
             grader.check()
             engines = stack.enter_context(start_engines(config, output, renderer.eos_token_ids))
             parts = SamplingParts(engines=engines, grader=grader, renderer=renderer, solved_at=config.hard.solved_at)
-            answer(benchmarks, parts, config)
+            sample_missing(benchmarks, parts, config)
         write_results(benchmarks, subject, config, output)
 
 
 def open_benchmarks(
     subject: Subject, renderer: PromptRenderer, config: Config, output: Path, stack: ExitStack
 ) -> list[Benchmark]:
-    """Read every set of `data.evaluation` and the answers there already are; `stack` closes their files.
+    """Read every set of `data.evaluation` and the responses there already are; `stack` closes their files.
 
     Raises:
-        ValueError: a problem file is bad, or `output` holds answers of other weights or settings.
+        ValueError: a problem file is bad, or `output` holds responses of other weights or settings.
     """
     benchmarks: list[Benchmark] = []
     for name in config.data.evaluation:
         problems = fitting_problems(set_problems(config.data, name), renderer, config.data.skip_bad_rows)
         protocol = protocol_of(name, len(problems), config)
-        settings = answer_settings(name, problems, protocol, subject, renderer, config)
-        file = stack.enter_context(AnswerFile(output / ANSWERS_FOLDER / f"{quote(name, safe='')}.jsonl", settings))
+        settings = response_settings(name, problems, protocol, subject, renderer, config)
+        file = stack.enter_context(ResponseFile(output / RESPONSES_FOLDER / f"{quote(name, safe='')}.jsonl", settings))
         benchmarks.append(Benchmark(name=name, problems=problems, protocol=protocol, file=file))
     return benchmarks
 
 
-def answer(benchmarks: Sequence[Benchmark], parts: SamplingParts, config: Config) -> None:
-    """Have everything answered that is still missing, and keep each answer as it arrives."""
+def sample_missing(benchmarks: Sequence[Benchmark], parts: SamplingParts, config: Config) -> None:
+    """Sample and grade every response that is still missing, and keep each as it arrives."""
     for benchmark in benchmarks:
         missing = benchmark.missing
         counts = {"num_wanted": len(benchmark.wanted), "num_missing": len(missing)}
         sampling = evaluation_sampling(config, benchmark.protocol)
         with EvaluationProgress(benchmark.name, **asdict(benchmark.protocol), **counts) as progress:
-            for sample, rollout in answered(missing, sampling, parts):
+            for sample, rollout in sampled_responses(missing, sampling, parts):
                 benchmark.file.append(graded_response(rollout, sample, parts.renderer.decode(rollout.completion)))
                 progress.advance()
 
 
 def write_results(benchmarks: Sequence[Benchmark], subject: Subject, config: Config, output: Path) -> None:
-    """Write results.json of answered benchmarks, and print it as a table."""
+    """Write results.json of benchmarks that miss nothing, and print it as a table."""
     results = results_of(benchmarks, subject, config)
     write_whole(output / RESULTS_FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
     print_results(results)
-    say(f"{output}: {RESULTS_FILE} and {ANSWERS_FOLDER}/ written")
+    say(f"{output}: {RESULTS_FILE} and {RESPONSES_FOLDER}/ written")
 
 
-def answer_settings(
+def response_settings(
     name: str,
     problems: Sequence[Problem],
     protocol: Protocol,
@@ -187,7 +187,7 @@ def answer_settings(
     renderer: PromptRenderer,
     config: Config,
 ) -> JsonObject:
-    """Return what the answers to set `name` and their grades depend on; not their number, which may be raised later."""
+    """Return what the responses to set `name` and their grades depend on; not their number, which may be raised."""
     grading = config.grading_of(config.data.task_of_set(name))
     prompts = {problem.id: renderer.render(problem, PLAIN).sampling_ids.tolist() for problem in problems}
     sampling = evaluation_sampling(config, protocol)

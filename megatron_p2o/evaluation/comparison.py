@@ -43,7 +43,7 @@ def compare(first: Path, second: Path) -> JsonObject:
 def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> JsonObject:
     """Return the paired difference of two outcomes on the same problems, as results.json holds them.
 
-    Compared are the problems of which both have an answer with a verdict.
+    Compared are the problems of which both have a response with a verdict.
 
     Raises:
         ValueError: there is none.
@@ -55,7 +55,7 @@ def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> JsonObject:
     ]
     if not counts:
         raise ValueError(
-            "no problem has an answer with a verdict in both evaluations: run both again; they continue where they "
+            "no problem has a response with a verdict in both evaluations: run both again; they continue where they "
             "stopped"
         )
     # Over a common denominator, so that equal averages give exactly 0.
@@ -87,8 +87,8 @@ def _sets_in(folder: Path) -> Mapping[str, Any]:
         raise ValueError(f"{folder} holds no results.json of a finished `p2o eval`: name its --output folder")
     if not all(isinstance(outcome.get("decided_by_problem"), dict) for outcome in sets.values()):
         raise ValueError(
-            f"{folder / 'results.json'} does not say how many answers to a problem have a verdict: run its `p2o eval` "
-            "again; it keeps the answers"
+            f"{folder / 'results.json'} does not say how many responses to a problem have a verdict: run its "
+            "`p2o eval` again; it keeps the responses"
         )
     return sets
 

@@ -1,6 +1,6 @@
-"""Estimates from a sample of answers: pass@k, and tests of paired differences.
+"""Estimates from a sample of responses: pass@k, and tests of paired differences.
 
-Everything is over problems: they are the sample, answers to one problem are not independent of each other.
+Everything is over problems: they are the sample, responses to one problem are not independent of each other.
 """
 
 import math

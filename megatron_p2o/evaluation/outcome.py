@@ -1,4 +1,4 @@
-"""Graded answers to a set of problems, and the statistics over them."""
+"""Graded responses to a set of problems, and the statistics over them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,11 +11,11 @@ from megatron_p2o.metrics.values import Last, Mean, MetricValue, Sum
 from megatron_p2o.types import FinishReason, Grade, Problem, Rollout
 
 BOOTSTRAP_SEED = 0
-"""The same for every evaluation: two of them differ by their answers alone."""
+"""The same for every evaluation: two of them differ by their responses alone."""
 
 
 class NothingDecided(RuntimeError):
-    """No answer of a set has a verdict: there is no outcome."""
+    """No response of a set has a verdict: there is no outcome."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,7 @@ class GradedResponse:
 
     problem_id: str
     sample: int
-    """Index among the problem's answers, from 0."""
+    """Index among the problem's responses, from 0."""
     grade: Grade
     finish_reason: FinishReason
     """"abort": the engine gave it up."""
@@ -42,29 +42,29 @@ class GradedResponse:
 
     @property
     def is_decided(self) -> bool:
-        """Whether there is a verdict. An answer without one counts neither way, and an evaluation that is continued
+        """Whether there is a verdict. A response without one counts neither way, and an evaluation that is continued
         samples it again."""
         return self.grade.is_decided and self.finish_reason != "abort"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Outcome on one problem set: of the answers that have a verdict. Intervals are those of `evaluation.intervals`."""
+    """Outcome on one problem set: of the responses with a verdict. Intervals are those of `evaluation.intervals`."""
 
     num_correct: int
     num_decided: int
-    """Answers with a verdict."""
+    """Responses with a verdict."""
     num_samples: int
-    """Answers in all: problems times `samples_per_problem`."""
+    """Responses in all: problems times `samples_per_problem`."""
     samples_per_problem: int
     temperature: float
     accuracy: float
-    """avg@k: the mean over problems of the correct share of their decided answers, as `pass_at["1"]`."""
+    """avg@k: the mean over problems of the correct share of their decided responses, as `pass_at["1"]`."""
     interval: Interval
     """Interval of the accuracy."""
     pass_at: Mapping[str, float]
     """k to pass@k by the unbiased estimator, for 1, 2, 4, ... and `samples_per_problem`: the mean over the problems
-    that have at least k decided answers. Without such problems k is left out."""
+    that have at least k decided responses. Without such problems k is left out."""
     pass_at_intervals: Mapping[str, Interval]
     pass_at_num_problems: Mapping[str, int]
     """k to the problems that pass@k is over."""
@@ -73,25 +73,25 @@ class Evaluation:
     by_level: Mapping[str, float]
     """Accuracy by `Problem.level`; empty when the problems name none."""
     mean_reward: float
-    """Mean over the answers with a verdict. It differs from the correct share where rewards lie between 0 and 1."""
+    """Mean over the responses with a verdict. It differs from the correct share where rewards lie between 0 and 1."""
     mean_tokens: float
-    """Mean length of the answers that were not aborted."""
+    """Mean length of the responses that were not aborted."""
     truncated_share: float
-    """Answers that reached the token limit, over those that were not aborted."""
+    """Responses that reached the token limit, over those that were not aborted."""
     num_grading_errors: int
-    """Answers the grader could not decide."""
+    """Responses the grader could not decide."""
     num_aborted: int
-    """Answers the engines gave up; they are no grading errors."""
+    """Responses the engines gave up; they are no grading errors."""
     correct_by_problem: Mapping[str, int]
-    """Problem id to correct answers, in the order of the set."""
+    """Problem id to correct responses, in the order of the set."""
     decided_by_problem: Mapping[str, int]
-    """Problem id to answers with a verdict."""
+    """Problem id to responses with a verdict."""
     num_asked_plainly: int = 0
     """Problems that were too long under the template of a templated evaluation, and asked without it."""
 
 
 def graded_response(rollout: Rollout, sample: int, response: str = "") -> GradedResponse:
-    """Return a rollout as the `sample`-th answer to its problem."""
+    """Return a rollout as the `sample`-th response to its problem."""
     completion = rollout.completion
     problem = completion.prompt.problem
     return GradedResponse(
@@ -108,34 +108,36 @@ def graded_response(rollout: Rollout, sample: int, response: str = "") -> Graded
 
 
 def evaluation_of(
-    answers: Sequence[GradedResponse],
+    responses: Sequence[GradedResponse],
     problems: Sequence[Problem],
     samples_per_problem: int,
     temperature: float,
     num_asked_plainly: int = 0,
 ) -> Evaluation:
-    """Return what `answers`, `samples_per_problem` to each of `problems` and in any order, amount to.
+    """Return what `responses`, `samples_per_problem` to each of `problems` and in any order, amount to.
 
     `num_asked_plainly`: problems that did not fit under the template.
 
     Raises:
         NothingDecided: none of them has a verdict.
     """
-    assert len(answers) == len(problems) * samples_per_problem, "an answer is missing or twice there"
+    assert len(responses) == len(problems) * samples_per_problem, "a response is missing or twice there"
     decided = dict.fromkeys((problem.id for problem in problems), 0)
     correct = dict(decided)
-    for answer in answers:
-        decided[answer.problem_id] += answer.is_decided
-        correct[answer.problem_id] += answer.is_decided and answer.is_correct
-    rewards = [answer.grade.reward for answer in answers if answer.is_decided and answer.grade.reward is not None]
-    finished = [answer for answer in answers if answer.finish_reason != "abort"]
+    for response in responses:
+        decided[response.problem_id] += response.is_decided
+        correct[response.problem_id] += response.is_decided and response.is_correct
+    rewards = [
+        response.grade.reward for response in responses if response.is_decided and response.grade.reward is not None
+    ]
+    finished = [response for response in responses if response.finish_reason != "abort"]
     solved = _solved_in_tries(correct, decided, samples_per_problem)
     pass_at = {k: sum(values) / len(values) for k, values in solved.items()}
     intervals = {k: mean_interval(values, BOOTSTRAP_SEED) for k, values in solved.items()}
     return Evaluation(
         num_correct=sum(correct.values()),
         num_decided=sum(decided.values()),
-        num_samples=len(answers),
+        num_samples=len(responses),
         samples_per_problem=samples_per_problem,
         temperature=temperature,
         accuracy=pass_at["1"],
@@ -143,13 +145,13 @@ def evaluation_of(
         pass_at=pass_at,
         pass_at_intervals=intervals,
         pass_at_num_problems={k: len(values) for k, values in solved.items()},
-        by_source=_accuracy_by({answer.problem_id: answer.source for answer in answers}, correct, decided),
-        by_level=_accuracy_by({answer.problem_id: answer.level for answer in answers}, correct, decided),
+        by_source=_accuracy_by({response.problem_id: response.source for response in responses}, correct, decided),
+        by_level=_accuracy_by({response.problem_id: response.level for response in responses}, correct, decided),
         mean_reward=sum(rewards) / len(rewards),
-        mean_tokens=sum(answer.num_tokens for answer in finished) / len(finished),
-        truncated_share=sum(answer.finish_reason == "length" for answer in finished) / len(finished),
+        mean_tokens=sum(response.num_tokens for response in finished) / len(finished),
+        truncated_share=sum(response.finish_reason == "length" for response in finished) / len(finished),
         num_grading_errors=len(finished) - sum(decided.values()),
-        num_aborted=len(answers) - len(finished),
+        num_aborted=len(responses) - len(finished),
         correct_by_problem=correct,
         decided_by_problem=decided,
         num_asked_plainly=num_asked_plainly,
@@ -159,13 +161,13 @@ def evaluation_of(
 def _solved_in_tries(
     correct: Mapping[str, int], decided: Mapping[str, int], samples_per_problem: int
 ) -> dict[str, list[float]]:
-    """Return k to pass@k of each problem that has k decided answers, for every k that some problem has.
+    """Return k to pass@k of each problem that has k decided responses, for every k that some problem has.
 
     Raises:
         NothingDecided: no problem has any.
     """
     if not any(decided.values()):
-        raise NothingDecided(f"none of {len(decided) * samples_per_problem} answers has a verdict")
+        raise NothingDecided(f"none of {len(decided) * samples_per_problem} responses has a verdict")
     return {
         str(k): [pass_at_k(count, correct[key], k) for key, count in decided.items() if count >= k]
         for k in powers_up_to(samples_per_problem)
@@ -188,7 +190,7 @@ def problems_digest(problems: Sequence[Problem]) -> str:
 
 
 def _accuracy_by(labels: Mapping[str, str], correct: Mapping[str, int], decided: Mapping[str, int]) -> dict[str, float]:
-    """Return the accuracy by label (problem id to label) of the problems that have a decided answer."""
+    """Return the accuracy by label (problem id to label) of the problems that have a decided response."""
     shares: dict[str, list[float]] = {}
     for key, label in labels.items():
         if label and decided[key]:
@@ -199,7 +201,7 @@ def _accuracy_by(labels: Mapping[str, str], correct: Mapping[str, int], decided:
 def evaluation_metrics(outcomes: Mapping[str, Evaluation]) -> dict[str, MetricValue]:
     """Return `eval/<set>/avg`, the accuracy, `eval/<set>/reward_mean`,
     `eval/<set>/pass_at_<k>` for k beyond 1, and `eval/<set>/undecided_share`
-    and `aborted_count`: answers that the grader could not decide, over those it was given, and that engines gave up.
+    and `aborted_count`: responses that the grader could not decide, over those it was given, and that engines gave up.
 
     Where problems were too long under the evaluation's template, `eval/<set>/asked_plainly_count` says how many.
     """

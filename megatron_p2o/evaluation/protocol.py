@@ -14,25 +14,25 @@ UNNUMBERED = -1
 """Id of a template outside any library; published templates are numbered from 0."""
 
 SMALL_SET = 100
-"""Problems below which the paper averages over `SMALL_SET_SAMPLES` answers."""
+"""Problems below which the paper averages over `SMALL_SET_SAMPLES` responses."""
 
 SMALL_SET_SAMPLES = 16
 SAMPLING_TEMPERATURE = 0.6
-"""The paper's, where a problem is answered more than once."""
+"""The paper's, where a problem is asked more than once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """How the problems of one set are answered."""
+    """How the problems of one set are asked."""
 
     num_samples: int
-    """Answers to each problem."""
+    """Responses to each problem."""
     temperature: float
     """0 is greedy."""
 
 
 def protocol_of(name: str, num_problems: int, config: Config) -> Protocol:
-    """Return how the set `name` is answered: as set for it, as set for all, else as in the paper, by its size."""
+    """Return how the set `name` is asked: as set for it, as set for all, else as in the paper, by its size."""
     by_size = SMALL_SET_SAMPLES if num_problems < SMALL_SET else 1
     own = config.data.evaluation.get(name)
     num_samples = (own and own.num_samples) or config.evaluation.num_samples or by_size
@@ -45,30 +45,30 @@ def protocol_of(name: str, num_problems: int, config: Config) -> Protocol:
 def evaluate(
     name: str, problems: Sequence[Problem], parts: SamplingParts, config: Config, template: Template = PLAIN
 ) -> Evaluation:
-    """Sample answers to each problem of the set `name` under `template` and grade them as in training.
+    """Sample responses to each problem of the set `name` under `template` and grade them as in training.
 
     A problem that is too long under `template` is asked plainly, and counted.
     """
     protocol = protocol_of(name, len(problems), config)
     sampling = evaluation_sampling(config, protocol)
-    rollouts = list(answered(all_asked(problems, protocol), sampling, parts, template))
-    answers = [graded_response(rollout, sample) for sample, rollout in rollouts]
+    rollouts = list(sampled_responses(all_asked(problems, protocol), sampling, parts, template))
+    responses = [graded_response(rollout, sample) for sample, rollout in rollouts]
     prompts = [rollout.completion.prompt for _, rollout in rollouts]
     too_long = {prompt.problem.id for prompt in prompts if prompt.is_templated != bool(template.text)}
-    return evaluation_of(answers, problems, protocol.num_samples, protocol.temperature, len(too_long))
+    return evaluation_of(responses, problems, protocol.num_samples, protocol.temperature, len(too_long))
 
 
 def all_asked(problems: Sequence[Problem], protocol: Protocol) -> list[tuple[Problem, int]]:
-    """Return (problem, index among its answers) for every answer the protocol wants."""
+    """Return (problem, index among its responses) for every response the protocol wants."""
     return [(problem, sample) for problem in problems for sample in range(protocol.num_samples)]
 
 
-def answered(
+def sampled_responses(
     wanted: Sequence[tuple[Problem, int]], sampling: SamplingParams, parts: SamplingParts, template: Template = PLAIN
 ) -> Iterator[tuple[int, Rollout]]:
-    """Yield (index among the problem's answers, rollout) for everything `wanted`, as it is sampled and graded.
+    """Yield (index among the problem's responses, rollout) for everything `wanted`, as it is sampled and graded.
 
-    On deterministic engines an answer depends on its problem and index, not on what else is asked.
+    On deterministic engines a response depends on its problem and index, not on what else is asked.
     """
     prompts = [asked(problem, template, parts.renderer) for problem, _ in wanted]
     places = [sample for _, sample in wanted]
@@ -77,7 +77,7 @@ def answered(
 
 
 def evaluation_sampling(config: Config, protocol: Protocol) -> SamplingParams:
-    """Return how answers are sampled; not by `rollout.top_p`, which is for training."""
+    """Return how responses are sampled; not by `rollout.top_p`, which is for training."""
     return SamplingParams(
         temperature=protocol.temperature,
         max_new_tokens=config.rollout.max_new_tokens,

@@ -13,19 +13,19 @@ from megatron_p2o.terminal import SafeConsole, printable, table_console
 
 
 class EvaluationProgress:
-    """Says what of a set is being answered: a bar on a terminal, a line elsewhere. Used in `with`."""
+    """Says what of a set is being sampled: a bar on a terminal, a line elsewhere. Used in `with`."""
 
     def __init__(self, name: str, *, num_samples: int, temperature: float, num_wanted: int, num_missing: int) -> None:
         console = SafeConsole(file=sys.stderr, highlight=False, markup=False)
         kept = f", {num_wanted - num_missing} of them there already" if num_missing < num_wanted else ""
-        console.print(f"{name}: {num_wanted} answers ({num_samples} per problem, T={temperature:g}){kept}")
+        console.print(f"{name}: {num_wanted} responses ({num_samples} per problem, T={temperature:g}){kept}")
         description = TextColumn("{task.description}", markup=False)
         columns = [description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(printable(name), total=num_wanted, completed=num_wanted - num_missing)
 
     def advance(self) -> None:
-        """Count one more answer."""
+        """Count one more response."""
         self._progress.advance(self._task)
 
     def __enter__(self) -> Self:

@@ -77,7 +77,7 @@ def run_evaluation(request: EvaluationRequest, restart: bool) -> int:
     """Evaluate and return the exit status. A checkpoint needs the run's ranks, a model directory only engines.
 
     Args:
-        restart: throw earlier answers in the output folder away.
+        restart: throw earlier responses in the output folder away.
     """
     if request.checkpoint is not None:
         flags = ["--restart"] if restart else []
@@ -86,11 +86,11 @@ def run_evaluation(request: EvaluationRequest, restart: bool) -> int:
     prepare_environment(request.config)
     limit_readers(request.output, request.config.run.readable_by)
     # Imported here: transformers and the engine's client take seconds that a refused request does not need.
-    from megatron_p2o.evaluation.benchmark import discard_answers, evaluate_directory
+    from megatron_p2o.evaluation.benchmark import discard_responses, evaluate_directory
 
     with hold_run(request.output), told_at_once(evaluation_notice):
         if restart:
-            discard_answers(request.output)
+            discard_responses(request.output)
         evaluate_directory(request.config, request.output)
     return 0
 

@@ -19,10 +19,10 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import chat_renderer
 from megatron_p2o.data.tasks import column_lines
 from megatron_p2o.evaluation.benchmark import (
-    answer,
     checkpoint_subject,
-    discard_answers,
+    discard_responses,
     open_benchmarks,
+    sample_missing,
     write_results,
 )
 from megatron_p2o.machine.memory.here import with_planned_cache
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="megatron_p2o.run.train")
     parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
     parser.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="measure this checkpoint, train nothing")
-    parser.add_argument("--restart", action="store_true", help="throw earlier answers of the evaluation away")
+    parser.add_argument("--restart", action="store_true", help="throw earlier responses of the evaluation away")
     parser.add_argument("--parent", type=int, metavar="PID", default=os.getppid(), help="ends with this process")
     options = parser.parse_args(arguments)
     end_with_parent(options.parent)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stack.callback(policy.close)
         if options.evaluate:
             if options.restart:
-                discard_answers(run_dir)
+                discard_responses(run_dir)
             evaluate_checkpoint(config, run_dir, policy, options.evaluate, start, stack)
         else:
             assert inputs is not None, "the conductor is rank 0"
@@ -99,7 +99,7 @@ def evaluate_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint is damaged.
-        ValueError: a problem file or earlier answers in `output` are not usable.
+        ValueError: a problem file or earlier responses in `output` are not usable.
     """
     undamaged(checkpoint)
     step = read_state(checkpoint / STATE_FILE).step
@@ -114,7 +114,7 @@ def evaluate_checkpoint(
         policy.load(checkpoint / POLICY_FOLDER)
         engines.refresh(policy.weights(), version=step)
         parts = SamplingParts(engines=engines, grader=grader, renderer=renderer, solved_at=config.hard.solved_at)
-        answer(benchmarks, parts, config)
+        sample_missing(benchmarks, parts, config)
     write_results(benchmarks, subject, config, output)
 
 

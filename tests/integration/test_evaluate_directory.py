@@ -33,18 +33,18 @@ def command(tiny: Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "megatron_p2o.cli", "eval", str(tiny / "model"), *flags]
 
 
-def answers(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of answers so far, without the settings."""
+def responses(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of responses so far, without the settings."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True)[1:] if line.endswith("\n")]
 
 
-def kill_in_the_middle(process: "subprocess.Popen[bytes]", path: Path, num_answers: int) -> None:
+def kill_in_the_middle(process: "subprocess.Popen[bytes]", path: Path, num_responses: int) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while len(answers(path)) < num_answers:
+    while len(responses(path)) < num_responses:
         assert process.poll() is None, "ended before it was killed"
-        assert time.monotonic() < deadline, f"{num_answers} answers did not come in {TIMEOUT_S} s"
+        assert time.monotonic() < deadline, f"{num_responses} responses did not come in {TIMEOUT_S} s"
         time.sleep(0.02)
     family = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
@@ -54,10 +54,10 @@ def kill_in_the_middle(process: "subprocess.Popen[bytes]", path: Path, num_answe
 
 
 def test_a_killed_evaluation_of_a_model_directory_goes_on_to_the_same_results(tiny: Path, tmp_path: Path) -> None:
-    path = tmp_path / "killed" / "answers" / "easy.jsonl"
+    path = tmp_path / "killed" / "responses" / "easy.jsonl"
     with subprocess.Popen(command(tiny, tmp_path / "killed"), cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        kill_in_the_middle(process, path, num_answers=40)
-    kept = answers(path)
+        kill_in_the_middle(process, path, num_responses=40)
+    kept = responses(path)
     assert 40 <= len(kept) < 4 * 96
     runs = {
         name: subprocess.run(
@@ -67,10 +67,10 @@ def test_a_killed_evaluation_of_a_model_directory_goes_on_to_the_same_results(ti
     }
     assert [run.returncode for run in runs.values()] == [0, 0], [run.stderr for run in runs.values()]
     assert f"{len(kept)} of them there already" in runs["killed"].stderr
-    assert answers(path)[: len(kept)] == kept, "what was answered is kept as it was"
-    by_key = {(line["problem_id"], line["sample"]): line for line in answers(path)}
-    assert len(by_key) == len(answers(path)) == 4 * 96, "nothing is repeated"
-    whole = answers(tmp_path / "whole" / "answers" / "easy.jsonl")
+    assert responses(path)[: len(kept)] == kept, "what was sampled is kept as it was"
+    by_key = {(line["problem_id"], line["sample"]): line for line in responses(path)}
+    assert len(by_key) == len(responses(path)) == 4 * 96, "nothing is repeated"
+    whole = responses(tmp_path / "whole" / "responses" / "easy.jsonl")
     # The engine of a machine without CUDA is deterministic: every sample has its own seed, whenever it is asked.
     assert by_key == {(line["problem_id"], line["sample"]): line for line in whole}
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in runs]

@@ -79,12 +79,12 @@ def test_an_evaluation_goes_on_after_its_time_limit_and_not_where_it_answers_not
         "[ $SLURMD_NODENAME = node2 ] && exec sleep 60\n"
         '[ "$SLURM_RESTART_COUNT" = 1 ] && exit 3\n'
         "until grep -q node2 calls-.txt; do sleep 0.1; done\n"
-        "mkdir -p runs/first/answers && echo {} >> runs/first/answers/small.jsonl\n"
+        "mkdir -p runs/first/responses && echo {} >> runs/first/responses/small.jsonl\n"
         "scancel --batch --signal=USR1 $SLURM_JOB_ID; exec sleep 60",
         EVALUATE,
     )
-    assert re.search(r"from the start(.|\n)*stop requested(.|\n)*an answer was written since the start: queued", log)
-    assert re.search(r"from 1 lines of answers(.|\n)*failed with status \d+\n$", log)
+    assert re.search(r"from the start(.|\n)*stop requested(.|\n)*a response was written since the start: queued", log)
+    assert re.search(r"from 1 lines of responses(.|\n)*failed with status \d+\n$", log)
     calls = [sorted((checkout / f"calls-{count}.txt").read_text().splitlines()) for count in ("", 1)]
     command = "eval runs/a/checkpoints/best --benchmark small=small.jsonl --output runs/first"
     assert calls[0] == [f"node1 {command}", f"node2 {command}"]

@@ -20,9 +20,9 @@ class EvaluationSetConfig:
     file: str = field(metadata=IS_SHORTHAND)
     """File of the set's problems: JSONL, JSON, CSV, parquet or Arrow."""
     num_samples: NumSamples | None = None
-    """Answers to each problem of this set. None: `evaluation.num_samples`."""
+    """Responses to each problem of this set. None: `evaluation.num_samples`."""
     temperature: NonNegativeFloat | None = None
-    """Sampling temperature of answers to this set. None: `evaluation.temperature`."""
+    """Sampling temperature of responses to this set. None: `evaluation.temperature`."""
     task: str | None = None
     """Task of `data.train` whose columns, prompt and grading are used. None: the only task; where there are several,
     what `data` and `grading` say."""
@@ -133,10 +133,10 @@ class EvaluationConfig:
     every_steps: NonNegativeInt = 30
     """Rollout steps between two evaluations. 0 evaluates at the end, and at the start if `evaluation.at_start`."""
     num_samples: NumSamples | None = None
-    """Answers to each problem of a set that has no number of its own. None: 16 in sets of fewer than 100 problems, 1 in
-    larger ones (the paper's protocol)."""
+    """Responses to each problem of a set that has no number of its own. None: 16 in sets of fewer than 100 problems, 1
+    in larger ones (the paper's protocol)."""
     temperature: NonNegativeFloat | None = None
-    """Sampling temperature of answers to a set that has none of its own. None: greedy where a problem is answered once,
+    """Sampling temperature of responses to a set that has none of its own. None: greedy where a problem is asked once,
     0.6 where more often (the paper's protocol)."""
     at_start: bool = True
     """Whether the initial policy is evaluated before the first step."""
@@ -146,5 +146,5 @@ class EvaluationConfig:
     """Evaluation set by which the best checkpoint is kept as `checkpoints/best`. The best checkpoint is saved right
     after the evaluation that found it and is never pruned. None: no best checkpoint."""
     best_metric: Literal["avg", "pass_at_k"] = "avg"
-    """Measure by which the best checkpoint is chosen. `avg`: mean share of correct answers. `pass_at_k`: share of
-    problems with a correct answer, k being the number of answers to each."""
+    """Measure by which the best checkpoint is chosen. `avg`: mean share of correct responses. `pass_at_k`: share of
+    problems with a correct response, k being the number of responses to each."""

@@ -83,7 +83,7 @@ class AlarmsConfig:
     training cannot internalise it: of their |advantage|, or of what the template adds to the log-probs of successes. 1
     turns it off."""
     undecided: Annotated[float, Range(at_least=0, at_most=1)] = 0.01
-    """Share of the answers of a step or an evaluation above which undecided ones cause a warning. Undecided answers are
+    """Share of the responses of a step or an evaluation above which undecided ones cause a warning. Undecided ones are
     not learnt from and count in no rate."""
 
 

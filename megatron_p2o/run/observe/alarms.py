@@ -216,11 +216,11 @@ def warn_of_forgotten(step: int, metrics: Mapping[str, MetricValue], alarm: floa
 
 
 def warn_of_undecided(step: int, metrics: Mapping[str, MetricValue], alarm: float) -> None:
-    """Warn where the grader could not decide more than the share `alarm` of answers: of a step, or of an evaluation."""
+    """Warn where the grader could not decide more than the share `alarm` of responses: of a step or an evaluation."""
     for key, share in metrics.items():
         if key.endswith("/undecided_share") and isinstance(share, Mean) and share.sum > alarm * share.count:
             logger.warning(
-                "step %d: %s: the grader could not decide %d of %d answers, more than alarms.undecided=%g; they "
+                "step %d: %s: the grader could not decide %d of %d responses, more than alarms.undecided=%g; they "
                 "count neither way: look at them under rollouts/, or raise grading.deadline_s or memory_limit_mib",
                 *(step, key.removesuffix("/undecided_share"), share.sum, share.count, alarm),
             )

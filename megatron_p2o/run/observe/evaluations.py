@@ -81,7 +81,7 @@ def best_before(run_dir: Path, settings: EvaluationConfig, beginning: Beginning)
 
 
 def _score(outcome: Evaluation | None, settings: EvaluationConfig) -> float | None:
-    """Return what decides which checkpoint is the best; None where too few answers have a verdict."""
+    """Return what decides which checkpoint is the best; None where too few responses have a verdict."""
     if outcome is None:
         return None
     match settings.best_metric:

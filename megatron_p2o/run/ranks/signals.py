@@ -89,5 +89,5 @@ def evaluation_notice(number: int) -> str:
     if number not in ENDING:
         return ""
     return (
-        f"p2o: {signal.Signals(number).name}: the evaluation ends now: the same command goes on after its last answer"
+        f"p2o: {signal.Signals(number).name}: the evaluation ends now: the same command goes on after its last response"
     )

@@ -1,10 +1,10 @@
-"""What an interrupted evaluation compares before it goes on with the answers it has."""
+"""What an interrupted evaluation compares before it goes on with the responses it has."""
 
 from typing import Any
 
 from megatron_p2o.config.sections.data import EvaluationSetConfig, TaskConfig
 from megatron_p2o.config.tree import GradingConfig
-from megatron_p2o.evaluation.benchmark import Subject, answer_settings
+from megatron_p2o.evaluation.benchmark import Subject, response_settings
 from megatron_p2o.evaluation.protocol import Protocol
 from megatron_p2o.testing.fakes import FakeRenderer, fake_config, fake_problem
 
@@ -17,7 +17,7 @@ def settings_with(**changes: Any) -> dict[str, Any]:
     config = fake_config({"data.train": tasks, "data.evaluation": sets, **changes})
     protocol = Protocol(num_samples=1, temperature=0.0)
     return {
-        name: answer_settings(name, [fake_problem(1), fake_problem(2)], protocol, SUBJECT, FakeRenderer(), config)
+        name: response_settings(name, [fake_problem(1), fake_problem(2)], protocol, SUBJECT, FakeRenderer(), config)
         for name in sets
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_p2o.config.tree import Config, EvaluationConfig, EvaluationSetConfig
-from megatron_p2o.evaluation.benchmark import Subject, answer, open_benchmarks, results_of
+from megatron_p2o.evaluation.benchmark import Subject, open_benchmarks, results_of, sample_missing
 from megatron_p2o.evaluation.comparison import compare
 from megatron_p2o.evaluation.outcome import NothingDecided, evaluation_metrics
 from megatron_p2o.evaluation.protocol import Protocol, evaluate, protocol_of
@@ -71,7 +71,7 @@ def sets_config(folder: Path, num_problems: int = 5, **settings: Any) -> Config:
 def evaluated(config: Config, parts: SamplingParts, output: Path, subject: Subject = MODEL) -> dict[str, Any]:
     with ExitStack() as stack:
         benchmarks = open_benchmarks(subject, parts.renderer, config, output, stack)
-        answer(benchmarks, parts, config)
+        sample_missing(benchmarks, parts, config)
         return results_of(benchmarks, subject, config)
 
 
@@ -175,7 +175,7 @@ def test_a_set_without_any_verdict_has_no_outcome(tmp_path: Path) -> None:
         return FakeReply(text="?")
 
     config = sets_config(tmp_path)
-    with pytest.raises(NothingDecided, match="none of 20 answers has a verdict"):
+    with pytest.raises(NothingDecided, match="none of 20 responses has a verdict"):
         evaluate("aime", [fake_problem(number) for number in range(5)], parts_of(undecided), config)
     with pytest.raises(NothingDecided, match=r"aime: none of 20 .* the same command asks them again"):
         evaluated(config, parts_of(undecided), tmp_path)
@@ -197,7 +197,7 @@ def test_an_interrupted_evaluation_goes_on_and_repeats_nothing(tmp_path: Path, n
 
     with pytest.raises(Killed):
         evaluated(config, parts_of(killed_later), tmp_path / "killed")
-    path = tmp_path / "killed" / "answers" / "aime.jsonl"
+    path = tmp_path / "killed" / "responses" / "aime.jsonl"
     kept = path.read_text()
     assert kept.count("\n") == 1 + num_before
     path.write_text(kept + '{"problem_id": "problem-0')
@@ -318,12 +318,12 @@ def test_comparison_leaves_out_problems_without_a_verdict(tmp_path: Path) -> Non
     assert "aime: 1 problems have no verdict in one of the two: left out" in printed.getvalue()
     outcome["decided_by_problem"] = dict.fromkeys(outcome["decided_by_problem"], 0)
     (second / "results.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match="no problem has an answer with a verdict in both"):
+    with pytest.raises(ValueError, match="no problem has a response with a verdict in both"):
         compare(first, second)
     del outcome["decided_by_problem"]
     (second / "results.json").write_text(json.dumps(results))
     with pytest.raises(
-        ValueError, match="does not say how many answers to a problem have a verdict: run its `p2o eval`"
+        ValueError, match="does not say how many responses to a problem have a verdict: run its `p2o eval`"
     ):
         compare(first, second)
 

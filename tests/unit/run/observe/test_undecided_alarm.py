@@ -1,4 +1,4 @@
-"""A step or an evaluation with too many answers that the grader could not decide is warned of."""
+"""A step or an evaluation with too many responses that the grader could not decide is warned of."""
 
 import logging
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_a_step_with_more_undecided_answers_than_the_alarm_is_warned_of_once(
         warn_of_undecided(7, step_metrics(step_of(*counts), [], {}), 0.01)
     assert len(caplog.records) == warns
     if warns:
-        assert "step 7: rollout: the grader could not decide 2 of 100 answers, more than alarms.undecided=0.01" in (
+        assert "step 7: rollout: the grader could not decide 2 of 100 responses, more than alarms.undecided=0.01" in (
             caplog.text
         )
 
@@ -64,7 +64,7 @@ def test_an_evaluation_with_more_undecided_answers_than_the_alarm_is_warned_of(
         "step 3: eval/aime: the grader",
         "step 3: eval/templated_aime: the grader",
     ]
-    assert "1 of 3 answers" in caplog.text, "what the engines gave up was never graded"
+    assert "1 of 3 responses" in caplog.text, "what the engines gave up was never graded"
 
 
 def test_an_evaluation_without_any_verdict_is_warned_of_and_is_no_zero(
@@ -79,7 +79,7 @@ def test_an_evaluation_without_any_verdict_is_warned_of_and_is_no_zero(
 
     with caplog.at_level(logging.WARNING):
         evaluate_after_a_step("?")
-    assert "evaluation of aime at step 1: none of 80 answers has a verdict: it has no result" in caplog.text
+    assert "evaluation of aime at step 1: none of 80 responses has a verdict: it has no result" in caplog.text
     assert not any(key.startswith("eval/") for name, metrics in written if name == "metrics" for key in metrics)
     evaluate_after_a_step("no")
     assert numbers_of([metrics for name, metrics in written if name == "metrics"][-1])["eval/aime/avg"] == 0.0

@@ -1,4 +1,4 @@
-"""The answers of an evaluation on disk, one line each as they arrive, so that an evaluation can be resumed."""
+"""The responses of an evaluation on disk, one line each as they arrive, so that an evaluation can be resumed."""
 
 import json
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from megatron_p2o.metrics.jsonl import JsonObject, keep_lines, read_lines, read_
 from megatron_p2o.records import from_json, to_json
 
 
-class AnswerFile:
-    """`<set>.jsonl`: a first line {"settings": ...} of what the answers depend on, then one `GradedResponse` a line.
+class ResponseFile:
+    """`<set>.jsonl`: a first line {"settings": ...} of what the responses depend on, then one `GradedResponse` a line.
 
-    Used in `with`. A line that a kill has torn is dropped, a damaged one passed over: it is answered again. Written by
+    Used in `with`. A line that a kill has torn is dropped, a damaged one passed over: it is sampled again. Written by
     one process.
     """
 
@@ -22,27 +22,29 @@ class AnswerFile:
         """Open the file, or begin it.
 
         Raises:
-            ValueError: it holds answers given under other settings; the message names them.
+            ValueError: it holds responses given under other settings; the message names them.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_lines(path)
         first = next(read_lines(path), None)
         if first is not None:
             _check_settings(path, first.get("settings"), settings)
-        answers = read_records(path, lambda line: None if "settings" in line else from_json(GradedResponse, line))
-        self.answers = {
-            (answer.problem_id, answer.sample): answer for answer in answers if answer is not None and answer.is_decided
+        responses = read_records(path, lambda line: None if "settings" in line else from_json(GradedResponse, line))
+        self.responses = {
+            (response.problem_id, response.sample): response
+            for response in responses
+            if response is not None and response.is_decided
         }
-        """Answers by problem id and sample index; of an earlier evaluation those with a verdict, the others are asked
+        """Responses by problem id and sample index; of an earlier evaluation those with a verdict, the others are asked
         again."""
         self._file = path.open("a", encoding="utf-8")
         if first is None:
             self._write({"settings": dict(settings)})
 
-    def append(self, answer: GradedResponse) -> None:
-        """Keep an answer: it is handed to the operating system before this returns."""
-        self._write(to_json(answer))
-        self.answers[answer.problem_id, answer.sample] = answer
+    def append(self, response: GradedResponse) -> None:
+        """Keep a response: it is handed to the operating system before this returns."""
+        self._write(to_json(response))
+        self.responses[response.problem_id, response.sample] = response
 
     def __enter__(self) -> Self:
         return self
@@ -59,7 +61,7 @@ class AnswerFile:
 
 def _check_settings(path: Path, found: object, wanted: Mapping[str, Any]) -> None:
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no settings in its first line: it is no file of answers, use another --output")
+        raise ValueError(f"{path} holds no settings in its first line: it holds no responses, use another --output")
     changed = [
         f"{name} was {_short(found.get(name))} and is {_short(wanted.get(name))}"
         for name in dict.fromkeys([*found, *wanted])
@@ -67,7 +69,7 @@ def _check_settings(path: Path, found: object, wanted: Mapping[str, Any]) -> Non
     ]
     if changed:
         raise ValueError(
-            f"{path} holds answers of another evaluation ({'; '.join(changed)}): give another --output, or --restart "
+            f"{path} holds responses of another evaluation ({'; '.join(changed)}): give another --output, or --restart "
             "to throw them away"
         )
 
