@@ -69,7 +69,7 @@ class Template:
     lineage_problem_ids: frozenset[str] = frozenset()
     """Problems whose feedback (and gold answer) this template or an ancestor has seen: never paired with them."""
     score: float = 0.0
-    """Mean reward on the development problems it was evaluated on, in [0, 1]."""
+    """Mean reward on the development problems it was tried on, in [0, 1]."""
     weight_version: int = 0
     """Policy version the score was measured on."""
 

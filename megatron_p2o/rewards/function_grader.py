@@ -10,8 +10,8 @@ from typing import Any
 from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.records import to_json
 from megatron_p2o.rewards.functions import RewardSpec
+from megatron_p2o.rewards.workers.grading_workers import GradingWorkers, worker_limits
 from megatron_p2o.rewards.workers.loop import KNOWN
-from megatron_p2o.rewards.workers.worker_pool import WorkerPool, worker_limits
 from megatron_p2o.types import FinishReason, Grade, Problem
 
 logger = logging.getLogger(__name__)
@@ -26,17 +26,19 @@ class FunctionGrader:
     def __init__(self, config: GradingConfig) -> None:
         self._faults = FaultLog()
         limits = worker_limits(config, stall_timeout_s=config.timeout_s)
-        self._pool = WorkerPool(specs_of(config), limits, config.num_workers, {KNOWN: True}, raised=self._faults.note)
+        self._workers = GradingWorkers(
+            specs_of(config), limits, config.num_workers, {KNOWN: True}, raised=self._faults.note
+        )
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """See `WorkerPool.counts`."""
-        return self._pool.counts
+        """See `GradingWorkers.counts`."""
+        return self._workers.counts
 
     @property
     def worker_pids(self) -> list[int]:
         """Process ids of the workers alive."""
-        return self._pool.worker_pids
+        return self._workers.worker_pids
 
     def submit(self, problem: Problem, text: str, finish_reason: FinishReason) -> Future[Grade]:
         """Grade a response. Undecided, with the reason, where a function raises, takes too much or returns no reward.
@@ -47,15 +49,15 @@ class FunctionGrader:
         Raises:
             RuntimeError: the grader is closed.
         """
-        return self._pool.submit({"problem": to_json(problem), "response": text, "finish_reason": finish_reason})
+        return self._workers.submit({"problem": to_json(problem), "response": text, "finish_reason": finish_reason})
 
     def check(self) -> None:
         """Have a worker load the functions. Raises `FunctionRefused`, a `ValueError`, which names what is wrong."""
-        self._pool.check()
+        self._workers.check()
 
     def close(self) -> None:
         """Kill the workers; what they have not answered is undecided. Says how often functions raised what."""
-        self._pool.close()
+        self._workers.close()
         self._faults.close()
 
 

@@ -10,8 +10,8 @@ problems, responses and finish reasons and returns a list. A class is made into 
 `__call__` is the reward function. Further keyword parameters are settings: `grading.arguments` gives their values (of a
 class, those of `__init__`).
 
-It runs in the workers of `rewards.workers.worker_pool`. One that raises, takes too long or returns no reward leaves its
-answer undecided.
+It runs in `rewards.workers.grading_workers`. One that raises, takes too long or returns no reward leaves its answer
+undecided.
 """
 
 import inspect

@@ -53,7 +53,7 @@ class Supervisor:
         """Guards the two fields below. It is notified of every change to them, and of the end."""
         self._is_held = False
         self._starting: set[str] = set()
-        self._pool = ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="engine-restart")
+        self._threads = ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="engine-restart")
         self._watcher = threading.Thread(target=self._watch, name="engine-watch", daemon=True)
         self._watcher.start()
 
@@ -71,7 +71,7 @@ class Supervisor:
         """Kill an engine and start another in its place. Returns at once; may be called from any thread."""
         self._down.add(name)
         if not self._closing.is_set():
-            self._pool.submit(self._replace, name).add_done_callback(partial(self._on_replaced, name))
+            self._threads.submit(self._replace, name).add_done_callback(partial(self._on_replaced, name))
 
     def renew(self) -> None:
         """Reset the counts of restarts, at a refresh."""
@@ -100,7 +100,7 @@ class Supervisor:
         with self._turn:
             self._turn.notify_all()
         stop_all(self.servers)
-        self._pool.shutdown(wait=True)
+        self._threads.shutdown(wait=True)
         stop_all(self.servers)
         self._watcher.join()
 
@@ -173,5 +173,5 @@ class Supervisor:
 def stop_all(servers: Sequence[Server]) -> None:
     """Stop servers side by side: each may take seconds."""
     if servers:
-        with ThreadPoolExecutor(len(servers)) as pool:
-            list(pool.map(lambda server: server.stop(), servers))
+        with ThreadPoolExecutor(len(servers)) as threads:
+            list(threads.map(lambda server: server.stop(), servers))

@@ -215,8 +215,8 @@ def supervised_instruction(family: Family, generator: random.Random) -> str:
         phrases = generator.choices(kinds, weights=(0.30, 0.08, 0.18, 0.20, 0.24))[0]
         if not phrases:
             return ""
-        pool = FILLER_PHRASES if generator.random() < 0.5 else PHRASES
-        more = [phrase for phrase in pool if phrase not in (*phrases, *family.key_phrases)]
+        offered = FILLER_PHRASES if generator.random() < 0.5 else PHRASES
+        more = [phrase for phrase in offered if phrase not in (*phrases, *family.key_phrases)]
         num_more = min(generator.choices((0, 1, 2, 3), weights=(0.35, 0.35, 0.2, 0.1))[0], MAX_PHRASES - len(phrases))
         shuffled = [*phrases, *generator.sample(more, num_more)]
         generator.shuffle(shuffled)

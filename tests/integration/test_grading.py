@@ -8,8 +8,8 @@ import pytest
 from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.rewards.math.grader import KNOWN, algebra_request
 from megatron_p2o.rewards.registry import make_grader
+from megatron_p2o.rewards.workers.grading_workers import GradingWorkers
 from megatron_p2o.rewards.workers.processes import WorkerLimits
-from megatron_p2o.rewards.workers.worker_pool import WorkerPool
 from megatron_p2o.types import CORRECT, INCORRECT, Problem
 
 pytestmark = pytest.mark.slow
@@ -92,13 +92,13 @@ COSTLY = {
 def test_costly_answers_that_reach_algebra_are_stopped_and_never_accepted(gold: str) -> None:
     # With a sum for gold answer, everything is shown to math-verify.
     limits = WorkerLimits(memory_limit_mib=1024, deadline_s=2.0, timeout_s=PATIENCE_S, stall_timeout_s=PATIENCE_S)
-    pool = WorkerPool(None, limits, num_workers=2, known=algebra_request(*KNOWN))
-    futures = {name: pool.submit(algebra_request(gold, answer)) for name, answer in COSTLY.items()}
+    workers = GradingWorkers(None, limits, num_workers=2, known=algebra_request(*KNOWN))
+    futures = {name: workers.submit(algebra_request(gold, answer)) for name, answer in COSTLY.items()}
     grades = {name: future.result(PATIENCE_S) for name, future in futures.items()}
     stopped = sum(
-        count for outcome, count in pool.counts.items() if outcome in ("out_of_time", "crashed", "out_of_memory")
+        count for outcome, count in workers.counts.items() if outcome in ("out_of_time", "crashed", "out_of_memory")
     )
-    pool.close()
+    workers.close()
     assert {name for name, grade in grades.items() if grade == CORRECT} == set()
     assert sum(not grade.is_decided for grade in grades.values()) == stopped
     assert (stopped > 0) is (gold != "42"), "what is read here is decided without computing it"

@@ -1,4 +1,4 @@
-"""One name for one idea: no public class or function has a namesake, and CONTRIBUTING's words are where it says."""
+"""One name for one idea: no class and no public function has a namesake, and CONTRIBUTING's words are where it says."""
 
 import ast
 import importlib
@@ -25,18 +25,22 @@ PLACES = re.findall(r"`([\w.]+)` in `([\w/]+)\.py`", TABLE)
 """(name, module's path) of each word in CONTRIBUTING's table."""
 
 
-def public_names(source: str) -> list[str]:
-    """Return the classes and functions that a module defines, without those whose names begin with an underscore."""
-    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [node.name for node in ast.parse(source).body if isinstance(node, kinds)]
-    return [name for name in dict.fromkeys(found) if not name.startswith("_")]
+def names_of_ideas(source: str) -> list[str]:
+    """Return the classes that a module defines, and its functions whose names do not begin with an underscore."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [
+        node.name
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) or (isinstance(node, functions) and not node.name.startswith("_"))
+    ]
+    return list(dict.fromkeys(found))
 
 
 def namesakes(sources: dict[str, str]) -> dict[str, list[str]]:
-    """Return each public name that more than one of `sources` (path to text) defines, with their paths."""
+    """Return each name that more than one of `sources` (path to text) defines, with their paths."""
     places: dict[str, list[str]] = defaultdict(list)
     for path, source in sources.items():
-        for name in public_names(source):
+        for name in names_of_ideas(source):
             places[name].append(path)
     return {name: paths for name, paths in places.items() if len(paths) > 1}
 
@@ -47,7 +51,7 @@ def sources_of_the_tree() -> dict[str, str]:
     return {name: path.read_text("utf-8") for name, path in by_name.items() if not name.startswith(PROGRAMS)}
 
 
-def test_no_two_public_classes_or_functions_share_a_name() -> None:
+def test_no_two_classes_and_no_two_public_functions_share_a_name() -> None:
     found = namesakes(sources_of_the_tree())
     unexpected = {name: paths for name, paths in found.items() if name not in SHARED}
     assert not unexpected, "one idea needs one name, and another idea another one"
@@ -57,6 +61,7 @@ def test_no_two_public_classes_or_functions_share_a_name() -> None:
 def test_a_namesake_is_found_whatever_it_is() -> None:
     sources = {"a.py": "class Round: ...\ndef _own(): ...", "b.py": "async def Round(): ...\ndef _own(): ..."}
     assert namesakes(sources) == {"Round": ["a.py", "b.py"]}
+    assert namesakes({"a.py": "class _Walk: ...", "b.py": "class _Walk: ..."}) == {"_Walk": ["a.py", "b.py"]}
     assert not namesakes({"a.py": "def one(): ...\ndef one(x): ..."}), "overloads stand in one module"
 
 

@@ -12,15 +12,15 @@ FREE_ITERATIONS = 2
 def automatic_budget(num_candidates: int, dev_size: int) -> int:
     """Return GEPA's rollout budget for `evolution.budget`: 11,040 for 72 candidates and 300 development problems."""
     num_proposals = int(max(4 * math.log2(num_candidates), 1.5 * num_candidates))
-    num_full_evaluations = (num_proposals + 1) // 5 + 1 + (num_proposals < 5)
-    return dev_size + 5 * num_candidates + 35 * num_proposals + num_full_evaluations * dev_size
+    num_full_trials = (num_proposals + 1) // 5 + 1 + (num_proposals < 5)
+    return dev_size + 5 * num_candidates + 35 * num_proposals + num_full_trials * dev_size
 
 
 def reference_cost(iteration: int, num_selected: int, num_accepted: int, minibatch_size: int, dev_size: int) -> int:
     """Return what the authors charge for an iteration (counted from 1).
 
-    One minibatch per selected candidate and one development evaluation per accepted one. The second minibatch, the
-    empty template's evaluation and the first two iterations are free.
+    One minibatch per selected candidate and all development problems per accepted one. The second minibatch, the trials
+    of the empty template and the first two iterations are free.
     """
     if iteration <= FREE_ITERATIONS:
         return 0

@@ -238,16 +238,16 @@ class Evaluated:
 @lru_cache(maxsize=8192)
 def value_at(node: Node, point: Point, digits: int, must_be_real: bool = False) -> Evaluated | None:
     """Return the complex value of an expression at a point, None where it has none."""
-    evaluation = _Evaluation(point, must_be_real or point.kind != "positive")
+    walk = _Walk(point, must_be_real or point.kind != "positive")
     with mp.workdps(digits):
         try:
-            value = evaluation.value(node)
+            value = walk.value(node)
         except (ArithmeticError, ValueError, TypeError, KeyError, NotImplementedError):
             return None
-        return Evaluated(value, evaluation.lost_bits) if mp.isfinite(value) else None
+        return Evaluated(value, walk.lost_bits) if mp.isfinite(value) else None
 
 
-class _Evaluation:
+class _Walk:
     """One walk over an expression, in the current precision."""
 
     def __init__(self, point: Point, must_be_real: bool) -> None:

@@ -15,7 +15,7 @@ from megatron_p2o.rewards.math.exact import ExactJudge, quick_verdict
 from megatron_p2o.rewards.math.match import verdict
 from megatron_p2o.rewards.math.reading.latex import is_refused, is_too_long
 from megatron_p2o.rewards.math.reading.spelling import normal_form
-from megatron_p2o.rewards.workers.worker_pool import WorkerPool, worker_limits
+from megatron_p2o.rewards.workers.grading_workers import GradingWorkers, worker_limits
 from megatron_p2o.types import CORRECT, INCORRECT, FinishReason, Grade, Problem
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class MathGrader:
     """The `Grader` for answers in LaTeX. What needs algebra goes to worker processes, started when first needed."""
 
     def __init__(self, config: GradingConfig) -> None:
-        self._pool = WorkerPool(None, worker_limits(config), config.num_workers, algebra_request(*KNOWN))
+        self._workers = GradingWorkers(None, worker_limits(config), config.num_workers, algebra_request(*KNOWN))
         self._counts: Counter[str] = Counter()
         self._logged_faults: set[str] = set()
         self._lock = Lock()
@@ -49,14 +49,14 @@ class MathGrader:
     @property
     def counts(self) -> Mapping[str, int]:
         """Answers so far: no_answer (no box), quick (decided here), failed (a fault of the grader met here), and the
-        outcomes of `WorkerPool.counts`."""
+        outcomes of `GradingWorkers.counts`."""
         with self._lock:
-            return {**self._counts, **self._pool.counts}
+            return {**self._counts, **self._workers.counts}
 
     @property
     def worker_pids(self) -> list[int]:
         """Process ids of the workers alive."""
-        return self._pool.worker_pids
+        return self._workers.worker_pids
 
     def submit(self, problem: Problem, text: str, finish_reason: FinishReason = "stop") -> Future[Grade]:
         """Grade the last boxed answer of `text` against `problem.answer`.
@@ -79,15 +79,15 @@ class MathGrader:
             return self._decided(Grade.undecided(f"the grader failed: {type(error).__name__}"), "failed")
         if isinstance(local, bool):
             return self._decided(CORRECT if local else INCORRECT, "quick")
-        return self._pool.submit(algebra_request(local.gold, local.answer))
+        return self._workers.submit(algebra_request(local.gold, local.answer))
 
     def check(self) -> None:
         """Start a worker and have it grade a known answer. Raises `GraderFailed` when nothing could be graded."""
-        self._pool.check()
+        self._workers.check()
 
     def close(self) -> None:
         """Kill the workers. Unanswered requests are undecided."""
-        self._pool.close()
+        self._workers.close()
 
     def _log_once(self, kind: str, problem_id: str, fault: str) -> None:
         with self._lock:

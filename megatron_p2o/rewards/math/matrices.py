@@ -44,13 +44,13 @@ def _has_transposes(node: Node) -> bool:
 def is_equal(gold: Node, answer: Node) -> bool:
     """Return whether two expressions are equal whatever matrices their letters are; False for other operations."""
     try:
-        return all(_Evaluation(number).value(gold) == _Evaluation(number).value(answer) for number in range(NUM_POINTS))
+        return all(_MatricesAt(number).value(gold) == _MatricesAt(number).value(answer) for number in range(NUM_POINTS))
     except (ArithmeticError, ValueError):
         return False
 
 
 @dataclass(frozen=True, slots=True)
-class _Evaluation:
+class _MatricesAt:
     """Evaluates expressions at one point."""
 
     point: int

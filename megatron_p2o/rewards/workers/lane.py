@@ -81,7 +81,7 @@ class Lane:
         self.worker: Worker | None = None
 
     def serve(self, jobs: Jobs) -> None:
-        """Answer jobs until the pool closes."""
+        """Answer jobs until the workers are closed."""
         while (job := jobs.get()) is not None:
             self._serve_from(job, jobs)
         self.discard()

@@ -32,7 +32,7 @@ KNOWN = "is_known"
 
 
 class Program(Protocol):
-    """What the workers of a pool do."""
+    """What grading workers do."""
 
     @property
     def max_at_once(self) -> int:

@@ -192,7 +192,7 @@ class WorkerSource:
     """Gives out workers and takes them back, from any thread; starts a server when there is none."""
 
     def __init__(self, functions: Sequence[RewardSpec] | None, limits: WorkerLimits) -> None:
-        """See `worker_pool.WorkerPool`."""
+        """See `grading_workers.GradingWorkers`."""
         self._functions, self._limits = functions, limits
         self._lock = threading.Lock()
         self._server: ForkServer | None = None

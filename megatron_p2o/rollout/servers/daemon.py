@@ -59,7 +59,7 @@ class NodeDaemon:
     """HTTP session to the engines."""
     engines: dict[str, HostedServer] = field(default_factory=dict[str, HostedServer])
     staging: dict[int, MemoryFile] = field(default_factory=dict[int, MemoryFile])
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32))
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32))
     """Starting and ending servers takes seconds to minutes."""
 
     def application(self) -> web.Application:
@@ -80,7 +80,7 @@ class NodeDaemon:
         """End the engines."""
         for engine in self.engines.values():
             engine.server.stop()
-        self.pool.shutdown()
+        self.threads.shutdown()
 
     @web.middleware
     async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -98,7 +98,7 @@ class NodeDaemon:
             await self._in_thread(old.server.stop)
         server = await self._in_thread(lambda: start_server(self.config, self.run_dir, place, wanted["restart"]))
         engine = self.engines[request.match_info["index"]] = HostedServer(server)
-        self.pool.submit(self._wait_until_ready, engine)
+        self.threads.submit(self._wait_until_ready, engine)
         return self._description(engine)
 
     async def _describe(self, request: web.Request) -> web.Response:
@@ -160,7 +160,7 @@ class NodeDaemon:
         )
 
     def _in_thread(self, call: Callable[[], T]) -> "asyncio.Future[T]":
-        return asyncio.get_running_loop().run_in_executor(self.pool, call)
+        return asyncio.get_running_loop().run_in_executor(self.threads, call)
 
 
 async def serve_node(config: Config, run_dir: Path, key: str, address: str) -> None:

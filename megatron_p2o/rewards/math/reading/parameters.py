@@ -20,7 +20,7 @@ _TOKEN = re.compile(r"\\[A-Za-z]+|\\text\{[^{}]*\}|[A-Za-z]")
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
+class _ParametricAnswer:
     text: str
     letter: str
     domain: str
@@ -31,7 +31,7 @@ def without_parameters(gold: str, answer: str) -> tuple[str, str]:
 
     As they are where that would change what one of them says: another domain, or letters with other meanings.
     """
-    one, other = _family(gold), _family(answer)
+    one, other = _parametric_answer(gold), _parametric_answer(answer)
     if one is None and other is None:
         return gold, answer
     if one is None and other is not None:
@@ -51,7 +51,7 @@ def without_parameters(gold: str, answer: str) -> tuple[str, str]:
     return one.text, text
 
 
-def _family(text: str) -> _Family | None:
+def _parametric_answer(text: str) -> _ParametricAnswer | None:
     found = _TAIL.search(text)
     words = _WORDS.search(text) if found is None else None
     if words and not (words["is"] or "integer" in words.group()):
@@ -59,7 +59,7 @@ def _family(text: str) -> _Family | None:
     tail = found or words
     if tail is None or tail.start() == 0 or tail["letter"] not in _letters(text[: tail.start()]):
         return None
-    return _Family(text[: tail.start()], tail["letter"], found["domain"] if found else "Z")
+    return _ParametricAnswer(text[: tail.start()], tail["letter"], found["domain"] if found else "Z")
 
 
 def _letters(text: str) -> set[str]:

@@ -185,7 +185,7 @@ def read_only(flags_index: int) -> list[Instruction]:
     return [argument(flags_index), writes, (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]
 
 
-class _Program(ctypes.Structure):
+class _FilterProgram(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
 
 
@@ -200,7 +200,7 @@ def restrict(may_write: bool) -> None:
     program = filter_program(os.uname().machine, may_write)
     buffer = ctypes.create_string_buffer(program, len(program))
     libc = ctypes.CDLL(None, use_errno=True)
-    header = _Program(len(program) // 8, ctypes.addressof(buffer))
+    header = _FilterProgram(len(program) // 8, ctypes.addressof(buffer))
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS) failed")
     if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(header), 0, 0) != 0:

@@ -25,7 +25,7 @@ Raised = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 """Called from any thread with a request and the reply of `loop` which says what it raised."""
 
 
-class WorkerPool:
+class GradingWorkers:
     """Grades requests in worker processes, each driven by one thread. Nothing starts before the first request."""
 
     def __init__(
@@ -37,7 +37,7 @@ class WorkerPool:
         recycle_after: int = 5000,
         raised: Raised = lambda request, reply: None,
     ) -> None:
-        """Prepare a pool.
+        """Prepare the workers.
 
         Args:
             functions: the reward functions that workers call; None: they compare by algebra.
@@ -82,7 +82,7 @@ class WorkerPool:
         be used.
 
         Raises:
-            RuntimeError: the pool is closed.
+            RuntimeError: the workers are closed.
         """
         job = Job(request=request, future=Future())
         with self._lock:

@@ -14,9 +14,9 @@ import pytest
 
 from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.rewards.math.grader import KNOWN, MathGrader, algebra_request
+from megatron_p2o.rewards.workers.grading_workers import GradingWorkers
 from megatron_p2o.rewards.workers.lane import UNDECIDED
 from megatron_p2o.rewards.workers.processes import GraderFailed, WorkerLimits
-from megatron_p2o.rewards.workers.worker_pool import WorkerPool
 from megatron_p2o.types import CORRECT, INCORRECT, Grade, Problem
 
 PATIENCE_S = 120.0
@@ -37,12 +37,12 @@ def limits_of(**limits: float) -> WorkerLimits:
 
 
 @contextmanager
-def pool_of(num_workers: int = 1, recycle_after: int = 5000, **limits: float) -> Iterator[WorkerPool]:
-    pool = WorkerPool(None, limits_of(**limits), num_workers, algebra_request(*KNOWN), recycle_after)
+def workers_of(num_workers: int = 1, recycle_after: int = 5000, **limits: float) -> Iterator[GradingWorkers]:
+    workers = GradingWorkers(None, limits_of(**limits), num_workers, algebra_request(*KNOWN), recycle_after)
     try:
-        yield pool
+        yield workers
     finally:
-        pool.close()
+        workers.close()
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -64,147 +64,147 @@ def processor_seconds(pid: int) -> float:
     return times.user + times.system
 
 
-def new_worker(pool: WorkerPool, *old: int) -> int:
+def new_worker(workers: GradingWorkers, *old: int) -> int:
     """Wait for a single worker that is none of `old` and return its process id."""
-    wait_until(lambda: [pid for pid in pool.worker_pids if pid not in old])
-    (pid,) = pool.worker_pids
+    wait_until(lambda: [pid for pid in workers.worker_pids if pid not in old])
+    (pid,) = workers.worker_pids
     return pid
 
 
 def test_an_answer_that_uses_up_its_processor_time_is_an_error_and_its_neighbours_are_graded() -> None:
-    with pool_of(deadline_s=0.5) as pool:
-        futures = [pool.submit(request) for request in [RIGHT, algebra_request(*ENDLESS), WRONG] * 3]
+    with workers_of(deadline_s=0.5) as workers:
+        futures = [workers.submit(request) for request in [RIGHT, algebra_request(*ENDLESS), WRONG] * 3]
         grades = [future.result(PATIENCE_S) for future in futures]
         assert grades == [CORRECT, Grade.undecided(UNDECIDED["out_of_time"]), INCORRECT] * 3
-        assert pool.counts == {"graded": 6, "out_of_time": 3}
+        assert workers.counts == {"graded": 6, "out_of_time": 3}
 
 
 def test_time_that_passes_without_the_processor_decides_nothing() -> None:
-    with pool_of(deadline_s=0.2) as pool:
-        assert pool.submit(RIGHT).result(PATIENCE_S) == CORRECT
-        (worker,) = pool.worker_pids
+    with workers_of(deadline_s=0.2) as workers:
+        assert workers.submit(RIGHT).result(PATIENCE_S) == CORRECT
+        (worker,) = workers.worker_pids
         kill(worker, signal.SIGSTOP)
-        answer = pool.submit(RIGHT)
+        answer = workers.submit(RIGHT)
         wait_until(answer.running)
         time.sleep(1.0)  # five times the deadline
         kill(worker, signal.SIGCONT)
         assert answer.result(PATIENCE_S) == CORRECT
-        assert pool.worker_pids == [worker] and pool.counts == {"graded": 2}
+        assert workers.worker_pids == [worker] and workers.counts == {"graded": 2}
 
 
 def test_an_answer_whose_worker_is_killed_is_graded_by_another() -> None:
     gold, answer = ENDLESS
-    with pool_of() as pool:
-        lost = pool.submit(algebra_request(gold, answer))
-        waiting = [pool.submit(RIGHT) for _ in range(3)]
-        first = new_worker(pool)
+    with workers_of() as workers:
+        lost = workers.submit(algebra_request(gold, answer))
+        waiting = [workers.submit(RIGHT) for _ in range(3)]
+        first = new_worker(workers)
         kill(first, signal.SIGKILL)
-        second = new_worker(pool, first)
+        second = new_worker(workers, first)
         assert not lost.done()
         kill(second, signal.SIGKILL)
         assert lost.result(PATIENCE_S) == Grade.undecided(UNDECIDED["crashed"]), "two workers were lost over it"
         assert [future.result(PATIENCE_S) for future in waiting] == [CORRECT] * 3
-        assert pool.counts == {"tried_again": 1, "crashed": 1, "graded": 3}
+        assert workers.counts == {"tried_again": 1, "crashed": 1, "graded": 3}
 
 
 @pytest.mark.parametrize("num_characters", [1, MANY_CHARACTERS])
 def test_an_answer_whose_worker_is_stopped_is_graded_by_another(num_characters: int) -> None:
     # Long enough for a busy machine, on which a worker that may run does run now and then.
-    with pool_of(stall_timeout_s=1.5) as pool:
-        assert pool.submit(RIGHT).result(PATIENCE_S) == CORRECT
-        (stopped,) = pool.worker_pids
+    with workers_of(stall_timeout_s=1.5) as workers:
+        assert workers.submit(RIGHT).result(PATIENCE_S) == CORRECT
+        (stopped,) = workers.worker_pids
         kill(stopped, signal.SIGSTOP)
-        assert pool.submit({**RIGHT, "padding": " " * num_characters}).result(PATIENCE_S) == CORRECT
-        assert pool.worker_pids != [stopped] and not is_alive(stopped)
-        assert pool.counts == {"graded": 2, "tried_again": 1}
+        assert workers.submit({**RIGHT, "padding": " " * num_characters}).result(PATIENCE_S) == CORRECT
+        assert workers.worker_pids != [stopped] and not is_alive(stopped)
+        assert workers.counts == {"graded": 2, "tried_again": 1}
 
 
 def test_an_answer_outlives_the_server_that_forks_workers() -> None:
-    with pool_of(num_workers=2) as pool:
-        assert [pool.submit(RIGHT).result(PATIENCE_S) for _ in range(2)] == [CORRECT] * 2
-        worker = psutil.Process(pool.worker_pids[0])
-        endless = pool.submit(algebra_request(*ENDLESS))
+    with workers_of(num_workers=2) as workers:
+        assert [workers.submit(RIGHT).result(PATIENCE_S) for _ in range(2)] == [CORRECT] * 2
+        worker = psutil.Process(workers.worker_pids[0])
+        endless = workers.submit(algebra_request(*ENDLESS))
         wait_until(endless.running)
         server = worker.parent()
         assert server is not None and Path(server.cmdline()[2]).name == "fork_server.py"
         kill(server.pid, signal.SIGKILL)
-        assert pool.submit(RIGHT).result(PATIENCE_S) == CORRECT
+        assert workers.submit(RIGHT).result(PATIENCE_S) == CORRECT
         wait_until(lambda: not is_alive(worker.pid))
         assert not endless.done(), "a worker of the next server has it"
 
 
 def test_worker_that_died_idle_costs_no_grade() -> None:
-    with pool_of(recycle_after=2) as pool:
-        assert pool.submit(RIGHT).result(PATIENCE_S) == CORRECT
-        (first,) = pool.worker_pids
+    with workers_of(recycle_after=2) as workers:
+        assert workers.submit(RIGHT).result(PATIENCE_S) == CORRECT
+        (first,) = workers.worker_pids
         kill(first, signal.SIGKILL)
-        wait_until(lambda: pool.worker_pids == [])
-        assert pool.submit(WRONG).result(PATIENCE_S) == INCORRECT
-        assert pool.submit({"gold": "x+1", "answers": ["1+x", "x+1"]}).result(PATIENCE_S) == CORRECT
-        (second,) = pool.worker_pids
-        assert pool.submit({"gold": "x+1", "answers": ["1+x", "x+2"]}).result(PATIENCE_S) == INCORRECT
-        assert pool.worker_pids != [second], "replaced after two answers"
-        assert pool.counts == {"graded": 4, "recycled": 1}
+        wait_until(lambda: workers.worker_pids == [])
+        assert workers.submit(WRONG).result(PATIENCE_S) == INCORRECT
+        assert workers.submit({"gold": "x+1", "answers": ["1+x", "x+1"]}).result(PATIENCE_S) == CORRECT
+        (second,) = workers.worker_pids
+        assert workers.submit({"gold": "x+1", "answers": ["1+x", "x+2"]}).result(PATIENCE_S) == INCORRECT
+        assert workers.worker_pids != [second], "replaced after two answers"
+        assert workers.counts == {"graded": 4, "recycled": 1}
 
 
 def test_answer_that_needs_too_much_memory_is_an_error() -> None:
-    with pool_of(memory_limit_mib=160) as pool:
+    with workers_of(memory_limit_mib=160) as workers:
         futures = [
-            pool.submit(algebra_request(r"\sum_{k=0}^{0}2^{2000000000}", r"\sum_{k=0}^{0}4^{1000000000}")),
-            pool.submit(RIGHT),
+            workers.submit(algebra_request(r"\sum_{k=0}^{0}2^{2000000000}", r"\sum_{k=0}^{0}4^{1000000000}")),
+            workers.submit(RIGHT),
         ]
         too_much, right = (future.result(PATIENCE_S) for future in futures)
         assert too_much == Grade.undecided(UNDECIDED["out_of_memory"]) and right == CORRECT
-        assert pool.counts == {"tried_again": 1, "out_of_memory": 1, "graded": 1}
+        assert workers.counts == {"tried_again": 1, "out_of_memory": 1, "graded": 1}
 
 
 def test_pool_whose_workers_cannot_start_fails_every_answer() -> None:
     # Too little memory to import math-verify.
-    with pool_of(memory_limit_mib=24) as pool:
-        futures = [pool.submit(RIGHT) for _ in range(3)]
+    with workers_of(memory_limit_mib=24) as workers:
+        futures = [workers.submit(RIGHT) for _ in range(3)]
         for future in futures:
             with pytest.raises(
                 GraderFailed, match=r"no grading worker starts \(crashed\): run .*grading.memory_limit_mib"
             ):
                 future.result(PATIENCE_S)
         with pytest.raises(GraderFailed, match="no grading worker starts"):
-            pool.check()
+            workers.check()
 
 
 def test_machine_that_starts_no_process_fails_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pool_of() as pool:
+    with workers_of() as workers:
         monkeypatch.setattr(sys, "executable", "/nonexistent/python")
         for _ in range(2):
             with pytest.raises(GraderFailed, match="No such file or directory: '/nonexistent/python'"):
-                pool.submit(RIGHT).result(PATIENCE_S)
+                workers.submit(RIGHT).result(PATIENCE_S)
 
 
 def test_check_passes_where_answers_are_graded() -> None:
-    with pool_of() as pool:
-        pool.check()
-        pool.check()
+    with workers_of() as workers:
+        workers.check()
+        workers.check()
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), float("nan"), 0.0, -1.0])
 @pytest.mark.parametrize("name", ["deadline_s", "timeout_s", "stall_timeout_s"])
 def test_limits_must_be_positive_and_finite(name: str, seconds: float) -> None:
     with pytest.raises(ValueError, match=f"{name}=.* must be positive and finite"):
-        WorkerPool(None, limits_of(**{name: seconds}), 1, RIGHT)
+        GradingWorkers(None, limits_of(**{name: seconds}), 1, RIGHT)
 
 
 def test_closing_ends_what_is_running_and_waiting_as_errors() -> None:
     gold, answer = ENDLESS
-    with pool_of() as pool:
-        futures = [pool.submit(algebra_request(gold, answer)) for _ in range(3)]
-        cancelled = pool.submit(RIGHT)
+    with workers_of() as workers:
+        futures = [workers.submit(algebra_request(gold, answer)) for _ in range(3)]
+        cancelled = workers.submit(RIGHT)
         assert cancelled.cancel()
-        worker = new_worker(pool)
+        worker = new_worker(workers)
         server = psutil.Process(worker).ppid()
-        pool.close()
+        workers.close()
         assert [future.result(PATIENCE_S) for future in futures] == [Grade.undecided("the grader was closed")] * 3
-        assert pool.worker_pids == [] and not is_alive(worker) and not is_alive(server)
+        assert workers.worker_pids == [] and not is_alive(worker) and not is_alive(server)
         with pytest.raises(RuntimeError, match="the grader is closed"):
-            pool.submit(RIGHT)
+            workers.submit(RIGHT)
 
 
 def test_workers_start_with_all_that_algebra_imports() -> None:
