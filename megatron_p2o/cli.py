@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, metavar="FOLDER", help="default: the first run folder")
     report.set_defaults(run=_report)
 
+    view = commands.add_parser("view", help="show runs on a local page, while they train and afterwards")
+    view.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    view.add_argument("--port", type=int, default=0, help="port of the loopback address; default: a free one")
+    view.set_defaults(run=_view)
+
     doctor = commands.add_parser("doctor", help="say what this machine offers and what is missing")
     doctor.add_argument("--strict", action="store_true", help="exit with 1 when something required is missing")
     doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="require N GPUs that nobody else uses")
@@ -229,6 +234,14 @@ def _report(options: argparse.Namespace) -> int:
         say(f"p2o: {sentence}", sys.stderr)
     print_table(write_summary(options.runs, folder / "summary.json"))
     say(f"{folder}/report.html and summary.json written")
+    return 0
+
+
+def _view(options: argparse.Namespace) -> int:
+    # Imported here: no other command needs a web server.
+    from megatron_p2o.view.server import serve_runs
+
+    serve_runs(options.runs, options.port)
     return 0
 
 

@@ -24,10 +24,26 @@ class MetricLine:
 
 def read_metrics(path: Path) -> list[MetricLine]:
     """Return the lines of `metrics.jsonl` merged by step, in order of step."""
-    merged: dict[int, MetricLine] = {}
+    lines = MetricLines()
     for line in read_records(path, _metric_line):
-        earlier = merged.get(line.step)
-        merged[line.step] = (
+        lines.merge(line)
+    return lines.by_step()
+
+
+class MetricLines:
+    """Lines of `metrics.jsonl`, merged by step as they come."""
+
+    def __init__(self) -> None:
+        self._merged: dict[int, MetricLine] = {}
+
+    def add(self, line: JsonObject) -> None:
+        """Take a line. Raise `KeyError`, `TypeError` or `ValueError` when it is none of `metrics.jsonl`."""
+        self.merge(_metric_line(line))
+
+    def merge(self, line: MetricLine) -> None:
+        """Take a line that was read."""
+        earlier = self._merged.get(line.step)
+        self._merged[line.step] = (
             line
             if earlier is None
             else replace(
@@ -37,7 +53,14 @@ def read_metrics(path: Path) -> list[MetricLine]:
                 num_not_finite=earlier.num_not_finite + line.num_not_finite,
             )
         )
-    return [merged[step] for step in sorted(merged)]
+
+    def by_step(self) -> list[MetricLine]:
+        """Return one line per step, in order."""
+        return [self._merged[step] for step in sorted(self._merged)]
+
+    def clear(self) -> None:
+        """Forget all lines."""
+        self._merged.clear()
 
 
 def _metric_line(line: JsonObject) -> MetricLine:

@@ -118,7 +118,7 @@ def read_run(directory: Path) -> Run:
         raise ValueError(f"{directory} holds neither metrics.jsonl nor results.json: name the directory of a run")
     damages: list[str] = []
     results = _unless_damaged(lambda: read_results(directory), None, damages)
-    arm, seed = _unless_damaged(lambda: _arm_and_seed(directory, results), (directory.name, None), damages)
+    arm, seed = _unless_damaged(lambda: arm_and_seed(directory, results), (directory.name, None), damages)
     return Run(
         directory=directory,
         arm=arm,
@@ -156,8 +156,12 @@ def _unless_damaged(read: Callable[[], Content], otherwise: Content, damages: li
         return otherwise
 
 
-def _arm_and_seed(directory: Path, results: JsonObject | None) -> tuple[str, int | None]:
-    """Return what results.json says, before the end what config.yaml does."""
+def arm_and_seed(directory: Path, results: JsonObject | None) -> tuple[str, int | None]:
+    """Return what results.json says, before the end what config.yaml does.
+
+    Raises:
+        ValueError: config.yaml is damaged.
+    """
     if results is not None and "arm" in results and "seed" in results:
         return str(results["arm"]), int(results["seed"])
     settings = directory / "config.yaml"

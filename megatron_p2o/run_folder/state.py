@@ -2,6 +2,7 @@
 
 runs/<name>/config.yaml          resolved settings
 runs/<name>/hard_samples.jsonl   ledger, one line per group
+runs/<name>/warnings.jsonl       what the conducting rank warned of
 runs/<name>/run_id               identity of the run for services that show its metrics
 runs/<name>/stop                 touch it: the run saves and ends after the current step
 """

@@ -20,6 +20,9 @@ CONTRACT = (*GROUND, "interfaces")
 ROOMS = ("policy", "rollout", "rewards", "evolve", "data", "metrics")
 """What a run is made of. They see the contract and `rl`, never one another: `run` brings them together."""
 
+READERS = ("report", "view")
+"""Show runs."""
+
 ORDER: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, ()),
     "config": ("terminal",),
@@ -34,10 +37,11 @@ ORDER: dict[str, tuple[str, ...]] = {
     "run_folder": (*CONTRACT, "rl", "metrics", "policy"),
     "evaluation": (*CONTRACT, "config.read", "rl", "data", "metrics", "rewards", "rollout", "run_folder"),
     "report": (*CONTRACT, "rl", "metrics", "evolve", "evaluation", "run_folder"),
+    "view": (*CONTRACT, "rl", "metrics", "evolve", "evaluation", "run_folder", "report"),
     "machine": (*CONTRACT, "policy", "rollout"),
     "run": (*CONTRACT, "config.read", *ROOMS, "rl", "algorithm", "run_folder", "evaluation", "machine"),
     "machine.doctor": (*CONTRACT, "config.read", *ROOMS, "machine", "run_folder", "run"),
-    "cli": (*CONTRACT, "config.read", *ROOMS, "machine", "machine.doctor", "run_folder", "evaluation", "report", "run"),
+    "cli": (*CONTRACT, "config.read", *ROOMS, "machine", "machine.doctor", "run_folder", "evaluation", "run", *READERS),
 }
 """Module or folder to what it may import of our own, besides itself; lowest first. CONTRIBUTING shows the picture."""
 

@@ -9,6 +9,7 @@ from megatron_p2o.interfaces import Policy
 from megatron_p2o.metrics.log import MetricsLog, open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.run.beginning import Beginning
+from megatron_p2o.run.observe.warnings import kept_warnings
 from megatron_p2o.run_folder.checkpoints import CheckpointSaver
 from megatron_p2o.run_folder.state import LedgerFile
 
@@ -37,6 +38,7 @@ def open_files(
     num_kept = resumed.num_metrics_lines if resumed else 0
     metrics = open_metrics_log(run_dir, config.run.name, config.logging, num_steps, num_kept, asdict(config))
     stack.enter_context(metrics)
+    stack.enter_context(kept_warnings(run_dir / "warnings.jsonl"))
     ledger = LedgerFile(run_dir / "hard_samples.jsonl", resumed.num_ledger_entries if resumed else 0)
     stack.callback(ledger.close)
     num_to_keep = config.schedule.keep_checkpoints

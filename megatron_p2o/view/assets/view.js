@@ -1,0 +1,145 @@
+// The page: which run and which view, and what of it has changed.
+
+import { curves } from "./curves.js";
+import { duration, element, empty, shown, table } from "./dom.js";
+import { problemPage, problems } from "./problems.js";
+import { rounds } from "./rounds.js";
+import { steps } from "./steps.js";
+
+const POLL_MS = 2000;
+const VIEWS = { overview: "Overview", curves: "Curves", steps: "Steps", problems: "Problems", templates: "Templates", settings: "Settings", warnings: "Warnings" };
+
+const byId = (id) => document.getElementById(id);
+const state = {
+  runs: [], known: new Map(), filter: "", compared: new Set(),
+  problems: { filter: "", level: "", state: "all", order: "id", limit: 200 }, rounds: { round: null, candidate: null },
+};
+
+// Returns the answer, and whether it differs from the last one to the same question.
+async function ask(path) {
+  const response = await fetch(`api/${path}`);
+  if (!response.ok) throw new Error(`the server answered ${response.status}`);
+  const tag = response.headers.get("ETag"), before = state.known.get(path);
+  if (before && before.tag === tag) return { data: before.data, isNew: false };
+  const data = await response.json();
+  state.known.set(path, { tag, data });
+  return { data, isNew: true };
+}
+
+function place() {
+  const [view, number] = location.hash.slice(1).split("/");
+  return { view: view in VIEWS ? view : "overview", number: Math.min(Number(number) || 0, Math.max(0, state.runs.length - 1)) };
+}
+
+async function needed(view, number) {
+  const ofRun = (panel) => ask(`run/${number}/${panel}`);
+  if (view === "curves") return Promise.all([...new Set([number, ...state.compared])].map(async (each) => {
+    const { data, isNew } = await ask(`run/${each}/metrics`);
+    return { data: { name: state.runs[each].name, metrics: data }, isNew };
+  }));
+  if (view === "steps") return [await ofRun("metrics")];
+  if (view === "problems" || view === "warnings") return [await ofRun(view)];
+  if (view === "templates") return [await ofRun("rounds")];
+  if (view === "settings") return [await ask("settings")];
+  return [];
+}
+
+function drawn(view, answers) {
+  const data = answers.map((answer) => answer.data);
+  switch (view) {
+    case "curves": return [curveControls(), ...curves(data, state.filter)];
+    case "steps": return steps({ metrics: data[0] });
+    case "problems": return problems(data[0], state.problems, openProblem, () => refresh(true));
+    case "templates": return rounds(data[0], state.rounds, () => refresh(true));
+    case "settings": return settings(data[0]);
+    case "warnings": return warnings(data[0]);
+    default: return overview();
+  }
+}
+
+function overview() {
+  const sets = [...new Set(state.runs.flatMap((run) => Object.keys(run.accuracy)))].sort();
+  const rows = state.runs.map((run, number) => [
+    element("a", { href: `#curves/${number}` }, run.name), run.seed === null ? "" : String(run.seed), run.is_finished ? "finished" : run.step === null ? "no step yet" : "unfinished",
+    run.step === null ? "" : String(run.step), run.epoch === null ? "" : String(run.epoch), shown(run.reward), ...sets.map((name) => shown(run.accuracy[name])), duration(run.step_s), run.time ? `${run.time.slice(0, 19).replace("T", " ")} UTC` : "", String(run.num_warnings)]);
+  return [element("h2", {}, "Runs"),
+    table(["run", "seed", "state", "step", "epoch", "reward", ...sets.map((name) => `accuracy: ${name}`), "last step took", "last written", "warnings"], rows, "Runs"),
+    element("p", { class: "note" }, "Reward is the mean of the latest step's rollouts, accuracy that of the latest evaluation; both are shares from 0 to 1.")];
+}
+
+function curveControls() {
+  const { number } = place();
+  return element("div", { class: "controls" },
+    element("label", {}, "Find ", element("input", { type: "search", value: state.filter, placeholder: "part of a name", onchange: (event) => { state.filter = event.target.value.trim(); refresh(true); } })),
+    state.runs.length > 1 ? element("fieldset", {}, element("legend", {}, "Compare with"), state.runs.map((run, each) => (each === number ? null : element("label", {}, element("input", {
+      type: "checkbox", checked: state.compared.has(each), onchange: (event) => { event.target.checked ? state.compared.add(each) : state.compared.delete(each); refresh(true); } }), ` ${run.name} `)))) : null);
+}
+
+function settings(data) {
+  if (!data.rows.length) return [empty("The runs have no setting that differs from the defaults, or have not written their settings yet.")];
+  const view = table(["setting", "default", ...data.runs], data.rows.map((row) => [row.name, row.default, ...row.values]), "Settings");
+  view.querySelectorAll("tbody tr").forEach((row, index) => row.classList.toggle("differs", data.rows[index].differs));
+  return [element("p", { class: "note" }, "Settings that are not the default. Shaded: the runs differ. A preset changes several at once."), view];
+}
+
+function warnings(data) {
+  if (!data.length) return [empty("The run has not warned of anything.")];
+  return [table(["time", "where", "warning"], data.map((line) => [String(line.time).slice(0, 19).replace("T", " "), String(line.logger), element("span", {}, String(line.message))]), "Warnings")];
+}
+
+async function openProblem(id, step) {
+  const { number } = place();
+  const { data } = await ask(`run/${number}/problem?id=${encodeURIComponent(id)}`);
+  const dialog = byId("problem");
+  dialog.replaceChildren(element("button", { class: "close", onclick: () => dialog.close() }, "Close"), element("h2", { id: "problem-title" }, id), ...problemPage(data, step));
+  if (!dialog.open) dialog.showModal();
+}
+
+function drawFrame(view, number) {
+  const tabs = byId("tabs");
+  tabs.replaceChildren(...Object.entries(VIEWS).map(([name, title]) => element("a", { href: `#${name}/${number}`, "aria-current": name === view ? "page" : null }, title)));
+  const select = byId("run");
+  const names = state.runs.map((run) => run.name).join("\n");
+  if (select.dataset.names !== names) {
+    select.dataset.names = names;
+    select.replaceChildren(...state.runs.map((run, each) => element("option", { value: each }, run.name)));
+  }
+  select.value = String(number);
+  const damages = state.runs[number]?.damages ?? [];
+  byId("damages").hidden = !damages.length;
+  byId("damages").replaceChildren(...damages.map((sentence) => element("li", {}, sentence)));
+}
+
+let shownPlace = "", isBusy = false, isWanted = false;
+
+async function refresh(isForced = false) {
+  if (isBusy) { isWanted = isWanted || isForced; return; }
+  isBusy = true;
+  try {
+    const { data, isNew } = await ask("runs");
+    state.runs = data;
+    const { view, number } = place(), here = `${view}/${number}`;
+    const answers = await needed(view, number);
+    const isChanged = isForced || here !== shownPlace || answers.some((answer) => answer.isNew) || (view === "overview" && isNew);
+    if (isNew || here !== shownPlace) drawFrame(view, number);
+    if (isChanged) {
+      const focused = document.activeElement?.closest("#content") ? document.activeElement.getAttribute("placeholder") : null;
+      byId("content").replaceChildren(...drawn(view, answers).filter(Boolean));
+      if (focused) byId("content").querySelector(`[placeholder="${focused}"]`)?.focus();
+      shownPlace = here;
+    }
+    const run = state.runs[number];
+    byId("status").textContent = run ? (run.is_finished ? "finished" : run.step === null ? "no step yet" : `step ${run.step}`) : "no run";
+  } catch (error) {
+    byId("status").textContent = `Not up to date: ${error.message}. Is p2o view still running?`;
+  } finally {
+    isBusy = false;
+    if (isWanted) { isWanted = false; refresh(true); }
+  }
+}
+
+byId("run").addEventListener("change", (event) => { state.rounds = { round: null, candidate: null }; location.hash = `#${place().view}/${event.target.value}`; });
+addEventListener("hashchange", () => refresh());
+document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
+setInterval(() => { if (!document.hidden) refresh(); }, POLL_MS);
+refresh();

@@ -1,0 +1,44 @@
+"""Follows files that another process writes: lines are read once, as they come."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+class FollowedFile:
+    """The whole lines of a file that grows, and that may be replaced, shortened or removed at any time."""
+
+    def __init__(self, path: Path, restart: Callable[[], None], take: Callable[[bytes], None]) -> None:
+        """Read nothing yet.
+
+        Args:
+            restart: forgets what was taken. Called when the file is another one than before, or gone.
+            take: is given each new line, without its newline. A last line that is being written waits.
+        """
+        self.path = path
+        self._restart, self._take = restart, take
+        self._inode, self._offset = 0, 0
+
+    def catch_up(self) -> None:
+        """Take the lines written since the last call."""
+        try:
+            file = self.path.open("rb")
+        except OSError:
+            self._begin_again(0)
+            return
+        with file:
+            status = os.fstat(file.fileno())
+            # A run that resumes at an earlier checkpoint replaces the file by one with fewer lines.
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._begin_again(status.st_ino)
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._take(line[:-1])
+
+    def _begin_again(self, inode: int) -> None:
+        if self._offset:
+            self._restart()
+        self._inode, self._offset = inode, 0

@@ -1,0 +1,148 @@
+"""What the page asks for, as JSON. Numbers are as the run wrote them; the page formats."""
+
+from collections.abc import Sequence
+
+from megatron_p2o.metrics.jsonl import JsonObject
+from megatron_p2o.report.templates import word_changes
+from megatron_p2o.rl.hard_samples import HardSampleLedger
+from megatron_p2o.types import PLAIN
+from megatron_p2o.view.rounds import ViewedCandidate, ViewedRound
+from megatron_p2o.view.runs import ViewedRun
+from megatron_p2o.view.settings import differences
+
+MAX_SHOWN_STEPS = 50
+"""Latest steps of a problem whose rollouts are sent."""
+
+MAX_REFUSALS = 200
+"""Refused proposals that are sent of a round, newest first."""
+
+
+def overview_panel(runs: Sequence[ViewedRun]) -> list[JsonObject]:
+    """Return one object per run: who it is, how far it is, how it did."""
+    return [_overview(run) for run in runs]
+
+
+def _overview(run: ViewedRun) -> JsonObject:
+    lines, results = run.lines(), run.results()
+    arm, seed = run.arm_and_seed()
+    latest: dict[str, float] = {}
+    for line in lines:
+        latest |= {key: number for key, number in line.metrics.items() if key.startswith("eval/")}
+    training = [line for line in lines if "perf/step_s" in line.metrics]
+    return {
+        "name": run.name,
+        "folder": str(run.directory),
+        "arm": arm,
+        "seed": seed,
+        "is_finished": results is not None,
+        "step": lines[-1].step if lines else None,
+        "epoch": lines[-1].epoch if lines else None,
+        "time": lines[-1].time if lines else None,
+        "step_s": training[-1].metrics["perf/step_s"] if training else None,
+        "reward": _latest(run, "rollout/reward_mean"),
+        "accuracy": {key.split("/")[1]: number for key, number in latest.items() if key.endswith("/avg")},
+        "num_warnings": len(run.warnings()),
+        "damages": run.damages(),
+        "results": results,
+    }
+
+
+def _latest(run: ViewedRun, key: str) -> float | None:
+    return next((line.metrics[key] for line in reversed(run.lines()) if key in line.metrics), None)
+
+
+def metrics_panel(run: ViewedRun) -> JsonObject:
+    """Return every metric as a column over the steps; null where a step did not write it."""
+    lines = run.lines()
+    keys = sorted({key for line in lines for key in line.metrics})
+    return {
+        "steps": [line.step for line in lines],
+        "epochs": [line.epoch for line in lines],
+        "times": [line.time for line in lines],
+        "series": {key: [line.metrics.get(key) for line in lines] for key in keys},
+        "num_not_finite": sum(line.num_not_finite for line in lines),
+    }
+
+
+def problems_panel(run: ViewedRun) -> JsonObject:
+    """Return the ledger as a table: problems by tries, [step, epoch, plain solved, tries, templated solved, tries]."""
+    entries, facts = run.ledger(), run.rollouts().facts
+    cells: dict[str, list[list[int]]] = {}
+    for entry in entries:
+        counts = [entry.plain_solved, entry.plain_tries, entry.templated_solved, entry.templated_tries]
+        cells.setdefault(entry.problem_id, []).append([entry.step, entry.epoch, *counts])
+    internalised = set(HardSampleLedger(entries).internalised())
+    return {
+        "epochs": sorted({entry.epoch for entry in entries}),
+        "problems": [
+            {
+                "id": problem_id,
+                "level": facts[problem_id].level if problem_id in facts else "",
+                "source": facts[problem_id].source if problem_id in facts else "",
+                "is_internalised": problem_id in internalised,
+                "tries": tries,
+            }
+            for problem_id, tries in cells.items()
+        ],
+    }
+
+
+def problem_panel(run: ViewedRun, problem_id: str) -> JsonObject:
+    """Return a problem's rollouts of its latest steps; none when they were not written, or it does not exist."""
+    rollouts = run.rollouts().find(problem_id, MAX_SHOWN_STEPS)
+    return {"id": problem_id, "rollouts": rollouts}
+
+
+def rounds_panel(run: ViewedRun) -> list[JsonObject]:
+    """Return the rounds of prompt evolution, newest first, each with its candidates."""
+    return [_round(found, run) for found in reversed(run.rounds())]
+
+
+def _round(found: ViewedRound, run: ViewedRun) -> JsonObject:
+    candidates = found.candidates()
+    texts = {candidate.id: candidate.text for candidate in candidates}
+    published = found.published
+    library = run.published_texts(published.version) if published else frozenset[str]()
+    return {
+        "number": found.number,
+        "library_version": published.version if published else None,
+        "ended_by": published.ended_by if published else None,
+        "num_rollouts": found.num_rollouts,
+        "num_control_rollouts": found.num_control_rollouts,
+        "num_tokens": found.num_tokens,
+        "num_open_proposals": found.num_open_proposals,
+        "outcomes": found.outcome_counts(),
+        "damage": found.damage,
+        "candidates": [_candidate(candidate, texts, candidate.text in library) for candidate in candidates],
+        "refusals": [
+            {"proposal": refusal.proposal, "parent": refusal.parent, "text": refusal.text, "outcome": refusal.outcome}
+            for refusal in found.refusals()[:MAX_REFUSALS]
+        ],
+    }
+
+
+def _candidate(candidate: ViewedCandidate, texts: dict[int, str], is_published: bool) -> JsonObject:
+    parent = PLAIN.text if candidate.parent is None else texts.get(candidate.parent, "")
+    return {
+        "id": candidate.id,
+        "parent": candidate.parent,
+        "text": candidate.text,
+        "changes": [[span.kind, span.text] for span in word_changes(parent, candidate.text)],
+        "minibatch": candidate.minibatch,
+        "is_published": is_published,
+        "disqualified": candidate.disqualified,
+        "mean_score": candidate.mean_score,
+        "scores": {
+            problem_id: [score.mean, score.num_trials] for problem_id, score in sorted(candidate.scores.items())
+        },
+    }
+
+
+def settings_panel(runs: Sequence[ViewedRun]) -> JsonObject:
+    """Return the settings in which the runs differ from the defaults or from one another."""
+    return {"runs": [run.name for run in runs], "rows": differences([run.settings() for run in runs])}
+
+
+def warnings_panel(run: ViewedRun) -> list[JsonObject]:
+    """Return what the run warned of, newest first."""
+    return list(run.warnings())[::-1]

@@ -1,0 +1,147 @@
+"""A run folder as it is looked at: read again only where it has grown. Nothing is ever written into it."""
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_p2o.evolve.record.library import LibraryFile
+from megatron_p2o.files import read_json_object
+from megatron_p2o.metrics.jsonl import JsonObject, read_lines
+from megatron_p2o.metrics.read import MetricLine, MetricLines
+from megatron_p2o.records import from_json
+from megatron_p2o.report.runs import arm_and_seed, read_results
+from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
+from megatron_p2o.view.followed import FollowedFile
+from megatron_p2o.view.rollouts import RolloutIndex
+from megatron_p2o.view.rounds import ViewedRound
+from megatron_p2o.view.settings import resolved_settings
+
+Content = TypeVar("Content")
+
+
+class ViewedRun:
+    """One run. Its methods may be called from several threads; each brings up to date what it returns."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises `ValueError` when `directory` is no run folder."""
+        self.directory = directory
+        marks = ("config.yaml", "metrics.jsonl", "results.json")
+        if not any((directory / mark).exists() for mark in marks):
+            raise ValueError(f"{directory} holds none of {', '.join(marks)}: name the directory of a run")
+        self._lock = threading.Lock()
+        self._metrics = MetricLines()
+        self._metrics_file = FollowedFile(directory / "metrics.jsonl", self._metrics.clear, self._take_metrics)
+        self._ledger: dict[tuple[int, int, str], LedgerEntry] = {}
+        self._ledger_file = FollowedFile(directory / "hard_samples.jsonl", self._ledger.clear, self._take_entry)
+        self._index = RolloutIndex(directory / "rollouts")
+        self._rounds: dict[Path, ViewedRound] = {}
+        self._num_damaged = 0
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    def lines(self) -> Sequence[MetricLine]:
+        """Return the metrics by step."""
+        with self._lock:
+            self._metrics_file.catch_up()
+            return self._metrics.by_step()
+
+    def ledger(self) -> Sequence[LedgerEntry]:
+        """Return the ledger's entries in order; of a group that was recorded twice, the later record."""
+        with self._lock:
+            self._ledger_file.catch_up()
+            return list(self._ledger.values())
+
+    def rollouts(self) -> RolloutIndex:
+        """Return the index of the rollouts."""
+        with self._lock:
+            self._index.catch_up()
+            return self._index
+
+    def rounds(self) -> Sequence[ViewedRound]:
+        """Return the rounds of prompt evolution, oldest first."""
+        with self._lock:
+            paths = sorted((self.directory / "evolution").glob("journal-*.jsonl"))
+            self._rounds = {path: self._rounds.get(path) or ViewedRound(path) for path in paths if _is_round(path)}
+            for found in self._rounds.values():
+                found.catch_up()
+            return list(self._rounds.values())
+
+    def published_texts(self, version: int) -> frozenset[str]:
+        """Return the templates of a library; none when its file is missing or damaged."""
+
+        def read() -> frozenset[str]:
+            content = read_json_object(self.directory / "templates" / f"library-{version}.json")
+            library = from_json(LibraryFile, content, skips_unknown=True)
+            return frozenset(template.text for template in library.templates)
+
+        return _or_none(read) or frozenset()
+
+    def warnings(self) -> Sequence[JsonObject]:
+        """Return what the run warned of, oldest first."""
+        return list(read_lines(self.directory / "warnings.jsonl"))
+
+    def damages(self) -> list[str]:
+        """Return a sentence for each file of the run that cannot be read."""
+        sentences: list[str] = []
+        if not self.directory.is_dir():
+            sentences.append(f"{self.directory} is gone")
+        for read in (self._results, self._settings):
+            try:
+                read()
+            except ValueError as error:
+                sentences.append(str(error))
+        if self._num_damaged:
+            sentences.append(f"{self._num_damaged} damaged lines of metrics.jsonl or hard_samples.jsonl are left out")
+        return sentences + [found.damage for found in self._rounds.values() if found.damage]
+
+    def results(self) -> JsonObject | None:
+        """Return results.json; None before the end, or when it is damaged."""
+        return _or_none(self._results)
+
+    def settings(self) -> Mapping[str, object]:
+        """Return the resolved settings by dotted name; none when they are missing or damaged."""
+        return _or_none(self._settings) or {}
+
+    def arm_and_seed(self) -> tuple[str, int | None]:
+        return _or_none(self._identity) or (self.directory.name, None)
+
+    def _results(self) -> JsonObject | None:
+        return read_results(self.directory)
+
+    def _settings(self) -> Mapping[str, object]:
+        return resolved_settings(self.directory)
+
+    def _identity(self) -> tuple[str, int | None]:
+        return arm_and_seed(self.directory, self.results())
+
+    def _take_metrics(self, line: bytes) -> None:
+        self._unless_damaged(lambda: self._metrics.add(json.loads(line)))
+
+    def _take_entry(self, line: bytes) -> None:
+        def take() -> None:
+            entry = entry_from(json.loads(line))
+            self._ledger[entry.epoch, entry.step, entry.problem_id] = entry
+
+        self._unless_damaged(take)
+
+    def _unless_damaged(self, take: Callable[[], None]) -> None:
+        try:
+            take()
+        except (KeyError, TypeError, ValueError, AttributeError):
+            self._num_damaged += 1
+
+
+def _is_round(path: Path) -> bool:
+    return path.stem.removeprefix("journal-").isdecimal()
+
+
+def _or_none(read: Callable[[], Content]) -> Content | None:
+    """Return what `read` does, or None when the file is damaged or gone."""
+    try:
+        return read()
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,233 @@
+"""`p2o view` in a real browser: every view opens, foreign text does nothing, and the page follows a real run."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_p2o.evolve.record.history import (
+    Accepted,
+    Ended,
+    Picked,
+    Reflected,
+    RoundHistory,
+    Scored,
+    template_digest,
+)
+from megatron_p2o.evolve.record.journal import Journal
+from megatron_p2o.evolve.trial import Trial
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+VIEWS = ("overview", "curves", "steps", "problems", "templates", "settings", "warnings")
+HOSTILE = "</script></pre><img src=x onerror=\"window.hacked=1\"><svg onload='window.hacked=1'>${hacked}"
+START_TIMEOUT_S = 120
+RUN_TIMEOUT_S = 480
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: tools/install_browser.sh installs it"),
+]
+
+
+@contextmanager
+def served(page: Any, *runs: Path) -> Iterator[str]:
+    """Run `p2o view` and yield its address. `page` leaves it before it ends."""
+    command = [sys.executable, "-m", "megatron_p2o.cli", "view", *map(str, runs)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = re.search(r"http://127\.0\.0\.1:\d+/\S+/", process.stdout.readline())
+        assert address is not None
+        yield address[0]
+        page.goto("about:blank")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=START_TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        # The sandbox needs a user namespace, which a container as root may not have.
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """Yield a page that fails the test for an error of a script, a request to another server or a dialog."""
+    opened = browser.new_page(viewport={"width": 1200, "height": 900})
+    opened.set_default_timeout(60_000)
+    faults: list[str] = []
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    opened.on("dialog", lambda dialog: faults.append(dialog.message))
+    opened.on("request", lambda request: faults.append(request.url) if not is_ours(request.url) else None)
+    yield opened
+    opened.close()
+    assert faults == []
+
+
+def is_ours(url: str) -> bool:
+    return url.startswith(("http://127.0.0.1:", "data:"))
+
+
+def step_line(step: int, reward: float) -> str:
+    metrics = {"rollout/reward_mean": reward, "perf/step_s": 3.0, "perf/rollout_s": 2.0, "perf/train_s": 1.0}
+    return json.dumps({"step": step, "epoch": 0, "time": "2026-01-01T00:00:00+00:00", "metrics": metrics}) + "\n"
+
+
+def rollout(problem_id: str, is_templated: bool) -> dict[str, Any]:
+    return {
+        "problem_id": problem_id,
+        **dict.fromkeys(("source", "level", "question", "answer", "response", "reason", "feedback"), HOSTILE),
+        "template": HOSTILE if is_templated else "",
+        "is_templated": is_templated,
+        "is_solved": is_templated,
+        "reward": float(is_templated),
+        "advantage": 1.5,
+        "num_response_tokens": 3,
+        "finish_reason": "stop",
+        "weight_versions": [1],
+    }
+
+
+@pytest.fixture
+def hostile_run(tmp_path: Path) -> Path:
+    """Return a run folder in which every text is an attack."""
+    run = tmp_path / "run<b>"
+    (run / "rollouts").mkdir(parents=True)
+    (run / "config.yaml").write_text(json.dumps({"run": {"name": HOSTILE, "seed": 1}, "model": {"path": HOSTILE}}))
+    (run / "metrics.jsonl").write_text("".join(step_line(step, step / 10) for step in (1, 2, 3)))
+    entry = {"epoch": 0, "step": 1, "plain_tries": 1, "plain_solved": 0, "templated_tries": 1, "templated_solved": 1}
+    entries = [{**entry, "problem_id": f"{HOSTILE}-{number}"} for number in range(20)]
+    (run / "hard_samples.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    rollouts = [rollout(entry["problem_id"], templated) for entry in entries for templated in (False, True)]
+    (run / "rollouts" / "step-000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
+    warning = {"time": HOSTILE, "level": "WARNING", "logger": HOSTILE, "message": HOSTILE}
+    (run / "warnings.jsonl").write_text(json.dumps(warning) + "\n")
+    trial = Trial(reward=0.5, response_text=HOSTILE, finish_reason="stop", num_tokens=3, weight_version=1)
+    with Journal(run / "evolution" / "journal-0000.jsonl") as journal:
+        history = RoundHistory([], journal.append, "fingerprint")
+        history.add(Picked(proposal=0, parent=0, minibatch=(HOSTILE,)))
+        history.add(Reflected(proposal=0, text=HOSTILE))
+        history.add(Scored(template=template_digest(HOSTILE), problem_id=HOSTILE, occasion="", trial=trial))
+        history.add(Accepted(proposal=0, candidate=1))
+        history.add(Ended(proposal=0, outcome=HOSTILE))
+    return run
+
+
+def open_view(page: Any, address: str, view: str) -> None:
+    page.goto(f"{address}#{view}/0")
+    page.wait_for_selector(f'nav a[aria-current="page"][href="#{view}/0"]')
+    page.wait_for_selector("#content > *")
+
+
+def test_every_view_opens_and_shows_foreign_text_as_text(page: Any, hostile_run: Path) -> None:
+    with served(page, hostile_run) as address:
+        for view in VIEWS:
+            open_view(page, address, view)
+            assert page.evaluate("document.querySelectorAll('#content img, #content [onload]').length") == 0
+        assert HOSTILE in page.inner_text("#content")  # the warning
+        open_view(page, address, "templates")
+        assert page.inner_text("article pre") == HOSTILE
+        open_view(page, address, "problems")
+        page.click(".cell >> nth=3")
+        page.wait_for_selector("dialog[open]")
+        assert page.inner_text("dialog pre >> nth=0") == HOSTILE
+        assert page.locator("dialog article").count() == 2
+        assert page.evaluate("window.hacked") is None
+
+
+def test_the_page_grows_with_the_run_and_says_when_the_run_is_gone(page: Any, hostile_run: Path) -> None:
+    with served(page, hostile_run) as address:
+        open_view(page, address, "curves")
+        page.wait_for_selector('[data-metric="rollout/reward_mean"] canvas')
+        assert page.inner_text("#status") == "step 3"
+        with (hostile_run / "metrics.jsonl").open("a") as file:
+            file.write(step_line(4, 0.4) + '{"step": 5, "torn')
+        page.wait_for_selector("#status:text-is('step 4')")
+        hostile_run.rename(hostile_run.with_name("gone"))
+        page.wait_for_selector("#damages:has-text('is gone')")
+
+
+def test_the_page_says_when_the_server_has_ended(browser: Any, hostile_run: Path) -> None:
+    page, other = browser.new_page(), browser.new_page()
+    with served(other, hostile_run) as address:
+        open_view(page, address, "overview")
+    page.wait_for_selector("#status:has-text('Not up to date')")
+    page.close()
+    other.close()
+
+
+def test_it_can_be_used_by_keyboard_and_on_a_phone(browser: Any, hostile_run: Path) -> None:
+    phone = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
+    with served(phone, hostile_run) as address:
+        for view in VIEWS:
+            open_view(phone, address, view)
+            assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        open_view(phone, address, "overview")
+        phone.keyboard.press("Tab")
+        phone.keyboard.press("Tab")
+        for _ in range(4):
+            phone.keyboard.press("Tab")
+        phone.keyboard.press("Enter")
+        phone.wait_for_selector('nav a[aria-current="page"][href="#problems/0"]')
+        phone.focus(".cell >> nth=0")
+        phone.keyboard.press("Enter")
+        phone.wait_for_selector("dialog[open]")
+        phone.keyboard.press("Escape")
+        phone.wait_for_selector("dialog:not([open])", state="attached")
+    phone.close()
+
+
+def test_it_follows_a_real_run(page: Any, tiny: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join((tiny / "problems" / "train.jsonl").read_text().splitlines(keepends=True)[:24]))
+    settings = [
+        *(f"run.directory={tmp_path}", "run.name=run", f"model.path={tiny}/model", f"data.train={train}"),
+        f"data.evaluation.heldout_easy={tiny}/problems/heldout_easy.jsonl",
+        f"data.evaluation.heldout_hard={tiny}/problems/heldout_hard.jsonl",
+        *("schedule.problems_per_step=8", "schedule.problems_per_update=8", "schedule.epochs=1"),
+        *("evaluation.every_steps=0", "evaluation.at_start=false", "evaluation.with_best_template=false"),
+    ]
+    command = [sys.executable, "-m", "megatron_p2o.cli", "train", str(ROOT / "examples" / "tiny_cpu" / "grpo_n6.yaml")]
+    sets = [argument for setting in settings for argument in ("--set", setting)]
+    with (tmp_path / "log").open("w") as log:
+        training = subprocess.Popen([*command, *sets], stdout=log, stderr=log, env={**os.environ, "COLUMNS": "100"})
+        try:
+            wait_for(tmp_path / "run" / "config.yaml", training, tmp_path / "log")
+            with served(page, tmp_path / "run") as address:
+                open_view(page, address, "steps")
+                page.wait_for_selector("#content span:text-is('step 2')", timeout=1000 * RUN_TIMEOUT_S)
+                assert training.poll() is None, "the page was to be seen while the run goes on"
+                open_view(page, address, "problems")
+                page.click(".cell >> nth=0")
+                page.wait_for_selector("dialog[open] article")
+                assert training.wait(timeout=RUN_TIMEOUT_S) == 0, (tmp_path / "log").read_text()
+                page.keyboard.press("Escape")
+                page.wait_for_selector("#status:text-is('finished')")
+        finally:
+            training.kill()
+
+
+def wait_for(path: Path, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    while not path.exists():
+        assert process.poll() is None, log.read_text()
+        try:
+            process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            continue

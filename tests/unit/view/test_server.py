@@ -1,0 +1,185 @@
+"""The server: what it answers, to whom, and that it only ever reads."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from megatron_p2o.view.runs import ViewedRun
+from megatron_p2o.view.server import make_app, serve_runs
+
+TOKEN = "secret"
+HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[2J"
+
+
+def add_step(run: Path, step: int, **metrics: float | None) -> None:
+    line = {"step": step, "epoch": 0, "time": "2026-01-01T00:00:00+00:00", "metrics": metrics}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "p2o-seed1"
+    (folder / "rollouts").mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {name: p2o-seed1, seed: 1}\noptimizer: {lr: 0.25}\n")
+    add_step(folder, 1, **{"rollout/reward_mean": 0.25, "perf/step_s": 2.0, "train/loss": None})
+    add_step(folder, 1, **{"eval/held_out/avg": 0.5})
+    entry = {"epoch": 0, "step": 1, "problem_id": HOSTILE, "plain_tries": 4, "plain_solved": 1}
+    entry |= {"templated_tries": 2, "templated_solved": 2}
+    (folder / "hard_samples.jsonl").write_text(json.dumps(entry) + "\n")
+    line = {"problem_id": HOSTILE, "question": HOSTILE, "response": HOSTILE, "level": "hard", "reward": float("nan")}
+    (folder / "rollouts" / "step-000001.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "warnings.jsonl").write_text('{"time": "now", "level": "WARNING", "logger": "x", "message": "careful"}\n')
+    return folder
+
+
+def client(*runs: Path) -> TestClient:
+    app = make_app([ViewedRun(run) for run in runs], TOKEN)
+    return TestClient(app, base_url="http://127.0.0.1:8123")
+
+
+def answer(of: TestClient, path: str) -> Any:
+    response = of.get(f"/{TOKEN}/api/{path}")
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_the_overview_says_how_far_a_run_is(run: Path) -> None:
+    (shown,) = answer(client(run), "runs")
+    assert (shown["name"], shown["arm"], shown["seed"]) == ("p2o-seed1", "p2o", 1)
+    assert (shown["step"], shown["reward"], shown["accuracy"], shown["step_s"]) == (1, 0.25, {"held_out": 0.5}, 2.0)
+    assert (shown["is_finished"], shown["num_warnings"], shown["damages"]) == (False, 1, [])
+
+
+def test_metrics_are_columns_that_grow_with_the_run(run: Path) -> None:
+    asked = client(run)
+    first = answer(asked, "run/0/metrics")
+    assert first["steps"] == [1] and first["series"]["eval/held_out/avg"] == [0.5] and first["num_not_finite"] == 1
+    add_step(run, 2, **{"rollout/reward_mean": 0.75})
+    second = answer(asked, "run/0/metrics")
+    assert second["steps"] == [1, 2]
+    assert second["series"]["rollout/reward_mean"] == [0.25, 0.75]
+    assert second["series"]["perf/step_s"] == [2.0, None]
+
+
+def test_what_the_page_has_is_not_sent_again(run: Path) -> None:
+    asked = client(run)
+    first = asked.get(f"/{TOKEN}/api/run/0/metrics")
+    again = asked.get(f"/{TOKEN}/api/run/0/metrics", headers={"If-None-Match": first.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    add_step(run, 2, **{"rollout/reward_mean": 0.75})
+    changed = asked.get(f"/{TOKEN}/api/run/0/metrics", headers={"If-None-Match": first.headers["ETag"]})
+    assert changed.status_code == 200
+
+
+def test_the_problems_are_the_ledger(run: Path) -> None:
+    (problem,) = answer(client(run), "run/0/problems")["problems"]
+    assert problem["tries"] == [[1, 0, 1, 4, 2, 2]]
+    assert (problem["level"], problem["is_internalised"]) == ("hard", False)
+
+
+def test_a_problem_has_its_rollouts_and_nan_is_null(run: Path) -> None:
+    asked = client(run)
+    unknown = asked.get(f"/{TOKEN}/api/run/0/problem", params={"id": "unknown"}).json()
+    assert unknown == {"id": "unknown", "rollouts": []}
+    shown = asked.get(f"/{TOKEN}/api/run/0/problem", params={"id": HOSTILE}).json()
+    assert shown["rollouts"] == [
+        {
+            "step": 1,
+            "problem_id": HOSTILE,
+            "question": HOSTILE,
+            "response": HOSTILE,
+            "level": "hard",
+            "reward": None,
+        }
+    ]
+
+
+def test_half_a_surrogate_is_shown_as_a_question_mark(run: Path) -> None:
+    line = {"problem_id": "a", "question": "\udc80", "response": "", "reward": 0.0}
+    (run / "rollouts" / "step-000002.jsonl").write_text(json.dumps(line) + "\n")
+    shown = client(run).get(f"/{TOKEN}/api/run/0/problem", params={"id": "a"}).json()
+    assert shown["rollouts"][0]["question"] == "?"
+
+
+def test_settings_and_warnings_are_shown(run: Path) -> None:
+    asked = client(run)
+    rows = {row["name"]: row["values"] for row in answer(asked, "settings")["rows"]}
+    assert rows["optimizer.lr"] == ["0.25"]
+    assert answer(asked, "run/0/warnings") == [{"time": "now", "level": "WARNING", "logger": "x", "message": "careful"}]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "/secre/", "/other/api/runs", f"/{TOKEN}/api/run/7/metrics", f"/{TOKEN}/api/run/0/everything"),
+        *(f"/{TOKEN}/api/everything", f"/{TOKEN}/assets/../server.py", f"/{TOKEN}/assets/%2e%2e/server.py"),
+        *(f"/{TOKEN}/assets/vendor", f"/{TOKEN}/assets//etc/passwd"),
+    ],
+)
+def test_nothing_else_is_given_out(run: Path, path: str) -> None:
+    assert client(run).get(path).status_code == 404
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8123", "127.0.0.1.evil.example:8123", ""])
+def test_a_foreign_name_that_points_here_gets_nothing(run: Path, host: str) -> None:
+    for path in ("", "api/runs", "assets/view.js"):
+        assert client(run).get(f"/{TOKEN}/{path}", headers={"Host": host}).status_code == 404
+
+
+@pytest.mark.parametrize("host", ["localhost:9", "127.0.0.1", "[::1]:9", "[::1]"])
+def test_a_tunnel_may_use_another_port(run: Path, host: str) -> None:
+    response = client(run).get(f"/{TOKEN}/", headers={"Host": host})
+    assert response.status_code == 200 and "<title>p2o view</title>" in response.text
+
+
+def test_only_own_scripts_may_run(run: Path) -> None:
+    policy = client(run).get(f"/{TOKEN}/").headers["Content-Security-Policy"]
+    assert "default-src 'none'; script-src 'self';" in policy and "unsafe-eval" not in policy
+
+
+def test_nothing_is_written_into_the_run(run: Path) -> None:
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*")}
+    asked = client(run)
+    for panel in ("runs", "settings", "run/0/metrics", "run/0/problems", "run/0/rounds", "run/0/warnings"):
+        answer(asked, panel)
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*")} == before
+
+
+def test_a_run_that_disappears_is_said_and_what_was_read_stays_answered(run: Path) -> None:
+    asked = client(run)
+    answer(asked, "run/0/metrics")
+    run.rename(run.with_name("moved"))
+    (shown,) = answer(asked, "runs")
+    assert shown["damages"] == [f"{run} is gone"]
+    for panel in ("settings", "run/0/metrics", "run/0/problems", "run/0/rounds", "run/0/warnings"):
+        answer(asked, panel)
+
+
+def test_damaged_files_are_named(run: Path) -> None:
+    (run / "config.yaml").write_text("a: [")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1}\n[]\n{"step": 2, "ep')
+    asked = client(run)
+    answer(asked, "run/0/metrics")
+    (shown,) = answer(asked, "runs")
+    assert [sentence.rpartition("/")[2][:28] for sentence in shown["damages"][:-1]] == ["config.yaml cannot be read ("]
+    assert shown["damages"][-1] == "2 damaged lines of metrics.jsonl or hard_samples.jsonl are left out"
+    assert answer(asked, "run/0/metrics")["steps"] == [1]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name the directory of a run"):
+        serve_runs([tmp_path], 0)
+
+
+def test_a_port_in_use_is_refused(run: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match="choose another with --port"):
+            serve_runs([run], taken.getsockname()[1])
