@@ -2,7 +2,7 @@
 
 The shift of a token is log pi(y | x, z) - log pi(y | x), of the policy that sampled it. Over tokens drawn under z its
 mean estimates KL(pi(. | x, z) || pi(. | x)) in nats per token; it falls to 0 as the skill moves into the weights. The
-first term is the log-prob of sampling (the engine's; the trainer's own under `scoring.recompute`). The second is what
+first term is the log-prob of sampling (the engine's; the trainer's own under `logprobs.recompute`). The second is what
 the training pass finds on the bare prompt before the policy moves. docs/metrics.md states the bias of both.
 """
 

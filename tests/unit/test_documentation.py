@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o.cli import _parser  # pyright: ignore[reportPrivateUsage]
+from megatron_p2o.config.names import RENAMED
 from megatron_p2o.config.source import annotation_at
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import MAX_REPORTED_PROBLEMS
@@ -68,8 +69,8 @@ def test_a_command_can_be_called_as_it_is_shown(page: str, command: str) -> None
 
 
 def settings(text: str) -> set[str]:
-    """Return what looks like a setting: `section.name`, alone or with a value."""
-    sections = "|".join(Config.__dataclass_fields__)
+    """Return what looks like a setting: `section.name`, alone or with a value, also of sections that were renamed."""
+    sections = "|".join({*Config.__dataclass_fields__, *(name.partition(".")[0] for name in RENAMED)})
     pattern = re.compile(rf"((?:{sections})(?:\.[a-z_0-9A-Z]+)+)(?:[=: ].*)?$")
     return {found[1] for name in quoted(text) if (found := pattern.match(name)) and not is_file(found[1])}
 
