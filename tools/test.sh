@@ -21,5 +21,5 @@ else
 fi
 bash -n examples/*.sh examples/*/*.sh tools/*.sh
 # Two workers, a file each, those with the longest tests first: they wait for processes they started, not for the processor.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration/test_train_end_to_end.py \
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration/runs/test_train_end_to_end.py \
     tests/slurm tests/integration tests/distributed tests/kernel_ops tests/unit

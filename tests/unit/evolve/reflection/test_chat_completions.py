@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from megatron_p2o.config.tree import ReflectionConfig
-from megatron_p2o.endpoints.bounded_client import MAX_REPLY_BYTES, is_loopback_url
+from megatron_p2o.endpoints.bounded_client import MAX_REPLY_BYTES
 from megatron_p2o.endpoints.chat import ChatEndpoint
 from megatron_p2o.evolve.reflection.chat_completions import MAX_REFUSED_REQUESTS, MAX_USELESS_REPLIES, ChatCompletions
 from megatron_p2o.evolve.reflection.reflection import (
@@ -509,8 +509,6 @@ def test_no_proxy_leads_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None
     for backend in ("openai", "self"):
         outcome, _ = propose(GOOD, backend=backend, max_retries=0)
         assert outcome == "Draw it."
-    assert [is_loopback_url(f"http://{host}:80/v1") for host in ("localhost", "127.0.0.9", "[::1]")] == [True] * 3
-    assert not is_loopback_url("https://host.example/v1") and not is_loopback_url("http://10.0.0.1")
 
 
 def test_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

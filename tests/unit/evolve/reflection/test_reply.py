@@ -249,27 +249,6 @@ def test_text_that_comes_in_parts_is_joined() -> None:
     assert template(parts) == "Draw it."
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"<html>not json</html>",
-        b'{"choices": []}',
-        b"[1, 2]",
-        b'{"choices": [{"message": null}]}',
-        b'{"choices": [{"message": {"content": [1]}}]}',
-        b'{"choices": [{"message": {"content": "a \\ud800 b"}}]}',
-        b"[" * 100_000,
-        b'{"choices": [{"message": {"content": ' + b"[" * 50_000 + b"]" * 50_000 + b"}}]}",
-        b"\xff\xfe",
-        b"",
-    ],
-)
-def test_what_is_no_chat_completion_is_refused_and_quoted(content: bytes) -> None:
-    with pytest.raises(EndpointRefused, match="not a chat completion") as refused:
-        read_reply(content)
-    assert refused.value.detail == quoted(content)
-
-
 def test_quotes_of_others_are_short_and_hold_no_control_characters() -> None:
     assert quoted("a\nb\tc") == "a b c"
     assert quoted("\x1b[2J\u202eabc\ud800é") == "\\x1b[2J\\u202eabc\\ud800é"

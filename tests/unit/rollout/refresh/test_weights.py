@@ -1,15 +1,10 @@
 from collections.abc import Iterator
-from enum import IntEnum
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_p2o.rollout.buckets.device_memory import BLOCK_WORDS, checksum, driver_values
-from megatron_p2o.rollout.buckets.staging import StagingBuffer, laid_out
 from megatron_p2o.rollout.inside_sglang import weight_loader
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.refresh.weight_sync import WeightSync
@@ -200,61 +195,6 @@ def test_the_loader_gives_up_memory_that_the_trainer_no_longer_uses(model: Fused
         sync_of(client, directory=tmp_path, bucket_bytes=48).refresh(weights(version), version, verify=True)
         assert len(weight_loader._LOADERS[model]._mapped) == 3
     assert_holds(model, weights(2))
-
-
-def test_what_the_driver_refuses_is_told_by_its_name_and_with_a_remedy() -> None:
-    # As NVIDIA's binding numbers them, whose text is the number only.
-    code = IntEnum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_OUT_OF_MEMORY": 2})
-    assert driver_values("cuMemAlloc", (code(0), 7)) == 7
-    with pytest.raises(RuntimeError, match=r"cuMemAlloc: .*CUDA_ERROR_OUT_OF_MEMORY.*rollout\.weight_transfer=host"):
-        driver_values("cuMemAlloc", (code(2), 0))
-
-
-def test_a_staging_buffer_grows_for_a_large_tensor() -> None:
-    buffer = StagingBuffer(0, 32)
-    before = buffer.message(0, buffer.address, verify=False)
-    buffer.clear(1000)
-    ((_, entry, tensor),) = laid_out([("large", torch.arange(250, dtype=torch.float32))], 32)
-    buffer.put(entry, tensor, verify=False)
-    after = buffer.message(0, buffer.address, verify=False)
-    assert after.address.num_bytes >= 1000 and after.address.buffer_id != before.address.buffer_id
-    mapped = torch.from_file(after.address.path, shared=True, size=after.address.num_bytes, dtype=torch.uint8)
-    assert torch.equal(after.entries[0].view(mapped), torch.arange(250, dtype=torch.float32))
-    buffer.close()
-
-
-@given(
-    count=st.integers(1, 40),
-    position=st.integers(0, 10**6),
-    bit=st.integers(0, 7),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]),
-)
-def test_a_checksum_notices_every_flipped_bit(count: int, position: int, bit: int, dtype: torch.dtype) -> None:
-    values = torch.arange(count).to(dtype)
-    changed = values.clone()
-    changed.view(torch.uint8)[position % changed.nbytes] ^= 1 << bit
-    assert checksum(changed) != checksum(values)
-
-
-def test_a_checksum_depends_on_order_and_length_but_not_on_strides() -> None:
-    values = torch.randn(6, 4)
-    assert checksum(values) == checksum(values.t().contiguous().t())
-    assert checksum(values) != checksum(values.flip(0))
-    assert checksum(values) != checksum(values.t())
-    assert checksum(torch.zeros(3)) != checksum(torch.zeros(4))
-    assert checksum(values[1:]) == checksum(values[1:].clone()), "rows that do not start at a 64-bit boundary"
-
-
-def test_a_checksum_covers_tensors_of_several_blocks() -> None:
-    values = torch.zeros(2 * BLOCK_WORDS + 3, dtype=torch.int64)
-    plain = checksum(values)
-    for index in (0, BLOCK_WORDS - 1, BLOCK_WORDS, 2 * BLOCK_WORDS + 2):
-        changed = values.clone()
-        changed[index] = 1
-        assert checksum(changed) != plain
-    swapped = values.clone()
-    swapped[0], values[BLOCK_WORDS] = 1, 1
-    assert checksum(swapped) != checksum(values)
 
 
 def flip_lowest_bit(values: Tensor) -> None:

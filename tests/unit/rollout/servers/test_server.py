@@ -4,13 +4,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pytest
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
-from megatron_p2o.rollout.inside_sglang.launcher import ServerField, argument_problems
 from megatron_p2o.rollout.servers.client import parse_generation
 from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.rollout.servers.server import EngineServer, reserve_port
@@ -90,36 +88,6 @@ def test_arguments_that_other_settings_decide_are_refused() -> None:
 def test_a_server_s_address_and_keys_cannot_be_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sglang\.host is decided by the program"):
         EngineServer("engine 0", {"host": "0.0.0.0"}, tmp_path / "log")
-
-
-FIELDS = {"dtype": ServerField(str), "max_running_requests": ServerField(int | None)}
-
-
-def test_an_unknown_argument_is_named_with_its_nearest() -> None:
-    found = argument_problems({"dtype": "auto", "max_runing_requests": 2}, FIELDS)
-    assert found == [
-        "sglang.max_runing_requests is not an argument of the installed SGLang server: "
-        "did you mean sglang.max_running_requests?"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "rule"),
-    [
-        (ServerField(Annotated[int | None, "help"]), "many", "has the wrong type: Expected `int | null`, got `str`"),
-        (ServerField(Annotated[int | None, "help"]), None, None),
-        (ServerField(bool), "on", "has the wrong type: Expected `bool`, got `str`"),
-        (ServerField(float), 1, None),
-        (ServerField(str | None, {"triton", "fa3"}), "fa4", "must be one of fa3, triton"),
-        (ServerField(str | None, {"triton", "fa3"}), "fa3", None),
-        (ServerField(str | None, {"triton", "fa3"}), None, None),
-        (ServerField(list[str], ["qkv", "mlp"]), ["mlp", "head"], "must be one of mlp, qkv"),
-        (ServerField(set[str] | list[str]), ["a"], None),
-    ],
-)
-def test_an_argument_of_another_type_or_choice_is_named(field: ServerField, value: object, rule: str | None) -> None:
-    expected = [] if rule is None else [f"sglang.x={value} {rule}"]
-    assert argument_problems({"x": value}, {"x": field}) == expected
 
 
 def test_no_server_is_asked_where_nothing_is_set_or_another_setting_decides() -> None:

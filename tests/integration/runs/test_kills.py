@@ -20,7 +20,7 @@ import pytest
 from megatron_p2o.run_folder.state import read_state
 from megatron_p2o.testing.run_files import repeatable_numbers, steps_done, whole_lines
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUN_TIMEOUT_S = 1500
 POLL_S = 0.005
 

@@ -17,7 +17,7 @@ from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
 pytestmark = pytest.mark.slow
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
 
 
 def convert(*arguments: object) -> "subprocess.CompletedProcess[str]":

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_balance.py"
+TOOL = Path(__file__).parents[3] / "tools" / "bench_balance.py"
 
 
 def test_balancing_by_arithmetic_leaves_ranks_more_even_than_by_tokens(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from megatron_p2o.rewards.functions import BUILT_IN, RewardSpec, load_function
 from megatron_p2o.types import Problem
 
-PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8")
 
 BLOCK = re.compile(r"^(```+)(\w+)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_p2o.tiny.problems import PHRASES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 P2O = [sys.executable, "-m", "megatron_p2o.cli"]
 RUN_TIMEOUT_S = 420
 

@@ -10,7 +10,7 @@ from megatron_p2o.config.read import load_config
 from megatron_p2o.config.rules import problems_of
 from megatron_p2o.rl.objective import loss_rule
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| ([^|]+) \(arXiv:[\d.]+\) \| (`.*`) \|$", PAGE, flags=re.MULTILINE))
 

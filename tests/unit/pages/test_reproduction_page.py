@@ -12,7 +12,7 @@ from megatron_p2o.config.read import load_config
 from megatron_p2o.config.tree import Config
 from megatron_p2o.machine.layout import with_layout
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
 ENDPOINT = "https://host/v1"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUN_TIMEOUT_S = 480
 END_TIMEOUT_S = 90
 POLL_S = 0.1

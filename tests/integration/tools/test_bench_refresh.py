@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_refresh.py"
+TOOL = Path(__file__).parents[3] / "tools" / "bench_refresh.py"
 
 
 def test_every_way_brings_the_weights_and_its_parts_add_up(tmp_path: Path):

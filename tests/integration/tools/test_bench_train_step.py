@@ -12,7 +12,7 @@ import torch
 
 pytestmark = pytest.mark.slow
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_train_step.py"
+TOOL = Path(__file__).parents[3] / "tools" / "bench_train_step.py"
 
 
 def test_both_heads_agree_and_one_forward_pass_serves_an_update(tmp_path: Path):

@@ -1,0 +1,36 @@
+"""What the launcher says of arguments that the installed SGLang server does not take."""
+
+from typing import Annotated
+
+import pytest
+
+from megatron_p2o.rollout.inside_sglang.launcher import ServerField, argument_problems
+
+FIELDS = {"dtype": ServerField(str), "max_running_requests": ServerField(int | None)}
+
+
+def test_an_unknown_argument_is_named_with_its_nearest() -> None:
+    found = argument_problems({"dtype": "auto", "max_runing_requests": 2}, FIELDS)
+    assert found == [
+        "sglang.max_runing_requests is not an argument of the installed SGLang server: "
+        "did you mean sglang.max_running_requests?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        (ServerField(Annotated[int | None, "help"]), "many", "has the wrong type: Expected `int | null`, got `str`"),
+        (ServerField(Annotated[int | None, "help"]), None, None),
+        (ServerField(bool), "on", "has the wrong type: Expected `bool`, got `str`"),
+        (ServerField(float), 1, None),
+        (ServerField(str | None, {"triton", "fa3"}), "fa4", "must be one of fa3, triton"),
+        (ServerField(str | None, {"triton", "fa3"}), "fa3", None),
+        (ServerField(str | None, {"triton", "fa3"}), None, None),
+        (ServerField(list[str], ["qkv", "mlp"]), ["mlp", "head"], "must be one of mlp, qkv"),
+        (ServerField(set[str] | list[str]), ["a"], None),
+    ],
+)
+def test_an_argument_of_another_type_or_choice_is_named(field: ServerField, value: object, rule: str | None) -> None:
+    expected = [] if rule is None else [f"sglang.x={value} {rule}"]
+    assert argument_problems({"x": value}, {"x": field}) == expected
