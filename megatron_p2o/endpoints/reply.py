@@ -33,6 +33,10 @@ class Reply:
     is_cut: bool
     is_declined: bool
     """The endpoint itself marks the reply as a refusal."""
+    prompt_tokens: int | None = None
+    """Tokens of the request, by the endpoint's count; None where it gives none."""
+    completion_tokens: int | None = None
+    """Tokens of the reply, reasoning included; None as well."""
 
 
 def read_reply(content: bytes) -> Reply:
@@ -49,7 +53,16 @@ def read_reply(content: bytes) -> Reply:
         has_reasoning=bool(message.get("reasoning_content") or message.get("reasoning")),
         is_cut=reason.lower() in CUT_REASONS,
         is_declined=bool(message.get("refusal")) or reason == "content_filter",
+        prompt_tokens=_usage(answer, "prompt_tokens"),
+        completion_tokens=_usage(answer, "completion_tokens"),
     )
+
+
+def _usage(answer: Any, name: str) -> int | None:
+    """Return a count of the reply's `usage`; None where it is none."""
+    usage = answer.get("usage")
+    count = cast(dict[str, Any], usage).get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else None
 
 
 def _text_of(content: Any) -> str:

@@ -52,6 +52,12 @@ class Reflected:
     text: str
     refusal: str = ""
     """Why the text is not used; "" when it is."""
+    prompt_tokens: int = 0
+    """Tokens that reflection read, by its endpoint's count; 0 where no language model reflects."""
+    completion_tokens: int = 0
+    """Tokens that it wrote."""
+    num_unknown: int = 0
+    """Replies whose endpoint did not count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

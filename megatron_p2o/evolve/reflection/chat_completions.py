@@ -11,6 +11,7 @@ from megatron_p2o.evolve.reflection.reflection import (
     ReflectionRefused,
     ReflectionRequest,
     ReflectionUnavailable,
+    ReflectionUsage,
     reflection_prompt,
     with_markup_as_text,
 )
@@ -65,6 +66,7 @@ class ChatCompletions:
             prompt = with_markup_as_text(reflection_prompt(request), self._control_tokens)
             reply = await self._reply_to(prompt, request.proposal)
             self._num_refused = 0
+            _count(reply, request.usage)
             template = template_in(reply, request.parent_text)
         except ReflectionRefused as refused:
             self._num_useless += 1
@@ -104,3 +106,12 @@ class ChatCompletions:
             self._num_refused += refused.is_request_refused
             detail = self._endpoint.quotable(body) if body else refused.detail
             raise ReflectionRefused(str(refused), detail) from refused
+
+
+def _count(reply: Reply, usage: ReflectionUsage) -> None:
+    """Add what a reply took to `usage`."""
+    if reply.prompt_tokens is None or reply.completion_tokens is None:
+        usage.num_unknown += 1
+        return
+    usage.prompt_tokens += reply.prompt_tokens
+    usage.completion_tokens += reply.completion_tokens

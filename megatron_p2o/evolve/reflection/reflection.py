@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.types import Problem
@@ -26,6 +26,16 @@ class Example:
     trial: Trial
 
 
+@dataclass(kw_only=True, slots=True)
+class ReflectionUsage:
+    """Tokens that a request to reflection took."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    num_unknown: int = 0
+    """Replies whose endpoint did not say how many."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReflectionRequest:
     """What a reflector is given."""
@@ -36,6 +46,8 @@ class ReflectionRequest:
     examples: tuple[Example, ...]
     task_description: str | None = None
     """What the model is to do, and how answers are judged. None: it is to put one final answer into a box."""
+    usage: ReflectionUsage = field(default_factory=ReflectionUsage, compare=False)
+    """A reflector with a language model adds here what its reply took."""
 
 
 class ReflectionRefused(Exception):

@@ -168,9 +168,9 @@ class Round:
         try:
             text = (await self._reflector.propose(request)).strip()
         except ReflectionRefused as refused:
-            return Reflected(proposal=proposal, text="", refusal=str(refused))
+            return _reflected(request, "", str(refused))
         refusal = self._refusal(text, parent, examples)
-        return Reflected(proposal=proposal, text=_kept(text) if refusal else text, refusal=refusal)
+        return _reflected(request, _kept(text) if refusal else text, refusal)
 
     def _refusal(self, text: str, parent: Candidate, examples: Mapping[str, Trial]) -> str:
         """Return why `text` may not become a candidate; "" when it may."""
@@ -211,3 +211,14 @@ class Round:
 def _kept(text: str) -> str:
     """Return the part of a refused template that goes to the journal: short, and valid in JSON."""
     return shorten(text, MAX_REFUSED_CHARS).encode(errors="replace").decode()
+
+
+def _reflected(request: ReflectionRequest, text: str, refusal: str) -> Reflected:
+    return Reflected(
+        proposal=request.proposal,
+        text=text,
+        refusal=refusal,
+        prompt_tokens=request.usage.prompt_tokens,
+        completion_tokens=request.usage.completion_tokens,
+        num_unknown=request.usage.num_unknown,
+    )
