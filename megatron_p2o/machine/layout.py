@@ -35,6 +35,13 @@ def layout_line(given: ParallelConfig, laid_out: ParallelConfig, num_nodes: int,
     )
 
 
+def num_gpus_of(config: Config) -> int:
+    """Return how many GPUs a run holds: those of its ranks or of its engines, whichever are more; 0 without any."""
+    if not num_gpus_here():
+        return 0
+    return max(config.parallel.world_size, config.rollout.num_engines * config.rollout.tensor_parallel)
+
+
 def num_gpus_here() -> int:
     """Return how many GPUs this machine shows."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

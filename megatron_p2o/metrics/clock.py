@@ -1,12 +1,13 @@
 """Measures time and memory of the phases of a step, around the parts and not inside the algorithm."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from megatron_p2o.interfaces import Grader, NamedWeights, Policy, PromptEvolution, RolloutEngines, TemplateLibrary
+from megatron_p2o.metrics.compute import ComputeMeter
 from megatron_p2o.metrics.memory import PeakMeter
 from megatron_p2o.types import (
     Completion,
@@ -64,38 +65,54 @@ class PhaseClock:
 
 
 class TimedPolicy:
-    """A policy whose log-probs and updates count as `logprobs` and `train`; everything else is not measured."""
+    """A policy whose log-probs and updates count as `logprobs` and `train`; everything else is not measured.
 
-    def __init__(self, policy: Policy, clock: PhaseClock) -> None:
-        self._policy, self._clock = policy, clock
+    `compute` counts their tokens.
+    """
+
+    def __init__(self, policy: Policy, clock: PhaseClock, compute: ComputeMeter) -> None:
+        self._policy, self._clock, self._compute = policy, clock, compute
         self.weights, self.save, self.load = policy.weights, policy.save, policy.load
 
     def update(
         self, samples: Sequence[TrainSample], old_logprobs: Sequence[Logprobs] | None, num_loss_tokens: int
     ) -> UpdateReport:
-        with self._clock.measure("train"):
-            return self._policy.update(samples, old_logprobs, num_loss_tokens)
+        with self._clock.measure("train"), self._compute.training():
+            report = self._policy.update(samples, old_logprobs, num_loss_tokens)
+        self._compute.count_update(samples, report)
+        return report
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
-        with self._clock.measure("logprobs"):
-            return self._policy.logprobs(samples)
+        return self._scored(self._policy.logprobs, samples)
 
     def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[Logprobs]:
-        with self._clock.measure("logprobs"):
-            return self._policy.reference_logprobs(samples)
+        return self._scored(self._policy.reference_logprobs, samples)
+
+    def _scored(
+        self, logprobs: Callable[[Sequence[TrainSample]], list[Logprobs]], samples: Sequence[TrainSample]
+    ) -> list[Logprobs]:
+        with self._clock.measure("logprobs"), self._compute.training():
+            rows = logprobs(samples)
+        self._compute.count_logprobs(samples)
+        return rows
 
 
 class TimedEngines:
-    """An engine whose generation counts as `rollout`, and whose change to new weights as `refresh`."""
+    """An engine whose generation counts as `rollout`, and whose change to new weights as `refresh`.
 
-    def __init__(self, engines: RolloutEngines, clock: PhaseClock) -> None:
-        self._engines, self._clock = engines, clock
+    `compute` counts the tokens of its completions.
+    """
+
+    def __init__(self, engines: RolloutEngines, clock: PhaseClock, compute: ComputeMeter) -> None:
+        self._engines, self._clock, self._compute = engines, clock, compute
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, places: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Completion]]:
         with self._clock.measure("rollout"):
-            yield from self._engines.generate(prompts, sampling, places)
+            for index, completion in self._engines.generate(prompts, sampling, places):
+                self._compute.count_sampled(len(completion.token_ids))
+                yield index, completion
 
     def release_memory(self) -> None:
         with self._clock.measure("refresh"):

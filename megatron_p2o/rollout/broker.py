@@ -20,6 +20,7 @@ from megatron_p2o.rollout.loop_thread import BrokerLoop
 from megatron_p2o.rollout.queues import RequestQueues
 from megatron_p2o.rollout.requests import (
     EVERYONE,
+    BusyTime,
     EngineHandle,
     GenerationRequest,
     Priority,
@@ -80,12 +81,18 @@ class Broker:
         """Request ids of one length, because SGLang aborts every request whose id begins with the given one."""
         self._thread = BrokerLoop(loop_timeout_s)
         self._clock = StoppableClock(self._thread.loop.time)
+        self._busy = BusyTime(self._clock.now_s)
         self._generation = TimedGeneration(self._clock, request_timeout_s, self._thread.later)
 
     @property
     def version(self) -> int:
         """Policy version the engines serve."""
         return self._version
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which an engine had requests, summed over engines; not while the gate is closed to everyone."""
+        return self._busy.total_s()
 
     @property
     def num_engines(self) -> int:
@@ -250,6 +257,7 @@ class Broker:
     def _start(self, request: GenerationRequest, engine: EngineHandle) -> None:
         task = self._thread.loop.create_task(self._serve(request, engine))
         engine.running[request] = task
+        self._busy.note(engine)
         task.add_done_callback(lambda done: self._on_served(request, engine, done))
 
     async def _serve(self, request: GenerationRequest, engine: EngineHandle) -> None:
@@ -276,6 +284,7 @@ class Broker:
     def _on_served(self, request: GenerationRequest, engine: EngineHandle, task: "asyncio.Task[None]") -> None:
         """Free the slot; send the request elsewhere if the engine is gone."""
         del engine.running[request]
+        self._busy.note(engine)
         error = None if task.cancelled() else task.exception()
         if isinstance(error, EngineUnreachable):
             self._lose(engine, str(error))

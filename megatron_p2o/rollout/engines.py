@@ -178,6 +178,11 @@ class SglangEngines:
         restarts = {"engine/restarts_count": float(self._supervisor.num_restarts)}
         return {**self._stats, **restarts, **self.broker.given_up.take()}
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which an engine had requests, summed over engines; the reflection server is left out."""
+        return self.broker.busy_s
+
     def host_memory(self) -> list[HostMemory]:
         """Return what each engine holds, and the reflection server if there is one."""
         return [server.host_memory() for server in (*self._supervisor.servers, *self._reflection_servers)]

@@ -80,6 +80,27 @@ class StoppableClock:
             self._stopped_at_s = None
 
 
+class BusyTime:
+    """Seconds in which engines had requests, summed over engines."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self._ended_s = 0.0
+        self._since: dict[EngineHandle, float] = {}
+
+    def note(self, engine: EngineHandle) -> None:
+        """Take in that an engine's requests have changed."""
+        if engine.running:
+            self._since.setdefault(engine, self._now_s())
+        elif engine in self._since:
+            self._ended_s += self._now_s() - self._since.pop(engine)
+
+    def total_s(self) -> float:
+        """Return the seconds so far. From any thread."""
+        now_s = self._now_s()
+        return self._ended_s + sum(now_s - since_s for since_s in list(self._since.values()))
+
+
 def settle(future: "Future[Outcome]", outcome: Outcome | BaseException) -> None:
     """Set the outcome of a future unless its owner has cancelled it."""
     try:

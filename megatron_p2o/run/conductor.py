@@ -15,6 +15,7 @@ from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.run.beginning import Beginning, beginning_of
 from megatron_p2o.run.inputs import Inputs, batches_of, notices, planned_steps
 from megatron_p2o.run.observe.alarms import NothingLearnt, StepGivenUp
+from megatron_p2o.run.observe.compute import spent_before, spent_since_checkpoint
 from megatron_p2o.run.observe.files import open_files
 from megatron_p2o.run.observe.observer import RunObserver
 from megatron_p2o.run.parts import RunParts, StartEngines, start_parts
@@ -44,12 +45,15 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
     say_what_starts(config, run_dir, policy, num_steps_per_epoch)
     stop = StopRequest(run_dir)
     with ExitStack() as stack:
-        started = start_parts(config, run_dir, policy, inputs.renderer, start_engines, stop.is_made, stack)
+        spent = spent_before(beginning)
+        started = start_parts(config, run_dir, policy, inputs.renderer, start_engines, stop.is_made, stack, spent)
         num_steps = planned_steps(config.schedule, num_steps_per_epoch)
         policy.plan_updates(num_steps * config.schedule.updates_per_step)
         begin_weights(policy, started.engines, beginning)
+        redone = spent_since_checkpoint(run_dir, beginning)  # before the files forget it
         files = open_files(config, run_dir, policy, beginning, num_steps, stack)
-        note_start(run_dir, beginning.made_with, beginning.state.step, [asdict(each) for each in beginning.changes])
+        changes = [asdict(each) for each in beginning.changes]
+        note_start(run_dir, beginning.made_with, beginning.state.step, changes, redone)
         observer = RunObserver(config, started, files, inputs.evaluation, beginning, stop)
         ending = train_and_save(config, beginning, epoch_of, started, observer, stop)
     say(ending)

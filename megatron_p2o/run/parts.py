@@ -12,7 +12,9 @@ from megatron_p2o.data.chat import ChatRenderer
 from megatron_p2o.evolve.process.beside import BesideTraining
 from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.interfaces import PromptEvolution
+from megatron_p2o.machine.layout import num_gpus_of
 from megatron_p2o.metrics.clock import PhaseClock, TimedEngines, TimedEvolution, TimedGrader, TimedPolicy
+from megatron_p2o.metrics.compute import ComputeAccount, ComputeMeter
 from megatron_p2o.metrics.memory import peak_meter
 from megatron_p2o.policy.training.ranks import MegatronPolicy
 from megatron_p2o.rewards.tasks import TaskGrader
@@ -30,9 +32,10 @@ class RunParts:
     """What was started for a run, and what measures it."""
 
     parts: Parts
-    """For the algorithm; what they take is counted by `clock`."""
+    """For the algorithm; what they take is counted by `clock` and `compute`."""
     engines: SglangEngines
     clock: PhaseClock
+    compute: ComputeMeter
     processes: ProcessMeter
     evolution: EvolutionLink
 
@@ -45,10 +48,13 @@ def start_parts(
     start_engines: StartEngines,
     is_stopping: Callable[[], bool],
     stack: ExitStack,
+    spent: ComputeAccount,
 ) -> RunParts:
     """Start the grader, the engines and evolution; `stack` closes them, also when a later one does not start.
 
-    `is_stopping`: whether the run is to stop; a round of evolution then ends.
+    Args:
+        is_stopping: whether the run is to stop; a round of evolution then ends.
+        spent: what the checkpoint counts that the run goes on from.
 
     Raises what cannot be started.
     """
@@ -56,10 +62,21 @@ def start_parts(
     stack.callback(grader.close)
     grader.check()
     engines = stack.enter_context(start_engines(renderer.eos_token_ids))
+    compute = ComputeMeter(
+        spent,
+        engine_s=lambda: engines.busy_s,
+        num_ranks=config.parallel.world_size,
+        num_gpus=num_gpus_of(config),
+    )
     session = None
     if config.evolution.enabled:
         submit = TrialSubmitter(
-            _sampler(engines), renderer, grader, config.evolution.max_template_tokens, config.hard.solved_at
+            _sampler(engines),
+            renderer,
+            grader,
+            config.evolution.max_template_tokens,
+            config.hard.solved_at,
+            compute.count_lost_trial,
         )
         session = start_session(config, run_dir, submit, engines, renderer.control_tokens, is_stopping)
         stack.callback(session.close)
@@ -67,8 +84,8 @@ def start_parts(
     evolution = evolution_of(session, config)
     return RunParts(
         parts=Parts(
-            policy=TimedPolicy(policy, clock),
-            engines=TimedEngines(engines, clock),
+            policy=TimedPolicy(policy, clock, compute),
+            engines=TimedEngines(engines, clock, compute),
             grader=TimedGrader(grader, clock),
             renderer=renderer,
             solved_at=config.hard.solved_at,
@@ -76,6 +93,7 @@ def start_parts(
         ),
         engines=engines,
         clock=clock,
+        compute=compute,
         processes=ProcessMeter(policy, engines, grader, session),
         evolution=EvolutionLink(session, renderer.decode),
     )

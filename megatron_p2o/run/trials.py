@@ -23,9 +23,19 @@ class TrialSubmitter:
     """
 
     def __init__(
-        self, sample: Sample, renderer: PromptRenderer, grader: Grader, max_template_tokens: int, solved_at: float = 1.0
+        self,
+        sample: Sample,
+        renderer: PromptRenderer,
+        grader: Grader,
+        max_template_tokens: int,
+        solved_at: float = 1.0,
+        on_lost: Callable[[int], None] = lambda num_tokens: None,
     ) -> None:
-        """`solved_at`: reward from which a trial counts as solved (`hard.solved_at`)."""
+        """Args:
+        solved_at: reward from which a trial counts as solved (`hard.solved_at`).
+        on_lost: told the sampled tokens of a trial that ends without a verdict.
+        """
+        self._on_lost = on_lost
         self._solved_at = solved_at
         self._sample, self._renderer, self._grader = sample, renderer, grader
         self._max_template_tokens = max_template_tokens
@@ -66,31 +76,27 @@ class TrialSubmitter:
             return
         completion = sampled.result()
         if completion.is_aborted:
+            self._on_lost(len(completion.token_ids))
             settle(outcome, TrialFailed("the engine gave the rollout up"))
             return
         text = self._renderer.decode(completion)
         graded = self._grader.submit(completion.prompt.problem, text, completion.finish_reason)
-        graded.add_done_callback(lambda done: _judge(completion, text, done, outcome, self._solved_at))
+        graded.add_done_callback(lambda done: self._judge(completion, text, done, outcome))
 
-
-def _judge(
-    completion: Completion,
-    text: str,
-    graded: Future[Grade],
-    outcome: Future[Trial | Rejection],
-    solved_at: float,
-) -> None:
-    """Set the outcome of a graded rollout; one without a verdict is no score."""
-    error = graded.exception()
-    if error is not None:
-        settle(outcome, TrialFailed(str(error)))
-        return
-    grade = graded.result()
-    if grade.reward is None:
-        settle(outcome, TrialFailed(f"the grader could not decide ({grade.reason})"))
-    else:
-        solved_share = float(grade.reaches(solved_at))
-        settle(outcome, _trial(completion, grade.reward, solved_share, text, grade.feedback))
+    def _judge(
+        self, completion: Completion, text: str, graded: Future[Grade], outcome: Future[Trial | Rejection]
+    ) -> None:
+        """Set the outcome of a graded rollout; one without a verdict is no score."""
+        error = graded.exception()
+        reward = None if error is not None else graded.result().reward
+        if reward is None:
+            self._on_lost(len(completion.token_ids))
+            reason = str(error) if error is not None else f"the grader could not decide ({graded.result().reason})"
+            settle(outcome, TrialFailed(reason))
+            return
+        grade = graded.result()
+        solved_share = float(grade.reaches(self._solved_at))
+        settle(outcome, _trial(completion, reward, solved_share, text, grade.feedback))
 
 
 def _trial(completion: Completion, reward: float, solved_share: float, text: str, feedback: str) -> Trial:

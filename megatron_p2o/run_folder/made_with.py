@@ -13,8 +13,10 @@ from typing import Any
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.files import digest_of, digests_of, json_digest, read_json_object
+from megatron_p2o.metrics.compute import ComputeAccount
+from megatron_p2o.metrics.jsonl import read_lines
 from megatron_p2o.policy.model.architecture import read_architecture
-from megatron_p2o.records import from_text, to_json
+from megatron_p2o.records import from_json, from_text, to_json
 from megatron_p2o.run_folder.resume_effects import (
     CHAT_TEMPLATE,
     GENERATION,
@@ -135,16 +137,22 @@ def read_made_with(checkpoint: Path) -> MadeWith | None:
         raise CheckpointError(f"{path} cannot be read ({error}): restore it, or remove the checkpoint") from error
 
 
-def note_start(run_dir: Path, record: MadeWith, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
+def note_start(
+    run_dir: Path, record: MadeWith, step: int, changes: Sequence[Mapping[str, Any]], redone: ComputeAccount
+) -> None:
     """Append a start of the run after `step` to its history. Raises `OSError`.
 
     The problems are given by their number and a digest.
+
+    Args:
+        redone: what had been spent on later steps, which are done again.
     """
     problems = {"count": len(record.problems), "digest": _short_digest(list(record.problems.items()))}
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
         "changes": list(changes),
+        "redone": to_json(redone),
         "made_with": {**to_json(record), "problems": problems},
     }
     path = run_dir / HISTORY_FILE
@@ -152,6 +160,14 @@ def note_start(run_dir: Path, record: MadeWith, step: int, changes: Sequence[Map
     is_torn = written and not written.endswith(b"\n")  # by a kill
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if is_torn else "") + json.dumps(line) + "\n")
+
+
+def redone_in(run_dir: Path) -> ComputeAccount:
+    """Return what all starts of a run had spent on steps that were done again. Damaged lines are passed over."""
+    total = ComputeAccount()
+    for start in read_lines(run_dir / HISTORY_FILE):
+        total = total.plus(from_json(ComputeAccount, start.get("redone", {}), skips_unknown=True))
+    return total
 
 
 def _json(path: Path) -> dict[str, Any]:

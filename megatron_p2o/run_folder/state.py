@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_p2o.files import write_whole
+from megatron_p2o.metrics.compute import ComputeAccount
 from megatron_p2o.metrics.jsonl import keep_lines, read_records
 from megatron_p2o.records import from_text, to_json
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, entry_from
@@ -50,6 +51,8 @@ class RunState:
     """Accuracy by evaluation set under the first published template; empty before."""
     wall_s: float = 0.0
     """Time spent training so far, over all restarts."""
+    compute: ComputeAccount = field(default_factory=ComputeAccount)
+    """What was spent so far, less the rounds of evolution, whose journals say it."""
     round_epoch: int = -1
     """Epoch after which the round beside training started; -1 if none ran."""
     round_problem_ids: tuple[str, ...] = ()

@@ -61,7 +61,7 @@ def _set_aside(path: Path, num_records: int, num_good_bytes: int) -> str:
     aside = free_name(path, "damaged")
     shutil.copyfile(path, aside)
     lines = rest.split(b"\n")[1:]
-    num_lost = sum(_decode_line(line) is not None for line in lines)
+    num_lost = sum(decode_line(line) is not None for line in lines)
     return (
         f"{path}:{num_records + 1} is damaged: the {num_records} records before it count, the {num_lost} whole ones "
         f"after it refer to it and do not; the file is kept as {aside.name}"
@@ -88,7 +88,7 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
     while start < len(content):
         end = content.find(b"\n", start)
         line = content[start : end if end >= 0 else len(content)]
-        record = _decode_line(line) if end >= 0 else None
+        record = decode_line(line) if end >= 0 else None
         if record is None:
             break
         records.append(record[0])
@@ -104,7 +104,7 @@ def body_of(line: bytes) -> bytes | None:
     return parts[2]
 
 
-def _decode_line(line: bytes) -> tuple[Any] | None:
+def decode_line(line: bytes) -> tuple[Any] | None:
     """Return the record in a one-tuple (it may itself be null), or None when the line is damaged."""
     body = body_of(line)
     try:

@@ -9,6 +9,7 @@ from megatron_p2o.algorithm import TrainState
 from megatron_p2o.config.tree import Config, EvaluationConfig
 from megatron_p2o.evaluation.outcome import Evaluation, NothingDecided, evaluation_metrics
 from megatron_p2o.evaluation.protocol import evaluate
+from megatron_p2o.metrics.compute import ComputeMeter
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.run.beginning import Beginning
 from megatron_p2o.run.observe.alarms import warn_of_undecided
@@ -24,9 +25,16 @@ class Evaluations:
     """Measures the policy of a run."""
 
     def __init__(
-        self, sets: Mapping[str, Sequence[Problem]], parts: SamplingParts, config: Config, log: StepLog
+        self,
+        sets: Mapping[str, Sequence[Problem]],
+        parts: SamplingParts,
+        config: Config,
+        log: StepLog,
+        compute: ComputeMeter,
     ) -> None:
+        """`compute` counts what `parts` sample."""
         self._sets, self._parts, self._config, self._log = sets, parts, config, log
+        self._compute = compute
 
     def measure(self, state: TrainState, template: Template = PLAIN) -> dict[str, Evaluation]:
         """Return the outcome on each set under `template`, and write it down; a set without a verdict has none."""
@@ -35,7 +43,8 @@ class Evaluations:
         outcome: dict[str, Evaluation] = {}
         for name, problems in self._sets.items():
             try:
-                outcome[name] = evaluate(name, problems, self._parts, self._config, template)
+                with self._compute.evaluating():
+                    outcome[name] = evaluate(name, problems, self._parts, self._config, template)
             except NothingDecided as error:
                 logger.warning("evaluation of %s at step %d: %s: it has no result", prefix + name, state.step, error)
         self._log.take_phases()  # they are not of a step

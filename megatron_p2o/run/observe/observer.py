@@ -10,6 +10,7 @@ from megatron_p2o.metrics.values import MetricValue
 from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.run.beginning import Beginning
 from megatron_p2o.run.observe.alarms import Alarms, earlier_mismatches, warn_of_a_skipped_round
+from megatron_p2o.run.observe.compute import RunCompute
 from megatron_p2o.run.observe.evaluations import BestSoFar, Evaluations, best_before
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.progress import Progress
@@ -35,11 +36,13 @@ class RunObserver:
     ) -> None:
         self._config, self._files, self._stop = config, files, stop
         self._evolution = started.evolution
-        self._progress = Progress(beginning.resumed)
+        self._progress = Progress(beginning.resumed, started.compute)
+        self._compute = RunCompute(started.compute, files.run_dir)
         decode = started.parts.renderer.decode
-        self._log = StepLog(files, started.clock, started.processes, decode, config.logging.rollouts_every_steps)
+        rollouts_every_steps = config.logging.rollouts_every_steps
+        self._log = StepLog(files, started.clock, started.processes, self._compute, decode, rollouts_every_steps)
         self._saver = Saver(files, self._progress, started.parts.evolution, started.clock)
-        self._evaluations = Evaluations(evaluation_sets, started.parts, config, self._log)
+        self._evaluations = Evaluations(evaluation_sets, started.parts, config, self._log, started.compute)
         self._best = BestSoFar(config.evaluation, best_before(files.run_dir, config.evaluation, beginning))
         earlier = earlier_mismatches(files.run_dir) if beginning.resumed else []
         self._alarms = Alarms(config.alarms, earlier)
@@ -93,7 +96,8 @@ class RunObserver:
         template = self._progress.best_template
         templated = self._evaluations.measure(state, template) if template is not PLAIN else {}
         self._saver.finish(self._best.take(state.step, plain))
-        write_run_results(self._files, self._config, self._progress, state.step, plain, templated)
+        spent = self._compute.account(state)
+        write_run_results(self._files, self._config, self._progress, spent, state.step, plain, templated)
 
     def way_back(self, is_newest_good: bool) -> str:
         """Return which checkpoint to go back to, and how; see `CheckpointSaver.way_back`."""

@@ -1,10 +1,10 @@
 """Counts and results of a run over all its starts: the part of its state that is no training cursor."""
 
-import time
 from collections.abc import Mapping, Sequence
 
 from megatron_p2o.algorithm import TrainState
 from megatron_p2o.evaluation.protocol import template_with_text
+from megatron_p2o.metrics.compute import ComputeMeter
 from megatron_p2o.run_folder.state import RunState
 from megatron_p2o.types import PLAIN, Group, RunningRound, Template
 
@@ -15,7 +15,8 @@ RoundStatistics = Mapping[str, float]
 class Progress:
     """The counts of a run. Begins with those of the checkpoint that the run goes on from."""
 
-    def __init__(self, resumed: RunState | None) -> None:
+    def __init__(self, resumed: RunState | None, compute: ComputeMeter) -> None:
+        self._compute = compute
         self.num_rollouts_train = resumed.num_rollouts_train if resumed else 0
         self.num_rollouts_evolution = resumed.num_rollouts_evolution if resumed else 0
         self.first_round: RoundStatistics = resumed.first_round if resumed else {}
@@ -25,13 +26,6 @@ class Progress:
         """Best template of the last library that had any. An empty library, after everything was
         internalised, does not replace it."""
         self._library_version = resumed.library_version if resumed else 0
-        self._wall_s_before = resumed.wall_s if resumed else 0.0
-        self._started = time.monotonic()
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds spent so far."""
-        return self._wall_s_before + time.monotonic() - self._started
 
     def count_rollouts(self, groups: Sequence[Group]) -> None:
         self.num_rollouts_train += sum(len(group.rollouts) for group in groups)
@@ -55,6 +49,7 @@ class Progress:
         self, state: TrainState, running: RunningRound | None, *, num_ledger_entries: int, num_metrics_lines: int
     ) -> RunState:
         """Return what a checkpoint of `state` says; `running`: the round of evolution beside training, if any."""
+        compute = self._compute.account()
         return RunState(
             step=state.step,
             epoch=state.epoch,
@@ -68,7 +63,8 @@ class Progress:
             num_rollouts_train=self.num_rollouts_train,
             num_rollouts_evolution=self.num_rollouts_evolution,
             best_template=self.best_template.text,
-            wall_s=self.wall_s,
+            wall_s=compute.wall_s,
+            compute=compute,
             round_epoch=running.epoch if running else -1,
             round_problem_ids=running.problem_ids if running else (),
         )

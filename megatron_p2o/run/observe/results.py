@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evaluation.outcome import Evaluation, evaluation_record
 from megatron_p2o.evolve.search.publish import rounds_path
+from megatron_p2o.metrics.compute import ComputeAccount
 from megatron_p2o.metrics.jsonl import read_lines
+from megatron_p2o.records import to_json
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.progress import Progress
+from megatron_p2o.run_folder.made_with import redone_in
 from megatron_p2o.run_folder.results import write_results_file
 
 
@@ -15,13 +18,15 @@ def write_run_results(
     files: RunFiles,
     config: Config,
     progress: Progress,
+    spent: ComputeAccount,
     num_steps: int,
     plain: Mapping[str, Evaluation],
     templated: Mapping[str, Evaluation],
 ) -> None:
     """Write the results of a run of `num_steps` steps that has ended. Raises `OSError`.
 
-    `plain`, `templated`: the last evaluation, and the one under the best template; empty without one.
+    `spent`: on the steps that led to the policy. `plain`, `templated`: the last evaluation, and the one under the best
+    template; empty without one.
     """
     results = {
         "arm": config.run.arm,
@@ -37,6 +42,8 @@ def write_run_results(
         "num_internalised": len(files.ledger.ledger.internalised()),
         "num_rollouts_train": progress.num_rollouts_train,
         "num_rollouts_evolution": progress.num_rollouts_evolution,
-        "wall_s": progress.wall_s,
+        "wall_s": spent.wall_s,
+        "compute": {**to_json(spent), "learning_tokens": spent.learning_tokens},
+        "compute_redone": to_json(redone_in(files.run_dir)),
     }
     write_results_file(files.run_dir, results)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from megatron_p2o.algorithm import StepResult, TrainState
 from megatron_p2o.metrics.clock import PhaseClock
+from megatron_p2o.metrics.compute import compute_metrics
 from megatron_p2o.metrics.step import (
     asked_plainly_metrics,
     forgotten_metrics,
@@ -14,6 +15,7 @@ from megatron_p2o.metrics.step import (
 )
 from megatron_p2o.metrics.values import Last, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import ledger_entry
+from megatron_p2o.run.observe.compute import RunCompute
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.processes import ProcessMeter
 from megatron_p2o.types import Completion
@@ -27,10 +29,12 @@ class StepLog:
         files: RunFiles,
         clock: PhaseClock,
         processes: ProcessMeter,
+        compute: RunCompute,
         decode: Callable[[Completion], str],
         rollouts_every_steps: int,
     ) -> None:
         self._files, self._clock, self._processes, self._decode = files, clock, processes, decode
+        self._compute = compute
         self._rollouts_every_steps = rollouts_every_steps
         self._step_began = time.monotonic()
 
@@ -61,9 +65,10 @@ class StepLog:
         return metrics
 
     def write(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
-        """Write numbers of `state`; none are no line."""
+        """Write numbers of `state`, and what has been spent until now; none are no line."""
         if metrics:
-            self._files.metrics.write(state.step, state.epoch, metrics)
+            spent = compute_metrics(self._compute.account(state))
+            self._files.metrics.write(state.step, state.epoch, {**metrics, **spent})
 
     def take_phases(self) -> Mapping[str, MetricValue]:
         """Return what the phases since the last step or call took."""

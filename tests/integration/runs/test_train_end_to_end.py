@@ -146,6 +146,36 @@ def test_results_and_report_are_written(p2o_run: Path) -> None:
     assert "<svg" in (p2o_run / "report.html").read_text()
 
 
+def test_the_compute_account_is_what_rollouts_journal_and_evaluations_hold(p2o_run: Path) -> None:
+    """Of a run that was stopped and went on: nothing is lost and nothing counts twice."""
+    results = json.loads((p2o_run / "results.json").read_text())
+    spent = results["compute"]
+    rollouts = [line for path in (p2o_run / "rollouts").glob("step-*.jsonl") for line in lines(path)]
+    assert spent["sampled_training_tokens"] == sum(rollout["num_response_tokens"] for rollout in rollouts)
+    (journal,) = (p2o_run / "evolution").glob("journal-*.jsonl")
+    records = [json.loads(line.split(" ", 2)[2]) for line in journal.read_text().splitlines()]
+    feedback = {key for record in records if record["event"] == "Picked" for key in record["minibatch"]}
+    trials: Counter[str] = Counter()
+    for record in records:
+        if record["event"] == "Scored":
+            is_control = record["occasion"].startswith("control/")
+            kind = "control" if is_control else "minibatch" if record["problem_id"] in feedback else "development"
+            trials[kind] += record["trial"]["num_tokens"]
+    assert {kind: spent[f"sampled_{kind}_tokens"] for kind in trials} == trials
+    assert min(trials.values()) > 0 and len(trials) == 3
+    (round_,) = results["rounds"]
+    assert trials["minibatch"] + trials["development"] == round_["num_tokens"]
+    last = lines(p2o_run / "metrics.jsonl")[-1]["metrics"]
+    assert all(spent[name] == last[f"compute/{name}"] for name in spent if name.endswith("_tokens"))
+    steps = [line["metrics"] for line in lines(p2o_run / "metrics.jsonl") if "perf/step_s" in line["metrics"]]
+    assert spent["optimizer_steps_count"] == 2 * len(steps) - sum(step["train/empty_updates_count"] for step in steps)
+    assert spent["trained_tokens"] > 0 and spent["sampled_evaluation_tokens"] > 0
+    assert 0 < spent["engine_s"] <= spent["wall_s"] and 0 < spent["trainer_s"] <= spent["wall_s"], "of one and one"
+    assert (spent["gpu_h"] > 0) == torch.cuda.is_available()
+    redone = results["compute_redone"]
+    assert not any(number for name, number in redone.items() if name.endswith("_tokens")), "it stopped at a checkpoint"
+
+
 def test_the_best_checkpoint_is_kept(p2o_run: Path) -> None:
     best = json.loads((p2o_run / "checkpoints" / "best").read_text())
     scores = {

@@ -62,6 +62,7 @@ class Engines(FakeEngines):
     """Name of the call that raises."""
     is_closed: bool = False
     broker: Any = field(default_factory=SimpleNamespace)
+    busy_s: float = 0.0
 
     def __enter__(self) -> "Engines":
         return self
@@ -192,6 +193,79 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_stood(
     asked = [prompt.problem.id for engines in (first, second) for prompt in engines.prompts[::4]]
     assert sorted(asked[:4]) == sorted(asked[4:]) == ["p0", "p1", "p2", "p3"]
     assert [json.loads(line)["step"] for line in (folder / "history.jsonl").read_text().splitlines()] == [0, 2]
+
+
+def spent_in(folder: Path) -> dict[str, float]:
+    """Return the last compute account of a run's metrics, without its times."""
+    metrics = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = {key.removeprefix("compute/"): number for key, number in metrics[-1].items() if key.startswith("compute/")}
+    return {key: number for key, number in last.items() if key.endswith(("_tokens", "_count")) and number}
+
+
+def varied(prompt: Prompt, index: int) -> FakeReply:
+    """A reply whose length depends on what is asked, and its reward (`graded_by_length`) on the length."""
+    return FakeReply(text="!" * (len(prompt.sampling_ids) + index % 3))
+
+
+def graded_by_length(tmp_path: Path) -> str:
+    """Return the setting of a reward that tells replies of even and odd lengths apart."""
+    path = tmp_path / "by_length.py"
+    path.write_text("def reward(problem, response, finish_reason):\n    return float(len(response) % 2)\n")
+    return f"grading.function={path}:reward"
+
+
+def sampled_tokens(folder: Path) -> int:
+    rollouts = [json.loads(line) for path in (folder / "rollouts").glob("*.jsonl") for line in path.open()]
+    return sum(rollout["num_response_tokens"] for rollout in rollouts)
+
+
+def test_the_compute_account_is_what_was_sampled_and_trained(tmp_path: Path, model: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"id": "h", "question": "7+1", "answer": "8"}) + "\n")
+    config = config_of(
+        *(tmp_path, model, f"data.evaluation.held_out={held_out}", "logging.rollouts_every_steps=1"),
+        *("evaluation.num_samples=3", "evaluation.every_steps=2", "logprobs.recompute=true"),
+        graded_by_length(tmp_path),
+    )
+    engines = Engines(reply=varied)
+    policy = run(config, lambda stop_token_ids: engines)
+    trained = sum(sample.num_tokens for call in policy.updates for sample in call.samples)
+    scored = sum(sample.num_tokens for samples in policy.asked_logprobs for sample in samples)
+    spent = spent_in(config.run.folder)
+    assert spent["trained_tokens"] == trained > 0 and spent["logprob_tokens"] == scored > 0
+    assert spent["optimizer_steps_count"] == sum(bool(call.samples) for call in policy.updates)
+    assert spent["sampled_training_tokens"] == sampled_tokens(config.run.folder) == spent["learning_tokens"]
+    answers = [len(varied(prompt, index).token_ids) for index, prompt in enumerate(engines.prompts[-3:])]
+    assert spent["sampled_evaluation_tokens"] == 3 * sum(answers), "after steps 2 and 4, and at the end"
+    results = json.loads((config.run.folder / "results.json").read_text())
+    assert {key: number for key, number in results["compute"].items() if number and key in spent} == spent
+    assert not any(results["compute_redone"].values())
+
+
+def test_a_resume_neither_loses_nor_repeats_what_was_spent(tmp_path: Path, model: Path) -> None:
+    every_step = ("logging.rollouts_every_steps=1", "schedule.save_every_steps=2", graded_by_length(tmp_path))
+    whole = config_of(tmp_path, model, *every_step, "run.name=whole")
+    run(whole, lambda stop_token_ids: Engines(reply=varied))
+    killed = config_of(tmp_path, model, *every_step, "run.name=killed")
+
+    def fail_in_the_fourth_step(prompt: Prompt, index: int) -> FakeReply:
+        if len(engines.samplings) == 4:
+            raise LostEngine("generate")
+        return varied(prompt, index)
+
+    engines = Engines(reply=fail_in_the_fourth_step)
+    with pytest.raises(LostEngine):
+        run(killed, lambda stop_token_ids: engines)
+    third = sampled_tokens_of_step(killed.run.folder, 3)
+    run(killed, lambda stop_token_ids: Engines(reply=varied))
+    assert spent_in(killed.run.folder) == spent_in(whole.run.folder)
+    redone = json.loads((killed.run.folder / "results.json").read_text())["compute_redone"]
+    assert redone["sampled_training_tokens"] == third > 0, "step 3 was done twice, and what it had sampled is spent"
+
+
+def sampled_tokens_of_step(folder: Path, step: int) -> int:
+    lines = (folder / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
+    return sum(json.loads(line)["num_response_tokens"] for line in lines)
 
 
 @pytest.mark.parametrize(

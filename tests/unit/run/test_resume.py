@@ -15,6 +15,7 @@ from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer
 from megatron_p2o.evolve.record.library import PublishedLibrary
 from megatron_p2o.machine.nodes import Nodes
+from megatron_p2o.metrics.compute import ComputeAccount
 from megatron_p2o.records import from_text
 from megatron_p2o.run.launch import start_ranks
 from megatron_p2o.run.resume import (
@@ -34,6 +35,7 @@ from megatron_p2o.run_folder.made_with import (
     made_with_text,
     note_start,
     read_made_with,
+    redone_in,
     settings_of,
 )
 from megatron_p2o.run_folder.resume_effects import MAPPINGS, OF_CLASS, effect_of
@@ -370,15 +372,18 @@ def test_a_setting_that_only_another_version_knows_is_no_change(tmp_path: Path, 
 
 def test_the_history_of_a_run_tells_what_changed_at_which_step(tmp_path: Path, model: Path) -> None:
     record = made_with(config_of(tmp_path, model), PROBLEMS)
-    note_start(tmp_path, record, 0, [])
+    note_start(tmp_path, record, 0, [], ComputeAccount())
     with (tmp_path / "history.jsonl").open("a") as file:
         file.write('{"torn')
-    note_start(tmp_path, record, 40, [{"name": "optimizer.lr", "old": 1e-6, "new": 1e-7, "when": "from step 41 on"}])
+    changes = [{"name": "optimizer.lr", "old": 1e-6, "new": 1e-7, "when": "from step 41 on"}]
+    note_start(tmp_path, record, 40, changes, ComputeAccount(trained_tokens=7))
+    note_start(tmp_path, record, 41, [], ComputeAccount(trained_tokens=5))
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     first, last = json.loads(lines[0]), json.loads(lines[2])
     assert (first["step"], last["step"], last["changes"][0]["new"]) == (0, 40, 1e-7)
     assert first["made_with"]["settings"] == settings_of(config_of(tmp_path, model))
     assert first["made_with"]["problems"]["count"] == 24
+    assert redone_in(tmp_path) == ComputeAccount(trained_tokens=12)
 
 
 def test_a_best_score_counts_no_more_when_its_set_is_measured_otherwise(tmp_path: Path, model: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from megatron_p2o.algorithm import Parts, TrainState
 from megatron_p2o.config.tree import Config
 from megatron_p2o.metrics.clock import PhaseClock
+from megatron_p2o.metrics.compute import ComputeMeter
 from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.run.beginning import Beginning
 from megatron_p2o.run.observe.observer import RunObserver
@@ -63,6 +64,7 @@ def make_observer(tmp_path: Path, written: Written) -> MakeObserver:
             ),
             engines=SimpleNamespace(),  # pyright: ignore[reportArgumentType]
             clock=PhaseClock(),
+            compute=ComputeMeter(),
             processes=SimpleNamespace(metrics=lambda peaks: {}),  # pyright: ignore[reportArgumentType]
             evolution=SimpleNamespace(  # pyright: ignore[reportArgumentType]
                 observe=remember("scores"), take_statistics=dict
