@@ -1,6 +1,6 @@
 """Reads the numbers of a run back from its files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from megatron_p2o.metrics.jsonl import JsonObject, read_records
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricLine:
-    """What `metrics.jsonl` says about one step, its lines merged; the later number of a key wins."""
+    """What a line of `metrics.jsonl` says about one step, or all its lines merged; the later number of a key wins."""
 
     step: int
     epoch: int
@@ -24,8 +24,18 @@ class MetricLine:
 
 def read_metrics(path: Path) -> list[MetricLine]:
     """Return the lines of `metrics.jsonl` merged by step, in order of step."""
+    return merged_by_step(read_metric_lines(path))
+
+
+def read_metric_lines(path: Path) -> list[MetricLine]:
+    """Return the lines of `metrics.jsonl` as they were written."""
+    return list(read_records(path, _metric_line))
+
+
+def merged_by_step(written: Iterable[MetricLine]) -> list[MetricLine]:
+    """Return one line for each step, in order of step."""
     lines = MetricLines()
-    for line in read_records(path, _metric_line):
+    for line in written:
         lines.merge(line)
     return lines.by_step()
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_p2o.metrics.compute import PREFIX
 from megatron_p2o.report.charts import Figure, Line, LineChart, Unit, line_chart, number_text
 from megatron_p2o.report.effectiveness import (
     Effectiveness,
@@ -103,6 +104,7 @@ def training_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
             lines=_lines(runs, styles, lambda run, key=key: over_rollouts(run, key)),
         )
         charts.append(line_chart(spent))
+        charts += _by_compute(runs, styles, key, name)
     for level in sorted({key for run in runs for key in run.keys("rollout/reward_level_")}):
         name = level.removeprefix("rollout/reward_level_")
         note = "Mean reward of the training rollouts of this level, templated ones included."
@@ -269,6 +271,38 @@ def time_table(runs: Sequence[Run]) -> TimeTable | None:
         rows.append(RunTime(name=run.name, phases=times))
     header = ["Run", *(phase.removeprefix("perf/").removesuffix("_s") for phase in phases)]
     return TimeTable(header=header, rows=rows)
+
+
+def _by_compute(runs: Sequence[Run], styles: Styles, key: str, name: str) -> list[Figure]:
+    """Return the accuracy `key` over tokens and over hours; nothing of runs without compute accounts."""
+    if not any(run.keys(PREFIX) for run in runs):
+        return []
+    axes = (
+        ("tokens", "learning_tokens", 1.0, "Tokens sampled to learn: by training, trials of templates and reflection."),
+        ("hours", "wall_s", 3600.0, "Hours since the run began, evaluations included."),
+    )
+    return [
+        line_chart(
+            LineChart(
+                title=f"Accuracy by {unit}: {name}",
+                note=note,
+                x_label=unit,
+                unit="share",
+                lines=_lines(runs, styles, lambda run, field=field, per=per: over_compute(run, key, field, per)),
+            )
+        )
+        for unit, field, per, note in axes
+    ]
+
+
+def over_compute(run: Run, key: str, field: str, per: float) -> Points:
+    """Return (what had been spent of `field`, in units of `per`; number) wherever `key` was written."""
+    spent = PREFIX + field
+    return [
+        (line.metrics[spent] / per, line.metrics[key])
+        for line in run.written
+        if key in line.metrics and spent in line.metrics
+    ]
 
 
 def _lines(runs: Sequence[Run], styles: Styles, points_of: Callable[[Run], Points]) -> list[Line]:

@@ -22,8 +22,8 @@ from megatron_p2o.report.figures import (
     time_table,
     training_figures,
 )
-from megatron_p2o.report.rounds import rounds_table
 from megatron_p2o.report.runs import Run, read_run
+from megatron_p2o.report.spending import compute_table, rounds_table
 from megatron_p2o.report.templates import shown_problems, shown_templates
 
 ASSETS = Path(__file__).parent / "assets"
@@ -88,6 +88,7 @@ def render(runs: Sequence[Run]) -> str:
             ledger=ledger_of(runs),
             health=health_figures(runs, styles),
             failures=failures_table(runs),
+            compute=compute_table(runs),
             time=time_table(runs),
         )
     )

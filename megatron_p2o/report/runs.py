@@ -12,7 +12,7 @@ from megatron_p2o.config.yaml_reader import load_yaml
 from megatron_p2o.evolve.record.library import LibraryFile
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.jsonl import JsonObject, read_lines, read_records
-from megatron_p2o.metrics.read import MetricLine, read_metrics, read_object
+from megatron_p2o.metrics.read import MetricLine, merged_by_step, read_metric_lines, read_object
 from megatron_p2o.records import from_json
 from megatron_p2o.report.lineage import RoundLineage, ancestors, read_rounds
 from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
@@ -69,6 +69,8 @@ class _Results:
     num_rollouts_evolution: int | None = None
     pass_at_n_plain: float | None = None
     wall_s: float = 0
+    compute: Mapping[str, float] | None = None
+    compute_redone: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,10 @@ class Run:
     """What is compared: runs of one arm differ by seed. As the run recorded it, else the folder's name."""
     seed: int | None
     """Seed of the run; None if it recorded none."""
+    written: Sequence[MetricLine]
+    """Lines of metrics.jsonl as they were written; several may speak of one step."""
     lines: Sequence[MetricLine]
+    """The same, merged by step."""
     libraries: Sequence[ShownLibrary]
     """Oldest first; empty for a run without evolution."""
     ledger: Sequence[LedgerEntry]
@@ -119,11 +124,13 @@ def read_run(directory: Path) -> Run:
     damages: list[str] = []
     results = _unless_damaged(lambda: read_results(directory), None, damages)
     arm, seed = _unless_damaged(lambda: arm_and_seed(directory, results), (directory.name, None), damages)
+    written = read_metric_lines(directory / "metrics.jsonl")
     return Run(
         directory=directory,
         arm=arm,
         seed=seed,
-        lines=read_metrics(directory / "metrics.jsonl"),
+        written=written,
+        lines=merged_by_step(written),
         libraries=read_libraries(directory, damages),
         ledger=read_ledger(directory / "hard_samples.jsonl"),
         rounds=list(read_lines(directory / "evolution" / "rounds.jsonl")),

@@ -18,10 +18,14 @@ SPENT: tuple[tuple[str, str], ...] = (
     ("plain pass@N", "pass_at_n_plain"),
     ("training rollouts", "num_rollouts_train"),
     ("evolution rollouts", "num_rollouts_evolution"),
+    ("sampled tokens", "learning_tokens"),
+    ("trained tokens", "trained_tokens"),
+    ("GPU hours", "gpu_h"),
     ("seconds", "wall_s"),
 )
 """Heading and key of the table's last columns. `plain pass@N`: of the problems that chose the first round's templates,
-the share that as many plain samples solved as the round took (`evolution.plain_control`)."""
+the share that as many plain samples solved as the round took (`evolution.plain_control`). `sampled tokens`: what a
+budget in tokens limits (`ComputeAccount.learning_tokens`)."""
 
 
 def summarize(run_dirs: Sequence[Path]) -> JsonObject:
@@ -97,12 +101,15 @@ def _row(directory: Path, results: JsonObject) -> JsonObject:
     if "arm" not in results or "seed" not in results:
         raise ValueError(f"{directory / 'results.json'} must name arm and seed: restore it")
     evaluation = results.get("evaluation") or {}
+    compute = results.get("compute") or {}
+    spent = {**results, **{name: compute.get(name) for name in ("learning_tokens", "trained_tokens", "gpu_h")}}
     return {
         "arm": str(results["arm"]),
         "seed": int(results["seed"]),
         "accuracy": _accuracies(evaluation),
         "template_accuracy": _accuracies(results.get("templated_evaluation") or {}),
-        **{key: results.get(key) for _, key in SPENT},
+        **{key: spent.get(key) for _, key in SPENT},
+        "compute": compute,
         "evaluation": evaluation,
     }
 

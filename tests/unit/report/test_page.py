@@ -25,9 +25,10 @@ from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.step import step_metrics
 from megatron_p2o.report.examples import MAX_SHOWN_CHARACTERS, find_examples, spread
-from megatron_p2o.report.figures import by_epoch, over_rollouts
+from megatron_p2o.report.figures import by_epoch, over_compute, over_rollouts
 from megatron_p2o.report.page import ASSETS, duration_text, write_report
 from megatron_p2o.report.runs import read_run
+from megatron_p2o.report.spending import compute_table
 from megatron_p2o.report.templates import WordSpan, word_changes
 from megatron_p2o.rl.hard_samples import ledger_entry
 from megatron_p2o.types import PLAIN, Completion, Grade, Group, Problem, Prompt, Rollout, Template
@@ -461,6 +462,26 @@ def test_numbers_written_as_null_are_gaps(tmp_path: Path) -> None:
 def test_rollouts_spent_count_training_and_evolution(tmp_path: Path) -> None:
     run = read_run(p2o_run(tmp_path))
     assert over_rollouts(run, "eval/heldout_hard/avg") == [(12 + 100 + 12 + 12, 0.875)]
+
+
+def test_accuracy_stands_over_what_had_been_spent_when_it_was_measured(tmp_path: Path) -> None:
+    run = new_run(tmp_path, "spending")
+    evaluation = metric_line(2, 0, **{"eval/hard/avg": 0.5, "compute/learning_tokens": 900, "compute/wall_s": 1800.0})
+    round_ = metric_line(2, 1, **{"library/version": 1, "compute/learning_tokens": 5000, "compute/wall_s": 3600.0})
+    spent = metric_line(3, 1, **{"compute/learning_tokens": 5100, "compute/sampled_minibatch_tokens": 70})
+    write_lines(run / "metrics.jsonl", [evaluation, round_, spent])
+    (run / "results.json").write_text('{"compute_redone": {"sampled_training_tokens": 12, "engine_s": 3.5}}')
+    read = read_run(run)
+    assert over_compute(read, "eval/hard/avg", "learning_tokens", 1) == [(900, 0.5)], (
+        "before the round of the same step"
+    )
+    assert over_compute(read, "eval/hard/avg", "wall_s", 3600) == [(0.5, 0.5)]
+    table = compute_table([read, read_run(grpo_run(tmp_path))])
+    assert table is not None and len(table.rows) == 1, "only one of them counts"
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert (cells["minibatches"], cells["Hours"], cells["Done again"]) == ("70", "1", "12")
+    page = report_of(tmp_path, run)
+    assert "Accuracy by tokens: hard" in page.text and "Compute" in page.text
 
 
 def test_an_unfinished_run_has_the_arm_its_results_will_name(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_every_seed_is_reported_and_arms_keep_the_order_they_were_named_in(tmp_p
         "pass_at_n_plain": 0.02,
         "num_rollouts_train": 2304,
         "num_rollouts_evolution": 0,
+        **{"learning_tokens": None, "trained_tokens": None, "gpu_h": None, "compute": {}},
         "wall_s": 181.4,
         "evaluation": {
             "heldout_hard": {"accuracy": 1.0, "num_samples": 64},
