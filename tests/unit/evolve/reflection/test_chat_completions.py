@@ -169,6 +169,25 @@ def test_request_carries_model_prompt_sampling_and_key() -> None:
     assert seen.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize(
+    ("body", "taken"),
+    [
+        ({"usage": {"prompt_tokens": 90, "completion_tokens": 7, "total_tokens": 97}}, (90, 7, 0)),
+        ({}, (0, 0, 1)),
+        ({"usage": None}, (0, 0, 1)),
+        ({"usage": {"prompt_tokens": 90}}, (0, 0, 1)),
+        ({"usage": {"prompt_tokens": -1, "completion_tokens": True}}, (0, 0, 1)),
+    ],
+)
+def test_what_a_reply_took_is_counted_or_said_to_be_unknown(body: dict[str, Any], taken: tuple[int, ...]) -> None:
+    request = ReflectionRequest(proposal=4, parent_text="Be brave.", examples=())
+    declined = completion("I cannot help with that.")
+    for content in (completion("```\nDraw it.\n```"), declined):  # a useless reply has been paid for, too
+        propose(json_reply({**content, **body}), request=request)
+    usage = request.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.num_unknown) == tuple(2 * count for count in taken)
+
+
 def test_endpoint_without_key_gets_no_authorization() -> None:
     _, seen = propose(GOOD, key=None)
     assert "Authorization" not in seen.headers[0]

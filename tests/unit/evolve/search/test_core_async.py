@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_p2o.config.tree import ReflectionConfig
 from megatron_p2o.evolve.process.conduct import conduct_round, journal_path, split_of
+from megatron_p2o.evolve.process.spending import RoundSpending
 from megatron_p2o.evolve.record.history import RoundHistory, template_digest
 from megatron_p2o.evolve.record.journal import encode_line, read_journal
 from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
@@ -100,6 +102,26 @@ def test_search_finds_both_key_phrases_of_every_family_within_the_budget(tmp_pat
     assert stats.ended_by == "budget" and stats.coverage > 0.9
     assert task.requests.total() == stats.num_rollouts <= 3500
     assert stats.num_tokens == 10 * stats.num_rollouts
+
+
+def test_the_journal_of_a_round_says_what_its_trials_and_reflections_took(tmp_path: Path) -> None:
+    def write(request: ReflectionRequest) -> str:
+        request.usage.prompt_tokens += 100
+        request.usage.completion_tokens += 3
+        return f"{BOTH_RED} Version {request.proposal}."
+
+    task, script = KeyPhraseTask(PROBLEMS), Script(write)
+    spec = round_spec(PROBLEMS, max_rollouts=600, plain_control=True)
+    _, stats, _ = run_round(spec, tmp_path, task, script)
+    split, tokens = split_for(spec), RoundSpending(tmp_path).tokens(spec.epoch + 1)
+    asked = Counter[str]()
+    for (_, problem_id, _, _), number in task.requests.items():
+        asked[problem_id] += 10 * number
+    assert tokens.minibatch == sum(asked[key] for key in split.feedback) > 0
+    assert tokens.development + tokens.control == sum(asked[key] for key in split.dev)
+    assert tokens.minibatch + tokens.development == stats.num_tokens and tokens.control > 0
+    written = len(script.requests)
+    assert (tokens.reflection_prompt, tokens.reflection_completion) == (100 * written, 3 * written)
 
 
 def test_no_rollout_is_asked_for_twice(tmp_path: Path) -> None:
