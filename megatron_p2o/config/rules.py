@@ -200,7 +200,20 @@ def _evaluation_rules(config: Config) -> list[Rule]:
 def _run_rules(config: Config) -> list[Rule]:
     name = Path(config.run.name)
     is_below = bool(name.parts) and not name.is_absolute() and ".." not in name.parts
-    return [(is_below, f"run.name={config.run.name} must name a folder below run.directory: write it like first")]
+    schedule, optimizer = config.schedule, config.optimizer
+    needs_end = optimizer.lr_decay != "constant" or optimizer.warmup_share > 0
+    return [
+        (is_below, f"run.name={config.run.name} must name a folder below run.directory: write it like first"),
+        *(
+            (
+                limit is None or not needs_end,
+                f"schedule.{name}={limit} leaves the number of steps open, of which optimizer.lr_decay="
+                f"{optimizer.lr_decay} and optimizer.warmup_share={optimizer.warmup_share:g} are shares: set them to "
+                "constant and 0, and optimizer.warmup_steps for a warm-up",
+            )
+            for name, limit in {"max_tokens": schedule.max_tokens, "max_hours": schedule.max_hours}.items()
+        ),
+    ]
 
 
 def _process_rules(config: Config) -> list[Rule]:

@@ -16,7 +16,7 @@ from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, 
 from megatron_p2o.run.inputs import load_inputs
 from megatron_p2o.run_folder.checkpoints import pointed_name
 from megatron_p2o.run_folder.made_with import MadeWith, made_with, read_made_with, with_problems
-from megatron_p2o.run_folder.results import finished_line, steps_of_results
+from megatron_p2o.run_folder.results import finished_line, limit_reached, run_end
 from megatron_p2o.run_folder.resume_effects import (
     CHAT_TEMPLATE,
     MAPPINGS,
@@ -137,16 +137,16 @@ def finished(config: Config, run_dir: Path, how: Resumption | None) -> str:
     Something is left where steps are, where its results are not those of its last step, and where a setting or a file
     has changed that results depend on. `how`: `check_resume`'s answer.
     """
-    num_steps = steps_of_results(run_dir)
-    if how is None or num_steps is None:
+    end = run_end(run_dir)
+    if how is None or end is None:
         return ""
     state = read_state(run_dir / "checkpoints" / pointed_name(run_dir / "checkpoints") / STATE_FILE)
     schedule = config.schedule
-    is_at_limit = schedule.max_steps is not None and state.step >= schedule.max_steps
-    is_done = state.step == num_steps and (is_at_limit or state.epoch >= schedule.epochs)
+    reached = limit_reached(schedule, end.num_steps, end.compute)
+    is_done = state.step == end.num_steps and (bool(reached) or state.epoch >= schedule.epochs)
     if not is_done or any(change.when != WHEN["none"] for change in how.changes):
         return ""
-    limit = f"schedule.max_steps={schedule.max_steps}" if is_at_limit else f"schedule.epochs={schedule.epochs}"
+    limit = reached or f"schedule.epochs={schedule.epochs}"
     return f"{finished_line(run_dir, state.step)}; to train on: raise {limit}"
 
 

@@ -5,10 +5,14 @@ runs/<name>/results.json         what came of it, written last
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_p2o.config.tree import ScheduleConfig
 from megatron_p2o.files import read_json_object, write_whole
+from megatron_p2o.metrics.compute import ComputeAccount
+from megatron_p2o.records import from_json
 
 RESULTS_FILE = "results.json"
 
@@ -18,13 +22,32 @@ def write_results_file(run_dir: Path, results: Mapping[str, Any]) -> None:
     write_whole(run_dir / RESULTS_FILE, json.dumps(results, indent=1))
 
 
-def steps_of_results(run_dir: Path) -> int | None:
-    """Return the steps after which a run's results were written; None where there are none that can be read."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEnd:
+    """Where a run ended, as its results say."""
+
+    num_steps: int
+    compute: ComputeAccount = field(default_factory=ComputeAccount)
+
+
+def run_end(run_dir: Path) -> RunEnd | None:
+    """Return where a run's results were written; None where there are none that can be read."""
     try:
-        steps = read_json_object(run_dir / RESULTS_FILE).get("num_steps")
+        return from_json(RunEnd, read_json_object(run_dir / RESULTS_FILE), skips_unknown=True)
     except (OSError, ValueError):
         return None
-    return steps if isinstance(steps, int) else None
+
+
+def limit_reached(schedule: ScheduleConfig, num_steps: int, spent: ComputeAccount) -> str:
+    """Return the limit that ends a run after so many steps, as "schedule.max_steps=40"; "" for none."""
+    limits: dict[str, tuple[float | None, float]] = {
+        "max_steps": (schedule.max_steps, num_steps),
+        "max_tokens": (schedule.max_tokens, spent.learning_tokens),
+        "max_hours": (schedule.max_hours, spent.wall_s / 3600),
+    }
+    return next(
+        (f"schedule.{name}={limit}" for name, (limit, now) in limits.items() if limit is not None and now >= limit), ""
+    )
 
 
 def finished_line(run_dir: Path, num_steps: int) -> str:

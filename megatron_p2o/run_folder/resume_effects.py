@@ -66,7 +66,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("alarms", "mismatch mismatch_rise mismatch_action forgotten undecided"),
         *_in("optimizer", "lr beta1 beta2 eps weight_decay warmup_steps warmup_share lr_decay min_lr"),
         *_in("optimizer", "clip_grad micro_batch_tokens"),
-        *_in("schedule", "problems_per_update max_batches_per_step epochs max_steps"),
+        *_in("schedule", "problems_per_update max_batches_per_step epochs max_steps max_tokens max_hours"),
         *("sglang", "megatron"),
     ),
     "round": (

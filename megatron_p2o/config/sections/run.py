@@ -51,6 +51,12 @@ class ScheduleConfig:
     """Passes over the training problems (the paper's)."""
     max_steps: PositiveInt | None = None
     """Rollout steps after which the run ends, even inside an epoch. None: all epochs."""
+    max_tokens: PositiveInt | None = None
+    """Budget in sampled tokens: the run ends after the step in which training, trials of templates and reflection have
+    sampled so many (`compute/learning_tokens`). Evaluations and the plain control do not count. None: no such end."""
+    max_hours: PositiveFloat | None = None
+    """Budget in hours, evaluations included (`compute/wall_s`): the run ends after the step that reaches it, so its
+    result depends on the machine. None: no such end."""
     save_every_steps: NonNegativeInt = 30
     """Rollout steps between two checkpoints. 0 saves at the end only."""
     keep_checkpoints: PositiveInt = 2

@@ -18,6 +18,7 @@ from megatron_p2o.run.observe.results import write_run_results
 from megatron_p2o.run.observe.saving import Saver
 from megatron_p2o.run.observe.step_log import StepLog, is_due
 from megatron_p2o.run.parts import RunParts
+from megatron_p2o.run_folder.results import limit_reached
 from megatron_p2o.run_folder.state import StopRequest
 from megatron_p2o.types import PLAIN, Problem
 
@@ -81,8 +82,7 @@ class RunObserver:
         self._log.begin_step()
 
     def should_stop(self, state: TrainState) -> bool:
-        limit = self._config.schedule.max_steps
-        return self._stop.is_made() or (limit is not None and state.step >= limit)
+        return self._stop.is_made() or bool(self._limit_reached(state))
 
     def on_stop(self, state: TrainState) -> None:
         """Save where someone has asked the run to stop, and wait until that is done. Raises `CheckpointError`."""
@@ -96,12 +96,16 @@ class RunObserver:
         template = self._progress.best_template
         templated = self._evaluations.measure(state, template) if template is not PLAIN else {}
         self._saver.finish(self._best.take(state.step, plain))
-        spent = self._compute.account(state)
-        write_run_results(self._files, self._config, self._progress, spent, state.step, plain, templated)
+        write_run_results(
+            self._files, self._config, self._progress, self._compute.account(state), state, plain, templated
+        )
 
     def way_back(self, is_newest_good: bool) -> str:
         """Return which checkpoint to go back to, and how; see `CheckpointSaver.way_back`."""
         return self._saver.way_back(is_newest_good)
+
+    def _limit_reached(self, state: TrainState) -> str:
+        return limit_reached(self._config.schedule, state.step, self._compute.account(state))
 
     def _is_round_skipped(self, state: TrainState, num_hard: int) -> bool | None:
         """Return whether the hard set is too small for evolution after an epoch; None where none would follow."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from megatron_p2o.algorithm import TrainState
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evaluation.outcome import Evaluation, evaluation_record
 from megatron_p2o.evolve.search.publish import rounds_path
@@ -11,7 +12,7 @@ from megatron_p2o.records import to_json
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.progress import Progress
 from megatron_p2o.run_folder.made_with import redone_in
-from megatron_p2o.run_folder.results import write_results_file
+from megatron_p2o.run_folder.results import limit_reached, write_results_file
 
 
 def write_run_results(
@@ -19,11 +20,11 @@ def write_run_results(
     config: Config,
     progress: Progress,
     spent: ComputeAccount,
-    num_steps: int,
+    state: TrainState,
     plain: Mapping[str, Evaluation],
     templated: Mapping[str, Evaluation],
 ) -> None:
-    """Write the results of a run of `num_steps` steps that has ended. Raises `OSError`.
+    """Write the results of a run that has ended at `state`. Raises `OSError`.
 
     `spent`: on the steps that led to the policy. `plain`, `templated`: the last evaluation, and the one under the best
     template; empty without one.
@@ -31,7 +32,8 @@ def write_run_results(
     results = {
         "arm": config.run.arm,
         "seed": config.run.seed,
-        "num_steps": num_steps,
+        "num_steps": state.step,
+        "ended_by": limit_reached(config.schedule, state.step, spent) or f"schedule.epochs={config.schedule.epochs}",
         "evaluation": {name: evaluation_record(outcome) for name, outcome in plain.items()},
         "templated_evaluation": {name: evaluation_record(outcome) for name, outcome in templated.items()},
         "templated_accuracy_when_published": progress.published_accuracy,

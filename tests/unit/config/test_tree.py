@@ -87,6 +87,11 @@ def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
         ({"optimizer.warmup_steps": 3, "optimizer.warmup_share": 0.1}, "optimizer.warmup_share=0.1"),
         ({"optimizer.min_lr": 1e-7}, "optimizer.min_lr=1e-07 is where a decay ends"),
         ({"optimizer.lr_decay": "cosine", "optimizer.min_lr": 1e-3}, "optimizer.min_lr=0.001 must be at most"),
+        (
+            {"optimizer.lr_decay": "linear", "schedule.max_tokens": 9},
+            "schedule.max_tokens=9 leaves the number of steps",
+        ),
+        ({"optimizer.warmup_share": 0.1, "schedule.max_hours": 2.0}, "schedule.max_hours=2.0 leaves the number of"),
         ({"objective.kl_coefficient": 0.1, "objective.kl_estimator": "k1"}, "objective.kl_estimator=k1 in the loss"),
         (
             {"advantage.overlong_tokens": 20000},

@@ -263,6 +263,45 @@ def test_a_resume_neither_loses_nor_repeats_what_was_spent(tmp_path: Path, model
     assert redone["sampled_training_tokens"] == third > 0, "step 3 was done twice, and what it had sampled is spent"
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_budget_in_tokens_ends_a_run_after_the_step_that_reaches_it(
+    is_killed: bool, tmp_path: Path, model: Path
+) -> None:
+    every_step = ("logging.rollouts_every_steps=1", "schedule.save_every_steps=1", "schedule.epochs=9")
+    free = config_of(tmp_path, model, *every_step, "run.name=free", "schedule.max_steps=5")
+    run(free, lambda stop_token_ids: Engines(reply=varied))
+    budget = sum(sampled_tokens_of_step(free.run.folder, step) for step in (1, 2)) + 1
+    limited = config_of(tmp_path, model, *every_step, f"schedule.max_tokens={budget}")
+    if is_killed:
+        with pytest.raises(LostEngine):
+            run(limited, lost_after_the_first_step)
+    run(limited, lambda stop_token_ids: Engines(reply=varied))
+    results = json.loads((limited.run.folder / "results.json").read_text())
+    assert (results["num_steps"], results["ended_by"]) == (3, f"schedule.max_tokens={budget}")
+    assert results["compute"]["learning_tokens"] >= budget
+    assert (limited.run.folder / "checkpoints" / "latest").read_text() == "step-000003"
+    assert ending_of(limited).endswith(f"; to train on: raise schedule.max_tokens={budget}")
+    more = config_of(tmp_path, model, *every_step, f"schedule.max_tokens={results['compute']['learning_tokens'] + 1}")
+    assert ending_of(more) == "", "there is something left to spend"
+
+
+def lost_after_the_first_step(stop_token_ids: Sequence[int]) -> Engines:
+    def reply(prompt: Prompt, index: int) -> FakeReply:
+        if len(engines.samplings) == 2:
+            raise LostEngine("generate")
+        return varied(prompt, index)
+
+    engines = Engines(reply=reply)
+    return engines
+
+
+def test_a_budget_in_hours_ends_a_run_after_the_step_that_reaches_it(tmp_path: Path, model: Path) -> None:
+    config = config_of(tmp_path, model, "schedule.max_hours=1e-9", "schedule.epochs=9")
+    run(config, lambda stop_token_ids: Engines())
+    results = json.loads((config.run.folder / "results.json").read_text())
+    assert (results["num_steps"], results["ended_by"]) == (0, "schedule.max_hours=1e-09")
+
+
 def sampled_tokens_of_step(folder: Path, step: int) -> int:
     lines = (folder / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
     return sum(json.loads(line)["num_response_tokens"] for line in lines)
