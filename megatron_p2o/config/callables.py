@@ -12,21 +12,29 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallableKind:
     """What a setting may name."""
 
-    signature: str
-    """How it is called, for messages: `(problem, response, finish_reason)`."""
+    parameters: tuple[str, ...]
+    """What it is called with, beside the arguments that settings give."""
     built_in: Mapping[str, str] = field(default_factory=dict[str, str])
     """Short name to the callable it stands for, as `package.module:callable`."""
+    other_names: tuple[str, ...] = ()
+    """Short names that the setting may have beside, for messages."""
     entry_points: str | None = None
     """Group of entry points by which an installed package gives its callables short names."""
+
+    @property
+    def signature(self) -> str:
+        """How it is called, for messages: `(problem, response, finish_reason)`."""
+        return f"({', '.join(self.parameters)})"
 
     def entries(self) -> dict[str, str]:
         """Return the short names of installed packages, and the callables they stand for."""
@@ -55,7 +63,7 @@ def load_callable(name: str, kind: CallableKind, subject: str) -> Callable[..., 
     """
     target = kind.built_in.get(name) or (name if is_own(name) else kind.entries().get(name, ""))
     if not target:
-        known = ", ".join(dict.fromkeys([*kind.built_in, *kind.entries()]))
+        known = ", ".join(dict.fromkeys([*kind.built_in, *kind.other_names, *kind.entries()]))
         choices = f"is none of {known}, nor" if known else "must be"
         group = f" (packages add names by the entry points {kind.entry_points})" if kind.entry_points else ""
         raise ValueError(f"{subject} {choices} package.module:callable or path/to/file.py:callable{group}")
@@ -86,6 +94,35 @@ def check_call(
         signature.bind(*given, **arguments)
     except TypeError as error:
         raise ValueError(f"{subject} has the signature {signature} and must {rule} ({error})") from error
+
+
+def check_callable(
+    found: Callable[..., Any], kind: CallableKind, subject: str, arguments: Mapping[str, Any], arguments_setting: str
+) -> None:
+    """Raise `ValueError` unless a function takes the kind's parameters and the arguments, or a class can be made so.
+
+    The arguments of a class are those of its `__init__`, and its instances take the parameters: `made_callable`.
+    `arguments_setting` is the name of what holds them. The message has the signature expected.
+    """
+    if not inspect.isclass(found):
+        rule = f"be callable as {kind.signature}"
+        check_call(found, kind.parameters, arguments, subject=subject, rule=rule)
+        return
+    check_call(found, (), arguments, subject=subject, rule=f"be made with {arguments_setting}")
+    method = f"__call__(self, {kind.signature[1:]}"
+    if not any("__call__" in vars(base) for base in found.__mro__):
+        raise ValueError(f"{subject} has no method {method}")
+    check_call(found.__call__, ("self", *kind.parameters), {}, subject=subject, rule=f"have a {method}")
+
+
+def made_callable(found: Callable[..., Any], arguments: Mapping[str, Any], subject: str) -> Callable[..., Any]:
+    """Return a function with its arguments bound, or an instance of a class. Raises `ValueError` when that raises."""
+    if not inspect.isclass(found):
+        return partial(found, **arguments) if arguments else found
+    try:
+        return cast(Callable[..., Any], found(**arguments))
+    except (Exception, SystemExit) as error:  # whatever code of others does
+        raise ValueError(f"{subject} cannot be made ({type(error).__name__}: {error})") from error
 
 
 def _module(place: str) -> ModuleType:

@@ -21,7 +21,7 @@ from functools import partial
 from math import fsum
 from typing import Any, TypeVar, cast
 
-from megatron_p2o.config.callables import CallableKind, check_call, load_callable
+from megatron_p2o.config.callables import CallableKind, check_callable, load_callable, made_callable
 from megatron_p2o.processes import PROXY_VARIABLES, variables_named_in
 from megatron_p2o.types import Grade
 
@@ -29,9 +29,6 @@ RewardFunction = Callable[..., Any]
 """See the module's docstring."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-SIGNATURE = "(problem, response, finish_reason)"
-BATCH_SIGNATURE = "(problems, responses, finish_reasons)"
 
 BUILT_IN: Mapping[str, str] = {
     "math": "megatron_p2o.rewards.built_in.math:math_reward",
@@ -44,11 +41,13 @@ BUILT_IN: Mapping[str, str] = {
 }
 """Short name to the callable it stands for."""
 
-KIND = CallableKind(signature=SIGNATURE, built_in=BUILT_IN, entry_points="megatron_p2o.rewards")
+KIND = CallableKind(
+    parameters=("problem", "response", "finish_reason"), built_in=BUILT_IN, entry_points="megatron_p2o.rewards"
+)
 """What `grading.function` may name."""
 
-QUESTION = ("problem", "response", "stop")
-"""As many arguments as a reward function is given."""
+BATCHED = replace(KIND, parameters=("problems", "responses", "finish_reasons"))
+"""The same, decorated with `batched`."""
 
 JUDGE_KEY = "P2O_JUDGE_API_KEY"
 """Environment variable with the key of `judge`, unless its arguments name another."""
@@ -115,17 +114,10 @@ def found_function(spec: RewardSpec) -> RewardFunction:
             the message names `grading.function` and the signature expected.
     """
     found = load_callable(spec.function, KIND, _subject(spec))
-    if inspect.isclass(found):
-        _check_signature(found, spec, (), "be made with grading.arguments")
-        if not any("__call__" in vars(base) for base in found.__mro__):
-            raise ValueError(_refusal(spec, f"has no method __call__(self, {SIGNATURE[1:]}"))
-        instance_only = replace(spec, arguments={})
-        _check_signature(found.__call__, instance_only, (None, *QUESTION), f"have a __call__(self, {SIGNATURE[1:]}")
-    else:
-        expected = BATCH_SIGNATURE if is_batched(found) else SIGNATURE
-        _check_signature(found, spec, QUESTION, f"be callable as {expected}")
-        if not is_batched(found):
-            _check_names(found, spec, expected)
+    kind = BATCHED if is_batched(found) and not inspect.isclass(found) else KIND
+    check_callable(found, kind, _subject(spec), spec.arguments, "grading.arguments")
+    if kind is KIND and not inspect.isclass(found):
+        _check_names(found, spec)
     return found
 
 
@@ -135,12 +127,7 @@ def made_function(found: RewardFunction, spec: RewardSpec) -> RewardFunction:
     Raises:
         ValueError: the class raises; the message says what.
     """
-    if not inspect.isclass(found):
-        return partial(found, **spec.arguments) if spec.arguments else found
-    try:
-        return cast(RewardFunction, found(**spec.arguments))
-    except (Exception, SystemExit) as error:  # whatever code of others does
-        raise ValueError(_refusal(spec, f"cannot be made ({type(error).__name__}: {error})")) from error
+    return made_callable(found, spec.arguments, _subject(spec))
 
 
 def grade_of(value: object) -> Grade:
@@ -171,15 +158,10 @@ def weighted_sum(grades: Sequence[Grade], weights: Sequence[float]) -> Grade:
     )
 
 
-def _check_signature(function: Callable[..., Any], spec: RewardSpec, given: Sequence[object], rule: str) -> None:
-    """Raise `ValueError` unless a function takes what it is given, and the arguments."""
-    check_call(function, given, spec.arguments, subject=_subject(spec), rule=rule)
-
-
-def _check_names(function: Callable[..., Any], spec: RewardSpec, expected: str) -> None:
+def _check_names(function: Callable[..., Any], spec: RewardSpec) -> None:
     """Raise `ValueError` for a function whose parameters have the names that another library gives their places."""
     try:
-        names = list(inspect.signature(function).parameters)[: len(QUESTION)]
+        names = list(inspect.signature(function).parameters)[: len(KIND.parameters)]
     except ValueError:
         return
     foreign = [name for name in names if name in FOREIGN_NAMES]
@@ -187,8 +169,8 @@ def _check_names(function: Callable[..., Any], spec: RewardSpec, expected: str) 
         raise ValueError(
             _refusal(
                 spec,
-                f"takes {', '.join(foreign)}, as another library calls it, and is called as {expected} here: wrap it, "
-                "problem.answer is the gold answer and problem.columns the row",
+                f"takes {', '.join(foreign)}, as another library calls it, and is called as {KIND.signature} here: "
+                "wrap it, problem.answer is the gold answer and problem.columns the row",
             )
         )
 

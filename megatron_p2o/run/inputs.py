@@ -11,7 +11,7 @@ from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
 from megatron_p2o.data.tables import missing_package
 from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
-from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
+from megatron_p2o.evolve.reflection.reflectors import check_settings
 from megatron_p2o.evolve.reflection.task_description import task_description_of
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.sinks.registry import sink_problems
@@ -53,7 +53,7 @@ def load_inputs(config: Config) -> Inputs:
     inputs = Inputs(renderer=renderer, train=[each for task in tasks for each in task], evaluation=evaluation)
     check_vocabulary(config, inputs)
     check_hard_set(config, num_asked(config.data, inputs.train))
-    check_phrases(config)
+    check_reflection(config)
     return inputs
 
 
@@ -126,13 +126,13 @@ def check_hard_set(config: Config, num_problems: int) -> None:
         )
 
 
-def check_phrases(config: Config) -> None:
-    """Raise `ValueError` when the phrases that prompts are to evolve from, or the task, cannot be read."""
-    reflection = config.evolution.reflection
-    if config.evolution.enabled:
-        task_description_of(config)
-    if config.evolution.enabled and reflection.backend == "phrasebook" and reflection.phrases is not None:
-        Phrasebook.from_file(Path(reflection.phrases), config.run.seed)
+def check_reflection(config: Config) -> None:
+    """Raise `ValueError` or `OSError` when the writer of templates, or what it is told of the task, cannot be had."""
+    if not config.evolution.enabled:
+        return
+    task_description_of(config)
+    if config.evolution.reflection.backend != "self":  # whose server has no address yet
+        check_settings(config.evolution.reflection)
 
 
 def planned_steps(schedule: ScheduleConfig, num_steps_per_epoch: int) -> int:

@@ -34,6 +34,7 @@ MAPPINGS = (
     "megatron",
     "data.evaluation",
     "evolution.reflection.extra_body",
+    "evolution.reflection.arguments",
     "grading.arguments",
     "grading.functions",
     "logging.sinks",
@@ -77,7 +78,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in(
             "evolution.reflection", "backend base_url model api_key_env phrases task_description temperature max_tokens"
         ),
-        *_in("evolution.reflection", "timeout_s max_retries extra_body"),
+        *_in("evolution.reflection", "timeout_s max_retries extra_body arguments"),
     ),
     "evaluation": (
         "data.evaluation",

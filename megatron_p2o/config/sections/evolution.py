@@ -42,10 +42,14 @@ class AssignmentConfig:
 class ReflectionConfig:
     """Who writes new templates."""
 
-    backend: Literal["openai", "self", "phrasebook"] = "self"
+    backend: str = "self"
     """Writer of new templates. `openai`: any OpenAI-compatible endpoint (the paper's Teacher-Ref). `self`: the frozen
     initial policy on an SGLang server of its own (Self-Ref). `phrasebook`: recombines the phrases of a file, for
-    machines without a language model."""
+    machines without a language model. Or one's own: an entry point of `megatron_p2o.reflectors`,
+    `package.module:callable` or `path/to/file.py:callable`, called as (request)."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of one's own backend. An argument called `..._env` names an environment variable that holds a
+    secret."""
     base_url: str | None = None
     """Address of the `openai` backend, e.g. https://host/v1."""
     model: str | None = None

@@ -16,7 +16,7 @@ from megatron_p2o.metrics.sinks.record import MetricSink, SinkContext
 from megatron_p2o.metrics.sinks.services import MlflowSink, TensorBoardSink, TrackioSink, WandbSink
 from megatron_p2o.processes import PROXY_VARIABLES, keys_named_in, variables_named_in
 
-OWN = CallableKind(signature="sink(context, **arguments)", entry_points="megatron_p2o.sinks")
+OWN = CallableKind(parameters=("context",), entry_points="megatron_p2o.sinks")
 """What `logging.sinks` may name."""
 
 RUN_ID_FILE = "run_id"
@@ -157,5 +157,5 @@ def _own_sink(name: str, arguments: object) -> OpenSink:
         raise ValueError(f"logging.sinks.{name}={arguments} must be a mapping of arguments: write {{}} for none")
     subject = f"logging.sinks.{name}"
     sink = load_callable(name, OWN, subject)
-    check_call(sink, (None,), arguments, subject=subject, rule=f"be callable as {OWN.signature}")
+    check_call(sink, OWN.parameters, arguments, subject=subject, rule=f"be callable as {OWN.signature}")
     return partial(sink, **arguments)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import psutil
 
 from megatron_p2o.config.tree import Config, ParallelConfig
-from megatron_p2o.evolve.reflection.reflectors import secrets_of
+from megatron_p2o.evolve.reflection.reflectors import reflection_keys, secrets_of
 from megatron_p2o.machine.nodes import Nodes
 from megatron_p2o.metrics.sinks.registry import sink_keys, sink_secrets
 from megatron_p2o.processes import (
@@ -66,7 +66,7 @@ def prepare_environment(config: Config) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["PYTHONSAFEPATH"] = "1"
     named = os.environ.get(SECRET_NAMES_VARIABLE, "").split(",")
-    keys = {config.evolution.reflection.api_key_env, *reward_keys(config), *sink_keys(config.logging)}
+    keys = {*reflection_keys(config.evolution.reflection), *reward_keys(config), *sink_keys(config.logging)}
     os.environ[SECRET_NAMES_VARIABLE] = ",".join({*filter(None, named), *keys})
     # For the agent. torch 2.11 has neither this variable nor the setting that later versions have, and waits 30 s.
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_TIMEOUT_S)

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -463,6 +463,37 @@ def test_served_model_reflects_for_a_round(
     assert {body["model"] for body in bodies} == {"initial-policy"}
     prompt = bodies[0]["messages"][0]["content"]
     assert "Please: " in prompt and "The correct final answer is " in prompt, "as the policy was asked, with the answer"
+
+
+def test_a_reflector_of_ones_own_works_in_the_service_with_the_secrets_it_names(
+    tmp_path: Path,
+    phrases: Path,
+    sessions: list[EvolutionSession],
+    monkeypatch: pytest.MonkeyPatch,
+    installed_package: Callable[[str, str, str], Path],
+) -> None:
+    code = f"""
+import os
+
+class Writer:
+    def __init__(self, login_env):
+        assert os.environ[login_env] == "open sesame"
+    def __call__(self, request):
+        held = [name for name in ("WRITER_LOGIN", "WANDB_API_KEY") if name in os.environ]
+        return "{" ".join(KEY_PHRASES["red"])} " + f"Variant {{request.proposal}} held {{held}}."
+"""
+    installed_package("my_writer", code, "[megatron_p2o.reflectors]\nwriter = my_writer:Writer\n")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    monkeypatch.setenv("WRITER_LOGIN", "open sesame")
+    monkeypatch.setenv("P2O_SECRET_NAMES", "WRITER_LOGIN")
+    reflection = ReflectionConfig(backend="writer", arguments={"login_env": "WRITER_LOGIN"})
+    session = EvolutionSession(
+        config_of(phrases, reflection=reflection, max_rollouts=300), tmp_path, KeyPhraseTask(PROBLEMS).submit
+    )
+    sessions.append(session)
+    library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    assert library.templates and all("red" in families_served(template.text) for template in library.templates)
+    assert all("held ['WRITER_LOGIN']." in template.text for template in library.templates)
 
 
 def test_dead_reflection_endpoint_pauses_evolution_and_says_so(

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_p2o.config.callables import CallableKind, check_call, is_own, load_callable
 
-KIND = CallableKind(signature="(x)", built_in={"root": "math:sqrt"}, entry_points="megatron_p2o.tests")
+KIND = CallableKind(parameters=("x",), built_in={"root": "math:sqrt"}, entry_points="megatron_p2o.tests")
 SUBJECT = "section.setting=name"
 
 
@@ -54,9 +54,7 @@ def test_a_name_that_leads_nowhere_is_refused_with_what_there_is(
     installed_package("halves", "half = 0.5\n", "[megatron_p2o.tests]\nhalf = halves:half\n")
     assert refusal("halve") == f"is none of root, half, nor {where}"
     assert refusal("half") == "is float, and must be callable as (x)"
-    assert (
-        refusal("halve", CallableKind(signature="(x)")) == "must be package.module:callable or path/to/file.py:callable"
-    )
+    assert refusal("halve", CallableKind(parameters=("x",))) == f"must be {own}"
     assert refusal("gone.py:f").startswith("cannot be imported (FileNotFoundError: ")
     assert refusal("math:gone").startswith("cannot be imported (AttributeError: ")
     assert refusal("gone_package:f").startswith("cannot be imported (ModuleNotFoundError: ")

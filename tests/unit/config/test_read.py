@@ -118,7 +118,7 @@ megatron:
         ("run: {directory: !!python/name:os.system x}", "run.directory=x cannot be read"),
         ("model: {dtype: bfloat}", "model.dtype=bfloat must be one of float32, bfloat16: did you mean bfloat16?"),
         ("hard: {counted: off}", "must be one of plain, all: choose one"),
-        ("evolution: {reflection: {backend: [self]}}", "evolution.reflection.backend=(a list) must be one of openai,"),
+        ("hard: {counted: [plain]}", "hard.counted=(a list) must be one of plain, all"),
     ],
 )
 def test_value_of_the_wrong_type_is_named_with_its_line_and_remedy(tmp_path: Path, line: str, message: str) -> None:

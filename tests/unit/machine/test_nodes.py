@@ -176,6 +176,11 @@ def test_rank_0_alone_is_given_the_secrets_that_it_needs(monkeypatch: pytest.Mon
     assert secrets.items() <= os.environ.items()
 
     assert secrets.keys() & set(conductor_secrets(settings)) == {"TEACHER_LOGIN"}
+    writer = ReflectionConfig(backend="own.py:writer", arguments={"login_env": "WRITER"})
+    own = replace(settings, evolution=EvolutionConfig(reflection=writer))
+    prepare_environment(own)
+    assert "WRITER" in os.environ[SECRET_NAMES_VARIABLE].split(",")
+    assert "WRITER" in conductor_secrets(own) and not secrets.keys() & set(conductor_secrets(own))
     watched = replace(config(tmp_path), logging=LoggingConfig(wandb_project="ours"))
     assert secrets.keys() & set(conductor_secrets(watched)) == {"WANDB_API_KEY"}
     on_a_space = replace(config(tmp_path), logging=LoggingConfig(trackio_project="ours", mlflow_experiment="ours"))

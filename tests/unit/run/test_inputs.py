@@ -269,3 +269,20 @@ def test_a_sink_of_ones_own_is_checked_by_the_dry_run(
     assert main(["train", str(settings_file), "--dry-run"]) == BAD_INPUT
     assert "logging.sinks.gone.module:Sink cannot be imported" in capsys.readouterr().err
     assert not (tmp_path / "test").exists()
+
+
+def test_a_reflector_of_ones_own_is_checked_by_the_dry_run(
+    settings_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code = tmp_path / "writer.py"
+    code.write_text("def write(problem, response):\n    return ''\n")
+    sections = yaml.safe_load(settings_file.read_text())
+    sections["evolution"] = {"reflection": {"backend": f"{code}:write"}}
+    settings_file.write_text(yaml.safe_dump(sections))
+    assert main(["train", str(settings_file), "--dry-run"]) == BAD_INPUT
+    told = capsys.readouterr().err
+    assert f"evolution.reflection.backend={code}:write has the signature (problem, response)" in told
+    assert "must be callable as (request)" in told
+    sections["evolution"]["enabled"] = False
+    settings_file.write_text(yaml.safe_dump(sections))
+    assert main(["train", str(settings_file), "--dry-run"]) == 0

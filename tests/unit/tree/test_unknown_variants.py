@@ -23,9 +23,7 @@ from megatron_p2o.config.tree import (
     EvaluationConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    ReflectionConfig,
 )
-from megatron_p2o.evolve.reflection.reflectors import build_reflector, check_settings, secrets_of
 from megatron_p2o.evolve.search.rules import RULES, rules_named
 from megatron_p2o.files import limit_readers
 from megatron_p2o.machine.memory.trainer import bucket_bytes
@@ -88,10 +86,6 @@ def learning_rate(decay: Any) -> None:
     Optimization._schedule(update)
 
 
-def reflected_by(backend: Any) -> ReflectionConfig:
-    return ReflectionConfig(backend=backend)
-
-
 USES: dict[str, list[Callable[[Any], object]]] = {
     "run.readable_by": [lambda value: limit_readers(Path(), value)],
     "model.dtype": [element_bytes],
@@ -126,11 +120,6 @@ USES: dict[str, list[Callable[[Any], object]]] = {
     "head.kernel": [lambda value: HeadOptions(kernel=value)],
     "head.weight_grad": [lambda value: HeadOptions(weight_grad=value)],
     "evolution.rules": [rules_named],
-    "evolution.reflection.backend": [
-        lambda value: secrets_of(reflected_by(value)),
-        lambda value: check_settings(reflected_by(value)),
-        lambda value: build_reflector(reflected_by(value), 0, {}),
-    ],
     "evaluation.best_metric": [score],
     "alarms.mismatch_action": [mismatch],
 }

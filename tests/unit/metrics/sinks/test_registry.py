@@ -73,8 +73,8 @@ def test_a_sink_of_ones_own_gets_its_arguments_the_settings_and_all_records(
         ),
         ("gone_module:Sink", {}, "logging.sinks.gone_module:Sink cannot be imported (ModuleNotFoundError"),
         ("my_sinks:Gone", {}, "logging.sinks.my_sinks:Gone cannot be imported (AttributeError"),
-        ("my_sinks:NUMBER", {}, "logging.sinks.my_sinks:NUMBER is int, and must be callable as sink(context"),
-        ("my_sinks:ListSink", {"rep": 1}, "has the signature (context, repo='here') and must be callable as sink("),
+        ("my_sinks:NUMBER", {}, "logging.sinks.my_sinks:NUMBER is int, and must be callable as (context)"),
+        ("my_sinks:ListSink", {"rep": 1}, "has the signature (context, repo='here') and must be callable as (context)"),
         ("my_sinks:ListSink", "here", "logging.sinks.my_sinks:ListSink=here must be a mapping of arguments"),
     ],
 )
