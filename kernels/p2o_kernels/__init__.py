@@ -3,13 +3,15 @@
 from p2o_kernels.advantage import active_token_index, grouped_advantage
 from p2o_kernels.lm_head import HeadOptions
 from p2o_kernels.logprob import linear_logprob
-from p2o_kernels.policy_loss import Context, LossRule, PolicyLoss, linear_policy_loss
+from p2o_kernels.policy_loss import Context, LossRule, OwnSurrogate, PolicyLoss, Surrogate, linear_policy_loss
 
 __all__ = [
     "Context",
     "HeadOptions",
     "LossRule",
+    "OwnSurrogate",
     "PolicyLoss",
+    "Surrogate",
     "active_token_index",
     "grouped_advantage",
     "linear_logprob",

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,10 +44,33 @@ class CallableKind:
         return {entry.name: f"{entry.module}:{entry.attr}" for entry in found}
 
 
+ROWS = CallableKind(parameters=())
+"""What a data source is: it is called without arguments and yields the same mappings each time."""
+
+
 def is_own(name: str) -> bool:
     """Whether a name is that of a callable, `package.module:callable` or `path/to/file.py:callable`."""
     place, _, attribute = name.rpartition(":")
     return bool(place and attribute)
+
+
+def names_code(file: str) -> bool:
+    """Whether what a setting names is a callable and no file: a file's path may hold a colon."""
+    return is_own(file) and not Path(file).is_file()
+
+
+def rows_of(name: str) -> Iterator[object]:
+    """Yield what a callable of the user's yields when it is called without arguments: the rows of a data source.
+
+    Raises:
+        ValueError: as `load_callable`; or it raises, or returns nothing that can be iterated.
+    """
+    found = load_callable(name, ROWS, name)
+    check_call(found, (), {}, subject=name, rule=f"be callable as {ROWS.signature}")
+    try:
+        yield from found()
+    except Exception as error:  # whatever code of others does
+        raise ValueError(f"{name} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def load_callable(name: str, kind: CallableKind, subject: str) -> Callable[..., Any]:

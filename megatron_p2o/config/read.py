@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 from urllib.parse import parse_qsl, urlsplit
 
+from megatron_p2o.config.callables import names_code
 from megatron_p2o.config.names import suggestion
 from megatron_p2o.config.ranges import range_of
 from megatron_p2o.config.rules import problems_of
@@ -104,7 +105,7 @@ def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
     missing = [
         f"{name}={file} must be an existing file: correct the path (relative to {Path.cwd()})"
         for name, file in files.items()
-        if not Path(file).is_file()
+        if not names_code(file) and not Path(file).is_file()
     ]
     if not Path(config.model.path).is_dir():
         missing.insert(

@@ -1,4 +1,4 @@
-"""Reads the rows of JSONL, JSON, CSV, parquet and Arrow files as they are, one at a time, with their places."""
+"""Reads the rows of JSONL, JSON, CSV, parquet and Arrow files, or of code, as they are, one at a time."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_p2o.config.callables import names_code, rows_of
 from megatron_p2o.data.tables import DELIMITERS, BadCells, arrow_rows, is_arrow, text_rows
 
 MAX_ROW_BYTES = 16 << 20
@@ -45,12 +46,16 @@ def raw_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tup
     """Yield (line of a JSONL or CSV file, else row number, from 1; the row). Rows of JSON are bytes: see `parsed`.
 
     Args:
+        path: a file, or the name of a callable that yields the rows (`config.callables.rows_of`).
         columns: all that is needed of a parquet file; None is everything.
 
     Raises:
         ValueError: the file cannot be read, is damaged as a whole, or is parquet or Arrow
-            without pyarrow installed.
+            without pyarrow installed; the callable is not there or raises.
     """
+    if names_code(str(path)):
+        yield from enumerate(rows_of(str(path)), start=1)
+        return
     try:
         with path.open("rb") as file:
             head = file.read(64)

@@ -9,10 +9,10 @@ with (x, or x with template z), and the gradient's prompt is `TrainSample.contex
     importance   c        x            1              true importance ratio under the clip
     ratio_mask   x        x            context ratio  production
 
-`objective.surrogate` says what is made of the ratio: PPO's clip by token, GSPO's by sequence (arXiv:2507.18071), or
-CISPO's weight of the log-prob (arXiv:2506.13585). Any of them goes with any context: the ratio of a sequence is that of
-its tokens in the table, and a token's weight multiplies its own loss. docs/objectives.md says what each combination
-means.
+`objective.surrogate` says what is made of the ratio: PPO's clip by token, GSPO's by sequence (arXiv:2507.18071),
+CISPO's weight of the log-prob (arXiv:2506.13585), or a function of the user's (`rl.surrogate`). Any of them goes with
+any context: the ratio of a sequence is that of its tokens in the table, and a token's weight multiplies its own loss.
+docs/objectives.md says what each combination means.
 
 The loss and its gradient are computed by `p2o_kernels.linear_policy_loss` together with the LM head; its specification
 is `p2o_kernels/policy_loss/reference.py`. This module has its inputs and its statistics.
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.rl.context_shift import shift_of_tokens
+from megatron_p2o.rl.surrogate import surrogate_named
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
 from p2o_kernels import Context, LossRule, PolicyLoss
 
@@ -109,7 +110,7 @@ def loss_rule(objective: ObjectiveConfig) -> LossRule:
     """Return the settings of the token loss as the fused kernels take them."""
     return LossRule(
         context=objective.context,
-        surrogate=objective.surrogate,
+        surrogate=surrogate_named(objective.surrogate),
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
         dual_clip=objective.dual_clip,

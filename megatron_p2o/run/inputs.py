@@ -13,9 +13,12 @@ from megatron_p2o.data.tables import missing_package
 from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
 from megatron_p2o.evolve.reflection.reflectors import check_settings
 from megatron_p2o.evolve.reflection.task_description import task_description_of
+from megatron_p2o.evolve.search.rules import rules_named
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.sinks.registry import sink_problems
 from megatron_p2o.rewards.tasks import TaskGrader, rewards_line
+from megatron_p2o.rl.objective import loss_rule
+from megatron_p2o.rl.surrogate import check_surrogate
 from megatron_p2o.types import PLAIN, Problem, TokenIds
 
 
@@ -53,7 +56,8 @@ def load_inputs(config: Config) -> Inputs:
     inputs = Inputs(renderer=renderer, train=[each for task in tasks for each in task], evaluation=evaluation)
     check_vocabulary(config, inputs)
     check_hard_set(config, num_asked(config.data, inputs.train))
-    check_reflection(config)
+    check_surrogate(config.objective, loss_rule(config.objective))
+    check_evolution(config)
     return inputs
 
 
@@ -126,11 +130,12 @@ def check_hard_set(config: Config, num_problems: int) -> None:
         )
 
 
-def check_reflection(config: Config) -> None:
-    """Raise `ValueError` or `OSError` when the writer of templates, or what it is told of the task, cannot be had."""
+def check_evolution(config: Config) -> None:
+    """Raise `ValueError` or `OSError` when the rules, the writer of templates, or what it is told cannot be had."""
     if not config.evolution.enabled:
         return
     task_description_of(config)
+    rules_named(config.evolution.rules)
     if config.evolution.reflection.backend != "self":  # whose server has no address yet
         check_settings(config.evolution.reflection)
 

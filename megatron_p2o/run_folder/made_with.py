@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_p2o.config.callables import names_code, rows_of
 from megatron_p2o.config.tree import Config
 from megatron_p2o.files import digest_of, digests_of, json_digest, read_json_object
 from megatron_p2o.metrics.compute import ComputeAccount
@@ -89,10 +90,15 @@ def file_digests(config: Config) -> dict[str, str]:
     named = {**data.training_files, **data.evaluation_files}
     if phrases is not None:
         named["evolution.reflection.phrases"] = phrases
-    digests = {name: digest_of(Path(path)).sha256 for name, path in named.items()}
+    digests = {name: _content_digest(path) for name, path in named.items()}
     if config.objective.kl_coefficient > 0:
         digests[INITIAL_WEIGHTS] = weights_digest(Path(config.model.path))
     return digests | model_digests(Path(config.model.path))
+
+
+def _content_digest(path: str) -> str:
+    """Return the SHA-256 of a file's content, or of the rows that code yields."""
+    return json_digest(to_json(list(rows_of(path)))) if names_code(path) else digest_of(Path(path)).sha256
 
 
 def weights_digest(directory: Path) -> str:

@@ -22,6 +22,23 @@ SURROGATES = [
     for context in CONTEXTS
     for surrogate in ("gspo", "cispo")
 ]
+
+
+def smooth_gate(ratio, logprobs, advantages, rule):
+    """Fade the gradient out on both sides of ratio 1, where a clip would cut it off."""
+    return -advantages * 4 / 3 * torch.sigmoid(3 * (ratio - 1))
+
+
+def clipped_and_weighted(ratio, logprobs, advantages, rule):
+    """PPO's clip for gains and CISPO's weight for losses: by ratio, log-prob and the rule's settings."""
+    band = ratio.clamp(1 - rule.clip_low, 1 + rule.clip_high)
+    ppo = torch.maximum(-advantages * ratio, -advantages * band)
+    return torch.where(advantages > 0, ppo, -advantages * band.detach() * logprobs)
+
+
+OWN = [LossRule(surrogate=smooth_gate, context=context) for context in CONTEXTS] + [
+    LossRule(surrogate=clipped_and_weighted, kl_coefficient=0.3, entropy_coefficient=0.2, clip_low=0.1)
+]
 TERMS = [
     LossRule(kl_coefficient=0.3, kl_estimator="k2"),
     LossRule(kl_coefficient=0.3, kl_estimator="k3", context="importance"),
@@ -70,7 +87,8 @@ def token_arguments(case, *, has_old, seed=1):
 
 def name_of(rule):
     terms = f"-{rule.kl_estimator}" * (rule.kl_coefficient > 0) + "-entropy" * (rule.entropy_coefficient > 0)
-    return f"{rule.surrogate}-{rule.context}-{rule.ratio_form}{terms}"
+    surrogate = rule.surrogate if isinstance(rule.surrogate, str) else rule.surrogate.__name__
+    return f"{surrogate}-{rule.context}-{rule.ratio_form}{terms}"
 
 
 def run(case, rule, arguments, **options):
@@ -90,7 +108,7 @@ def run_reference(case, rule, arguments):
 
 
 @pytest.mark.parametrize("has_old", [True, False], ids=["old given", "old is current"])
-@pytest.mark.parametrize("rule", [*RULES, *SURROGATES, *TERMS], ids=name_of)
+@pytest.mark.parametrize("rule", [*RULES, *SURROGATES, *TERMS, *OWN], ids=name_of)
 def test_loss_and_gradients_equal_float64_autograd(rule, has_old, head_case, relative_error, nan_empty):
     case = head_case(num_tokens=131)
     arguments = token_arguments(case, has_old=has_old)

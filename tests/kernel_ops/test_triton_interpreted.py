@@ -52,6 +52,11 @@ def policy_arguments(case):
     }
 
 
+def smooth(ratio, logprobs, advantages, rule):
+    """A surrogate of a user's own."""
+    return -advantages * torch.sigmoid(3 * (ratio - 1))
+
+
 def run_policy(case, rule, arguments, path):
     hidden, weight = case.leaves()
     main_grad = torch.zeros_like(weight, dtype=torch.float32)
@@ -95,8 +100,9 @@ def test_policy_loss_and_gradients_equal_float64_autograd(shape, head_case, rela
         LossRule(kl_coefficient=0.5, kl_estimator="k2", surrogate="cispo"),
         LossRule(ratio_form="one_sided"),
         LossRule(ratio_form="fading"),
+        LossRule(surrogate=smooth),
     ],
-    ids=["entropy", "gspo with both terms", "gspo over two prompts", "cispo with k2", "one-sided", "fading"],
+    ids=["entropy", "gspo with both terms", "gspo over two prompts", "cispo with k2", "one-sided", "fading", "own"],
 )
 def test_terms_and_surrogates_equal_float64_autograd(rule, has_old, head_case, relative_error, nan_empty):
     case = make_case(head_case)

@@ -192,7 +192,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         path, shard = call.path, call.shard
         chunk_rows = path.num_chunk_rows(shard, len(call.live))
         buffer = path.exponentials_buffer(shard, chunk_rows, for_gradient=gradients.are_wanted)
-        token_losses = _token_losses(path)
+        token_losses = _token_losses(path, call.rule)
         for start in range(0, len(call.live), chunk_rows):
             rows = call.live[start : start + chunk_rows]
             hidden_CD, targets_C = hidden_TD[rows], targets_T[rows]
@@ -218,8 +218,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return *gradients.scaled(loss_grad), None, None
 
 
-def _token_losses(path: LmHeadPath) -> Callable[[LossRule, Tensor, TokenInputs], TokenLosses]:
-    if not path.is_triton:
+def _token_losses(path: LmHeadPath, rule: LossRule) -> Callable[[LossRule, Tensor, TokenInputs], TokenLosses]:
+    if not path.is_triton or callable(rule.surrogate):
         return token_losses_torch
     from p2o_kernels.policy_loss.triton_path import token_losses_triton
 

@@ -70,6 +70,8 @@ def surrogate_reference(
     sequence_T: Tensor | None,
 ) -> Tensor:
     """Return the loss of the policy gradient by token; the ratio of a sequence is the mean over `given_T`."""
+    if callable(rule.surrogate):
+        return rule.surrogate(log_ratio_T.clamp(-20, 20).exp(), logprobs_T, advantages_T, rule)
     if rule.surrogate == "gspo":
         assert sequence_T is not None
         for sequence in sequence_T.unique():

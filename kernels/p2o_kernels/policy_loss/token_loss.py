@@ -3,6 +3,7 @@
 Legend: N tokens, in any order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Required, TypedDict, assert_never
 
@@ -19,6 +20,10 @@ Context = Literal["sampling", "replace", "importance", "ratio_mask"]
 RatioForm = Literal["hard", "one_sided", "soft", "fading"]
 Surrogate = Literal["ppo", "gspo", "cispo"]
 KlEstimator = Literal["k2", "k3"]
+OwnSurrogate = Callable[[Tensor, Tensor, Tensor, "LossRule"], Tensor]
+"""Takes the policy ratio, the log-probs and the advantages of N tokens, and the rule; returns N losses.
+
+Differentiable by autograd in ratio and log-probs; the loss of a token depends on nothing of another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,9 +35,9 @@ class LossRule:
     """
 
     context: Context = "ratio_mask"
-    surrogate: Surrogate = "ppo"
+    surrogate: Surrogate | OwnSurrogate = "ppo"
     """What is made of the policy ratio: `ppo` clips the loss by token, `gspo` by sequence, `cispo` clips the weight of
-    the log-prob. README.md has the formulas."""
+    the log-prob. README.md has the formulas. Or a function that says so; it runs as torch operations on any device."""
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0
@@ -220,6 +225,8 @@ def _surrogate(
     rule: LossRule, logprobs_N: Tensor, log_ratio_N: Tensor, ratio_N: Tensor, advantages_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of the policy gradient, its derivative in the log-prob, and where the clip acts."""
+    if callable(rule.surrogate):
+        return own_surrogate(rule.surrogate, rule, logprobs_N, log_ratio_N, advantages_N)
     band_N = ratio_N.clamp(1 - rule.clip_low, 1 + rule.clip_high)
     plain_N, clipped_N = -advantages_N * ratio_N, -advantages_N * band_N
     match rule.surrogate:
@@ -238,6 +245,29 @@ def _surrogate(
             return losses_N, torch.where(has_gradient_N, plain_N, 0.0), is_clipped_N
         case _:
             assert_never(rule.surrogate)
+
+
+def own_surrogate(
+    function: OwnSurrogate, rule: LossRule, logprobs_N: Tensor, log_ratio_N: Tensor, advantages_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a function of the user's makes of the ratio, its derivative in the log-prob, and where there is none.
+
+    Raises:
+        ValueError: it returned no loss for each token, or one that does not depend on ratio or log-prob.
+    """
+    with torch.enable_grad():
+        variable_N = logprobs_N.detach().requires_grad_()
+        # The ratio may be that of other log-probs: its value is given, its derivative is its own.
+        moved_N = log_ratio_N.detach() + (variable_N - logprobs_N.detach())
+        ratio_N = moved_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        losses_N = function(ratio_N, variable_N, advantages_N, rule)
+        if not isinstance(losses_N, Tensor) or losses_N.shape != logprobs_N.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
+            shape = tuple(losses_N.shape) if isinstance(losses_N, Tensor) else type(losses_N).__name__
+            raise ValueError(f"the surrogate returned {shape}: must be a tensor of {tuple(logprobs_N.shape)} losses")
+        if not losses_N.requires_grad:
+            raise ValueError("the surrogate returned losses without a gradient: compute them from ratio or logprobs")
+        (gradient_N,) = torch.autograd.grad(losses_N.sum(), variable_N)
+    return losses_N.detach().to(logprobs_N.dtype), gradient_N, (gradient_N == 0) & (advantages_N != 0)
 
 
 def kl_penalties(estimator: KlEstimator, difference_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ class EvaluationSetConfig:
     """One evaluation set. A file may write the path alone, `aime: data/aime.jsonl`, for `aime: {file: ...}`."""
 
     file: str = field(metadata=IS_SHORTHAND)
-    """File of the set's problems: JSONL, JSON, CSV, parquet or Arrow."""
+    """File of the set's problems: JSONL, JSON, CSV, parquet or Arrow. Or code that yields
+    them: `package.module:callable` or `path/to/file.py:callable`, called without arguments."""
     num_samples: NumSamples | None = None
     """Responses to each problem of this set. None: `evaluation.num_samples`."""
     temperature: NonNegativeFloat | None = None
@@ -34,7 +35,8 @@ class TaskConfig:
     or list tasks as records with a `name`; a path in a list is called after its file."""
 
     file: str = field(metadata=IS_SHORTHAND | IS_LISTED)
-    """File of the task's problems: JSONL, JSON, CSV, parquet or Arrow."""
+    """File of the task's problems: JSONL, JSON, CSV, parquet or Arrow. Or code that yields
+    them: `package.module:callable` or `path/to/file.py:callable`, called without arguments."""
     weight: PositiveFloat = 1.0
     """How often a problem of the task is asked, beside those of other tasks. An epoch asks every problem of the tasks
     with the largest weight, and of the others the share weight / largest weight, another part each epoch."""

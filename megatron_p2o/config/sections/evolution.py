@@ -96,9 +96,9 @@ class EvolutionConfig:
     """Largest number of training steps between the rollouts by which a template is preferred to its parent. Where it is
     larger, the older side is sampled again. It matters beside training only; otherwise the policy does not change
     during a round."""
-    rules: Literal["asynchronous", "reference"] = "asynchronous"
+    rules: str = "asynchronous"
     """Search rules of a round. `reference`: the authors' lock-step rules exactly. `asynchronous`: lineages advance on
-    their own."""
+    their own. Or one's own, an async def called as (round_): `package.module:callable`, `path/to/file.py:callable`."""
     budget: Annotated[int, Range(at_least=1, names=GEPA_BUDGETS)] = 72
     """Candidates that a round is meant to try; GEPA's automatic budget makes a number of rollouts of it. A file may
     write the names of GEPA and of the authors. 72 (`heavy_4`) is the paper's: 11,040 rollouts at `dev_size` 300."""

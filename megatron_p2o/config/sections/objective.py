@@ -39,10 +39,11 @@ class ObjectiveConfig:
     responses whose advantage is not positive; those with a positive one keep every token. `soft`: clip(rho) / rho (the
     authors' option), which is above 1 below the band. `fading`: rho / `objective.ratio_low` below the band,
     `objective.ratio_high` / rho above it. No weight at all is `objective.context: replace`."""
-    surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"
+    surrogate: str = "ppo"
     """Loss made of the policy ratio. `ppo`: clipped token by token (arXiv:1707.06347; the paper's). `gspo`: one ratio
     for a whole response, the geometric mean over its tokens, and one clip (arXiv:2507.18071). `cispo`: the log-prob
-    weighted by the clipped ratio, so that every token keeps a gradient (arXiv:2506.13585)."""
+    weighted by the clipped ratio, so that every token keeps a gradient (arXiv:2506.13585). Or one's own,
+    `package.module:callable` or `path/to/file.py:callable`, called as (ratio, logprobs, advantages, rule)."""
     clip_low: Annotated[float, Range(at_least=0, at_most=1)] = 0.2
     """Lower clip: policy ratios below 1 minus this bound the loss (the paper's). 1: no lower clip. GSPO's is 0.0003."""
     clip_high: NonNegativeFloat = 0.2

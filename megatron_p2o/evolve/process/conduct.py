@@ -4,9 +4,9 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from megatron_p2o.evolve.record.history import ForeignJournal, Published, RoundHistory
+from megatron_p2o.evolve.record.history import EndedBy, ForeignJournal, Published, RoundHistory
 from megatron_p2o.evolve.record.journal import Journal, free_name, read_journal
 from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.reflection.reflection import ReflectionRequest, ReflectionUnavailable
@@ -17,7 +17,7 @@ from megatron_p2o.evolve.search.core_async import AsynchronousCore
 from megatron_p2o.evolve.search.core_reference import ReferenceCore
 from megatron_p2o.evolve.search.publish import RoundStats, build_library, round_stats
 from megatron_p2o.evolve.search.round import Round, RoundSpec
-from megatron_p2o.evolve.search.rules import rules_named
+from megatron_p2o.evolve.search.rules import RULES, own_search, rules_named
 from megatron_p2o.evolve.search.score_book import ScoreBook
 from megatron_p2o.evolve.trial import Rejection, Trial, TrialFailed, TrialRunner
 
@@ -56,7 +56,7 @@ async def conduct_round(
         if library is not None:
             round_.restore_candidates()
         else:
-            ended_by = await run_until(core_of(round_).run(), finish) or "deadline"
+            ended_by = await run_until(search(round_), finish) or "deadline"
             round_.book.cancel()
             library = build_library(round_)
             library.save(run_dir)
@@ -69,11 +69,22 @@ async def conduct_round(
         return round_stats(round_, library, history.published.ended_by, control)
 
 
-def core_of(round_: Round) -> AsynchronousCore | ReferenceCore:
-    """Return the rules `evolution.rules` names."""
+async def search(round_: Round) -> EndedBy:
+    """Search by the rules `evolution.rules` names, and return why that ended.
+
+    Raises:
+        ValueError: rules of the user's own end without one of the reasons.
+    """
+    name = round_.settings.rules
+    if name not in RULES:
+        ended_by = await own_search(name)(round_)
+        reasons = get_args(EndedBy)
+        if ended_by not in reasons:
+            raise ValueError(f"evolution.rules={name} returned {ended_by!r}: must be one of {', '.join(reasons)}")
+        return ended_by
     if round_.rules.is_lock_step:
-        return ReferenceCore(round_, rollout_budget(round_.spec, round_.split))
-    return AsynchronousCore(round_)
+        return await ReferenceCore(round_, rollout_budget(round_.spec, round_.split)).run()
+    return await AsynchronousCore(round_).run()
 
 
 async def run_until(work: Coroutine[Any, Any, Result], finish: asyncio.Event) -> Result | None:

@@ -10,7 +10,7 @@ from megatron_p2o.evolve.reflection.endpoint import endpoint_of
 from megatron_p2o.evolve.reflection.own import OwnReflector
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
 from megatron_p2o.evolve.reflection.reflection import ReflectionRequest
-from megatron_p2o.processes import PROXY_VARIABLES, variables_named_in
+from megatron_p2o.processes import PROXY_VARIABLES, keys_named_in, variables_named_in
 
 if TYPE_CHECKING:
     from megatron_p2o.evolve.reflection.chat_completions import ChatCompletions
@@ -93,7 +93,7 @@ def secrets_of(config: ReflectionConfig) -> tuple[str, ...]:
 
 def reflection_keys(config: ReflectionConfig) -> set[str]:
     """Return the environment variables that the settings say hold a key, whatever their names."""
-    return {config.api_key_env, *variables_named_in(config.arguments)}
+    return {config.api_key_env, *keys_named_in(config.arguments)}
 
 
 def check_settings(config: ReflectionConfig) -> None:

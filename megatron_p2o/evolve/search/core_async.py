@@ -18,7 +18,7 @@ from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, Reflect
 from megatron_p2o.evolve.search.candidate_pool import Candidate, CandidatePool
 from megatron_p2o.evolve.search.round import Round
 from megatron_p2o.evolve.search.score_book import BudgetSpent
-from megatron_p2o.evolve.search.selection import pick_parent
+from megatron_p2o.evolve.search.selection import PickParent, pick_parent
 from megatron_p2o.evolve.trial import TemplateRejected, TrialFailed, total_reward
 
 RUNG_SHARES = (2 / 15, 2 / 5, 1.0)
@@ -37,10 +37,11 @@ MAX_PAIRINGS = 3
 class AsynchronousCore:
     """Runs a `Round` to its end."""
 
-    def __init__(self, round_: Round) -> None:
-        """Restore the candidates that `round_` had before a kill."""
+    def __init__(self, round_: Round, pick: PickParent = pick_parent) -> None:
+        """Restore the candidates that `round_` had before a kill. `pick` chooses the parent of each proposal."""
         round_.restore_candidates()
         self._round = round_
+        self._pick_parent = pick
         self._open = round_.history.open_proposals()
         self._next = max(round_.history.picks, default=-1) + 1
         self._ended_by: EndedBy | None = None
@@ -79,7 +80,7 @@ class AsynchronousCore:
             return self._round.history.picks[self._open.pop(0)]
         rng = self._round.spec.rng(f"proposal/{self._next}")
         pool = self._round.pool
-        parent = pick_parent({candidate.id: pool.solved(candidate.id) for candidate in pool.qualified()}, rng)
+        parent = self._pick_parent({candidate.id: pool.solved(candidate.id) for candidate in pool.qualified()}, rng)
         feedback = self._round.split.feedback
         minibatch = rng.sample(feedback, min(self._round.settings.minibatch_size, len(feedback)))
         picked = Picked(proposal=self._next, parent=parent, minibatch=tuple(minibatch))

@@ -1,7 +1,11 @@
 """The differences between the sets of rules that `evolution.rules` names."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from megatron_p2o.config.callables import CallableKind, check_call, load_callable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +34,27 @@ RULES: Mapping[str, Rules] = {
 """The rules, by the value of `evolution.rules`."""
 
 
+OWN = RULES["asynchronous"]
+"""What holds for rules of the user's own, whose search is a function."""
+
+KIND = CallableKind(parameters=("round_",), other_names=tuple(RULES))
+"""What `evolution.rules` may name beside ours: `async def rules(round_: Round) -> EndedBy`, which searches."""
+
+
 def rules_named(name: str) -> Rules:
-    """Return a set of rules. Raises `ValueError` when there is none of that name."""
-    if name not in RULES:
-        raise ValueError(f"evolution.rules={name} must be one of {', '.join(RULES)}")
-    return RULES[name]
+    """Return a set of rules. Raises `ValueError` when there is none of that name, as `own_search`."""
+    if name in RULES:
+        return RULES[name]
+    own_search(name)
+    return OWN
+
+
+def own_search(name: str) -> Callable[..., Any]:
+    """Return the search of rules of the user's own. Raises `ValueError` unless it is there and takes a round."""
+    subject = f"evolution.rules={name}"
+    found = load_callable(name, KIND, subject)
+    rule = f"be an async def, callable as {KIND.signature}"
+    if not inspect.iscoroutinefunction(found):
+        raise ValueError(f"{subject} is no async def and must {rule}")
+    check_call(found, KIND.parameters, {}, subject=subject, rule=rule)
+    return found

@@ -2,7 +2,10 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+PickParent = Callable[[Mapping[int, frozenset[str]], random.Random], int]
+"""Takes every candidate with the development problems it solves, and the generator of the proposal; returns one."""
 
 EXPLORATION_SHARE = 0.2
 """Chance of a uniform draw: lets a candidate without any front advance, the empty template above all."""

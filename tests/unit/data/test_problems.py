@@ -221,3 +221,31 @@ def test_functions_to_call_are_warned_of_once(tmp_path: Path, caplog: pytest.Log
     assert len(load_problems(path, DATA)) == 3
     (warning,) = caplog.messages
     assert "`tools` of 2 problems is not shown to the policy" in warning and warning.endswith("(p1, p3)")
+
+
+def test_rows_may_come_from_code(tmp_path: Path) -> None:
+    code = tmp_path / "made.py"
+    code.write_text(
+        "def rows():\n    for number in range(3):\n        yield {'question': f'q{number}', 'answer': number}\n"
+        "def bad():\n    yield {'question': 'q0', 'answer': '0'}\n    yield 7\n"
+        "def raises():\n    yield {'question': 'q0', 'answer': '0'}\n    raise KeyError('seed')\n"
+        "def needs(number):\n    yield number\n"
+    )
+    found = [(problem.question, problem.answer) for problem in load_problems(f"{code}:rows", DATA)]
+    assert found == [("q0", "0"), ("q1", "1"), ("q2", "2")]
+    assert refused(Path(f"{code}:bad")) == [
+        'made.py:bad:2: must be a JSON object such as {"question": ..., "answer": ...}'
+    ]
+    for name, told in (
+        ("raises", r"made\.py:raises cannot be read \(KeyError: 'seed'\)"),
+        ("needs", r"made\.py:needs has the signature \(number\) and must be callable as \(\)"),
+        ("gone", r"made\.py:gone cannot be imported \(AttributeError"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load_problems(f"{code}:{name}", DATA)
+
+
+def test_a_file_whose_name_holds_a_colon_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "problems:second.jsonl"
+    path.write_text(row(1) + "\n")
+    assert [problem.id for problem in load_problems(path, DATA)] == ["p1"]

@@ -176,7 +176,7 @@ def test_rank_0_alone_is_given_the_secrets_that_it_needs(monkeypatch: pytest.Mon
     assert secrets.items() <= os.environ.items()
 
     assert secrets.keys() & set(conductor_secrets(settings)) == {"TEACHER_LOGIN"}
-    writer = ReflectionConfig(backend="own.py:writer", arguments={"login_env": "WRITER"})
+    writer = ReflectionConfig(backend="own.py:writer", arguments={"api_key_env": "WRITER"})
     own = replace(settings, evolution=EvolutionConfig(reflection=writer))
     prepare_environment(own)
     assert "WRITER" in os.environ[SECRET_NAMES_VARIABLE].split(",")

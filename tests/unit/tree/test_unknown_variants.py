@@ -3,6 +3,7 @@
 Reading settings refuses what is no value of a `Literal`; these are what a value meets that was added there alone.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from megatron_p2o.config.read import load_config
+from megatron_p2o.config.reference import docstrings_of
 from megatron_p2o.config.source import annotation_at, is_section
 from megatron_p2o.config.tree import (
     PRESETS,
@@ -23,7 +25,9 @@ from megatron_p2o.config.tree import (
     EvaluationConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    ReflectionConfig,
 )
+from megatron_p2o.evolve.reflection.reflectors import BACKENDS, build_reflector, check_settings
 from megatron_p2o.evolve.search.rules import RULES, rules_named
 from megatron_p2o.files import limit_readers
 from megatron_p2o.machine.memory.trainer import bucket_bytes
@@ -40,6 +44,7 @@ from megatron_p2o.rollout.refresh.outlet import uses_devices
 from megatron_p2o.run.observe.alarms import MISMATCH, MismatchWatch
 from megatron_p2o.run.observe.evaluations import BestSoFar
 from megatron_p2o.testing.fakes import fake_config, fake_problem, fake_rollout
+from p2o_kernels import Surrogate
 from p2o_kernels.lm_head.path import HeadOptions
 from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, context_weighted, token_losses_torch
 
@@ -106,7 +111,10 @@ USES: dict[str, list[Callable[[Any], object]]] = {
         compares_with_sampling,
     ],
     "objective.ratio_form": [context_weights],
-    "objective.surrogate": [lambda value: token_losses_torch(LossRule(surrogate=value), torch.ones(1), TOKENS)],
+    "objective.surrogate": [
+        lambda value: loss_rule(ObjectiveConfig(surrogate=value)),
+        lambda value: token_losses_torch(LossRule(surrogate=value), torch.ones(1), TOKENS),
+    ],
     "objective.normalization": [lambda value: contribution(normalization=value), normalized],
     "objective.kl_as": [
         lambda value: has_kl_loss(ObjectiveConfig(kl_as=value)),
@@ -120,10 +128,18 @@ USES: dict[str, list[Callable[[Any], object]]] = {
     "head.kernel": [lambda value: HeadOptions(kernel=value)],
     "head.weight_grad": [lambda value: HeadOptions(weight_grad=value)],
     "evolution.rules": [rules_named],
+    "evolution.reflection.backend": [
+        lambda value: check_settings(ReflectionConfig(backend=value)),
+        lambda value: build_reflector(ReflectionConfig(backend=value), 0, {}),
+    ],
     "evaluation.best_metric": [score],
     "alarms.mismatch_action": [mismatch],
 }
 """For each setting that names a variant, what is done by its value."""
+
+
+OR_OWN = ("objective.surrogate", "evolution.rules", "evolution.reflection.backend")
+"""Settings that name one of our variants or a callable of the user's, and so are no `Literal`."""
 
 
 def choices(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -137,7 +153,7 @@ def choices(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, tuple[A
 
 
 def test_every_setting_that_names_a_variant_is_tried_here() -> None:
-    assert sorted(USES) == sorted(name for name, _ in choices())
+    assert sorted(USES) == sorted([*OR_OWN, *(name for name, _ in choices())])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +164,18 @@ def test_a_variant_without_a_formula_is_an_error_that_names_it(use: Callable[[An
         use(UNKNOWN)
 
 
-def test_the_tables_of_presets_and_rules_hold_every_value_of_their_settings() -> None:
-    values = dict(choices())
-    assert set(PRESETS) == set(values["preset"])
-    assert set(RULES) == set(values["evolution.rules"])
+def test_the_table_of_presets_holds_every_value_of_its_setting() -> None:
+    assert set(PRESETS) == set(dict(choices())["preset"])
+
+
+def test_what_a_setting_is_documented_to_name_is_in_its_table() -> None:
+    documented: dict[str, set[str]] = {}
+    for name in OR_OWN:
+        section, _, field = name.rpartition(".")
+        of_section: Any = annotation_at(tuple(section.split(".")))
+        documented[name] = set(re.findall(r"`(\w+)`: ", docstrings_of(of_section)[field]))
+    assert documented == {
+        "objective.surrogate": set(get_args(Surrogate)),
+        "evolution.rules": set(RULES),
+        "evolution.reflection.backend": set(BACKENDS),
+    }
