@@ -18,6 +18,7 @@ from megatron_p2o.metrics.compute import ComputeAccount
 from megatron_p2o.metrics.jsonl import read_lines
 from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.records import from_json, from_text, to_json
+from megatron_p2o.run_folder.program import this_program
 from megatron_p2o.run_folder.resume_effects import (
     CHAT_TEMPLATE,
     GENERATION,
@@ -159,6 +160,7 @@ def note_start(
         "step": step,
         "changes": list(changes),
         "redone": to_json(redone),
+        "program": to_json(this_program()),
         "made_with": {**to_json(record), "problems": problems},
     }
     path = run_dir / HISTORY_FILE
