@@ -12,7 +12,7 @@ from megatron_p2o import __version__
 from megatron_p2o.config.read import ConfigError, dump_config, load_config, missing_paths
 from megatron_p2o.config.tree import Config
 from megatron_p2o.errors import expected_message
-from megatron_p2o.files import limit_readers_as, write_whole
+from megatron_p2o.files import limit_readers, limit_readers_as, write_whole
 from megatron_p2o.terminal import say, set_up_logging
 
 BAD_INPUT = 2
@@ -54,6 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     _add_evaluation(commands.add_parser("eval", help="measure a policy on sets of problems, without templates"))
+
+    compare = commands.add_parser("compare", help="run arms and seeds at one budget, and compare them")
+    compare.add_argument("experiment", type=Path, help="experiment file (YAML): arms, seeds, budget")
+    compare.add_argument("--arm", action="append", default=[], dest="arms", help="only this arm; repeatable")
+    compare.add_argument("--no-run", action="store_true", help="compare what is finished, start nothing")
+    compare.add_argument("--sbatch", type=Path, metavar="SCRIPT", help="print a Slurm job for each missing run instead")
+    compare.add_argument("--submit", action="store_true", help="give these jobs to Slurm")
+    compare.add_argument("--allow-mixed", action="store_true", help="also runs of different programs or data")
+    compare.set_defaults(run=_compare_arms)
 
     report = commands.add_parser("report", help="compare runs: print a table, write report.html and summary.json")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
@@ -218,6 +227,28 @@ def _compare(first: Path, second: Path, output: Path | None) -> int:
         limit_readers_as(first)
         write_whole(output / "comparison.json", json.dumps(comparison, indent=1, allow_nan=False) + "\n")
     return 0
+
+
+def _compare_arms(options: argparse.Namespace) -> int:
+    from megatron_p2o.experiment.conduct import job_lines, run_missing, submit, write_settings
+    from megatron_p2o.experiment.outcome import compare_arms
+    from megatron_p2o.experiment.plan import read_experiment
+    from megatron_p2o.experiment.tables import print_arms
+
+    if options.submit and options.sbatch is None:
+        raise ValueError("p2o compare --submit needs --sbatch SCRIPT, the job script of a run")
+    experiment = read_experiment(options.experiment, options.arms)
+    for run in experiment.runs:
+        limit_readers(run.folder.parent, run.config.run.readable_by)
+    write_settings(experiment)
+    failed = []
+    if options.sbatch is not None:
+        submit(job_lines(experiment, options.sbatch), is_printed_only=not options.submit)
+    elif not options.no_run:
+        failed = run_missing(experiment)
+    print_arms(compare_arms(experiment, allows_mixed=options.allow_mixed))
+    say(f"{experiment.folder}: report.html, summary.json and comparison.json written")
+    return 1 if failed else 0
 
 
 def _report(options: argparse.Namespace) -> int:

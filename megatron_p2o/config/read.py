@@ -47,7 +47,15 @@ from megatron_p2o.config.suggestions import did_you_mean
 from megatron_p2o.config.tree import PRESETS, Config
 from megatron_p2o.config.yaml_reader import dump_yaml
 
-__all__ = ["ConfigError", "ConfigProblem", "dump_config", "load_config", "missing_paths", "with_template_date"]
+__all__ = [
+    "ConfigError",
+    "ConfigProblem",
+    "config_of",
+    "dump_config",
+    "load_config",
+    "missing_paths",
+    "with_template_date",
+]
 
 SECRET_KEY = re.compile(r"(^|[._-])(key|token|password|secret)$", re.IGNORECASE)
 """Keys of the pass-through sections that would hold a credential."""
@@ -68,6 +76,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     settings = read_overrides(overrides, problems)
     if path is not None:
         settings = over(read_with_bases(path, problems), settings)
+    return config_of(settings, problems, source)
+
+
+def config_of(settings: Settings, problems: list[ConfigProblem], source: str) -> Config:
+    """Return the settings that were read from `source`, with their preset and the defaults.
+
+    Raises:
+        ConfigError: with all problems, and those that were found before.
+    """
     preset = settings.get(("preset",))
     if preset is not None:
         settings = over(_preset_settings(preset.value), settings)

@@ -86,12 +86,18 @@ def read_with_bases(path: Path, problems: list[ConfigProblem]) -> Settings:
     Raises:
         ConfigError: a file cannot be read as a mapping at all.
     """
+    return with_bases(_read_file(path, problems), path, problems)
+
+
+def with_bases(settings: Settings, path: Path, problems: list[ConfigProblem]) -> Settings:
+    """Return settings that stand in the file at `path`, completed with those of the bases that they name."""
     chain: list[Settings] = []
     visited: list[Path] = []
     next_path: Path | None = path
     while next_path is not None:
         visited.append(next_path.resolve())
-        settings = _read_file(next_path, problems)
+        if chain:
+            settings = _read_file(next_path, problems)
         chain.append(settings)
         base = settings.pop(("base",), None)
         if base is None:
@@ -112,6 +118,25 @@ def read_with_bases(path: Path, problems: list[ConfigProblem]) -> Settings:
 
 
 def _read_file(path: Path, problems: list[ConfigProblem]) -> Settings:
+    loader, root = read_document(path)
+    return {} if root is None else settings_below(loader, root, path, problems)
+
+
+def settings_below(
+    loader: SettingsLoader, root: yaml.MappingNode, path: Path, problems: list[ConfigProblem]
+) -> Settings:
+    """Return the settings of a mapping that stands in the file at `path`; add errors to `problems`."""
+    problems += _key_problems(root, (), str(path))
+    return dict(_flatten(_Reader(loader=loader, source=str(path), problems=problems), root, Config, ()))
+
+
+def read_document(path: Path) -> tuple[SettingsLoader, yaml.MappingNode | None]:
+    """Return the mapping that a file holds, None for an empty one, and what constructs its values.
+
+    Raises:
+        ConfigError: it cannot be read as a mapping.
+    """
+
     def fail(sentence: str, line: int | None = None) -> ConfigError:
         where = str(path) if line is None else f"{path}:{line}"
         return ConfigError([ConfigProblem(name="", where=where, sentence=sentence)])
@@ -131,12 +156,9 @@ def _read_file(path: Path, problems: list[ConfigProblem]) -> Settings:
         loader, root = parse_yaml(text)
     except YamlError as error:
         raise fail(str(error), error.line) from error
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
+    if root is not None and not isinstance(root, yaml.MappingNode):
         raise fail("the file must be a mapping of sections: write `run:`, `model:`, ...", root.start_mark.line + 1)
-    problems += _key_problems(root, (), str(path))
-    return dict(_flatten(_Reader(loader=loader, source=str(path), problems=problems), root, Config, ()))
+    return loader, root
 
 
 def read_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> Settings:

@@ -41,7 +41,11 @@ ORDER: dict[str, tuple[str, ...]] = {
     "machine": (*CONTRACT, "policy", "rollout"),
     "run": (*CONTRACT, "config.read", *ROOMS, "rl", "algorithm", "run_folder", "evaluation", "machine"),
     "machine.doctor": (*CONTRACT, "config.read", *ROOMS, "machine", "run_folder", "run"),
-    "cli": (*CONTRACT, "config.read", *ROOMS, "machine", "machine.doctor", "run_folder", "evaluation", "run", *READERS),
+    "experiment": (*CONTRACT, "config.read", "metrics", "evaluation", "report", "run_folder"),
+    "cli": (
+        *(*CONTRACT, "config.read", *ROOMS, "machine", "machine.doctor", "run_folder", "evaluation", "run", *READERS),
+        "experiment",
+    ),
 }
 """Module or folder to what it may import of our own, besides itself; lowest first. CONTRIBUTING shows the picture."""
 
