@@ -11,9 +11,11 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import Policy, PromptEvolution, RoundInterrupted, TemplateLibrary
 from megatron_p2o.rl.grouping import chunks, make_groups, most_informative, num_informative
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
+from megatron_p2o.rl.objective import samples_plainly
 from megatron_p2o.rl.sampling import SamplingParts, asked, rollout_sampling, sample_and_grade, templates_of
+from megatron_p2o.rl.teaching import with_teaching
 from megatron_p2o.rl.update import update
-from megatron_p2o.types import Group, Problem, UpdateReport
+from megatron_p2o.types import PLAIN, Group, Problem, UpdateReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,12 +108,16 @@ def sampled_groups(
 ) -> list[Group]:
     """Return the graded and credited rollouts of each problem."""
     # Sample y ~ pi(. | x, z): a hard problem is asked through its templates, every other one plainly.
-    prompts = [
-        asked(problem, template, parts.renderer)
+    asked_plainly = samples_plainly(config.objective.context)
+    templates = [
+        (problem, template)
         for problem in problems
         for template in templates_of(problem, state.library, config.rollout.group_size)
     ]
+    prompts = [asked(problem, PLAIN if asked_plainly else template, parts.renderer) for problem, template in templates]
     rollouts = sample_and_grade(prompts, rollout_sampling(config, state.step), parts)
+    if asked_plainly:
+        rollouts = with_teaching(rollouts, [template for _, template in templates], parts, config.rollout.temperature)
 
     # Credit each rollout against its siblings.
     return make_groups(

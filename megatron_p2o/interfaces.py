@@ -18,6 +18,7 @@ from megatron_p2o.types import (
     RunningRound,
     SamplingParams,
     Template,
+    TokenIds,
     TrainSample,
     UpdateReport,
 )
@@ -86,6 +87,13 @@ class RolloutEngines(Protocol):
         `sampling.seed` is that of the whole call: each prompt gets its own from it, its problem and its place among
         that problem's prompts, so that neither order nor company changes what a prompt is answered with. `places`
         names these, for a call that samples only some of a problem's prompts; None counts them in the call.
+        """
+        ...
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[TokenIds]) -> list[Logprobs | None]:
+        """Return log pi(response | prompt.sampling_ids) of each pair at temperature 1, [R].
+
+        None where no engine gave it: a request that was refused, or took too long.
         """
         ...
 

@@ -207,6 +207,24 @@ INCORRECT = Grade(reward=0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Teaching:
+    """What a template says of a response that was sampled without it (`objective.context: distill`).
+
+    >>> Teaching(template=template, gains=np.array([0.5, 0.0], np.float32)).is_known
+    True
+    """
+
+    template: Template
+    gains: Logprobs | None
+    """[R] log pi(y | x, z) - log pi(y | x), see `rl.teaching`. None: no engine gave it, and the rollout is not trained
+    on."""
+
+    @property
+    def is_known(self) -> bool:
+        return self.gains is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """A graded completion.
 
@@ -219,6 +237,14 @@ class Rollout:
     grade: Grade
     solved_at: float = 1.0
     """Reward from which it counts as solved (`hard.solved_at`)."""
+    teaching: Teaching | None = None
+    """What its template says of it, where it was sampled plainly to learn from that; None: nothing was asked."""
+
+    @property
+    def can_be_trained_on(self) -> bool:
+        """Whether it has a verdict, a response and, if a template was to teach it, what that says."""
+        is_taught = self.teaching is None or self.teaching.is_known
+        return self.is_decided and is_taught and len(self.completion.token_ids) > 0
 
     @property
     def is_decided(self) -> bool:
@@ -283,6 +309,8 @@ class TrainSample:
     """Whether the sampling prompt differs from `context_ids`: only then the context ratio can differ from 1."""
     key: RolloutKey = ("", 0)
     """The rollout it was made from."""
+    advantage_offsets: Logprobs | None = None
+    """[R] added to the advantage, token by token; None: 0 each."""
     engine_logprobs: Logprobs | None = None
     """[R] what the engine said, where `sampling_logprobs` are the trainer's own (`logprobs.recompute`)."""
     loss_weights: Logprobs | None = None
@@ -319,7 +347,7 @@ class PackedBatch:
     loss_weights_T: "Tensor"
     """float32 factor on the token's loss; 0 drops a token without changing the denominator."""
     advantages_T: "Tensor"
-    """float32, the sample's advantage on its response positions, 0 elsewhere."""
+    """float32, the advantage of each response token, its offset included; 0 elsewhere."""
     sampling_logprobs_T: "Tensor"
     """float32, 0 outside `loss_mask_T`."""
     is_templated_T: "Tensor"

@@ -18,6 +18,7 @@ IN_USE: Mapping[str, tuple[str, Callable[[Config], bool]]] = {
     "objective.ratio_low": ("objective.context=ratio_mask", lambda config: config.objective.context == "ratio_mask"),
     "objective.ratio_high": ("objective.context=ratio_mask", lambda config: config.objective.context == "ratio_mask"),
     "objective.ratio_form": ("objective.context=ratio_mask", lambda config: config.objective.context == "ratio_mask"),
+    "objective.distill_beta": ("objective.context=distill", lambda config: config.objective.context == "distill"),
     "objective.dual_clip": ("objective.surrogate=ppo", lambda config: config.objective.surrogate == "ppo"),
     "objective.kl_estimator": ("objective.kl_coefficient above 0", lambda config: config.objective.kl_coefficient > 0),
     "objective.kl_as": ("objective.kl_coefficient above 0", lambda config: config.objective.kl_coefficient > 0),

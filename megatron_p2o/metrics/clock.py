@@ -18,6 +18,7 @@ from megatron_p2o.types import (
     Prompt,
     RunningRound,
     SamplingParams,
+    TokenIds,
     TrainSample,
     UpdateReport,
 )
@@ -98,9 +99,10 @@ class TimedPolicy:
 
 
 class TimedEngines:
-    """An engine whose generation counts as `rollout`, and whose change to new weights as `refresh`.
+    """An engine whose generation counts as `rollout`, its log-probs of given texts as `score`, and its change to new
+    weights as `refresh`.
 
-    `compute` counts the tokens of its completions.
+    `compute` counts the tokens of its completions, and those it reads for log-probs.
     """
 
     def __init__(self, engines: RolloutEngines, clock: PhaseClock, compute: ComputeMeter) -> None:
@@ -113,6 +115,13 @@ class TimedEngines:
             for index, completion in self._engines.generate(prompts, sampling, places):
                 self._compute.count_sampled(len(completion.token_ids))
                 yield index, completion
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[TokenIds]) -> list[Logprobs | None]:
+        with self._clock.measure("score"):
+            scores = self._engines.score(prompts, responses)
+        num_tokens = sum(len(prompt.sampling_ids) + len(ids) for prompt, ids in zip(prompts, responses, strict=True))
+        self._compute.count_read(num_tokens)
+        return scores
 
     def release_memory(self) -> None:
         with self._clock.measure("refresh"):

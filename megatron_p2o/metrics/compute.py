@@ -44,6 +44,8 @@ class ComputeAccount:
     """Positions that went through forward and backward pass, prompts included."""
     logprob_tokens: int = 0
     """Positions that went through a forward pass without gradient, for log-probs of policy or initial policy."""
+    engine_read_tokens: int = 0
+    """Tokens that engines read for log-probs of given responses (`objective.context: distill`), prompts included."""
     optimizer_steps_count: int = 0
     """Optimizer steps that moved the weights."""
     engine_s: float = 0.0
@@ -129,6 +131,10 @@ class ComputeMeter:
             if self._is_evaluating
             else ComputeAccount(sampled_training_tokens=num_tokens)
         )
+
+    def count_read(self, num_tokens: int) -> None:
+        """Count tokens that engines read for log-probs."""
+        self._add(ComputeAccount(engine_read_tokens=num_tokens))
 
     def count_lost_trial(self, num_tokens: int) -> None:
         """Count the tokens of a trial without a verdict. From any thread."""

@@ -66,6 +66,9 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
         "template_id": completion.prompt.template.id,
         "template": completion.prompt.template.text,
         "is_templated": completion.prompt.is_templated,
+        # Of a rollout that was sampled plainly and taught by a template (`objective.context: distill`).
+        "teacher_template": None if rollout.teaching is None else rollout.teaching.template.text,
+        "gain_per_token": _mean_gain(rollout),
         "is_solved": rollout.is_solved,
         "reward": rollout.reward if rollout.is_decided else None,
         "reason": rollout.grade.reason,
@@ -88,3 +91,10 @@ def _shift_fields(shift: ContextShift | None) -> JsonObject:
         "shift_head_per_token": shift.head_sum / shift.head_tokens if shift.head_tokens else None,
         "shift_rest_per_token": shift.rest_sum / shift.rest_tokens if shift.rest_tokens else None,
     }
+
+
+def _mean_gain(rollout: Rollout) -> float | None:
+    """Return the mean gain of the tokens, nats; None where no template taught it."""
+    if rollout.teaching is None or rollout.teaching.gains is None:
+        return None
+    return float(rollout.teaching.gains.mean(dtype=float))

@@ -13,6 +13,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     train/ratio_mask_kept_share         response tokens of templated rollouts with an advantage
     train/ratio_mask_dropped_*_share    |advantage| of those tokens; for successes, times what the template adds in nats
     template/*shift*per_token           tokens of templated rollouts that were trained on without their template
+    distill/gain_per_token              tokens of plain rollouts that a template taught
     train/clipped_share                 tokens that keep a weight after the context ratio
     train/*_mean                        tokens that went through the LM head
     train/reference_kl_mean             tokens with a KL term: KL(policy || initial policy) in nats by k3
@@ -33,6 +34,7 @@ from megatron_p2o.config.shape import ONLY_TASK
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
 from megatron_p2o.rl.objective import total_stats
+from megatron_p2o.rl.teaching import teachings_of
 from megatron_p2o.types import ContextShift, Group, Problem, Rollout, RolloutKey, UpdateReport
 
 
@@ -55,6 +57,7 @@ def step_metrics(
         **task_metrics(groups),
         **update_metrics(reports),
         **shift_metrics(groups, reports),
+        **teaching_metrics(groups),
         **speed_metrics(groups, reports, seconds),
         **memory_metrics(peak_bytes or {}),
     }
@@ -163,6 +166,21 @@ def shift_metrics(groups: Sequence[Group], reports: Sequence[UpdateReport]) -> d
             f"template/{template_id}/shift_per_token": _mean_shift(own)
             for template_id, own in sorted(by_template.items())
         },
+    }
+
+
+def teaching_metrics(groups: Sequence[Group]) -> dict[str, MetricValue]:
+    """Return what templates taught plain rollouts (`objective.context: distill`); nothing where none was to teach."""
+    teachings = teachings_of(groups)
+    if not teachings:
+        return {}
+    gains = [teaching.gains for teaching in teachings if teaching.gains is not None]
+    num_tokens = sum(map(len, gains))
+    return {
+        "distill/gain_per_token": Mean(sum(float(row.sum(dtype=float)) for row in gains), num_tokens),
+        "distill/taught_rollouts_count": Sum(len(gains)),
+        "distill/untaught_rollouts_count": Sum(len(teachings) - len(gains)),
+        "distill/taught_tokens_count": Sum(num_tokens),
     }
 
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from math import nan
 from typing import TypeVar, assert_never
 
+import numpy as np
 import torch
 
 from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
 from megatron_p2o.rl.objective import takes_gradient_on_bare_prompt
-from megatron_p2o.types import Group, Rollout, TrainSample
+from megatron_p2o.types import Group, Logprobs, Rollout, TrainSample
 from p2o_kernels import grouped_advantage
 
 Item = TypeVar("Item")
@@ -71,18 +72,13 @@ def _anchor(group: Sequence[Rollout], plain_success_rate: float, advantage: Adva
             assert_never(advantage.baseline)
 
 
-def has_sample(rollout: Rollout) -> bool:
-    """Whether a rollout can be trained on: it has a verdict and a response."""
-    return rollout.is_decided and len(rollout.completion.token_ids) > 0
-
-
 def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[TrainSample]:
     """Return every decided rollout that has a response as a sample on the prompt the gradient is taken on."""
     samples: list[TrainSample] = []
     for group in groups:
         for place, (rollout, advantage) in enumerate(zip(group.rollouts, group.advantages, strict=True)):
             completion = rollout.completion
-            if not has_sample(rollout) or (objective.drop_truncated and completion.finish_reason == "length"):
+            if not rollout.can_be_trained_on or (objective.drop_truncated and completion.finish_reason == "length"):
                 continue
             prompt = completion.prompt
             if objective.drop_failed_templated and prompt.is_templated and not rollout.is_solved:
@@ -96,19 +92,31 @@ def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[T
                     sampling_logprobs=completion.logprobs,
                     is_templated=distils and prompt.is_templated,
                     key=(group.problem.id, place),
+                    advantage_offsets=_offsets(rollout, objective.distill_beta),
                 )
             )
     return samples
 
 
+def _offsets(rollout: Rollout, distill_beta: float) -> Logprobs | None:
+    if rollout.teaching is None or rollout.teaching.gains is None:
+        return None
+    return np.float32(distill_beta) * rollout.teaching.gains
+
+
+def has_gradient(group: Group) -> bool:
+    """Whether a group carries a gradient: its rollouts do not all agree, or a template teaches one of them."""
+    return any(group.advantages) or any(each.teaching is not None and each.teaching.is_known for each in group.rollouts)
+
+
 def num_informative(groups: Sequence[Group]) -> int:
-    """Return how many groups carry a gradient: their rollouts do not all agree."""
-    return sum(any(group.advantages) for group in groups)
+    """Return how many groups carry a gradient."""
+    return sum(has_gradient(group) for group in groups)
 
 
 def most_informative(groups: Sequence[Group], size: int) -> list[Group]:
     """Return `size` groups in the order they were asked: those that carry a gradient first, then any."""
-    by_use = sorted(range(len(groups)), key=lambda index: not any(groups[index].advantages))
+    by_use = sorted(range(len(groups)), key=lambda index: not has_gradient(groups[index]))
     return [groups[index] for index in sorted(by_use[:size])]
 
 

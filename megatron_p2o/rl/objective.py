@@ -8,6 +8,7 @@ with (x, or x with template z), and the gradient's prompt is `TrainSample.contex
     replace      x        x            1              no correction for sampling from c
     importance   c        x            1              true importance ratio under the clip
     ratio_mask   x        x            context ratio  production
+    distill      x        x            1              sampled on x; z adds to the advantage (`rl.teaching`)
 
 `objective.surrogate` says what is made of the ratio: PPO's clip by token, GSPO's by sequence (arXiv:2507.18071),
 CISPO's weight of the log-prob (arXiv:2506.13585), or a function of the user's (`rl.surrogate`). Any of them goes with
@@ -26,11 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_p2o.config.sections.objective import ObjectiveContext
 from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.rl.context_shift import shift_of_tokens
 from megatron_p2o.rl.surrogate import surrogate_named
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
-from p2o_kernels import Context, LossRule, PolicyLoss
+from p2o_kernels import LossRule, PolicyLoss
 
 MAX_MISMATCH_LOG_RATIO = 20.0
 """The ratio of trainer to engine is exp of the log-prob difference clamped to +-20."""
@@ -80,23 +82,34 @@ def dead_share(stats: TokenStats[float], otherwise: float) -> float:
     return 1 - stats.kept_tokens / stats.carrying_tokens if stats.carrying_tokens else otherwise
 
 
-def takes_gradient_on_bare_prompt(context: Context) -> bool:
+def takes_gradient_on_bare_prompt(context: ObjectiveContext) -> bool:
     """Whether a templated rollout is trained on without its template: the "current on" column of the table above."""
     match context:
         case "sampling":
             return False
-        case "replace" | "importance" | "ratio_mask":
+        case "replace" | "importance" | "ratio_mask" | "distill":
             return True
         case _:
             assert_never(context)
 
 
-def compares_with_sampling(context: Context) -> bool:
+def samples_plainly(context: ObjectiveContext) -> bool:
+    """Whether a problem with templates is asked without them, which then only teach."""
+    match context:
+        case "distill":
+            return True
+        case "sampling" | "replace" | "importance" | "ratio_mask":
+            return False
+        case _:
+            assert_never(context)
+
+
+def compares_with_sampling(context: ObjectiveContext) -> bool:
     """Whether the policy ratio's old log-probs are those of sampling, so that later updates need no others."""
     match context:
         case "importance":
             return True
-        case "sampling" | "replace" | "ratio_mask":
+        case "sampling" | "replace" | "ratio_mask" | "distill":
             return False
         case _:
             assert_never(context)
@@ -109,7 +122,8 @@ _LOSS_ESTIMATORS: Mapping[str, Literal["k2", "k3"]] = {"k1": "k3", "k2": "k2", "
 def loss_rule(objective: ObjectiveConfig) -> LossRule:
     """Return the settings of the token loss as the fused kernels take them."""
     return LossRule(
-        context=objective.context,
+        # Plain samples are the same in every context; what a template teaches them is in their advantages.
+        context="replace" if objective.context == "distill" else objective.context,
         surrogate=surrogate_named(objective.surrogate),
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
@@ -136,7 +150,8 @@ def has_kl_loss(objective: ObjectiveConfig) -> bool:
 
 def has_loss(sample: TrainSample, objective: ObjectiveConfig) -> bool:
     """Whether a forward pass of the sample changes the gradient: it has an advantage, or a term acts without one."""
-    return sample.advantage != 0 or loss_rule(objective).acts_without_advantage
+    has_advantage = sample.advantage != 0 or sample.advantage_offsets is not None
+    return has_advantage or loss_rule(objective).acts_without_advantage
 
 
 def with_length_weights(
@@ -297,7 +312,7 @@ def with_caps(
     log_ratios = [
         sample.sampling_logprobs - sample.engine_logprobs
         for sample in samples
-        if sample.advantage != 0 and sample.engine_logprobs is not None
+        if (sample.advantage != 0 or sample.advantage_offsets is not None) and sample.engine_logprobs is not None
     ]
     return replace(
         stats,

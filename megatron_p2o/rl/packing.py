@@ -55,7 +55,7 @@ def pack(
                 for row, sample in zip(ones, samples, strict=True)
             ]
         ),
-        advantages_T=on_responses([row * sample.advantage for row, sample in zip(ones, samples, strict=True)]),
+        advantages_T=on_responses([token_advantages(sample) for sample in samples]),
         sampling_logprobs_T=on_responses([sample.sampling_logprobs for sample in samples]),
         is_templated_T=torch.from_numpy(np.array([s.is_templated for s in samples])[sample_index_T]).to(device),
         old_logprobs_T=None if old_logprobs is None else on_responses(old_logprobs),
@@ -66,6 +66,12 @@ def pack(
         engine_logprobs_T=on_all_responses([sample.engine_logprobs for sample in samples]),
         reference_logprobs_T=on_all_responses([sample.reference_logprobs for sample in samples]),
     )
+
+
+def token_advantages(sample: TrainSample) -> Logprobs:
+    """Return [R] the advantage of each token."""
+    advantages = np.full(len(sample.response_ids), sample.advantage, np.float32)
+    return advantages if sample.advantage_offsets is None else advantages + sample.advantage_offsets
 
 
 def context_positions(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:

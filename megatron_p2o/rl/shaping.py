@@ -12,7 +12,7 @@ import torch
 
 from megatron_p2o.config.tree import Config, ObjectiveConfig
 from megatron_p2o.interfaces import Policy
-from megatron_p2o.rl.grouping import has_sample, make_groups, train_samples
+from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.objective import with_reference_kl
 from megatron_p2o.types import Group, Logprobs, TokenStats, no_tokens
 from p2o_kernels.policy_loss.token_loss import kl_penalties
@@ -74,7 +74,7 @@ def kl_of(
     samples = train_samples(groups, everything)
     ours, reference = policy.logprobs(samples), policy.reference_logprobs(samples)
     sums = iter([kl_sum(*rows, objective) for rows in zip(ours, reference, strict=True)])
-    divergences = [[next(sums) if has_sample(rollout) else 0.0 for rollout in group.rollouts] for group in groups]
+    divergences = [[next(sums) if rollout.can_be_trained_on else 0.0 for rollout in group.rollouts] for group in groups]
     return divergences, with_reference_kl(no_tokens(), ours, reference)
 
 

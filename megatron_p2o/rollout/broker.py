@@ -133,8 +133,13 @@ class Broker:
 
         self._thread.finish(lose(), f"give {name} up")
 
-    def submit(self, prompt: Prompt, sampling: SamplingParams, priority: Priority = "training") -> "Future[Completion]":
+    def submit(
+        self, prompt: Prompt, sampling: SamplingParams, priority: Priority = "training", num_scored: int = 0
+    ) -> "Future[Completion]":
         """Return a future of the completion; cancelling it aborts the request.
+
+        With `num_scored` above 0 the completion holds that many of the prompt's own last tokens and their log-probs at
+        temperature 1; nothing is sampled.
 
         A request whose engine is lost is sent to another, or waits for the one that replaces it. A request that runs
         out of time completes with finish reason "abort" and the tokens it has so far, one that the engine refuses or
@@ -145,7 +150,7 @@ class Broker:
         if self._thread.is_closed:
             future.set_exception(BrokerClosed("the broker was closed"))
             return future
-        request = GenerationRequest(next(self._ids), prompt, sampling, priority, future)
+        request = GenerationRequest(next(self._ids), prompt, sampling, priority, future, num_scored)
         future.add_done_callback(lambda done: self._on_cancel(request) if done.cancelled() else None)
         self._thread.call(self._enqueue, request)
         return future

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from megatron_p2o.config.tree import Config, RolloutConfig
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.processes import HostMemory
@@ -23,7 +25,10 @@ from megatron_p2o.rollout.servers.server import Server
 from megatron_p2o.rollout.servers.start import start_reflection_server
 from megatron_p2o.rollout.supervisor import Supervisor, stop_all
 from megatron_p2o.seeds import seed_of
-from megatron_p2o.types import Completion, Prompt, SamplingParams
+from megatron_p2o.types import Completion, Logprobs, Prompt, SamplingParams, TokenIds
+
+SCORING = SamplingParams(temperature=1.0, max_new_tokens=0)
+"""How a request of log-probs is sampled: not at all."""
 
 
 class RolloutStalled(RuntimeError):
@@ -104,11 +109,34 @@ class SglangEngines:
             RefreshFailed: the last refresh failed, so the engines' weights are not to be sampled.
             RolloutStalled: nothing finished for too long.
         """
-        finished: queue.SimpleQueue[tuple[int, Future[Completion]]] = queue.SimpleQueue()
+        yield from self._finished(
+            [
+                self.broker.submit(prompt, own)
+                for prompt, own in zip(prompts, own_sampling(prompts, sampling, places), strict=True)
+            ]
+        )
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[TokenIds]) -> list[Logprobs | None]:
+        """Return log pi(response | prompt.sampling_ids) of each pair at temperature 1; see `RolloutEngines`.
+
+        Requests are training's, like those of `generate`, and raise what it raises.
+        """
         futures = [
-            self.broker.submit(prompt, own)
-            for prompt, own in zip(prompts, own_sampling(prompts, sampling, places), strict=True)
+            self.broker.submit(
+                replace(prompt, sampling_ids=np.concatenate([prompt.sampling_ids, ids]).astype(np.int32)),
+                SCORING,
+                num_scored=len(ids),
+            )
+            for prompt, ids in zip(prompts, responses, strict=True)
         ]
+        scores: dict[int, Logprobs | None] = {}
+        for index, completion in self._finished(futures):
+            scores[index] = None if completion.is_aborted else completion.logprobs
+        return [scores[index] for index in range(len(futures))]
+
+    def _finished(self, futures: Sequence["Future[Completion]"]) -> Iterator[tuple[int, Completion]]:
+        """Yield (index, completion) as the futures are done; see `generate`."""
+        finished: queue.SimpleQueue[tuple[int, Future[Completion]]] = queue.SimpleQueue()
         for index, future in enumerate(futures):
             future.add_done_callback(lambda done, index=index: finished.put((index, done)))
         patience_s = longest_silence_s(self._config.rollout)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from megatron_p2o.rollout.requests import EngineHandle, GenerationRequest, StoppableClock
-from megatron_p2o.rollout.servers.client import Generation
+from megatron_p2o.rollout.servers.client import EngineClient, Generation
 
 ABORT_GRACE_S = 10.0
 """Time limit for an engine to return what an aborted request has so far."""
@@ -37,7 +37,7 @@ class TimedGeneration:
         Raises what the engine's client raises. Cancelled, it has the engine drop the request.
         """
         client = engine.client
-        answer = asyncio.ensure_future(client.generate(request.prompt.sampling_ids, request.sampling, request.id))
+        answer = asyncio.ensure_future(_asked(client, request))
         try:
             if not await self._comes_in_time(answer):
                 await client.abort(request.id)
@@ -57,3 +57,10 @@ class TimedGeneration:
         while not answer.done() and (left_s := deadline_s - self._clock.now_s()) > 0:
             await asyncio.wait([answer], timeout=max(left_s, STOPPED_POLL_S) if self._clock.is_stopped else left_s)
         return answer.done()
+
+
+def _asked(client: EngineClient, request: GenerationRequest) -> Coroutine[Any, Any, Generation]:
+    ids = request.prompt.sampling_ids
+    if request.num_scored:
+        return client.score(ids, request.num_scored, request.id)
+    return client.generate(ids, request.sampling, request.id)

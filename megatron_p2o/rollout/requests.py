@@ -30,6 +30,8 @@ class GenerationRequest:
     sampling: SamplingParams
     priority: Priority
     future: "Future[Completion]"
+    num_scored: int = 0
+    """Last tokens of the prompt whose log-probs are asked for, instead of a completion; 0: a completion."""
 
 
 @dataclass(slots=True, eq=False)

@@ -60,11 +60,13 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("grading", "function functions arguments deadline_s timeout_s memory_limit_mib"),
         *_in("hard", "max_solved solved_at counted"),
         *_in("advantage", "estimator baseline overlong_tokens"),
-        *_in("objective", "context ratio_low ratio_high ratio_form surrogate clip_low clip_high dual_clip"),
+        *_in(
+            "objective", "context distill_beta ratio_low ratio_high ratio_form surrogate clip_low clip_high dual_clip"
+        ),
         *_in("objective", "normalization entropy_coefficient drop_zero_advantage drop_failed_templated"),
         *_in("objective", "kl_coefficient kl_estimator kl_as drop_truncated"),
         *_in("logprobs", "recompute importance_cap"),
-        *_in("alarms", "mismatch mismatch_rise mismatch_action forgotten undecided"),
+        *_in("alarms", "mismatch mismatch_rise mismatch_action forgotten ratio_mask_dropped undecided"),
         *_in("optimizer", "lr beta1 beta2 eps weight_decay warmup_steps warmup_share lr_decay min_lr"),
         *_in("optimizer", "clip_grad micro_batch_tokens"),
         *_in("schedule", "problems_per_update max_batches_per_step epochs max_steps max_tokens max_hours"),

@@ -52,8 +52,8 @@ END_OF_SEQUENCE = 0
 """Token that ends a fake completion; every other token is the code point of a character."""
 
 CallLog = list[str]
-"""Names of the calls in the order they were made: generate, release, update, logprobs, reference_logprobs, weights,
-refresh, evolve."""
+"""Names of the calls in the order they were made: generate, score, release, update, logprobs, reference_logprobs,
+weights, refresh, evolve."""
 
 
 def fake_token_ids(text: str) -> TokenIds:
@@ -124,6 +124,10 @@ class FakeEngines:
     """One per `generate`."""
     places: list[tuple[int, ...] | None] = field(default_factory=list[tuple[int, ...] | None])
     """One per `generate`."""
+    scored: list[tuple[Prompt, ...]] = field(default_factory=list[tuple[Prompt, ...]])
+    """The prompts of each `score`."""
+    unscorable: frozenset[str] = frozenset()
+    """Ids of problems whose log-probs nobody gets."""
     refreshes: list[int] = field(default_factory=list[int])
     """Versions, in order."""
 
@@ -136,6 +140,14 @@ class FakeEngines:
         self.places.append(None if places is None else tuple(places))
         for index in reversed(range(len(prompts))):
             yield index, self._completion(prompts[index], self.reply(prompts[index], index))
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[TokenIds]) -> list[Logprobs | None]:
+        self.journal.append("score")
+        self.scored.append(tuple(prompts))
+        return [
+            None if prompt.problem.id in self.unscorable else fake_logprobs(prompt.sampling_ids, ids, self.num_updates)
+            for prompt, ids in zip(prompts, responses, strict=True)
+        ]
 
     def release_memory(self) -> None:
         self.journal.append("release")

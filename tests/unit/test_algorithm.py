@@ -115,6 +115,39 @@ def test_each_response_is_trained_on_the_bare_prompt_of_its_own_problem() -> Non
         assert sample.is_templated == (prompt.template.text != "")
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_on_policy_distillation_asks_plainly_and_learns_what_the_templates_would_have_said(recompute: bool) -> None:
+    settings = {"objective.context": "distill", "objective.distill_beta": 0.5, "logprobs.recompute": recompute}
+    step = run_step(solved_by({}), settings, TEMPLATED)
+    assert not any(prompt.is_templated for prompt in step.engines.prompts)
+    # Two prefills, the rollouts' temperature not being 1, before the engines lend their memory.
+    assert step.journal[:4] == ["generate", "score", "score", "release"]
+    taught, plain = ([(prompt.problem.id, prompt.template.id) for prompt in each] for each in step.engines.scored)
+    assert taught == [(PROBLEMS[1].id, 1), (PROBLEMS[1].id, 2), (PROBLEMS[1].id, 1), *[(PROBLEMS[2].id, 1)] * 4]
+    assert plain == [(problem_id, 0) for problem_id, _ in taught]
+    # Nothing is solved, every advantage is 0: what has a gradient is what a template taught.
+    samples = [sample for call in step.policy.updates for sample in call.samples]
+    assert [sample.key for sample in samples] == [
+        *((PROBLEMS[1].id, place) for place in (0, 1, 3)),
+        *((PROBLEMS[2].id, place) for place in range(4)),
+    ]
+    for sample, (problem_id, template_id) in zip(samples, taught, strict=True):
+        question = next(problem.question for problem in PROBLEMS if problem.id == problem_id)
+        template = {1: HINT, 2: OTHER}[template_id]
+        contexts = fake_token_ids(f"{template.text}\n\n{question}"), fake_token_ids(question)
+        with_template, without = (fake_logprobs(context, sample.response_ids) for context in contexts)
+        assert sample.advantage == 0 and not sample.is_templated
+        assert sample.advantage_offsets == pytest.approx(0.5 * (with_template - without) / 0.6, abs=1e-6)
+    assert [problem.id for problem in step.result.hard] == [problem.id for problem in PROBLEMS]
+
+
+def test_on_policy_distillation_without_templates_is_plain_grpo() -> None:
+    distilled = run_step(settings={"objective.context": "distill"})
+    plain = run_step(settings={"objective.context": "replace"})
+    assert distilled.journal == plain.journal, "nothing is scored"
+    assert repr(distilled.policy.updates) == repr(plain.policy.updates)
+
+
 def test_without_distillation_training_sees_what_the_engine_saw() -> None:
     step = run_step(
         settings={"objective.context": "sampling", "objective.drop_zero_advantage": False}, templates=TEMPLATED

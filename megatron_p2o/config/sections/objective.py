@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_p2o.config.ranges import NonNegativeFloat, PositiveInt, Range
+from megatron_p2o.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range
+
+ObjectiveContext = Literal["sampling", "replace", "importance", "ratio_mask", "distill"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,10 +28,14 @@ class AdvantageConfig:
 class ObjectiveConfig:
     """The token loss."""
 
-    context: Literal["sampling", "replace", "importance", "ratio_mask"] = "ratio_mask"
+    context: ObjectiveContext = "ratio_mask"
     """Prompts of the loss: x is the plain prompt, c the prompt that was sampled with. `sampling`: old and current
     log-probs on c. `replace`: both on x, without correction. `importance`: old on c, current on x, so that the clip
-    holds the true ratio. `ratio_mask`: both on x, weighted by the context ratio (the paper's production setting)."""
+    holds the true ratio. `ratio_mask`: both on x, weighted by the context ratio (the paper's production setting).
+    `distill`: all of it on x, sampling too; the template adds to the advantage of each token by how much more likely it
+    makes it (on-policy context distillation, arXiv:2602.12275)."""
+    distill_beta: PositiveFloat = 1.0
+    """Factor by which `distill` adds log pi(y|x,z) - log pi(y|x) of a token, in nats, to its advantage."""
     ratio_low: Annotated[float, Range(above=0, at_most=1)] = 0.01
     """Smallest context ratio that `ratio_mask` keeps, inclusive (the paper's)."""
     ratio_high: Annotated[float, Range(at_least=1)] = 10.0

@@ -116,6 +116,21 @@ class EngineClient:
         }
         return parse_generation(await self._post("/generate", request, self._user, timeout_s))
 
+    async def score(self, token_ids: TokenIds, num_scored: int, request_id: str) -> Generation:
+        """Return the last `num_scored` tokens with their log-probs given those before, at temperature 1: one prefill.
+
+        It is for the caller to give up. Raises what `generate` raises.
+        """
+        request = {
+            "rid": request_id,
+            "input_ids": token_ids.tolist(),
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+            "return_logprob": True,
+            # Of the token at the start SGLang gives none.
+            "logprob_start_len": len(token_ids) - num_scored - 1,
+        }
+        return parse_scores(await self._post("/generate", request, self._user, None), token_ids[-num_scored:])
+
     async def abort(self, request_id: str) -> None:
         """Ask the server to finish a request with what it has; `generate` then returns it as "abort"."""
         await self._post("/abort_request", {"rid": request_id}, self._admin, self._answer_timeout_s)
@@ -224,3 +239,23 @@ def parse_generation(answer: dict[str, Any]) -> Generation:
         finish_reason=meta["finish_reason"]["type"],
         weight_versions=tuple(dict.fromkeys(int(span["version"]) for span in spans)),
     )
+
+
+def parse_scores(answer: dict[str, Any], scored_ids: TokenIds) -> Generation:
+    """Read the JSON of /generate for the log-probs of given tokens; without them all, it is an "abort".
+
+    Raises `EngineRefused` when they are those of other tokens.
+    """
+    meta = answer["meta_info"]
+    found = (meta.get("input_token_logprobs") or [])[-len(scored_ids) :]
+    reason = meta["finish_reason"]["type"]
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
+    versions = tuple(dict.fromkeys(int(span["version"]) for span in spans))
+    if reason == "abort" or len(found) < len(scored_ids):
+        empty = np.empty(0, np.float32)
+        return Generation(token_ids=scored_ids[:0], logprobs=empty, finish_reason="abort", weight_versions=versions)
+    # SGLang 0.5.21 echoes the vocabulary's last token as 0, as if it stood for an image; its log-prob is right.
+    if any(token not in (0, own) for (_, token, _), own in zip(found, scored_ids.tolist(), strict=True)):
+        raise EngineRefused("the server gave the log-probs of other tokens than those it was sent")
+    logprobs = np.array([logprob for logprob, _, _ in found], dtype=np.float32)
+    return Generation(token_ids=scored_ids, logprobs=logprobs, finish_reason=reason, weight_versions=versions)

@@ -10,7 +10,7 @@ from megatron_p2o.algorithm import StepResult
 from megatron_p2o.config.tree import AlarmsConfig
 from megatron_p2o.metrics.read import read_metrics
 from megatron_p2o.metrics.trend import Rise, rise_of
-from megatron_p2o.metrics.values import Mean, MetricValue, numbers_of
+from megatron_p2o.metrics.values import Mean, MetricValue, Sum, numbers_of
 from megatron_p2o.types import Group, UpdateReport
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Alarms:
         warn_of_forgotten(step, metrics, self._alarms.forgotten)
         warn_of_skipped_updates(step, result.reports)
         warn_of_undecided(step, metrics, self._alarms.undecided)
+        warn_of_untaught(step, metrics)
         self._mask.look(step, metrics)
         return self._health.is_healthy(step, result.groups, result.reports)
 
@@ -224,6 +225,19 @@ def warn_of_undecided(step: int, metrics: Mapping[str, MetricValue], alarm: floa
                 "count neither way: look at them under rollouts/, or raise grading.deadline_s or memory_limit_mib",
                 *(step, key.removesuffix("/undecided_share"), share.sum, share.count, alarm),
             )
+
+
+def warn_of_untaught(step: int, metrics: Mapping[str, MetricValue]) -> None:
+    """Warn of rollouts that a template was to teach and that engines gave no log-probs for."""
+    num_untaught = metrics.get("distill/untaught_rollouts_count", Sum(0)).value()
+    if num_untaught:
+        num_taught = metrics["distill/taught_rollouts_count"].value()
+        logger.warning(
+            "step %d: engines gave no log-probs under the template for %d of %d rollouts (objective.context=distill); "
+            "these were not trained on: an earlier warning says why if a request was refused (a prompt with template "
+            "and response must fit into the model), else it took longer than rollout.request_timeout_s",
+            *(step, num_untaught, num_untaught + num_taught),
+        )
 
 
 def warn_of_a_skipped_round(epoch: int, num_hard: int, min_problems: int) -> None:

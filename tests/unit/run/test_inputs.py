@@ -199,6 +199,7 @@ def test_a_warm_up_that_outlasts_the_run_is_said() -> None:
             (f"objective.{name}", value, {"objective.context": "ratio_mask"}, "objective.context=ratio_mask")
             for name, value in (("ratio_low", 0.5), ("ratio_high", 2.0), ("ratio_form", "soft"))
         ),
+        ("objective.distill_beta", 0.5, {"objective.context": "distill"}, "objective.context=distill"),
         ("objective.dual_clip", 5.0, {"objective.surrogate": "ppo"}, "objective.surrogate=ppo"),
         ("objective.kl_estimator", "k2", {"objective.kl_coefficient": 0.1}, "objective.kl_coefficient above 0"),
         ("objective.kl_as", "reward", {"objective.kl_coefficient": 0.1}, "objective.kl_coefficient above 0"),

@@ -38,7 +38,14 @@ from megatron_p2o.policy.training.forward import Denominator
 from megatron_p2o.policy.training.optimizer import Optimization
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.hard_samples import hard_problems
-from megatron_p2o.rl.objective import compares_with_sampling, has_kl_loss, loss_rule, with_length_weights, zero_stats
+from megatron_p2o.rl.objective import (
+    compares_with_sampling,
+    has_kl_loss,
+    loss_rule,
+    samples_plainly,
+    with_length_weights,
+    zero_stats,
+)
 from megatron_p2o.rl.shaping import has_kl_reward, kl_sum
 from megatron_p2o.rollout.refresh.outlet import uses_devices
 from megatron_p2o.run.observe.alarms import MISMATCH, MismatchWatch
@@ -109,6 +116,7 @@ USES: dict[str, list[Callable[[Any], object]]] = {
     "objective.context": [
         lambda value: train_samples(GROUPS, ObjectiveConfig(context=value)),
         compares_with_sampling,
+        samples_plainly,
     ],
     "objective.ratio_form": [context_weights],
     "objective.surrogate": [

@@ -27,7 +27,7 @@ from megatron_p2o.run.observe.alarms import (
 from megatron_p2o.run.observe.observer import RunObserver
 from megatron_p2o.run_folder.state import RunState
 from megatron_p2o.testing.fakes import FakeLibrary, fake_config, fake_problem, fake_rollout
-from megatron_p2o.types import FinishReason, Group, UpdateOutcome, UpdateReport, no_tokens
+from megatron_p2o.types import PLAIN, FinishReason, Group, Teaching, UpdateOutcome, UpdateReport, no_tokens
 
 SENTENCE = (
     r"step 0: engine and trainer differ by 0\.25 nats a token \(worst token 3, KL estimate 0\.0625\), more than "
@@ -122,6 +122,18 @@ def test_the_mask_rings_once_until_it_is_over(caplog: pytest.LogCaptureFixture) 
     for step, share in enumerate([0.4, 0.6, 0.9, None, 0.7, 0.2, 0.8], start=1):
         watch.look(step, {} if share is None else {"train/ratio_mask_dropped_shift_share": Mean(share, 1.0)})
     assert [record.message.split(":")[0] for record in caplog.records] == ["step 2", "step 7"]
+
+
+def test_rollouts_that_no_engine_scored_are_warned_of(
+    observed_step: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    known = Teaching(template=PLAIN, gains=np.zeros(4, np.float32))
+    rollout = fake_rollout(fake_problem(0), reward=0.0)
+    rollouts = [replace(rollout, teaching=each) for each in (known, replace(known, gains=None), known)]
+    group = Group(problem=fake_problem(0), rollouts=(*rollouts, rollout), advantages=(0.0,) * 4)
+    observed_step({}, {}, groups=[group])
+    (record,) = caplog.records
+    assert "step 0: engines gave no log-probs under the template for 1 of 3 rollouts" in record.message
 
 
 DRIFT = [0.011 + 0.025 * step / 29 for step in range(30)]
