@@ -22,6 +22,9 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     memory/<phase>_peak_bytes           of the conducting rank: tensors on its GPU; without one, resident memory
     memory/*_host*_bytes                resident pages of ranks, engines, graders, evolution (`memory.ProcessMemory`)
     hard/forgotten_share                problems of the step that were mastered: solved plainly at least half the time
+    hard/helped_share, hard/hurt_share  problems of the step tried with and without a template
+    hard/first_solved_by_template_share problems tried so far
+    hard/internalised_share             problems first solved by a template: solved plainly since
     mismatch/*_mean                     tokens of plain rollouts with an advantage: engine and trainer, same prompt
     mismatch/importance_capped_share    tokens with an importance weight: it was truncated at logprobs.importance_cap
 
@@ -33,6 +36,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from megatron_p2o.config.shape import ONLY_TASK
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
+from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, helped_and_hurt
 from megatron_p2o.rl.objective import total_stats
 from megatron_p2o.rl.teaching import teachings_of
 from megatron_p2o.types import ContextShift, Group, Problem, Rollout, RolloutKey, UpdateReport
@@ -227,6 +231,21 @@ def memory_metrics(peak_bytes: Mapping[str, int]) -> dict[str, MetricValue]:
 def forgotten_metrics(num_forgotten: int, num_mastered: int) -> dict[str, MetricValue]:
     """Return the share of a step's mastered problems that no plain rollout solved any more."""
     return {"hard/forgotten_share": Mean(num_forgotten, num_mastered)}
+
+
+def template_effect_metrics(entries: Sequence[LedgerEntry]) -> dict[str, MetricValue]:
+    """Return the shares of the problems tried both ways that their templates helped and hurt."""
+    helped, hurt, num_compared = helped_and_hurt(entries)
+    return {"hard/helped_share": Mean(helped, num_compared), "hard/hurt_share": Mean(hurt, num_compared)}
+
+
+def ledger_metrics(ledger: HardSampleLedger) -> dict[str, MetricValue]:
+    """Return what became of all problems so far."""
+    by_template = len(ledger.first_solved_by_template())
+    return {
+        "hard/first_solved_by_template_share": Mean(by_template, ledger.num_problems),
+        "hard/internalised_share": Mean(len(ledger.internalised()), by_template),
+    }
 
 
 def asked_plainly_metrics(groups: Sequence[Group], library: TemplateLibrary) -> dict[str, MetricValue]:

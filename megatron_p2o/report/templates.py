@@ -8,8 +8,10 @@ from typing import Literal
 
 from megatron_p2o.report.charts import number_text
 from megatron_p2o.report.examples import ShownProblem, find_examples
-from megatron_p2o.report.runs import Run, ShownLibrary, ShownTemplate
+from megatron_p2o.report.runs import Points, Run, ShownLibrary, ShownTemplate
 from megatron_p2o.types import PLAIN
+
+SHIFT_KEY = re.compile(r"template/(\d+)/shift_per_token")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +107,8 @@ class _Lineage:
     library: ShownLibrary
     earlier: Mapping[str, int]
     """Text of every template of an earlier library to the first version that held it."""
+    shifts: Mapping[int, Points]
+    """Template id to (step, nats per token that it added to responses)."""
 
     def parent_of(self, template: ShownTemplate) -> ShownTemplate | None:
         """Return the parent as far as library and journal know it; None for what the round began with."""
@@ -132,12 +136,24 @@ def _run_templates(run: Run) -> RunTemplates:
     for library in run.libraries:
         if not library.templates:
             continue
-        lineage = _Lineage(library=library, earlier=dict(earlier))
+        shifts = template_shifts(run, library.version)
+        lineage = _Lineage(library=library, earlier=dict(earlier), shifts=shifts)
         roots = [_node(root, lineage) for root in lineage.below(None)]
         trees.append(LibraryTree(version=library.version, num_templates=len(library.templates), roots=roots))
         for template in library.templates:
             earlier.setdefault(template.text, library.version)
     return RunTemplates(name=run.name, libraries=trees[::-1])
+
+
+def template_shifts(run: Run, version: int) -> dict[int, Points]:
+    """Return for each template of a library (step, mean shift in nats per token); see docs/metrics.md."""
+    shifts: dict[int, list[tuple[float, float]]] = {}
+    for line in run.lines:
+        if line.metrics.get("template/library_version") == version:
+            for key, number in line.metrics.items():
+                if found := SHIFT_KEY.fullmatch(key):
+                    shifts.setdefault(int(found[1]), []).append((line.step, number))
+    return dict(shifts)
 
 
 def _node(template: ShownTemplate, lineage: _Lineage) -> TemplateNode:
@@ -159,6 +175,12 @@ def _facts(template: ShownTemplate, lineage: _Lineage) -> Iterator[str]:
     num_problems = lineage.library.num_problems.get(template.id, 0)
     if num_problems:
         yield f"assigned to {_problems(num_problems)}"
+    if shifts := lineage.shifts.get(template.id):
+        (first_step, first), (last_step, last) = shifts[0], shifts[-1]
+        yield (
+            f"added {number_text(first)} nats per token to responses in step {first_step:g}, {number_text(last)} in "
+            f"step {last_step:g}"
+        )
     if template.num_lineage_problems:
         yield f"has seen {_problems(template.num_lineage_problems)}"
     if template.id == PLAIN.id:

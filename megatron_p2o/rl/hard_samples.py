@@ -142,13 +142,39 @@ class HardSampleLedger:
         ]
         return sum(entry.plain_solved == 0 for entry in mastered), len(mastered)
 
+    @property
+    def num_problems(self) -> int:
+        """Problems that were tried at all."""
+        return len(self._history)
+
+    def first_solved_by_template(self) -> list[str]:
+        """Return the problems whose first success came through a template alone, in order of id."""
+        return sorted(
+            problem_id for problem_id, entries in self._history.items() if _is_first_solved_by_template(entries)
+        )
+
     def internalised(self) -> list[str]:
-        """Return the problems first solved only through a template and solved plainly later, in order of id."""
-        return sorted(problem_id for problem_id, entries in self._history.items() if _is_internalised(entries))
+        """Return those of `first_solved_by_template` that were solved plainly later."""
+        return [
+            problem_id
+            for problem_id in self.first_solved_by_template()
+            if any(entry.plain_solved for entry in self._history[problem_id])
+        ]
 
 
-def _is_internalised(entries: Sequence[LedgerEntry]) -> bool:
+def _is_first_solved_by_template(entries: Sequence[LedgerEntry]) -> bool:
     first_solved = next((entry for entry in entries if entry.plain_solved or entry.templated_solved), None)
-    if first_solved is None or first_solved.plain_solved:
-        return False
-    return any(entry.plain_solved for entry in entries)
+    return first_solved is not None and not first_solved.plain_solved
+
+
+def helped_and_hurt(entries: Iterable[LedgerEntry]) -> tuple[float, float, int]:
+    """Return (problems helped, problems hurt by their templates, problems compared) among those tried both ways.
+
+    Helped is failed plainly and solved through a template, hurt the reverse. A problem counts by the estimated
+    probability of each: tries are independent, so it is the product of the two rates.
+    """
+    both = [entry for entry in entries if entry.plain_tries and entry.templated_tries]
+    rates = [(entry.plain_solved / entry.plain_tries, entry.templated_solved / entry.templated_tries) for entry in both]
+    helped = sum((1 - plain) * templated for plain, templated in rates)
+    hurt = sum(plain * (1 - templated) for plain, templated in rates)
+    return helped, hurt, len(both)

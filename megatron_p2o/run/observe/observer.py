@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from megatron_p2o.algorithm import StepResult, TrainState
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evaluation.protocol import best_template
-from megatron_p2o.metrics.step import epoch_metrics, library_metrics
+from megatron_p2o.metrics.step import epoch_metrics, ledger_metrics, library_metrics
 from megatron_p2o.metrics.values import MetricValue
 from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.run.beginning import Beginning
@@ -78,7 +78,8 @@ class RunObserver:
         is_skipped = self._is_round_skipped(state, len(hard))
         if is_skipped:
             warn_of_a_skipped_round(state.epoch, len(hard), self._config.hard.min_problems)
-        self._note_library(state, {**epoch_metrics(hard, is_skipped), **self._log.take_phases()})
+        of_epoch = {**epoch_metrics(hard, is_skipped), **ledger_metrics(self.ledger)}
+        self._note_library(state, {**of_epoch, **self._log.take_phases()})
         self._log.begin_step()
 
     def should_stop(self, state: TrainState) -> bool:

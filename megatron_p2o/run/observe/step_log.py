@@ -12,6 +12,7 @@ from megatron_p2o.metrics.step import (
     phase_metrics,
     shifts_by_rollout,
     step_metrics,
+    template_effect_metrics,
 )
 from megatron_p2o.metrics.values import Last, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import ledger_entry
@@ -56,11 +57,14 @@ class StepLog:
             "rollout/batches_count": Sum(result.num_batches),
             **asked_plainly_metrics(result.groups, state.library),
             **forgotten_metrics(*self._files.ledger.ledger.forgotten(entries)),
+            **template_effect_metrics(entries),
         }
+        shifts = shifts_by_rollout(result.reports)
+        if shifts:
+            metrics["template/library_version"] = Last(state.library.version)
         self.write(state, {**metrics, **of_processes})
         self._files.ledger.append(entries)
         if is_due(state.step, self._rollouts_every_steps):
-            shifts = shifts_by_rollout(result.reports)
             self._files.rollouts.write(state.step, result.groups, self._decode, shifts)
         return metrics
 

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 
 from megatron_p2o.evaluation.outcome import GradedResponse, evaluation_metrics, evaluation_of
-from megatron_p2o.metrics.step import asked_plainly_metrics, epoch_metrics, library_metrics, step_metrics
+from megatron_p2o.metrics.step import (
+    asked_plainly_metrics,
+    epoch_metrics,
+    library_metrics,
+    step_metrics,
+    template_effect_metrics,
+)
 from megatron_p2o.metrics.values import numbers_of
+from megatron_p2o.rl.hard_samples import LedgerEntry
 from megatron_p2o.testing.fakes import UNDECIDED, FakeLibrary, fake_problem
 from megatron_p2o.types import (
     CORRECT,
@@ -165,6 +172,17 @@ def test_the_shift_is_a_mean_over_tokens_of_all_rollouts_and_of_each_template() 
         "template/7/shift_per_token": 3.0,
     }
     assert not any("shift" in key for key in numbers_of(step_metrics(groups, [report(1)], {})))
+
+
+def test_problems_tried_both_ways_are_helped_or_hurt_by_their_templates() -> None:
+    def entry(plain: tuple[int, int], templated: tuple[int, int]) -> LedgerEntry:
+        tried = {"plain_tries": plain[1], "templated_tries": templated[1]}
+        solved = {"plain_solved": plain[0], "templated_solved": templated[0]}
+        return LedgerEntry(epoch=0, step=1, problem_id="p", **tried, **solved)
+
+    entries = [entry((1, 2), (1, 4)), entry((0, 2), (4, 4)), entry((2, 2), (0, 0))]
+    numbers = numbers_of(template_effect_metrics(entries))
+    assert numbers == {"hard/helped_share": (1 / 8 + 1) / 2, "hard/hurt_share": (3 / 8 + 0) / 2}
 
 
 def test_updates_that_moved_nothing_are_counted_by_reason_and_spoil_no_mean() -> None:

@@ -276,6 +276,19 @@ def test_templates_are_shown_below_the_one_they_were_reflected_from(tmp_path: Pa
     assert [tag for tag, _ in page.elements].count("ins") == 1
 
 
+def test_a_template_says_what_it_still_adds_in_the_steps_of_its_own_library(tmp_path: Path) -> None:
+    run = p2o_run(tmp_path)
+    lines = [
+        metric_line(step, 1, **{"template/library_version": version, "template/3/shift_per_token": shift})
+        for step, version, shift in ((4, 1, 0.5), (5, 1, 0.25), (6, 1, 0.125), (7, 2, 9.0))
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    page = report_of(tmp_path, run)
+    assert "added 0.5 nats per token to responses in step 4, 0.125 in step 6" in page.text
+    assert page.text.count("nats per token to responses in step") == 1
+
+
 def test_a_template_whose_parent_is_unknown_is_a_root_that_says_so(tmp_path: Path) -> None:
     run = p2o_run(tmp_path)
     library = {"version": 2, "templates": [template(9, "Check twice.", 8, 0.5)], "assignments": {}}
@@ -341,7 +354,7 @@ def test_what_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
     group = Group(problem=problem, rollouts=(rollout(PLAIN, 0.0), rollout(hint, 1.0)), advantages=(-0.7, 0.7))
     with open_metrics_log(tmp_path / "run", "run", LoggingConfig(console=False), num_steps=1) as log:
         log.write(1, 0, step_metrics([group], [], {"step": 2.0}))
-    RolloutWriter(tmp_path / "run" / "rollouts").write(1, [group], lambda completion: "It is \\boxed{42}.")
+    RolloutWriter(tmp_path / "run" / "rollouts").write(1, [group], lambda completion: "It is \\boxed{42}.", {})
     write_lines(tmp_path / "run" / "hard_samples.jsonl", [asdict(ledger_entry(group, epoch=0, step=1))])
 
     run = read_run(tmp_path / "run")

@@ -3,9 +3,12 @@
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pytest
 
-from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, hard_problems, ledger_entry
+from megatron_p2o.metrics.step import ledger_metrics
+from megatron_p2o.metrics.values import numbers_of
+from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, hard_problems, helped_and_hurt, ledger_entry
 from megatron_p2o.testing.fakes import UNDECIDED, fake_problem, fake_rollout
 from megatron_p2o.types import PLAIN, Group, Template
 
@@ -156,6 +159,48 @@ def test_forgotten_is_mastered_before_and_failed_by_every_plain_try_now() -> Non
     assert ledger.forgotten([one("mastered", (4, 1)), one("half", (4, 0))]) == (1, 2)
     assert ledger.forgotten([one("poor", (4, 0)), one("templated", (4, 0)), one("new", (4, 0))]) == (0, 0)
     assert ledger.forgotten([one("mastered", (0, 0), (4, 0))]) == (0, 0), "not asked plainly this time"
+
+
+def test_what_templates_help_and_hurt_is_the_probability_of_each_outcome_of_two_tries() -> None:
+    """Against the enumeration of every pair of a plain and a templated try."""
+    random = np.random.default_rng(0)
+    entries = []
+    helped = hurt = 0.0
+    for number in range(20):
+        plain, templated = (random.random(size) < 0.5 for size in random.integers(1, 5, 2))
+        entries.append(
+            replace(
+                entry(1, plain=(len(plain), int(plain.sum())), templated=(len(templated), int(templated.sum()))),
+                problem_id=str(number),
+            )
+        )
+        pairs = [(bool(one), bool(other)) for one in plain for other in templated]
+        helped += sum(not one and other for one, other in pairs) / len(pairs)
+        hurt += sum(one and not other for one, other in pairs) / len(pairs)
+    one_way = [entry(1, plain=(4, 4)), entry(1, templated=(4, 0))]
+    assert helped_and_hurt([*entries, *one_way]) == (pytest.approx(helped), pytest.approx(hurt), 20)
+    assert helped_and_hurt(one_way) == (0, 0, 0)
+
+
+def test_first_solved_by_a_template_is_counted_whether_it_was_internalised_or_not() -> None:
+    def one(problem_id: str, plain: tuple[int, int], templated: tuple[int, int] = (0, 0)) -> LedgerEntry:
+        return replace(entry(1, plain=plain, templated=templated), problem_id=problem_id)
+
+    ledger = HardSampleLedger(
+        [
+            *(one("kept", (4, 0), (2, 1)), one("kept", (4, 1))),
+            *(one("crutch", (4, 0)), one("crutch", (2, 0), (4, 4)), one("crutch", (4, 0))),
+            one("easy", (4, 4)),
+            one("never", (4, 0), (2, 0)),
+        ]
+    )
+    assert ledger.first_solved_by_template() == ["crutch", "kept"]
+    assert ledger.internalised() == ["kept"]
+    assert numbers_of(ledger_metrics(ledger)) == {
+        "hard/first_solved_by_template_share": 2 / 4,
+        "hard/internalised_share": 1 / 2,
+    }
+    assert numbers_of(ledger_metrics(HardSampleLedger())) == {}
 
 
 def test_a_ledger_rebuilt_from_its_entries_is_the_same() -> None:
