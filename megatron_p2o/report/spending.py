@@ -29,6 +29,7 @@ COMPUTE: Sequence[tuple[str, str]] = (
     ("written", "reflection_completion_tokens"),
     ("Trained", "trained_tokens"),
     ("Log-probs", "logprob_tokens"),
+    ("Read by engines", "engine_read_tokens"),
     ("Optimizer steps", "optimizer_steps_count"),
 )
 """Headings and fields of the table of compute accounts, in tokens but for the last."""
