@@ -75,7 +75,7 @@ def variants() -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Return (name, kernel, compile-time values, launch options) of everything that production launches."""
     block = {"BLOCK": 1024}
     advantage = {"HAS_ANCHORS": True, "BLOCK_ROLLOUTS": 1024}
-    loss = {"HAS_OLD": True, "HAS_MASK": True, "K2": False, "BLOCK": 256}
+    loss = {"HAS_OLD": True, "HAS_MASK": True, "HAS_BAND": True, "HAS_CAP": True, "K2": False, "BLOCK": 256}
     soft, fading, one_sided = (
         {name: name == chosen for name in ("SOFT", "FADING", "ONE_SIDED")} for chosen in ("SOFT", "FADING", "ONE_SIDED")
     )

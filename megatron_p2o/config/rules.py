@@ -120,9 +120,11 @@ def _objective_rules(config: Config) -> list[Rule]:
             f"advantage.overlong_tokens={overlong_tokens} must be at most rollout.max_new_tokens={max_new_tokens}",
         ),
         (
-            config.logprobs.importance_cap is None or config.logprobs.recompute,
-            f"logprobs.importance_cap={config.logprobs.importance_cap} needs logprobs.recompute=true: the trainer has "
-            "no log-probs under templates otherwise",
+            config.logprobs.importance_cap is None
+            or config.logprobs.recompute
+            or config.objective.context != "importance",
+            f"logprobs.importance_cap={config.logprobs.importance_cap} needs logprobs.recompute=true with "
+            "objective.context=importance: no pass finds the log-probs of before the update on the prompt of sampling",
         ),
     ]
 

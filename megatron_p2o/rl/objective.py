@@ -19,6 +19,7 @@ The loss and its gradient are computed by `p2o_kernels.linear_policy_loss` toget
 is `p2o_kernels/policy_loss/reference.py`. This module has its inputs and its statistics.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Literal, assert_never
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config.sections.objective import ObjectiveContext
-from megatron_p2o.config.tree import ObjectiveConfig
+from megatron_p2o.config.tree import Config, ObjectiveConfig
 from megatron_p2o.rl.context_shift import shift_of_tokens
 from megatron_p2o.rl.surrogate import surrogate_named
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
@@ -119,8 +120,11 @@ _LOSS_ESTIMATORS: Mapping[str, Literal["k2", "k3"]] = {"k1": "k3", "k2": "k2", "
 """By `objective.kl_estimator`; k1 is for rewards alone, and a loss of that rule has no KL term."""
 
 
-def loss_rule(objective: ObjectiveConfig) -> LossRule:
-    """Return the settings of the token loss as the fused kernels take them."""
+def loss_rule(objective: ObjectiveConfig, importance_cap: float | None = None) -> LossRule:
+    """Return the settings of the token loss as the fused kernels take them.
+
+    `importance_cap`: see `cap_in_the_loss`.
+    """
     return LossRule(
         # Plain samples are the same in every context; what a template teaches them is in their advantages.
         context="replace" if objective.context == "distill" else objective.context,
@@ -131,10 +135,20 @@ def loss_rule(objective: ObjectiveConfig) -> LossRule:
         ratio_low=objective.ratio_low,
         ratio_high=objective.ratio_high,
         ratio_form=objective.ratio_form,
+        importance_cap=importance_cap,
         entropy_coefficient=objective.entropy_coefficient,
         kl_coefficient=objective.kl_coefficient if has_kl_loss(objective) else 0.0,
         kl_estimator=_LOSS_ESTIMATORS[objective.kl_estimator],
     )
+
+
+def cap_in_the_loss(config: Config) -> float | None:
+    """Return the cap of the importance weights that plain rollouts get in the training pass, which finds the trainer's
+    log-probs of their only prompt anyway.
+
+    None where there are none, or `logprobs.recompute` has weighted all tokens.
+    """
+    return None if config.logprobs.recompute else config.logprobs.importance_cap
 
 
 def has_kl_loss(objective: ObjectiveConfig) -> bool:
@@ -186,17 +200,25 @@ def carrying_tokens(batch: PackedBatch, *, acts_without_advantage: bool = False)
     return carries_T if acts_without_advantage else carries_T & (batch.advantages_T != 0)
 
 
-def token_stats(batch: PackedBatch, outcome: PolicyLoss, *, acts_without_advantage: bool = False) -> TokenStats[Tensor]:
+def token_stats(
+    batch: PackedBatch,
+    outcome: PolicyLoss,
+    *,
+    acts_without_advantage: bool = False,
+    importance_cap: float | None = None,
+) -> TokenStats[Tensor]:
     """Return what happened to the tokens of `batch`; only those that may carry gradient are looked at.
 
     A token without advantage or weight is in `loss_tokens` and nowhere else, so that it does not matter whether it was
     dropped before packing. Where a term acts without an advantage, the weight alone decides.
+
+    `importance_cap`: that of the rule.
     """
     carries_T = carrying_tokens(batch, acts_without_advantage=acts_without_advantage)
     live_T = outcome.is_live_T
     is_kept_T = outcome.weights_T != 0
     is_templated_T = batch.is_templated_T & carries_T
-    trainer_T, engine_T, is_compared_T = _on_one_prompt(batch, outcome, carries_T)
+    trainer_T, engine_T, is_compared_T = _on_one_prompt(batch, outcome, carries_T, importance_cap)
     difference_T = torch.where(is_compared_T, trainer_T - engine_T, torch.zeros_like(trainer_T))
     zero_T = torch.zeros_like(outcome.ratio_T)
     reference_T = outcome.logprobs_T if batch.reference_logprobs_T is None else batch.reference_logprobs_T
@@ -219,6 +241,7 @@ def token_stats(batch: PackedBatch, outcome: PolicyLoss, *, acts_without_advanta
         mismatch_abs_max=difference_T.abs().max().detach().double(),
         mismatch_ratio_sum=_sum(torch.where(is_compared_T, bounded_T.exp(), zero_T)),
         mismatch_kl_sum=_k3_sum(difference_T),
+        **_cap_sums(difference_T, is_compared_T & ~batch.is_templated_T, importance_cap),
         reference_tokens=_sum(is_referred_T),
         reference_kl_sum=_k3_sum(torch.where(is_referred_T, reference_T - outcome.logprobs_T, zero_T)),
     )
@@ -250,12 +273,25 @@ def _sum(values_T: Tensor) -> Tensor:
     return values_T.detach().double().sum()
 
 
-def _on_one_prompt(batch: PackedBatch, outcome: PolicyLoss, carries_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cap_sums(difference_T: Tensor, is_weighted_T: Tensor, importance_cap: float | None) -> dict[str, Tensor]:
+    """Return how many tokens the loss weighted by trainer over engine, and how many of these weights it truncated."""
+    if importance_cap is None:
+        return {}
+    is_capped_T = is_weighted_T & (difference_T > math.log(importance_cap))
+    return {"weighted_tokens": _sum(is_weighted_T), "capped_tokens": _sum(is_capped_T)}
+
+
+def _on_one_prompt(
+    batch: PackedBatch, outcome: PolicyLoss, carries_T: Tensor, importance_cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return trainer's and engine's log-probs, and which tokens have both under the prompt of sampling."""
-    if batch.engine_logprobs_T is not None:
-        return batch.sampling_logprobs_T, batch.engine_logprobs_T, carries_T
     first_pass_T = outcome.logprobs_T if batch.old_logprobs_T is None else batch.old_logprobs_T
-    return first_pass_T, batch.sampling_logprobs_T, carries_T & ~batch.is_templated_T
+    if batch.engine_logprobs_T is None:
+        return first_pass_T, batch.sampling_logprobs_T, carries_T & ~batch.is_templated_T
+    if importance_cap is None:
+        return batch.sampling_logprobs_T, batch.engine_logprobs_T, carries_T
+    trainer_T = torch.where(batch.is_templated_T, batch.sampling_logprobs_T, first_pass_T)
+    return trainer_T, batch.engine_logprobs_T, carries_T
 
 
 def with_trainer_logprobs(sample: TrainSample, trainer_R: Logprobs, importance_cap: float | None) -> TrainSample:
@@ -271,6 +307,24 @@ def with_trainer_logprobs(sample: TrainSample, trainer_R: Logprobs, importance_c
     if importance_cap is not None:
         weights_R = np.exp(np.minimum(trainer_R - engine_R, np.log(importance_cap))).astype(np.float32)
     return replace(sample, sampling_logprobs=trainer_R, engine_logprobs=engine_R, loss_weights=weights_R)
+
+
+def with_engine_weights(
+    samples: Sequence[TrainSample], templated: Sequence[Logprobs], importance_cap: float
+) -> list[TrainSample]:
+    """Return the samples with truncated importance weights where the training pass will not find them.
+
+    `templated`: the trainer's log-probs of each templated sample under the prompt it was sampled with. Those of the
+    training pass are under the bare prompt; to compare them with the engine's would put the context ratio into the
+    weight. (MarinSkyRL re-bases the engine's instead: b + log pi(y | x) - log pi(y | x, z), which gives this weight.)
+    """
+    rows = iter(templated)
+    return [
+        with_trainer_logprobs(sample, next(rows), importance_cap)
+        if sample.is_templated
+        else replace(sample, engine_logprobs=sample.sampling_logprobs)
+        for sample in samples
+    ]
 
 
 def with_mismatch(
@@ -306,7 +360,10 @@ def with_reference_kl(
 def with_caps(
     stats: TokenStats[float], samples: Sequence[TrainSample], importance_cap: float | None
 ) -> TokenStats[float]:
-    """Return `stats` with the weighted and capped tokens of `samples` (`with_trainer_logprobs`, with the same cap)."""
+    """Return `stats` with the weighted and capped tokens of `samples` (`with_trainer_logprobs`, with the same cap).
+
+    Those that the loss has weighted are in `stats` already; see `cap_in_the_loss`.
+    """
     if importance_cap is None:
         return stats
     log_ratios = [
@@ -316,6 +373,6 @@ def with_caps(
     ]
     return replace(
         stats,
-        weighted_tokens=float(sum(len(row) for row in log_ratios)),
-        capped_tokens=float(sum(int((row > np.log(importance_cap)).sum()) for row in log_ratios)),
+        weighted_tokens=stats.weighted_tokens + sum(len(row) for row in log_ratios),
+        capped_tokens=stats.capped_tokens + sum(int((row > np.log(importance_cap)).sum()) for row in log_ratios),
     )

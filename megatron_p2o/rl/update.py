@@ -11,6 +11,7 @@ from megatron_p2o.rl.objective import (
     has_kl_loss,
     has_loss,
     with_caps,
+    with_engine_weights,
     with_length_weights,
     with_mismatch,
     with_trainer_logprobs,
@@ -61,7 +62,8 @@ def updated(
 ) -> UpdateReport:
     """Take the optimizer step on `samples`, the part of `minibatch` that carries gradient."""
     report = policy.update(samples, old_logprobs, sum(len(sample.response_ids) for sample in minibatch))
-    return replace(report, tokens=with_caps(report.tokens, samples, config.logprobs.importance_cap))
+    weighted = samples if config.logprobs.recompute else [sample for sample in samples if sample.is_templated]
+    return replace(report, tokens=with_caps(report.tokens, weighted, config.logprobs.importance_cap))
 
 
 def with_probe(report: UpdateReport, samples: Sequence[TrainSample], policy: Policy) -> UpdateReport:
@@ -109,10 +111,14 @@ def with_recomputed(
     samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config
 ) -> list[TrainSample]:
     """Return the samples of `groups` with the trainer's own log-probs of their sampling prompts, if settings ask so."""
-    if not config.logprobs.recompute:
+    cap = config.logprobs.importance_cap
+    if not config.logprobs.recompute and cap is None:
         return samples
     sampling = replace(config.objective, context="sampling")
     on_sampling_context = carrying_gradient(train_samples(groups, sampling), config)
-    logprobs = policy.logprobs(on_sampling_context)
-    cap = config.logprobs.importance_cap
-    return [with_trainer_logprobs(sample, row, cap) for sample, row in zip(samples, logprobs, strict=True)]
+    if config.logprobs.recompute:
+        logprobs = policy.logprobs(on_sampling_context)
+        return [with_trainer_logprobs(sample, row, cap) for sample, row in zip(samples, logprobs, strict=True)]
+    assert cap is not None
+    templated = [theirs for ours, theirs in zip(samples, on_sampling_context, strict=True) if ours.is_templated]
+    return with_engine_weights(samples, policy.logprobs(templated) if templated else [], cap)

@@ -219,6 +219,8 @@ TOKEN_RULES = (
     LossRule(ratio_form="soft"),
     LossRule(ratio_form="one_sided"),
     LossRule(ratio_form="fading"),
+    LossRule(importance_cap=1.5),
+    LossRule(context="replace", importance_cap=1.5),
     LossRule(context="importance"),
     LossRule(context="replace"),
     LossRule(surrogate="gspo", clip_low=0.1, clip_high=0.15),

@@ -262,6 +262,33 @@ def test_recomputed_log_probs_are_the_trainers_under_the_sampling_prompt(drop_fa
         assert report.tokens.capped_tokens == sum(int((row > 2.0).sum()) for row in rows)
 
 
+@pytest.mark.parametrize("num_updates", [1, 2])
+@pytest.mark.parametrize("templates", [{}, TEMPLATED], ids=["plain", "templated"])
+def test_importance_weights_take_a_forward_pass_of_templated_rollouts_alone(
+    num_updates: int, templates: Mapping[str, Sequence[Template]]
+) -> None:
+    def mismatched(prompt: Prompt, index: int) -> FakeReply:
+        reply = mixed_reply(prompt, index)
+        return replace(reply, logprobs=fake_logprobs(prompt.sampling_ids, reply.token_ids, 5) - np.float32(0.3))
+
+    settings = {"logprobs.importance_cap": 1.2, "schedule.problems_per_update": 4 // num_updates}
+    step = run_step(mismatched, settings, templates, step=5)
+    asked = step.policy.asked_logprobs
+    # Plain rollouts get their weight in the training pass; later updates need old log-probs in any case.
+    weighed = asked[: len(asked) - (num_updates - 1)]
+    of_templates = {tuple(prompt.sampling_ids) for prompt in step.engines.prompts if prompt.is_templated}
+    assert bool(weighed) == bool(templates)
+    assert {tuple(sample.context_ids) for call in weighed for sample in call} <= of_templates
+    for call, report in zip(step.policy.updates, step.result.reports, strict=True):
+        templated = [sample for sample in call.samples if sample.is_templated]
+        for sample in call.samples:
+            # Whatever the template, the weight is that of the mismatch alone: exp(0.3) = 1.35, truncated.
+            assert sample.engine_logprobs is not None
+            assert sample.loss_weights == (pytest.approx(1.2) if sample.is_templated else None)
+        num_tokens = sum(len(sample.response_ids) for sample in templated)
+        assert (report.tokens.weighted_tokens, report.tokens.capped_tokens) == (num_tokens, num_tokens)
+
+
 def test_a_kl_term_in_the_loss_keeps_every_rollout_and_asks_the_initial_policy_once() -> None:
     agree = {"objective.kl_coefficient": 0.1, "objective.normalization": "sequence_mean"}
     step = run_step(solved_by({PROBLEMS[0].id: range(4)}), agree, step=2)

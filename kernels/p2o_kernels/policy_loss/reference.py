@@ -50,6 +50,11 @@ def linear_policy_loss_reference(
         # A token of weight 0 may hold any log-prob; a nan of one that counts is no reason to leave it out.
         factor_T = torch.where(rho_T.isnan(), rho_T, factor_T)
         token_weights_T = torch.where(token_weights_T != 0, token_weights_T * factor_T, 0.0)
+    if rule.importance_cap is not None:
+        assert sampling_logprobs_T is not None and is_templated_T is not None
+        trainer_over_engine_T = (first_pass_T - sampling_logprobs_T.to(dtype)).clamp(-60, 60).exp()
+        factor_T = torch.where(is_templated_T, 1.0, trainer_over_engine_T.clamp(max=rule.importance_cap))
+        token_weights_T = torch.where(token_weights_T != 0, token_weights_T * factor_T, 0.0)
     advantages_T = advantages_T.to(dtype)
     log_ratio_T = torch.where(weights_T != 0, logprobs_T - old_T, 0.0)
     losses_T = surrogate_reference(rule, log_ratio_T, logprobs_T, advantages_T, given_T, sequence_T)

@@ -48,6 +48,9 @@ class LossRule:
     ratio_form: RatioForm = "hard"
     """Weight outside the band. `hard`: 0. `one_sided`: 0, but 1 where the advantage is positive. `soft`: clip(rho) /
     rho. `fading`: the smaller of clip(rho) / rho and rho / clip(rho), which is never above 1."""
+    importance_cap: float | None = None
+    """Where given, a token that is not templated also weighs min(exp(old - sampling), cap): the truncated importance
+    weight of a trainer and an engine that differ, under the one prompt they share."""
     kl_coefficient: float = 0.0
     """Factor of the estimate of KL(policy || reference) that is added to a token's loss."""
     kl_estimator: KlEstimator = "k3"
@@ -70,9 +73,9 @@ class LossTokens(TypedDict, total=False):
     old_logprobs_T: Tensor | None
     """float32, under the same prompt before the first update; None: this pass provides them."""
     sampling_logprobs_T: Tensor | None
-    """float32, under the prompt of sampling; for `importance` and `ratio_mask`."""
+    """float32, under the prompt of sampling; for `importance`, `ratio_mask` and an importance cap."""
     is_templated_T: Tensor | None
-    """bool, whether the prompts differ; for `ratio_mask`."""
+    """bool, whether the prompts differ; for `ratio_mask` and an importance cap."""
     reference_logprobs_T: Tensor | None
     """float32, of the reference policy under the same prompt; for the KL term."""
     sequence_T: Tensor | None
@@ -131,21 +134,17 @@ def token_inputs(rule: LossRule, tokens: LossTokens) -> TokenInputs:
     sampling_logprobs_N, is_templated_N = tokens.get("sampling_logprobs_T"), tokens.get("is_templated_T")
     reference_logprobs_N = tokens.get("reference_logprobs_T")
     mask_N = None
-    match rule.context:
-        case "sampling" | "replace":
-            pass
-        case "importance":
-            old_logprobs_N = _given(sampling_logprobs_N, "sampling_logprobs_T", f"context={rule.context!r}")
-        case "ratio_mask":
-            sampling_N = _given(sampling_logprobs_N, "sampling_logprobs_T", f"context={rule.context!r}")
-            templated_N = _given(is_templated_N, "is_templated_T", f"context={rule.context!r}")
-            if old_logprobs_N is None:
-                mask_N = sampling_N
-            else:
-                advantages_N = tokens["advantages_T"]
-                weights_N = context_weighted(rule, weights_N, old_logprobs_N, sampling_N, templated_N, advantages_N)
-        case _:
-            assert_never(rule.context)
+    if rule.context == "importance":
+        old_logprobs_N = _given(sampling_logprobs_N, "sampling_logprobs_T", f"context={rule.context!r}")
+    if weighs_by_ratios(rule):
+        needed = f"context={rule.context!r}" if rule.context == "ratio_mask" else "importance_cap"
+        sampling_N = _given(sampling_logprobs_N, "sampling_logprobs_T", needed)
+        templated_N = _given(is_templated_N, "is_templated_T", needed)
+        if old_logprobs_N is None:
+            mask_N = sampling_N
+        else:
+            advantages_N = tokens["advantages_T"]
+            weights_N = context_weighted(rule, weights_N, old_logprobs_N, sampling_N, templated_N, advantages_N)
     if rule.kl_coefficient > 0:
         reference_logprobs_N = _given(reference_logprobs_N, "reference_logprobs_T", "kl_coefficient > 0")
     return TokenInputs(
@@ -164,6 +163,25 @@ def _given(values_N: Tensor | None, name: str, rule: str) -> Tensor:
     return values_N
 
 
+def weighs_by_ratios(rule: LossRule) -> bool:
+    """Whether a token's weight depends on its log-prob under the prompt of sampling.
+
+    Raises:
+        ValueError: an importance cap in a context that compares with the sampling log-probs already.
+    """
+    match rule.context:
+        case "ratio_mask":
+            return True
+        case "sampling" | "replace":
+            return rule.importance_cap is not None
+        case "importance":
+            if rule.importance_cap is not None:
+                raise ValueError("importance_cap: context='importance' has the ratio of trainer and engine in its own")
+            return False
+        case _:
+            assert_never(rule.context)
+
+
 def context_weighted(
     rule: LossRule,
     weights_N: Tensor,
@@ -176,22 +194,29 @@ def context_weighted(
 
     A ratio that is nan makes the weight nan in every form: as a token left out it would pass every check of the loss.
     """
-    log_ratio_N = torch.where(is_templated_N, old_N - sampling_N, 0.0)
-    ratio_N = log_ratio_N.clamp(-MAX_CONTEXT_LOG_RATIO, MAX_CONTEXT_LOG_RATIO).exp()
+    ratio_N = (old_N - sampling_N).clamp(-MAX_CONTEXT_LOG_RATIO, MAX_CONTEXT_LOG_RATIO).exp()
+    ones_N = torch.ones_like(ratio_N)
+    of_templated_N = _band_factors(rule, ratio_N, advantages_N) if rule.context == "ratio_mask" else ones_N
+    of_plain_N = ones_N if rule.importance_cap is None else ratio_N.clamp(max=rule.importance_cap)
+    factor_N = torch.where(is_templated_N, of_templated_N, of_plain_N)
+    return torch.where(weights_N != 0, weights_N.to(factor_N.dtype) * factor_N, 0.0)
+
+
+def _band_factors(rule: LossRule, ratio_N: Tensor, advantages_N: Tensor) -> Tensor:
+    """Return the weights of context ratios by `rule.ratio_form`."""
     match rule.ratio_form:
         case "hard" | "one_sided":
             is_dropped_N = (ratio_N < rule.ratio_low) | (ratio_N > rule.ratio_high)
             if rule.ratio_form == "one_sided":
                 is_dropped_N = is_dropped_N & ~(advantages_N > 0)
-            factor_N = torch.where(ratio_N.isnan(), ratio_N, (~is_dropped_N).to(ratio_N.dtype))
+            return torch.where(ratio_N.isnan(), ratio_N, (~is_dropped_N).to(ratio_N.dtype))
         case "soft":
-            factor_N = ratio_N.clamp(rule.ratio_low, rule.ratio_high) / ratio_N
+            return ratio_N.clamp(rule.ratio_low, rule.ratio_high) / ratio_N
         case "fading":
             band_N = ratio_N.clamp(rule.ratio_low, rule.ratio_high)
-            factor_N = torch.minimum(band_N / ratio_N, ratio_N / band_N)
+            return torch.minimum(band_N / ratio_N, ratio_N / band_N)
         case _:
             assert_never(rule.ratio_form)
-    return torch.where(weights_N != 0, weights_N.to(factor_N.dtype) * factor_N, 0.0)
 
 
 def token_losses_torch(rule: LossRule, logprobs_N: Tensor, tokens: TokenInputs) -> TokenLosses:

@@ -22,10 +22,10 @@ def _expm1(values):
 def token_losses_kernel(
     logprobs_ptr, advantages_ptr, weights_ptr, old_ptr, sampling_ptr, is_templated_ptr, log_ratio_ptr, reference_ptr,
     losses_ptr, logprob_grad_ptr, token_weights_ptr, ratio_ptr, is_clipped_ptr,
-    num_tokens, clip_low, clip_high, dual_clip, ratio_low, ratio_high, kl_coefficient,
+    num_tokens, clip_low, clip_high, dual_clip, ratio_low, ratio_high, importance_cap, kl_coefficient,
     max_log_ratio, max_context_log_ratio,
     HAS_OLD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LOG_RATIO: tl.constexpr, SOFT: tl.constexpr,
-    FADING: tl.constexpr, ONE_SIDED: tl.constexpr,
+    FADING: tl.constexpr, ONE_SIDED: tl.constexpr, HAS_BAND: tl.constexpr, HAS_CAP: tl.constexpr,
     CISPO: tl.constexpr, DUAL_CLIP: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (token blocks,). `token_loss.token_losses_torch`, term by term."""
@@ -40,8 +40,7 @@ def token_losses_kernel(
     if HAS_MASK:
         is_templated = tl.load(is_templated_ptr + tokens, mask=inside, other=0) != 0
         sampling = tl.load(sampling_ptr + tokens, mask=inside, other=0.0)
-        context_log_ratio = tl.where(is_templated, old - sampling, 0.0)
-        context_ratio = tl.exp(_clamp(context_log_ratio, -max_context_log_ratio, max_context_log_ratio))
+        context_ratio = tl.exp(_clamp(old - sampling, -max_context_log_ratio, max_context_log_ratio))
         band = _clamp(context_ratio, ratio_low, ratio_high)
         if SOFT:
             factor = band / context_ratio
@@ -54,6 +53,12 @@ def token_losses_kernel(
                 is_dropped = is_dropped & ((advantage > 0.0) == 0)
             factor = tl.where(is_dropped, 0.0, 1.0)
             factor = tl.where(context_ratio == context_ratio, factor, context_ratio)  # nan
+        if not HAS_BAND:
+            factor = 1.0
+        of_plain = 1.0
+        if HAS_CAP:
+            of_plain = tl.minimum(context_ratio, importance_cap, propagate_nan=tl.PropagateNan.ALL)
+        factor = tl.where(is_templated, factor, of_plain)
         weight = tl.where(weight != 0.0, weight * factor, 0.0)
     log_ratio = logprob - old
     if HAS_LOG_RATIO:

@@ -44,10 +44,12 @@ def token_losses_triton(rule: LossRule, logprobs_N: Tensor, tokens: TokenInputs)
         logprobs_N, tokens.advantages_N.float(), tokens.weights_N.float(), given(tokens.old_logprobs_N),
         given(tokens.mask_logprobs_N), is_templated, given(tokens.log_ratio_N), given(tokens.reference_logprobs_N),
         losses, logprob_grad, weights, ratio, is_clipped,
-        num_tokens, rule.clip_low, rule.clip_high, rule.dual_clip, rule.ratio_low, rule.ratio_high, rule.kl_coefficient,
+        num_tokens, rule.clip_low, rule.clip_high, rule.dual_clip, rule.ratio_low, rule.ratio_high,
+        rule.importance_cap or 1.0, rule.kl_coefficient,
         MAX_LOG_RATIO, MAX_CONTEXT_LOG_RATIO,
         HAS_OLD=tokens.old_logprobs_N is not None, HAS_MASK=tokens.mask_logprobs_N is not None,
         HAS_LOG_RATIO=tokens.log_ratio_N is not None, **_RATIO_FORMS[rule.ratio_form],
+        HAS_BAND=rule.context == "ratio_mask", HAS_CAP=rule.importance_cap is not None,
         **_SURROGATES[rule.surrogate], K2=has_kl and rule.kl_estimator == "k2", K3=has_kl and rule.kl_estimator == "k3",
         BLOCK=_BLOCK,
     )  # fmt: skip

@@ -96,4 +96,5 @@ class LogprobsConfig:
     forward pass."""
     importance_cap: Annotated[float, Range(at_least=1)] | None = None
     """Cap of the truncated importance weight min(pi_trainer / pi_engine, cap) of each token, under the prompt it was
-    sampled with. Needs `logprobs.recompute`. None: no weight."""
+    sampled with. Without `logprobs.recompute` plain rollouts are weighted in the training pass itself, and only
+    templated ones need a forward pass of the trainer under their template. None: no weight."""

@@ -34,7 +34,7 @@ from megatron_p2o.rl.objective import (
 )
 from megatron_p2o.rl.packing import context_part, context_positions, pack
 from megatron_p2o.types import Logprobs, PackedBatch, TokenStats, TrainSample
-from p2o_kernels import PolicyLoss
+from p2o_kernels import LossRule, PolicyLoss
 
 FILLER = TrainSample(
     context_ids=np.zeros(1, np.int32),
@@ -206,13 +206,14 @@ def forward_backward(
     batches: Sequence[MicroBatch],
     denominator: Denominator,
     expected_dead_share: float = 0.0,
+    importance_cap: float | None = None,
 ) -> PassResult:
     """Accumulate the gradient of the step's loss over `batches`, reduced over the data-parallel ranks. Collective.
 
-    `expected_dead_share`: see `HeadInput`.
+    `expected_dead_share`: see `HeadInput`. `importance_cap`: see `cap_in_the_loss`.
     """
     objective = denominator.objective
-    rule = loss_rule(objective)
+    rule = loss_rule(objective, importance_cap)
     # With a divisor per micro-batch the gradient that reaches the head's loss is not 1.
     adds_to_main_grad = objective.normalization != "micro_batch_mean" and not modules[0].ddp_config.overlap_grad_reduce
 
@@ -231,7 +232,7 @@ def forward_backward(
         outcome = PolicyLoss(*output)
 
         def loss_of(loss: Tensor) -> tuple[Tensor, Tensor, PassResult]:
-            stats, shifts = _measured(micro_batch, outcome, acts_without_advantage=rule.acts_without_advantage)
+            stats, shifts = _measured(micro_batch, outcome, rule)
             loss, divisor = denominator.contribution(loss, stats, micro_batch, number)
             # Megatron adds the divisors into a tensor of its own and scales the gradient by their sum.
             return loss, divisor, PassResult(loss=loss.detach(), divisor=divisor.clone(), stats=stats, shifts=shifts)
@@ -243,14 +244,15 @@ def forward_backward(
 
 
 def _measured(
-    micro_batch: MicroBatch, outcome: PolicyLoss, *, acts_without_advantage: bool
+    micro_batch: MicroBatch, outcome: PolicyLoss, rule: LossRule
 ) -> tuple[TokenStats[Tensor], tuple[tuple[tuple[int, ...], Tensor], ...]]:
     """Return the statistics of a pack and its part of `PassResult.shifts`; nothing of a filler."""
     if not micro_batch.samples:
         return zero_stats(outcome.loss.device), ()
     part = micro_batch.part
-    stats = token_stats(part, outcome, acts_without_advantage=acts_without_advantage)
-    is_counted_T = part.is_templated_T & carrying_tokens(part, acts_without_advantage=acts_without_advantage)
+    acts = rule.acts_without_advantage
+    stats = token_stats(part, outcome, acts_without_advantage=acts, importance_cap=rule.importance_cap)
+    is_counted_T = part.is_templated_T & carrying_tokens(part, acts_without_advantage=acts)
     return stats, ((micro_batch.samples, shift_sums(part, outcome, is_counted_T)),)
 
 

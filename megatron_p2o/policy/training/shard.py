@@ -30,7 +30,7 @@ from megatron_p2o.policy.training.settings import machine_problems, policy_setti
 from megatron_p2o.policy.weights.hf_directory import WeightFiles
 from megatron_p2o.policy.weights.hf_weights import diverged_weights, export_hf_weights, load_hf_weights
 from megatron_p2o.processes import RankMemory, own_host_memory
-from megatron_p2o.rl.objective import dead_share, stats_as_numbers
+from megatron_p2o.rl.objective import cap_in_the_loss, dead_share, stats_as_numbers
 from megatron_p2o.types import Logprobs
 from p2o_kernels import HeadOptions
 
@@ -102,7 +102,8 @@ class PolicyShard:
         )
         learning_rate = optimization.learning_rate
         optimization.clear_gradients()
-        result = forward_backward(optimization.modules, batches, denominator, self._dead_share).on_cpu()
+        cap = cap_in_the_loss(self.config)
+        result = forward_backward(optimization.modules, batches, denominator, self._dead_share, cap).on_cpu()
         self._dead_share = dead_share(stats_as_numbers(result.stats), otherwise=self._dead_share)
         outcome = optimization.step()
         if not self.speaks:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_p2o.config.tree import (
     HeadConfig,
     LoggingConfig,
+    LogprobsConfig,
     ObjectiveConfig,
     OptimizerConfig,
     RolloutConfig,
@@ -24,19 +25,34 @@ from megatron_p2o.policy.model.attention import pack_layout, sample_positions
 from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.model.head import HeadInput
 from megatron_p2o.policy.training.forward import Denominator, MicroBatch
+from megatron_p2o.policy.training.ranks import MegatronPolicy
 from megatron_p2o.policy.training.settings import check_values
 from megatron_p2o.policy.weights.hf_directory import WeightFiles, write_hf_directory
 from megatron_p2o.policy.weights.hf_weights import load_hf_weights
 from megatron_p2o.rl.objective import loss_rule, token_stats
 from megatron_p2o.rl.packing import pack
+from megatron_p2o.rl.update import update
+from megatron_p2o.testing.fakes import fake_problem
 from megatron_p2o.testing.policy_oracle import PolicyOracle, policy_config, random_samples, token_losses
 from megatron_p2o.testing.tested_policy import LENGTHS, SAMPLES, VOCAB_SIZE, assert_same_weights, policy_of, weights_of
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
-from megatron_p2o.types import PackedBatch, UpdateReport
+from megatron_p2o.types import (
+    CORRECT,
+    PLAIN,
+    Completion,
+    Group,
+    PackedBatch,
+    Prompt,
+    Rollout,
+    Template,
+    TokenStats,
+    UpdateReport,
+)
 from p2o_kernels import HeadOptions, LossRule, PolicyLoss
 from p2o_kernels.policy_loss import linear_policy_loss_reference
 from p2o_kernels.policy_loss.token_loss import Context
 
+HINT = Template(id=1, text="Think.", parent=0)
 CONTEXTS: tuple[Context, ...] = ("sampling", "replace", "importance", "ratio_mask")
 
 
@@ -196,6 +212,57 @@ def test_the_shift_of_each_templated_sample_is_its_template_s_log_probs_less_tho
     # The importance context keeps no log-probs of before: its second update sees the moved policy's.
     for report in reports[:1] if context == "importance" else reports:
         assert {key: shift.head_sum for key, shift in report.shifts.items()} == pytest.approx(truth, abs=1e-4)
+
+
+@pytest.mark.parametrize("context", ["replace", "ratio_mask"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_weights_of_a_first_step_with_templates_are_those_of_one_without(
+    model: Path, context: Context, recompute: bool
+):
+    """The same noise between engine and trainer, once under templates and once without any: the same diagnostics."""
+    objective = ObjectiveConfig(context=context, ratio_low=1e-9, ratio_high=1e9)
+    config = policy_config(model, objective=objective)
+    config = replace(config, logprobs=LogprobsConfig(recompute=recompute, importance_cap=1.1))
+    generator = np.random.default_rng(0)
+    noise = [generator.normal(0, 0.2, length).astype(np.float32) for length in LENGTHS]
+
+    def groups_of(policy: MegatronPolicy, has_templates: bool) -> list[Group]:
+        rollouts: list[Rollout] = []
+        for index, (sample, noise_R) in enumerate(zip(SAMPLES, noise, strict=True)):
+            template = HINT if has_templates and index % 2 else PLAIN
+            prefix = np.arange(40, 52, dtype=np.int32) if template is HINT else np.empty(0, np.int32)
+            sampling_ids = np.concatenate([prefix, sample.context_ids])
+            (trainer_R,) = policy.logprobs([replace(sample, context_ids=sampling_ids)])
+            problem = fake_problem(index)
+            prompt = Prompt(
+                problem=problem, template=template, sampling_ids=sampling_ids, training_ids=sample.context_ids
+            )
+            completion = Completion(
+                prompt=prompt,
+                token_ids=sample.response_ids,
+                logprobs=trainer_R - noise_R,
+                finish_reason="stop",
+                weight_versions=(0,),
+            )
+            rollouts.append(Rollout(completion=completion, grade=CORRECT))
+        return [Group(problem=each.completion.prompt.problem, rollouts=(each,), advantages=(1.0,)) for each in rollouts]
+
+    found: list[TokenStats[float]] = []
+    for has_templates in (False, True):
+        with policy_of(config) as policy:
+            groups = groups_of(policy, has_templates)
+            schedule = replace(config.schedule, problems_per_step=len(groups), problems_per_update=len(groups))
+            (report,) = update(groups, [0.0] * len(groups), policy, replace(config, schedule=schedule))
+        found.append(report.tokens)
+    whole = np.concatenate(noise).astype(np.float64)
+    for tokens in found:
+        assert tokens.weighted_tokens == tokens.mismatch_tokens == len(whole)
+        assert tokens.capped_tokens == int((whole > np.log(1.1)).sum())
+        # Sums of float32 log-probs of about -5 with an error of 1e-6 each.
+        assert tokens.mismatch_abs_sum == pytest.approx(np.abs(whole).sum(), abs=1e-3)
+        assert tokens.mismatch_ratio_sum == pytest.approx(np.exp(whole).sum(), abs=1e-3)
+    assert found[1].templated_tokens > 0 and found[0].templated_tokens == 0
+    assert found[1].templated_gain_sum > 0.1, "the contexts differ: weights on the bare prompt would hold that, too"
 
 
 def test_the_export_equals_what_was_loaded_bit_for_bit(any_model: Path, tmp_path: Path):
