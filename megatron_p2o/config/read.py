@@ -119,6 +119,8 @@ def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
     files = {**(config.data.training_files if for_training else {}), **config.data.evaluation_files}
     if for_training and config.evolution.reflection.phrases is not None:
         files["evolution.reflection.phrases"] = config.evolution.reflection.phrases
+    if for_training and config.evolution.templates_file is not None:
+        files["evolution.templates_file"] = config.evolution.templates_file
     missing = [
         f"{name}={file} must be an existing file: correct the path (relative to {Path.cwd()})"
         for name, file in files.items()

@@ -231,7 +231,7 @@ def _process_rules(config: Config) -> list[Rule]:
             "parallel.pipeline > 1",
         ),
         (
-            not config.evolution.enabled
+            not config.evolution.searches
             or config.evolution.beside_training
             or config.evolution.round_timeout_s < config.parallel.command_timeout_s,
             f"evolution.round_timeout_s={config.evolution.round_timeout_s:g} must be less than "
@@ -239,7 +239,7 @@ def _process_rules(config: Config) -> list[Rule]:
             "the other ranks wait while a round runs",
         ),
         (
-            not config.evolution.enabled
+            not config.evolution.searches
             or config.evolution.reflection.backend != "openai"
             or bool(config.evolution.reflection.base_url and config.evolution.reflection.model),
             "evolution.reflection.backend=openai needs evolution.reflection.base_url and .model",
@@ -249,7 +249,7 @@ def _process_rules(config: Config) -> list[Rule]:
             "evolution.reflection.extra_body must hold none of messages, stream and n: one whole reply is read",
         ),
         (
-            not config.evolution.enabled
+            not config.evolution.searches
             or config.evolution.reflection.backend != "phrasebook"
             or bool(config.evolution.reflection.phrases),
             "evolution.reflection.backend=phrasebook needs evolution.reflection.phrases: a file of phrases",

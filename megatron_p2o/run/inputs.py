@@ -11,6 +11,7 @@ from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
 from megatron_p2o.data.tables import missing_package
 from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
+from megatron_p2o.evolve.process.given import check_templates
 from megatron_p2o.evolve.reflection.reflectors import check_settings
 from megatron_p2o.evolve.reflection.task_description import task_description_of
 from megatron_p2o.evolve.search.rules import rules_named
@@ -57,7 +58,7 @@ def load_inputs(config: Config) -> Inputs:
     check_vocabulary(config, inputs)
     check_hard_set(config, num_asked(config.data, inputs.train))
     check_surrogate(config.objective, loss_rule(config.objective))
-    check_evolution(config)
+    check_evolution(config, inputs.train)
     return inputs
 
 
@@ -130,9 +131,13 @@ def check_hard_set(config: Config, num_problems: int) -> None:
         )
 
 
-def check_evolution(config: Config) -> None:
-    """Raise `ValueError` or `OSError` when the rules, the writer of templates, or what it is told cannot be had."""
-    if not config.evolution.enabled:
+def check_evolution(config: Config, train: Sequence[Problem]) -> None:
+    """Raise `ValueError` or `OSError` when the rules, the writer of templates, or what it is told cannot be had, or
+    where given templates cannot be used."""
+    evolution = config.evolution
+    if evolution.enabled and evolution.templates_file is not None:
+        check_templates(Path(evolution.templates_file), evolution.max_template_tokens, train)
+    if not evolution.searches:
         return
     task_description_of(config)
     rules_named(config.evolution.rules)

@@ -91,6 +91,8 @@ def file_digests(config: Config) -> dict[str, str]:
     named = {**data.training_files, **data.evaluation_files}
     if phrases is not None:
         named["evolution.reflection.phrases"] = phrases
+    if config.evolution.templates_file is not None:
+        named["evolution.templates_file"] = config.evolution.templates_file
     digests = {name: _content_digest(path) for name, path in named.items()}
     if config.objective.kl_coefficient > 0:
         digests[INITIAL_WEIGHTS] = weights_digest(Path(config.model.path))

@@ -74,9 +74,12 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
     ),
     "round": (
         *("hard.min_problems", "assignment.num_plain", "assignment.same_template_in_group"),
-        *_in("evolution", "enabled beside_training max_version_gap rules budget max_rollouts dev_size num_lineages"),
+        *_in(
+            "evolution",
+            "enabled beside_training max_version_gap rules budget max_rollouts dev_size num_lineages",
+        ),
         *_in("evolution", "minibatch_size trial_temperature warm_start guard_leaks plain_control"),
-        *_in("evolution", "max_template_tokens round_timeout_s"),
+        *_in("evolution", "max_template_tokens round_timeout_s templates_file"),
         *_in(
             "evolution.reflection", "backend base_url model api_key_env phrases task_description temperature max_tokens"
         ),
@@ -111,6 +114,7 @@ OF_FILE: Mapping[str, Effect] = {
     "data.train": "problems",
     "data.evaluation": "evaluation",
     "evolution.reflection.phrases": "round",
+    "evolution.templates_file": "round",
 }
 """The same of files: those of `model.path`, and those that settings name. The model's sizes are compared one by one.
 Its weights count only where a KL term compares the policy with them: a resumed run has the checkpoint's."""

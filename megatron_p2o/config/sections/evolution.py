@@ -89,6 +89,10 @@ class EvolutionConfig:
 
     enabled: bool = True
     """Whether templates are evolved and used. False is plain GRPO."""
+    templates_file: str | None = None
+    """File of templates that take the place of a search: after an epoch each hard problem gets some of them, drawn at
+    random, and nothing is sampled to choose them. A JSON list of texts if it ends in .json, else one template a line. A
+    template that holds a gold answer of a training problem is refused. None: templates are evolved."""
     beside_training: bool = True
     """Whether a round runs in the slots that training leaves idle; its library is used from the next step after it
     ended. False waits for each round, as the authors do: slower, but a run can be repeated exactly."""
@@ -132,3 +136,8 @@ class EvolutionConfig:
     speed of the machine."""
     reflection: ReflectionConfig = field(default_factory=ReflectionConfig)
     """Settings of the writer of new templates."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether rounds search for templates: not where there are none, nor where a file gives them."""
+        return self.enabled and self.templates_file is None

@@ -25,7 +25,7 @@ from megatron_p2o.run.ranks.rank_errors import STOP_TIMEOUT_S
 
 def conductor_secrets(config: Config) -> tuple[str, ...]:
     """Return the environment variables that may hold secrets and that rank 0 needs; the other ranks need none."""
-    names = secrets_of(config.evolution.reflection) if config.evolution.enabled else ()
+    names = secrets_of(config.evolution.reflection) if config.evolution.searches else ()
     return (*names, *reward_secrets(config), *sink_secrets(config.logging))
 
 

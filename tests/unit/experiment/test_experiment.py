@@ -13,10 +13,13 @@ import pytest
 
 from megatron_p2o.config.read import dump_config, load_config
 from megatron_p2o.config.source import ConfigError
+from megatron_p2o.evolve.process.given import read_templates
 from megatron_p2o.experiment.conduct import is_finished, job_lines, run_missing, settings_file, submit, write_settings
 from megatron_p2o.experiment.outcome import MixedRuns, compare_arms
 from megatron_p2o.experiment.plan import Experiment, PlannedRun, read_experiment
 from megatron_p2o.experiment.tables import print_arms
+
+ROOT = Path(__file__).parents[3]
 
 BASE = """
 model: {path: runs/tiny/model}
@@ -263,7 +266,7 @@ def test_the_command_compares_what_there_is(tmp_path: Path) -> None:
 
 
 def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
-    experiment = read_experiment(Path(__file__).parents[3] / "experiments" / "hard_problems.yaml")
+    experiment = read_experiment(ROOT / "experiments" / "hard_problems.yaml")
     arms = {run.arm: run.config for run in experiment.runs}
     assert len(experiment.runs) == 5 * len(arms) and experiment.budget.startswith("schedule.max_tokens=")
     plain = {arm for arm, config in arms.items() if not config.evolution.enabled}
@@ -271,6 +274,10 @@ def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
     assert arms["grpo_2g"].rollout.group_size == 2 * arms["grpo"].rollout.group_size
     assert arms["dapo"].schedule.max_batches_per_step > 1 == arms["grpo"].schedule.max_batches_per_step
     assert arms["dapo"].objective == arms["grpo"].objective, "dynamic sampling alone: no clip-higher"
+    given = arms["random_templates"].evolution
+    assert given.templates_file is not None and given.enabled and not given.searches
+    assert len(read_templates(ROOT / given.templates_file, given.max_template_tokens)) > 4
+    assert arms["p2o"].evolution.searches and arms["p2o"].evolution.templates_file is None
     assert (arms["p2o_authors"].preset, arms["p2o"].preset) == ("reference", "p2o")
     for section in ("model", "data", "optimizer", "evaluation"):
         assert all(getattr(config, section) == getattr(arms["grpo"], section) for config in arms.values()), section

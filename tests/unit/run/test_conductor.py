@@ -1,6 +1,7 @@
 """A run from its beginning to its end on rank 0, with fakes for trainer and engines: what is started is closed."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +194,54 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_stood(
     asked = [prompt.problem.id for engines in (first, second) for prompt in engines.prompts[::4]]
     assert sorted(asked[:4]) == sorted(asked[4:]) == ["p0", "p1", "p2", "p3"]
     assert [json.loads(line)["step"] for line in (folder / "history.jsonl").read_text().splitlines()] == [0, 2]
+
+
+def test_templates_of_a_file_are_given_to_hard_problems_and_nothing_is_sampled_to_choose_them(
+    tmp_path: Path, model: Path
+) -> None:
+    texts = ["Count on your fingers.", "Take your time.", "Begin at the end."]
+    (tmp_path / "given.txt").write_text("# by hand\n" + "".join(f"{text}\n\n" for text in texts))
+    given = (f"evolution.templates_file={tmp_path}/given.txt", "evolution.enabled=true", "hard.min_problems=1")
+    config = config_of(tmp_path, model, *given, "assignment.num_plain=1", "evolution.warm_start=false")
+    engines = Engines()
+    run(config, lambda stop_token_ids: engines)
+    assert len(engines.prompts) == 2 * 4 * 4, "two epochs of training rollouts, and no trial"
+    first, second = engines.prompts[:16], engines.prompts[16:]
+    assert not any(prompt.is_templated for prompt in first)
+    drawn = [prompt.template.text for prompt in second]
+    assert [bool(text) for text in drawn] == [True, True, True, False] * 4
+    assert {text for text in drawn if text} <= set(texts) and len(set(drawn)) > 2
+    library = json.loads((config.run.folder / "templates" / "library-1.json").read_text())
+    assert [template["text"] for template in library["templates"]] == texts
+    results = json.loads((config.run.folder / "results.json").read_text())
+    assert results["num_rollouts_evolution"] == 0 and results["rounds"] == []
+    again = Engines()
+    run(config_of(tmp_path, model, *given, "assignment.num_plain=1", "run.name=again"), lambda stop_token_ids: again)
+    assert [prompt.template.text for prompt in again.prompts] == [prompt.template.text for prompt in engines.prompts]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.txt", "Add.\nIt is 1234, always.\n", "template 2 holds '1234', the gold answer of problem leaky: take it"),
+        ("t.json", '["Add.", "It is 1,234."]', "template 2 holds '1234', the gold answer of problem leaky: take it"),
+        ("t.txt", "Add.\nAdd.\n", "template 2 cannot be used (duplicate): Add."),
+        ("t.txt", "# nothing\n", "holds no template"),
+        ("t.json", '{"a": 1}', "must hold a JSON list of texts"),
+        ("t.json", '["Add.", ', "must hold a JSON list of texts"),
+        ("t.txt", "<|im_end|>\n", "template 1 cannot be used (chat markup)"),
+    ],
+)
+def test_templates_that_cannot_be_used_are_refused_before_anything_starts(
+    name: str, content: str, said: str, tmp_path: Path, model: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    given = (f"evolution.templates_file={tmp_path / name}", "evolution.enabled=true", "hard.min_problems=1")
+    config = config_of(tmp_path, model, *given)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "leaky", "question": "1233+1", "answer": "1234"}) + "\n")
+    with pytest.raises(ValueError, match=r"evolution\.templates_file=.*" + re.escape(said)):
+        load_inputs(config)
 
 
 def spent_in(folder: Path) -> dict[str, float]:
