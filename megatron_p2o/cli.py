@@ -129,6 +129,11 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         help="a set of problems, or one of data.evaluation; repeatable; default: all of data.evaluation",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: evaluations/ of the run")
+    parser.add_argument(
+        "--template",
+        metavar="best|FILE|TEXT",
+        help="ask all problems through a template: the run's best, that of a .txt or .md file, or this text",
+    )
     parser.add_argument("--restart", action="store_true", help="throw away the responses in the output folder")
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"), help="compare two output folders instead"
@@ -213,7 +218,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _compare(first, second, options.output)
     from megatron_p2o.run.evaluation import evaluation_request, run_evaluation
 
-    request = evaluation_request(options.target, options.config, options.overrides, options.benchmarks, options.output)
+    request = evaluation_request(
+        options.target, options.config, options.overrides, options.benchmarks, options.output, options.template
+    )
     return run_evaluation(request, options.restart)
 
 

@@ -39,11 +39,11 @@ from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.processes import exit_on_signal
 from megatron_p2o.rewards.tasks import TaskGrader
-from megatron_p2o.rl.sampling import SamplingParts
+from megatron_p2o.rl.sampling import SamplingParts, asked
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, read_manifest
 from megatron_p2o.terminal import say
-from megatron_p2o.types import PLAIN, Problem
+from megatron_p2o.types import PLAIN, Problem, Template
 
 FORMAT = 2
 INTERVALS = "over problems: Clopper-Pearson where all are 0 or 1 or fewer than 6 vary, else percentile bootstrap"
@@ -60,6 +60,8 @@ class Subject:
     weights_sha256: str
     step: int | None
     """Training step; None for a model directory."""
+    template: Template = PLAIN
+    """What all problems are asked through."""
 
 
 def discard_responses(output: Path) -> None:
@@ -68,7 +70,7 @@ def discard_responses(output: Path) -> None:
     (output / RESULTS_FILE).unlink(missing_ok=True)
 
 
-def directory_subject(directory: Path) -> Subject:
+def directory_subject(directory: Path, template: Template = PLAIN) -> Subject:
     """Return a Hugging Face directory as the subject of an evaluation; reads all its weights once.
 
     Raises:
@@ -81,14 +83,15 @@ def directory_subject(directory: Path) -> Subject:
         path=str(directory),
         weights_sha256=json_digest({name: digest.sha256 for name, digest in digests_of(files).items()}),
         step=None,
+        template=template,
     )
 
 
-def checkpoint_subject(checkpoint: Path, step: int) -> Subject:
+def checkpoint_subject(checkpoint: Path, step: int, template: Template = PLAIN) -> Subject:
     """Return a whole checkpoint of a run as the subject of an evaluation, by the hashes in its manifest."""
     files = read_manifest(checkpoint).files
     weights = {name: digest.sha256 for name, digest in files.items() if name.startswith(f"{POLICY_FOLDER}/")}
-    return Subject(path=str(checkpoint), weights_sha256=json_digest(weights), step=step)
+    return Subject(path=str(checkpoint), weights_sha256=json_digest(weights), step=step, template=template)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +102,9 @@ class Benchmark:
     problems: Sequence[Problem]
     protocol: Protocol
     file: ResponseFile
+    template: Template = PLAIN
+    num_asked_plainly: int = 0
+    """Problems that are too long under the template, and are asked without it."""
 
     @property
     def wanted(self) -> list[tuple[Problem, int]]:
@@ -112,13 +118,21 @@ class Benchmark:
         """Return what the responses amount to; none may be missing. Raises `NothingDecided`, naming the set."""
         responses = [self.file.responses[problem.id, sample] for problem, sample in self.wanted]
         try:
-            return evaluation_of(responses, self.problems, self.protocol.num_samples, self.protocol.temperature)
+            return evaluation_of(
+                responses,
+                self.problems,
+                self.protocol.num_samples,
+                self.protocol.temperature,
+                self.num_asked_plainly,
+            )
         except NothingDecided as error:
             raise NothingDecided(f"{self.name}: {error}: the same command asks them again") from error
 
 
-def evaluate_directory(config: Config, output: Path) -> None:
+def evaluate_directory(config: Config, output: Path, template: Template = PLAIN) -> None:
     """Evaluate the model in `model.path` on engines of this machine alone; no trainer is started.
+
+    `template`: what all problems are asked through.
 
     Raises:
         ValueError: a problem file, the model directory or earlier responses in `output` are not usable.
@@ -126,7 +140,7 @@ def evaluate_directory(config: Config, output: Path) -> None:
     signal.signal(signal.SIGTERM, exit_on_signal)
     config = replace(config, rollout=replace(config.rollout, num_engines=_engines_here(config)))
     config = with_template_date(config, output / "config.yaml")
-    subject = directory_subject(Path(config.model.path))
+    subject = directory_subject(Path(config.model.path), template)
     renderer = chat_renderer(config)
     write_whole(output / "config.yaml", dump_config(config))
     with ExitStack() as stack:
@@ -155,8 +169,23 @@ def open_benchmarks(
         protocol = protocol_of(name, len(problems), config)
         settings = response_settings(name, problems, protocol, subject, renderer, config)
         file = stack.enter_context(ResponseFile(output / RESPONSES_FOLDER / f"{quote(name, safe='')}.jsonl", settings))
-        benchmarks.append(Benchmark(name=name, problems=problems, protocol=protocol, file=file))
+        too_long = [each for each in problems if not _fits(each, subject.template, renderer)]
+        benchmarks.append(
+            Benchmark(
+                name=name,
+                problems=problems,
+                protocol=protocol,
+                file=file,
+                template=subject.template,
+                num_asked_plainly=len(too_long),
+            )
+        )
     return benchmarks
+
+
+def _fits(problem: Problem, template: Template, renderer: PromptRenderer) -> bool:
+    """Return whether a problem can be asked through the template."""
+    return not template.text or asked(problem, template, renderer).is_templated
 
 
 def sample_missing(benchmarks: Sequence[Benchmark], parts: SamplingParts, config: Config) -> None:
@@ -166,7 +195,7 @@ def sample_missing(benchmarks: Sequence[Benchmark], parts: SamplingParts, config
         counts = {"num_wanted": len(benchmark.wanted), "num_missing": len(missing)}
         sampling = evaluation_sampling(config, benchmark.protocol)
         with EvaluationProgress(benchmark.name, **asdict(benchmark.protocol), **counts) as progress:
-            for sample, rollout in sampled_responses(missing, sampling, parts):
+            for sample, rollout in sampled_responses(missing, sampling, parts, benchmark.template):
                 benchmark.file.append(graded_response(rollout, sample, parts.renderer.decode(rollout.completion)))
                 progress.advance()
 
@@ -189,7 +218,7 @@ def response_settings(
 ) -> JsonObject:
     """Return what the responses to set `name` and their grades depend on; not their number, which may be raised."""
     grading = config.grading_of(config.data.task_of_set(name))
-    prompts = {problem.id: renderer.render(problem, PLAIN).sampling_ids.tolist() for problem in problems}
+    prompts = {problem.id: asked(problem, subject.template, renderer).sampling_ids.tolist() for problem in problems}
     sampling = evaluation_sampling(config, protocol)
     return {
         "weights": subject.weights_sha256,
@@ -211,6 +240,7 @@ def results_of(benchmarks: Sequence[Benchmark], subject: Subject, config: Config
     return {
         "format": FORMAT,
         **{"model": subject.path, "weights_sha256": subject.weights_sha256, "step": subject.step},
+        "template": subject.template.text,
         "seed": config.run.seed,
         "max_new_tokens": config.rollout.max_new_tokens,
         "intervals": {

@@ -7,15 +7,20 @@ from pathlib import Path
 
 from megatron_p2o.config.read import ConfigError, load_config, missing_paths
 from megatron_p2o.config.tree import Config
-from megatron_p2o.files import limit_readers, read_json_object
+from megatron_p2o.files import json_digest, limit_readers, read_json_object
 from megatron_p2o.run.launch import check_engines, launch
 from megatron_p2o.run.ranks.environment import prepare_environment
 from megatron_p2o.run.ranks.signals import evaluation_notice, told_at_once
 from megatron_p2o.run_folder.lock import hold_run
-from megatron_p2o.run_folder.state import STATE_FILE
+from megatron_p2o.run_folder.state import STATE_FILE, read_state
 
 EVALUATIONS_FOLDER = "evaluations"
 """Folder in a run's folder for its evaluations, unless `--output` names another."""
+
+BEST = "best"
+
+TEMPLATE_SUFFIXES = (".txt", ".md")
+"""End the name of a file that holds a template; anything else is the template's text."""
 
 POINTERS = ("latest", "best")
 """Files under `checkpoints` that name one of them."""
@@ -30,10 +35,17 @@ class EvaluationRequest:
     checkpoint: Path | None
     """None: the model in `model.path`."""
     output: Path
+    template: str = ""
+    """Text of the template that all problems are asked through; "" asks plainly."""
 
 
 def evaluation_request(
-    target: Path, settings_file: Path | None, overrides: Sequence[str], benchmarks: Sequence[str], output: Path | None
+    target: Path,
+    settings_file: Path | None,
+    overrides: Sequence[str],
+    benchmarks: Sequence[str],
+    output: Path | None,
+    template: str | None = None,
 ) -> EvaluationRequest:
     """Return the evaluation of a settings file's initial policy, a checkpoint or a Hugging Face directory.
 
@@ -42,6 +54,7 @@ def evaluation_request(
         settings_file: for a directory; a checkpoint has those of its run, a model the defaults.
         overrides: "name=value" settings, which win.
         benchmarks: "name=file" to add a set, "name" to choose one of `data.evaluation`; empty chooses all.
+        template: text of a template, a file with one, or "best" for the best one of the checkpoint's run; None: plain.
 
     Raises:
         ValueError: the target is none of these, settings are wrong, or files are missing.
@@ -69,8 +82,34 @@ def evaluation_request(
             "(it has no config.json)"
         )
     config = _checked(_with_sets(config, list(named)))
+    text = "" if template is None else template_text(template, checkpoint)
+    # Responses under a template are others: they have a folder of their own.
+    default = default.with_name(f"{default.name}-template-{json_digest(text)[:8]}") if text else default
     place = (output or default).absolute()
-    return EvaluationRequest(config=own_run(config, place), checkpoint=checkpoint, output=place)
+    return EvaluationRequest(config=own_run(config, place), checkpoint=checkpoint, output=place, template=text)
+
+
+def template_text(given: str, checkpoint: Path | None) -> str:
+    """Return the text of a template that is given as itself, as a file, or as "best".
+
+    Raises:
+        ValueError: there is none.
+    """
+    if given == BEST:
+        best = read_state(checkpoint / STATE_FILE).best_template if checkpoint is not None else ""
+        if not best:
+            raise ValueError(
+                "--template best needs a checkpoint of a run that has published templates: name a file or write a text"
+            )
+        return best
+    is_path = given.endswith(TEMPLATE_SUFFIXES)
+    try:
+        text = Path(given).read_text(encoding="utf-8").strip() if is_path else given.strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--template {given} must be a file of UTF-8 text") from error
+    if not text:
+        raise ValueError(f"--template {given} holds no text: leave it out to ask plainly")
+    return text
 
 
 def run_evaluation(request: EvaluationRequest, restart: bool) -> int:
@@ -80,18 +119,19 @@ def run_evaluation(request: EvaluationRequest, restart: bool) -> int:
         restart: throw earlier responses in the output folder away.
     """
     if request.checkpoint is not None:
-        flags = ["--restart"] if restart else []
+        flags = [*(["--restart"] if restart else []), f"--template={request.template}"]
         return launch(request.config, ["--evaluate", str(request.checkpoint), *flags])
     check_engines(request.config)
     prepare_environment(request.config)
     limit_readers(request.output, request.config.run.readable_by)
     # Imported here: transformers and the engine's client take seconds that a refused request does not need.
     from megatron_p2o.evaluation.benchmark import discard_responses, evaluate_directory
+    from megatron_p2o.evaluation.protocol import template_with_text
 
     with hold_run(request.output), told_at_once(evaluation_notice):
         if restart:
             discard_responses(request.output)
-        evaluate_directory(request.config, request.output)
+        evaluate_directory(request.config, request.output, template_with_text(request.template))
     return 0
 
 

@@ -25,6 +25,7 @@ from megatron_p2o.evaluation.benchmark import (
     sample_missing,
     write_results,
 )
+from megatron_p2o.evaluation.protocol import template_with_text
 from megatron_p2o.machine.memory.here import with_planned_cache
 from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
 from megatron_p2o.processes import end_with_parent, exit_on_signal
@@ -40,6 +41,7 @@ from megatron_p2o.run.ranks.rank_errors import report_error
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
 from megatron_p2o.run_folder.state import STATE_FILE, read_state
 from megatron_p2o.terminal import say, set_up_logging
+from megatron_p2o.types import Template
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="megatron_p2o.run.train")
     parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
     parser.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="measure this checkpoint, train nothing")
+    parser.add_argument("--template", default="", metavar="TEXT", help="template that the evaluation asks through")
     parser.add_argument("--restart", action="store_true", help="throw earlier responses of the evaluation away")
     parser.add_argument("--parent", type=int, metavar="PID", default=os.getppid(), help="ends with this process")
     options = parser.parse_args(arguments)
@@ -80,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.evaluate:
             if options.restart:
                 discard_responses(run_dir)
-            evaluate_checkpoint(config, run_dir, policy, options.evaluate, start, stack)
+            template = template_with_text(options.template)
+            evaluate_checkpoint(config, run_dir, policy, options.evaluate, template, start, stack)
         else:
             assert inputs is not None, "the conductor is rank 0"
             conduct(config, run_dir, policy, inputs, start)
@@ -92,10 +96,11 @@ def evaluate_checkpoint(
     output: Path,
     policy: MegatronPolicy,
     checkpoint: Path,
+    template: Template,
     start: StartEngines,
     stack: ExitStack,
 ) -> None:
-    """Evaluate a checkpoint of a run plainly on every set of `data.evaluation`; see `benchmark`.
+    """Evaluate a checkpoint of a run on every set of `data.evaluation`, asked through `template`; see `benchmark`.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -103,7 +108,7 @@ def evaluate_checkpoint(
     """
     undamaged(checkpoint)
     step = read_state(checkpoint / STATE_FILE).step
-    subject = checkpoint_subject(checkpoint, step)
+    subject = checkpoint_subject(checkpoint, step, template)
     renderer = chat_renderer(config)
     benchmarks = open_benchmarks(subject, renderer, config, output, stack)
     if any(benchmark.missing for benchmark in benchmarks):

@@ -15,7 +15,7 @@ from megatron_p2o.config.tree import Config, EvaluationConfig, EvaluationSetConf
 from megatron_p2o.evaluation.benchmark import Subject, open_benchmarks, results_of, sample_missing
 from megatron_p2o.evaluation.comparison import compare
 from megatron_p2o.evaluation.outcome import NothingDecided, evaluation_metrics
-from megatron_p2o.evaluation.protocol import Protocol, evaluate, protocol_of
+from megatron_p2o.evaluation.protocol import Protocol, evaluate, protocol_of, template_with_text
 from megatron_p2o.evaluation.tables import print_comparison, print_results
 from megatron_p2o.metrics.values import numbers_of
 from megatron_p2o.rl.sampling import SamplingParts
@@ -341,3 +341,18 @@ def test_comparison_of_different_problems_is_refused(tmp_path: Path) -> None:
         compare(first, third)
     with pytest.raises(ValueError, match=r"holds no results\.json"):
         compare(first, tmp_path)
+
+
+def test_all_problems_are_asked_through_a_template_and_its_responses_are_others(tmp_path: Path) -> None:
+    config, plain = sets_config(tmp_path), parts_of(decidable)
+    hint = template_with_text("Be brave.")
+    results = evaluated(config, plain, tmp_path / "plain")
+    assert results["template"] == "" and results["sets"]["aime"]["num_asked_plainly"] == 0
+    hinted = parts_of(lambda prompt, place: FakeReply(text="yes" if prompt.is_templated else "no"))
+    templated = evaluated(config, hinted, tmp_path / "templated", replace(MODEL, template=hint))
+    assert templated["template"] == "Be brave." and templated["sets"]["aime"]["accuracy"] == 1.0
+    with pytest.raises(ValueError, match="prompts"):
+        evaluated(config, hinted, tmp_path / "plain", replace(MODEL, template=hint))
+    short = replace(hinted, renderer=FakeRenderer(max_prompt_tokens=len("question 0")))
+    too_long = evaluated(config, short, tmp_path / "long", replace(MODEL, template=hint))["sets"]["aime"]
+    assert (too_long["num_asked_plainly"], too_long["accuracy"]) == (5, 0.0), "asked plainly, and counted"

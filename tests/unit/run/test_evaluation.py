@@ -1,5 +1,7 @@
 """What `p2o eval` takes its target, sets and output for."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from megatron_p2o.cli import main
 from megatron_p2o.config.tree import EvaluationSetConfig
 from megatron_p2o.run.evaluation import EvaluationRequest, evaluation_request
+from megatron_p2o.run_folder.state import RunState, write_state
 
 AIME = EvaluationSetConfig(file="aime.jsonl", num_samples=32)
 
@@ -88,3 +91,35 @@ def test_a_wrong_request_starts_nothing_and_says_why(
 ) -> None:
     assert main(["eval", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_template_is_the_runs_best_that_of_a_file_or_a_text(run: Path) -> None:
+    checkpoint = run / "checkpoints" / "step-000030"
+    state = RunState(step=30, epoch=1, batch=0, hard_problem_ids=(), library_version=1, num_ledger_entries=0)
+    write_state(checkpoint / "run_state.json", replace(state, best_template="Draw it."))
+    Path("hint.txt").write_text("Draw it.\n")
+    requests = [
+        evaluation_request(checkpoint, None, (), (), None, given) for given in ("best", "hint.txt", " Draw it. ")
+    ]
+    assert {request.template for request in requests} == {"Draw it."}
+    (folder,) = {request.output for request in requests}
+    assert folder.parent == run / "evaluations" and folder.name.startswith("step-000030-template-")
+    other = evaluation_request(checkpoint, None, (), (), None, "Draw it twice.")
+    assert other.output not in (folder, evaluation_request(checkpoint, None, (), (), None).output)
+    given_output = evaluation_request(checkpoint, None, (), (), Path("here"), "best").output
+    assert given_output == Path("here").absolute()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("best", "--template best needs a checkpoint of a run that has published templates"),
+        ("empty.md", "--template empty.md holds no text"),
+        ("  ", "holds no text: leave it out to ask plainly"),
+        ("none.txt", "none.txt"),
+    ],
+)
+def test_a_template_that_is_none_is_refused(given: str, said: str, run: Path) -> None:
+    Path("empty.md").write_text("\n")
+    with pytest.raises((ValueError, OSError), match=re.escape(said)):
+        evaluation_request(run / "config.yaml", None, (), (), None, given)
