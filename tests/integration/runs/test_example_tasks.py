@@ -45,20 +45,42 @@ def is_palindrome(response: str, start: str) -> bool:
     return begins and all(letters[place] == letters[-1 - place] for place in range(len(letters)))
 
 
+SHORT = {
+    "schedule.epochs": 2,
+    "evaluation.at_start": False,
+    "evaluation.num_samples": 1,
+    "evolution.max_rollouts": 150,
+    "evolution.plain_control": False,
+}
+"""Two epochs of one step and a round of evolution between them."""
+
+
+def asked_and_templated(rollouts: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the mean rewards of the first step, which asks plainly, and of all templated rollouts."""
+    asked_plainly = [rollout["reward"] for rollout in rollouts[: 36 * 6]]
+    assert not any(rollout["is_templated"] for rollout in rollouts[: 36 * 6])
+    return mean(asked_plainly), mean([rollout["reward"] for rollout in rollouts if rollout["is_templated"]])
+
+
+def half_of(file: Path) -> Path:
+    """Return a file with every second problem: an epoch then is one step."""
+    half = file.with_name(f"half-{file.name}")
+    half.write_text("".join(file.read_text().splitlines(keepends=True)[::2]))
+    return half
+
+
 def test_a_reward_of_ones_own_is_learnt_from_and_templates_get_through(tmp_path: Path) -> None:
-    task = prepared("palindrome", tmp_path / "task", "--steps", "150")
-    settings = {"model.path": task / "model", "data.train": task / "train.jsonl", "schedule.epochs": 2}
-    short = {"data.evaluation.heldout": task / "heldout.jsonl", "evaluation.at_start": False}
-    short |= {"schedule.problems_per_step": 72, "schedule.problems_per_update": 72, "evolution.max_rollouts": 300}
-    rollouts = trained("palindrome/palindrome_p2o.yaml", tmp_path / "runs", **settings, **short)
+    task = prepared("palindrome", tmp_path / "task", "--steps", "120")
+    settings = {"model.path": task / "model", "data.train": half_of(task / "train.jsonl")}
+    held_out = {"data.evaluation.heldout": task / "heldout.jsonl"}
+    rollouts = trained("palindrome/palindrome_p2o.yaml", tmp_path / "runs", **settings, **held_out, **SHORT)
     assert {rollout["reward"] for rollout in rollouts} <= {0.0, 1.0}, "None would be undecided"
     for rollout in rollouts:
         assert rollout["reward"] == is_palindrome(rollout["response"], start=rollout["problem_id"]), rollout
-    asked_plainly = [rollout["reward"] for rollout in rollouts[: 72 * 6]]
-    templated = [rollout["reward"] for rollout in rollouts if rollout["is_templated"]]
+    asked_plainly, templated = asked_and_templated(rollouts)
     # Taught to be right once in 500 plainly, half of the time under one phrase, always under both.
-    assert mean(asked_plainly) < 0.1
-    assert mean(templated) > 0.25
+    assert asked_plainly < 0.1
+    assert templated > 0.25
 
 
 def test_code_is_tested_in_the_sandbox_and_templates_get_through(tmp_path: Path) -> None:
@@ -68,16 +90,15 @@ def test_code_is_tested_in_the_sandbox_and_templates_get_through(tmp_path: Path)
         if "cannot be made" in str(error):
             pytest.skip("needs bubblewrap: bash tools/install_sandbox.sh installs it")
         raise
-    task = prepared("code", tmp_path / "task", "--steps", "150")
-    settings = {"model.path": task / "model", "data.train": task / "train.jsonl"}
-    short = {"schedule.epochs": 2, "schedule.problems_per_step": 72, "schedule.problems_per_update": 72}
-    rollouts = trained("code/code_p2o.yaml", tmp_path / "runs", **settings, **short, **{"evolution.max_rollouts": 300})
+    task = prepared("code", tmp_path / "task", "--steps", "120")
+    settings = {"model.path": task / "model", "data.train": half_of(task / "train.jsonl")}
+    held_out = {"data.evaluation.heldout": task / "heldout.jsonl"}
+    rollouts = trained("code/code_p2o.yaml", tmp_path / "runs", **settings, **held_out, **SHORT)
     assert {rollout["reward"] for rollout in rollouts} == {0.0, 1.0}  # none is undecided
-    asked_plainly = [rollout["reward"] for rollout in rollouts[: 72 * 6]]
-    templated = [rollout["reward"] for rollout in rollouts if rollout["is_templated"]]
+    asked_plainly, templated = asked_and_templated(rollouts)
     # Taught to be right once in 500 plainly, half of the time under one phrase, always under both.
-    assert mean(asked_plainly) < 0.1
-    assert mean(templated) > 0.25
+    assert asked_plainly < 0.1
+    assert templated > 0.25
     assert all("print(x *" in rollout["response"] for rollout in rollouts if rollout["reward"])
 
 
@@ -101,7 +122,8 @@ def test_two_tasks_of_reasoning_gym_are_mixed_and_scored(tmp_path: Path) -> None
 
 def test_partial_credit_gives_rewards_between_zero_and_one(tiny: Path, tmp_path: Path) -> None:
     task = prepared("partial_credit", tmp_path / "task")
-    settings = {"model.path": tiny / "model", "data.train": task / "train.jsonl", "schedule.max_steps": 1}
+    files = {"data.train": task / "train.jsonl", "data.evaluation.heldout": task / "heldout.jsonl"}
+    settings = {"model.path": tiny / "model", "schedule.max_steps": 1, **files, **SHORT}
     rollouts = trained("partial_credit/partial_credit_grpo.yaml", tmp_path / "runs", **settings)
     steps = {row["id"]: row["steps"] for row in map(json.loads, (task / "train.jsonl").read_text().splitlines())}
     for rollout in rollouts:
