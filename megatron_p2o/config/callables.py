@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -94,7 +95,7 @@ def load_callable(name: str, kind: CallableKind, subject: str) -> Callable[..., 
     try:
         found: Any = _module(place)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            found = _attribute(found, part, place)
     except (Exception, SystemExit) as error:  # whatever code of others does when it is imported
         raise ValueError(f"{subject} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
@@ -146,6 +147,14 @@ def made_callable(found: Callable[..., Any], arguments: Mapping[str, Any], subje
         return cast(Callable[..., Any], found(**arguments))
     except (Exception, SystemExit) as error:  # whatever code of others does
         raise ValueError(f"{subject} cannot be made ({type(error).__name__}: {error})") from error
+
+
+def _attribute(holder: object, name: str, place: str) -> object:
+    """Return an attribute. Raises `AttributeError`, with the place as the user wrote it."""
+    if hasattr(holder, name):
+        return getattr(holder, name)
+    near = get_close_matches(name, dir(holder), 1)
+    raise AttributeError(f"{place} has no {name}" + (f", did you mean {near[0]}?" if near else ""))
 
 
 def _module(place: str) -> ModuleType:

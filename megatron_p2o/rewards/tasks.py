@@ -1,12 +1,12 @@
 """Grades the problems of several tasks, each by the reward of its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 
 from megatron_p2o.config.tree import Config, GradingConfig
 from megatron_p2o.processes import keys_named_in
 from megatron_p2o.rewards.function_grader import specs_of
-from megatron_p2o.rewards.functions import RewardSpec, function_secrets
+from megatron_p2o.rewards.functions import BUILT_IN, RewardSpec, function_secrets
 from megatron_p2o.rewards.registry import MATH, RunGrader, make_grader
 from megatron_p2o.types import FinishReason, Grade, Problem
 
@@ -16,6 +16,7 @@ class TaskGrader:
 
     def __init__(self, config: Config, make: Callable[[GradingConfig], RunGrader] = make_grader) -> None:
         """Start the graders, each by `make`; the caller closes them. Raises as `make_grader`."""
+        self._config = config
         gradings = {task: config.grading_of(task) for task in ("", *config.data.train)}
         used = [gradings[task] for task in _tasks_in_use(config)]
         distinct = [grading for index, grading in enumerate(used) if grading not in used[:index]]
@@ -31,6 +32,21 @@ class TaskGrader:
         """Have every grader decide a known answer. Raises when one cannot grade anything."""
         for grader in self._graders:
             grader.check()
+
+    def undecided_by_own(self, problems: Iterable[Problem]) -> list[str]:
+        """Try each reward of the user's own on an empty response to its first problem; return what it leaves undecided.
+
+        One sentence each. A column that a row does not have shows here.
+        """
+        first = {problem.task: problem for problem in reversed([*problems])}
+        own = {task: problem for task, problem in first.items() if _is_own(self._config.grading_of(task))}
+        tried = {task: self.submit(problem, "", "stop") for task, problem in own.items()}
+        return [
+            f"{_names_of(self._config.grading_of(task))} leaves an empty response to problem {own[task].id} undecided: "
+            f"{grade.reason}"
+            for task, grade in ((task, future.result()) for task, future in tried.items())
+            if grade.reward is None
+        ]
 
     @property
     def worker_pids(self) -> list[int]:
@@ -64,6 +80,10 @@ def reward_secrets(config: Config) -> tuple[str, ...]:
 def reward_keys(config: Config) -> set[str]:
     """Return the environment variables that arguments called `api_key_env` say hold a key, whatever their names."""
     return {name for spec in reward_functions(config) for name in keys_named_in(spec.arguments)}
+
+
+def _is_own(grading: GradingConfig) -> bool:
+    return any(name not in BUILT_IN for name in grading.function_names)
 
 
 def _names_of(grading: GradingConfig) -> str:

@@ -78,7 +78,7 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
     num_steps = len(batches_of(config, inputs.train, epoch=0))
     at_most = "at most " if schedule.max_batches_per_step > 1 else ""
     longest = max(len(token_ids) for token_ids in _plain_prompts(inputs))
-    rewards = checked_rewards(config)
+    rewards, undecided = checked_rewards(config, inputs.train)
     return [
         *column_lines(config.data),
         f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {schedule.epochs} epochs",
@@ -88,18 +88,23 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
         f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens",
         f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",
         f"rewards: {rewards}",
+        *undecided,
         *notices(config, num_steps),
     ]
 
 
-def checked_rewards(config: Config) -> str:
-    """Return the reward functions, once a worker has loaded them. Raises `ValueError` when one cannot be used."""
+def checked_rewards(config: Config, train: Sequence[Problem]) -> tuple[str, list[str]]:
+    """Return the reward functions, once a worker has loaded them, and what those of the user's own cannot decide.
+
+    Raises:
+        ValueError: one cannot be used.
+    """
     grader = TaskGrader(config)
     try:
         grader.check()
+        return rewards_line(config), grader.undecided_by_own(train)
     finally:
         grader.close()
-    return rewards_line(config)
 
 
 def check_vocabulary(config: Config, inputs: Inputs) -> None:

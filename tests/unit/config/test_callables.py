@@ -56,7 +56,7 @@ def test_a_name_that_leads_nowhere_is_refused_with_what_there_is(
     assert refusal("half") == "is float, and must be callable as (x)"
     assert refusal("halve", CallableKind(parameters=("x",))) == f"must be {own}"
     assert refusal("gone.py:f").startswith("cannot be imported (FileNotFoundError: ")
-    assert refusal("math:gone").startswith("cannot be imported (AttributeError: ")
+    assert refusal("math:sqrtt") == "cannot be imported (AttributeError: math has no sqrtt, did you mean sqrt?)"
     assert refusal("gone_package:f").startswith("cannot be imported (ModuleNotFoundError: ")
 
 

@@ -287,3 +287,22 @@ def test_a_reflector_of_ones_own_is_checked_by_the_dry_run(
     sections["evolution"]["enabled"] = False
     settings_file.write_text(yaml.safe_dump(sections))
     assert main(["train", str(settings_file), "--dry-run"]) == 0
+
+
+def test_a_reward_that_reads_a_column_that_is_not_there_is_told_of_by_the_dry_run(
+    settings_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code = tmp_path / "length.py"
+    code.write_text("def reward(problem, response, finish_reason):\n    return problem.columns['minimun'] > 3\n")
+    sections = yaml.safe_load(settings_file.read_text())
+    sections["grading"] = {"function": f"{code}:reward"}
+    settings_file.write_text(yaml.safe_dump(sections))
+    assert main(["train", str(settings_file), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert f"{code}:reward leaves an empty response to problem train0 undecided: " in told
+    assert "KeyError: 'minimun'" in told
+    code.with_name("better.py").write_text("def reward(problem, response, finish_reason):\n    return 0.0\n")
+    sections["grading"] = {"function": f"{tmp_path}/better.py:reward"}
+    settings_file.write_text(yaml.safe_dump(sections))
+    assert main(["train", str(settings_file), "--dry-run"]) == 0
+    assert "undecided" not in capsys.readouterr().out
