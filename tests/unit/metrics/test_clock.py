@@ -2,9 +2,11 @@
 
 from concurrent.futures import Future, wait
 
+import numpy as np
 import pytest
 
-from megatron_p2o.metrics.clock import PhaseClock, TimedGrader
+from megatron_p2o.metrics.clock import PhaseClock, TimedEngines, TimedGrader
+from megatron_p2o.metrics.compute import ComputeMeter
 from megatron_p2o.rl.sampling import SamplingParts, graded_rollouts
 from megatron_p2o.testing.fakes import FakeEngines, FakeGrader, FakeRenderer, FakeReply, fake_problem
 from megatron_p2o.types import CORRECT, INCORRECT, PLAIN, FinishReason, Grade, Problem, SamplingParams
@@ -77,3 +79,17 @@ def test_rollouts_are_handed_on_while_others_are_still_sampled() -> None:
     engines.reply = lambda prompt, index: drawn.append("") or FakeReply(text="yes")
     next(rollouts)
     assert len(drawn) == 1
+
+
+def test_what_engines_read_for_log_probs_is_counted_with_its_prompts_and_sampled_nothing() -> None:
+    engines = FakeEngines(reply=lambda prompt, index: FakeReply(text="yes"))
+    compute, clock = ComputeMeter(), PhaseClock()
+    timed = TimedEngines(engines, clock, compute)
+    prompts = [FakeRenderer().render(problem, PLAIN) for problem in (PROBLEM, fake_problem(22))]
+    responses = [np.arange(1, size, dtype=np.int32) for size in (4, 6)]
+    scores = timed.score(prompts, responses)
+    assert [None if row is None else len(row) for row in scores] == [3, 5]
+    spent = compute.account()
+    assert spent.engine_read_tokens == len("question 1") + 3 + len("question 22") + 5
+    assert spent.sampled_training_tokens == spent.learning_tokens == 0
+    assert set(clock.take().seconds) == {"score"}

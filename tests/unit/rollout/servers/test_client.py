@@ -13,6 +13,7 @@ from megatron_p2o.rollout.servers.client import (
     EngineUnreachable,
     Generation,
     RequestRefused,
+    parse_scores,
 )
 from megatron_p2o.rollout.servers.server import reserve_port
 from megatron_p2o.types import SamplingParams
@@ -156,3 +157,45 @@ def test_a_refused_connection_means_the_engine_is_gone() -> None:
 
     with pytest.raises(EngineUnreachable):
         asyncio.run(run())
+
+
+def scored_answer(tokens: list[list[Any]], reason: str = "length") -> dict[str, Any]:
+    return {
+        "meta_info": {
+            "input_token_logprobs": tokens,
+            "finish_reason": {"type": reason},
+            "weight_version": "4",
+        }
+    }
+
+
+def test_log_probs_of_given_tokens_are_those_after_the_first_which_has_none() -> None:
+    answer = scored_answer([[None, 5, None], [-0.5, 6, None], [-1.5, 7, None]])
+    generation = parse_scores(answer, np.array([6, 7], np.int32))
+    assert generation.logprobs.tolist() == [-0.5, -1.5] and generation.logprobs.dtype == np.float32
+    assert generation.token_ids.tolist() == [6, 7]
+    assert (generation.finish_reason, generation.weight_versions) == ("length", (4,))
+
+
+def test_the_last_token_of_a_vocabulary_is_echoed_as_0() -> None:
+    generation = parse_scores(scored_answer([[None, 5, None], [-0.5, 0, None]]), np.array([255], np.int32))
+    assert generation.logprobs.tolist() == [-0.5]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        scored_answer([[None, 5, None], [-0.5, 6, None], [-1.5, 7, None]], reason="abort"),
+        scored_answer([[-1.5, 7, None]]),
+        scored_answer([]),
+    ],
+    ids=["aborted", "too few", "none"],
+)
+def test_without_all_log_probs_the_request_counts_as_given_up(answer: dict[str, Any]) -> None:
+    generation = parse_scores(answer, np.array([6, 7], np.int32))
+    assert (generation.finish_reason, len(generation.token_ids), len(generation.logprobs)) == ("abort", 0, 0)
+
+
+def test_log_probs_of_other_tokens_are_an_error() -> None:
+    with pytest.raises(EngineRefused, match="other tokens than those it was sent"):
+        parse_scores(scored_answer([[None, 5, None], [-0.5, 6, None]]), np.array([7], np.int32))
