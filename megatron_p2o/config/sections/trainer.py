@@ -114,8 +114,8 @@ class HeadConfig:
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    lr: PositiveFloat = 1e-6
-    """Learning rate of AdamW (the paper's)."""
+    lr: NonNegativeFloat = 1e-6
+    """Learning rate of AdamW (the paper's). 0 freezes the policy: templates evolve, and no weight ever moves."""
     beta1: Annotated[float, Range(at_least=0, below=1)] = 0.9
     """Decay of AdamW's running mean of gradients."""
     beta2: Annotated[float, Range(at_least=0, below=1)] = 0.999

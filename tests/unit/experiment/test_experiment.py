@@ -280,4 +280,6 @@ def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
     assert arms["p2o"].evolution.searches and arms["p2o"].evolution.templates_file is None
     assert (arms["p2o_authors"].preset, arms["p2o"].preset) == ("reference", "p2o")
     for section in ("model", "data", "optimizer", "evaluation"):
-        assert all(getattr(config, section) == getattr(arms["grpo"], section) for config in arms.values()), section
+        differing = {arm for arm, config in arms.items() if getattr(config, section) != getattr(arms["grpo"], section)}
+        assert differing == ({"frozen"} if section == "optimizer" else set()), section
+    assert arms["frozen"].optimizer.lr == 0 and arms["frozen"].evolution == arms["p2o"].evolution

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_p2o.config.tree import OptimizerConfig, ParallelConfig
 from megatron_p2o.interfaces import PolicyDiverged
@@ -132,3 +133,13 @@ def test_an_empty_update_moves_no_weight(model: Path):
         assert (report.loss, report.grad_norm, report.outcome) == (0.0, 0.0, "empty")
         assert_same_weights(weights_of(policy), before, atol=0)
         assert policy.logprobs([]) == []
+
+
+def test_a_learning_rate_of_0_freezes_the_policy_whatever_else_is_set(model: Path) -> None:
+    optimizer = OptimizerConfig(lr=0.0, weight_decay=0.1, warmup_steps=1, micro_batch_tokens=48)
+    with policy_of(policy_config(model, optimizer=optimizer)) as policy:
+        before = {name: tensor.clone() for name, tensor in weights_of(policy).items()}
+        for _ in range(3):
+            report = policy.update(SAMPLES, None, 120)
+            assert report.outcome == "applied" and report.learning_rate == 0 and report.grad_norm > 0
+        assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(policy).items())
