@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--port", type=int, default=0, help="port of the loopback address; default: a free one")
     view.set_defaults(run=_view)
 
+    _add_plan(commands.add_parser("plan", help="say what a run takes of memory and time, by simulation"))
+
     doctor = commands.add_parser("doctor", help="say what this machine offers and what is missing")
     doctor.add_argument("--strict", action="store_true", help="exit with 1 when something required is missing")
     doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="require N GPUs that nobody else uses")
@@ -139,6 +141,22 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         "--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"), help="compare two output folders instead"
     )
     parser.set_defaults(run=_evaluate)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_config_arguments(parser)
+    parser.add_argument(
+        "--gpus", required=True, metavar="GPUSxGIB", help="nodes with N GPUs of M GiB (NxM, such as 8x80)"
+    )
+    parser.add_argument("--problems", type=int, metavar="N", help="of an epoch; default: those of data.train")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="length of a prompt")
+    parser.add_argument("--response-tokens", type=float, metavar="N", help="median length of a response")
+    parser.add_argument("--hard-share", type=float, metavar="X", help="share of an epoch's problems that are hard")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps to simulate of each kind (default 4)")
+    parser.add_argument(
+        "--hardware", type=Path, metavar="FILE", help="speeds of GPUs, in the form of the built-in file"
+    )
+    parser.set_defaults(run=_plan)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -283,22 +301,47 @@ def _view(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    # Imported here: it loads torch and Megatron, which take seconds.
+    from megatron_p2o.data.tasks import num_asked, task_problems
+    from megatron_p2o.machine.memory.here import gpus_of
+    from megatron_p2o.simulation.hardware import HARDWARE_FILE
+    from megatron_p2o.simulation.plan import plan_lines, planned_run
+
+    if options.steps < 1:
+        raise ValueError(f"--steps={options.steps} must be at least 1")
+    config = load_config(options.config, options.overrides)
+    if options.problems is None:
+        lacking = [task.file for task in config.data.train.values() if not Path(task.file).exists()]
+        if lacking:
+            raise ValueError(f"{lacking[0]} is not here: say how many problems an epoch has with --problems")
+        problems = [problem for one in task_problems(config.data).values() for problem in one]
+        options.problems = num_asked(config.data, problems)
+    named = {"prompt_tokens", "response_tokens", "hard_share"}
+    changes = {name: value for name in named if (value := getattr(options, name)) is not None}
+    gpus = gpus_of(config, options.gpus, "--gpus")
+    run = planned_run(config, gpus, options.problems, hardware_file=options.hardware or HARDWARE_FILE, changes=changes)
+    for line in plan_lines(config, gpus, run, options.steps):
+        say(line)
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from megatron_p2o.machine.doctor import (
         examine,
         examine_endpoint,
         examine_inputs,
         examine_settings,
-        planned_gpus,
         print_findings,
     )
+    from megatron_p2o.machine.memory.here import gpus_of
 
     if options.plan and options.config is None:
         raise ValueError("p2o doctor --plan needs a settings file, whose memory to plan")
     findings = examine(options.gpus, options.require)
     if options.config is not None:
         config = load_config(options.config, options.overrides)
-        findings += examine_settings(config, planned_gpus(config, options.plan) if options.plan else None)
+        findings += examine_settings(config, gpus_of(config, options.plan, "--plan") if options.plan else None)
         if not options.plan:  # a plan is for other machines, where the files are
             findings += examine_inputs(config)
             if os.environ.get("SLURM_NODEID", "0") == "0":  # evolution runs on the first node of a job

@@ -2,7 +2,6 @@
 
 import importlib.util
 import platform
-import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -14,12 +13,10 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_p2o.config.read import missing_paths
-from megatron_p2o.config.source import shown
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evolve.reflection.probe import has_checkpoint, needs_endpoint, probe
 from megatron_p2o.machine.memory.engine import Gpus
-from megatron_p2o.machine.memory.here import num_nodes_for, planned_memory
-from megatron_p2o.machine.memory.plan import GIB
+from megatron_p2o.machine.memory.here import planned_memory
 from megatron_p2o.policy.model.layer_choice import choose_layers, import_failure, machine_capabilities
 from megatron_p2o.policy.training.settings import (
     PolicySettings,
@@ -64,11 +61,6 @@ MIN_SHARED_MEMORY_BYTES = 1 << 30
 
 MIN_FREE_GPU_SHARE = 0.9
 """Least free share of a GPU's memory before a job starts. With less, another process still holds some."""
-
-
-MAX_GPU_GIB = 10_000
-MAX_GPUS_OF_A_NODE = 1000
-"""More than any machine has, of which a memory plan is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,21 +184,6 @@ def _weight_transfer(config: Config) -> Finding:
     except ValueError as error:
         return Finding(subject=subject, finding=str(error), is_missing=True)
     return Finding(subject=subject, finding="through host memory")
-
-
-def planned_gpus(config: Config, machine: str) -> Gpus:
-    """Return the GPUs that `machine` describes, "8x80" for nodes of 8 GPUs of 80 GiB: as many nodes as the run takes.
-
-    Raises:
-        ValueError: it describes none.
-    """
-    found = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)", machine)
-    if found is None:
-        raise ValueError(f"--plan={shown(machine)} must be GPUS-OF-A-NODExGIB-OF-EACH, such as 8x80")
-    count, gib = int(found[1]), float(found[2])
-    if not 0 < gib <= MAX_GPU_GIB or count > MAX_GPUS_OF_A_NODE:
-        raise ValueError(f"--plan={shown(machine)} must be at most {MAX_GPUS_OF_A_NODE}x{MAX_GPU_GIB}")
-    return Gpus(count=count, num_bytes=int(gib * GIB), num_nodes=num_nodes_for(config, count))
 
 
 def print_findings(findings: list[Finding], write: Callable[[str], None] = say) -> None:

@@ -57,6 +57,7 @@ class Broker:
         stall_timeout_s: float,
         on_loss: Callable[[str], None] | None = None,
         loop_timeout_s: float = LOOP_TIMEOUT_S,
+        thread: BrokerLoop | None = None,
     ) -> None:
         """Args:
         slots_per_engine: requests an engine decodes at once; more wait here, where priority can still be changed.
@@ -66,6 +67,7 @@ class Broker:
         on_loss: told the name of an engine that is lost, once; must not block. Requests then wait for another engine
             or for `suspend`. None: nobody replaces engines, and losing the last one gives up.
         loop_timeout_s: limit on what only needs the loop's attention; more than that raises `TimeoutError`.
+        thread: where it lives; None: in a thread of its own.
         """
         self._stall_timeout_s = stall_timeout_s
         self._on_loss = on_loss
@@ -79,7 +81,7 @@ class Broker:
         prefix = secrets.token_hex(4)
         self._ids = (f"{prefix}-{number:012d}" for number in count())
         """Request ids of one length, because SGLang aborts every request whose id begins with the given one."""
-        self._thread = BrokerLoop(loop_timeout_s)
+        self._thread = thread or BrokerLoop(loop_timeout_s)
         self._clock = StoppableClock(self._thread.loop.time)
         self._busy = BusyTime(self._clock.now_s)
         self._generation = TimedGeneration(self._clock, request_timeout_s, self._thread.later)

@@ -64,3 +64,11 @@ def write_tiny_model(directory: Path, model_type: str, *, vocab_size: int = 131,
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(directory)
     return directory
+
+
+QWEN3_4B: dict[str, Any] = {
+    **{"model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960},
+    **{"num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "vocab_size": 151936},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+}
+"""From the published config.json."""

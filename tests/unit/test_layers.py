@@ -39,12 +39,13 @@ ORDER: dict[str, tuple[str, ...]] = {
     "report": (*CONTRACT, "rl", "metrics", "evolve", "evaluation", "run_folder"),
     "view": (*CONTRACT, "rl", "metrics", "evolve", "evaluation", "run_folder", "report"),
     "machine": (*CONTRACT, "policy", "rollout"),
+    "simulation": (*CONTRACT, "rollout", "evolve", "policy", "machine"),
     "run": (*CONTRACT, "config.read", *ROOMS, "rl", "algorithm", "run_folder", "evaluation", "machine"),
     "machine.doctor": (*CONTRACT, "config.read", *ROOMS, "machine", "run_folder", "run"),
     "experiment": (*CONTRACT, "config.read", "metrics", "evaluation", "report", "run_folder"),
     "cli": (
         *(*CONTRACT, "config.read", *ROOMS, "machine", "machine.doctor", "run_folder", "evaluation", "run", *READERS),
-        "experiment",
+        *("experiment", "simulation"),
     ),
 }
 """Module or folder to what it may import of our own, besides itself; lowest first. CONTRIBUTING shows the picture."""

@@ -2,11 +2,13 @@
 
 import logging
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from megatron_p2o.config.source import shown
 from megatron_p2o.config.tree import Config
 from megatron_p2o.machine.layout import layout_line, with_layout
 from megatron_p2o.machine.memory.engine import Gpus, engine_share
@@ -18,6 +20,10 @@ from megatron_p2o.rollout.servers.server_arguments import does_release_memory
 from megatron_p2o.terminal import say
 
 logger = logging.getLogger(__name__)
+
+MAX_GPU_GIB = 10_000
+MAX_GPUS_OF_A_NODE = 1000
+"""More than any machine has, of which a memory plan is asked for."""
 
 
 def with_planned_cache(config: Config) -> Config:
@@ -72,6 +78,21 @@ def num_nodes_for(config: Config, num_gpus: int) -> int:
     """
     engine_ranks = config.rollout.num_engines * config.rollout.tensor_parallel if config.parallel.data is None else 0
     return -(-max(config.parallel.world_size, engine_ranks) // num_gpus)
+
+
+def gpus_of(config: Config, machine: str, option: str) -> Gpus:
+    """Return the GPUs that `machine` describes, "8x80" for nodes of 8 GPUs of 80 GiB: as many nodes as the run takes.
+
+    Raises:
+        ValueError: it describes none; the message names the `option` it was given by.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)", machine)
+    if found is None:
+        raise ValueError(f"{option}={shown(machine)} must be GPUS-OF-A-NODExGIB-OF-EACH, such as 8x80")
+    count, gib = int(found[1]), float(found[2])
+    if not 0 < gib <= MAX_GPU_GIB or count > MAX_GPUS_OF_A_NODE:
+        raise ValueError(f"{option}={shown(machine)} must be at most {MAX_GPUS_OF_A_NODE}x{MAX_GPU_GIB}")
+    return Gpus(count=count, num_bytes=int(gib * GIB), num_nodes=num_nodes_for(config, count))
 
 
 def gpus_here(num_nodes: int) -> Gpus:
