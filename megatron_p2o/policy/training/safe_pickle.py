@@ -53,6 +53,9 @@ PEER_ALLOWED = ALLOWED | {
 }
 """What else they may: containers, arrays, tensors, and where an error came from."""
 
+STORAGE_LOADERS = (("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes"))
+"""By what a pickle says that it holds a tensor's numbers; megatron-core from 0.19 puts its own in torch's place."""
+
 
 class RefusedPickle(ValueError):
     """A pickle names something that has no place in it."""
@@ -88,7 +91,7 @@ class _PeerUnpickler(pickle.Unpickler):
         name = (module_name, global_name)
         if name == ("builtins", "getattr"):
             return _member
-        if name == ("torch.storage", "_load_from_bytes"):
+        if name in STORAGE_LOADERS:
             return _load_storage
         is_of_records = any(f"{module_name}.".startswith(f"{package}.") for package in RECORD_PACKAGES)
         is_data_type = module_name == "torch" and global_name in DATA_TYPES
@@ -115,7 +118,7 @@ def _is_record(kind: object, module_name: str) -> bool:
 
 
 def _load_storage(content: bytes) -> Any:
-    """Stand in for torch's own function, which would unpickle anything."""
+    """Stand in for the functions of `STORAGE_LOADERS`; torch's own would unpickle anything."""
     with weights_only_loading():
         return torch.load(io.BytesIO(content))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import safe_globals
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
@@ -110,6 +111,29 @@ def test_an_error_of_a_class_that_is_not_made_keeps_its_name_and_its_words(error
 def test_peers_cannot_have_a_rank_call_anything(function: Any, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"RefusedPickle: a peer of this rank sent"):
         received({"ordinary": Call(function, f"touch {tmp_path}/made")})
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.fixture
+def megatron_loader(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What megatron-core 0.19 puts in the place of torch's loader of storages, whichever version is installed."""
+
+    def safe_load_from_bytes(content: bytes) -> Any:
+        return torch.load(io.BytesIO(content), weights_only=True)
+
+    safe_load_from_bytes.__module__ = safe_globals.__name__
+    safe_load_from_bytes.__qualname__ = safe_load_from_bytes.__name__
+    monkeypatch.setattr(safe_globals, safe_load_from_bytes.__name__, safe_load_from_bytes, raising=False)
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", safe_load_from_bytes)
+    return safe_load_from_bytes
+
+
+def test_peers_tell_tensors_by_megatrons_own_loader_and_hide_no_call_there(megatron_loader: Any, tmp_path: Path):
+    assert b"safe_load_from_bytes" in pickle.dumps(torch.ones(3))
+    assert received(torch.ones(3)).tolist() == [1, 1, 1]
+    hidden = pickle.dumps(Call(os.system, f"touch {tmp_path}/made"))
+    with pytest.raises(RuntimeError, match="UnpicklingError"):
+        received(Call(megatron_loader, hidden))
     assert not (tmp_path / "made").exists()
 
 
