@@ -9,14 +9,19 @@ cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 path="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
-if compgen -G ".whl/*.whl" > /dev/null; then
+wheels="${WHEELS:-.whl}"
+if compgen -G "$wheels/*.whl" > /dev/null; then
     site="$(mktemp -d)"
     trap 'rm -rf "$site"' EXIT
-    python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl
+    install() {
+        python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$@"
+    }
+    # A wheel that does not fit costs the steps that need it, no others.
+    install "$wheels"/*.whl || for wheel in "$wheels"/*.whl; do install "$wheel" || echo "not installed: $wheel"; done
     path="$site:$path"
 fi
-if [ -f .whl/COMMIT ]; then
-    P2O_COMMIT="$(cat .whl/COMMIT)"
+if [ -f "$wheels/COMMIT" ]; then
+    P2O_COMMIT="$(cat "$wheels/COMMIT")"
     export P2O_COMMIT
 fi
 export PYTHONPATH="$path"

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 packages=(megatron-core==0.19.2 math-verify==0.9.0 latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.13.2
-    orjson==3.13.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1)
+    msgspec==0.22.0 orjson==3.13.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1)
 rm -rf .whl
 platforms=()
 for glibc in 28 27 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,46 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 TOOLS = ROOT / "tools"
+ON_THE_MACHINE = """
+aiohappyeyeballs aiohttp aiosignal annotated-doc anyio attrs certifi charset-normalizer click contourpy cycler einops
+execnet filelock fonttools frozenlist fsspec h11 hf-xet httpcore httpx huggingface-hub hypothesis idna iniconfig jinja2
+kiwisolver markdown-it-py markupsafe matplotlib mdurl mpmath multidict networkx numpy packaging pillow pluggy
+prometheus-client propcache psutil pyarrow pygments pyparsing pytest pytest-xdist python-dateutil pyyaml regex requests
+rich safetensors sentencepiece shellingham six sortedcontainers sympy tabulate tokenizers tqdm transformers triton typer
+typing-extensions urllib3 uvloop yarl
+"""
+"""Of the packages that this project pins, those that come with a lent GPU's torch, transformers and pytest."""
+
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class OnTheMachine(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {absent} else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [OnTheMachine if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+"""Of a module that Python imports at its start: some packages cannot be found."""
+
+
+def absent_modules() -> set[str]:
+    """Return the modules of the pinned packages that are neither on the machine nor carried to it."""
+    carried = re.findall(r"([A-Za-z0-9_.-]+)==", (TOOLS / "gpu_wheels.sh").read_text())
+    pinned = [re.findall(r"^([A-Za-z0-9_.-]+).*==", file.read_text(), re.M) for file in ROOT.glob("requirements/*.txt")]
+    absent = (
+        {plain(name) for names in pinned for name in names}
+        - {*ON_THE_MACHINE.split()}
+        - {plain(name) for name in carried}
+    )
+    owners = packages_distributions().items()
+    return {module for module, packages in owners if {plain(package) for package in packages} <= absent}
+
+
+def plain(name: str) -> str:
+    """Return a package's name in its one spelling."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.fixture
@@ -23,7 +65,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_every_step_runs_without_a_gpu_and_without_git(tmp_path: Path):
+def test_every_step_runs_without_a_gpu_without_git_and_with_the_carried_packages(tmp_path: Path):
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("bash", "env", "mktemp", "rm", "cat", "dirname", "uname"):
@@ -31,7 +73,14 @@ def test_every_step_runs_without_a_gpu_and_without_git(tmp_path: Path):
     # A wrapper, because a link to a virtual environment's python does not find the packages.
     (programs / "python3").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
     (programs / "python3").chmod(0o755)
+    absent = absent_modules()
+    assert {"sglang", "openai"} <= absent and not absent & {"torch", "megatron", "msgspec", "orjson", "math_verify"}
+    (tmp_path / "sitecustomize.py").write_text(HIDE.replace("{absent}", repr(absent)))
     environment = {**os.environ, "PATH": str(programs), "OUT": str(tmp_path / "out"), "P2O_COMMIT": "abc"}
+    # A wheel of what is installed here anyway, for another Python: it is named and left out.
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "orjson-3.13.0-cp312-cp312-win32.whl").touch()
+    environment |= {"PYTHONPATH": str(tmp_path), "WHEELS": str(tmp_path / "wheels")}
     done = subprocess.run(
         ["/bin/bash", str(TOOLS / "gpu_session.sh"), "--dry-run"],
         env=environment,
@@ -41,7 +90,7 @@ def test_every_step_runs_without_a_gpu_and_without_git(tmp_path: Path):
         timeout=3600,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 and "not installed: " in done.stdout, done.stdout + done.stderr
     record = json.loads((tmp_path / "out" / "session.json").read_text())
     assert record["environment"]["commit"] == "abc" and record["environment"]["is_rehearsal"]
     results = {path.stem for path in (tmp_path / "out").glob("*.json")}
