@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import utils as megatron_utils
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from megatron_p2o.config.tree import OptimizerConfig
 from megatron_p2o.policy.model.model import PolicyModel
@@ -55,6 +58,7 @@ class Optimization:
             is_sharded: `parallel.distributed_optimizer`.
             overrides: what `megatron` says about data parallelism and the optimizer.
         """
+        _take_norms_without_waiting()
         self.modules = _data_parallel(models, config, is_sharded=is_sharded, overrides=overrides)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             megatron_optimizer_config(settings, config, is_sharded=is_sharded, overrides=overrides),
@@ -164,6 +168,19 @@ class Optimization:
     def skip(self) -> None:
         """Advance the schedule without a step."""
         self.scheduler.step(increment=1)
+
+
+def _take_norms_without_waiting() -> None:
+    """Replace megatron-core's own norm of the gradients, used without Transformer Engine and Apex: it fetches the norm
+    of every tensor from the GPU, one after the other, twice a step.
+    """
+    if clip_grads.l2_norm_impl is megatron_utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _norm
+
+
+def _norm(chunk_size: int, flags: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    """Return the norm [1] of all elements of the tensors of the first list, on their device."""
+    return get_total_norm(lists[0]).reshape(1), None
 
 
 def megatron_optimizer_config(
