@@ -63,6 +63,8 @@ class MicroBatch:
     positions_T: Tensor
     """int64: of those tokens in their own samples."""
     layout: PackLayout
+    places_T: Tensor | None = None
+    """int64: where the tokens of `part` are in `whole`; None without context parallelism."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,9 +190,10 @@ def _micro_batch(
         whole = pack(samples, old_logprobs, device, multiple=2 * context.size())
         part = context_part(whole, context.rank(), context.size())
     cu_seqlens, num_padding = _padded(whole.cu_seqlens, multiple)
-    positions_T = sample_positions(cu_seqlens)
+    positions_T, places_T = sample_positions(cu_seqlens), None
     if context.size() > 1:
         positions_T = positions_T[context_positions(cu_seqlens, context.rank(), context.size())]
+        places_T = context_positions(whole.cu_seqlens, context.rank(), context.size())
     return MicroBatch(
         whole=whole,
         part=part,
@@ -198,6 +201,7 @@ def _micro_batch(
         token_ids_T=F.pad(part.token_ids_T, (0, num_padding // context.size())),
         positions_T=positions_T,
         layout=pack_layout(cu_seqlens, context.rank(), context.size()),
+        places_T=places_T,
     )
 
 
@@ -265,7 +269,7 @@ def response_logprobs(modules: Sequence[DistributedDataParallel], batches: Seque
 
         def collect(output: Tensor, non_loss_data: bool = True) -> tuple[MicroBatch, Tensor]:
             logprobs_T = _on_positions(output[0].float(), micro_batch.part)
-            return micro_batch, _joined_over_context(logprobs_T, micro_batch.whole)
+            return micro_batch, _joined_over_context(logprobs_T, micro_batch)
 
         output = _run_model(model, micro_batch, HeadInput(batch=micro_batch.part))
         # One tensor: with experts the schedule asks the output for its device.
@@ -332,14 +336,12 @@ def length_multiple(config: TransformerConfig) -> int:
     return per_rank if context == 1 else context * math.lcm(2, per_rank)
 
 
-def _joined_over_context(values_T: Tensor, whole: PackedBatch) -> Tensor:
+def _joined_over_context(values_T: Tensor, micro_batch: MicroBatch) -> Tensor:
     """Return the values of the whole pack from the parts of its context-parallel ranks. Collective over them."""
-    context = context_group()
-    if context.size() == 1:
+    if micro_batch.places_T is None:
         return values_T
-    positions = context_positions(whole.cu_seqlens, context.rank(), context.size())
-    joined_T = values_T.new_zeros(len(whole.loss_mask_T)).index_copy(0, positions, values_T)
-    dist.all_reduce(joined_T, group=context)
+    joined_T = values_T.new_zeros(len(micro_batch.whole.loss_mask_T)).index_copy(0, micro_batch.places_T, values_T)
+    dist.all_reduce(joined_T, group=context_group())
     return joined_T
 
 
