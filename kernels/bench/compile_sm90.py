@@ -49,9 +49,13 @@ OTHER_POINTERS = {
 }
 FLOATS = {
     "scale", "inverse_temperature", "clip_low", "clip_high", "dual_clip", "ratio_low", "ratio_high", "max_log_ratio",
-    "max_context_log_ratio", "kl_coefficient",
+    "max_context_log_ratio", "kl_coefficient", "importance_cap",
 }  # fmt: skip
 MULTIPLES_OF_16 = {"hidden_size", "hidden_stride", "weight_stride", "exponentials_stride", "weight_grad_stride"}
+
+
+Variant = tuple[str, Any, dict[str, Any], dict[str, int]]
+"""Name, kernel, compile-time values, launch options."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,39 +75,75 @@ def main() -> None:
     print(json.dumps([asdict(compile_kernel(*variant)) for variant in variants()], indent=1))
 
 
-def variants() -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
-    """Return (name, kernel, compile-time values, launch options) of everything that production launches."""
+def variants() -> list[Variant]:
+    """Return everything that production launches; of the token losses every setting, not every combination."""
     block = {"BLOCK": 1024}
-    advantage = {"HAS_ANCHORS": True, "BLOCK_ROLLOUTS": 1024}
-    loss = {"HAS_OLD": True, "HAS_MASK": True, "HAS_BAND": True, "HAS_CAP": True, "K2": False, "BLOCK": 256}
-    soft, fading, one_sided = (
-        {name: name == chosen for name in ("SOFT", "FADING", "ONE_SIDED")} for chosen in ("SOFT", "FADING", "ONE_SIDED")
-    )
-    ppo = soft | {"HAS_LOG_RATIO": False, "CISPO": False, "DUAL_CLIP": True, "K3": False}
-    gspo = fading | {"HAS_LOG_RATIO": True, "CISPO": False, "DUAL_CLIP": False, "K3": True}
-    cispo = one_sided | {"HAS_LOG_RATIO": False, "CISPO": True, "DUAL_CLIP": False, "K3": True}
+    advantage = {"BLOCK_ROLLOUTS": 1024}
     return [
         exponentials_variant("gradient with entropy", Tile(), store=True, entropy=True),
         exponentials_variant("gradient", Tile(), store=True, entropy=False),
         exponentials_variant("scoring with entropy", Tile(), store=False, entropy=True),
         exponentials_variant("gradient with entropy, plain", PLAIN_TILE, store=True, entropy=True),
+        exponentials_variant("scoring with entropy, plain", PLAIN_TILE, store=False, entropy=True),
         ("target_logits", head_kernels.target_logits_kernel, block, {}),
-        ("softmax_rows", head_kernels.softmax_rows_kernel, {"STORED": True, "ENTROPY": True, "BLOCK": 256}, {}),
+        *(
+            (f"softmax_rows, {label}", head_kernels.softmax_rows_kernel, sums | {"BLOCK": 256}, {})
+            for label, sums in (
+                ("gradient with entropy", {"STORED": True, "ENTROPY": True}),
+                ("gradient", {"STORED": True, "ENTROPY": False}),
+                ("scoring with entropy", {"STORED": False, "ENTROPY": True}),
+            )
+        ),
         ("hidden_grad", head_kernels.hidden_grad_kernel, block, {}),
-        ("scale_rows", head_kernels.scale_rows_kernel, {"REST": True} | block, {}),
+        ("scale_rows", head_kernels.scale_rows_kernel, {"REST": False} | block, {}),
+        ("scale_rows, precise", head_kernels.scale_rows_kernel, {"REST": True} | block, {}),
         ("add_target_rows", head_kernels.add_target_rows_kernel, block, {}),
-        ("token_losses", loss_kernels.token_losses_kernel, loss | ppo, {}),
-        ("token_losses, gspo with KL", loss_kernels.token_losses_kernel, loss | gspo, {}),
-        ("token_losses, cispo with KL", loss_kernels.token_losses_kernel, loss | cispo, {}),
-        ("grouped_advantage", advantage_kernels.grouped_advantage_kernel, {"ESTIMATOR": "grpo"} | advantage, {}),
+        *token_loss_variants(),
+        *(
+            (
+                f"grouped_advantage, {estimator}{', anchored' if anchored else ''}",
+                advantage_kernels.grouped_advantage_kernel,
+                {"ESTIMATOR": estimator, "HAS_ANCHORS": anchored} | advantage,
+                {},
+            )
+            for estimator, anchored in (("grpo", True), ("grpo", False), ("dr_grpo", True), ("rloo", True))
+        ),
         ("count_active", advantage_kernels.count_active_kernel, {"BLOCK_TOKENS": 1024}, {}),
         ("active_token_index", advantage_kernels.active_token_index_kernel, {"BLOCK_TOKENS": 1024}, {}),
     ]
 
 
-def exponentials_variant(
-    label: str, tile: Tile, *, store: bool, entropy: bool
-) -> tuple[str, Any, dict[str, Any], dict[str, int]]:
+def token_loss_variants() -> list[Variant]:
+    """Return the token losses of the settings' defaults, of an objective's second update, and of the other choices."""
+    ppo = {"HAS_LOG_RATIO": False, "CISPO": False, "DUAL_CLIP": True}
+    gspo = {"CISPO": False, "DUAL_CLIP": False}
+    cispo = {"HAS_LOG_RATIO": False, "CISPO": True, "DUAL_CLIP": False}
+    # With old log-probs the context ratio has been applied before.
+    first, later = {"HAS_OLD": False, "HAS_MASK": True}, {"HAS_OLD": True, "HAS_MASK": False}
+    hard, soft, fading, one_sided = (
+        {name: name == chosen for name in ("SOFT", "FADING", "ONE_SIDED")}
+        for chosen in ("", "SOFT", "FADING", "ONE_SIDED")
+    )
+    banded, capped = {"HAS_BAND": True, "HAS_CAP": False}, {"HAS_BAND": True, "HAS_CAP": True}
+    no_kl, k2, k3 = {"K2": False, "K3": False}, {"K2": True, "K3": False}, {"K2": False, "K3": True}
+    chosen = {
+        "ppo, first": ppo | first | hard | no_kl | banded,
+        "ppo, first, with k3": ppo | first | hard | k3 | banded,
+        "ppo, first, soft, capped, with k2": ppo | first | soft | k2 | capped,
+        "ppo, first, capped without a band": ppo | first | hard | no_kl | {"HAS_BAND": False, "HAS_CAP": True},
+        "ppo, first, unmasked": ppo | first | hard | no_kl | {"HAS_MASK": False, "HAS_BAND": False, "HAS_CAP": False},
+        "ppo, later": ppo | later | hard | no_kl | banded,
+        "gspo, first, fading, capped": gspo | first | {"HAS_LOG_RATIO": False} | fading | no_kl | capped,
+        "gspo, later, with k3": gspo | later | {"HAS_LOG_RATIO": True} | hard | k3 | banded,
+        "gspo, later": gspo | later | {"HAS_LOG_RATIO": True} | hard | no_kl | banded,
+        "cispo, first": cispo | first | hard | no_kl | banded,
+        "cispo, first, one-sided, capped, with k3": cispo | first | one_sided | k3 | capped,
+    }
+    kernel = loss_kernels.token_losses_kernel
+    return [(f"token_losses, {label}", kernel, settings | {"BLOCK": 256}, {}) for label, settings in chosen.items()]
+
+
+def exponentials_variant(label: str, tile: Tile, *, store: bool, entropy: bool) -> Variant:
     """Return the first product with one tile configuration."""
     constants = {
         "STORE": store,
@@ -120,7 +160,7 @@ def exponentials_variant(
 def compile_kernel(name: str, kernel: Any, constants: Mapping[str, Any], options: Mapping[str, int]) -> CompiledKernel:
     """Compile one variant with the argument types and alignments that a launch would have."""
     names: list[str] = kernel.arg_names
-    signature = {argument: "constexpr" if argument in constants else _type_of(argument) for argument in names}
+    signature = {argument: "constexpr" if argument in constants else type_of(argument) for argument in names}
     aligned = [
         index
         for index, argument in enumerate(names)
@@ -152,7 +192,8 @@ def compile_kernel(name: str, kernel: Any, constants: Mapping[str, Any], options
     )
 
 
-def _type_of(argument: str) -> str:
+def type_of(argument: str) -> str:
+    """Return the type of a kernel's argument by its name, as Triton writes it."""
     if argument in FLOAT_POINTERS:
         return "*fp32"
     for pointer, arguments in OTHER_POINTERS.items():

@@ -32,7 +32,7 @@ def compiled():
 
 
 def test_every_kernel_fits_hopper_and_keeps_to_its_spill_budget(compiled):
-    assert len(compiled) == 15
+    assert len(compiled) == 30
     for name, kernel in compiled.items():
         assert kernel["shared_bytes"] <= SHARED_BYTES_LIMIT, name
         assert kernel["registers"] <= 255, name
@@ -41,7 +41,7 @@ def test_every_kernel_fits_hopper_and_keeps_to_its_spill_budget(compiled):
 
 def test_the_product_runs_on_tensor_cores_fed_by_bulk_copies(compiled):
     products = {name: kernel["instructions"] for name, kernel in compiled.items() if name.startswith("exponentials")}
-    assert len(products) == 4
+    assert len(products) == 5
     for name, instructions in products.items():
         assert instructions["HGMMA"] > 0 and instructions["UTMALDG"] > 0, name
         assert (instructions["UTMASTG"] > 0) == ("gradient" in name), name

@@ -115,7 +115,7 @@ class LayerNormLinear(Linear):
         super().__init__(in_features, out_features, **linear)
         assert normalization == "RMSNorm" and not return_layernorm_output and not zero_centered_gamma
         self.eps = eps
-        self.layer_norm_weight = nn.Parameter(torch.ones(in_features, dtype=self.weight.dtype))
+        self.layer_norm_weight = nn.Parameter(torch.ones_like(self.weight[0]))
         setattr(self.layer_norm_weight, "sequence_parallel", self.sequence_parallel)  # noqa: B010
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
