@@ -1,25 +1,47 @@
 #!/usr/bin/env bash
 # Replays the pip steps of the Dockerfile's gpu target that need no compiler, on a machine without a GPU: every pinned
-# version resolves for CPython 3.12 and Linux. Downloads metadata and a few small wheels; installs nothing.
-#   tools/check_gpu_requirements.sh [PYTHON]     default: python3; its pip does the work, whatever its own version
+# version resolves for CPython 3.12 and Linux, of which metadata and a few small wheels are downloaded.
+#   tools/check_gpu_requirements.sh [PYTHON]                      default: python3; its pip resolves, whatever its version
+#   tools/check_gpu_requirements.sh --install FOLDER [PYTHON312]  also installs them, some 10 GiB, and asks `p2o doctor`
 set -euo pipefail
 cd "$(dirname "$0")/.."
+folder=""
+if [ "${1:-}" = --install ]; then
+    folder="${2:?a folder for the environment}"
+    shift 2
+fi
 python="${1:-python3}"
 version() { sed -n "s/^ARG $1=//p" Dockerfile | sort -u; }
+# The pins of each RUN line, written there once and read from there.
+mapfile -t pins < <(grep -oE '[A-Za-z0-9_-]+==[0-9][A-Za-z0-9.]*' <(sed -n '/AS gpu/,$p' Dockerfile) | sort -u)
+base=("torch==$(version TORCH_VERSION)" "sglang==$(version SGLANG_VERSION)")
+cudnn="nvidia-cudnn-cu13==$(version CUDNN_VERSION)"
+# The part for torch is compiled in the image.
+engine=("transformer-engine==$(version TRANSFORMER_ENGINE_VERSION)"
+    "transformer-engine-cu13==$(version TRANSFORMER_ENGINE_VERSION)")
+megatron="megatron-core==$(version MEGATRON_CORE_VERSION)"
+
 platforms=()
 for glibc in 39 35 34 31 28 27 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
 resolve() {
     "$python" -m pip install --quiet --dry-run --no-deps --ignore-installed --target "$scratch" --only-binary=:all: \
         --python-version 3.12 --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 "$@"
     echo "resolved: $*"
 }
-scratch="$(mktemp -d)"
-trap 'rm -rf "$scratch"' EXIT
-# The pins of each RUN line, written there once and read from there.
-mapfile -t pins < <(grep -oE '[A-Za-z0-9_-]+==[0-9][A-Za-z0-9.]*' <(sed -n '/AS gpu/,$p' Dockerfile) | sort -u)
-resolve "${pins[@]}"
-resolve -r requirements/gpu.txt
-resolve "torch==$(version TORCH_VERSION)" "sglang==$(version SGLANG_VERSION)" \
-    "megatron-core==$(version MEGATRON_CORE_VERSION)" "nvidia-cudnn-cu13==$(version CUDNN_VERSION)" \
-    "transformer-engine==$(version TRANSFORMER_ENGINE_VERSION)" \
-    "transformer-engine-cu13==$(version TRANSFORMER_ENGINE_VERSION)"
+resolve "${pins[@]}" -r requirements/gpu.txt
+resolve "${base[@]}" "$megatron" "$cudnn" "${engine[@]}"
+[ -n "$folder" ] || exit 0
+
+install() { "$folder/bin/python" -m pip install --quiet --no-cache-dir --no-compile "$@"; }
+"$python" -m venv "$folder"
+install "${base[@]}" # with what they depend on: the image that this one is made from
+install "${pins[@]}"
+install --no-deps "${engine[@]}"
+install --no-deps "$megatron" -r requirements/gpu.txt
+install --no-deps "$cudnn"
+install --no-deps --no-build-isolation .
+requires=()
+for package in "${base[@]}" "$megatron" "$cudnn" "${engine[0]}"; do requires+=(--require "$package"); done
+"$folder/bin/p2o" doctor --strict "${requires[@]}"

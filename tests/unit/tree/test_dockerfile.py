@@ -4,6 +4,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,35 @@ def test_the_gpu_target_has_the_versions_the_tests_run_with() -> None:
     for line in (ROOT / "requirements/gpu.txt").read_text().splitlines():
         package, _, version = line.partition("==")
         assert line.startswith("#") or version == pinned(package)
+
+
+def test_the_base_image_or_a_pin_holds_everything_that_the_package_needs() -> None:
+    needed = {plain(line) for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    pinned_there = {plain(line) for line in (ROOT / "requirements/gpu.txt").read_text().splitlines() if line[0] != "#"}
+    assert needed <= {"megatron-core"} | pinned_there | requirements_of("sglang", "torch", "transformers")
+
+
+def requirements_of(*roots: str) -> set[str]:
+    """Return the packages and all that they require without extras, as far as they are installed here."""
+    found: set[str] = set()
+    left = list(roots)
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            lines = requires(name) or []
+        except PackageNotFoundError:
+            continue
+        left += [plain(line) for line in lines if "extra ==" not in line]
+    return found
+
+
+def plain(requirement: str) -> str:
+    """Return the name that a requirement begins with, in its one spelling."""
+    (name,) = re.findall(r"^[A-Za-z0-9._-]+", requirement)
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_the_doctor_has_the_last_word_in_both_targets() -> None:
