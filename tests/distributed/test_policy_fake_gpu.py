@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 HEAD = "item in advantage/triton_path.py:active_token_index_triton"
+SHIFTS = "to host in policy/training/forward.py:<genexpr>"
 UPDATE = {
     # How many rows the head computes decides its chunks.
     HEAD: 1,
@@ -32,8 +33,9 @@ UPDATE = {
     "item in distributed/finalize_model_grads.py:finalize_model_grads": 1,
     # A gradient that is not finite is not applied; then Megatron asks again, to clip it.
     "item in optimizer/clip_grads.py:get_grad_norm_fp32": 2,
-    # The result, when the gradients are there.
+    # The result, when the gradients are there, and of each pack the shift of its context.
     "to host in policy/training/forward.py:on_cpu": 2,
+    SHIFTS: 1,
     "to host in rl/objective.py:stats_on_cpu": 1,
 }
 SCORES = {
@@ -133,7 +135,7 @@ def test_the_device_is_waited_for_only_where_its_answer_is_needed(local: dict[st
 
 def test_stages_wait_for_one_another_besides(local: dict[str, Any]) -> None:
     first, last = (local[name] for name in STAGES)
-    rest = {wait: count for wait, count in UPDATE.items() if wait != HEAD}
+    rest = {wait: count for wait, count in UPDATE.items() if wait not in (HEAD, SHIFTS)}
     assert first["update"]["waits"] == rest | SENT | RECEIVED | twice(P2P)
     assert last["update"]["waits"] == UPDATE | SENT | RECEIVED | twice(P2P)
     assert (first["logprobs"]["waits"], last["logprobs"]["waits"]) == (SENT, SCORES | RECEIVED)
