@@ -196,6 +196,27 @@ def test_three_updates_equal_transformers_with_torch_adamw(any_model: Path, obje
         assert 0 < report.tokens.clipped_tokens < report.tokens.kept_tokens, report.tokens
 
 
+def test_a_surrogate_of_the_users_own_moves_the_weights_as_ours_does(model: Path, tmp_path: Path):
+    code = tmp_path / "own_ppo.py"
+    code.write_text(
+        "import torch\n"
+        "def ppo(ratio, logprobs, advantages, rule):\n"
+        "    band = ratio.clamp(1 - rule.clip_low, 1 + rule.clip_high)\n"
+        "    losses = torch.maximum(-advantages * ratio, -advantages * band)\n"
+        "    return torch.where(advantages < 0, torch.minimum(losses, -rule.dual_clip * advantages), losses)\n"
+    )
+    moved: list[Any] = []
+    for surrogate in ("ppo", f"{code}:ppo"):
+        with policy_of(policy_config(model, objective=ObjectiveConfig(surrogate=surrogate))) as policy:
+            old = policy.logprobs(NEAR)
+            reports = [policy.update(NEAR, given, 120) for given in (None, old, old)]
+            moved.append((weights_of(policy), [report.loss for report in reports]))
+    (ours, our_losses), (own, own_losses) = moved
+    assert own_losses == pytest.approx(our_losses, rel=1e-6)
+    assert len(set(our_losses)) == 3, "the weights moved"
+    assert_same_weights(own, ours, atol=1e-7)
+
+
 @pytest.mark.parametrize("context", ["replace", "importance", "ratio_mask"])
 def test_the_shift_of_each_templated_sample_is_its_template_s_log_probs_less_those_of_the_policy_before(
     model: Path, context: Context
