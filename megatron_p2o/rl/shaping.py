@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from megatron_p2o.config.tree import Config, ObjectiveConfig
-from megatron_p2o.interfaces import Policy
 from megatron_p2o.rl.grouping import make_groups, train_samples
 from megatron_p2o.rl.objective import with_reference_kl
+from megatron_p2o.rl.standing_policy import StandingPolicy
 from megatron_p2o.types import Group, Logprobs, TokenStats, no_tokens
 from p2o_kernels.policy_loss.token_loss import kl_penalties
 
 
 def shaped(
-    groups: Sequence[Group], plain_success_rates: Sequence[float], policy: Policy, config: Config
+    groups: Sequence[Group], plain_success_rates: Sequence[float], policy: StandingPolicy, config: Config
 ) -> tuple[Sequence[Group], TokenStats[float]]:
     """Return the groups with the advantages of their shaped rewards, and the measurements for it. Without shaping the
     groups are returned unchanged.
@@ -63,7 +63,7 @@ def overlong_penalty(num_tokens: int, overlong_tokens: int, max_new_tokens: int)
 
 
 def kl_of(
-    groups: Sequence[Group], policy: Policy, objective: ObjectiveConfig
+    groups: Sequence[Group], policy: StandingPolicy, objective: ObjectiveConfig
 ) -> tuple[list[list[float]], TokenStats[float]]:
     """Return each rollout's estimate of KL(policy || initial policy), summed over its response; 0 for one without.
 

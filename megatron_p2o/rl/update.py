@@ -17,6 +17,7 @@ from megatron_p2o.rl.objective import (
     with_trainer_logprobs,
 )
 from megatron_p2o.rl.shaping import shaped
+from megatron_p2o.rl.standing_policy import StandingPolicy
 from megatron_p2o.types import Group, Logprobs, TrainSample, UpdateReport
 
 NUM_PROBED = 4
@@ -31,16 +32,17 @@ def update(
 
     `plain_success_rates`: of each group's problem, for the baseline of shaped rewards.
     """
-    groups, measured = shaped(groups, plain_success_rates, policy, config)
+    sampler = StandingPolicy(policy)  # of the rollouts, until the first update
+    groups, measured = shaped(groups, plain_success_rates, sampler, config)
     parts = chunks(groups, config.schedule.problems_per_update)
     minibatches = [train_samples(part, config.objective) for part in parts]
     live = [
-        length_weighted(with_recomputed(carrying_gradient(samples, config), part, policy, config), samples, config)
+        length_weighted(with_recomputed(carrying_gradient(samples, config), part, sampler, config), samples, config)
         for samples, part in zip(minibatches, parts, strict=True)
     ]
-    live = with_references(live, policy, config)
+    live = with_references(live, sampler, config)
     # The first update's own forward pass gives its old log-probs; later ones need theirs before the policy moves.
-    old_logprobs = [None, *(old_logprobs_of(samples, policy, config) for samples in live[1:])]
+    old_logprobs = [None, *(old_logprobs_of(samples, sampler, config) for samples in live[1:])]
     reports = [
         updated(policy, samples, old, minibatch, config)
         for samples, old, minibatch in zip(live, old_logprobs, minibatches, strict=True)
@@ -74,7 +76,7 @@ def with_probe(report: UpdateReport, samples: Sequence[TrainSample], policy: Pol
 
 
 def with_references(
-    minibatches: Sequence[Sequence[TrainSample]], policy: Policy, config: Config
+    minibatches: Sequence[Sequence[TrainSample]], policy: StandingPolicy, config: Config
 ) -> Sequence[Sequence[TrainSample]]:
     """Return the samples with the initial policy's log-probs, if the loss has a KL term; one pass for all of them."""
     if not has_kl_loss(config.objective):
@@ -96,7 +98,9 @@ def length_weighted(
     return with_length_weights(samples, minibatch, config.objective, config.rollout.max_new_tokens)
 
 
-def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Config) -> Sequence[Logprobs] | None:
+def old_logprobs_of(
+    samples: Sequence[TrainSample], policy: StandingPolicy, config: Config
+) -> Sequence[Logprobs] | None:
     """Return log pi_old on the gradient's prompt; the importance context uses the sampling log-probs instead."""
     if compares_with_sampling(config.objective.context):
         return None
@@ -108,7 +112,7 @@ def old_logprobs_of(samples: Sequence[TrainSample], policy: Policy, config: Conf
 
 
 def with_recomputed(
-    samples: list[TrainSample], groups: Sequence[Group], policy: Policy, config: Config
+    samples: list[TrainSample], groups: Sequence[Group], policy: StandingPolicy, config: Config
 ) -> list[TrainSample]:
     """Return the samples of `groups` with the trainer's own log-probs of their sampling prompts, if settings ask so."""
     cap = config.logprobs.importance_cap

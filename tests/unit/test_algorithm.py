@@ -321,6 +321,30 @@ def test_a_kl_term_in_the_reward_changes_the_credit_and_no_grade() -> None:
     assert shaped.result.reports[0].tokens.reference_tokens > 0 == shaped.result.reports[1].tokens.reference_tokens
 
 
+@pytest.mark.parametrize("context", ["replace", "sampling", "ratio_mask"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_the_kl_term_in_the_reward_has_scored_is_not_scored_again_for_later_updates(
+    context: Context, recompute: bool
+) -> None:
+    settings = {
+        "objective.kl_coefficient": 0.1,
+        "objective.kl_as": "reward",
+        "objective.kl_estimator": "k1",
+        "objective.context": context,
+        "logprobs.recompute": recompute,
+        "schedule.problems_per_update": 1,
+    }
+    step = run_step(settings=settings, templates=TEMPLATED, step=2)
+    scored = [
+        (id(sample.context_ids), id(sample.response_ids)) for asked in step.policy.asked_logprobs for sample in asked
+    ]
+    assert len(scored) == len(set(scored)) >= 16
+    for call in step.policy.updates[1:]:
+        assert call.old_logprobs is not None
+        for sample, old in zip(call.samples, call.old_logprobs, strict=True):
+            assert np.array_equal(old, fake_logprobs(sample.context_ids, sample.response_ids, num_updates=2))
+
+
 def test_engines_serve_the_updated_weights_under_the_next_version() -> None:
     step = run_step(step=7)
     assert step.engines.refreshes == [8] and step.engines.version == 8

@@ -9,6 +9,7 @@ import torch
 
 from megatron_p2o.rl.grouping import make_groups
 from megatron_p2o.rl.shaping import kl_of, kl_sum, overlong_penalty, shaped
+from megatron_p2o.rl.standing_policy import StandingPolicy
 from megatron_p2o.testing.fakes import FakePolicy, fake_config, fake_logprobs, fake_problem, fake_rollout
 from megatron_p2o.types import Group, Template, no_tokens
 
@@ -36,7 +37,7 @@ def test_the_over_long_penalty_is_dapos(num_tokens: int, penalty: float) -> None
 def test_a_long_right_answer_is_worth_less_than_a_short_one_and_its_grade_stays() -> None:
     config = fake_config({"advantage.overlong_tokens": 4, "advantage.estimator": "dr_grpo"})
     group = group_of(1.0, 1.0, 0.0, 1.0, lengths=(4, 6, 2, 8))  # of at most 8 tokens
-    (result,), measured = shaped([group], [0.5], FakePolicy(), config)
+    (result,), measured = shaped([group], [0.5], StandingPolicy(FakePolicy()), config)
     rewards = np.array([1.0, 0.5, 0.0, 0.0])
     assert result.advantages == pytest.approx(rewards - rewards.mean(), abs=1e-6)
     assert result.rollouts == group.rollouts
@@ -46,7 +47,7 @@ def test_a_long_right_answer_is_worth_less_than_a_short_one_and_its_grade_stays(
 def test_settings_that_shape_nothing_leave_the_groups_alone() -> None:
     groups, policy = [group_of(1.0, 0.0)], FakePolicy()
     for settings in ({}, {"objective.kl_coefficient": 0.1}, {"objective.kl_as": "reward"}):
-        result, measured = shaped(groups, [0.5], policy, fake_config(settings))
+        result, measured = shaped(groups, [0.5], StandingPolicy(policy), fake_config(settings))
         assert result is groups and measured == no_tokens()
     assert policy.journal == []
 
@@ -90,7 +91,7 @@ def test_the_divergence_is_taken_from_the_reward_on_the_prompt_of_the_gradient(e
     config = fake_config({**settings, "advantage.estimator": "dr_grpo"})
     policy = FakePolicy(num_updates=3)
     group = group_of(1.0, 0.0, 1.0, lengths=(4, 3, 2), template=HINT)
-    (result,), measured = shaped([group], [0.5], policy, config)
+    (result,), measured = shaped([group], [0.5], StandingPolicy(policy), config)
     rewards = []
     for rollout in group.rollouts:
         ids = rollout.completion.prompt.training_ids, rollout.completion.token_ids
@@ -107,7 +108,7 @@ def test_a_rollout_that_is_not_trained_on_shapes_the_baseline_and_an_undecided_o
     config = fake_config(settings)
     cut_off, lost = group_of(1.0, finish_reason="length"), group_of(0.0, finish_reason="abort")
     group = replace(group_of(1.0, 0.0), rollouts=(*cut_off.rollouts, *lost.rollouts), advantages=(0.0, 0.0))
-    ((truncated_kl, lost_kl),), measured = kl_of([group], FakePolicy(num_updates=1), config.objective)
+    ((truncated_kl, lost_kl),), measured = kl_of([group], StandingPolicy(FakePolicy(num_updates=1)), config.objective)
     assert truncated_kl > 0 and lost_kl == 0
     assert measured.reference_tokens == 4
     (result,), _ = shaped([group], [0.5], FakePolicy(num_updates=1), config)
