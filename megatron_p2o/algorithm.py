@@ -50,6 +50,8 @@ class TrainState:
     epoch: int = 0
     batch: int = 0
     """Batches of this epoch that were asked; one per step, more with dynamic sampling."""
+    num_batches: int = 0
+    """Batches of the epoch whose steps were last begun; 0 before the first."""
     hard: tuple[Problem, ...] = ()
     """Hard problems of this epoch so far."""
 
@@ -141,7 +143,9 @@ def train(
     `observer.should_stop` ended the run.
     """
     while state.epoch < config.schedule.epochs:
-        batches = iter(batches_of(state.epoch)[state.batch :])
+        whole_epoch = batches_of(state.epoch)
+        state = replace(state, num_batches=len(whole_epoch))
+        batches = iter(whole_epoch[state.batch :])
         for problems in batches:
             if observer.should_stop(state):
                 return state

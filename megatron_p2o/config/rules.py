@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_p2o.config.ranges import range_problems
 from megatron_p2o.config.shape import ONLY_TASK
-from megatron_p2o.config.tree import Config, GradingConfig, ObjectiveConfig, OptimizerConfig
+from megatron_p2o.config.tree import Config, DataConfig, GradingConfig, ObjectiveConfig, OptimizerConfig
 
 MAX_NAME_CHARS = 64
 
@@ -22,6 +22,7 @@ IN_USE: Mapping[str, tuple[str, Callable[[Config], bool]]] = {
     "objective.dual_clip": ("objective.surrogate=ppo", lambda config: config.objective.surrogate == "ppo"),
     "objective.kl_estimator": ("objective.kl_coefficient above 0", lambda config: config.objective.kl_coefficient > 0),
     "objective.kl_as": ("objective.kl_coefficient above 0", lambda config: config.objective.kl_coefficient > 0),
+    "data.curriculum_min_weight": ("data.curriculum other than none", lambda config: config.data.curriculum != "none"),
 }
 """Settings that act only beside another: what they need, and whether it is so."""
 
@@ -46,7 +47,7 @@ def problems_of(config: Config) -> list[str]:
 
 def idle_settings(config: Config) -> list[str]:
     """Return one sentence for each setting that differs from its default and has no effect beside the others."""
-    default = replace(config, objective=ObjectiveConfig())
+    default = replace(config, objective=ObjectiveConfig(), data=DataConfig(train=config.data.train))
     return [
         f"{name}={attrgetter(name)(config)} has no effect: it acts only with {needed}"
         for name, (needed, is_in_use) in IN_USE.items()

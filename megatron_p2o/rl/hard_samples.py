@@ -129,6 +129,19 @@ class HardSampleLedger:
             total = total / 2 + of(entry)
         return total / tries if tries else 0.0
 
+    def success_rate(self, problem_id: str, *, before_epoch: int, counted: Literal["plain", "all"]) -> float | None:
+        """Return the discounted share, in [0, 1], of the tries before an epoch that succeeded; None before the first.
+
+        It stays the same while the epoch goes on, so that what depends on it can be found again from its beginning.
+        """
+        tries = solved = 0.0
+        for entry in self._history.get(problem_id, ()):
+            if entry.epoch < before_epoch:
+                templated = counted == "all"
+                tries = tries / 2 + entry.plain_tries + templated * entry.templated_tries
+                solved = solved / 2 + entry.plain_solved + templated * entry.templated_solved
+        return solved / tries if tries else None
+
     def forgotten(self, entries: Iterable[LedgerEntry]) -> tuple[int, int]:
         """Return (number forgotten, number mastered) among the problems of `entries`. Call before recording them.
 

@@ -11,6 +11,7 @@ from megatron_p2o.algorithm import train
 from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution
 from megatron_p2o.policy.training.ranks import MegatronPolicy
+from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.run.beginning import Beginning, beginning_of
 from megatron_p2o.run.inputs import Inputs, batches_of, notices, planned_steps
@@ -40,8 +41,7 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
         PolicyDiverged, NothingLearnt, StepGivenUp: training cannot go on; the message says what to go back to.
     """
     beginning = beginning_of(config, run_dir, inputs.train)
-    epoch_of = partial(batches_of, config, inputs.train)
-    num_steps_per_epoch = len(epoch_of(0))
+    num_steps_per_epoch = len(batches_of(config, inputs.train, epoch=0))
     say_what_starts(config, run_dir, policy, num_steps_per_epoch)
     stop = StopRequest(run_dir)
     with ExitStack() as stack:
@@ -55,8 +55,20 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
         changes = [asdict(each) for each in beginning.changes]
         note_start(run_dir, beginning.made_with, beginning.state.step, changes, redone)
         observer = RunObserver(config, started, files, inputs.evaluation, beginning, stop)
+        epoch_of = partial(asked_in, config, inputs.train, observer.ledger)
         ending = train_and_save(config, beginning, epoch_of, started, observer, stop)
     say(ending)
+
+
+def asked_in(
+    config: Config, train: Sequence[Problem], ledger: HardSampleLedger, epoch: int
+) -> Sequence[Sequence[Problem]]:
+    """Return the problems of each step of an epoch, and say how many there are where a curriculum decides it."""
+    batches = batches_of(config, train, epoch, ledger)
+    if config.data.curriculum != "none":
+        num_asked = sum(map(len, batches))
+        say(f"epoch {epoch + 1}: {num_asked} problems in {len(batches)} batches, by data.curriculum")
+    return batches
 
 
 def say_what_starts(config: Config, run_dir: Path, policy: MegatronPolicy, num_steps_per_epoch: int) -> None:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_p2o.config.rules import idle_settings
 from megatron_p2o.config.tree import Config, ScheduleConfig
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
+from megatron_p2o.data.curriculum import weight_of
 from megatron_p2o.data.tables import missing_package
 from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
 from megatron_p2o.evolve.process.given import check_templates
@@ -18,6 +20,7 @@ from megatron_p2o.evolve.search.rules import rules_named
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.sinks.registry import sink_problems
 from megatron_p2o.rewards.tasks import TaskGrader, rewards_line
+from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.rl.objective import loss_rule
 from megatron_p2o.rl.surrogate import check_surrogate
 from megatron_p2o.types import PLAIN, Problem, TokenIds
@@ -62,10 +65,18 @@ def load_inputs(config: Config) -> Inputs:
     return inputs
 
 
-def batches_of(config: Config, train: Sequence[Problem], epoch: int) -> Sequence[Sequence[Problem]]:
-    """Return the problems of each step of an epoch; the same whenever asked. Raises as `epoch_batches`."""
+def batches_of(
+    config: Config, train: Sequence[Problem], epoch: int, ledger: HardSampleLedger | None = None
+) -> Sequence[Sequence[Problem]]:
+    """Return the problems of each step of an epoch; the same whenever asked. Raises as `epoch_batches`.
+
+    `ledger`: of the run, for the curriculum; None: nothing is known of the problems, and all are asked.
+    """
     size, weights = config.schedule.problems_per_step, task_weights(config.data)
-    return epoch_batches(train, size, config.run.seed, epoch, weights=weights)
+    weighs = None
+    if ledger is not None and config.data.curriculum != "none":
+        weighs = partial(weight_of, data=config.data, ledger=ledger, epoch=epoch)
+    return epoch_batches(train, size, config.run.seed, epoch, weights=weights, weight_of=weighs)
 
 
 def summary_of(config: Config, inputs: Inputs) -> list[str]:
@@ -76,7 +87,7 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
     """
     schedule = config.schedule
     num_steps = len(batches_of(config, inputs.train, epoch=0))
-    at_most = "at most " if schedule.max_batches_per_step > 1 else ""
+    at_most = "at most " if may_be_fewer(config) else ""
     longest = max(len(token_ids) for token_ids in _plain_prompts(inputs))
     rewards, undecided = checked_rewards(config, inputs.train)
     return [
@@ -151,19 +162,24 @@ def check_evolution(config: Config, train: Sequence[Problem]) -> None:
 
 
 def planned_steps(schedule: ScheduleConfig, num_steps_per_epoch: int) -> int:
-    """Return how many steps the whole run has: at most, where dynamic sampling takes several batches for one."""
+    """Return how many steps the whole run has: at most, where `may_be_fewer`."""
     num_steps = num_steps_per_epoch * schedule.epochs
     return num_steps if schedule.max_steps is None else min(num_steps, schedule.max_steps)
+
+
+def may_be_fewer(config: Config) -> bool:
+    """Return whether an epoch may have fewer steps than it has batches of problems."""
+    return config.schedule.max_batches_per_step > 1 or config.data.curriculum != "none"
 
 
 def planned_work(config: Config, num_steps_per_epoch: int) -> str:
     """Return how many steps and training rollouts the whole run has, as a line."""
     schedule = config.schedule
     num_steps = planned_steps(schedule, num_steps_per_epoch)
-    # Dynamic sampling asks further batches of the epoch for a step.
+    # Dynamic sampling asks further batches of the epoch for a step, a curriculum leaves some out.
     num_batches = min(num_steps * schedule.max_batches_per_step, num_steps_per_epoch * schedule.epochs)
     num_rollouts = num_batches * schedule.problems_per_step * config.rollout.group_size
-    at_most = "at most " if schedule.max_batches_per_step > 1 else ""
+    at_most = "at most " if may_be_fewer(config) else ""
     is_cut = num_steps < num_steps_per_epoch * schedule.epochs
     limit = f", where schedule.max_steps={schedule.max_steps} ends it" if is_cut else ""
     return f"whole run: {at_most}{num_steps} steps{limit}, {at_most}{num_rollouts} training rollouts"

@@ -284,7 +284,7 @@ def _place_in_epoch(old: MadeWith, new: MadeWith, state: RunState) -> _Place:
     if not reordering and not moved:
         return _Place(batch=state.batch, when="the next time they are asked")
     old_size, new_size = old.settings[PER_STEP], new.settings[PER_STEP]
-    num_batches = _num_asked(old) // old_size
+    num_batches = state.num_batches or _num_asked(old) // old_size
     if state.batch == 0:
         return _Place(batch=0, when=f"from step {state.step + 1} on, which begins epoch {state.epoch}")
     if state.batch >= num_batches:

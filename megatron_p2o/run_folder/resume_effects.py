@@ -90,7 +90,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("evaluation", "every_steps num_samples temperature at_start"),
         *_in("evaluation", "with_best_template best_set best_metric"),
     ),
-    "order": ("run.seed", "schedule.problems_per_step"),
+    "order": ("run.seed", "schedule.problems_per_step", "data.curriculum", "data.curriculum_min_weight"),
     "problems": _in("data", "train id_field question_field answer_field skip_bad_rows"),
     "refused": ("model.dtype", "parallel.distributed_optimizer"),
 }

@@ -53,6 +53,8 @@ class RunState:
     """Time spent training so far, over all restarts."""
     compute: ComputeAccount = field(default_factory=ComputeAccount)
     """What was spent so far, less the rounds of evolution, whose journals say it."""
+    num_batches: int = 0
+    """Batches of the epoch; 0 in checkpoints of before a curriculum could shorten one."""
     round_epoch: int = -1
     """Epoch after which the round beside training started; -1 if none ran."""
     round_problem_ids: tuple[str, ...] = ()

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, NumSamples, PositiveFloat, PositiveInt
+from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, NumSamples, PositiveFloat, PositiveInt, Range
 from megatron_p2o.config.sections.rollout import GradingConfig
 from megatron_p2o.config.shape import IS_LISTED, IS_SHORTHAND, ONLY_TASK
 
@@ -78,6 +78,13 @@ class DataConfig:
     """Column of a problem's gold answer. `auto`: the first of `answer`, `final_answer` and `reward_model.ground_truth`
     that a file has. None: the problems have none; a reward function that needs none then grades
     them, from the other columns of the row or from the response alone."""
+    curriculum: Literal["none", "unsolved", "learnable"] = "none"
+    """Which problems an epoch asks, by their success rate s over the epochs before. `none`: all. Else a problem of
+    weight w is asked in that share of the epochs. `unsolved`: w = 1 - s of plain tries, so that what the policy masters
+    is asked less and what is hard always. `learnable`: w = 4 s (1 - s) of all tries; what is hard is asked less, too,
+    unless templates solve it. A problem that was never tried is asked."""
+    curriculum_min_weight: Annotated[float, Range(above=0, at_most=1)] = 0.1
+    """Least weight of a problem under `data.curriculum`: 0.1 asks it in every tenth epoch."""
     skip_bad_rows: bool = False
     """Whether to use the good rows and report the bad ones. False: a bad row ends the run."""
     question_format: str = (

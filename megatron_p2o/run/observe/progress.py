@@ -54,6 +54,7 @@ class Progress:
             step=state.step,
             epoch=state.epoch,
             batch=state.batch,
+            num_batches=state.num_batches,
             hard_problem_ids=tuple(problem.id for problem in state.hard),
             library_version=state.library.version,
             num_ledger_entries=num_ledger_entries,

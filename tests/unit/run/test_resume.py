@@ -183,6 +183,7 @@ REMOVED = PROBLEMS[:3] + PROBLEMS[4:]
         ((*REMOVED, problem("new-1")), (), r"1 added \(new-1\), 1 gone \(p3\)"),
         (PROBLEMS[::-1], (), r"problems of data\.train: in another order"),
         (PROBLEMS, ("run.seed=2",), r"run\.seed: 1 -> 2"),
+        (PROBLEMS, ("data.curriculum=unsolved",), r"data\.curriculum: none -> unsolved"),
         (
             PROBLEMS,
             ("schedule.problems_per_step=12", "schedule.problems_per_update=12"),
@@ -202,6 +203,14 @@ def test_what_orders_an_epoch_is_refused_in_its_middle_and_counts_between_two(
     size = 12 if overrides and "12" in overrides[0] else 8
     assert over.batch == len(epoch_batches(problems, size, seed=1, epoch=0)), "no batch of the epoch is left to ask"
     assert any("from epoch 1 on" in str(change) for change in over.changes)
+
+
+def test_an_epoch_that_a_curriculum_has_shortened_ends_where_it_does(tmp_path: Path, model: Path) -> None:
+    """Two batches of the three that it would have without."""
+    with pytest.raises(ResumeRefused, match=r"after 1 of 2 batches.*by schedule\.max_steps=5"):
+        resumed_with(tmp_path, model, state(4, 1, epoch=1, num_batches=2), "run.seed=2")
+    over = resumed_with(tmp_path, model, state(5, 2, epoch=1, num_batches=2), "run.seed=2")
+    assert over.batch == 3 and "from epoch 2 on" in str(over.changes[0])
 
 
 def test_another_mix_of_tasks_is_refused_in_the_middle_of_an_epoch(tmp_path: Path, model: Path) -> None:
