@@ -257,10 +257,16 @@ def results_of(benchmarks: Sequence[Benchmark], subject: Subject, config: Config
                 "problems_sha256": problems_digest(benchmark.problems),
                 "correct_by_problem": dict(outcomes[benchmark.name].correct_by_problem),
                 "decided_by_problem": dict(outcomes[benchmark.name].decided_by_problem),
+                **_partial_rewards(outcomes[benchmark.name]),
             }
             for benchmark in benchmarks
         },
     }
+
+
+def _partial_rewards(outcome: Evaluation) -> JsonObject:
+    """Return each problem's sum of rewards where the numbers of correct responses do not tell it."""
+    return {"reward_by_problem": dict(outcome.reward_by_problem)} if outcome.has_partial_rewards else {}
 
 
 def _engines_here(config: Config) -> int:

@@ -1,6 +1,6 @@
 """Compares two evaluations of the same problems: paired differences, intervals and p-values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ def compare(first: Path, second: Path) -> JsonObject:
     """Compare the results in two folders of `p2o eval`, on the sets both have.
 
     Returns `sets`: name to accuracies, difference (second minus first), its interval, p-value and test, over the
-    problems that both have a verdict on; and `only_first`, `only_second`: sets the other lacks. The test is McNemar's
-    where both answered each problem once, else the sign permutation test on the problems' averages.
+    problems that both have a verdict on, and the same of the mean rewards under `reward` where some are neither 0 nor
+    1; and `only_first`, `only_second`: sets the other lacks. The test is McNemar's where both answered each problem
+    once and rewards are not compared, else the sign permutation test on the problems' averages.
 
     Raises:
         ValueError: a folder holds no results, they share no set, or a set's problems differ.
@@ -48,34 +49,66 @@ def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> JsonObject:
     Raises:
         ValueError: there is none.
     """
-    counts = [
-        (num_correct, first["decided_by_problem"][key], second["correct_by_problem"][key], num_second)
-        for key, num_correct in first["correct_by_problem"].items()
-        if first["decided_by_problem"][key] and (num_second := second["decided_by_problem"][key])
+    shared = [
+        key
+        for key in first["correct_by_problem"]
+        if first["decided_by_problem"][key] and second["decided_by_problem"][key]
     ]
-    if not counts:
+    if not shared:
         raise ValueError(
             "no problem has a response with a verdict in both evaluations: run both again; they continue where they "
             "stopped"
         )
-    # Over a common denominator, so that equal averages give exactly 0.
-    differences = [(b * num_a - a * num_b) / (num_a * num_b) for a, num_a, b, num_b in counts]
-    num_better, num_worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     is_single = first["samples_per_problem"] == second["samples_per_problem"] == 1
+    sums = [_sums(each, "correct_by_problem", shared) for each in (first, second)]
+    correct = _difference(sums[0], sums[1], is_zero_or_one=is_single)
+    numbers = {
+        "num_problems": len(shared),
+        "num_undecided_problems": len(first["correct_by_problem"]) - len(shared),
+        "first_accuracy": correct.pop("first"),
+        "second_accuracy": correct.pop("second"),
+        **correct,
+    }
+    if "reward_by_problem" not in first and "reward_by_problem" not in second:
+        return numbers
+    rewards = [
+        _sums(each, "reward_by_problem" if "reward_by_problem" in each else "correct_by_problem", shared)
+        for each in (first, second)
+    ]
+    return {**numbers, "reward": _difference(rewards[0], rewards[1], is_zero_or_one=False)}
+
+
+def _sums(outcome: Mapping[str, Any], key: str, problem_ids: Sequence[str]) -> list[tuple[float, int]]:
+    """Return of each problem the sum that `key` names and the number of responses that it is over."""
+    return [(outcome[key][problem_id], outcome["decided_by_problem"][problem_id]) for problem_id in problem_ids]
+
+
+def _difference(
+    first: Sequence[tuple[float, int]], second: Sequence[tuple[float, int]], is_zero_or_one: bool
+) -> JsonObject:
+    """Return the paired difference of the means of (sum, count) of each problem.
+
+    `is_zero_or_one`: whether each mean is 0 or 1.
+    """
+    # Over a common denominator, so that equal averages give exactly 0.
+    differences = [
+        (b * num_a - a * num_b) / (num_a * num_b) for (a, num_a), (b, num_b) in zip(first, second, strict=True)
+    ]
+    num_better, num_worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     p_value = (
-        mcnemar_p_value(num_worse, num_better) if is_single else sign_permutation_p_value(differences, BOOTSTRAP_SEED)
+        mcnemar_p_value(num_worse, num_better)
+        if is_zero_or_one
+        else sign_permutation_p_value(differences, BOOTSTRAP_SEED)
     )
     interval = difference_interval(differences, p_value, BOOTSTRAP_SEED)
     return {
-        "num_problems": len(counts),
-        "num_undecided_problems": len(first["correct_by_problem"]) - len(counts),
-        "first_accuracy": sum(a / num_a for a, num_a, _, _ in counts) / len(counts),
-        "second_accuracy": sum(b / num_b for _, _, b, num_b in counts) / len(counts),
+        "first": sum(a / num_a for a, num_a in first) / len(first),
+        "second": sum(b / num_b for b, num_b in second) / len(second),
         "difference": sum(differences) / len(differences),
         "interval": {"low": interval.low, "high": interval.high},
         "num_better": num_better,
         "num_worse": num_worse,
-        "test": "McNemar" if is_single else "sign permutation",
+        "test": "McNemar" if is_zero_or_one else "sign permutation",
         "p_value": p_value,
     }
 

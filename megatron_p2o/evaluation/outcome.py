@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import fsum
 
 from megatron_p2o.evaluation.estimators import pass_at_k, powers_up_to
 from megatron_p2o.evaluation.intervals import Interval, mean_interval
@@ -86,6 +87,10 @@ class Evaluation:
     """Problem id to correct responses, in the order of the set."""
     decided_by_problem: Mapping[str, int]
     """Problem id to responses with a verdict."""
+    reward_by_problem: Mapping[str, float]
+    """Problem id to the sum of their rewards: `correct_by_problem` where all are 0 or 1."""
+    has_partial_rewards: bool
+    """Whether some reward is neither 0 nor 1: then the accuracy does not tell the mean reward."""
     num_asked_plainly: int = 0
     """Problems that were too long under the template of a templated evaluation, and asked without it."""
 
@@ -154,8 +159,18 @@ def evaluation_of(
         num_aborted=len(responses) - len(finished),
         correct_by_problem=correct,
         decided_by_problem=decided,
+        reward_by_problem=_rewards_by_problem(responses, problems),
+        has_partial_rewards=any(reward not in (0.0, 1.0) for reward in rewards),
         num_asked_plainly=num_asked_plainly,
     )
+
+
+def _rewards_by_problem(responses: Sequence[GradedResponse], problems: Sequence[Problem]) -> dict[str, float]:
+    rewards = {problem.id: list[float]() for problem in problems}
+    for response in responses:
+        if response.is_decided and response.grade.reward is not None:
+            rewards[response.problem_id].append(response.grade.reward)
+    return {problem_id: fsum(values) for problem_id, values in rewards.items()}
 
 
 def _solved_in_tries(
@@ -176,9 +191,14 @@ def _solved_in_tries(
 
 
 def evaluation_record(outcome: Evaluation) -> JsonObject:
-    """Return the outcome as it is written to files, without the single problems."""
+    """Return the outcome as it is written to files, without the single problems.
+
+    `has_partial_rewards` is there where it is true.
+    """
     record = asdict(outcome)
-    del record["correct_by_problem"], record["decided_by_problem"]
+    del record["correct_by_problem"], record["decided_by_problem"], record["reward_by_problem"]
+    if not outcome.has_partial_rewards:
+        del record["has_partial_rewards"]
     return record
 
 

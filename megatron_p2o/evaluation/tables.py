@@ -40,7 +40,9 @@ class EvaluationProgress:
 
 def print_results(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Print results.json: a row per set, then accuracy by level where the problems name levels."""
-    headings = ["set", "problems", "k", "T", "avg@k", "95 % interval", "pass@k", "tokens", "truncated", "undecided"]
+    is_partial = any("reward_by_problem" in outcome for outcome in results["sets"].values())
+    reward = ["reward"] if is_partial else []
+    headings = ["set", "problems", "k", "T", "avg@k", "95 % interval", "pass@k", *reward, "tokens", "truncated"]
     rows = [
         [
             name,
@@ -50,13 +52,16 @@ def print_results(results: Mapping[str, Any], stream: TextIO | None = None) -> N
             _percent(outcome["accuracy"]),
             interval_text(outcome["interval"]),
             _pass_at_all(outcome),
+            *([f"{outcome['mean_reward']:.3f}"] if is_partial else []),
             f"{outcome['mean_tokens']:.0f}",
             _percent(outcome["truncated_share"]),
             str(outcome["num_grading_errors"] + outcome["num_aborted"]),
         ]
         for name, outcome in results["sets"].items()
     ]
-    _print_table(headings, rows, stream, footer=f"average of the sets: {_percent(results['average_accuracy'])}")
+    _print_table(
+        [*headings, "undecided"], rows, stream, footer=f"average of the sets: {_percent(results['average_accuracy'])}"
+    )
     for name, outcome in results["sets"].items():
         if outcome["by_level"]:
             levels = "  ".join(f"{level} {_percent(share)}" for level, share in outcome["by_level"].items())
@@ -82,6 +87,7 @@ def print_comparison(comparison: Mapping[str, Any], stream: TextIO | None = None
         for name, pair in comparison["sets"].items()
     ]
     _print_table(headings, rows, stream, footer=f"first: {comparison['first']}\nsecond: {comparison['second']}")
+    _print_rewards(comparison["sets"], stream)
     for name, pair in comparison["sets"].items():
         if pair["num_undecided_problems"]:
             left_out = f"{name}: {pair['num_undecided_problems']} problems have no verdict in one of the two: left out"
@@ -91,6 +97,30 @@ def print_comparison(comparison: Mapping[str, Any], stream: TextIO | None = None
             table_console(stream).print(
                 f"only the {side} has {', '.join(comparison[key])}: not compared", soft_wrap=True
             )
+
+
+def _print_rewards(sets: Mapping[str, Any], stream: TextIO | None) -> None:
+    """Print the mean rewards of the sets that have other rewards than 0 and 1; nothing where none has."""
+    headings = ["set", "problems", "first", "second", "difference", "95 % interval", "better", "worse", "p", "test"]
+    rows = [
+        [
+            name,
+            str(pair["num_problems"]),
+            f"{pair['reward']['first']:.3f}",
+            f"{pair['reward']['second']:.3f}",
+            f"{pair['reward']['difference']:+.3f}",
+            f"{pair['reward']['interval']['low']:+.3f} to {pair['reward']['interval']['high']:+.3f}",
+            str(pair["reward"]["num_better"]),
+            str(pair["reward"]["num_worse"]),
+            f"{pair['reward']['p_value']:.4f}",
+            pair["reward"]["test"],
+        ]
+        for name, pair in sets.items()
+        if "reward" in pair
+    ]
+    if rows:
+        table_console(stream).print("mean reward:")
+        _print_table(headings, rows, stream)
 
 
 def _pass_at_all(outcome: Mapping[str, Any]) -> str:
@@ -108,7 +138,9 @@ def interval_text(interval: Mapping[str, float], sign: str = "") -> str:
     return f"{100 * interval['low']:{sign}.1f} to {100 * interval['high']:{sign}.1f}"
 
 
-def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO | None, footer: str) -> None:
+def _print_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO | None, footer: str = ""
+) -> None:
     console = table_console(stream)
     table = Table(box=SIMPLE if console.is_terminal else None, pad_edge=False)
     for heading in headings:
@@ -116,7 +148,8 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(footer, soft_wrap=True)
+    if footer:
+        console.print(footer, soft_wrap=True)
 
 
 def _percent(share: float) -> str:

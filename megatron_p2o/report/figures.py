@@ -93,9 +93,11 @@ def training_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
         if key.startswith(TEMPLATED):
             note = "Held-out problems asked through the best template of the library then in force."
             charts.append(_key_chart(runs, styles, key, f"Accuracy {name}", note, "share"))
+            charts += _reward_chart(runs, styles, key)
             continue
         note = "Held-out problems asked plainly, share of correct samples."
         charts.append(_key_chart(runs, styles, key, f"Accuracy: {name}", note, "share"))
+        charts += _reward_chart(runs, styles, key)
         spent = LineChart(
             title=f"Accuracy by rollouts spent: {name}",
             note="The same numbers over all rollouts so far, those of prompt evolution included.",
@@ -110,6 +112,32 @@ def training_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
         note = "Mean reward of the training rollouts of this level, templated ones included."
         charts.append(_key_chart(runs, styles, level, f"Training reward: {name}", note, "share"))
     return charts
+
+
+def _reward_chart(runs: Sequence[Run], styles: Styles, key: str) -> list[Figure]:
+    """Return the mean reward on the set of an evaluation key, where its rewards are not all 0 and 1."""
+    if key not in partial_reward_keys(runs):
+        return []
+    title = f"Mean reward {'' if key.startswith(TEMPLATED) else 'of '}{evaluation_name(key)}"
+    note = "Of the same responses. A reward counts as correct from hard.solved_at on."
+    return [_key_chart(runs, styles, reward_key(key), title, note, "share")]
+
+
+def reward_key(key: str) -> str:
+    """Return the metric of the mean reward beside an evaluation key."""
+    return f"{key.removesuffix('/avg')}/reward_mean"
+
+
+def partial_reward_keys(runs: Sequence[Run]) -> set[str]:
+    """Return the evaluation keys whose rewards were not all 0 and 1 at the end of some run."""
+    parts = (("evaluation", "eval/"), ("templated_evaluation", TEMPLATED))
+    return {
+        f"{prefix}{name}/avg"
+        for run in runs
+        for part, prefix in parts
+        for name, outcome in ((run.results or {}).get(part) or {}).items()
+        if outcome.get("has_partial_rewards")
+    }
 
 
 def evaluation_keys(runs: Sequence[Run]) -> list[str]:
@@ -127,16 +155,20 @@ def evaluation_name(key: str) -> str:
 def by_source(runs: Sequence[Run]) -> Table | None:
     """Return the final accuracy by source of the problems; None before a run has finished."""
     rows: list[list[Cell]] = []
+    is_partial = bool(partial_reward_keys(runs))
     for run in runs:
         for part, asked in (("evaluation", "plainly"), ("templated_evaluation", "with template")):
             for name, outcome in sorted(((run.results or {}).get(part) or {}).items()):
                 sources = sorted(outcome.get("by_source", {}).items())
                 found = ", ".join(f"{source} {number_text(share, 'share')}" for source, share in sources)
                 accuracy, interval = number_text(outcome["accuracy"], "share"), _interval_text(outcome.get("interval"))
-                rows.append([run.name, name.replace("_", " "), asked, accuracy, interval, found])
+                mean = outcome.get("mean_reward")
+                reward = ["" if mean is None else number_text(mean, "share")] if is_partial else []
+                rows.append([run.name, name.replace("_", " "), asked, accuracy, interval, *reward, found])
     if not rows:
         return None
-    header = ["Run", "Problems", "Asked", "Accuracy", "95 % interval", "By source"]
+    reward = ["Mean reward"] if is_partial else []
+    header = ["Run", "Problems", "Asked", "Accuracy", "95 % interval", *reward, "By source"]
     return Table(caption="Final accuracy by source of the problems", header=header, rows=rows)
 
 

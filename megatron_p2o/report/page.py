@@ -19,6 +19,8 @@ from megatron_p2o.report.figures import (
     failures_table,
     health_figures,
     ledger_of,
+    partial_reward_keys,
+    reward_key,
     time_table,
     training_figures,
 )
@@ -115,10 +117,13 @@ def _asset(name: str) -> Markup:
 
 def overview_of(runs: Sequence[Run], styles: dict[str, int]) -> Overview:
     """Return one row per run: progress and results."""
-    sets = evaluation_keys(runs)
+    accuracies = evaluation_keys(runs)
+    partial = [key for key in accuracies if key in partial_reward_keys(runs)]
+    sets = [*accuracies, *map(reward_key, partial)]
     header = [
         "Run",
-        *(evaluation_name(key) for key in sets),
+        *(evaluation_name(key) for key in accuracies),
+        *(f"{evaluation_name(key)}, mean reward" for key in partial),
         "Train reward",
         "Rollouts: training",
         "evolution",

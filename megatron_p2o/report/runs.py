@@ -53,6 +53,8 @@ class ShownLibrary:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Outcome:
     accuracy: float
+    mean_reward: float | None = None
+    has_partial_rewards: bool = False
     by_source: Mapping[str, float] | None = None
     interval: Mapping[str, float] | None = None
 

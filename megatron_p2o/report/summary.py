@@ -28,11 +28,21 @@ the share that as many plain samples solved as the round took (`evolution.plain_
 budget in tokens limits (`ComputeAccount.learning_tokens`)."""
 
 
+MEASURES: Mapping[str, str] = {
+    "accuracy": "",
+    "template_accuracy": ", best template",
+    "reward": ", mean reward",
+    "template_reward": ", mean reward, best template",
+}
+"""What is told of each set, and the end of its heading."""
+
+
 def summarize(run_dirs: Sequence[Path]) -> JsonObject:
     """Return the results of finished runs.
 
     `runs` has one object per run, ordered by arm as first named and by seed: `accuracy` of every set of problems asked
-    plainly, `template_accuracy` of every set asked through the run's best template, null for a number it does not have;
+    plainly, `template_accuracy` of every set asked through the run's best template, null for a number it does not have,
+    and the mean rewards `reward` and `template_reward` of the sets whose rewards are not all 0 and 1;
     `arms` the mean, lowest and highest of each over an arm's seeds; `unfinished` the runs without results.json;
     `damaged` what is wrong with the results.json of others, by run.
     """
@@ -85,29 +95,31 @@ def _columns(rows: Sequence[JsonObject]) -> Iterator[tuple[str, Callable[[JsonOb
     """Yield heading and cell of each column: one for every set that a run measured, plainly or by its best template."""
     yield "arm", lambda row: row["arm"]
     yield "seed", lambda row: str(row["seed"])
-    for asked, suffix in (("accuracy", ""), ("template_accuracy", ", best template")):
+    for asked, suffix in MEASURES.items():
         for name in _sets(rows, asked):
-            yield name + suffix, lambda row, asked=asked, name=name: _cell(name, row[asked].get(name))
+            yield name + suffix, lambda row, asked=asked, name=name: _cell(name, row.get(asked, {}).get(name))
     for heading, key in SPENT:
         if any(row[key] is not None for row in rows):
             yield heading, lambda row, key=key: _cell(key, row[key])
 
 
 def _sets(rows: Sequence[JsonObject], asked: str) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row[asked]))
+    return list(dict.fromkeys(name for row in rows for name in row.get(asked, {})))
 
 
 def _row(directory: Path, results: JsonObject) -> JsonObject:
     if "arm" not in results or "seed" not in results:
         raise ValueError(f"{directory / 'results.json'} must name arm and seed: restore it")
-    evaluation = results.get("evaluation") or {}
+    evaluation, templated = results.get("evaluation") or {}, results.get("templated_evaluation") or {}
+    rewards = {"reward": _partial_rewards(evaluation), "template_reward": _partial_rewards(templated)}
     compute = results.get("compute") or {}
     spent = {**results, **{name: compute.get(name) for name in ("learning_tokens", "trained_tokens", "gpu_h")}}
     return {
         "arm": str(results["arm"]),
         "seed": int(results["seed"]),
         "accuracy": _accuracies(evaluation),
-        "template_accuracy": _accuracies(results.get("templated_evaluation") or {}),
+        "template_accuracy": _accuracies(templated),
+        **{asked: found for asked, found in rewards.items() if found},
         **{key: spent.get(key) for _, key in SPENT},
         "compute": compute,
         "evaluation": evaluation,
@@ -118,10 +130,19 @@ def _accuracies(evaluation: Mapping[str, JsonObject]) -> dict[str, float]:
     return {name: outcome["accuracy"] for name, outcome in evaluation.items()}
 
 
+def _partial_rewards(evaluation: Mapping[str, JsonObject]) -> dict[str, float]:
+    """Return the mean rewards of the sets whose accuracy does not tell them."""
+    return {name: outcome["mean_reward"] for name, outcome in evaluation.items() if outcome.get("has_partial_rewards")}
+
+
 def _over_seeds(rows: Sequence[JsonObject]) -> JsonObject:
     spreads = {
-        asked: {name: _spread([row[asked][name] for row in rows if name in row[asked]]) for name in _sets(rows, asked)}
-        for asked in ("accuracy", "template_accuracy")
+        asked: {
+            name: _spread([row[asked][name] for row in rows if name in row.get(asked, {})])
+            for name in _sets(rows, asked)
+        }
+        for asked in MEASURES
+        if any(asked in row for row in rows)
     }
     return {"seeds": [row["seed"] for row in rows], **spreads}
 
