@@ -72,6 +72,8 @@ class Template:
     """Mean reward on the development problems it was tried on, in [0, 1]."""
     weight_version: int = 0
     """Policy version the score was measured on."""
+    task: str = ""
+    """Task whose problems it was evolved on and is put in front of; "" in a run with a single one."""
 
 
 PLAIN = Template(id=0, text="", parent=None)

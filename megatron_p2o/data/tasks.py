@@ -50,9 +50,10 @@ def task_weights(data: DataConfig) -> dict[str, float] | None:
     return {name: task.weight for name, task in data.train.items()} if len(data.train) > 1 else None
 
 
-def num_asked(data: DataConfig, problems: Sequence[Problem]) -> int:
-    """Return how many problems an epoch asks, before an incomplete last batch is left out."""
-    return sum(asked_counts(data.mix(problem.task for problem in problems)))
+def num_asked(data: DataConfig, problems: Sequence[Problem]) -> dict[str, int]:
+    """Return how many problems of each task an epoch asks, before an incomplete last batch is left out."""
+    counts = asked_counts(data.mix(problem.task for problem in problems))
+    return dict(zip(data.train, counts, strict=True))
 
 
 def mix_lines(data: DataConfig, problems: Sequence[Problem]) -> list[str]:

@@ -1,9 +1,9 @@
 """Measures a policy on problems, with and without a template."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_p2o.config.tree import Config
+from megatron_p2o.config.tree import Config, DataConfig
 from megatron_p2o.evaluation.outcome import Evaluation, evaluation_of, graded_response
 from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.rl.sampling import SamplingParts, asked, graded_rollouts
@@ -86,12 +86,21 @@ def evaluation_sampling(config: Config, protocol: Protocol) -> SamplingParams:
     )
 
 
-def best_template(library: TemplateLibrary) -> Template:
-    """Return the template with the highest development score, PLAIN when the library has none."""
-    templated = [template for template in library.templates if template.text]
-    return max(templated, key=lambda template: template.score, default=PLAIN)
+def best_templates(library: TemplateLibrary) -> dict[str, Template]:
+    """Return the template with the highest development score of each task that has any; of a single task by ""."""
+    best: dict[str, Template] = {}
+    for template in library.templates:
+        if template.text and (template.task not in best or template.score > best[template.task].score):
+            best[template.task] = template
+    return best
 
 
-def template_with_text(text: str) -> Template:
-    """Return a template that is in no library, to ask problems through; PLAIN for ""."""
-    return Template(id=UNNUMBERED, text=text, parent=None) if text else PLAIN
+def template_of_set(name: str, templates: Mapping[str, Template], data: DataConfig) -> Template:
+    """Return the best template of the task that an evaluation set is of; PLAIN where there is none."""
+    task = "" if len(data.train) == 1 else data.task_of_set(name)
+    return PLAIN if task is None else templates.get(task, PLAIN)
+
+
+def template_with_text(text: str, task: str = "") -> Template:
+    """Return a template that is in no library, to ask problems of a task through; PLAIN for the text ""."""
+    return Template(id=UNNUMBERED, text=text, parent=None, task=task) if text else PLAIN

@@ -104,9 +104,12 @@ def task_metrics(groups: Sequence[Group]) -> dict[str, MetricValue]:
         own = [group for group in groups if group.problem.task == task]
         rollouts = [rollout for group in own for rollout in group.rollouts]
         plain = [rollout for rollout in rollouts if not rollout.completion.prompt.is_templated]
+        templated = [rollout for rollout in rollouts if rollout.completion.prompt.is_templated]
         metrics |= {
             f"task/{task}/reward_mean": _mean_reward(rollouts),
             f"task/{task}/reward_plain": _mean_reward(plain),
+            f"task/{task}/reward_templated": _mean_reward(templated),
+            f"task/{task}/solved_share": Mean.of(rollout.is_solved for rollout in rollouts if rollout.is_decided),
             f"task/{task}/zero_advantage_groups_share": Mean.of(not any(group.advantages) for group in own),
             f"task/{task}/undecided_share": Mean.of(
                 not rollout.is_decided for rollout in rollouts if not rollout.completion.is_aborted
@@ -269,12 +272,14 @@ def library_metrics(library_version: int, num_templates: int, evolution: Mapping
 
     Args:
         evolution: name to number, e.g. pool_size, best_score, coverage, pass_at_n_plain, num_rollouts; empty when no
-            round ran. Each becomes `evolution/<name>`.
+            round ran. Each becomes `evolution/<name>`, one called `<task>/<name>` becomes `task/<task>/<name>`.
     """
+    of_tasks = [(*key.split("/"), number) for key, number in evolution.items() if "/" in key]
     return {
         "library/version": Last(library_version),
         "library/num_templates": Last(num_templates),
-        **{f"evolution/{name}": Last(number) for name, number in evolution.items()},
+        **{f"evolution/{name}": Last(number) for name, number in evolution.items() if "/" not in name},
+        **{f"task/{task}/{name}": Last(number) for task, name, number in of_tasks},
     }
 
 

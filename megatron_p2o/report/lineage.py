@@ -34,6 +34,8 @@ class RoundLineage:
 
     version: int
     """Version of the library that the round published."""
+    task: str
+    """Task of the round; "" in a run with a single one."""
     candidates: Mapping[int, ReflectedTemplate]
     """Candidates by id, without those the round started with."""
 
@@ -57,7 +59,7 @@ def _round(path: Path) -> RoundLineage | None:
     picks: dict[int, Picked] = {}
     texts: dict[int, str] = {}
     candidates: dict[int, ReflectedTemplate] = {}
-    version: int | None = None
+    published: Published | None = None
     for event in _events(path):
         match event:
             case Picked():
@@ -73,8 +75,10 @@ def _round(path: Path) -> RoundLineage | None:
                     num_problems=len(pick.minibatch),
                 )
             case Published():
-                version = event.version
-    return None if version is None else RoundLineage(version=version, candidates=candidates)
+                published = event
+    if published is None:
+        return None
+    return RoundLineage(version=published.version, task=published.task, candidates=candidates)
 
 
 def _events(path: Path) -> Iterator[LineageEvent]:

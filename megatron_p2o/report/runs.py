@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from megatron_p2o.config.tree import RunConfig
 from megatron_p2o.config.yaml_reader import load_yaml
-from megatron_p2o.evolve.record.library import LibraryFile
+from megatron_p2o.evolve.record.library import LibraryFile, shifted_id
 from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.jsonl import JsonObject, read_lines, read_records
 from megatron_p2o.metrics.read import MetricLine, merged_by_step, read_metric_lines, read_object
@@ -36,6 +36,8 @@ class ShownTemplate:
     weight_version: int
     num_lineage_problems: int
     """Problems its reflection was shown, its ancestors' included if it was published."""
+    task: str = ""
+    """Task it was evolved on; "" in a run with a single one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +192,7 @@ def _settings_in(path: Path) -> object:
 
 def read_libraries(directory: Path, damages: list[str]) -> list[ShownLibrary]:
     """Return the published libraries of a run directory, oldest first; those that are damaged go to `damages`."""
-    rounds = {found.version: found for found in read_rounds(directory / "evolution")}
+    rounds = {(found.version, found.task): found for found in read_rounds(directory / "evolution")}
     paths = sorted((directory / "templates").glob("library-*.json"))
     read = [_unless_damaged(partial(_library_in, path, rounds), None, damages) for path in paths]
     return sorted(filter(None, read), key=lambda library: library.version)
@@ -204,7 +206,7 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
     return list(entries.values())
 
 
-def _library_in(path: Path, rounds: Mapping[int, RoundLineage]) -> ShownLibrary:
+def _library_in(path: Path, rounds: Mapping[tuple[int, str], RoundLineage]) -> ShownLibrary:
     try:
         stored = from_json(LibraryFile, read_json_object(path), skips_unknown=True)
     except ValueError as error:
@@ -214,19 +216,30 @@ def _library_in(path: Path, rounds: Mapping[int, RoundLineage]) -> ShownLibrary:
     return ShownLibrary(
         version=stored.version,
         templates=templates,
-        ancestors=_ancestors(templates, rounds[stored.version]) if stored.version in rounds else [],
+        ancestors=[
+            ancestor
+            for task in dict.fromkeys(template.task for template in templates)
+            if (stored.version, task) in rounds
+            for ancestor in _ancestors(
+                [template for template in templates if template.task == task],
+                rounds[stored.version, task],
+                stored.first_ids.get(task, 0),
+            )
+        ],
         num_problems=dict(assigned),
     )
 
 
-def _ancestors(templates: Sequence[ShownTemplate], round_: RoundLineage) -> list[ShownTemplate]:
-    published = {template.id for template in templates}
-    found = {older.id: older for template in templates for older in ancestors(round_, template.id)}
+def _ancestors(templates: Sequence[ShownTemplate], round_: RoundLineage, first_id: int) -> list[ShownTemplate]:
+    """Return the unpublished ancestors of templates of one task, whose ids in the library begin at `first_id`."""
+    published = [template.id - first_id for template in templates]
+    found = {older.id: older for candidate_id in published for older in ancestors(round_, candidate_id)}
     return [
         ShownTemplate(
-            id=older.id,
+            id=shifted_id(older.id, first_id),
             text=older.text,
-            parent=older.parent,
+            parent=shifted_id(older.parent, first_id),
+            task=round_.task,
             score=None,
             weight_version=0,
             num_lineage_problems=older.num_problems,
@@ -244,4 +257,5 @@ def _template(template: Template) -> ShownTemplate:
         score=template.score,
         weight_version=template.weight_version,
         num_lineage_problems=len(template.lineage_problem_ids),
+        task=template.task,
     )

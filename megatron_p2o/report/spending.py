@@ -67,21 +67,25 @@ def _last_account(run: Run) -> Mapping[str, float]:
 
 
 def rounds_table(runs: Sequence[Run]) -> Table | None:
-    """Return one table row per round; None when no run has any."""
-    rows = [_row(run, round_) for run in runs for round_ in run.rounds]
+    """Return one table row per round, of each task where a run has several; None when no run has any."""
+    has_tasks = any(round_.get("task") for run in runs for round_ in run.rounds)
+    rows = [_row(run, round_, has_tasks) for run in runs for round_ in run.rounds]
     if not rows:
         return None
-    header = ["Run", "After epoch", "Ended because", "Rollouts", "Candidates", "Published", "Proposals by outcome"]
+    task = ["Task"] if has_tasks else []
+    header = ["Run", "After epoch", *task, "Ended because", "Rollouts", "Candidates", "Published"]
+    header.append("Proposals by outcome")
     return Table(caption="Rounds of prompt evolution", header=header, rows=rows)
 
 
-def _row(run: Run, round_: JsonObject) -> list[Cell]:
+def _row(run: Run, round_: JsonObject, has_tasks: bool) -> list[Cell]:
     ended_by = str(round_.get("ended_by", ""))
     outcomes: Mapping[str, int] = round_.get("outcomes", {})
     told = sorted(outcomes.items(), key=lambda item: (-item[1], item[0]))
     return [
         run.name,
         number_text(round_.get("epoch", 0)),
+        *([str(round_.get("task", ""))] if has_tasks else []),
         ENDINGS.get(ended_by, ended_by),
         number_text(round_.get("num_rollouts", 0)),
         number_text(round_.get("num_candidates", 0)),

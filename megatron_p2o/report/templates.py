@@ -168,6 +168,8 @@ def _node(template: ShownTemplate, lineage: _Lineage) -> TemplateNode:
 
 
 def _facts(template: ShownTemplate, lineage: _Lineage) -> Iterator[str]:
+    if template.task:
+        yield f"task {template.task}"
     if template.score is None:
         yield "an ancestor, not published"
     else:

@@ -101,6 +101,7 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
         f"rewards: {rewards}",
         *undecided,
         *notices(config, num_steps),
+        *task_notice(config, num_asked(config.data, inputs.train)),
     ]
 
 
@@ -136,14 +137,19 @@ def _plain_prompts(inputs: Inputs) -> Iterator[TokenIds]:
             yield inputs.renderer.render(problem, PLAIN).training_ids
 
 
-def check_hard_set(config: Config, num_problems: int) -> None:
-    """Raise `ValueError` when an epoch over `num_problems` never has enough hard ones for a round of evolution."""
+def check_hard_set(config: Config, num_asked: Mapping[str, int]) -> None:
+    """Raise `ValueError` when no task of an epoch ever has enough hard problems for a round of evolution.
+
+    `num_asked`: problems that an epoch asks, by task.
+    """
     size = config.schedule.problems_per_step
-    num_asked = num_problems // size * size  # none: `epoch_batches` says so
-    if config.evolution.enabled and 0 < num_asked < config.hard.min_problems:
+    num_whole = sum(num_asked.values()) // size * size  # none: `epoch_batches` says so
+    most = min(num_whole, max(num_asked.values()))
+    if config.evolution.enabled and 0 < most < config.hard.min_problems:
+        what = "an epoch asks" if len(num_asked) == 1 else "an epoch asks of the largest task"
         raise ValueError(
-            f"hard.min_problems={config.hard.min_problems} must be at most the {num_asked} problems of data.train that "
-            "an epoch asks, or prompts never evolve: lower it, or set evolution.enabled to false"
+            f"hard.min_problems={config.hard.min_problems} must be at most the {most} problems of data.train that "
+            f"{what}, or prompts never evolve: lower it, or set evolution.enabled to false"
         )
 
 
@@ -155,10 +161,23 @@ def check_evolution(config: Config, train: Sequence[Problem]) -> None:
         check_templates(Path(evolution.templates_file), evolution.max_template_tokens, train)
     if not evolution.searches:
         return
-    task_description_of(config)
+    for task in config.data.train:
+        task_description_of(config, task)
     rules_named(config.evolution.rules)
     if config.evolution.reflection.backend != "self":  # whose server has no address yet
         check_settings(config.evolution.reflection)
+
+
+def task_notice(config: Config, num_asked: Mapping[str, int]) -> list[str]:
+    """Return one sentence for each of several tasks that never has enough hard problems for templates of its own."""
+    if not config.evolution.enabled or len(num_asked) == 1:
+        return []
+    return [
+        f"prompts of data.train.{task} do not evolve: an epoch asks {number} of its problems, fewer than "
+        f"hard.min_problems={config.hard.min_problems}"
+        for task, number in num_asked.items()
+        if number < config.hard.min_problems
+    ]
 
 
 def planned_steps(schedule: ScheduleConfig, num_steps_per_epoch: int) -> int:

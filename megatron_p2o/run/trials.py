@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from megatron_p2o.evaluation.protocol import template_with_text
+from megatron_p2o.evolve.process.by_task import all_together
 from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.evolve.reflection.guards import TOO_LONG, is_too_long_to_count
 from megatron_p2o.evolve.search.publish import RoundStats
@@ -128,8 +129,8 @@ class EvolutionLink:
         """Return the numbers of the last round by name; empty when none ran since they were last asked for."""
         if self._session is None:
             return {}
-        last_round, self._session.last_round = self._session.last_round, None
-        return round_statistics(last_round)
+        rounds, self._session.last_rounds = self._session.last_rounds, ()
+        return round_statistics(rounds)
 
 
 def free_scores(groups: Sequence[Group], decode: Callable[[Completion], str]) -> list[FreeScore]:
@@ -150,10 +151,14 @@ def free_scores(groups: Sequence[Group], decode: Callable[[Completion], str]) ->
     return scores
 
 
-def round_statistics(stats: RoundStats | None) -> dict[str, float]:
-    """Return the numbers of a round for the metrics `evolution/<name>`; empty when none ran."""
-    if stats is None:
+def round_statistics(rounds: Sequence[RoundStats]) -> dict[str, float]:
+    """Return the numbers of the rounds of an epoch, together, for the metrics `evolution/<name>`; empty without one.
+
+    With several tasks also the main ones of each, as `<task>/<name>`.
+    """
+    if not rounds:
         return {}
+    stats = all_together(rounds)
     numbers: dict[str, float] = {
         "pool_size": stats.num_candidates,
         "best_score": stats.best_score,
@@ -171,4 +176,17 @@ def round_statistics(stats: RoundStats | None) -> dict[str, float]:
     }
     if stats.plain_coverage is not None:
         numbers["pass_at_n_plain"] = stats.plain_coverage
+    for each in rounds:
+        if each.task:
+            numbers |= {f"{each.task}/{name}": number for name, number in _numbers_of_a_task(each).items()}
     return numbers
+
+
+def _numbers_of_a_task(stats: RoundStats) -> dict[str, float]:
+    return {
+        "hard_problems": stats.num_hard,
+        "num_rollouts": stats.num_rollouts,
+        "num_templates": stats.num_templates,
+        "best_score": stats.best_score,
+        "coverage": stats.coverage,
+    }

@@ -125,6 +125,8 @@ _EFFECTS: Mapping[str, Effect] = {name: effect for effect, names in OF_CLASS.ite
 def effect_of(name: str) -> Effect:
     """Return the class of a setting by its dotted name. Raises `KeyError` when it is in none."""
     mapping = next((known for known in MAPPINGS if name.startswith(f"{known}.")), name)
+    if mapping == TASKS and name.split(".")[3:] == ["description"]:
+        return "round"
     if mapping == TASKS and name.split(".")[3:4] in ([each] for each in ASKED_AND_GRADED):
         return "step"
     return _EFFECTS[mapping]

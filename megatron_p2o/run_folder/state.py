@@ -42,7 +42,9 @@ class RunState:
     num_rollouts_train: int = 0
     num_rollouts_evolution: int = 0
     best_template: str = ""
-    """Text of the best template of the last library that had any; "" before."""
+    """Text of the best template of the last library that had any; "" before, and in a run with several tasks."""
+    best_templates: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The same of each task, in a run with several."""
     num_metrics_lines: int = 0
     """Lines of metrics.jsonl that belong to this state."""
     first_round: Mapping[str, float | bool] = field(default_factory=dict[str, float | bool])

@@ -105,6 +105,7 @@ def _round(found: ViewedRound, run: ViewedRun) -> JsonObject:
     library = run.published_texts(published.version) if published else frozenset[str]()
     return {
         "number": found.number,
+        "name": f"{found.number} {found.task}".strip(),
         "library_version": published.version if published else None,
         "ended_by": published.ended_by if published else None,
         "num_rollouts": found.num_rollouts,

@@ -89,7 +89,8 @@ class ViewedRound:
     """One journal."""
 
     def __init__(self, path: Path) -> None:
-        self.number = int(path.stem.removeprefix("journal-"))
+        number, _, self.task = path.stem.removeprefix("journal-").partition("-")
+        self.number = int(number)
         self.damage = ""
         """What is wrong with the journal; nothing after that place is shown."""
         self._events = _Events()

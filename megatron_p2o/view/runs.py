@@ -136,7 +136,7 @@ class ViewedRun:
 
 
 def _is_round(path: Path) -> bool:
-    return path.stem.removeprefix("journal-").isdecimal()
+    return path.stem.removeprefix("journal-").partition("-")[0].isdecimal()
 
 
 def _or_none(read: Callable[[], Content]) -> Content | None:

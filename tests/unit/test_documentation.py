@@ -139,7 +139,7 @@ def test_every_metric_is_explained() -> None:
     # A key with a part that is filled in is explained by a name, or by all the names it becomes.
     filled = {key for key in keys if "[" in key}
     assert not {key for key in filled if not any(re.fullmatch(key, name) for name in page)}
-    assert {f"evolution/{name}" for name in round_statistics(ROUND)} <= page
+    assert {f"evolution/{name}" for name in round_statistics([ROUND])} <= page
     memory = RankMemory(host=HostMemory(resident_bytes=1, peak_bytes=1), gpu_peak_bytes=1)
     others = {"graders": memory.host, "evolution": memory.host}
     of_memory = ProcessMemory().metrics([memory], [memory.host], others, {})

@@ -52,6 +52,9 @@ class TaskConfig:
     """Text of the user message. None: `data.question_format`."""
     system_prompt: str | None = None
     """System message. None: `data.system_prompt`."""
+    description: str | None = None
+    """What the task is and how responses are judged, for reflection: text, or a file of text (.txt, .md). None:
+    `evolution.reflection.task_description`."""
 
 
 def one_task(file: str) -> dict[str, TaskConfig]:

@@ -24,9 +24,15 @@ from megatron_p2o.evolve.trial import Rejection, Trial, TrialFailed, TrialRunner
 Result = TypeVar("Result")
 
 
-def journal_path(run_dir: Path, epoch: int) -> Path:
-    """Return where the round after `epoch` is journalled."""
-    return run_dir / "evolution" / f"journal-{epoch:04d}.jsonl"
+def journal_path(run_dir: Path, epoch: int, task: str = "") -> Path:
+    """Return where the round after `epoch` is journalled; `task`: its task in a run with several."""
+    return run_dir / "evolution" / f"journal-{epoch:04d}{f'-{task}' if task else ''}.jsonl"
+
+
+def journal_paths(run_dir: Path, epoch: int) -> list[Path]:
+    """Return the journals of the rounds after `epoch` that are there: one, or one of each task."""
+    only = journal_path(run_dir, epoch)
+    return [*([only] if only.exists() else []), *sorted(only.parent.glob(f"{only.stem}-*.jsonl"))]
 
 
 def split_of(spec: RoundSpec) -> RoundSplit | None:
@@ -49,18 +55,18 @@ async def conduct_round(
     `finish` ends it early with what there is. `notify` gets messages for the user. Raises `OSError` when
     journal or library cannot be written.
     """
-    with open_journal(journal_path(run_dir, spec.epoch), spec.fingerprint(), notify) as journal:
+    with open_journal(journal_path(run_dir, spec.epoch, spec.task), spec.fingerprint(), notify) as journal:
         history = RoundHistory(journal.records, journal.append, spec.fingerprint())
         round_ = open_round(spec, split, history, runner, reflector, notify)
-        library = published_library(history, run_dir)
+        library = published_library(history, run_dir, spec.task)
         if library is not None:
             round_.restore_candidates()
         else:
             ended_by = await run_until(search(round_), finish) or "deadline"
             round_.book.cancel()
             library = build_library(round_)
-            library.save(run_dir)
-            history.add(Published(version=library.version, ended_by=ended_by))
+            library.save(run_dir, spec.task)
+            history.add(Published(version=library.version, ended_by=ended_by, task=spec.task))
             journal.sync()
         control = None
         if spec.settings.evolution.plain_control and not finish.is_set():
@@ -147,12 +153,12 @@ def open_round(
     return Round(spec, split, history, book, reflector, notify)
 
 
-def published_library(history: RoundHistory, run_dir: Path) -> PublishedLibrary | None:
+def published_library(history: RoundHistory, run_dir: Path, task: str) -> PublishedLibrary | None:
     """Return the library this round has already written, if it is there and whole."""
     if history.published is None:
         return None
     try:
-        return load_library(library_path(run_dir, history.published.version))
+        return load_library(library_path(run_dir, history.published.version, task))
     except (OSError, ValueError):
         return None
 
@@ -162,7 +168,7 @@ def salvage(spec: RoundSpec, split: RoundSplit, run_dir: Path) -> tuple[Publishe
 
     Raises `ForeignJournal` when it is not of this round, `OSError` when it cannot be read.
     """
-    records, _ = read_journal(journal_path(run_dir, spec.epoch))
+    records, _ = read_journal(journal_path(run_dir, spec.epoch, spec.task))
     history = RoundHistory(records, lambda _: None, spec.fingerprint())
     round_ = open_round(spec, split, history, Nobody(), Nobody(), lambda _: None)
     round_.restore_candidates()

@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_p2o.config.tree import Config
+from megatron_p2o.evolve.process.by_task import descriptions_of, problems_by_task, settings_by_task
 from megatron_p2o.evolve.process.conduct import salvage, split_of
 from megatron_p2o.evolve.process.messages import FinishRound, Notice, RoundPublished, StartRound, TrialRequest
 from megatron_p2o.evolve.process.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
 from megatron_p2o.evolve.process.trial_replies import SubmitTrial, TrialReplies
 from megatron_p2o.evolve.record.history import EndedBy, ForeignJournal
-from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library, merged
 from megatron_p2o.evolve.reflection.reflection import shorten
 from megatron_p2o.evolve.reflection.reflectors import check_settings, secrets_of
-from megatron_p2o.evolve.reflection.task_description import task_description_of
 from megatron_p2o.evolve.search.budget import RoundSplit
 from megatron_p2o.evolve.search.publish import RoundStats, keep_round, rounds_path
 from megatron_p2o.evolve.search.round import RoundSettings, RoundSpec
@@ -92,8 +92,9 @@ class EvolutionSession:
         self._stopping = asyncio.Lock()
         self._round: Future[PublishedLibrary] | None = None
         self._free_scores: dict[tuple[str, str], FreeScore] = {}
-        self.last_round: RoundStats | None = None
-        """Statistics of the last finished round."""
+        self._descriptions = descriptions_of(config)
+        self.last_rounds: Sequence[RoundStats] = ()
+        """Statistics of what the last call of `start` led to: a round for each task with hard problems."""
         self.num_service_losses = 0
         """Number of times the service died, over the session's life."""
         self.num_failed_trials = 0
@@ -105,9 +106,9 @@ class EvolutionSession:
         return None if self._service is None else self._service.process_id
 
     def evolve(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> PublishedLibrary:
-        """Run the round after `epoch` and return its library (see `PromptEvolution.evolve`); then see `last_round`."""
-        stop_margin_s = 3 * NUM_ATTEMPTS * STOP_GRACE_S
-        limit_s = self._settings.evolution.round_timeout_s + self._finish_grace_s + stop_margin_s
+        """Run the round after `epoch` and return its library (see `PromptEvolution.evolve`); then see `last_rounds`."""
+        margin_s = self._finish_grace_s + 3 * NUM_ATTEMPTS * STOP_GRACE_S
+        limit_s = self._settings.evolution.round_timeout_s + len(self._descriptions) * margin_s
         deadline = time.monotonic() + limit_s
         running = self.start(hard, library, epoch)
         while not wait([running], STOP_POLL_S).done:
@@ -131,21 +132,36 @@ class EvolutionSession:
         return None
 
     def start(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> "Future[PublishedLibrary]":
-        """Begin a round without waiting for it; one at a time. Cancelling the future ends the round."""
+        """Begin a round without waiting for it; one at a time. Cancelling the future ends the round.
+
+        With several tasks it is one round after another, on the hard problems of each (see `by_task`).
+        """
         problems = {problem.id: problem for problem in hard}
-        spec = RoundSpec(
-            epoch=epoch,
-            library_version=library.version + 1,
-            problems=tuple(self._as_asked(problem) for problem in problems.values()),
-            warm_templates=tuple(library.templates) if self._settings.evolution.warm_start else (),
-            settings=self._settings,
-            free_scores=tuple(free for free in self._free_scores.values() if free.problem_id in problems),
-        )
+        specs = self._specs(list(problems.values()), library, epoch)
         self._free_scores.clear()
         if self._settings.evolution.guard_leaks and all(problem.answer is None for problem in hard):
             logger.warning("evolution: the problems have no gold answers: no template is refused for telling one")
-        self._round = self._thread.submit(self._run_round(spec, problems))
+        self._round = self._thread.submit(self._run_rounds(specs, problems, library.version + 1))
         return self._round
+
+    def _specs(self, hard: Sequence[Problem], library: TemplateLibrary, epoch: int) -> list[RoundSpec]:
+        by_task = problems_by_task(hard, list(self._config.data.train))
+        ids = {task: {problem.id for problem in problems} for task, problems in by_task.items()}
+        num_hard = {task: len(problems) for task, problems in by_task.items()}
+        settings = settings_by_task(self._settings, num_hard, self._descriptions)
+        warm = library.templates if self._settings.evolution.warm_start else ()
+        return [
+            RoundSpec(
+                epoch=epoch,
+                task=task,
+                library_version=library.version + 1,
+                problems=tuple(self._as_asked(problem) for problem in problems),
+                warm_templates=tuple(template for template in warm if template.task == task),
+                settings=settings[task],
+                free_scores=tuple(free for free in self._free_scores.values() if free.problem_id in ids[task]),
+            )
+            for task, problems in by_task.items()
+        ]
 
     def observe(self, free: FreeScore) -> None:
         """Remember, for the next round, what training rollouts showed; of several for one pair the last counts."""
@@ -169,7 +185,25 @@ class EvolutionSession:
         question = asked.question_format.format(question=problem.question)
         return replace(problem, question=question, columns={})
 
-    async def _run_round(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> PublishedLibrary:
+    async def _run_rounds(
+        self, specs: Sequence[RoundSpec], problems: Mapping[str, Problem], version: int
+    ) -> PublishedLibrary:
+        parts: dict[str, PublishedLibrary] = {}
+        rounds: list[RoundStats] = []
+        for spec in specs:
+            parts[spec.task], stats = await self._run_round(spec, problems)
+            rounds.append(stats)
+        self.last_rounds = rounds
+        if list(parts) == [""]:
+            return parts[""]
+        library = merged(parts, {stats.task: stats.num_candidates for stats in rounds}, version)
+        try:
+            library.save(self._run_dir)
+        except OSError as error:  # the next checkpoint writes it, or says why it cannot
+            logger.warning("evolution: the library of all tasks is not written: %s", error)
+        return library
+
+    async def _run_round(self, spec: RoundSpec, problems: Mapping[str, Problem]) -> tuple[PublishedLibrary, RoundStats]:
         started = time.monotonic()
         num_losses, num_failed = self.num_service_losses, self.num_failed_trials
         split = split_of(spec)
@@ -184,9 +218,8 @@ class EvolutionSession:
             num_failed_trials=self.num_failed_trials - num_failed,
             duration_s=time.monotonic() - started,
         )
-        self.last_round = stats
         self._tell(stats)
-        return library
+        return library, stats
 
     def _tell(self, stats: RoundStats) -> None:
         logger.log(logging.INFO if stats.is_success else logging.WARNING, "evolution: %s", stats.summary())
@@ -201,7 +234,7 @@ class EvolutionSession:
             self._submit_trial, problems, self._config.rollout, seed_of(self._config.run.seed, "round", spec.epoch)
         )
         clock = asyncio.get_running_loop().time
-        deadline = clock() + self._settings.evolution.round_timeout_s
+        deadline = clock() + spec.settings.evolution.round_timeout_s
         try:
             for _ in range(NUM_ATTEMPTS):
                 try:
@@ -259,9 +292,9 @@ class EvolutionSession:
         """Return the round's library from its file, or what its journal is good for."""
         try:
             if published is not None:
-                return load_library(library_path(self._run_dir, published.library_version)), published
+                return load_library(library_path(self._run_dir, spec.library_version, spec.task)), published
             library, stats = salvage(spec, split, self._run_dir)
-            library.save(self._run_dir)
+            library.save(self._run_dir, spec.task)
             logger.warning("evolution.salvaged: %d templates from the journal", len(library.templates))
         except (ForeignJournal, ValueError, OSError) as error:
             logger.warning(
@@ -273,6 +306,7 @@ class EvolutionSession:
     def _nothing(self, spec: RoundSpec, reason: EndedBy) -> tuple[PublishedLibrary, RoundStats]:
         stats = RoundStats(
             epoch=spec.epoch,
+            task=spec.task,
             library_version=spec.library_version,
             ended_by=reason,
             num_hard=len(spec.problems),
@@ -300,5 +334,4 @@ def _round_settings(config: Config, reflection_url: str | None, reflection_model
         sampling_temperature=config.rollout.temperature,
         min_problems=config.hard.min_problems,
         seed=config.run.seed,
-        task_description=task_description_of(config),
     )

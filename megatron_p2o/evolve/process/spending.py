@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_p2o.evolve.process.conduct import journal_path
+from megatron_p2o.evolve.process.conduct import journal_paths
 from megatron_p2o.evolve.record.history import CONTROL_OCCASION, Event, Picked, Reflected, Scored, event_from_json
 from megatron_p2o.evolve.record.journal import decode_line
 
@@ -45,7 +45,7 @@ class RoundSpending:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._followed: dict[int, _Followed] = {}
+        self._followed: dict[Path, _Followed] = {}
 
     def tokens(self, num_epochs: int) -> RoundTokens:
         """Return what the rounds after the first `num_epochs` epochs have spent so far.
@@ -54,17 +54,15 @@ class RoundSpending:
         """
         total = RoundTokens()
         for epoch in range(num_epochs):
-            total.add(self._of_round(epoch))
+            for path in journal_paths(self._run_dir, epoch):
+                total.add(self._of_round(path))
         return total
 
-    def _of_round(self, epoch: int) -> RoundTokens:
-        path = journal_path(self._run_dir, epoch)
-        if not path.exists():
-            return RoundTokens()
+    def _of_round(self, path: Path) -> RoundTokens:
         stat = path.stat()
-        followed = self._followed.get(epoch)
+        followed = self._followed.get(path)
         if followed is None or followed.inode != stat.st_ino or followed.num_bytes > stat.st_size:
-            followed = self._followed[epoch] = _Followed(inode=stat.st_ino)
+            followed = self._followed[path] = _Followed(inode=stat.st_ino)
         if followed.num_bytes < stat.st_size:
             _follow(path, followed)
         return followed.tokens

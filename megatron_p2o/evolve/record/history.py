@@ -91,6 +91,8 @@ class Published:
 
     version: int
     ended_by: EndedBy
+    task: str = ""
+    """Task of the round; "" in a run with a single one."""
 
 
 Event = Opened | Scored | Picked | Reflected | Accepted | Disqualified | Ended | Published

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_p2o.files import json_digest, write_whole
@@ -18,6 +18,8 @@ class LibraryFile:
     templates: tuple[Template, ...] = ()
     assignments: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Problem id to one template id per rollout."""
+    first_ids: Mapping[str, int] = field(default_factory=dict[str, int])
+    """In a library of several tasks: task to what was added to the candidates' ids of its round, but for 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +31,8 @@ class PublishedLibrary:
     """Templates considered for assignment, best first. The next round may start with them."""
     assignments: Mapping[str, tuple[Template, ...]] = field(default_factory=dict[str, tuple[Template, ...]])
     """Problem id to one template per rollout."""
+    first_ids: Mapping[str, int] = field(default_factory=dict[str, int])
+    """As `LibraryFile.first_ids`."""
 
     def assigned(self, problem: Problem) -> Sequence[Template]:
         return self.assignments.get(problem.id, ())
@@ -36,8 +40,8 @@ class PublishedLibrary:
     def cleared(self) -> "PublishedLibrary":
         return PublishedLibrary(version=self.version + 1)
 
-    def save(self, run_dir: Path) -> Path:
-        """Write `templates/library-<version>.json` under `run_dir`, whole or not at all; return its path."""
+    def save(self, run_dir: Path, task: str = "") -> Path:
+        """Write the file that `library_path` names, whole or not at all; return its path."""
         content = to_json(
             LibraryFile(
                 version=self.version,
@@ -46,10 +50,11 @@ class PublishedLibrary:
                     problem_id: tuple(template.id for template in templates)
                     for problem_id, templates in self.assignments.items()
                 },
+                first_ids=self.first_ids,
             ),
             is_sorted=True,
         )
-        path = library_path(run_dir, self.version)
+        path = library_path(run_dir, self.version, task)
         write_whole(path, json.dumps({"checksum": json_digest(content, is_compact=True), **content}, indent=1) + "\n")
         return path
 
@@ -58,9 +63,51 @@ EMPTY_LIBRARY = PublishedLibrary(version=0)
 """The library before the first round: no problem has a template."""
 
 
-def library_path(run_dir: Path, version: int) -> Path:
-    """Return where version `version` of a run's library lies."""
+def library_path(run_dir: Path, version: int, task: str = "") -> Path:
+    """Return where version `version` of a run's library lies, or the part of it that the round of a task has made."""
+    if task:
+        return run_dir / "evolution" / f"library-{version}-{task}.json"
     return run_dir / "templates" / f"library-{version}.json"
+
+
+def merged(parts: Mapping[str, PublishedLibrary], num_candidates: Mapping[str, int], version: int) -> PublishedLibrary:
+    """Return the library of several tasks, best templates first.
+
+    Args:
+        parts: the library of each task's round.
+        num_candidates: of each round: ids of its templates are below.
+    """
+    first_ids: dict[str, int] = {}
+    templates: list[Template] = []
+    assignments: dict[str, tuple[Template, ...]] = {}
+    next_id = 0
+    for task, part in parts.items():
+        first_ids[task] = next_id
+        numbered = {template: _numbered(template, next_id) for template in part.templates} | {PLAIN: PLAIN}
+        templates += [numbered[template] for template in part.templates]
+        assignments |= {key: tuple(numbered[each] for each in given) for key, given in part.assignments.items()}
+        next_id += num_candidates[task]
+    return PublishedLibrary(
+        version=version,
+        templates=tuple(sorted(templates, key=lambda template: (-template.score, template.id))),
+        assignments=assignments,
+        first_ids=first_ids,
+    )
+
+
+def _numbered(template: Template, first_id: int) -> Template:
+    """Return a template with the ids that it and its parent have in a library of several tasks."""
+    parent = template.parent
+    return replace(
+        template,
+        id=shifted_id(template.id, first_id),
+        parent=None if parent is None else shifted_id(parent, first_id),
+    )
+
+
+def shifted_id(candidate_id: int, first_id: int) -> int:
+    """Return a candidate's id in a library of several tasks; that of the empty template is the same for all."""
+    return PLAIN.id if candidate_id == PLAIN.id else candidate_id + first_id
 
 
 WAYS_OUT = (
@@ -83,6 +130,7 @@ def load_library(path: Path) -> PublishedLibrary:
     return PublishedLibrary(
         version=stored.version,
         templates=stored.templates,
+        first_ids=stored.first_ids,
         assignments={key: _looked_up(ids, by_id, path) for key, ids in stored.assignments.items()},
     )
 

@@ -7,21 +7,22 @@ from megatron_p2o.config.tree import Config
 FILE_ENDINGS = (".txt", ".md")
 
 
-def task_description_of(config: Config) -> str | None:
-    """Return the description of the task; None for boxed final answers, which need none, "" where nobody wrote one.
+def task_description_of(config: Config, task: str) -> str | None:
+    """Return the description of a task of `data.train`: its own, else that of `evolution.reflection`.
+
+    None for boxed final answers, which need none, "" where nobody wrote one.
 
     Raises:
-        ValueError: `evolution.reflection.task_description` names a file that cannot be read.
+        ValueError: the setting names a file that cannot be read.
     """
-    given = config.evolution.reflection.task_description
+    own = config.data.train[task].description
+    setting = "evolution.reflection.task_description" if own is None else f"data.train.{task}.description"
+    given = config.evolution.reflection.task_description if own is None else own
     if given is None:
-        rewards = [config.grading_of(name).function_names for name in config.data.train]
-        return None if all(each == ("math",) for each in rewards) else ""
+        return None if config.grading_of(task).function_names == ("math",) else ""
     if not given.endswith(FILE_ENDINGS):
         return given
     try:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"evolution.reflection.task_description={given} cannot be read ({error}): give a text file"
-        ) from error
+        raise ValueError(f"{setting}={given} cannot be read ({error}): give a text file") from error

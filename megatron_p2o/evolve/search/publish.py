@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_p2o.config.tree import AssignmentConfig
@@ -20,6 +20,8 @@ class RoundStats:
     """What a round did."""
 
     epoch: int
+    task: str = ""
+    """Task that its problems are of; "" in a run with a single one, and of several together."""
     library_version: int
     ended_by: EndedBy
     num_hard: int
@@ -63,26 +65,29 @@ class RoundStats:
 
     def summary(self) -> str:
         """Return one line for the log: why the round ended, what it found and how its proposals ended."""
+        task = f" of {self.task}" if self.task else ""
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items()) or "none"
         return (
-            f"round {self.epoch} ended by {self.ended_by} after {self.num_rollouts} rollouts: {self.num_templates} "
-            f"templates of {self.num_candidates} candidates, coverage {self.coverage:.2f}; proposals: {outcomes}"
+            f"round {self.epoch}{task} ended by {self.ended_by} after {self.num_rollouts} rollouts: "
+            f"{self.num_templates} templates of {self.num_candidates} candidates, coverage {self.coverage:.2f}; "
+            f"proposals: {outcomes}"
         )
 
 
 def rounds_path(run_dir: Path) -> Path:
-    """Return the file of a run's rounds: a `RoundStats` a line, each epoch's last one."""
+    """Return the file of a run's rounds: a `RoundStats` a line, the last one of each epoch and task."""
     return run_dir / "evolution" / "rounds.jsonl"
 
 
 def keep_round(run_dir: Path, stats: RoundStats) -> None:
-    """Write a round that is over to the run's file of rounds, in the place of one of the same epoch.
+    """Write a round that is over to the run's file of rounds, in the place of one of the same epoch and task.
 
     Raises `OSError` when it cannot, `ValueError` when the file is damaged.
     """
     path = rounds_path(run_dir)
     written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in written if from_text(RoundStats, line).epoch != stats.epoch]
+    rounds = [(line, from_text(RoundStats, line)) for line in written]
+    kept = [line for line, known in rounds if (known.epoch, known.task) != (stats.epoch, stats.task)]
     write_whole(path, "\n".join([*kept, json.dumps(to_json(stats))]) + "\n")
 
 
@@ -92,7 +97,7 @@ def build_library(round_: Round) -> PublishedLibrary:
     solved = {candidate.id: round_.pool.solved(candidate.id) for candidate in round_.pool.qualified()}
     if not round_.rules.publishes_empty:
         del solved[0]
-    cover = [round_.pool.template(candidate_id) for candidate_id in greedy_cover(solved)]
+    cover = [replace(round_.pool.template(candidate_id), task=spec.task) for candidate_id in greedy_cover(solved)]
     if round_.rules.reuses_scores:
         solved = {template.id: solved[template.id] | solved_feedback(round_, template) for template in cover}
     assignments = assign(
@@ -129,6 +134,7 @@ def round_stats(round_: Round, library: PublishedLibrary, ended_by: EndedBy, pla
     covered = frozenset[str]().union(*(round_.pool.solved(template.id) for template in library.templates))
     return RoundStats(
         epoch=round_.spec.epoch,
+        task=round_.spec.task,
         library_version=library.version,
         ended_by=ended_by,
         num_hard=len(round_.spec.problems),

@@ -51,6 +51,8 @@ class RoundSpec:
     warm_templates: tuple[Template, ...]
     """Templates to start with, besides the empty one."""
     settings: RoundSettings
+    task: str = ""
+    """Task that all problems are of; "" in a run with a single one."""
     free_scores: tuple[FreeScore, ...] = ()
     """Lost when the trainer restarts, so not part of the round's identity."""
 
@@ -64,12 +66,14 @@ class RoundSpec:
             [evolution.rules, evolution.dev_size, evolution.minibatch_size, evolution.num_lineages],
             [evolution.trial_temperature, evolution.guard_leaks, evolution.reflection.backend],
             [self.settings.min_problems, self.settings.seed],
+            *([self.task] if self.task else []),
         ]
         return json_digest(identity)[:16]
 
     def rng(self, purpose: str) -> random.Random:
-        """Return a generator that depends on the run's seed, the round and `purpose` only."""
-        return random.Random(f"{self.settings.seed}/{self.epoch}/{purpose}")
+        """Return a generator that depends on the run's seed, the round with its task, and `purpose` only."""
+        task = f"{self.task}/" if self.task else ""
+        return random.Random(f"{self.settings.seed}/{self.epoch}/{task}{purpose}")
 
 
 class Round:

@@ -8,7 +8,7 @@ from typing import assert_never
 from megatron_p2o.algorithm import TrainState
 from megatron_p2o.config.tree import Config, EvaluationConfig
 from megatron_p2o.evaluation.outcome import Evaluation, NothingDecided, evaluation_metrics
-from megatron_p2o.evaluation.protocol import evaluate
+from megatron_p2o.evaluation.protocol import evaluate, template_of_set
 from megatron_p2o.metrics.compute import ComputeMeter
 from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.run.beginning import Beginning
@@ -36,12 +36,19 @@ class Evaluations:
         self._sets, self._parts, self._config, self._log = sets, parts, config, log
         self._compute = compute
 
-    def measure(self, state: TrainState, template: Template = PLAIN) -> dict[str, Evaluation]:
-        """Return the outcome on each set under `template`, and write it down; a set without a verdict has none."""
+    def measure(self, state: TrainState, templates: Mapping[str, Template] | None = None) -> dict[str, Evaluation]:
+        """Return the outcome on each set, and write it down; a set without a verdict has none.
+
+        `templates`: of each task; each set is asked through that of its task, and one without is left out. None: all
+        sets are asked plainly.
+        """
         self._log.announce("evaluation")
-        prefix = "" if template is PLAIN else "templated_"
+        prefix = "" if templates is None else "templated_"
         outcome: dict[str, Evaluation] = {}
         for name, problems in self._sets.items():
+            template = PLAIN if templates is None else template_of_set(name, templates, self._config.data)
+            if templates is not None and template is PLAIN:
+                continue
             try:
                 with self._compute.evaluating():
                     outcome[name] = evaluate(name, problems, self._parts, self._config, template)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_p2o.algorithm import StepResult, TrainState
 from megatron_p2o.config.tree import Config
-from megatron_p2o.evaluation.protocol import best_template
+from megatron_p2o.evaluation.protocol import best_templates
 from megatron_p2o.metrics.step import epoch_metrics, ledger_metrics, library_metrics
 from megatron_p2o.metrics.values import MetricValue
 from megatron_p2o.rl.hard_samples import HardSampleLedger
@@ -20,7 +20,7 @@ from megatron_p2o.run.observe.step_log import StepLog, is_due
 from megatron_p2o.run.parts import RunParts
 from megatron_p2o.run_folder.results import limit_reached
 from megatron_p2o.run_folder.state import StopRequest
-from megatron_p2o.types import PLAIN, Problem
+from megatron_p2o.types import Problem
 
 
 class RunObserver:
@@ -94,8 +94,8 @@ class RunObserver:
         if state.step > 0:
             self._saver.save(state)
         plain = self._evaluations.measure(state)
-        template = self._progress.best_template
-        templated = self._evaluations.measure(state, template) if template is not PLAIN else {}
+        templates = self._progress.best_templates
+        templated = self._evaluations.measure(state, templates) if templates else {}
         self._saver.finish(self._best.take(state.step, plain))
         write_run_results(
             self._files, self._config, self._progress, self._compute.account(state), state, plain, templated
@@ -114,7 +114,7 @@ class RunObserver:
         return None if is_last or not self._config.evolution.enabled else num_hard < self._config.hard.min_problems
 
     def _note_library(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:
-        """Write `metrics` and the record of a new library, then measure its best template."""
+        """Write `metrics` and the record of a new library, then measure its best template of each task."""
         if not self._progress.is_new_library(state.library.version):
             self._log.write(state, metrics)
             return
@@ -122,8 +122,8 @@ class RunObserver:
         self._progress.count_round(statistics)
         library = library_metrics(state.library.version, len(state.library.templates), statistics)
         self._log.write(state, {**metrics, **library})
-        best = best_template(state.library)
-        if best is not PLAIN:
+        best = best_templates(state.library)
+        if best:
             is_measured = self._config.evaluation.with_best_template
             outcome = self._evaluations.measure(state, best) if is_measured else {}
             self._progress.note_published(best, {name: each.accuracy for name, each in outcome.items()})

@@ -22,9 +22,9 @@ class Progress:
         self.first_round: RoundStatistics = resumed.first_round if resumed else {}
         self.published_accuracy: Mapping[str, float] = resumed.published_accuracy if resumed else {}
         """Accuracy by evaluation set under the first published template that was measured; empty before."""
-        self.best_template = template_with_text(resumed.best_template) if resumed else PLAIN
-        """Best template of the last library that had any. An empty library, after everything was
-        internalised, does not replace it."""
+        self.best_templates: Mapping[str, Template] = _templates_of(resumed) if resumed else {}
+        """Best template of each task, of the last library that had any for it; of a single task by "". An empty
+        library, after everything was internalised, does not replace them."""
         self._library_version = resumed.library_version if resumed else 0
 
     def count_rollouts(self, groups: Sequence[Group]) -> None:
@@ -40,9 +40,9 @@ class Progress:
         self.num_rollouts_evolution += int(statistics.get("num_rollouts", 0))
         self.first_round = self.first_round or statistics
 
-    def note_published(self, template: Template, accuracy: Mapping[str, float]) -> None:
-        """Note the best template of a new library and, where it was measured, its accuracy by evaluation set."""
-        self.best_template = template
+    def note_published(self, templates: Mapping[str, Template], accuracy: Mapping[str, float]) -> None:
+        """Note the best templates of a new library by task and, where they were measured, their accuracy by set."""
+        self.best_templates = {**self.best_templates, **templates}
         self.published_accuracy = self.published_accuracy or accuracy
 
     def run_state(
@@ -63,9 +63,15 @@ class Progress:
             published_accuracy=self.published_accuracy,
             num_rollouts_train=self.num_rollouts_train,
             num_rollouts_evolution=self.num_rollouts_evolution,
-            best_template=self.best_template.text,
+            best_template=self.best_templates.get("", PLAIN).text,
+            best_templates={task: template.text for task, template in self.best_templates.items() if task},
             wall_s=compute.wall_s,
             compute=compute,
             round_epoch=running.epoch if running else -1,
             round_problem_ids=running.problem_ids if running else (),
         )
+
+
+def _templates_of(state: RunState) -> dict[str, Template]:
+    texts = {"": state.best_template, **state.best_templates}
+    return {task: template_with_text(text, task) for task, text in texts.items() if text}

@@ -13,6 +13,7 @@ from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.progress import Progress
 from megatron_p2o.run_folder.made_with import redone_in
 from megatron_p2o.run_folder.results import limit_reached, write_results_file
+from megatron_p2o.types import PLAIN
 
 
 def write_run_results(
@@ -38,7 +39,8 @@ def write_run_results(
         "templated_evaluation": {name: evaluation_record(outcome) for name, outcome in templated.items()},
         "evaluation_problems": {name: _by_problem(outcome) for name, outcome in plain.items()},
         "templated_accuracy_when_published": progress.published_accuracy,
-        "best_template": progress.best_template.text,
+        "best_template": progress.best_templates.get("", PLAIN).text,
+        **_best_by_task(progress),
         "first_round": dict(progress.first_round),
         "rounds": list(read_lines(rounds_path(files.run_dir))),
         "pass_at_n_plain": progress.first_round.get("pass_at_n_plain"),
@@ -59,3 +61,8 @@ def _by_problem(outcome: Evaluation) -> JsonObject:
         "correct_by_problem": dict(outcome.correct_by_problem),
         "decided_by_problem": dict(outcome.decided_by_problem),
     }
+
+
+def _best_by_task(progress: Progress) -> dict[str, dict[str, str]]:
+    texts = {task: template.text for task, template in progress.best_templates.items() if task}
+    return {"best_templates": texts} if texts else {}

@@ -4,12 +4,12 @@ import { drawing, element, empty, shown, table } from "./dom.js";
 
 export function rounds(data, options, redraw) {
   if (!data.length) return [empty("This run has no round of prompt evolution, or none yet.")];
-  const round = data.find((candidate) => candidate.number === options.round) ?? data[0];
+  const round = data.find((candidate) => candidate.name === options.round) ?? data[0];
   const chosen = round.candidates.find((candidate) => candidate.id === options.candidate) ?? best(round.candidates);
   const choose = (id) => { options.candidate = id; redraw(); };
   return [
-    element("div", { class: "controls" }, element("label", {}, "Round ", element("select", { onchange: (event) => { options.round = Number(event.target.value); options.candidate = null; redraw(); } },
-      data.map((each) => element("option", { value: each.number, selected: each.number === round.number }, `${each.number}${each.ended_by ? "" : " (running)"}`))))),
+    element("div", { class: "controls" }, element("label", {}, "Round ", element("select", { onchange: (event) => { options.round = event.target.value; options.candidate = null; redraw(); } },
+      data.map((each) => element("option", { value: each.name, selected: each.name === round.name }, `${each.name}${each.ended_by ? "" : " (running)"}`))))),
     round.damage ? element("p", { class: "notice" }, round.damage) : null,
     element("p", { class: "facts" }, facts(round)),
     element("p", { class: "facts" }, "Proposals by outcome: ", Object.entries(round.outcomes).map(([name, count]) => `${name} ${count}`).join(", ") || "none yet"),

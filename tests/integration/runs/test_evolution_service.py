@@ -157,12 +157,12 @@ def test_round_publishes_templates_that_solve_hard_problems(
     served = set[str]().union(*(families_served(template.text) for template in library.templates))
     assert served == {"red", "green", "blue"}
     assert all(len(library.assigned(problem)) == 6 for problem in PROBLEMS)
-    stats = session.last_round
+    (stats,) = session.last_rounds
     assert stats is not None and stats.ended_by == "budget" and stats.duration_s > 0
     assert stats.num_rollouts == task.requests.total() and 3490 < stats.num_rollouts <= 3500
     assert (stats.num_hard, stats.num_dev, stats.num_feedback) == (60, 30, 30)
     assert stats.coverage == 1.0 and stats.best_score > 0.5
-    numbers = round_statistics(stats)
+    numbers = round_statistics([stats])
     assert (numbers["is_cut_off"], numbers["is_reflection_lost"]) == (0, 0)
     assert numbers["num_proposals"] == sum(stats.outcomes.values())
     assert 0 < numbers["num_accepted"] == stats.outcomes["accepted"] == stats.num_candidates - 1
@@ -268,7 +268,7 @@ def test_rollouts_are_sampled_as_configured(tmp_path: Path, phrases: Path, sessi
     like_training = SamplingParams(temperature=0.6, max_new_tokens=77, top_p=0.9)
     assert {sampling for sampling, _ in asked} == {greedy, like_training}
     assert {question for _, question in asked} == {problem.question for problem in PROBLEMS}
-    stats = sessions[0].last_round
+    (stats,) = sessions[0].last_rounds
     assert stats is not None and stats.plain_coverage == 0.0, "a plain prompt never succeeds in this task"
 
 
@@ -279,7 +279,7 @@ def test_too_few_hard_problems_start_no_process(
     library = sessions[0].evolve(PROBLEMS[:9], PublishedLibrary(version=4), epoch=0)
     assert library == PublishedLibrary(version=5)
     assert sessions[0].service_process_id is None
-    assert sessions[0].last_round is not None and sessions[0].last_round.ended_by == "too_few_hard"
+    assert sessions[0].last_rounds[0].ended_by == "too_few_hard"
 
 
 def test_training_rollouts_given_to_the_session_reach_the_round(
@@ -312,9 +312,8 @@ def test_killed_service_resumes_and_neither_loses_nor_repeats_a_finished_rollout
         assert journalled, "the kill fell into the middle of the work"
     assert scores_in(journal_path(tmp_path, 0)) >= journalled, "lost"
     assert not set(task.asked[num_asked:]) & journalled, "repeated"
-    assert session.last_round is not None
-    assert session.last_round.ended_by == "budget" and session.last_round.num_restarts == 1
-    assert 590 < session.last_round.num_rollouts <= 600
+    assert session.last_rounds[0].ended_by == "budget" and session.last_rounds[0].num_restarts == 1
+    assert 590 < session.last_rounds[0].num_rollouts <= 600
     assert library == load_library(library_path(tmp_path, 1))
 
 
@@ -324,14 +323,14 @@ def test_service_killed_twice_costs_the_round_but_not_what_it_found(
     session, task = killing_session(config_of(phrases), tmp_path, {200, 400})
     sessions.append(session)
     library = session.evolve(PROBLEMS, WARM_LIBRARY, epoch=0)
-    stats = session.last_round
+    (stats,) = session.last_rounds
     assert stats is not None and stats.ended_by == "service_lost" and stats.num_restarts == 2
     assert library.version == 2 and library.templates, "salvaged from the journal"
     assert library == load_library(library_path(tmp_path, 2))
     assert stats.num_rollouts == len(task.journalled[1][1])
     next_library = session.evolve(PROBLEMS, library, epoch=1)
-    assert next_library.version == 3 and session.last_round is not None
-    assert session.last_round.ended_by == "budget", "the next round has a service again"
+    assert next_library.version == 3
+    assert session.last_rounds[0].ended_by == "budget", "the next round has a service again"
 
 
 def test_service_that_cannot_start_costs_evolution_only(
@@ -341,7 +340,7 @@ def test_service_that_cannot_start_costs_evolution_only(
     phrases.unlink()
     library = sessions[0].evolve(PROBLEMS, PublishedLibrary(version=3), epoch=0)
     assert library == PublishedLibrary(version=4)
-    assert sessions[0].last_round is not None and sessions[0].last_round.ended_by == "service_lost"
+    assert sessions[0].last_rounds[0].ended_by == "service_lost"
     assert "phrases.txt" in (tmp_path / "evolution" / "service.log").read_text()
 
 
@@ -363,13 +362,13 @@ def test_late_round_publishes_what_it_has_and_says_so(
     config = config_of(phrases, round_timeout_s=6.0, plain_control=True)
     sessions.append(EvolutionSession(config, tmp_path, submit_trial))
     library = sessions[0].evolve(PROBLEMS, WARM_LIBRARY, epoch=0)
-    stats = sessions[0].last_round
+    (stats,) = sessions[0].last_rounds
     assert stats is not None and stats.ended_by == "deadline" and stats.num_rollouts == 200
     assert library.templates and sessions[0].num_service_losses == 0
     assert unanswered and all(future.cancelled() for future in unanswered), "nobody waits for them any more"
     assert "round 0 is cut off by evolution.round_timeout_s=6 before its budget of rollouts is spent" in caplog.text
     assert "round 0 ended by deadline after 200 rollouts" in caplog.text
-    assert round_statistics(stats)["is_cut_off"] == 1
+    assert round_statistics([stats])["is_cut_off"] == 1
     (line,) = rounds_path(tmp_path).read_text().splitlines()
     assert json.loads(line)["ended_by"] == "deadline"
 
@@ -379,7 +378,7 @@ def test_frozen_service_is_given_up_and_killed(tmp_path: Path, phrases: Path, se
     session, task = killing_session(config, tmp_path, {20}, signal.SIGSTOP, finish_grace_s=0.2)
     sessions.append(session)
     library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
-    assert session.last_round is not None and session.last_round.ended_by == "service_lost"
+    assert session.last_rounds[0].ended_by == "service_lost"
     assert library.version == 1
     wait_until_gone(task.signalled[0])
 
@@ -407,12 +406,12 @@ def test_trials_that_raise_are_counted_and_end_with_plain_prompts(
 
     sessions.append(EvolutionSession(config_of(phrases), tmp_path, submit_trial))
     library = sessions[0].evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
-    stats = sessions[0].last_round
+    (stats,) = sessions[0].last_rounds
     assert stats is not None and stats.num_rollouts == 0 and stats.ended_by == "no_progress"
     assert library == PublishedLibrary(version=1)
     assert sessions[0].num_failed_trials == next(numbers) > 0
-    last_round = sessions[0].last_round
-    assert last_round is not None and last_round.num_failed_trials == sessions[0].num_failed_trials
+    (last_round,) = sessions[0].last_rounds
+    assert last_round.num_failed_trials == sessions[0].num_failed_trials
     assert sessions[0].num_service_losses == 0
 
 
@@ -511,7 +510,7 @@ def test_dead_reflection_endpoint_pauses_evolution_and_says_so(
     sessions.append(session)
     library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
     assert library == PublishedLibrary(version=1)
-    assert session.last_round is not None and session.last_round.ended_by == "reflection_unavailable"
+    assert session.last_rounds[0].ended_by == "reflection_unavailable"
     assert "evolution pauses until the next round: http://127.0.0.1:1/v1/chat/completions" in caplog.text
     files = [path for path in tmp_path.rglob("*.*") if path.suffix in (".log", ".json", ".jsonl")]
     written = caplog.text + "".join(path.read_text() for path in files)

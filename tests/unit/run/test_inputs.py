@@ -103,6 +103,7 @@ def test_the_mix_of_tasks_is_summed_up(settings_file: Path, capsys: pytest.Captu
     assert [line for line in lines if "an epoch asks" in line] == [
         "data.train.math: an epoch asks 8 of 8 problems",
         "data.train.held: an epoch asks 2 of 8 problems",
+        "prompts of data.train.held do not evolve: an epoch asks 2 of its problems, fewer than hard.min_problems=6",
     ]
 
 
@@ -152,11 +153,11 @@ def test_an_epoch_that_never_has_enough_hard_problems_is_refused(
 
 def test_hard_problems_are_counted_among_those_that_an_epoch_asks() -> None:
     config = fake_config({"hard.min_problems": 100, "schedule.problems_per_step": 64, "evolution.enabled": True})
-    check_hard_set(config, 128)
+    check_hard_set(config, {"train": 128})
     for num_problems in (64, 100, 127):
         with pytest.raises(ValueError, match=r"at most the 64 problems"):
-            check_hard_set(config, num_problems)
-    check_hard_set(config, 63)  # too few for a step, which is said elsewhere
+            check_hard_set(config, {"train": num_problems})
+    check_hard_set(config, {"train": 63})  # too few for a step, which is said elsewhere
 
 
 @pytest.mark.parametrize(
