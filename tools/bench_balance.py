@@ -14,6 +14,7 @@ meet once at its end. `slots`: the same when they meet after every micro-batch, 
 import argparse
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 import time
@@ -115,7 +116,7 @@ def load_peer(path: Path) -> ModuleType:
 def slime_plan(peer: ModuleType, lengths: list[int], num_ranks: int, budget: int) -> Plan:
     """Return slime's plan: first fit by tokens, the largest split until the ranks divide them, shared out by work."""
     parts = peer.first_fit_pack(lengths, budget)
-    peer.expand_bins_by_splitting(parts, -(-len(parts) // num_ranks) * num_ranks, lengths)
+    peer.expand_bins_by_splitting(parts, math.ceil(len(parts) / num_ranks) * num_ranks, lengths)
     costs = [sum(work(lengths[index]) for index in part) for part in parts]
     return [[parts[place] for place in share] for share in peer.get_seqlen_balanced_partitions(costs, num_ranks, True)]
 
@@ -125,7 +126,7 @@ def verl_plan(peer: ModuleType, lengths: list[int], num_ranks: int, budget: int)
     partition = peer.get_seqlen_balanced_partitions
     costs = [work(length) for length in lengths]
     shares = partition(costs, num_ranks, True)
-    count = max(-(-sum(lengths[index] for index in share) // budget) for share in shares)
+    count = max(math.ceil(sum(lengths[index] for index in share) / budget) for share in shares)
     while True:
         plan = [
             [[share[place] for place in part] for part in partition([costs[index] for index in share], count, False)]

@@ -7,6 +7,7 @@ Prints one JSON object with medians of `--repeats`. Needs playwright and Chromiu
 
 import argparse
 import json
+import math
 import re
 import shutil
 import statistics
@@ -44,7 +45,7 @@ def write_run(run: Path, num_rollouts: int, num_characters: int) -> None:
     """Write a run folder with that many rollouts."""
     (run / "rollouts").mkdir(parents=True)
     (run / "config.yaml").write_text("run: {name: run, seed: 1}\n")
-    num_steps = -(-num_rollouts // (GROUP_SIZE * PROBLEMS_PER_STEP))
+    num_steps = math.ceil(num_rollouts / (GROUP_SIZE * PROBLEMS_PER_STEP))
     with (run / "metrics.jsonl").open("w") as metrics, (run / "hard_samples.jsonl").open("w") as ledger:
         for step in range(1, num_steps + 1):
             numbers = {f"area{key % 8}/metric_{key}": (step * (key + 1)) % 17 / 16 for key in range(METRICS)}

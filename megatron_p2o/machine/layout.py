@@ -1,5 +1,6 @@
 """Derives the number of ranks, and the parts of the trainer's layout that the settings leave open."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,8 @@ def with_layout(config: Config, num_nodes: int, gpus_per_node: int | None = None
     """
     parallel = config.parallel
     # Without GPUs: no more ranks on a node than one replica needs.
-    on_node = (num_gpus_here() if gpus_per_node is None else gpus_per_node) or -(-parallel.num_model_ranks // num_nodes)
+    num_gpus = num_gpus_here() if gpus_per_node is None else gpus_per_node
+    on_node = num_gpus or math.ceil(parallel.num_model_ranks / num_nodes)
     return replace(config, parallel=parallel.for_processes(num_nodes * on_node))
 
 

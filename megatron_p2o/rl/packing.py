@@ -2,6 +2,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch.from_numpy is untyped in torch's own stubs.
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -119,7 +120,7 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
 
 def rounded_up(number: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is not below `number`."""
-    return -(-number // multiple) * multiple
+    return math.ceil(number / multiple) * multiple
 
 
 def plan_micro_batches(
@@ -143,7 +144,7 @@ def plan_micro_batches(
         costs: of each sample, in any unit: what is balanced.
     """
     step = num_ranks * multiple
-    at_least = -(-sum(min(length, budget_tokens) for length in lengths) // budget_tokens)
+    at_least = math.ceil(sum(min(length, budget_tokens) for length in lengths) / budget_tokens)
     num_batches = rounded_up(max(1, at_least), step)
     while (batches := _costliest_first(lengths, costs, num_batches, budget_tokens)) is None:
         num_batches += step

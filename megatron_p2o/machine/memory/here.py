@@ -1,6 +1,7 @@
 """Prints, checks and applies the memory plan, for the GPUs of this machine or of another one."""
 
 import logging
+import math
 import os
 import re
 from dataclasses import replace
@@ -77,7 +78,7 @@ def num_nodes_for(config: Config, num_gpus: int) -> int:
     Where the number of replicas is derived, the engines say how many GPUs there are to be.
     """
     engine_ranks = config.rollout.num_engines * config.rollout.tensor_parallel if config.parallel.data is None else 0
-    return -(-max(config.parallel.world_size, engine_ranks) // num_gpus)
+    return math.ceil(max(config.parallel.world_size, engine_ranks) / num_gpus)
 
 
 def gpus_of(config: Config, machine: str, option: str) -> Gpus:

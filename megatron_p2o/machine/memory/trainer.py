@@ -3,6 +3,7 @@
 Exact for parameters, gradients and optimizer state, a lower bound and an estimate for activations.
 """
 
+import math
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -55,7 +56,7 @@ def trainer_memory(config: Config, architecture: Architecture) -> TrainerMemory:
     parallel, element = config.parallel, element_bytes(config.model.dtype)
     parameters = num_trainer_parameters(config, architecture)
     num_shares = parallel.num_replicas * parallel.context if parallel.distributed_optimizer else 1
-    owned = 0 if any(config.megatron.get(name) for name in OTHER_OPTIMIZERS) else -(-parameters // num_shares)
+    owned = 0 if any(config.megatron.get(name) for name in OTHER_OPTIMIZERS) else math.ceil(parameters / num_shares)
     reduces_in_float32 = config.megatron.get("grad_reduce_in_fp32", True)
     return TrainerMemory(
         parameters=element * parameters,
@@ -73,7 +74,7 @@ def num_trainer_parameters(config: Config, architecture: Architecture) -> int:
     parallel, shapes = config.parallel, architecture.weight_shapes()
     layer = sum(cut_size(name, shape, parallel.tensor) for name, shape in shapes.items() if name.startswith(LAYER))
     layers = architecture.num_layers // parallel.pipeline * layer
-    rows = -(-architecture.vocab_size // parallel.tensor)
+    rows = math.ceil(architecture.vocab_size / parallel.tensor)
     embedding, norm = rows * architecture.hidden_size, architecture.hidden_size
     if parallel.pipeline > 1:
         return layers + embedding + norm  # the last stage: a head, or its copy of the embedding
@@ -83,7 +84,9 @@ def num_trainer_parameters(config: Config, architecture: Architecture) -> int:
 def stored_inputs(config: Config, architecture: Architecture) -> int:
     """Return the elements of the layers' inputs that one micro-batch leaves on a rank, recomputed layers or not."""
     parallel = config.parallel
-    num_stored = -(-architecture.num_layers // parallel.pipeline // config.megatron.get("recompute_num_layers", 1))
+    num_stored = math.ceil(
+        architecture.num_layers / (parallel.pipeline * config.megatron.get("recompute_num_layers", 1))
+    )
     tokens = (
         config.optimizer.micro_batch_tokens
         // parallel.context
@@ -128,4 +131,4 @@ def cut_size(name: str, shape: tuple[int, ...], tensor: int) -> int:
     size = 1
     for length in shape:
         size *= length
-    return size if is_whole else -(-size // tensor)
+    return size if is_whole else math.ceil(size / tensor)

@@ -4,6 +4,7 @@ A Megatron parameter is made of one or several Hugging Face tensors. Each is cut
 dimension, or whole on every rank, and the cut parts are joined on the rank.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -241,7 +242,7 @@ def _read_cut(files: WeightFiles, name: str, cut_dimension: int | None) -> Tenso
         return files.read(name)
     num_ranks = parallel_state.get_tensor_model_parallel_world_size()
     full = files.shape(name)[cut_dimension]
-    share = -(-full // num_ranks)
+    share = math.ceil(full / num_ranks)
     start = min(share * parallel_state.get_tensor_model_parallel_rank(), full)
     end = min(start + share, full)
     cut = files.read(name, cut_dimension, start, end)

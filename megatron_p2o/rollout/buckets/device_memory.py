@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import math
 import secrets
 from functools import lru_cache
 from typing import Any
@@ -36,7 +37,7 @@ class DeviceMemory:
         """
         device = current_device()
         cuda = driver()
-        num_pages = -(-num_bytes // PAGE_BYTES)
+        num_pages = math.ceil(num_bytes / PAGE_BYTES)
         pointer = driver_values("cuMemAlloc", cuda.cuMemAlloc(num_pages * PAGE_BYTES))
         handle = driver_values("cuIpcGetMemHandle", cuda.cuIpcGetMemHandle(pointer))
         self.content = span(int(pointer), num_bytes, device)

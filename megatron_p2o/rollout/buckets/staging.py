@@ -1,5 +1,6 @@
 """Lays weights out in buckets, and gives memory for a bucket that the engines of a machine share."""
 
+import math
 import mmap
 import os
 import secrets
@@ -137,4 +138,4 @@ def pinned_file(num_bytes: int) -> MemoryFile:
 
 
 def aligned_bytes(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return math.ceil(num_bytes / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
