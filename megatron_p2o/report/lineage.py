@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_p2o.evolve.record.history import Accepted, Picked, Published, Reflected
-from megatron_p2o.evolve.record.journal import body_of
+from megatron_p2o.evolve.record.journal import whole_lines
 from megatron_p2o.records import from_json
 from megatron_p2o.types import PLAIN
 
@@ -83,18 +83,14 @@ def _round(path: Path) -> RoundLineage | None:
 
 def _events(path: Path) -> Iterator[LineageEvent]:
     """Yield the events that make a lineage, up to the first line that is damaged or still being written."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            body = body_of(line.removesuffix(b"\n"))
-            if body is None or not line.endswith(b"\n"):
-                return
-            # Scores are most of a journal and hold whole responses; a lineage needs none of them.
-            if body.startswith(b'{"event":"Scored"'):
-                continue
-            try:
-                fields = json.loads(body)
-                kind = LINEAGE_EVENTS.get(fields.pop("event"))
-                if kind is not None:
-                    yield from_json(kind, fields, skips_unknown=True)
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}:{number} is no event of a round ({error}): restore the file") from error
+    for number, (_, body) in enumerate(whole_lines(path), start=1):
+        # Scores are most of a journal and hold whole responses; a lineage needs none of them.
+        if body.startswith(b'{"event":"Scored"'):
+            continue
+        try:
+            fields = json.loads(body)
+            kind = LINEAGE_EVENTS.get(fields.pop("event"))
+            if kind is not None:
+                yield from_json(kind, fields, skips_unknown=True)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}:{number} is no event of a round ({error}): restore the file") from error

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,18 +83,27 @@ def encode_line(record: Any) -> bytes:
 
 def read_journal(path: Path) -> tuple[list[Any], int]:
     """Return the records up to the first damaged line, and how many bytes they take. A missing file is empty."""
-    content = path.read_bytes() if path.exists() else b""
     records: list[Any] = []
-    start = 0
-    while start < len(content):
-        end = content.find(b"\n", start)
-        line = content[start : end if end >= 0 else len(content)]
-        record = decode_line(line) if end >= 0 else None
-        if record is None:
-            break
-        records.append(record[0])
-        start = end + 1
-    return records, start
+    num_bytes = 0
+    for line, body in whole_lines(path):
+        try:
+            records.append(json.loads(body))
+        except (ValueError, RecursionError):
+            break  # whole, but not what this program writes
+        num_bytes += len(line)
+    return records, num_bytes
+
+
+def whole_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (line, its JSON) up to the first line that is damaged or still being written. A missing file is empty."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            body = body_of(line.removesuffix(b"\n"))
+            if body is None or not line.endswith(b"\n"):
+                return
+            yield line, body
 
 
 def body_of(line: bytes) -> bytes | None:
