@@ -73,7 +73,7 @@ def rounds_table(runs: Sequence[Run]) -> Table | None:
     if not rows:
         return None
     task = ["Task"] if has_tasks else []
-    header = ["Run", "After epoch", *task, "Ended because", "Rollouts", "Candidates", "Published"]
+    header = ["Run", "After epoch", *task, "Ended because", "Hard problems", "Rollouts", "Candidates", "Published"]
     header.append("Proposals by outcome")
     return Table(caption="Rounds of prompt evolution", header=header, rows=rows)
 
@@ -87,8 +87,16 @@ def _row(run: Run, round_: JsonObject, has_tasks: bool) -> list[Cell]:
         number_text(round_.get("epoch", 0)),
         *([str(round_.get("task", ""))] if has_tasks else []),
         ENDINGS.get(ended_by, ended_by),
+        _split(round_),
         number_text(round_.get("num_rollouts", 0)),
         number_text(round_.get("num_candidates", 0)),
         number_text(round_.get("num_templates", 0)),
         ", ".join(f"{count} {outcome}" for outcome, count in told),
     ]
+
+
+def _split(round_: JsonObject) -> str:
+    """Return the hard problems of a round: "60 (30 scored on, 30 shown)", or their number where none was tried."""
+    num_hard, num_dev, num_feedback = (round_.get(f"num_{part}", 0) for part in ("hard", "dev", "feedback"))
+    split = f" ({number_text(num_dev)} scored on, {number_text(num_feedback)} shown)" if num_dev else ""
+    return number_text(num_hard) + split

@@ -25,8 +25,11 @@ class RoundStats:
     library_version: int
     ended_by: EndedBy
     num_hard: int
+    """Hard problems of the round."""
     num_dev: int = 0
+    """The part of them that candidates are scored on; 0 where no round took place."""
     num_feedback: int = 0
+    """The part of them that reflection is shown."""
     num_candidates: int = 0
     """Number of candidates, including those the round started with."""
     num_templates: int = 0

@@ -420,7 +420,9 @@ def test_every_round_tells_why_it_ended_and_how_its_proposals_did(tmp_path: Path
         epoch=0,
         library_version=1,
         ended_by="deadline",
-        num_hard=2,
+        num_hard=61,
+        num_dev=30,
+        num_feedback=31,
         num_rollouts=2456,
         outcomes={"accepted": 3, "refused: the endpoint refuses with status <400>": 17},
     )
@@ -431,6 +433,7 @@ def test_every_round_tells_why_it_ended_and_how_its_proposals_did(tmp_path: Path
     assert "CUT OFF by evolution.round_timeout_s: depends on the machine's speed" in text
     assert "17 refused: the endpoint refuses with status <400>, 3 accepted" in text
     assert "2456" in text and "4000" in text and "its budget was spent" in text
+    assert "61 (30 scored on, 31 shown)" in text
     assert "its process was lost" not in text, "of a round that was run twice the last counts"
 
 
