@@ -101,11 +101,6 @@ def _bodies(function: RewardFunction) -> tuple[object, ...]:
     return (inner, inner.__call__ if inspect.isclass(inner) else type(inner).__call__)
 
 
-def load_function(spec: RewardSpec) -> RewardFunction:
-    """Return the reward function that settings name, with its arguments bound. Raises as the two steps of it."""
-    return made_function(found_function(spec), spec)
-
-
 def found_function(spec: RewardSpec) -> RewardFunction:
     """Return the function or class that settings name. Imports the code that holds it.
 

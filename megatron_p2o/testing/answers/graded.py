@@ -1,9 +1,10 @@
-"""Generated gold answers with answers that are right or wrong by construction, for tests of graders."""
+"""Generated gold answers with answers that are right or wrong by construction, and reward functions outside workers."""
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_p2o.rewards.functions import RewardFunction, RewardSpec, found_function, made_function
 from megatron_p2o.rewards.math.grader import local_verdict
 from megatron_p2o.rewards.workers.algebra import is_match
 from megatron_p2o.testing.answers import numbers as number_answers
@@ -11,6 +12,11 @@ from megatron_p2o.testing.answers import quantities as quantity_answers
 from megatron_p2o.testing.answers import structured as structured_answers
 from megatron_p2o.testing.answers.record import Spelled
 from megatron_p2o.types import Problem
+
+
+def load_function(spec: RewardSpec) -> RewardFunction:
+    """Return the reward function that settings name, with its arguments bound, in this process."""
+    return made_function(found_function(spec), spec)
 
 
 @dataclass(frozen=True, slots=True)

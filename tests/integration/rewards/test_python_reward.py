@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from megatron_p2o.rewards.built_in.python import PythonReward
-from megatron_p2o.rewards.functions import RewardSpec, load_function
+from megatron_p2o.rewards.functions import RewardSpec
 from megatron_p2o.rewards.sandbox.process import Limits, SandboxFailed
 from megatron_p2o.rewards.sandbox.verdict import Sandbox, check_sandbox
+from megatron_p2o.testing.answers.graded import load_function
 from megatron_p2o.types import Grade, Problem
 
 SMALL = {"processor_s": 2, "memory_mib": 256, "scratch_mib": 4}

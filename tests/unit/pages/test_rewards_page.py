@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_p2o.rewards.functions import BUILT_IN, RewardSpec, load_function
+from megatron_p2o.rewards.functions import BUILT_IN, RewardSpec
+from megatron_p2o.testing.answers.graded import load_function
 from megatron_p2o.types import Problem
 
 PAGE = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8")

@@ -17,9 +17,9 @@ from megatron_p2o.rewards.functions import (
     grade_of,
     is_async,
     is_batched,
-    load_function,
     weighted_sum,
 )
+from megatron_p2o.testing.answers.graded import load_function
 from megatron_p2o.types import CORRECT, INCORRECT, Grade, Problem
 
 PROBLEM = Problem(id="p", question="q", answer="1+x", columns={"minimum": 3})

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_p2o.rewards.built_in import json_schema
 from megatron_p2o.rewards.built_in.json_schema import MAX_DEPTH, NotJson, is_same, parsed_json
-from megatron_p2o.rewards.functions import RewardSpec, load_function
+from megatron_p2o.rewards.functions import RewardSpec
+from megatron_p2o.testing.answers.graded import load_function
 from megatron_p2o.types import Grade, Problem
 
 SCHEMA = {

@@ -12,7 +12,8 @@ from aiohttp import web
 
 from megatron_p2o.endpoints.reply import Reply
 from megatron_p2o.rewards.built_in.judge import NoVerdict, code_of, verdict_in
-from megatron_p2o.rewards.functions import RewardSpec, is_async, load_function
+from megatron_p2o.rewards.functions import RewardSpec, is_async
+from megatron_p2o.testing.answers.graded import load_function
 from megatron_p2o.types import Grade, Problem
 
 KEY = "sk-very-secret"

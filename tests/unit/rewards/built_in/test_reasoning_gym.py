@@ -11,7 +11,8 @@ from megatron_p2o.config.tree import DataConfig
 from megatron_p2o.data import reasoning_gym as generator
 from megatron_p2o.data.problems import load_problems
 from megatron_p2o.rewards.built_in.reasoning_gym import READS_ARITHMETIC, READS_LITERALS, VERSION, is_arithmetic
-from megatron_p2o.rewards.functions import RewardSpec, load_function
+from megatron_p2o.rewards.functions import RewardSpec
+from megatron_p2o.testing.answers.graded import load_function
 from megatron_p2o.types import Grade, Problem
 
 library = pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install -r requirements/dev.txt")

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.rewards.functions import RewardSpec, load_function
+from megatron_p2o.rewards.functions import RewardSpec
+from megatron_p2o.testing.answers.graded import load_function
 from megatron_p2o.types import Grade, Problem
 
 
