@@ -54,11 +54,12 @@ optimizer: {lr: 1e-6, eps: 1, beta1: .5}
 rollout: {max_total_tokens: 7}
 schedule: {max_steps: null}
 parallel: {distributed_optimizer: True}
-evolution: {reflection: {temperature: 0}}
+evolution: {reflection: {temperature: 0, extra_body: {reasoning_effort: low, stop: ["</s>"]}}}
 sglang: {mem-fraction-static: 0.5, on: [1, {two: 2}]}
 megatron:
 """
     config = load(tmp_path, text)
+    assert config.evolution.reflection.extra_body == {"reasoning_effort": "low", "stop": ["</s>"]}
     assert config.optimizer.lr == 1e-6
     assert config.optimizer.beta1 == 0.5
     assert isinstance(config.optimizer.eps, float)

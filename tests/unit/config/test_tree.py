@@ -1,8 +1,9 @@
 """The rules between settings, their ranges, and the reference preset."""
 
+import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from megatron_p2o.config.ranges import LONGEST_WAIT_S, UNBOUNDED, Range, range_of, range_problems
 from megatron_p2o.config.rules import problems_of
 from megatron_p2o.config.sections.rollout import WeightedFunctionConfig
-from megatron_p2o.config.shape import record_of
+from megatron_p2o.config.shape import record_of, section_of
 from megatron_p2o.config.tree import REFERENCE_PRESET, Config, EvaluationSetConfig, GradingConfig, RunConfig, TaskConfig
 from megatron_p2o.testing.fakes import fake_config, with_setting
 
@@ -50,10 +51,52 @@ SETTINGS = dotted_types(Config)
 RANGES = {name: range_of(kind) for name, kind in dotted_types(Config, has_ranges=True).items() if is_numeric(kind)}
 
 
+def section_of_setting(name: str) -> type:
+    """Return the class whose field a dotted name is."""
+    section: type = Config
+    for part in name.split(".")[:-1]:
+        kind = get_type_hints(section)[part] if part != "NAME" else section
+        section = record_of(kind) or section_of(kind) or section
+    return section
+
+
+def named_settings(sources: Iterable[str]) -> set[tuple[str | None, str]]:
+    """Return (None, name) of each word and dotted path, and (class, keyword) of each call, in the texts of tests."""
+    found: set[tuple[str | None, str]] = set()
+    for source in sources:
+        for path in re.findall(r"\w+(?:\.\w+)*", source):
+            parts = path.split(".")
+            found |= {(None, ".".join(parts[start:])) for start in range(len(parts))}
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        found |= {(ast.unparse(call.func), word.arg) for call in calls for word in call.keywords if word.arg}
+    return found
+
+
+def is_named(name: str, named: set[tuple[str | None, str]]) -> bool:
+    """Whether tests name a setting by its path, whatever its record is called, or by its section and field."""
+    if (section_of_setting(name).__name__, name.rpartition(".")[2]) in named:
+        return True
+    path = re.compile(re.escape(name).replace("NAME", r"\w+"))
+    return any(path.fullmatch(found) for kind, found in named if kind is None)
+
+
+def test_a_word_alone_names_no_setting() -> None:
+    def dotted(*parts: str) -> str:
+        return ".".join(parts)  # written out, this test would name them
+
+    named = named_settings(["timeout_s = temperature(deterministic=1)", "OptimizerConfig(lr=1)", "x.rollout.top_p"])
+    for section, field in (("grading", "timeout_s"), ("rollout", "temperature"), ("rollout", "deterministic")):
+        assert not is_named(dotted(section, field), named)
+    assert is_named(dotted("optimizer", "lr"), named) and is_named(dotted("rollout", "top_p"), named)
+    weight = dotted("data", "train", "NAME", "weight")
+    assert is_named(weight, named_settings([f"'{dotted('data', 'train', 'code', 'weight')}'"]))
+    assert is_named(weight, named_settings(["TaskConfig(weight=2.0)"])) and not is_named(weight, named)
+
+
 def test_every_setting_is_named_in_a_test() -> None:
     tests = Path(__file__).parents[2]
-    words = {word for source in tests.rglob("test_*.py") for word in re.findall(r"\w+", source.read_text("utf-8"))}
-    assert [name for name in SETTINGS if name.rpartition(".")[2] not in words] == []
+    named = named_settings(source.read_text("utf-8") for source in tests.rglob("test_*.py"))
+    assert [name for name in SETTINGS if not is_named(name, named)] == []
 
 
 def test_a_sensible_run_breaks_no_rule() -> None:

@@ -16,8 +16,10 @@ from megatron_p2o.rollout.servers.server_arguments import (
     EnginePlace,
     check_arguments,
     engine_places,
+    is_deterministic,
     server_arguments,
 )
+from megatron_p2o.testing.fakes import fake_config
 
 PLACE = EnginePlace(index=1, node=0, slot=1)
 
@@ -43,6 +45,19 @@ def test_server_arguments_follow_the_settings() -> None:
     assert arguments["max_total_tokens"] == 999
     assert arguments["chunked_prefill_size"] == 64
     assert arguments["random_seed"] == 11, "engines of one run must not sample alike"
+
+
+@pytest.mark.parametrize(
+    ("setting", "num_gpus", "expected"),
+    [(None, 0, True), (None, 8, False), (True, 8, True), (False, 0, False)],
+)
+def test_engines_are_deterministic_as_set_or_else_without_gpus(
+    setting: bool | None, num_gpus: int, expected: bool
+) -> None:
+    config = fake_config({"rollout.deterministic": setting})
+    assert is_deterministic(config, num_gpus) == expected
+    arguments = server_arguments(config, PLACE, num_gpus)
+    assert arguments["enable_deterministic_inference"] == expected
 
 
 def test_engines_on_gpus_follow_each_other() -> None:
