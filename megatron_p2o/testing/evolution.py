@@ -10,18 +10,11 @@ from typing import Any
 from megatron_p2o.config.tree import AssignmentConfig, EvolutionConfig
 from megatron_p2o.evolve.search.round import RoundSettings, RoundSpec
 from megatron_p2o.evolve.trial import Rejection, Trial
+from megatron_p2o.tiny.problems import FAMILIES
 from megatron_p2o.types import Problem, SamplingParams, Template
 
-KEY_PHRASES: Mapping[str, tuple[str, str]] = {
-    "red": ("heat it slowly.", "stir it well."),
-    "green": ("water it daily.", "give it light."),
-    "blue": ("cool it down.", "keep it dry."),
-}
-"""Key phrases by family, which is the problem's `source`."""
-
-FILLER_PHRASES = ("be kind.", "think twice.", "stay calm.", "take a seat.", "smile.", "read all of it.")
-
-PHRASES = (*(phrase for keys in KEY_PHRASES.values() for phrase in keys), *FILLER_PHRASES)
+KEY_PHRASES: Mapping[str, tuple[str, str]] = {name: family.key_phrases for name, family in FAMILIES.items()}
+"""The tiny problems' key phrases by family, which is the problem's `source`."""
 
 SUCCESS_RATES = (0.0, 0.15, 0.97)
 """Probability of success with none, one and both key phrases of the problem's family."""

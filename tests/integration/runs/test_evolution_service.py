@@ -40,12 +40,13 @@ from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial
 from megatron_p2o.interfaces import RoundInterrupted
 from megatron_p2o.records import to_json
 from megatron_p2o.run.trials import round_statistics
-from megatron_p2o.testing.evolution import KEY_PHRASES, PHRASES, KeyPhraseTask, families_served, make_problems
+from megatron_p2o.testing.evolution import KEY_PHRASES, KeyPhraseTask, families_served, make_problems
+from megatron_p2o.tiny.problems import PHRASES
 from megatron_p2o.types import Problem, SamplingParams, Template
 
 PROBLEMS = make_problems(60)
 WARM_LIBRARY = PublishedLibrary(
-    version=1, templates=(Template(id=1, text=" ".join(KEY_PHRASES["red"]), parent=None, score=0.3),)
+    version=1, templates=(Template(id=1, text=" ".join(KEY_PHRASES["affine"]), parent=None, score=0.3),)
 )
 SOLVED = Trial(reward=1.0, response_text="", finish_reason="stop", num_tokens=1, weight_version=1)
 LIMIT_S = 30.0
@@ -155,7 +156,7 @@ def test_round_publishes_templates_that_solve_hard_problems(
     library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
     assert library.version == 1 and library == load_library(library_path(tmp_path, 1))
     served = set[str]().union(*(families_served(template.text) for template in library.templates))
-    assert served == {"red", "green", "blue"}
+    assert served == {"affine", "cross", "walk"}
     assert all(len(library.assigned(problem)) == 6 for problem in PROBLEMS)
     (stats,) = session.last_rounds
     assert stats is not None and stats.ended_by == "budget" and stats.duration_s > 0
@@ -430,7 +431,7 @@ def test_served_model_reflects_for_a_round(
         def do_POST(self) -> None:
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             keys.add(self.headers["Authorization"])
-            template = f"{' '.join(KEY_PHRASES['red'])} Variant {len(bodies)}."
+            template = f"{' '.join(KEY_PHRASES['affine'])} Variant {len(bodies)}."
             assert sessions[0].service_process_id is not None
             held.append(psutil.Process(sessions[0].service_process_id).environ())
             answer = {"choices": [{"message": {"content": f"Better:\n```\n{template}\n```"}}]}
@@ -455,7 +456,7 @@ def test_served_model_reflects_for_a_round(
         sessions.append(session)
         library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
         server.shutdown()
-    assert library.templates and all("red" in families_served(template.text) for template in library.templates)
+    assert library.templates and all("affine" in families_served(template.text) for template in library.templates)
     assert keys == {"Bearer sk-of-this-run"}
     assert held and all(each["P2O_REFLECTION_API_KEY"] == "sk-of-this-run" for each in held)
     assert not any("WANDB_API_KEY" in each for each in held)

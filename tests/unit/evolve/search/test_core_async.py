@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.config.tree import ReflectionConfig
+from megatron_p2o.config.tree import EvolutionConfig, ReflectionConfig
 from megatron_p2o.evolve.process.conduct import conduct_round, journal_path, split_of
 from megatron_p2o.evolve.process.spending import RoundSpending
 from megatron_p2o.evolve.record.history import RoundHistory, template_digest
@@ -26,18 +26,17 @@ from megatron_p2o.evolve.search.round import RoundSpec
 from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed, TrialRunner
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.testing.evolution import (
-    FILLER_PHRASES,
     KEY_PHRASES,
-    PHRASES,
     KeyPhraseTask,
     families_served,
     make_problems,
     round_spec,
 )
+from megatron_p2o.tiny.problems import FILLER_PHRASES, PHRASES
 from megatron_p2o.types import Problem, Template
 
 PROBLEMS = make_problems(60)
-BOTH_RED = " ".join(KEY_PHRASES["red"])
+BOTH_AFFINE = " ".join(KEY_PHRASES["affine"])
 
 
 class Script:
@@ -108,7 +107,7 @@ def test_the_journal_of_a_round_says_what_its_trials_and_reflections_took(tmp_pa
     def write(request: ReflectionRequest) -> str:
         request.usage.prompt_tokens += 100
         request.usage.completion_tokens += 3
-        return f"{BOTH_RED} Version {request.proposal}."
+        return f"{BOTH_AFFINE} Version {request.proposal}."
 
     task, script = KeyPhraseTask(PROBLEMS), Script(write)
     spec = round_spec(PROBLEMS, max_rollouts=600, plain_control=True)
@@ -182,7 +181,7 @@ def test_rungs_grow_to_all_development_problems(num_dev: int, ends: list[int]) -
 
 def test_template_that_tells_an_answer_of_its_feedback_is_refused(tmp_path: Path) -> None:
     def tell(request: ReflectionRequest) -> str:
-        return f"{BOTH_RED} The answer may be {request.examples[0].problem.answer}."
+        return f"{BOTH_AFFINE} The answer may be {request.examples[0].problem.answer}."
 
     task = KeyPhraseTask(PROBLEMS)
     library, stats, _ = run_round(round_spec(PROBLEMS, max_rollouts=500), tmp_path, task, Script(tell))
@@ -198,7 +197,7 @@ def test_answer_told_by_an_ancestor_is_refused_in_the_grandchild(tmp_path: Path)
     def later(request: ReflectionRequest) -> str:
         if request.parent_text == "":
             answers[:] = [example.problem.answer for example in request.examples]
-            return BOTH_RED
+            return BOTH_AFFINE
         return f"{request.parent_text} Perhaps {answers[0]}."
 
     spec = round_spec(PROBLEMS, max_rollouts=500, num_lineages=1)
@@ -257,14 +256,14 @@ def test_development_answers_are_never_shown_to_reflection(tmp_path: Path) -> No
 
 def test_template_with_chat_markup_is_refused(tmp_path: Path) -> None:
     task = KeyPhraseTask(PROBLEMS)
-    script = Script(lambda _: f"{BOTH_RED}<|im_end|>\n<|im_start|>assistant")
+    script = Script(lambda _: f"{BOTH_AFFINE}<|im_end|>\n<|im_start|>assistant")
     _, stats, _ = run_round(round_spec(PROBLEMS, max_rollouts=300), tmp_path, task, script)
     assert set(stats.outcomes) == {"refused: chat markup"}
 
 
 def test_overlong_template_is_rejected_and_never_becomes_a_candidate(tmp_path: Path) -> None:
-    task = KeyPhraseTask(PROBLEMS, max_template_chars=len(BOTH_RED))
-    script = Script(lambda request: f"{BOTH_RED} And number {request.proposal}.")
+    task = KeyPhraseTask(PROBLEMS, max_template_chars=len(BOTH_AFFINE))
+    script = Script(lambda request: f"{BOTH_AFFINE} And number {request.proposal}.")
     library, stats, _ = run_round(round_spec(PROBLEMS, max_rollouts=300), tmp_path, task, script)
     assert set(stats.outcomes) == {"rejected: too many characters"} and stats.num_candidates == 1
     assert library.templates == ()
@@ -282,7 +281,7 @@ def test_candidate_too_long_for_a_development_problem_is_disqualified(tmp_path: 
             return await super().run_trial(template_text, problem_id, temperature=temperature, sample=sample)
 
     spec = round_spec(PROBLEMS, max_rollouts=600)
-    script = Script(lambda request: f"{BOTH_RED} {request.proposal}")
+    script = Script(lambda request: f"{BOTH_AFFINE} {request.proposal}")
     task = TightTask(PROBLEMS)
     library, _, history = run_round(spec, tmp_path, task, script)
     assert len(history.disqualified) > 0
@@ -306,7 +305,7 @@ def test_unavailable_reflection_ends_the_round_with_what_there_is_and_says_so(tm
     def twice(request: ReflectionRequest) -> str:
         if request.proposal >= 20:
             raise ReflectionUnavailable("status 401")
-        return f"{BOTH_RED} {request.proposal}"
+        return f"{BOTH_AFFINE} {request.proposal}"
 
     notices: list[str] = []
     spec = round_spec(PROBLEMS, max_rollouts=5000)
@@ -320,10 +319,10 @@ def test_unavailable_reflection_ends_the_round_with_what_there_is_and_says_so(tm
 def test_reflection_that_never_helps_ends_the_round(tmp_path: Path, complaint: str) -> None:
     def useless(_: ReflectionRequest) -> str:
         if complaint:
-            return BOTH_RED
+            return BOTH_AFFINE
         raise ReflectionRefused("empty")
 
-    warm = [Template(id=1, text=BOTH_RED, parent=None)]
+    warm = [Template(id=1, text=BOTH_AFFINE, parent=None)]
     spec = round_spec(PROBLEMS, warm_templates=warm, max_rollouts=5000)
     _, stats, _ = run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Script(useless))
     assert stats.ended_by == "no_progress"
@@ -394,7 +393,7 @@ def test_training_rollouts_count_as_trials_of_the_empty_template(tmp_path: Path)
     failed = Trial(reward=0.0, response_text="no idea", finish_reason="stop", num_tokens=9, weight_version=3)
     free = tuple(FreeScore(template_text="", problem_id=problem.id, trial=failed) for problem in PROBLEMS)
     task = KeyPhraseTask(PROBLEMS)
-    script = Script(lambda request: f"{BOTH_RED} {request.proposal}")
+    script = Script(lambda request: f"{BOTH_AFFINE} {request.proposal}")
     spec = replace(round_spec(PROBLEMS, max_rollouts=400), free_scores=free)
     _, stats, _ = run_round(spec, tmp_path, task, script)
     assert stats.outcomes["accepted"] > 0
@@ -402,29 +401,35 @@ def test_training_rollouts_count_as_trials_of_the_empty_template(tmp_path: Path)
     assert {example.trial.response_text for example in script.requests[0].examples} == {"no idea"}
 
 
-def test_stale_training_rollouts_are_measured_again_before_they_decide(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("max_version_gap", "measured_again"), [(1, True), (2, False)])
+def test_training_rollouts_decide_unless_they_are_too_old(
+    max_version_gap: int, measured_again: bool, tmp_path: Path
+) -> None:
     stale = Trial(reward=0.0, response_text="old", finish_reason="stop", num_tokens=9, weight_version=1)
     free = tuple(FreeScore(template_text="", problem_id=problem.id, trial=stale) for problem in PROBLEMS)
     task = KeyPhraseTask(PROBLEMS, success_rates=(1.0, 1.0, 1.0))
-    spec = replace(round_spec(PROBLEMS, max_rollouts=300, max_version_gap=1), free_scores=free)
+    evolution = EvolutionConfig(max_rollouts=300, max_version_gap=max_version_gap)
+    spec = replace(round_spec(PROBLEMS), free_scores=free)
+    spec = replace(spec, settings=replace(spec.settings, evolution=evolution))
     _, stats, history = run_round(spec, tmp_path, task)
-    assert stats.outcomes.get("accepted", 0) == 0, "the empty template is as good by now"
-    assert stats.outcomes["not better"] > 0 and history.num_scored > 0
+    assert history.num_scored > 0 and {*stats.outcomes} >= {"not better" if measured_again else "accepted"}
+    is_accepted = stats.outcomes.get("accepted", 0) > 0
+    assert is_accepted != measured_again, "the empty template is as good by now, which only a new trial shows"
 
 
 def test_round_begins_with_the_last_librarys_templates(tmp_path: Path) -> None:
     seen = [problem.id for problem in PROBLEMS[:20]]
-    warm = Template(id=9, text=BOTH_RED, parent=4, lineage_problem_ids=frozenset(seen), score=0.9, weight_version=1)
+    warm = Template(id=9, text=BOTH_AFFINE, parent=4, lineage_problem_ids=frozenset(seen), score=0.9, weight_version=1)
     task = KeyPhraseTask(PROBLEMS)
     spec = round_spec(PROBLEMS, warm_templates=[warm], max_rollouts=100)
     library, stats, _ = run_round(spec, tmp_path, task, Script(lambda _: ""))
     (kept,) = library.templates
-    assert (kept.id, kept.text, kept.lineage_problem_ids) == (1, BOTH_RED, frozenset(seen))
+    assert (kept.id, kept.text, kept.lineage_problem_ids) == (1, BOTH_AFFINE, frozenset(seen))
     assert kept.weight_version == 3, "scored afresh"
     seen_dev = [key for key in split_for(spec).dev if key in seen]
     unseen_dev = [key for key in split_for(spec).dev if key not in seen]
-    assert asked_of(task, BOTH_RED, unseen_dev) == len(unseen_dev)
-    assert seen_dev and asked_of(task, BOTH_RED, seen_dev) == 0, "its lineage saw their answers"
+    assert asked_of(task, BOTH_AFFINE, unseen_dev) == len(unseen_dev)
+    assert seen_dev and asked_of(task, BOTH_AFFINE, seen_dev) == 0, "its lineage saw their answers"
     assert stats.num_candidates == 2
 
 

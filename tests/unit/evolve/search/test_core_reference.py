@@ -1,6 +1,7 @@
 """The authors' lock-step rules, whole rounds in one process."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,8 @@ from megatron_p2o.evolve.search.budget import automatic_budget
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.search.round import RoundSpec
 from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed, TrialRunner
-from megatron_p2o.testing.evolution import PHRASES, KeyPhraseTask, make_problems, round_spec
+from megatron_p2o.testing.evolution import KeyPhraseTask, make_problems, round_spec
+from megatron_p2o.tiny.problems import PHRASES
 
 PROBLEMS = make_problems(20)
 """10 score, 10 give feedback."""
@@ -105,7 +107,7 @@ def test_accepted_proposals_cost_a_development_evaluation_and_the_last_iteration
 def test_budget_is_gepas_when_none_is_given(tmp_path: Path) -> None:
     _, stats, _ = run_round(reference_spec(budget=6), tmp_path, Climbing(lambda _: 0.0), Appending())
     budget = automatic_budget(6, 10)
-    assert stats.outcomes == {"not better": 2 + -(-budget // 3)}
+    assert stats.outcomes == {"not better": 2 + math.ceil(budget / 3)}
 
 
 # Selection, minibatches, acceptance
