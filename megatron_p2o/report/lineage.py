@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_p2o.evolve.record.history import Accepted, Picked, Published, Reflected
-from megatron_p2o.evolve.record.journal import whole_lines
+from megatron_p2o.evolve.record.journal import intact_lines
 from megatron_p2o.records import from_json
 from megatron_p2o.types import PLAIN
 
@@ -83,7 +83,7 @@ def _round(path: Path) -> RoundLineage | None:
 
 def _events(path: Path) -> Iterator[LineageEvent]:
     """Yield the events that make a lineage, up to the first line that is damaged or still being written."""
-    for number, (_, body) in enumerate(whole_lines(path), start=1):
+    for number, (_, body) in enumerate(intact_lines(path), start=1):
         # Scores are most of a journal and hold whole responses; a lineage needs none of them.
         if body.startswith(b'{"event":"Scored"'):
             continue

@@ -85,7 +85,7 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
     """Return the records up to the first damaged line, and how many bytes they take. A missing file is empty."""
     records: list[Any] = []
     num_bytes = 0
-    for line, body in whole_lines(path):
+    for line, body in intact_lines(path):
         try:
             records.append(json.loads(body))
         except (ValueError, RecursionError):
@@ -94,7 +94,7 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
     return records, num_bytes
 
 
-def whole_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
+def intact_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
     """Yield (line, its JSON) up to the first line that is damaged or still being written. A missing file is empty."""
     if not path.exists():
         return
