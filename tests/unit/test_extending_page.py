@@ -28,12 +28,14 @@ from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.sinks import registry
 from megatron_p2o.metrics.values import Last
 from megatron_p2o.rewards import functions
-from megatron_p2o.rewards.functions import RewardSpec, grade_of, load_function
+from megatron_p2o.rewards.functions import RewardSpec, grade_of
 from megatron_p2o.rl import surrogate
 from megatron_p2o.rl.objective import loss_rule
 from megatron_p2o.rl.surrogate import check_surrogate, surrogate_named
-from megatron_p2o.testing.evolution import PHRASES, KeyPhraseTask, families_served, make_problems, round_spec
+from megatron_p2o.testing.answers.graded import load_function
+from megatron_p2o.testing.evolution import KeyPhraseTask, families_served, make_problems, round_spec
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.tiny.problems import PHRASES
 from megatron_p2o.types import Problem
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")

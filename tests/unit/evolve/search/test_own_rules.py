@@ -8,7 +8,8 @@ import pytest
 from megatron_p2o.evolve.process.conduct import conduct_round, split_of
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
 from megatron_p2o.evolve.search.rules import RULES, rules_named
-from megatron_p2o.testing.evolution import PHRASES, KeyPhraseTask, make_problems, round_spec
+from megatron_p2o.testing.evolution import KeyPhraseTask, make_problems, round_spec
+from megatron_p2o.tiny.problems import PHRASES
 
 
 def test_rules_of_ones_own_have_the_guards_and_the_scores_of_the_asynchronous_ones(tmp_path: Path) -> None:
