@@ -36,7 +36,8 @@ resolve "${base[@]}" "$megatron" "$cudnn" "${engine[@]}"
 
 install() { "$folder/bin/python" -m pip install --quiet --no-cache-dir --no-compile "$@"; }
 "$python" -m venv "$folder"
-install "${base[@]}" # with what they depend on: the image that this one is made from
+# With what they depend on, as the image that this one is made from; not of packages that fetch their wheel elsewhere.
+install --only-binary=:all: "${base[@]}"
 install "${pins[@]}"
 install --no-deps "${engine[@]}"
 install --no-deps "$megatron" -r requirements/gpu.txt
