@@ -49,7 +49,6 @@ SHORT = {
     "schedule.epochs": 2,
     "evaluation.at_start": False,
     "evaluation.num_samples": 1,
-    "evolution.max_rollouts": 150,
     "evolution.plain_control": False,
 }
 """Two epochs of one step and a round of evolution between them."""
@@ -70,7 +69,7 @@ def half_of(file: Path) -> Path:
 
 
 def test_a_reward_of_ones_own_is_learnt_from_and_templates_get_through(tmp_path: Path) -> None:
-    task = prepared("palindrome", tmp_path / "task", "--steps", "120")
+    task = prepared("palindrome", tmp_path / "task", "--steps", "150")
     settings = {"model.path": task / "model", "data.train": half_of(task / "train.jsonl")}
     held_out = {"data.evaluation.heldout": task / "heldout.jsonl"}
     rollouts = trained("palindrome/palindrome_p2o.yaml", tmp_path / "runs", **settings, **held_out, **SHORT)
@@ -90,7 +89,7 @@ def test_code_is_tested_in_the_sandbox_and_templates_get_through(tmp_path: Path)
         if "cannot be made" in str(error):
             pytest.skip("needs bubblewrap: bash tools/install_sandbox.sh installs it")
         raise
-    task = prepared("code", tmp_path / "task", "--steps", "120")
+    task = prepared("code", tmp_path / "task", "--steps", "150")
     settings = {"model.path": task / "model", "data.train": half_of(task / "train.jsonl")}
     held_out = {"data.evaluation.heldout": task / "heldout.jsonl"}
     rollouts = trained("code/code_p2o.yaml", tmp_path / "runs", **settings, **held_out, **SHORT)
