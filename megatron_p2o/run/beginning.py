@@ -7,7 +7,8 @@ from pathlib import Path
 from megatron_p2o.algorithm import TrainState
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY
-from megatron_p2o.run.resume import Change, Resumption, of_ids, resumed_library, resumption
+from megatron_p2o.run.resume.comparison import Change
+from megatron_p2o.run.resume.resumption import Resumption, of_ids, resumed_library, resumption
 from megatron_p2o.run_folder.checkpoints import latest_checkpoint
 from megatron_p2o.run_folder.made_with import MadeWith, made_with, read_made_with
 from megatron_p2o.run_folder.state import STATE_FILE, RunState, read_state

@@ -18,7 +18,7 @@ from megatron_p2o.policy.training.settings import (
 from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import check_arguments
 from megatron_p2o.run.inputs import load_inputs, summary_of
-from megatron_p2o.run.resume import check_resume, finished
+from megatron_p2o.run.resume.resumption import check_resume, finished
 from megatron_p2o.terminal import say
 
 

@@ -38,7 +38,7 @@ from megatron_p2o.run.ranks.environment import (
 )
 from megatron_p2o.run.ranks.rank_errors import STOP_TIMEOUT_S, failure_message, forget_errors, host_name
 from megatron_p2o.run.ranks.signals import evaluation_notice, stop_file_on_sigusr1, told_at_once, training_notice
-from megatron_p2o.run.resume import check_resume, finished
+from megatron_p2o.run.resume.resumption import check_resume, finished
 from megatron_p2o.run_folder.lock import hold_run
 from megatron_p2o.terminal import say
 

@@ -1,6 +1,6 @@
 """Records what a checkpoint was made with: settings, problems and files. Written into every checkpoint.
 
-runs/<name>/checkpoints/step-000030/made_with.json   what `run.resume` compares when a run goes on from there
+runs/<name>/checkpoints/step-000030/made_with.json   what `run.resume.comparison` compares when a run goes on from there
 runs/<name>/history.jsonl                            one line per start: what it went on from and what had changed
 """
 

@@ -1,6 +1,6 @@
 """The effect of a change at a resume, for each setting and each file behind the settings: one table.
 
-`run.resume` applies it. A setting that is in no class fails a test.
+`run.resume.resumption` applies it. A setting that is in no class fails a test.
 """
 
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ from megatron_p2o.rl.sampling import SamplingParts
 from megatron_p2o.run.beginning import Beginning
 from megatron_p2o.run.observe.alarms import warn_of_undecided
 from megatron_p2o.run.observe.step_log import StepLog
-from megatron_p2o.run.resume import is_measured_otherwise
+from megatron_p2o.run.resume.resumption import is_measured_otherwise
 from megatron_p2o.run_folder.checkpoints import Best, checkpoint_name, read_best
 from megatron_p2o.types import PLAIN, Problem, Template
 

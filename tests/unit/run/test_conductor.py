@@ -17,7 +17,7 @@ from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.run.conductor import conduct
 from megatron_p2o.run.inputs import load_inputs
 from megatron_p2o.run.launch import launch
-from megatron_p2o.run.resume import check_resume, finished
+from megatron_p2o.run.resume.resumption import check_resume, finished
 from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, FakeReply
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import Completion, Prompt, SamplingParams

@@ -18,7 +18,7 @@ from megatron_p2o.machine.nodes import Nodes
 from megatron_p2o.metrics.compute import ComputeAccount
 from megatron_p2o.records import from_text
 from megatron_p2o.run.launch import start_ranks
-from megatron_p2o.run.resume import (
+from megatron_p2o.run.resume.resumption import (
     ResumeRefused,
     Resumption,
     check_resume,
