@@ -13,7 +13,7 @@ from megatron_p2o.config.read import ConfigError, dump_config, load_config, miss
 from megatron_p2o.config.tree import Config
 from megatron_p2o.errors import expected_message
 from megatron_p2o.files import limit_readers, limit_readers_as, write_whole
-from megatron_p2o.terminal import say, set_up_logging
+from megatron_p2o.terminal import say, set_up_logging, was_told
 
 BAD_INPUT = 2
 """Exit status when the settings, or the files and folders they name, cannot be used."""
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        if not was_told(interruption):
+            say("p2o: SIGINT: ended before it was done; the same command begins again", sys.stderr)
         return INTERRUPTED
     except Exception as error:
         message = expected_message(error)
@@ -281,9 +283,11 @@ def _report(options: argparse.Namespace) -> int:
     from megatron_p2o.report.page import write_report
     from megatron_p2o.report.summary import print_table, write_summary
 
-    missing = [f"{run}: no such run folder" for run in options.runs if not run.is_dir()]
+    missing = [str(run) for run in options.runs if not run.is_dir()]
     if missing:
-        raise ConfigError(missing)
+        raise ValueError(
+            f"{', '.join(missing)}: no such run folder: the runs are below run.directory, runs/ by default"
+        )
     folder = options.output or options.runs[0]
     limit_readers_as(options.runs[0])
     for sentence in write_report(options.runs, folder / "report.html"):

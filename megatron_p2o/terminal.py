@@ -9,8 +9,9 @@ import logging
 import re
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -45,6 +46,15 @@ def listed(names: Sequence[str], limit: int) -> str:
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
+TOLD = "p2o has said what this interruption does"
+"""Note on a `KeyboardInterrupt`."""
+
+
+def was_told(interruption: BaseException) -> bool:
+    """Return whether the effect of an interruption has been printed."""
+    return TOLD in getattr(interruption, "__notes__", ())
+
+
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line to `stream` (standard output by default) at once."""
     print(printable(text), file=stream or sys.stdout, flush=True)
@@ -65,6 +75,49 @@ def table_console(stream: TextIO | None = None) -> SafeConsole:
     """Return a console for a table on `stream` (standard output by default): as wide as a terminal, else plain text."""
     target = stream or sys.stdout
     return SafeConsole(file=target, width=None if target.isatty() else PLAIN_TEXT_WIDTH, highlight=False, markup=False)
+
+
+TELL_EVERY_S = 15.0
+"""Least time between two lines about one activity: a short one says nothing more than its beginning."""
+
+
+class Countdown:
+    """Counts what is done of an activity, and tells it now and then."""
+
+    def __init__(
+        self,
+        activity: str,
+        total: int | None,
+        tell: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`total`: None where it is not known; `tell` takes a line."""
+        self._activity, self._total, self._tell, self._clock = activity, total, tell, clock
+        self._began = self._told = clock()
+
+    def note(self, num_done: int) -> None:
+        """Take in how much is done, and tell it if the last line is `TELL_EVERY_S` old."""
+        now = self._clock()
+        if now - self._told < TELL_EVERY_S:
+            return
+        self._told = now
+        of_total = f" of {self._total}" if self._total is not None else ""
+        self._tell(f"{self._activity}: {num_done}{of_total} done after {span(now - self._began)}{self._left(num_done)}")
+
+    def _left(self, num_done: int) -> str:
+        if self._total is None or not 0 < num_done < self._total:
+            return ""
+        seconds = (self._clock() - self._began) * (self._total - num_done) / num_done
+        return f", about {span(seconds)} left"
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in two units at most: "8 s", "12 min", "3 h 5 min"."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class _SafeRecord(logging.LogRecord):

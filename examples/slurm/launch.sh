@@ -8,13 +8,15 @@
 # From the environment, which sbatch hands on, and where alone secrets belong:
 #   P2O_RUNS           folder of the runs, on a filesystem that all nodes share; default: runs
 #   P2O_IMAGE          container image for pyxis; default: none, .venv or what PATH has
-#   P2O_MOUNTS         more --container-mounts than this folder and P2O_RUNS, comma-separated
+#   P2O_MOUNTS         more --container-mounts than this folder, P2O_RUNS and what links in models/ and data/ lead to,
+#                      comma-separated
 #   P2O_CACHE          folder on each node's own disk for compiled kernels; default: /tmp/p2o-cache-UID. In a container it
 #                      goes with the container, and every start compiles again, unless P2O_MOUNTS names it
 #   P2O_HEAD_ADDRESS   address of the head node, where its host name is not the one to be reached at
 set -euo pipefail
 
 SHARED_FILE_TIMEOUT_S=30
+TIME_POLL_S="${P2O_TIME_POLL_S:-30}"
 
 : "${SLURM_JOB_ID:?launch.sh runs inside a Slurm job: submit a script of examples/ with sbatch}"
 runs="${P2O_RUNS:-runs}"
@@ -24,7 +26,11 @@ if [ "$1" = --on-node ]; then place="node" && shift; fi
 work="train"
 if [ "$1" = eval ]; then work="eval" && shift; fi
 started="$run/.started-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
-[ -n "${P2O_IMAGE:-}" ] || export PATH="$PWD/.venv/bin:$PATH"
+if [ -n "${P2O_IMAGE:-}" ]; then
+    export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" # this folder is what runs, not the image's copy
+else
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
 
 say() { echo "launch: $(date +%FT%T) $*"; }
 
@@ -43,7 +49,10 @@ run_job() {
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=1 --output="$logs-%n-%N.log" "${container[@]}" bash "$0" --on-node "${mode[@]}" "$@" &
     step=$!
+    watch_time &
+    watch=$!
     wait_for_step || status=$?
+    kill "$watch" 2> /dev/null || true
     if [ "$status" -eq 0 ] && [ "$stops" -gt 0 ] && [ ! -e "$run/stop" ] && [ "$work" = train ]; then
         requeue "saved at $(progress)"
     elif [ "$status" -eq 0 ]; then
@@ -85,17 +94,62 @@ wait_for_step() {
     done
 }
 
+# A run must be asked to stop before Slurm's own signal where its steps or rounds take longer than that leaves it.
+watch_time() {
+    local left needed
+    while sleep "$TIME_POLL_S"; do
+        left="$(seconds_left)" needed="$(seconds_needed)"
+        [ -n "$left" ] && [ -n "$needed" ] && [ "$left" -lt "$needed" ] || continue
+        say "$left s are left, the run may need $needed s to come to a stop"
+        kill -USR1 $$
+        return
+    done
+}
+
+seconds_left() {
+    local end
+    end="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([0-9T:-]*\) .*/\1/p')"
+    [ -z "$end" ] || echo $(($(date -d "$end" +%s) - $(date +%s)))
+}
+
+# Twice the longest of the last 20 steps, what a round takes that training waits for, and a minute to save.
+seconds_needed() {
+    [ "$work" = train ] && [ -s "$run/metrics.jsonl" ] || return 0
+    local longest_step longest_round
+    longest_step="$(longest perf/step_s 20)" longest_round="$(longest perf/evolution_s 1000)"
+    echo $((2 * ${longest_step:-0} + ${longest_round:-0} + 60))
+}
+
+longest() { # KEY COUNT: of the last COUNT values, rounded up
+    local whole
+    whole="$(grep -o "\"$1\": *[0-9]*" "$run/metrics.jsonl" | tail -n "$2" | sed 's/.*: *//' | sort -n | tail -n 1)" || true
+    [ -z "$whole" ] || echo $((whole + 1))
+}
+
 requeue() {
     say "$1: queued again"
     scontrol requeue "$SLURM_JOB_ID" || say "Slurm refused: submit again to go on"
     exit "${status:-0}"
 }
 
+# The folders outside this one that symbolic links in models/ and data/ lead to: links mean nothing without them. A model in
+# the Hugging Face cache is a folder of links, too.
+linked_folders() {
+    local link target
+    while read -r link; do
+        target="$(realpath -e "$link" 2> /dev/null)" || continue
+        [ -d "$target" ] && find "$target" -maxdepth 1 -type l -exec realpath -e {} + 2> /dev/null | xargs -r dirname
+        [ -d "$target" ] && echo "$target" || dirname "$target"
+    done < <(find models models/ data data/ -maxdepth 2 -type l 2> /dev/null | sort -u) | sort -u | grep -v "^$PWD\(/\|$\)"
+}
+
 container=()
 if [ -n "${P2O_IMAGE:-}" ]; then
     mkdir -p "$runs"
+    mounts="$PWD:$PWD,$(realpath "$runs"):$(realpath "$runs")"
+    while read -r folder; do mounts="$mounts,$folder:$folder"; done < <(linked_folders)
     container=(--container-image="$P2O_IMAGE" --container-workdir="$PWD"
-        --container-mounts="$PWD:$PWD,$(realpath "$runs"):$(realpath "$runs")${P2O_MOUNTS:+,$P2O_MOUNTS}")
+        --container-mounts="$mounts${P2O_MOUNTS:+,$P2O_MOUNTS}")
 fi
 
 # ---- on every node

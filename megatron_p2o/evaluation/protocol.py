@@ -1,6 +1,6 @@
 """Measures a policy on problems, with and without a template."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_p2o.config.tree import Config, DataConfig
@@ -43,15 +43,25 @@ def protocol_of(name: str, num_problems: int, config: Config) -> Protocol:
 
 
 def evaluate(
-    name: str, problems: Sequence[Problem], parts: SamplingParts, config: Config, template: Template = PLAIN
+    name: str,
+    problems: Sequence[Problem],
+    parts: SamplingParts,
+    config: Config,
+    template: Template = PLAIN,
+    note: Callable[[int, int], None] = lambda num_done, total: None,
 ) -> Evaluation:
     """Sample responses to each problem of the set `name` under `template` and grade them as in training.
 
-    A problem that is too long under `template` is asked plainly, and counted.
+    A problem that is too long under `template` is asked plainly, and counted. `note` is told after each response how
+    many are there, and how many there will be.
     """
     protocol = protocol_of(name, len(problems), config)
     sampling = evaluation_sampling(config, protocol)
-    rollouts = list(sampled_responses(all_asked(problems, protocol), sampling, parts, template))
+    wanted = all_asked(problems, protocol)
+    rollouts: list[tuple[int, Rollout]] = []
+    for rollout in sampled_responses(wanted, sampling, parts, template):
+        rollouts.append(rollout)
+        note(len(rollouts), len(wanted))
     responses = [graded_response(rollout, sample) for sample, rollout in rollouts]
     prompts = [rollout.completion.prompt for _, rollout in rollouts]
     too_long = {prompt.problem.id for prompt in prompts if prompt.is_templated != bool(template.text)}

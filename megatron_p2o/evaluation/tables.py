@@ -49,22 +49,22 @@ def print_results(results: Mapping[str, Any], stream: TextIO | None = None) -> N
             str(outcome["num_problems"]),
             str(outcome["samples_per_problem"]),
             f"{outcome['temperature']:g}",
-            _percent(outcome["accuracy"]),
+            _share(outcome["accuracy"]),
             interval_text(outcome["interval"]),
             _pass_at_all(outcome),
             *([f"{outcome['mean_reward']:.3f}"] if is_partial else []),
             f"{outcome['mean_tokens']:.0f}",
-            _percent(outcome["truncated_share"]),
+            _share(outcome["truncated_share"]),
             str(outcome["num_grading_errors"] + outcome["num_aborted"]),
         ]
         for name, outcome in results["sets"].items()
     ]
     _print_table(
-        [*headings, "undecided"], rows, stream, footer=f"average of the sets: {_percent(results['average_accuracy'])}"
+        [*headings, "undecided"], rows, stream, footer=f"average of the sets: {_share(results['average_accuracy'])}"
     )
     for name, outcome in results["sets"].items():
         if outcome["by_level"]:
-            levels = "  ".join(f"{level} {_percent(share)}" for level, share in outcome["by_level"].items())
+            levels = "  ".join(f"{level} {_share(share)}" for level, share in outcome["by_level"].items())
             table_console(stream).print(f"{name} by level: {levels}", soft_wrap=True)
 
 
@@ -75,9 +75,9 @@ def print_comparison(comparison: Mapping[str, Any], stream: TextIO | None = None
         [
             name,
             str(pair["num_problems"]),
-            _percent(pair["first_accuracy"]),
-            _percent(pair["second_accuracy"]),
-            f"{100 * pair['difference']:+.1f}",
+            _share(pair["first_accuracy"]),
+            _share(pair["second_accuracy"]),
+            f"{pair['difference']:+.3f}",
             interval_text(pair["interval"], sign="+"),
             str(pair["num_better"]),
             str(pair["num_worse"]),
@@ -130,12 +130,12 @@ def _pass_at_all(outcome: Mapping[str, Any]) -> str:
         return "-"
     num_problems = outcome["pass_at_num_problems"][k]
     over = f" of {num_problems}" if num_problems < outcome["num_problems"] else ""
-    return _percent(outcome["pass_at"][k]) + over
+    return _share(outcome["pass_at"][k]) + over
 
 
 def interval_text(interval: Mapping[str, float], sign: str = "") -> str:
-    """Return an interval in percent, "12.5 to 20.0"."""
-    return f"{100 * interval['low']:{sign}.1f} to {100 * interval['high']:{sign}.1f}"
+    """Return an interval of shares, "0.125 to 0.200"."""
+    return f"{interval['low']:{sign}.3f} to {interval['high']:{sign}.3f}"
 
 
 def _print_table(
@@ -152,5 +152,5 @@ def _print_table(
         console.print(footer, soft_wrap=True)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _share(share: float) -> str:
+    return f"{share:.3f}"

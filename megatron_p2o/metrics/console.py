@@ -16,7 +16,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("templates in force", "library/num_templates", ".0f"),
     ("loss", "train/loss", "+.4f"),
     ("grad", "train/grad_norm", ".3g"),
-    ("flat", "rollout/zero_advantage_groups_share", ".0%"),
+    ("flat", "rollout/zero_advantage_groups_share", ".2f"),
     ("updates not finite", "train/non_finite_updates_count", ".0f"),
     ("tokens/s", "perf/rollout_tokens_per_s", ".0f"),
     ("s", "perf/step_s", ".1f"),

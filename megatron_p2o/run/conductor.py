@@ -20,9 +20,9 @@ from megatron_p2o.run.observe.compute import spent_before, spent_since_checkpoin
 from megatron_p2o.run.observe.files import open_files
 from megatron_p2o.run.observe.observer import RunObserver
 from megatron_p2o.run.parts import RunParts, StartEngines, start_parts
-from megatron_p2o.run_folder.checkpoints import LATEST_FILE, POLICY_FOLDER
+from megatron_p2o.run_folder.checkpoints import LATEST_FILE, POLICY_FOLDER, checkpoint_name
 from megatron_p2o.run_folder.made_with import note_start
-from megatron_p2o.run_folder.results import finished_line
+from megatron_p2o.run_folder.results import finished_line, outcome_lines
 from megatron_p2o.run_folder.state import StopRequest
 from megatron_p2o.terminal import say
 from megatron_p2o.types import Problem
@@ -51,6 +51,7 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
         policy.plan_updates(num_steps * config.schedule.updates_per_step)
         begin_weights(policy, started.engines, beginning)
         redone = spent_since_checkpoint(run_dir, beginning)  # before the files forget it
+        say(begins_line(beginning, num_steps))
         files = open_files(config, run_dir, policy, beginning, num_steps, stack)
         changes = [asdict(each) for each in beginning.changes]
         note_start(run_dir, beginning.made_with, beginning.state.step, changes, redone)
@@ -77,6 +78,14 @@ def say_what_starts(config: Config, run_dir: Path, policy: MegatronPolicy, num_s
         logger.warning(notice)
     say(f"layers: {policy.layers.layers_reason}; attention: {policy.layers.attention_reason}")
     say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")
+
+
+def begins_line(beginning: Beginning, num_steps: int) -> str:
+    """Return where the run begins, which engines and weights are ready for."""
+    state = beginning.state
+    if beginning.checkpoint is None:
+        return f"engines ready: a fresh run of {num_steps} steps"
+    return f"engines ready: goes on after step {state.step} of {num_steps}, from {beginning.checkpoint}"
 
 
 def begin_weights(policy: MegatronPolicy, engines: SglangEngines, beginning: Beginning) -> None:
@@ -132,4 +141,9 @@ def train_and_save(
         stop.clear()
         return f"stopped after step {state.step}, all is saved in {config.run.folder}: the same command goes on"
     observer.on_end(state)
-    return finished_line(config.run.folder, state.step)
+    checkpoint = config.run.folder / "checkpoints" / checkpoint_name(state.step)
+    weights = (
+        f"weights: {checkpoint}; as a Hugging Face folder: python tools/convert_checkpoint.py to-hf {checkpoint} "
+        f"--out models/{config.run.name}"
+    )
+    return "\n".join([*outcome_lines(config.run.folder), weights, finished_line(config.run.folder, state.step)])

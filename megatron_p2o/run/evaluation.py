@@ -77,6 +77,11 @@ def evaluation_request(
         config = load_config(settings_file, [*own, *files, *overrides])
         default = Path(config.run.directory) / EVALUATIONS_FOLDER / target.resolve().name
     else:
+        if (target / "checkpoints").is_dir():
+            raise ValueError(
+                f"{target} is the folder of a run: name a checkpoint of it, {target}/checkpoints/latest or "
+                f"{target}/checkpoints/best"
+            )
         raise ValueError(
             f"{target} is no settings file, no checkpoint (it has no {STATE_FILE}) and no Hugging Face model directory "
             "(it has no config.json)"

@@ -119,6 +119,11 @@ class EvolutionLink:
         """`session`: None without evolution."""
         self._session, self._decode = session, decode
 
+    def announce_to(self, announce: Callable[[str], None]) -> None:
+        """Have the beginning and the progress of a round that training waits for announced."""
+        if self._session is not None:
+            self._session.announce = announce
+
     def observe(self, groups: Sequence[Group]) -> None:
         """Tell evolution how the templates of training rollouts did."""
         if self._session is not None:

@@ -22,14 +22,14 @@ EVALUATE = "eval runs/a/checkpoints/best --benchmark small=small.jsonl"
 def submit(cluster: Any, checkout: Path) -> Submit:
     """Return a function that runs a job with `p2o` replaced by a script, waits for it and returns its log."""
 
-    def run(stand_in: str, arguments: str = TRAIN, **variables: str) -> str:
+    def run(stand_in: str, arguments: str = TRAIN, *own: str, **variables: str) -> str:
         programs = checkout / "bin"
         programs.mkdir()
         (programs / "p2o").write_text(f"#!/bin/bash\n{stand_in}\n")
         (programs / "p2o").chmod(0o755)
         (checkout / "job.sh").write_text(f"#!/bin/bash\nexec bash examples/slurm/launch.sh {arguments}\n")
         path = f"{programs}:{cluster.environment['PATH']}"
-        options = ("--job-name=first", "--nodes=2", "--gpus-per-node=8", "--requeue", "--open-mode=append")
+        options = ("--job-name=first", "--nodes=2", "--gpus-per-node=8", "--requeue", "--open-mode=append", *own)
         cluster.run("sbatch", *options, "--output=job.log", "--wait", "job.sh", cwd=checkout, PATH=path, **variables)
         return (checkout / "job.log").read_text()
 
@@ -91,15 +91,45 @@ def test_an_evaluation_goes_on_after_its_time_limit_and_not_where_it_answers_not
     assert calls[1][0] == f"node1 {command}", "it may end the step before the other node has come so far"
 
 
+def test_a_run_whose_steps_are_long_is_asked_to_stop_before_its_time_is_short(submit: Submit, checkout: Path) -> None:
+    log = submit(
+        "[ $1 = doctor ] && exit\n"
+        '[ "$SLURM_RESTART_COUNT" = 1 ] || [ $SLURMD_NODENAME != node1 ] && exit 0\n'
+        "mkdir -p runs/first\n"
+        'echo \'{"metrics": {"perf/step_s":900.5, "perf/evolution_s":1200.25}}\' > runs/first/metrics.jsonl\n'
+        "until [ -e runs/first/stop ]; do sleep 0.1; done; rm -f runs/first/stop",
+        TRAIN,
+        "--time=45",
+        P2O_TIME_POLL_S="1",
+    )
+    # 2 x 901 + 1201 + 60 s, more than 45 minutes leave.
+    assert re.search(
+        r"\d+ s are left, the run may need 3063 s to come to a stop(.|\n)*stop requested(.|\n)*queued again", log
+    )
+    assert log.rstrip().endswith("ended well")
+
+
 def test_an_image_and_its_mounts_reach_pyxis(submit: Submit, cluster: Any, checkout: Path) -> None:
     if not (cluster.folder / "pyxis_stub.so").exists():
         pytest.skip("needs a C compiler and libslurm-dev for the stub of pyxis")
     elsewhere = checkout / "elsewhere"
-    stand_in = 'echo "$PYXIS_STUB_0 $PYXIS_STUB_1 $PYXIS_STUB_2" > seen-$SLURMD_NODENAME'
+    # As the Hugging Face cache lays a model out: files that are links.
+    blobs, snapshot, shared = (checkout.parent / f"{checkout.name}-{name}" for name in ("blobs", "snapshot", "data"))
+    for folder in (blobs, snapshot, shared, checkout / "models"):
+        folder.mkdir()
+    (blobs / "1f").touch()
+    (snapshot / "config.json").symlink_to(blobs / "1f")
+    (checkout / "models" / "Qwen3-4B").symlink_to(snapshot)
+    (checkout / "data").symlink_to(shared)
+    (checkout / "models" / "gone").symlink_to(checkout / "nowhere")
+    stand_in = 'echo "$PYXIS_STUB_0 $PYXIS_STUB_1 $PYXIS_STUB_2 $PYTHONPATH" > seen-$SLURMD_NODENAME'
     log = submit(stand_in, P2O_IMAGE="p2o:gpu", P2O_RUNS=str(elsewhere), P2O_MOUNTS="/data:/data:ro")
     assert "ended well" in log
-    mounts = f"{checkout}:{checkout},{elsewhere}:{elsewhere},/data:/data:ro"
-    assert (checkout / "seen-node2").read_text() == f"p2o:gpu {mounts} {checkout}\n"
+    folders = [checkout, elsewhere, *sorted((blobs, shared, snapshot))]
+    mounts = ",".join([*(f"{folder}:{folder}" for folder in folders), "/data:/data:ro"])
+    image, mounted, workdir, path = (checkout / "seen-node2").read_text().split()
+    assert (image, mounted, workdir) == ("p2o:gpu", mounts, str(checkout))
+    assert path.split(":")[:2] == [str(checkout), f"{checkout}/kernels"], "the mounted code runs, not the image's"
 
 
 def test_our_reading_of_node_lists_is_that_of_scontrol(cluster: Any) -> None:

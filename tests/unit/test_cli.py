@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o import __version__
-from megatron_p2o.cli import main
+from megatron_p2o.cli import BAD_INPUT, INTERRUPTED, main
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,3 +24,20 @@ def test_the_command_alone_shows_the_next_step(
     (tmp_path / "config.yaml").touch()
     assert main([]) == 0
     assert "next: p2o train config.yaml --dry-run" in capsys.readouterr().out
+
+
+def test_an_interruption_before_anything_is_started_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(path: Path, overrides: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_p2o.cli.load_config", interrupted)
+    assert main(["train", str(tmp_path / "config.yaml")]) == INTERRUPTED
+    assert capsys.readouterr().err == "p2o: SIGINT: ended before it was done; the same command begins again\n"
+
+
+def test_a_run_folder_that_is_not_there_is_no_problem_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "runs/none"]) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert said == "p2o: runs/none: no such run folder: the runs are below run.directory, runs/ by default\n"

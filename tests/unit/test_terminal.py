@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 
 from megatron_p2o.metrics.console import ConsoleSink
-from megatron_p2o.terminal import SafeConsole, listed, printable, say
+from megatron_p2o.terminal import Countdown, SafeConsole, listed, printable, say
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,3 +149,20 @@ def test_nothing_is_printed_past_the_terminal_module() -> None:
 )
 def test_a_message_lists_the_first_names_and_counts_the_others(names: list[str], expected: str) -> None:
     assert listed(names, 2) == expected
+
+
+def test_a_long_activity_tells_how_far_it_is_and_a_short_one_nothing() -> None:
+    said, now = list[str](), [100.0]
+    countdown = Countdown("evaluation", 96, said.append, lambda: now[0])
+    for seconds, num_done in ((1, 1), (14, 5), (16, 24), (20, 30), (200, 48), (7000, 96)):
+        now[0] = 100.0 + seconds
+        countdown.note(num_done)
+    assert said == [
+        "evaluation: 24 of 96 done after 16 s, about 48 s left",
+        "evaluation: 48 of 96 done after 3 min, about 3 min left",
+        "evaluation: 96 of 96 done after 117 min",
+    ]
+    unlimited = Countdown("a round", None, said.append, lambda: now[0])
+    now[0] += 11_100
+    unlimited.note(7)
+    assert said[-1] == "a round: 7 done after 3 h 5 min"

@@ -127,6 +127,14 @@ def rollout_budget(spec: RoundSpec, split: RoundSplit) -> int:
     return settings.max_rollouts or automatic_budget(settings.budget, len(split.dev))
 
 
+def planned_rollouts(spec: RoundSpec) -> int | None:
+    """Return how many rollouts score candidates in a round, at most; None where its rules count in another unit."""
+    split = split_of(spec)
+    if split is None or rules_named(spec.settings.evolution.rules).is_lock_step:
+        return None
+    return rollout_budget(spec, split)
+
+
 def open_round(
     spec: RoundSpec,
     split: RoundSplit,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evolve.process.by_task import descriptions_of, problems_by_task, settings_by_task
-from megatron_p2o.evolve.process.conduct import salvage, split_of
+from megatron_p2o.evolve.process.conduct import planned_rollouts, salvage, split_of
 from megatron_p2o.evolve.process.messages import FinishRound, Notice, RoundPublished, StartRound, TrialRequest
 from megatron_p2o.evolve.process.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
 from megatron_p2o.evolve.process.trial_replies import SubmitTrial, TrialReplies
@@ -28,6 +28,7 @@ from megatron_p2o.evolve.trial import FreeScore
 from megatron_p2o.interfaces import RoundInterrupted, TemplateLibrary
 from megatron_p2o.processes import child_environment
 from megatron_p2o.seeds import seed_of
+from megatron_p2o.terminal import Countdown
 from megatron_p2o.types import Problem, RunningRound
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,10 @@ class EvolutionSession:
         self._service: ServiceProcess | None = None
         self._stopping = asyncio.Lock()
         self._round: Future[PublishedLibrary] | None = None
+        self._replies: list[TrialReplies] = []
+        self._budget: int | None = None
+        self.announce: Callable[[str], None] = lambda line: None
+        """Takes lines on a round that `evolve` waits for."""
         self._free_scores: dict[tuple[str, str], FreeScore] = {}
         self._descriptions = descriptions_of(config)
         self.last_rounds: Sequence[RoundStats] = ()
@@ -111,7 +116,10 @@ class EvolutionSession:
         limit_s = self._settings.evolution.round_timeout_s + len(self._descriptions) * margin_s
         deadline = time.monotonic() + limit_s
         running = self.start(hard, library, epoch)
+        self.announce(f"prompt evolution: round {epoch}")
+        countdown = Countdown(f"prompt evolution: round {epoch}, rollouts", self._budget, self.announce)
         while not wait([running], STOP_POLL_S).done:
+            countdown.note(sum(replies.num_answered for replies in self._replies))
             if self._is_stopping():
                 running.cancel()
                 raise RoundInterrupted(f"round {epoch} goes on when the run is resumed")
@@ -139,6 +147,8 @@ class EvolutionSession:
         problems = {problem.id: problem for problem in hard}
         specs = self._specs(list(problems.values()), library, epoch)
         self._free_scores.clear()
+        budgets = [planned_rollouts(spec) or 0 for spec in specs]
+        self._replies, self._budget = [], sum(budgets) if all(budgets) else None
         if self._settings.evolution.guard_leaks and all(problem.answer is None for problem in hard):
             logger.warning("evolution: the problems have no gold answers: no template is refused for telling one")
         self._round = self._thread.submit(self._run_rounds(specs, problems, library.version + 1))
@@ -233,6 +243,7 @@ class EvolutionSession:
         answers = TrialReplies(
             self._submit_trial, problems, self._config.rollout, seed_of(self._config.run.seed, "round", spec.epoch)
         )
+        self._replies.append(answers)
         clock = asyncio.get_running_loop().time
         deadline = clock() + spec.settings.evolution.round_timeout_s
         try:

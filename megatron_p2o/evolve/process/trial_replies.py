@@ -51,6 +51,8 @@ class TrialReplies:
         self._seed = seed
         self._submitted: dict[RequestKey, Future[Trial | Rejection]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.num_answered = 0
+        """Requests answered so far."""
         self.num_failed = 0
         """Requests without a verdict."""
 
@@ -75,6 +77,7 @@ class TrialReplies:
         key = (request.template_text, request.problem_id, request.temperature, request.sample)
         reply = await self._reply_to(key, request.request)
         self._submitted.pop(key, None)
+        self.num_answered += 1
         if reply.failure is not None:
             self.num_failed += 1
             if self.num_failed <= MAX_LOGGED_FAILURES:

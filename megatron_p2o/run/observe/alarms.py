@@ -240,12 +240,19 @@ def warn_of_untaught(step: int, metrics: Mapping[str, MetricValue]) -> None:
         )
 
 
+def skipped_round(epoch: int, num_hard: int, min_problems: int) -> str:
+    """Return that no prompts evolve after an epoch, numbered from 1."""
+    return (
+        f"epoch {epoch}: no prompts evolve, all problems are asked without templates: {num_hard} problems are hard, "
+        f"fewer than hard.min_problems={min_problems}"
+    )
+
+
 def warn_of_a_skipped_round(epoch: int, num_hard: int, min_problems: int) -> None:
-    """Say that no prompts evolve after an epoch, numbered from 1, and what would change that."""
+    """Warn of an epoch without a round where none has taken place yet, and say what would change that."""
     logger.warning(
-        "epoch %d: no prompts evolve, all problems are asked without templates: %d problems are hard, fewer than "
-        "hard.min_problems=%d. Unless the others are solved, lower hard.min_problems or raise hard.max_solved",
-        *(epoch, num_hard, min_problems),
+        "%s. Unless the others are solved, lower hard.min_problems or raise hard.max_solved",
+        skipped_round(epoch, num_hard, min_problems),
     )
 
 

@@ -1,7 +1,7 @@
 """Evaluations during a run: the policy on the sets of `data.evaluation`, and the best checkpoint."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import assert_never
 
@@ -16,6 +16,7 @@ from megatron_p2o.run.observe.alarms import warn_of_undecided
 from megatron_p2o.run.observe.step_log import StepLog
 from megatron_p2o.run.resume.resumption import is_measured_otherwise
 from megatron_p2o.run_folder.checkpoints import Best, checkpoint_name, read_best
+from megatron_p2o.terminal import Countdown
 from megatron_p2o.types import PLAIN, Problem, Template
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,26 @@ class Evaluations:
         """`compute` counts what `parts` sample."""
         self._sets, self._parts, self._config, self._log = sets, parts, config, log
         self._compute = compute
+        self._measured: dict[tuple[tuple[str, str], ...], dict[str, Evaluation]] = {}
+        """Outcomes at `_step` by task and text of the templates; asked plainly by ()."""
+        self._step = -1
 
     def measure(self, state: TrainState, templates: Mapping[str, Template] | None = None) -> dict[str, Evaluation]:
         """Return the outcome on each set, and write it down; a set without a verdict has none.
 
+        What a step has measured already is not measured again: the last step's evaluation is also that of the end.
+
         `templates`: of each task; each set is asked through that of its task, and one without is left out. None: all
         sets are asked plainly.
         """
-        self._log.announce("evaluation")
+        if state.step != self._step:
+            self._step, self._measured = state.step, {}
+        key = () if templates is None else tuple(sorted((task, each.text) for task, each in templates.items()))
+        if key not in self._measured:
+            self._measured[key] = self._outcome(state, templates)
+        return self._measured[key]
+
+    def _outcome(self, state: TrainState, templates: Mapping[str, Template] | None) -> dict[str, Evaluation]:
         prefix = "" if templates is None else "templated_"
         outcome: dict[str, Evaluation] = {}
         for name, problems in self._sets.items():
@@ -50,8 +63,9 @@ class Evaluations:
             if templates is not None and template is PLAIN:
                 continue
             try:
+                note = self._countdown(prefix + name)
                 with self._compute.evaluating():
-                    outcome[name] = evaluate(name, problems, self._parts, self._config, template)
+                    outcome[name] = evaluate(name, problems, self._parts, self._config, template, note)
             except NothingDecided as error:
                 logger.warning("evaluation of %s at step %d: %s: it has no result", prefix + name, state.step, error)
         self._log.take_phases()  # they are not of a step
@@ -59,6 +73,19 @@ class Evaluations:
         self._log.write(state, metrics)
         warn_of_undecided(state.step, metrics, self._config.alarms.undecided)
         return outcome
+
+    def _countdown(self, name: str) -> Callable[[int, int], None]:
+        """Announce the evaluation of a set, and return what tells how far it is."""
+        activity = f"evaluation of {name}"
+        self._log.announce(activity)
+        countdowns: list[Countdown] = []
+
+        def note(num_done: int, total: int) -> None:
+            if not countdowns:
+                countdowns.append(Countdown(activity, total, self._log.announce))
+            countdowns[0].note(num_done)
+
+        return note
 
 
 class BestSoFar:

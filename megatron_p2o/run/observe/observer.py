@@ -9,7 +9,7 @@ from megatron_p2o.metrics.step import epoch_metrics, ledger_metrics, library_met
 from megatron_p2o.metrics.values import MetricValue
 from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.run.beginning import Beginning
-from megatron_p2o.run.observe.alarms import Alarms, earlier_mismatches, warn_of_a_skipped_round
+from megatron_p2o.run.observe.alarms import Alarms, earlier_mismatches, skipped_round, warn_of_a_skipped_round
 from megatron_p2o.run.observe.compute import RunCompute
 from megatron_p2o.run.observe.evaluations import BestSoFar, Evaluations, best_before
 from megatron_p2o.run.observe.files import RunFiles
@@ -40,6 +40,7 @@ class RunObserver:
         self._progress = Progress(beginning.resumed, started.compute)
         self._compute = RunCompute(started.compute, files.run_dir)
         decode = started.parts.renderer.decode
+        self._evolution.announce_to(files.metrics.announce)
         rollouts_every_steps = config.logging.rollouts_every_steps
         self._log = StepLog(files, started.clock, started.processes, self._compute, decode, rollouts_every_steps)
         self._saver = Saver(files, self._progress, started.parts.evolution, started.clock)
@@ -77,7 +78,7 @@ class RunObserver:
     def on_epoch(self, state: TrainState, hard: Sequence[Problem]) -> None:
         is_skipped = self._is_round_skipped(state, len(hard))
         if is_skipped:
-            warn_of_a_skipped_round(state.epoch, len(hard), self._config.hard.min_problems)
+            self._tell_of_a_skipped_round(state.epoch, len(hard))
         of_epoch = {**epoch_metrics(hard, is_skipped), **ledger_metrics(self.ledger)}
         self._note_library(state, {**of_epoch, **self._log.take_phases()})
         self._log.begin_step()
@@ -107,6 +108,14 @@ class RunObserver:
 
     def _limit_reached(self, state: TrainState) -> str:
         return limit_reached(self._config.schedule, state.step, self._compute.account(state))
+
+    def _tell_of_a_skipped_round(self, epoch: int, num_hard: int) -> None:
+        """Warn where prompts have never evolved; after a round, or where nothing is hard, it is what was wanted."""
+        min_problems = self._config.hard.min_problems
+        if self._progress.first_round or num_hard == 0:
+            self._log.announce(skipped_round(epoch, num_hard, min_problems))
+        else:
+            warn_of_a_skipped_round(epoch, num_hard, min_problems)
 
     def _is_round_skipped(self, state: TrainState, num_hard: int) -> bool | None:
         """Return whether the hard set is too small for evolution after an epoch; None where none would follow."""

@@ -11,7 +11,7 @@ from types import FrameType
 
 from megatron_p2o.run_folder.checkpoints import pointed_name
 from megatron_p2o.run_folder.state import CheckpointError
-from megatron_p2o.terminal import say
+from megatron_p2o.terminal import TOLD, say
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
@@ -44,6 +44,9 @@ def told_at_once(notice: Callable[[int], str]) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except KeyboardInterrupt as interruption:
+        interruption.add_note(TOLD)
+        raise
     finally:
         signal.set_wakeup_fd(previous)
         os.close(writer)  # ends the thread

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,12 +149,17 @@ def killing_session(
 
 
 def test_round_publishes_templates_that_solve_hard_problems(
-    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]
+    tmp_path: Path, phrases: Path, sessions: list[EvolutionSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = KeyPhraseTask(PROBLEMS)
+    monkeypatch.setattr("megatron_p2o.terminal.TELL_EVERY_S", 0.0)
+    task, said = KeyPhraseTask(PROBLEMS), list[str]()
     session = EvolutionSession(config_of(phrases, max_rollouts=3500), tmp_path, task.submit)
+    session.announce = said.append
     sessions.append(session)
     library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    assert said[0] == "prompt evolution: round 0"
+    counts = [int(found[1]) for line in said if (found := re.search(r"rollouts: (\d+) of 3500 done after", line))]
+    assert len(counts) == len(said) - 1 and counts == sorted(counts) and 0 < counts[-1] <= task.requests.total()
     assert library.version == 1 and library == load_library(library_path(tmp_path, 1))
     served = set[str]().union(*(families_served(template.text) for template in library.templates))
     assert served == {"affine", "cross", "walk"}

@@ -167,7 +167,7 @@ def test_a_table_says_how_many_answers_have_no_verdict(tmp_path: Path) -> None:
     print_results(evaluated(sets_config(tmp_path), parts_of(mixed), tmp_path), printed)
     heading, row = printed.getvalue().splitlines()[:2]
     assert heading.split()[-1] == "undecided" and row.split()[-1] == "3"
-    assert "100.0 of 2" in row, "pass@4 is over the two problems with four verdicts"
+    assert "1.000 of 2" in row, "pass@4 is over the two problems with four verdicts"
 
 
 def test_a_set_without_any_verdict_has_no_outcome(tmp_path: Path) -> None:

@@ -136,6 +136,26 @@ def test_a_run_trains_to_the_end_of_its_schedule_and_leaves_its_results(config: 
     assert (folder / "checkpoints" / "latest").read_text() == "step-000004"
 
 
+def test_the_last_evaluation_is_made_once_and_the_end_says_what_has_changed(
+    config: Config, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines, folder = Engines(), config.run.folder
+    held = [f"data.evaluation.held={tmp_path}/train.jsonl", "evaluation.every_steps=2", "evaluation.num_samples=1"]
+    run(config_of(tmp_path, model, *held), lambda stop_token_ids: engines)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/held/avg" in line["metrics"]] == [2, 4]
+    assert len(engines.samplings) == 4 + 2, "four steps and two evaluations"
+    assert json.loads((folder / "results.json").read_text())["evaluation"]["held"]["accuracy"] == 0.0
+    said = capsys.readouterr().out.splitlines()
+    assert "engines ready: a fresh run of 4 steps" in said
+    assert said[-4:-1] == [
+        "accuracy on held, asked plainly: 0.000 at step 2, 0.000 at step 4",
+        "hard problems: 4 at step 2, 4 at step 4",
+        f"weights: {folder}/checkpoints/step-000004; as a Hugging Face folder: python tools/convert_checkpoint.py "
+        f"to-hf {folder}/checkpoints/step-000004 --out models/run",
+    ]
+
+
 def ending_of(config: Config) -> str:
     return finished(config, config.run.folder, check_resume(config, config.run.folder))
 
@@ -190,6 +210,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_stood(
     said = f"stopped after step 2, all is saved in {folder}: the same command goes on"
     assert capsys.readouterr().out.splitlines()[-1] == said
     run(config, lambda stop_token_ids: second)
+    assert f"engines ready: goes on after step 2 of 4, from {folder}/checkpoints/step-000002" in capsys.readouterr().out
     assert second.refreshes == [2, 3, 4]
     asked = [prompt.problem.id for engines in (first, second) for prompt in engines.prompts[::4]]
     assert sorted(asked[:4]) == sorted(asked[4:]) == ["p0", "p1", "p2", "p3"]

@@ -73,6 +73,7 @@ def test_benchmarks_choose_known_sets_and_add_others(run: Path) -> None:
     ("arguments", "message"),
     [
         (["runs"], "runs is no settings file, no checkpoint"),
+        (["runs/a"], "runs/a is the folder of a run: name a checkpoint of it, runs/a/checkpoints/latest or runs/a/"),
         (["model"], "there is nothing to evaluate"),
         (["model", "--benchmark", "aime"], "--benchmark aime names no set of data.evaluation (none)"),
         (["model", "--benchmark", "aime=no.jsonl"], "data.evaluation.aime=no.jsonl must be an existing file"),

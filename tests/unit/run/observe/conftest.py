@@ -31,7 +31,13 @@ def written() -> Written:
 
 
 @pytest.fixture
-def make_observer(tmp_path: Path, written: Written) -> MakeObserver:
+def announced() -> list[str]:
+    """What the person watching was told."""
+    return []
+
+
+@pytest.fixture
+def make_observer(tmp_path: Path, written: Written, announced: list[str]) -> MakeObserver:
     """Return what makes an observer that notes in `written` which file was written, and with what."""
 
     def remember(name: str) -> Callable[..., None]:
@@ -49,7 +55,7 @@ def make_observer(tmp_path: Path, written: Written) -> MakeObserver:
             checkpoints=SimpleNamespace(
                 check=lambda: None, confirm=remember("confirm"), begin=remember("checkpoint"), finish=lambda: None
             ),
-            metrics=SimpleNamespace(write=remember("metrics"), announce=lambda what: None, num_lines=0),
+            metrics=SimpleNamespace(write=remember("metrics"), announce=announced.append, num_lines=0),
             ledger=SimpleNamespace(append=remember("ledger"), ledger=HardSampleLedger(), num_entries=0),
             rollouts=SimpleNamespace(write=remember("rollouts")),
         )
@@ -67,7 +73,7 @@ def make_observer(tmp_path: Path, written: Written) -> MakeObserver:
             compute=ComputeMeter(),
             processes=SimpleNamespace(metrics=lambda peaks: {}),  # pyright: ignore[reportArgumentType]
             evolution=SimpleNamespace(  # pyright: ignore[reportArgumentType]
-                observe=remember("scores"), take_statistics=dict
+                observe=remember("scores"), take_statistics=dict, announce_to=lambda announce: None
             ),
         )
         beginning = Beginning(

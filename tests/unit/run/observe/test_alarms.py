@@ -258,6 +258,22 @@ def test_a_round_that_is_skipped_for_want_of_hard_problems_is_warned_of_and_coun
     assert (said in caplog.text) == (expected == 1)
 
 
+def test_a_skipped_round_is_no_alarm_where_prompts_have_evolved_or_nothing_is_hard(
+    make_observer: Callable[..., RunObserver], announced: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = fake_config({"hard.min_problems": 10, "schedule.epochs": 3})
+    evolved = RunState(step=3, epoch=1, batch=0, hard_problem_ids=(), library_version=1, num_ledger_entries=0)
+    for resumed, num_hard in ((replace(evolved, first_round={"num_rollouts": 4.0}), 2), (None, 0)):
+        observer = make_observer(config, resumed=resumed)
+        state = TrainState(library=FakeLibrary(version=1 if resumed else 0), epoch=2)
+        observer.on_epoch(state, [fake_problem(number) for number in range(num_hard)])
+        assert announced[-1] == (
+            f"epoch 2: no prompts evolve, all problems are asked without templates: {num_hard} problems are hard, "
+            "fewer than hard.min_problems=10"
+        )
+    assert not caplog.records
+
+
 def test_a_run_without_one_finite_gradient_for_steps_on_end_is_ended_and_vouches_for_no_weights() -> None:
     def reports(*outcomes: UpdateOutcome) -> list[UpdateReport]:
         return [UpdateReport(loss=0.0, grad_norm=0.0, learning_rate=1.0, outcome=outcome) for outcome in outcomes]

@@ -9,7 +9,8 @@ from types import FrameType
 import pytest
 
 from megatron_p2o.run.launch import signal_notice
-from megatron_p2o.run.ranks.signals import stop_file_on_sigusr1, told_at_once
+from megatron_p2o.run.ranks.signals import evaluation_notice, stop_file_on_sigusr1, told_at_once
+from megatron_p2o.terminal import was_told
 
 
 @pytest.fixture
@@ -47,6 +48,13 @@ def test_a_run_that_is_ended_says_what_is_saved_and_how_it_goes_on(
     (line,) = said()
     goes_on = f"the same command goes on from {tmp_path}/checkpoints/step-000007"
     assert line == f"{start}{goes_on} (to have a run save first: {save}"
+
+
+def test_an_interruption_that_was_told_is_not_told_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt) as told, told_at_once(evaluation_notice):
+        signal.raise_signal(signal.SIGINT)
+    assert was_told(told.value) and "the evaluation ends now" in capsys.readouterr().err
+    assert not was_told(KeyboardInterrupt())
 
 
 @pytest.mark.usefixtures("previous_handlers")
