@@ -71,7 +71,7 @@ def test_a_run_that_is_asked_to_save_says_so_once(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("trains", "is_head", "expected"),
     [
-        (False, True, "p2o: SIGINT: the evaluation ends now: the same command goes on after its last answer\n"),
+        (False, True, "p2o: SIGINT: the evaluation ends now: the same command goes on after its last response\n"),
         (True, False, ""),
     ],
 )
