@@ -7,8 +7,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_p2o import __version__
+from megatron_p2o.config.names import all_settings
 from megatron_p2o.config.read import ConfigError, dump_config, load_config, missing_paths
 from megatron_p2o.config.tree import Config
 from megatron_p2o.errors import expected_message
@@ -24,7 +26,12 @@ INTERRUPTED = 128 + signal.SIGINT
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     set_up_logging()
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could follow on its command line
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(arguments)
     try:
         return options.run(options)
     except KeyboardInterrupt as interruption:
@@ -121,9 +128,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         help="settings file (its initial policy), checkpoint of a run, checkpoints/best, or Hugging Face directory",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings for a target that is a folder")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change one setting; repeatable"
-    )
+    _add_overrides(parser)
     parser.add_argument(
         "--benchmark",
         action="append",
@@ -167,9 +172,15 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    override: Any = parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change one setting; repeatable"
     )
+    override.completer = _completed_settings
+
+
+def _completed_settings(prefix: str, **context: object) -> list[str]:
+    """Return the settings that begin so, for a shell."""
+    return [f"{name}=" for name in all_settings() if name.startswith(prefix)]
 
 
 def _next_step(options: argparse.Namespace) -> int:

@@ -55,7 +55,7 @@ def suggestion(name: NamePath) -> str:
     renamed = [RENAMED[old] for depth in range(len(name), 0, -1) if (old := ".".join(name[:depth])) in RENAMED]
     if renamed:
         return f"write {renamed[0]}"
-    known = list(_all_settings())
+    known = list(all_settings())
     if ".".join(name) in known:
         section, _, leaf = ".".join(name).rpartition(".")
         return f"nest it: write `{leaf}:` indented below `{section}:`"
@@ -80,7 +80,8 @@ def _keys_of(section: object) -> list[str]:
     return [] if known is None else list(get_type_hints(known))
 
 
-def _all_settings() -> Iterator[str]:
+def all_settings() -> Iterator[str]:
+    """Yield the dotted name of every setting and section."""
     return (".".join(path) for path in _paths(Config, ()))
 
 

@@ -122,7 +122,7 @@ def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
     if for_training and config.evolution.templates_file is not None:
         files["evolution.templates_file"] = config.evolution.templates_file
     missing = [
-        f"{name}={file} must be an existing file: correct the path (relative to {Path.cwd()})"
+        f"{name}={file} must be an existing file: correct the path (relative to {Path.cwd()}){_made_by(file)}"
         for name, file in files.items()
         if not names_code(file) and not Path(file).is_file()
     ]
@@ -130,9 +130,20 @@ def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
         missing.insert(
             0,
             f"model.path={config.model.path} must be an existing Hugging Face directory: "
-            f"correct the path (relative to {Path.cwd()})",
+            f"correct the path (relative to {Path.cwd()}), or {download_hint(config.model.path)}",
         )
     return missing
+
+
+def download_hint(path: str) -> str:
+    """Return how a model gets into the folder `path`."""
+    return f"download a model, for example: hf download Qwen/{Path(path).name or 'Qwen3-4B'} --local-dir {path}"
+
+
+def _made_by(file: str) -> str:
+    """Return which command makes a file of problems; "" where none does."""
+    is_published = file.endswith(".jsonl") and Path(file).parts[:1] == ("data",)
+    return ", or make the paper's problems: python tools/prepare_data.py (docs/data.md)" if is_published else ""
 
 
 def with_template_date(config: Config, recorded: Path) -> Config:

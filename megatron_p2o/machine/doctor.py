@@ -1,6 +1,7 @@
 """`p2o doctor`: reports what this machine has and what is missing, without starting anything."""
 
 import importlib.util
+import os
 import platform
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +18,9 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.evolve.reflection.probe import has_checkpoint, needs_endpoint, probe
 from megatron_p2o.machine.memory.engine import Gpus
 from megatron_p2o.machine.memory.here import planned_memory
+from megatron_p2o.machine.nodes import nodes_of_slurm
+from megatron_p2o.machine.preflight import preflight
+from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.policy.model.layer_choice import choose_layers, import_failure, machine_capabilities
 from megatron_p2o.policy.training.settings import (
     PolicySettings,
@@ -28,7 +32,7 @@ from megatron_p2o.policy.training.settings import (
 from megatron_p2o.rollout.refresh.outlet import uses_devices
 from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import check_arguments
-from megatron_p2o.run.inputs import load_inputs, missing_packages, summary_of
+from megatron_p2o.run.inputs import batches_of, load_inputs, missing_packages, planned_steps, summary_of
 from megatron_p2o.run_folder.place import place_problems
 from megatron_p2o.terminal import say
 
@@ -155,9 +159,18 @@ def examine_inputs(config: Config) -> list[Finding]:
     if findings:
         return findings
     try:
-        return [Finding(subject="inputs", finding=line) for line in summary_of(config, load_inputs(config))]
+        inputs = load_inputs(config)
+        lines = summary_of(config, inputs)
+        num_steps = planned_steps(config.schedule, len(batches_of(config, inputs.train, epoch=0)))
+        architecture = read_architecture(Path(config.model.path))
     except ValueError as error:
         return [Finding(subject="inputs", finding=str(error), is_missing=True)]
+    found = preflight(config, architecture, num_steps, nodes_of_slurm(os.environ), os.environ)
+    return [
+        *(Finding(subject="inputs", finding=line) for line in lines),
+        *(Finding(subject="machine", finding=line) for line in found.lines),
+        *(Finding(subject="machine", finding=problem, is_missing=True) for problem in found.problems),
+    ]
 
 
 def examine_endpoint(config: Config, environment: Mapping[str, str]) -> list[Finding]:
@@ -187,11 +200,13 @@ def _weight_transfer(config: Config) -> Finding:
 
 
 def print_findings(findings: list[Finding], write: Callable[[str], None] = say) -> None:
-    """Write one aligned line per finding."""
+    """Write one aligned line per finding, and last how many are missing."""
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
         mark = "MISSING " if finding.is_missing else ""
         write(f"{finding.subject:<{width}}  {mark}{finding.finding}")
+    num_missing = sum(finding.is_missing for finding in findings)
+    write(f"{num_missing} of these are missing: see the lines marked MISSING" if num_missing else "nothing is missing")
 
 
 def _lane(num_visible: int) -> Finding:

@@ -100,8 +100,27 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
         f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",
         f"rewards: {rewards}",
         *undecided,
+        *unknown_tokens(inputs),
         *notices(config, num_steps),
         *task_notice(config, num_asked(config.data, inputs.train)),
+    ]
+
+
+def unknown_tokens(inputs: Inputs) -> list[str]:
+    """Return that prompts hold characters or words which the tokenizer does not know, and the first of them.
+
+    The policy sees the same token for each. Byte-level tokenizers know every text.
+    """
+    unknown = inputs.renderer.tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    prompts = list(_plain_prompts(inputs))
+    num_with = sum(bool((token_ids == unknown).any()) for token_ids in prompts)
+    if not num_with:
+        return []
+    return [
+        f"unknown words: {num_with} of {len(prompts)} prompts hold what the model's tokenizer does not know and the "
+        "policy cannot read: change data.question_format or the problems, or take another model"
     ]
 
 
@@ -201,7 +220,11 @@ def planned_work(config: Config, num_steps_per_epoch: int) -> str:
     at_most = "at most " if may_be_fewer(config) else ""
     is_cut = num_steps < num_steps_per_epoch * schedule.epochs
     limit = f", where schedule.max_steps={schedule.max_steps} ends it" if is_cut else ""
-    return f"whole run: {at_most}{num_steps} steps{limit}, {at_most}{num_rollouts} training rollouts"
+    num_tokens = num_rollouts * config.rollout.max_new_tokens
+    return (
+        f"whole run: {at_most}{num_steps} steps{limit}, {at_most}{num_rollouts} training rollouts of at most "
+        f"{num_tokens:,} tokens in all"
+    )
 
 
 def notices(config: Config, num_steps_per_epoch: int) -> list[str]:

@@ -1,5 +1,8 @@
 """The command itself."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +44,19 @@ def test_a_run_folder_that_is_not_there_is_no_problem_of_the_settings(capsys: py
     assert main(["report", "runs/none"]) == BAD_INPUT
     said = capsys.readouterr().err
     assert said == "p2o: runs/none: no such run folder: the runs are below run.directory, runs/ by default\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("p2o tr", {"train"}),
+        ("p2o train config.yaml --set optimizer.l", {"optimizer.lr=", "optimizer.lr_decay="}),
+        ("p2o eval --set evaluation.best_", {"evaluation.best_set=", "evaluation.best_metric="}),
+    ],
+)
+def test_a_shell_completes_commands_and_settings(line: str, expected: set[str], tmp_path: Path) -> None:
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    given = {"_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "found")}
+    command = [sys.executable, "-m", "megatron_p2o.cli"]
+    subprocess.run(command, env={**os.environ, **asked, **given}, check=True, timeout=120)
+    assert {word.strip() for word in (tmp_path / "found").read_text().split("\n")} == expected

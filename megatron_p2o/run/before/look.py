@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+from megatron_p2o.config.read import download_hint
 from megatron_p2o.config.tree import DataConfig, ModelConfig, one_task
 from megatron_p2o.data.chat import ChatRenderer, PromptLimit
 from megatron_p2o.data.columns import ANSWER_FIELDS, QUESTION_FIELDS, field_at
@@ -73,7 +74,7 @@ def look_at_model(path: str) -> ModelFacts:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"model.path={path} is no folder: give a Hugging Face directory, {download_hint(path)}")
+        raise ValueError(f"model.path={path} is no folder: give a Hugging Face directory, or {download_hint(path)}")
     architecture = read_architecture(folder)
     template = load_tokenizer(path).chat_template
     return ModelFacts(
@@ -84,11 +85,6 @@ def look_at_model(path: str) -> ModelFacts:
         num_positions=architecture.max_positions,
         switches_thinking="enable_thinking" in str(template),
     )
-
-
-def download_hint(path: str) -> str:
-    """Return the command that fetches a model into `path`."""
-    return f"for example by: hf download Qwen/{Path(path).name or 'Qwen3-4B'} --local-dir {path}"
 
 
 def look_at_file(path: str) -> FileFacts:

@@ -99,7 +99,9 @@ def test_the_report_marks_what_is_missing() -> None:
     lines: list[str] = []
     findings = [Finding(subject="a", finding="1"), Finding(subject="bcd", finding="2", is_missing=True)]
     print_findings(findings, lines.append)
-    assert lines == ["a    1", "bcd  MISSING 2"]
+    assert lines == ["a    1", "bcd  MISSING 2", "1 of these are missing: see the lines marked MISSING"]
+    print_findings(findings[:1], lines.append)
+    assert lines[-1] == "nothing is missing"
 
 
 @needs_cpu_packages

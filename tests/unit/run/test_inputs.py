@@ -1,20 +1,33 @@
 """What is wrong with problems, prompts and packages is said before anything starts: dry run, doctor and start alike."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import yaml
 
 from megatron_p2o.cli import BAD_INPUT, main
 from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.metrics.sinks.registry import sink_problems
-from megatron_p2o.run.inputs import check_hard_set, evolution_notice, missing_packages, notices, planned_work
-from megatron_p2o.testing.fakes import fake_config
+from megatron_p2o.run.inputs import (
+    Inputs,
+    check_hard_set,
+    evolution_notice,
+    missing_packages,
+    notices,
+    planned_work,
+    unknown_tokens,
+)
+from megatron_p2o.testing.fakes import fake_config, fake_problem
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.tiny.policy import build_tokenizer
+from megatron_p2o.types import Problem, Template
 
 NUM_PROBLEMS = 8
 
@@ -49,6 +62,11 @@ def settings_file(tmp_path: Path, model: Path) -> Path:
     return path
 
 
+def unaligned(line: str) -> str:
+    """Return a line of the dry run's two columns as one."""
+    return re.sub(r"^  (\S(?:\S| (?! ))*?) {2,}(?=\S)", r"\1: ", line).strip()
+
+
 def said(settings_file: Path, capsys: pytest.CaptureFixture[str], **settings: object) -> str:
     """Return what the dry run prints; the doctor must find the same missing, or nothing."""
     overrides = [word for name, value in settings.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
@@ -58,7 +76,7 @@ def said(settings_file: Path, capsys: pytest.CaptureFixture[str], **settings: ob
     assert main(["doctor", str(settings_file), "--strict", *overrides]) == (1 if status else 0)
     findings = capsys.readouterr().out
     if status == 0:
-        return printed.out
+        return "\n".join(unaligned(line) for line in printed.out.splitlines())
     assert status == BAD_INPUT
     for line in printed.err.removeprefix("p2o: ").splitlines():
         assert line.strip() in findings or line.endswith("in the settings:"), "doctor and dry run say the same"
@@ -67,12 +85,16 @@ def said(settings_file: Path, capsys: pytest.CaptureFixture[str], **settings: ob
 
 
 def test_nothing_wrong_is_summed_up(settings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    layout, *lines = said(settings_file, capsys).splitlines()
-    assert layout.startswith("layout: tensor 1 x pipeline 1 x context 1 x data ")
+    title, *lines = said(settings_file, capsys).splitlines()
+    machine = lines[lines.index("machine:") :]
+    assert title == "problems and plan:"
+    assert machine[1].startswith("layout: tensor 1 x pipeline 1 x context 1 x data ")
+    assert any(re.match(r"disk: .* GiB free in .*; 4 checkpoints of \d+\.\d MiB and at most", line) for line in machine)
+    assert machine[-1] == "nothing is missing: the run can start"
     columns = "question `question`, gold answer `answer`, id `id` or a hash of the question"
     assert [lines.pop(0), lines.pop(0)] == [f"data.train: {columns}", f"data.evaluation.held: {columns}"]
     assert lines[0] == "train: 8 problems, 2 steps in each of 2 epochs"
-    assert lines.pop(1) == "whole run: 4 steps, 72 training rollouts"
+    assert lines.pop(1) == "whole run: 4 steps, 72 training rollouts of at most 7,200 tokens in all"
     assert lines[1] == "evaluation.held: 8 problems"
     # <|im_start|>user\n…<|im_end|>\n<|im_start|>assistant\n of one token a character, but for the special tokens.
     num_tokens = len("*user\n0+1*\n*assistant\n")
@@ -127,13 +149,22 @@ def test_a_response_that_fills_the_context_is_refused(settings_file: Path, capsy
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"schedule.max_steps": 3}, "3 steps, where schedule.max_steps=3 ends it, 72 training rollouts"),
-        ({"schedule.max_steps": 4}, "4 steps, 96 training rollouts"),
-        ({"rollout.group_size": 2, "schedule.max_steps": 9}, "4 steps, 24 training rollouts"),
-        ({"schedule.max_batches_per_step": 2}, "at most 4 steps, at most 96 training rollouts"),
+        (
+            {"schedule.max_steps": 3},
+            "3 steps, where schedule.max_steps=3 ends it, 72 training rollouts of at most 7,200 tokens in all",
+        ),
+        ({"schedule.max_steps": 4}, "4 steps, 96 training rollouts of at most 9,600 tokens in all"),
+        (
+            {"rollout.group_size": 2, "schedule.max_steps": 9},
+            "4 steps, 24 training rollouts of at most 2,400 tokens in all",
+        ),
+        (
+            {"schedule.max_batches_per_step": 2},
+            "at most 4 steps, at most 96 training rollouts of at most 9,600 tokens in all",
+        ),
         (
             {"schedule.max_batches_per_step": 2, "schedule.max_steps": 1},
-            "at most 1 steps, where schedule.max_steps=1 ends it, at most 48 training rollouts",
+            "at most 1 steps, where schedule.max_steps=1 ends it, at most 48 training rollouts of at most 4,800 tokens in all",
         ),
     ],
 )
@@ -307,3 +338,21 @@ def test_a_reward_that_reads_a_column_that_is_not_there_is_told_of_by_the_dry_ru
     settings_file.write_text(yaml.safe_dump(sections))
     assert main(["train", str(settings_file), "--dry-run"]) == 0
     assert "undecided" not in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_does_not_know_the_questions_is_told() -> None:
+    """The tiny policy of the examples knows its own words alone; byte-level tokenizers know every text."""
+    tokenizer = build_tokenizer()
+
+    def found(*questions: str, known: bool = False) -> list[str]:
+        def render(problem: Problem, template: Template) -> Any:
+            return SimpleNamespace(training_ids=np.array(tokenizer.encode(problem.question)))
+
+        renderer = SimpleNamespace(tokenizer=SimpleNamespace(unk_token_id=None) if known else tokenizer, render=render)
+        asked = [replace(fake_problem(number), question=question) for number, question in enumerate(questions)]
+        return unknown_tokens(Inputs(renderer=cast(Any, renderer), train=asked, evaluation={"held": asked[:1]}))
+
+    assert found("affine + : 31 30") == []
+    (line,) = found("affine + : 31 30", "Let's think")
+    assert line.startswith("unknown words: 1 of 3 prompts hold what the model's tokenizer does not know")
+    assert found("Let's think", known=True) == []

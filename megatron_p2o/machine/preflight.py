@@ -1,0 +1,141 @@
+"""What a run will need of the machine after hours, found before it starts: disk, time in its job, a port."""
+
+import errno
+import math
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.machine.memory.plan import GIB
+from megatron_p2o.machine.nodes import Nodes
+from megatron_p2o.policy.model.architecture import Architecture, element_bytes
+
+OPTIMIZER_BYTES = 8
+"""Of a parameter: AdamW's two means in float32."""
+
+MAIN_BYTES = 4
+"""Of a parameter in bfloat16: its float32 copy."""
+
+TOKEN_BYTES = 5
+"""Of a token of a response in a rollout file: text, with what JSON escapes."""
+
+ROW_BYTES = 1500
+"""Of a line of a rollout file besides the response: question, numbers, names."""
+
+END_TIME = "SLURM_JOB_END_TIME"
+"""Environment variable in which Slurm names the second at which a job's time is over."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preflight:
+    """What was found."""
+
+    lines: list[str] = field(default_factory=list[str])
+    """What the run needs and what there is."""
+    problems: list[str] = field(default_factory=list[str])
+    """What it lacks, with the remedy."""
+
+
+def preflight(
+    config: Config,
+    architecture: Architecture,
+    num_steps: int,
+    nodes: Nodes | None,
+    environment: Mapping[str, str],
+    now: float | None = None,
+) -> Preflight:
+    """Return what a run of `num_steps` needs of disk, ports and time.
+
+    Args:
+        nodes: of the launch; None for one machine.
+        environment: that of the job.
+        now: seconds of the epoch; None: this moment.
+    """
+    found = Preflight()
+    _look_at_disk(config, architecture, num_steps, found)
+    _look_at_port(nodes, found)
+    _look_at_time(config, environment, time.time() if now is None else now, found)
+    return found
+
+
+def checkpoint_bytes(architecture: Architecture, dtype: str) -> int:
+    """Return the size of a checkpoint: weights and the state of the optimizer."""
+    num_parameters = sum(map(math.prod, architecture.weight_shapes().values()))
+    main = 0 if dtype == "float32" else MAIN_BYTES
+    return num_parameters * (element_bytes(dtype) + main + OPTIMIZER_BYTES)
+
+
+def num_checkpoints(config: Config) -> int:
+    """Return how many checkpoints lie on disk at once: those kept, the last healthy one, the best, the one written."""
+    return config.schedule.keep_checkpoints + 2 + (config.evaluation.best_set is not None)
+
+
+def rollout_bytes(config: Config, num_steps: int) -> int:
+    """Return how large the rollout files become where every response is as long as it may be."""
+    every = config.logging.rollouts_every_steps
+    if every == 0:
+        return 0
+    num_rollouts = num_steps // every * config.schedule.problems_per_step * config.rollout.group_size
+    return num_rollouts * (ROW_BYTES + TOKEN_BYTES * config.rollout.max_new_tokens)
+
+
+def _look_at_disk(config: Config, architecture: Architecture, num_steps: int, found: Preflight) -> None:
+    """Compare the free space with checkpoints, which must fit, and rollouts, which seldom become so large."""
+    folder = config.run.folder.absolute()
+    place = next(each for each in (folder, *folder.parents) if each.is_dir())
+    free = shutil.disk_usage(place).free
+    count, one = num_checkpoints(config), checkpoint_bytes(architecture, config.model.dtype)
+    rollouts = rollout_bytes(config, num_steps)
+    found.lines.append(
+        f"disk: {_size(free)} free in {place}; {count} checkpoints of {_size(one)} and at most {_size(rollouts)} of "
+        "rollouts"
+    )
+    if count * one > free:
+        found.problems.append(
+            f"disk: {place} has {_size(free)} free, and {count} checkpoints take {_size(count * one)}: free some "
+            "space, name another run.directory, or lower schedule.keep_checkpoints"
+        )
+    elif count * one + rollouts > free:
+        found.lines.append(
+            f"disk may become short: {_size(rollouts)} of rollouts beside the checkpoints, if every response is as "
+            "long as it may be: raise logging.rollouts_every_steps"
+        )
+
+
+def _look_at_port(nodes: Nodes | None, found: Preflight) -> None:
+    """See whether the port at which the nodes meet is free, on the head."""
+    if nodes is None or nodes.count == 1 or not nodes.is_head:
+        return
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            holder.bind(("", nodes.head_port))
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened at ({error.strerror})"
+            found.problems.append(
+                f"port {nodes.head_port}, at which the nodes meet, {reason}: --head names another one"
+            )
+        else:
+            found.lines.append(f"port {nodes.head_port}, at which the nodes meet, is free")
+
+
+def _look_at_time(config: Config, environment: Mapping[str, str], now: float, found: Preflight) -> None:
+    """Compare what is left of a job's time with a round that training waits for."""
+    end = environment.get(END_TIME, "")
+    if not end.isdigit():
+        return
+    left_s = int(end) - now
+    found.lines.append(f"time: {left_s / 60:.0f} minutes are left of the job")
+    evolution = config.evolution
+    if evolution.enabled and not evolution.beside_training and evolution.round_timeout_s > left_s:
+        found.lines.append(
+            f"time may become short: training waits for rounds of up to evolution.round_timeout_s="
+            f"{evolution.round_timeout_s:g} s; a round that the job's end cuts off goes on in the next job"
+        )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
