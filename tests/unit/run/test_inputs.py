@@ -153,18 +153,19 @@ def test_a_response_that_fills_the_context_is_refused(settings_file: Path, capsy
             {"schedule.max_steps": 3},
             "3 steps, where schedule.max_steps=3 ends it, 72 training rollouts of at most 7,200 tokens in all",
         ),
-        ({"schedule.max_steps": 4}, "4 steps, 96 training rollouts of at most 9,600 tokens in all"),
+        ({"schedule.max_steps": 4}, "4 steps, 96 training rollouts of at most 768 tokens in all"),
         (
             {"rollout.group_size": 2, "schedule.max_steps": 9},
-            "4 steps, 24 training rollouts of at most 2,400 tokens in all",
+            "4 steps, 24 training rollouts of at most 192 tokens in all",
         ),
         (
             {"schedule.max_batches_per_step": 2},
-            "at most 4 steps, at most 96 training rollouts of at most 9,600 tokens in all",
+            "at most 4 steps, at most 96 training rollouts of at most 768 tokens in all",
         ),
         (
             {"schedule.max_batches_per_step": 2, "schedule.max_steps": 1},
-            "at most 1 steps, where schedule.max_steps=1 ends it, at most 48 training rollouts of at most 4,800 tokens in all",
+            "at most 1 steps, where schedule.max_steps=1 ends it, at most 48 training rollouts of at most 384 tokens "
+            "in all",
         ),
     ],
 )
