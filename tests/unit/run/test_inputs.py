@@ -151,7 +151,7 @@ def test_a_response_that_fills_the_context_is_refused(settings_file: Path, capsy
     [
         (
             {"schedule.max_steps": 3},
-            "3 steps, where schedule.max_steps=3 ends it, 72 training rollouts of at most 7,200 tokens in all",
+            "3 steps, where schedule.max_steps=3 ends it, 72 training rollouts of at most 576 tokens in all",
         ),
         ({"schedule.max_steps": 4}, "4 steps, 96 training rollouts of at most 768 tokens in all"),
         (
