@@ -102,22 +102,23 @@ class Countdown:
             return
         self._told = now
         of_total = f" of {self._total}" if self._total is not None else ""
-        self._tell(f"{self._activity}: {num_done}{of_total} done after {span(now - self._began)}{self._left(num_done)}")
+        lasted = duration_text(now - self._began)
+        self._tell(f"{self._activity}: {num_done}{of_total} done after {lasted}{self._left(num_done)}")
 
     def _left(self, num_done: int) -> str:
         if self._total is None or not 0 < num_done < self._total:
             return ""
         seconds = (self._clock() - self._began) * (self._total - num_done) / num_done
-        return f", about {span(seconds)} left"
+        return f", about {duration_text(seconds)} left"
 
 
-def span(seconds: float) -> str:
-    """Return a length of time in two units at most: "8 s", "12 min", "3 h 5 min"."""
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+def duration_text(seconds: float) -> str:
+    """Return a duration as people say it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 class _SafeRecord(logging.LogRecord):

@@ -27,6 +27,7 @@ from megatron_p2o.report.figures import (
 from megatron_p2o.report.runs import Run, read_run
 from megatron_p2o.report.spending import compute_table, rounds_table
 from megatron_p2o.report.templates import shown_problems, shown_templates
+from megatron_p2o.terminal import duration_text
 
 ASSETS = Path(__file__).parent / "assets"
 """Jinja templates, style sheet and script."""
@@ -156,15 +157,6 @@ def _num_published(run: Run) -> str:
     """Return how many templates the run's libraries have held; one that was published again counts once."""
     texts = {template.text for library in run.libraries for template in library.templates}
     return str(len(texts)) if run.libraries else ""
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration as people say it."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _state(run: Run) -> str:

@@ -159,10 +159,10 @@ def test_a_long_activity_tells_how_far_it_is_and_a_short_one_nothing() -> None:
         countdown.note(num_done)
     assert said == [
         "evaluation: 24 of 96 done after 16 s, about 48 s left",
-        "evaluation: 48 of 96 done after 3 min, about 3 min left",
-        "evaluation: 96 of 96 done after 117 min",
+        "evaluation: 48 of 96 done after 3 min 20 s, about 3 min 20 s left",
+        "evaluation: 96 of 96 done after 1 h 56 min",
     ]
     unlimited = Countdown("a round", None, said.append, lambda: now[0])
     now[0] += 11_100
     unlimited.note(7)
-    assert said[-1] == "a round: 7 done after 3 h 5 min"
+    assert said[-1] == "a round: 7 done after 3 h 05 min"

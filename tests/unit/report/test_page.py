@@ -26,11 +26,12 @@ from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.step import step_metrics
 from megatron_p2o.report.examples import MAX_SHOWN_CHARACTERS, find_examples, spread
 from megatron_p2o.report.figures import by_epoch, over_compute, over_rollouts
-from megatron_p2o.report.page import ASSETS, duration_text, write_report
+from megatron_p2o.report.page import ASSETS, write_report
 from megatron_p2o.report.runs import read_run
 from megatron_p2o.report.spending import compute_table
 from megatron_p2o.report.templates import WordSpan, word_changes
 from megatron_p2o.rl.hard_samples import ledger_entry
+from megatron_p2o.terminal import duration_text
 from megatron_p2o.types import PLAIN, Completion, Grade, Group, Problem, Prompt, Rollout, Template
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
