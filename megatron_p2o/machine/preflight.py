@@ -14,16 +14,16 @@ from megatron_p2o.machine.nodes import Nodes
 from megatron_p2o.policy.model.architecture import Architecture, element_bytes
 
 OPTIMIZER_BYTES = 8
-"""Of a parameter: AdamW's two means in float32."""
+"""Bytes of a parameter in AdamW's two means, which are float32."""
 
 MAIN_BYTES = 4
-"""Of a parameter in bfloat16: its float32 copy."""
+"""Bytes of the float32 copy of a parameter in bfloat16."""
 
 TOKEN_BYTES = 5
-"""Of a token of a response in a rollout file: text, with what JSON escapes."""
+"""Bytes that a token of a response takes in a rollout file: text, with what JSON escapes."""
 
 ROW_BYTES = 1500
-"""Of a line of a rollout file besides the response: question, numbers, names."""
+"""Bytes of a line of a rollout file besides the response: question, numbers, names."""
 
 END_TIME = "SLURM_JOB_END_TIME"
 """Environment variable in which Slurm names the second at which a job's time is over."""
