@@ -40,13 +40,16 @@ pytestmark = pytest.mark.slow
 
 def command(tiny: Path, runs: Path, name: str) -> list[str]:
     """Return a run of epochs of three steps, saved at every step, with a round of evolution between them."""
-    train = runs / "train.jsonl"
-    train.write_text("".join((tiny / "problems" / "train.jsonl").read_text().splitlines(keepends=True)[:96]))
+    sizes = {"train": 96, "heldout_easy": 8, "heldout_hard": 8}
+    problems = {file: runs / f"{file}.jsonl" for file in sizes}
+    for file, path in problems.items():
+        rows = (tiny / "problems" / f"{file}.jsonl").read_text().splitlines(keepends=True)
+        path.write_text("".join(rows[: sizes[file]]))
     overrides = [
         *(f"run.directory={runs}", f"run.name={name}", f"model.path={tiny}/model"),
-        f"data.train={train}",
-        f"data.evaluation.heldout_easy={tiny}/problems/heldout_easy.jsonl",
-        f"data.evaluation.heldout_hard={tiny}/problems/heldout_hard.jsonl",
+        f"data.train={problems['train']}",
+        f"data.evaluation.heldout_easy={problems['heldout_easy']}",
+        f"data.evaluation.heldout_hard={problems['heldout_hard']}",
         *("schedule.problems_per_step=32", "schedule.problems_per_update=16", f"schedule.epochs={NUM_EPOCHS}"),
         # Slow learning: hard problems are left for every round.
         *("hard.min_problems=12", "evolution.dev_size=16", "optimizer.lr=5e-5"),

@@ -40,12 +40,15 @@ pytestmark = pytest.mark.slow
 
 def command(tiny: Path, runs: Path) -> list[str]:
     """Return a run of two tensor-parallel ranks: two epochs of two steps, a round of evolution between them."""
-    train = runs / "train.jsonl"
-    train.write_text("".join((tiny / "problems" / "train.jsonl").read_text().splitlines(keepends=True)[:64]))
+    sizes = {"train": 64, "heldout_easy": 8, "heldout_hard": 8}
+    problems = {file: runs / f"{file}.jsonl" for file in sizes}
+    for file, path in problems.items():
+        rows = (tiny / "problems" / f"{file}.jsonl").read_text().splitlines(keepends=True)
+        path.write_text("".join(rows[: sizes[file]]))
     overrides = [
-        *(f"run.directory={runs}", "run.name=run", f"model.path={tiny}/model", f"data.train={train}"),
-        f"data.evaluation.heldout_easy={tiny}/problems/heldout_easy.jsonl",
-        f"data.evaluation.heldout_hard={tiny}/problems/heldout_hard.jsonl",
+        *(f"run.directory={runs}", "run.name=run", f"model.path={tiny}/model", f"data.train={problems['train']}"),
+        f"data.evaluation.heldout_easy={problems['heldout_easy']}",
+        f"data.evaluation.heldout_hard={problems['heldout_hard']}",
         *("parallel.tensor=2", "schedule.problems_per_step=32", "schedule.problems_per_update=16"),
         *("schedule.epochs=2", "hard.min_problems=8", "evaluation.every_steps=0", "evaluation.at_start=false"),
         "rollout.temperature=1.6",  # so hot that some answers need the symbolic graders

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from megatron_p2o.tiny.problems import PHRASES
 ROOT = Path(__file__).parents[3]
 P2O = [sys.executable, "-m", "megatron_p2o.cli"]
 RUN_TIMEOUT_S = 420
+
+UNMEASURED = "data.evaluation={}"
+"""Override of a run whose evaluations would show nothing and take half of its time."""
 
 pytestmark = pytest.mark.slow
 
@@ -201,7 +205,7 @@ def test_a_checkpoint_evaluates_to_what_training_measured(p2o_run: Path) -> None
 def test_a_run_resumes_after_its_templates_were_cleared(tiny: Path, tmp_path: Path) -> None:
     small = ["schedule.problems_per_step=224", "schedule.problems_per_update=224", "rollout.group_size=2"]
     cleared = ["assignment.num_plain=1", "schedule.epochs=3", "hard.min_problems=448"]
-    command = p2o("train", "p2o.yaml", [*settings(tiny, tmp_path, "cleared"), *small, *cleared])
+    command = p2o("train", "p2o.yaml", [*settings(tiny, tmp_path, "cleared"), *small, *cleared, UNMEASURED])
     first = run([*command, "--set", "schedule.max_steps=3"])
     assert first.returncode == 0, first.stdout + first.stderr
     resumed = run([*command, "--set", "schedule.max_steps=4"])
@@ -209,22 +213,24 @@ def test_a_run_resumes_after_its_templates_were_cleared(tiny: Path, tmp_path: Pa
     assert len(lines(tmp_path / "cleared" / "hard_samples.jsonl")) == 4 * 224
 
 
-@pytest.mark.parametrize("kl_as", ["loss", "reward"])
+@pytest.mark.parametrize(
+    ("kl_as", "starts", "planned"), [("loss", (1, 2), (2, 4)), ("reward", (2,), (4, 4))], ids=["loss", "reward"]
+)
 def test_terms_and_decay_act_where_no_group_disagrees_and_a_resumed_run_goes_on(
-    kl_as: str, tiny: Path, tmp_path: Path
+    kl_as: str, starts: Sequence[int], planned: Sequence[int], tiny: Path, tmp_path: Path
 ) -> None:
     """On two ranks, of four updates in all: the tiny policy fails or solves whole groups of its first problems."""
     objective = ["objective.surrogate=gspo", "objective.normalization=sequence_mean", "objective.kl_coefficient=0.05"]
     objective += [f"objective.kl_as={kl_as}", f"objective.kl_estimator={'k3' if kl_as == 'loss' else 'k1'}"]
     objective += ["objective.entropy_coefficient=0.001", "objective.drop_truncated=true", "optimizer.lr_decay=cosine"]
     short = ["parallel.data=2", "evaluation.every_steps=0", "evaluation.at_start=false", "schedule.save_every_steps=1"]
-    command = p2o("train", "grpo_n6.yaml", [*settings(tiny, tmp_path, kl_as), *short, *objective])
-    for num_steps in (1, 2):  # the second goes on, with a schedule that is twice as long
+    command = p2o("train", "grpo_n6.yaml", [*settings(tiny, tmp_path, kl_as), *short, *objective, UNMEASURED])
+    for num_steps in starts:  # a second goes on, with a schedule that is twice as long
         outcome = run([*command, "--set", f"schedule.max_steps={num_steps}"])
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     steps = [line["metrics"] for line in lines(tmp_path / kl_as / "metrics.jsonl") if "perf/step_s" in line["metrics"]]
-    # The last update of each step: the second of two, the fourth of four.
-    rates = [(1 + math.cos(math.pi * done / planned)) / 2 for done, planned in ((1, 2), (3, 4))]
+    # The last update of each step: the second and the fourth, of two and of four where the run was resumed.
+    rates = [(1 + math.cos(math.pi * done / in_all)) / 2 for done, in_all in zip((1, 3), planned, strict=True)]
     assert [step["train/learning_rate"] for step in steps] == pytest.approx([5e-4 * rate for rate in rates])
     for step in steps:
         assert step["train/empty_updates_count"] == 0 and step["train/grad_norm"] > 0
@@ -237,7 +243,7 @@ def test_the_initial_policy_reflects_on_a_server_of_its_own(tiny: Path, tmp_path
     small = ["schedule.problems_per_step=224", "schedule.problems_per_update=224", "rollout.group_size=2"]
     short = ["assignment.num_plain=1", "schedule.epochs=2", "schedule.max_steps=3", "evolution.max_rollouts=100"]
     reflection = ["evolution.reflection.backend=self", "evolution.reflection.max_tokens=32"]
-    overrides = [*settings(tiny, tmp_path, "self"), *small, *short, *reflection]
+    overrides = [*settings(tiny, tmp_path, "self"), *small, *short, *reflection, UNMEASURED]
     outcome = run(p2o("train", "p2o.yaml", overrides))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     journal = (tmp_path / "self" / "evolution" / "journal-0000.jsonl").read_text()
@@ -247,7 +253,7 @@ def test_the_initial_policy_reflects_on_a_server_of_its_own(tiny: Path, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_no_process_outlives_an_interrupted_run(number: signal.Signals, tiny: Path, tmp_path: Path) -> None:
-    command = p2o("train", "p2o.yaml", settings(tiny, tmp_path, "killed"))
+    command = p2o("train", "p2o.yaml", [*settings(tiny, tmp_path, "killed"), UNMEASURED])
     with (tmp_path / "said").open("wb") as said:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
     wait_for(tmp_path / "killed" / "rollouts" / "step-000001.jsonl", process)  # type: ignore[arg-type]
