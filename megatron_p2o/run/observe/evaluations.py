@@ -36,8 +36,8 @@ class Evaluations:
         """`compute` counts what `parts` sample."""
         self._sets, self._parts, self._config, self._log = sets, parts, config, log
         self._compute = compute
-        self._measured: dict[tuple[tuple[str, str], ...], dict[str, Evaluation]] = {}
-        """Outcomes at `_step` by task and text of the templates; asked plainly by ()."""
+        self._measured: dict[tuple[tuple[str, str], ...] | None, dict[str, Evaluation]] = {}
+        """Outcomes at `_step` by task and text of the templates; asked plainly by None."""
         self._step = -1
 
     def measure(self, state: TrainState, templates: Mapping[str, Template] | None = None) -> dict[str, Evaluation]:
@@ -50,7 +50,7 @@ class Evaluations:
         """
         if state.step != self._step:
             self._step, self._measured = state.step, {}
-        key = () if templates is None else tuple(sorted((task, each.text) for task, each in templates.items()))
+        key = None if templates is None else tuple(sorted((task, each.text) for task, each in templates.items()))
         if key not in self._measured:
             self._measured[key] = self._outcome(state, templates)
         return self._measured[key]
