@@ -331,7 +331,7 @@ def _plan(options: argparse.Namespace) -> int:
         if lacking:
             raise ValueError(f"{lacking[0]} is not here: say how many problems an epoch has with --problems")
         problems = [problem for one in task_problems(config.data).values() for problem in one]
-        options.problems = num_asked(config.data, problems)
+        options.problems = sum(num_asked(config.data, problems).values())
     named = {"prompt_tokens", "response_tokens", "hard_share"}
     changes = {name: value for name in named if (value := getattr(options, name)) is not None}
     gpus = gpus_of(config, options.gpus, "--gpus")
