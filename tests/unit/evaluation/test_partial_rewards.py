@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.evaluation.benchmark import results_of
+from megatron_p2o.evaluation.benchmark import Subject, results_of
 from megatron_p2o.evaluation.comparison import compare
 from megatron_p2o.evaluation.outcome import Evaluation, GradedResponse, evaluation_of, evaluation_record
 from megatron_p2o.evaluation.tables import print_comparison, print_results
@@ -56,7 +56,7 @@ class DoneBenchmark:
 
 
 def written(folder: Path, **sets: Rewards) -> Path:
-    subject: Any = type("Subject", (), {"path": "m", "weights_sha256": "0", "step": None})
+    subject = Subject(path="m", weights_sha256="0", step=None)
     benchmarks: Any = [DoneBenchmark(name, rewards) for name, rewards in sets.items()]
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(results_of(benchmarks, subject, fake_config())))
