@@ -1,16 +1,21 @@
 """SGLang's deterministic inference on a machine without CUDA: a plugin of the engine process on the CPU.
 
 SGLang 0.5.21 samples from each request's own seed under `enable_deterministic_inference`, which it offers on GPUs.
-Three things are missing on the CPU:
+Four things are missing on the CPU:
 
     the hash that turns (seed, position, token) into noise: an operation of sgl_kernel's CPU build, given here in torch
     matrix products whose rows do not depend on how many there are: its "batch-invariant mode" is made of Triton kernels
     attention of the same kind: `cpu_attention`, which SGLang does not know to be exact
+    draws that do not depend on who else is in the batch: one greedy request has SGLang draw the tokens of all others in
+        the order of their probabilities, and thus other ones
 
 SGLang finds the plugin by the entry point in `cpu_site`, which is on the path of CPU engines only.
 """
 
+from typing import Any
+
 import sglang.srt.batch_invariant_ops as batch_invariant_ops
+import sglang.srt.layers.sampler as sampler
 import torch
 from sglang.srt.arg_groups.choices import (
     add_deterministic_attention_backend_choices,
@@ -33,10 +38,47 @@ def register() -> None:
     add_deterministic_attention_backend_choices(["torch_native"])
     add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     batch_invariant_ops.enable_batch_invariant_mode = use_invariant_products
+    sampler.top_k_top_p_min_p_sampling_from_probs_torch = drawn_row_by_row
+    sampler.Sampler.forward = without_a_way_of_its_own_for_greedy_batches  # pyright: ignore[reportAttributeAccessIssue]
     library = torch.library.Library("sgl_kernel", "FRAGMENT")
     library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
     library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
     _libraries.append(library)
+
+
+_draw_in_order = sampler.top_k_top_p_min_p_sampling_from_probs_torch
+_forward = sampler.Sampler.forward
+
+
+def drawn_row_by_row(
+    probs_NV: Tensor,
+    top_ks_N: Tensor,
+    top_ps_N: Tensor,
+    min_ps_N: Tensor,
+    need_min_p_sampling: bool,
+    sampling_seed: Tensor | None,
+    positions: Tensor,
+    *,
+    return_filtered_probs: bool = False,
+) -> Any:
+    """Return the next token of each row: the likeliest of a greedy one; of one without limits what it gets alone."""
+    limits = (top_ks_N, top_ps_N, min_ps_N, need_min_p_sampling)
+    in_order: Any = _draw_in_order(
+        probs_NV, *limits, sampling_seed, positions, return_filtered_probs=return_filtered_probs
+    )
+    if sampling_seed is None or return_filtered_probs:
+        return in_order
+    alone_N = sampler.sampling_from_probs_torch(probs_NV, sampling_seed, positions)
+    is_free_N = (top_ks_N >= probs_NV.shape[-1]) & (top_ps_N >= 1)
+    tokens_N = torch.where(is_free_N, alone_N, in_order)
+    return torch.where(top_ks_N == 1, probs_NV.argmax(-1).to(tokens_N.dtype), tokens_N)
+
+
+def without_a_way_of_its_own_for_greedy_batches(own: Any, logits: Any, sampling_info: Any, *args: Any) -> Any:
+    """Run SGLang's sampler. A batch of greedy requests alone takes the way of mixed batches: both round alike."""
+    if sampling_info.sampling_seed is not None:
+        sampling_info.is_all_greedy = False
+    return _forward(own, logits, sampling_info, *args)
 
 
 def use_invariant_products(*args: object, **kwargs: object) -> None:

@@ -85,6 +85,21 @@ def test_a_rollout_is_the_same_alone_in_company_and_after_a_pause(engines: Sglan
         assert_equal_bits(ours, theirs)
 
 
+def test_greedy_company_changes_no_rollout_and_is_not_changed(engines: SglangEngines) -> None:
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=100, seed=5)
+    asked, trials = [prompt("a", 20), prompt("c", 140)], [prompt(f"trial {number}", 40) for number in range(6)]
+    alone, trials_alone = sample(engines, asked), sample(engines, trials, greedy)
+    futures = [
+        engines.broker.submit(one, own, priority="evolution")
+        for one, own in zip(trials, own_sampling(trials, greedy), strict=True)
+    ]
+    together = sample(engines, asked)
+    for ours, theirs in zip(
+        [*together, *(future.result(WAIT_S) for future in futures)], [*alone, *trials_alone], strict=True
+    ):
+        assert_equal_bits(ours, theirs)
+
+
 def test_another_seed_gives_another_rollout_and_tokens_follow_their_probabilities(engines: SglangEngines) -> None:
     asked = [prompt("a", 20)] * 512
     first = sample(engines, asked, SamplingParams(temperature=1.0, max_new_tokens=1, seed=1))
