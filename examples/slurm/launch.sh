@@ -99,7 +99,7 @@ watch_time() {
     local left needed
     while sleep "$TIME_POLL_S"; do
         left="$(seconds_left)" needed="$(seconds_needed)"
-        [ -n "$left" ] && [ -n "$needed" ] && [ "$left" -lt "$needed" ] || continue
+        if [ -z "$left" ] || [ -z "$needed" ] || [ "$left" -ge "$needed" ]; then continue; fi
         say "$left s are left, the run may need $needed s to come to a stop"
         kill -USR1 $$
         return
@@ -138,8 +138,12 @@ linked_folders() {
     local link target
     while read -r link; do
         target="$(realpath -e "$link" 2> /dev/null)" || continue
-        [ -d "$target" ] && find "$target" -maxdepth 1 -type l -exec realpath -e {} + 2> /dev/null | xargs -r dirname
-        [ -d "$target" ] && echo "$target" || dirname "$target"
+        if [ -d "$target" ]; then
+            echo "$target"
+            find "$target" -maxdepth 1 -type l -exec realpath -ez {} + 2> /dev/null | xargs -0 -r dirname
+        else
+            dirname "$target"
+        fi
     done < <(find models models/ data data/ -maxdepth 2 -type l 2> /dev/null | sort -u) | sort -u | grep -v "^$PWD\(/\|$\)"
 }
 

@@ -162,12 +162,16 @@ def examine_inputs(config: Config) -> list[Finding]:
         inputs = load_inputs(config)
         lines = summary_of(config, inputs)
         num_steps = planned_steps(config.schedule, len(batches_of(config, inputs.train, epoch=0)))
-        architecture = read_architecture(Path(config.model.path))
     except ValueError as error:
         return [Finding(subject="inputs", finding=str(error), is_missing=True)]
+    findings = [Finding(subject="inputs", finding=line) for line in lines]
+    try:
+        architecture = read_architecture(Path(config.model.path))
+    except ValueError:  # `examine_settings` has said so
+        return findings
     found = preflight(config, architecture, num_steps, nodes_of_slurm(os.environ), os.environ)
     return [
-        *(Finding(subject="inputs", finding=line) for line in lines),
+        *findings,
         *(Finding(subject="machine", finding=line) for line in found.lines),
         *(Finding(subject="machine", finding=problem, is_missing=True) for problem in found.problems),
     ]

@@ -153,12 +153,12 @@ def test_round_publishes_templates_that_solve_hard_problems(
 ) -> None:
     monkeypatch.setattr("megatron_p2o.terminal.TELL_EVERY_S", 0.0)
     task, said = KeyPhraseTask(PROBLEMS), list[str]()
-    session = EvolutionSession(config_of(phrases, max_rollouts=3500), tmp_path, task.submit)
+    session = EvolutionSession(config_of(phrases, max_rollouts=7000), tmp_path, task.submit)
     session.announce = said.append
     sessions.append(session)
     library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
     assert said[0] == "prompt evolution: round 0"
-    counts = [int(found[1]) for line in said if (found := re.search(r"rollouts: (\d+) of 3500 done after", line))]
+    counts = [int(found[1]) for line in said if (found := re.search(r"rollouts: (\d+) of 7000 done after", line))]
     assert len(counts) == len(said) - 1 and counts == sorted(counts) and 0 < counts[-1] <= task.requests.total()
     assert library.version == 1 and library == load_library(library_path(tmp_path, 1))
     served = set[str]().union(*(families_served(template.text) for template in library.templates))
@@ -166,7 +166,7 @@ def test_round_publishes_templates_that_solve_hard_problems(
     assert all(len(library.assigned(problem)) == 6 for problem in PROBLEMS)
     (stats,) = session.last_rounds
     assert stats is not None and stats.ended_by == "budget" and stats.duration_s > 0
-    assert stats.num_rollouts == task.requests.total() and 3490 < stats.num_rollouts <= 3500
+    assert stats.num_rollouts == task.requests.total() and 6990 < stats.num_rollouts <= 7000
     assert (stats.num_hard, stats.num_dev, stats.num_feedback) == (60, 30, 30)
     assert stats.coverage == 1.0 and stats.best_score > 0.5
     numbers = round_statistics([stats])
@@ -432,7 +432,7 @@ def test_served_model_reflects_for_a_round(
     monkeypatch.setenv("P2O_REFLECTION_API_KEY", "of another endpoint")
 
     class Model(BaseHTTPRequestHandler):
-        """Suggests both red key phrases, worded anew each time."""
+        """Suggests both key phrases of affine, worded anew each time."""
 
         def do_POST(self) -> None:
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -486,7 +486,7 @@ class Writer:
         assert os.environ[login_env] == "open sesame"
     def __call__(self, request):
         held = [name for name in ("WRITER_LOGIN", "WANDB_API_KEY") if name in os.environ]
-        return "{" ".join(KEY_PHRASES["red"])} " + f"Variant {{request.proposal}} held {{held}}."
+        return "{" ".join(KEY_PHRASES["affine"])} " + f"Variant {{request.proposal}} held {{held}}."
 """
     installed_package("my_writer", code, "[megatron_p2o.reflectors]\nwriter = my_writer:Writer\n")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
@@ -498,7 +498,7 @@ class Writer:
     )
     sessions.append(session)
     library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
-    assert library.templates and all("red" in families_served(template.text) for template in library.templates)
+    assert library.templates and all("affine" in families_served(template.text) for template in library.templates)
     assert all("held ['WRITER_LOGIN']." in template.text for template in library.templates)
 
 

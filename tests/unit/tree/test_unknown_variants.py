@@ -27,6 +27,7 @@ from megatron_p2o.config.tree import (
     OptimizerConfig,
     ReflectionConfig,
 )
+from megatron_p2o.data.curriculum import weight_of
 from megatron_p2o.evolve.reflection.reflectors import BACKENDS, build_reflector, check_settings
 from megatron_p2o.evolve.search.rules import RULES, rules_named
 from megatron_p2o.files import limit_readers
@@ -37,7 +38,7 @@ from megatron_p2o.policy.model.layer_choice import Capabilities, choose_layers
 from megatron_p2o.policy.training.forward import Denominator
 from megatron_p2o.policy.training.optimizer import Optimization
 from megatron_p2o.rl.grouping import make_groups, train_samples
-from megatron_p2o.rl.hard_samples import hard_problems
+from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
 from megatron_p2o.rl.objective import (
     compares_with_sampling,
     has_kl_loss,
@@ -72,6 +73,11 @@ def contribution(**settings: Any) -> None:
 def context_weights(ratio_form: Any) -> None:
     flag, one = torch.ones(1, dtype=torch.bool), torch.ones(1)
     context_weighted(LossRule(ratio_form=ratio_form), one, one, one, flag, one)
+
+
+def curriculum_weight(curriculum: Any) -> None:
+    data = replace(fake_config().data, curriculum=curriculum)
+    weight_of(fake_problem(0), data, HardSampleLedger(), 0)
 
 
 def score(best_metric: Any) -> None:
@@ -110,6 +116,7 @@ USES: dict[str, list[Callable[[Any], object]]] = {
         lambda value: uses_devices(transfer(value)),
         lambda value: bucket_bytes(transfer(value), None),  # pyright: ignore[reportArgumentType]
     ],
+    "data.curriculum": [curriculum_weight],
     "hard.counted": [lambda value: hard_problems(GROUPS, 1, value)],
     "advantage.estimator": [lambda value: make_groups([SIBLINGS], AdvantageConfig(estimator=value), [0.5])],
     "advantage.baseline": [lambda value: make_groups([SIBLINGS], AdvantageConfig(baseline=value), [0.5])],

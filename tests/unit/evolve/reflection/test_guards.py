@@ -96,7 +96,7 @@ def test_duplicates_are_a_matter_of_the_rules(tmp_path: Path, rules: str, is_ref
 
 def test_a_set_of_rules_decides_everything_and_has_a_name(tmp_path: Path) -> None:
     assert all(field.default is MISSING and field.default_factory is MISSING for field in fields(Rules))
-    with pytest.raises(ValueError, match=r"evolution\.rules=third must be one of asynchronous, reference"):
+    with pytest.raises(ValueError, match=r"evolution\.rules=third is none of asynchronous, reference, nor"):
         rules_named("third")
     with pytest.raises(ValueError, match=r"evolution\.rules=third"):
         run_round(spec_of("third"), tmp_path, KeyPhraseTask(PROBLEMS), lambda _: BOTH_AFFINE)

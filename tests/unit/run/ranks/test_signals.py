@@ -50,7 +50,9 @@ def test_a_run_that_is_ended_says_what_is_saved_and_how_it_goes_on(
     assert line == f"{start}{goes_on} (to have a run save first: {save}"
 
 
+@pytest.mark.usefixtures("previous_handlers")
 def test_an_interruption_that_was_told_is_not_told_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
     with pytest.raises(KeyboardInterrupt) as told, told_at_once(evaluation_notice):
         signal.raise_signal(signal.SIGINT)
     assert was_told(told.value) and "the evaluation ends now" in capsys.readouterr().err
