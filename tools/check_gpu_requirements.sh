@@ -36,8 +36,16 @@ resolve "${base[@]}" "$megatron" "$cudnn" "${engine[@]}"
 
 install() { "$folder/bin/python" -m pip install --quiet --no-cache-dir --no-compile "$@"; }
 "$python" -m venv "$folder"
-# With what they depend on, as the image that this one is made from; not of packages that fetch their wheel elsewhere.
-install --only-binary=:all: "${base[@]}"
+# With what they depend on, as the image that this one is made from. SGLang 0.5.21 pins a release candidate of cuda-tile that has
+# no wheel on PyPI; the release stands for it here.
+"$folder/bin/python" -m pip install --quiet --dry-run --no-deps --ignore-installed --report "$scratch/report.json" "${base[1]}"
+"$folder/bin/python" - "$scratch/report.json" > "$scratch/needed.txt" <<'PYTHON'
+import json, re, sys
+needed = json.load(open(sys.argv[1]))["install"][0]["metadata"]["requires_dist"]
+print("\n".join(re.sub(r"^cuda-tile==\S+rc\d+", "cuda-tile==1.6.0", line) for line in needed if "extra ==" not in line))
+PYTHON
+install --only-binary=:all: "${base[0]}" -r "$scratch/needed.txt"
+install --no-deps "${base[1]}"
 install "${pins[@]}"
 install --no-deps "${engine[@]}"
 install --no-deps "$megatron" -r requirements/gpu.txt
