@@ -1,5 +1,6 @@
 """What the page asks for, as JSON. Numbers are as the run wrote them; the page formats."""
 
+import re
 from collections.abc import Sequence
 
 from megatron_p2o.metrics.jsonl import JsonObject
@@ -23,32 +24,26 @@ def overview_panel(runs: Sequence[ViewedRun]) -> list[JsonObject]:
 
 
 def _overview(run: ViewedRun) -> JsonObject:
-    lines, results = run.lines(), run.results()
+    lines = run.lines()
     arm, seed = run.arm_and_seed()
     latest: dict[str, float] = {}
     for line in lines:
-        latest |= {key: number for key, number in line.metrics.items() if key.startswith("eval/")}
-    training = [line for line in lines if "perf/step_s" in line.metrics]
+        latest.update(line.metrics)
     return {
         "name": run.name,
         "folder": str(run.directory),
         "arm": arm,
         "seed": seed,
-        "is_finished": results is not None,
+        "is_finished": run.results() is not None,
         "step": lines[-1].step if lines else None,
         "epoch": lines[-1].epoch if lines else None,
         "time": lines[-1].time if lines else None,
-        "step_s": training[-1].metrics["perf/step_s"] if training else None,
-        "reward": _latest(run, "rollout/reward_mean"),
-        "accuracy": {key.split("/")[1]: number for key, number in latest.items() if key.endswith("/avg")},
+        "step_s": latest.get("perf/step_s"),
+        "reward": latest.get("rollout/reward_mean"),
+        "accuracy": {key.split("/")[1]: latest[key] for key in latest if re.fullmatch("eval/.*/avg", key)},
         "num_warnings": len(run.warnings()),
         "damages": run.damages(),
-        "results": results,
     }
-
-
-def _latest(run: ViewedRun, key: str) -> float | None:
-    return next((line.metrics[key] for line in reversed(run.lines()) if key in line.metrics), None)
 
 
 def metrics_panel(run: ViewedRun) -> JsonObject:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from megatron_p2o.evolve.record.library import LibraryFile
 from megatron_p2o.files import read_json_object
-from megatron_p2o.metrics.jsonl import JsonObject, read_lines
+from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.metrics.read import MetricLine, MetricLines
 from megatron_p2o.records import from_json
 from megatron_p2o.report.runs import arm_and_seed, read_results
@@ -35,6 +35,8 @@ class ViewedRun:
         self._metrics_file = FollowedFile(directory / "metrics.jsonl", self._metrics.clear, self._take_metrics)
         self._ledger: dict[tuple[int, int, str], LedgerEntry] = {}
         self._ledger_file = FollowedFile(directory / "hard_samples.jsonl", self._ledger.clear, self._take_entry)
+        self._warnings: list[JsonObject] = []
+        self._warnings_file = FollowedFile(directory / "warnings.jsonl", self._warnings.clear, self._take_warning)
         self._index = RolloutIndex(directory / "rollouts")
         self._rounds: dict[Path, ViewedRound] = {}
         self._num_damaged = 0
@@ -82,7 +84,9 @@ class ViewedRun:
 
     def warnings(self) -> Sequence[JsonObject]:
         """Return what the run warned of, oldest first."""
-        return list(read_lines(self.directory / "warnings.jsonl"))
+        with self._lock:
+            self._warnings_file.catch_up()
+            return list(self._warnings)
 
     def damages(self) -> list[str]:
         """Return a sentence for each file of the run that cannot be read."""
@@ -95,7 +99,7 @@ class ViewedRun:
             except ValueError as error:
                 sentences.append(str(error))
         if self._num_damaged:
-            sentences.append(f"{self._num_damaged} damaged lines of metrics.jsonl or hard_samples.jsonl are left out")
+            sentences.append(f"{self._num_damaged} damaged lines of metrics, ledger or warnings are left out")
         return sentences + [found.damage for found in self._rounds.values() if found.damage]
 
     def results(self) -> JsonObject | None:
@@ -120,6 +124,9 @@ class ViewedRun:
 
     def _take_metrics(self, line: bytes) -> None:
         self._unless_damaged(lambda: self._metrics.add(json.loads(line)))
+
+    def _take_warning(self, line: bytes) -> None:
+        self._unless_damaged(lambda: self._warnings.append(json.loads(line)))
 
     def _take_entry(self, line: bytes) -> None:
         def take() -> None:

@@ -168,7 +168,7 @@ def test_damaged_files_are_named(run: Path) -> None:
     answer(asked, "run/0/metrics")
     (shown,) = answer(asked, "runs")
     assert [sentence.rpartition("/")[2][:28] for sentence in shown["damages"][:-1]] == ["config.yaml cannot be read ("]
-    assert shown["damages"][-1] == "2 damaged lines of metrics.jsonl or hard_samples.jsonl are left out"
+    assert shown["damages"][-1] == "2 damaged lines of metrics, ledger or warnings are left out"
     assert answer(asked, "run/0/metrics")["steps"] == [1]
 
 
