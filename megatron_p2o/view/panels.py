@@ -1,6 +1,5 @@
 """What the page asks for, as JSON. Numbers are as the run wrote them; the page formats."""
 
-import re
 from collections.abc import Sequence
 
 from megatron_p2o.metrics.jsonl import JsonObject
@@ -40,7 +39,9 @@ def _overview(run: ViewedRun) -> JsonObject:
         "time": lines[-1].time if lines else None,
         "step_s": latest.get("perf/step_s"),
         "reward": latest.get("rollout/reward_mean"),
-        "accuracy": {key.split("/")[1]: latest[key] for key in latest if re.fullmatch("eval/.*/avg", key)},
+        "accuracy": {
+            key.split("/")[1]: latest[key] for key in latest if key.startswith("eval/") and key.endswith("/avg")
+        },
         "num_warnings": len(run.warnings()),
         "damages": run.damages(),
     }
