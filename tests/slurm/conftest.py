@@ -150,8 +150,7 @@ class Cluster:
 
     def stop(self) -> None:
         try:
-            self.call("scancel", "--user=root", "--full", is_checked=False)
-            wait_for(lambda: not self.call("squeue", "-h", "-t", "running,completing"), "jobs to end")
+            self.cancel_all()
         finally:
             daemons = list(reversed(self._daemons.values()))
             for daemon in daemons:
@@ -167,11 +166,18 @@ class Cluster:
             pytest.fail(f"{' '.join(command)} ended with {outcome.returncode}: {outcome.stdout}{outcome.stderr}")
         return outcome.stdout
 
-    def run(self, *command: str, cwd: Path | None = None, **variables: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, *command: str, cwd: Path | None = None, timeout_s: float = COMMAND_TIMEOUT_S, **variables: str
+    ) -> "subprocess.CompletedProcess[str]":
         environment = {**self.environment, **variables}
         return subprocess.run(
-            command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=COMMAND_TIMEOUT_S, check=False
+            command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=timeout_s, check=False
         )
+
+    def cancel_all(self) -> None:
+        """End every job and wait until its nodes are free."""
+        self.call("scancel", "--user=root", "--full", is_checked=False)
+        wait_for(lambda: not self.call("squeue", "-h", "-t", "running,completing"), "jobs to end")
 
     def job(self, job_id: str) -> Mapping[str, str]:
         """Return what Slurm says of a job, by field."""

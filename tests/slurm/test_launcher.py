@@ -1,7 +1,8 @@
 """What launch.sh does around `p2o`, on two nodes, with a stand-in for `p2o` that ends as each test wants."""
 
 import re
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ pytestmark = pytest.mark.slow
 
 Submit = Callable[..., str]
 
+JOB_TIMEOUT_S = 300
+"""Longest life of a job of stand-ins, which may be queued again once: some 15 s on two idle cores."""
+
 TRAIN = "config.yaml --set optimizer.lr=1e-3"
 EVALUATE = "eval runs/a/checkpoints/best --benchmark small=small.jsonl"
 """What a job script gives the launcher."""
 
 
 @pytest.fixture
-def submit(cluster: Any, checkout: Path) -> Submit:
-    """Return a function that runs a job with `p2o` replaced by a script, waits for it and returns its log."""
+def submit(cluster: Any, checkout: Path) -> Iterator[Submit]:
+    """Yield a function that runs a job with `p2o` replaced by a script, waits for it and returns its log."""
 
     def run(stand_in: str, arguments: str = TRAIN, *own: str, **variables: str) -> str:
         programs = checkout / "bin"
@@ -30,10 +34,16 @@ def submit(cluster: Any, checkout: Path) -> Submit:
         (checkout / "job.sh").write_text(f"#!/bin/bash\nexec bash examples/slurm/launch.sh {arguments}\n")
         path = f"{programs}:{cluster.environment['PATH']}"
         options = ("--job-name=first", "--nodes=2", "--gpus-per-node=8", "--requeue", "--open-mode=append", *own)
-        cluster.run("sbatch", *options, "--output=job.log", "--wait", "job.sh", cwd=checkout, PATH=path, **variables)
-        return (checkout / "job.log").read_text()
+        command = ("sbatch", *options, "--output=job.log", "--wait", "job.sh")
+        log = checkout / "job.log"
+        try:
+            cluster.run(*command, cwd=checkout, timeout_s=JOB_TIMEOUT_S, PATH=path, **variables)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the job did not end in {JOB_TIMEOUT_S} s:\n{log.read_text()}")
+        return log.read_text()
 
-    return run
+    yield run
+    cluster.cancel_all()  # the next test counts on node1 and node2
 
 
 def test_every_node_trains_once_after_its_doctor(submit: Submit, checkout: Path) -> None:
@@ -46,14 +56,16 @@ def test_every_node_trains_once_after_its_doctor(submit: Submit, checkout: Path)
 
 
 def test_a_node_whose_doctor_complains_ends_the_job_by_name(submit: Submit, checkout: Path) -> None:
-    log = submit("[ $1 = train ] && touch trained-$SLURMD_NODENAME && sleep 60; [ $SLURMD_NODENAME = node1 ]")
+    log = submit("[ $1 = train ] && touch trained-$SLURMD_NODENAME && sleep infinity; [ $SLURMD_NODENAME = node1 ]")
     assert "node2: p2o doctor found something missing" in log
     assert "failed with status" in log
     assert not (checkout / "trained-node2").exists()
 
 
 def test_a_failing_node_is_named_and_its_last_words_are_shown(submit: Submit) -> None:
-    log = submit("[ $1 = doctor ] && exit; [ $SLURMD_NODENAME = node1 ] && sleep 60; echo rank 1: disk full; exit 3")
+    log = submit(
+        "[ $1 = doctor ] && exit; [ $SLURMD_NODENAME = node1 ] && sleep infinity\necho rank 1: disk full; exit 3"
+    )
     assert "node2: task 1: Exited with exit code 3" in log
     assert re.search(r"==> logs/first-\d+-restart0-1-\S+.log <==\nrank 1: disk full\n", log)
     assert "failed with status" in log and "queued again" not in log
@@ -61,7 +73,7 @@ def test_a_failing_node_is_named_and_its_last_words_are_shown(submit: Submit) ->
 
 def test_a_failure_after_a_new_checkpoint_queues_the_job_again(submit: Submit) -> None:
     log = submit(
-        "[ $1 = doctor ] && exit; [ $SLURMD_NODENAME = node2 ] && sleep 60\n"
+        "[ $1 = doctor ] && exit; [ $SLURMD_NODENAME = node2 ] && sleep infinity\n"
         "mkdir -p runs/first/checkpoints\n"
         "[ -e runs/first/checkpoints/latest ] && exit 3\n"
         "echo step-000007 > runs/first/checkpoints/latest; exit 3"
@@ -76,11 +88,11 @@ def test_an_evaluation_goes_on_after_its_time_limit_and_not_where_it_answers_not
     log = submit(
         "[ $1 = doctor ] && exit\n"
         'echo "$SLURMD_NODENAME $*" >> calls-$SLURM_RESTART_COUNT.txt\n'
-        "[ $SLURMD_NODENAME = node2 ] && exec sleep 60\n"
+        "[ $SLURMD_NODENAME = node2 ] && exec sleep infinity\n"
         '[ "$SLURM_RESTART_COUNT" = 1 ] && exit 3\n'
         "until grep -q node2 calls-.txt; do sleep 0.1; done\n"
         "mkdir -p runs/first/responses && echo {} >> runs/first/responses/small.jsonl\n"
-        "scancel --batch --signal=USR1 $SLURM_JOB_ID; exec sleep 60",
+        "scancel --batch --signal=USR1 $SLURM_JOB_ID; exec sleep infinity",
         EVALUATE,
     )
     assert re.search(r"from the start(.|\n)*stop requested(.|\n)*a response was written since the start: queued", log)
