@@ -283,3 +283,15 @@ def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
         differing = {arm for arm, config in arms.items() if getattr(config, section) != getattr(arms["grpo"], section)}
         assert differing == ({"frozen"} if section == "optimizer" else set()), section
     assert arms["frozen"].optimizer.lr == 0 and arms["frozen"].evolution == arms["p2o"].evolution
+
+
+def test_the_experiment_on_a_real_model_differs_in_context_and_mask_alone() -> None:
+    experiment = read_experiment(ROOT / "experiments" / "smollm2.yaml")
+    arms = {run.arm: run.config for run in experiment.runs}
+    assert len(experiment.runs) == 3 * len(arms) and not arms["grpo"].evolution.enabled
+    objectives = {arm: (config.objective.context, config.objective.ratio_form) for arm, config in arms.items()}
+    assert objectives["ratio_mask"] == ("ratio_mask", "hard") and objectives["one_sided"] == ("ratio_mask", "one_sided")
+    for section in ("model", "data", "rollout", "optimizer", "schedule", "evaluation"):
+        assert {repr(getattr(config, section)) for config in arms.values()} == {repr(getattr(arms["grpo"], section))}
+    templated = [config.evolution for arm, config in arms.items() if arm != "grpo"]
+    assert len({repr(evolution) for evolution in templated}) == 1
