@@ -107,6 +107,18 @@ def limit_readers(folder: Path, readable_by: str) -> None:
         folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~umask)
 
 
+@contextmanager
+def of_usual_mode(path: Path) -> Iterator[None]:
+    """Give the file that the block writes at `path` the mode of any other file here.
+
+    safetensors 0.8 writes files for their owner alone, whatever the umask and `run.readable_by` say.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
+
+
 def limit_readers_as(folder: Path) -> None:
     """Have all that this process makes from now on readable by no more than `folder` is."""
     os.umask(~folder.stat().st_mode & 0o077)

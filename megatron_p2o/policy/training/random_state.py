@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_p2o.files import of_usual_mode
+
 TRACKER = "megatron/"
 """Begins the names of the states of Megatron's tracker."""
 
@@ -34,7 +36,8 @@ def save_random_state(path: Path) -> None:
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     numpy_state = [kind, np.asarray(keys).tolist(), position, has_gauss, gauss]
     metadata = {"python": json.dumps(random.getstate()), "numpy": json.dumps(numpy_state)}
-    save_file({name: state.clone() for name, state in tensors.items()}, path, metadata=metadata)
+    with of_usual_mode(path):
+        save_file({name: state.clone() for name, state in tensors.items()}, path, metadata=metadata)
 
 
 def load_random_state(path: Path) -> None:

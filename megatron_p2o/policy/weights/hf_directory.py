@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_p2o.files import read_json_object
+from megatron_p2o.files import of_usual_mode, read_json_object
 from megatron_p2o.terminal import listed
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -187,7 +187,9 @@ def _write_weights(weights: Iterable[tuple[str, Tensor]], directory: Path, max_f
 
 
 def _write_file(tensors: Mapping[str, Tensor], directory: Path, number: int) -> list[str]:
-    save_file(dict(tensors), directory / f"part-{number}.safetensors", metadata={"format": "pt"})
+    path = directory / f"part-{number}.safetensors"
+    with of_usual_mode(path):
+        save_file(dict(tensors), path, metadata={"format": "pt"})
     return list(tensors)
 
 

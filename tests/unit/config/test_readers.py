@@ -9,11 +9,16 @@ import pytest
 WRITE = """
 import sys
 from pathlib import Path
-from megatron_p2o.files import limit_readers, write_whole
+import torch
+from safetensors.torch import save_file
+from megatron_p2o.files import limit_readers, of_usual_mode, write_whole
 folder = Path(sys.argv[1])
 limit_readers(folder, sys.argv[2])
 write_whole(folder / "templates" / "library-1.json", "{}")
 (folder / "metrics.jsonl").touch()
+weights = folder / "model.safetensors"
+with of_usual_mode(weights):
+    save_file({"a": torch.zeros(1)}, weights)
 """
 
 

@@ -139,6 +139,9 @@ def test_a_written_directory_is_read_by_transformers_and_by_us(tmp_path: Path):
     ).encode("1+1")
     with WeightFiles(tmp_path / "written") as files:
         assert all(torch.equal(files.read(name), tensor) for name, tensor in state.items())
+    (tmp_path / "usual").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "written").iterdir()}
+    assert modes == {(tmp_path / "usual").stat().st_mode}, "who may read the tokenizer may read the weights"
 
 
 def test_the_configuration_names_the_type_of_the_written_weights(tmp_path: Path):
