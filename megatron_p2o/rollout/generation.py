@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from megatron_p2o.rollout.requests import EngineHandle, GenerationRequest, StoppableClock
+from megatron_p2o.rollout.requests import PRIORITY_IN_ENGINE, EngineHandle, GenerationRequest, StoppableClock
 from megatron_p2o.rollout.servers.client import EngineClient, Generation
 
 ABORT_GRACE_S = 10.0
@@ -62,5 +62,5 @@ class TimedGeneration:
 def _asked(client: EngineClient, request: GenerationRequest) -> Coroutine[Any, Any, Generation]:
     ids = request.prompt.sampling_ids
     if request.num_scored:
-        return client.score(ids, request.num_scored, request.id)
-    return client.generate(ids, request.sampling, request.id)
+        return client.score(ids, request.num_scored, request.id, priority=PRIORITY_IN_ENGINE[request.priority])
+    return client.generate(ids, request.sampling, request.id, priority=PRIORITY_IN_ENGINE[request.priority])

@@ -1,7 +1,7 @@
 """The broker's records of a running completion and of its engine."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -15,6 +15,9 @@ Outcome = TypeVar("Outcome")
 
 Priority = Literal["training", "evolution"]
 """Training goes first; evolution takes the slots that training leaves idle."""
+
+PRIORITY_IN_ENGINE: Mapping[Priority, int] = {"training": 1, "evolution": 0}
+"""In an engine's own queue, where a higher number goes first and takes KV cache from a lower one."""
 
 PRIORITIES: tuple[Priority, ...] = ("training", "evolution")
 EVERYONE: frozenset[Priority] = frozenset(PRIORITIES)

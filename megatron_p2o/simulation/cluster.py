@@ -119,7 +119,7 @@ class SimulatedCluster:
             length_of,
             cache_tokens=cache_tokens,
             max_running=self._config.rollout.max_running_requests,
-            has_priorities=False,  # the arguments of an engine do not switch them on
+            has_priorities=self._config.evolution.enabled,
         )
         self.engines.append(engine)
         return cast(EngineClient, engine)  # it has of it what the broker uses

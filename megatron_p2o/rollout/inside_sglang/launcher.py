@@ -35,6 +35,19 @@ from megatron_p2o.config.suggestions import did_you_mean
 EXIT_BAD_ARGUMENT = 78
 """sysexits.h EX_CONFIG: the last line of the log names the setting."""
 
+PRIORITY_FIELDS = (
+    "enable_priority_scheduling",
+    "priority_scheduling_preemption_threshold",
+    "default_priority_value",
+    "retraction_policy",
+)
+"""What an engine is given when training goes before evolution."""
+
+NO_PRIORITIES = (
+    "the installed SGLang cannot put training before evolution: install the version of requirements/, unset "
+    "SGLANG_PLUGINS, or set evolution.enabled to false"
+)
+
 PARENT_POLL_S = 1.0
 
 MAPPED_SHARED_MEMORY = re.compile(r" (\d+) +/dev/shm/")
@@ -63,12 +76,24 @@ def main() -> None:
     if problems:
         print("; ".join(problems), file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_ARGUMENT)
+    if arguments.get("enable_priority_scheduling") and not preempts():
+        print(NO_PRIORITIES, file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_ARGUMENT)
     if arguments.get("device") == "cpu":
         fork_children()
     try:
         run_server(ServerArgs(**arguments))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def preempts() -> bool:
+    """Return whether SGLang has taken the plugin by which training preempts evolution; after `server_fields`."""
+    try:
+        from megatron_p2o.rollout.inside_sglang.preemption import is_in_place
+    except (ImportError, AttributeError):  # an SGLang whose scheduler is another
+        return False
+    return is_in_place()
 
 
 def fork_children() -> None:
@@ -106,6 +131,9 @@ def server_fields() -> dict[str, ServerField]:
 def argument_problems(arguments: Mapping[str, Any], fields: Mapping[str, ServerField]) -> list[str]:
     """Return a sentence for each argument that the server does not have, or whose value it does not take."""
     problems: list[str] = []
+    if missing := [name for name in PRIORITY_FIELDS if name in arguments and name not in fields]:
+        problems.append(f"{NO_PRIORITIES} (it has no {', '.join(missing)})")
+        arguments = {name: value for name, value in arguments.items() if name not in PRIORITY_FIELDS}
     for name, value in arguments.items():
         if name in fields:
             rule = _broken_rule(value, fields[name])

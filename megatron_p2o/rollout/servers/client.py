@@ -88,12 +88,18 @@ class EngineClient:
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
     async def generate(
-        self, token_ids: TokenIds, sampling: SamplingParams, request_id: str, timeout_s: float | None = None
+        self,
+        token_ids: TokenIds,
+        sampling: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> Generation:
         """Sample one continuation.
 
-        `sampling.seed` is honoured by servers with `enable_deterministic_inference`. Without `timeout_s` it is for the
-        caller to give up.
+        `sampling.seed` is honoured by servers with `enable_deterministic_inference`, `priority` (higher goes first) by
+        those with `enable_priority_scheduling`. Without `timeout_s` it is for the caller to give up.
 
         Raises:
             TimeoutError: no answer within `timeout_s`; the server may still be at work on it, see `abort`.
@@ -113,10 +119,11 @@ class EngineClient:
             "input_ids": token_ids.tolist(),
             "sampling_params": parameters,
             "return_logprob": True,
+            "priority": priority,
         }
         return parse_generation(await self._post("/generate", request, self._user, timeout_s))
 
-    async def score(self, token_ids: TokenIds, num_scored: int, request_id: str) -> Generation:
+    async def score(self, token_ids: TokenIds, num_scored: int, request_id: str, *, priority: int = 0) -> Generation:
         """Return the last `num_scored` tokens with their log-probs given those before, at temperature 1: one prefill.
 
         It is for the caller to give up. Raises what `generate` raises.
@@ -128,6 +135,7 @@ class EngineClient:
             "return_logprob": True,
             # Of the token at the start SGLang gives none.
             "logprob_start_len": len(token_ids) - num_scored - 1,
+            "priority": priority,
         }
         return parse_scores(await self._post("/generate", request, self._user, None), token_ids[-num_scored:])
 

@@ -14,6 +14,8 @@ HOST = "127.0.0.1"
 """Servers are never reachable from another machine: SGLang's weight routes and ZMQ sockets trust their callers."""
 
 CPU_SITE = Path(__file__).parents[1] / "inside_sglang" / "cpu_site"
+ENGINE_SITE = CPU_SITE.with_name("engine_site")
+"""On the path of engines with priorities: names the plugin `preemption` to SGLang."""
 
 TORCHRUN_VARIABLES = re.compile(
     r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|TORCH_NCCL_\w+"
@@ -49,6 +51,8 @@ def engine_environment(arguments: Mapping[str, Any], scratch: Path, own_port: in
         # The trainer holds more of some GPUs than of others, which SGLang would take for foreign processes and refuse.
         "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
     }
+    if arguments.get("enable_priority_scheduling"):
+        environment |= _with_search_path(ENGINE_SITE, environment)
     if arguments.get("enable_memory_saver"):
         environment = _for_memory_saver(environment)
     if arguments.get("device") == "cpu":
@@ -71,9 +75,8 @@ def _for_memory_saver(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _for_cpu(environment: Mapping[str, str], num_ranks: int) -> dict[str, str]:
     """Return the variables with which SGLang serves without a GPU."""
-    search_path = [str(CPU_SITE), *filter(None, [environment.get("PYTHONPATH")])]
     variables = {
-        "PYTHONPATH": os.pathsep.join(search_path),
+        **_with_search_path(CPU_SITE, environment),
         "SGLANG_USE_CPU_ENGINE": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",  # more threads spin against the trainer for the same cores
@@ -83,6 +86,11 @@ def _for_cpu(environment: Mapping[str, str], num_ranks: int) -> dict[str, str]:
         bound = [str(core) for core in itertools.islice(cores, num_ranks)]
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
     return variables
+
+
+def _with_search_path(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable that has Python look into `folder` first."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])}
 
 
 def cuda_runtime_folders() -> list[str]:

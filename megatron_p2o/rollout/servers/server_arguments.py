@@ -40,6 +40,16 @@ MEMORY_SAVER = "torch_memory_saver"
 CPU_KV_TOKENS = 65536
 """KV cache on a machine without CUDA when `rollout.max_total_tokens` is not set: SGLang would take 30 % of memory."""
 
+PRIORITY_ARGUMENTS: Mapping[str, Any] = {
+    "enable_priority_scheduling": True,
+    "priority_scheduling_preemption_threshold": 0,  # one level above is enough
+    "default_priority_value": 0,
+}
+"""Arguments of an engine that samples for training and for evolution; the priorities come with the requests."""
+
+POLICIES_WITH_PRIORITIES = ("fcfs", "lof")
+"""Values of `schedule_policy` with which SGLang honours priorities."""
+
 DECIDED_BY: Mapping[str, str] = {
     "model_path": "model.path",
     "dtype": "model.dtype",
@@ -49,6 +59,7 @@ DECIDED_BY: Mapping[str, str] = {
     "random_seed": "run.seed",
     "enable_deterministic_inference": "rollout.deterministic",
     "enable_memory_saver": "rollout.release_memory",
+    **dict.fromkeys((*PRIORITY_ARGUMENTS, "schedule_low_priority_values_first"), "evolution.enabled"),
 }
 """Server arguments that other settings decide."""
 
@@ -92,6 +103,7 @@ def server_arguments(config: Config, place: EnginePlace, num_gpus: int) -> dict[
     """
     given = _given_arguments(config)
     rollout = config.rollout
+    has_priorities = config.evolution.enabled
     first_gpu = {"base_gpu_id": place.slot * rollout.tensor_parallel % num_gpus} if num_gpus else {}
     return {
         **first_gpu,
@@ -99,7 +111,9 @@ def server_arguments(config: Config, place: EnginePlace, num_gpus: int) -> dict[
         "skip_tokenizer_init": True,
         "grammar_backend": "none",
         "log_level_http": "warning",
+        **({"retraction_policy": "priority"} if has_priorities else {}),
         **given,
+        **(PRIORITY_ARGUMENTS if has_priorities else {}),
         "model_path": config.model.path,
         "dtype": config.model.dtype,
         "tp_size": rollout.tensor_parallel,
@@ -165,6 +179,12 @@ def _given_arguments(config: Config) -> dict[str, Any]:
     for name, setting in DECIDED_BY.items():
         if name in given:
             raise ValueError(f"sglang.{name} is decided by {setting}: set that instead")
+    policy = given.get("schedule_policy", POLICIES_WITH_PRIORITIES[0])
+    if config.evolution.enabled and policy not in POLICIES_WITH_PRIORITIES:
+        raise ValueError(
+            f"sglang.schedule_policy={policy} must be {' or '.join(POLICIES_WITH_PRIORITIES)} with "
+            "evolution.enabled=true, because SGLang puts training before evolution under these alone: leave it out"
+        )
     return given
 
 

@@ -27,12 +27,14 @@ class FakeClient:
         self.permits = asyncio.Semaphore(0)
         self.served: list[int] = []
         self.aborted: list[str] = []
+        self.priorities: list[int] = []
         self.num_running = self.most_running = 0
         self.is_gone = self.ignores_abort = self.is_hung = False
         self.stopping: dict[str, asyncio.Event] = {}
         self.logprobs = np.zeros(1, np.float32)
 
-    async def generate(self, token_ids, sampling, request_id) -> Generation:
+    async def generate(self, token_ids, sampling, request_id, *, priority) -> Generation:
+        self.priorities.append(priority)
         if token_ids[0] < 0:
             raise RequestRefused("400 no") if token_ids[0] == -1 else EngineRefused("401 no key")
         self.num_running += 1
@@ -138,6 +140,15 @@ def test_a_completion_carries_what_the_engine_sampled() -> None:
     assert completion.token_ids.tolist() == [8]
     assert completion.finish_reason == "stop"
     assert completion.weight_versions == (3,)
+
+
+def test_an_engine_is_told_which_of_its_requests_go_first() -> None:
+    with broker_with() as (broker, (client,)):
+        client.release()
+        broker.submit(prompt(7), SAMPLING, "evolution").result(WAIT_S)
+        broker.submit(prompt(8), SAMPLING, "training").result(WAIT_S)
+    evolution, training = client.priorities
+    assert training > evolution, "the higher number goes first in SGLang"
 
 
 @pytest.mark.parametrize("logprob", [np.nan, -np.inf, np.inf, 0.01])

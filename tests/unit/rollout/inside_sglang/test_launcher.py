@@ -5,6 +5,7 @@ from typing import Annotated
 import pytest
 
 from megatron_p2o.rollout.inside_sglang.launcher import ServerField, argument_problems
+from megatron_p2o.rollout.servers.server_arguments import PRIORITY_ARGUMENTS
 
 FIELDS = {"dtype": ServerField(str), "max_running_requests": ServerField(int | None)}
 
@@ -34,3 +35,10 @@ def test_an_unknown_argument_is_named_with_its_nearest() -> None:
 def test_an_argument_of_another_type_or_choice_is_named(field: ServerField, value: object, rule: str | None) -> None:
     expected = [] if rule is None else [f"sglang.x={value} {rule}"]
     assert argument_problems({"x": value}, {"x": field}) == expected
+
+
+def test_an_sglang_without_priorities_is_told_by_its_name_not_by_its_arguments() -> None:
+    found = argument_problems({"dtype": "auto", **PRIORITY_ARGUMENTS}, FIELDS)
+    assert len(found) == 1
+    assert found[0].startswith("the installed SGLang cannot put training before evolution: install the version of")
+    assert found[0].endswith(f"(it has no {', '.join(PRIORITY_ARGUMENTS)})")

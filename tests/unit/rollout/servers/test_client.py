@@ -37,7 +37,7 @@ def ask(handler: Handler, sampling: SamplingParams = SAMPLING, timeout_s: float 
         port = runner.addresses[0][1]
         client = EngineClient(f"http://127.0.0.1:{port}", "user", "admin", [2, 7], answer_timeout_s=10)
         try:
-            return await client.generate(PROMPT, sampling, "id-1", timeout_s)
+            return await client.generate(PROMPT, sampling, "id-1", priority=1, timeout_s=timeout_s)
         finally:
             await client.close()
             await runner.cleanup()
@@ -58,7 +58,7 @@ def answering(requests: list[tuple[dict[str, Any], str]]) -> Handler:
     return handler
 
 
-def test_a_request_carries_tokens_sampling_and_the_key() -> None:
+def test_a_request_carries_tokens_sampling_priority_and_the_key() -> None:
     requests: list[tuple[dict[str, Any], str]] = []
     generation = ask(answering(requests))
     assert generation.token_ids.tolist() == [9]
@@ -74,6 +74,7 @@ def test_a_request_carries_tokens_sampling_and_the_key() -> None:
                     "stop_token_ids": [2, 7],
                 },
                 "return_logprob": True,
+                "priority": 1,
             },
             "Bearer user",
         )
@@ -151,7 +152,7 @@ def test_a_refused_connection_means_the_engine_is_gone() -> None:
                 f"http://127.0.0.1:{nobody_listens.getsockname()[1]}", "user", "admin", [], answer_timeout_s=10
             )
             try:
-                await client.generate(PROMPT, SAMPLING, "id-1", 10)
+                await client.generate(PROMPT, SAMPLING, "id-1", timeout_s=10)
             finally:
                 await client.close()
 

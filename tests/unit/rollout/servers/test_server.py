@@ -3,12 +3,21 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
+from megatron_p2o.config.tree import (
+    Config,
+    DataConfig,
+    EvolutionConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    one_task,
+)
 from megatron_p2o.rollout.servers.client import parse_generation
 from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.rollout.servers.server import EngineServer, reserve_port
@@ -58,6 +67,25 @@ def test_engines_are_deterministic_as_set_or_else_without_gpus(
     assert is_deterministic(config, num_gpus) == expected
     arguments = server_arguments(config, PLACE, num_gpus)
     assert arguments["enable_deterministic_inference"] == expected
+
+
+def test_engines_that_serve_evolution_put_training_first() -> None:
+    shared = server_arguments(config_with(), PLACE, num_gpus=0)
+    assert shared["enable_priority_scheduling"] is True
+    assert shared["priority_scheduling_preemption_threshold"] == 0
+    assert shared["retraction_policy"] == "priority"
+    alone = server_arguments(replace(config_with(), evolution=EvolutionConfig(enabled=False)), PLACE, num_gpus=0)
+    assert not {"enable_priority_scheduling", "retraction_policy"} & alone.keys()
+
+
+def test_an_order_of_requests_without_priorities_is_refused_beside_evolution() -> None:
+    longest_prefix = config_with({"schedule-policy": "lpm"})
+    with pytest.raises(ValueError, match=r"sglang\.schedule_policy=lpm must be fcfs or lof .*leave it out"):
+        server_arguments(longest_prefix, PLACE, num_gpus=0)
+    without = replace(longest_prefix, evolution=EvolutionConfig(enabled=False))
+    assert server_arguments(without, PLACE, num_gpus=0)["schedule_policy"] == "lpm"
+    with pytest.raises(ValueError, match=r"sglang\.enable_priority_scheduling is decided by evolution\.enabled"):
+        server_arguments(config_with({"enable_priority_scheduling": False}), PLACE, num_gpus=0)
 
 
 def test_engines_on_gpus_follow_each_other() -> None:
