@@ -1,5 +1,6 @@
 """The same calls under every parallel layout give what one plain process gives."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,34 @@ def test_training_continues_from_a_checkpoint_of_another_layout(tmp_path: Path):
                 for name, tensor in theirs.items():
                     tolerance = 0.0 if loaded == saved else 1e-5
                     np.testing.assert_allclose(ours[name], tensor, rtol=0, atol=tolerance, err_msg=f"{case}: {name}")
+
+
+PADDED = {
+    # The embedding that both stages hold has a bucket of its own, behind a padded one.
+    "tied, pipeline": ({"pipeline": 2}, {}),
+    "small buckets": ({"data": 2}, {"overlap_grad_reduce": True, "bucket_size": 3000}),
+}
+
+
+def test_state_behind_a_padded_bucket_of_gradients_is_saved_where_it_belongs(tmp_path: Path):
+    directory = write_tiny_qwen3(tmp_path / "model", vocab_size=VOCAB_SIZE, num_layers=2, tie_embeddings=True)
+    configs = [
+        replace(policy_config(directory, parallel=ParallelConfig(**layout, distributed_optimizer=True)), megatron=more)
+        for layout, more in PADDED.values()
+    ]
+
+    def save_and_load() -> list[Any]:
+        folders = [tmp_path / str(number) for number in range(len(configs))]
+        return [
+            (saved_and_continued(*each), loaded_and_continued(*each)) for each in zip(configs, folders, strict=True)
+        ]
+
+    results = run_gloo_ranks(save_and_load, 2)[0]
+    for name, (expected, resumed) in zip(PADDED, results, strict=True):
+        assert resumed["numbers"] == expected["numbers"], name
+        for ours, theirs in zip(resumed["weights"], expected["weights"], strict=True):
+            for weight, tensor in theirs.items():
+                np.testing.assert_array_equal(ours[weight], tensor, f"{name}: {weight}")
 
 
 def test_weights_of_later_stages_reach_rank_0_even_when_the_first_iteration_is_cut_short(tmp_path: Path):

@@ -1,9 +1,10 @@
 """Weights, optimizer state and schedule on disk, by megatron-core's distributed checkpointing."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -229,8 +230,33 @@ def _read(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _state(models: Sequence[PolicyModel], optimization: Optimization, *, is_loading: bool) -> dict[str, Any]:
     weights = _weights(models)
-    optimizer = optimization.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_metadata())
+    with _without_padding(optimization):
+        optimizer = optimization.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_metadata())
     return {"model": weights, "optimizer": optimizer, "scheduler": optimization.scheduler.state_dict()}
+
+
+@contextmanager
+def _without_padding(optimization: Optimization) -> Iterator[None]:
+    """Have a parameter's place in its buffer count no padding of the buckets before it.
+
+    megatron-core gathers what the ranks hold of a buffer without the padding, but takes a parameter's part by its place
+    with it: behind a padded bucket Adam would be given the state of others after a resume.
+    """
+    padded = [(buffer, buffer.param_index_map) for each in _sharded_optimizers(optimization) for buffer in each.buffers]
+    for buffer, places in padded:
+        shifts, num_before = [], 0
+        for bucket in buffer.buckets:
+            shifts.append(bucket.offset - num_before)
+            num_before += bucket.numel_unpadded
+        buffer.param_index_map = {
+            parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+            for parameter, (start, end, bucket) in places.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in padded:
+            buffer.param_index_map = places
 
 
 def _weights(models: Sequence[PolicyModel]) -> dict[str, Any]:
@@ -254,15 +280,18 @@ def _optimizers(optimization: Optimization) -> list[Any]:
     return list(getattr(optimization.optimizer, "chained_optimizers", [optimization.optimizer]))
 
 
+def _sharded_optimizers(optimization: Optimization) -> list[distrib_optimizer.DistributedOptimizer]:
+    """Return those of which each data-parallel rank has a share."""
+    optimizers = _optimizers(optimization)
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, distrib_optimizer.DistributedOptimizer)]
+
+
 def _torch_sharded_optimizers(optimization: Optimization) -> list[distrib_optimizer.DistributedOptimizer]:
     """Return the distributed ones that run torch's Adam, whose state megatron-core does not fully load.
 
     Empty where Transformer Engine or Apex has a fused one.
     """
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return []
-    optimizers = _optimizers(optimization)
-    return [optimizer for optimizer in optimizers if isinstance(optimizer, distrib_optimizer.DistributedOptimizer)]
+    return [] if distrib_optimizer.HAVE_APEX_OR_TE else _sharded_optimizers(optimization)
 
 
 def _fill_adam_state(optimization: Optimization) -> None:
