@@ -9,10 +9,11 @@ from typing import Protocol
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import Policy, PromptEvolution, RoundInterrupted, TemplateLibrary
-from megatron_p2o.rl.grouping import chunks, make_groups, most_informative, num_informative
+from megatron_p2o.rl.grouping import divided, make_groups, most_informative, num_informative
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
+from megatron_p2o.rl.hints import given_templates
 from megatron_p2o.rl.objective import samples_plainly
-from megatron_p2o.rl.sampling import SamplingParts, asked, rollout_sampling, sample_and_grade, templates_of
+from megatron_p2o.rl.sampling import SamplingParts, asked, rollout_sampling, sample_and_grade
 from megatron_p2o.rl.teaching import with_teaching
 from megatron_p2o.rl.update import update
 from megatron_p2o.types import PLAIN, Group, Problem, UpdateReport
@@ -91,7 +92,7 @@ def p2o_step(
         num_batches += 1
 
     # What a group nearly always fails is work for the next evolution.
-    hard = hard_problems(groups, config.hard.max_solved, config.hard.counted)
+    hard = hard_problems(groups, config.hard, config.rollout.group_size)
 
     # From here to the refresh a GPU that trainer and engine share is the trainer's.
     parts.engines.release_memory()
@@ -109,21 +110,22 @@ def sampled_groups(
     problems: Sequence[Problem], state: TrainState, ledger: HardSampleLedger, parts: Parts, config: Config
 ) -> list[Group]:
     """Return the graded and credited rollouts of each problem."""
-    # Sample y ~ pi(. | x, z): a hard problem is asked through its templates, every other one plainly.
+    # Sample y ~ pi(. | x, z): a hard problem is asked through its templates or hints, every other one plainly.
     asked_plainly = samples_plainly(config.objective.context)
-    templates = [
-        (problem, template)
-        for problem in problems
-        for template in templates_of(problem, state.library, config.rollout.group_size)
+    templates = [given_templates(problem, state.library, ledger, config) for problem in problems]
+    prompts = [
+        asked(problem, PLAIN if asked_plainly else template, parts.renderer)
+        for problem, given in zip(problems, templates, strict=True)
+        for template in given
     ]
-    prompts = [asked(problem, PLAIN if asked_plainly else template, parts.renderer) for problem, template in templates]
     rollouts = sample_and_grade(prompts, rollout_sampling(config, state.step), parts)
     if asked_plainly:
-        rollouts = with_teaching(rollouts, [template for _, template in templates], parts, config.rollout.temperature)
+        teachers = [template for given in templates for template in given]
+        rollouts = with_teaching(rollouts, teachers, parts, config.rollout.temperature)
 
     # Credit each rollout against its siblings.
     return make_groups(
-        chunks(rollouts, config.rollout.group_size),
+        divided(rollouts, map(len, templates)),
         config.advantage,
         [ledger.plain_reward(problem.id) for problem in problems],
     )

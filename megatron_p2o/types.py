@@ -46,6 +46,8 @@ class Problem:
     """Data set or generator family it came from."""
     level: str = ""
     """Difficulty label of the source, used only to report rewards by level."""
+    hints: tuple[str, ...] = ()
+    """What its row tells of the way to the answer, from the weakest to the strongest (`data.hints_field`)."""
     task: str = ""
     """Name of its task under `data.train`; "" where it is of none."""
     system_prompt: str = ""

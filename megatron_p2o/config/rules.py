@@ -150,6 +150,7 @@ def _optimizer_rules(optimizer: OptimizerConfig) -> list[Rule]:
 
 def _task_rules(config: Config) -> list[Rule]:
     data = config.data
+    hinted = {name: data.of_task(name).hints_field for name in data.train}
     formats = {f"data.train.{name}": task.question_format for name, task in data.train.items() if task.question_format}
     return [
         *(
@@ -159,6 +160,14 @@ def _task_rules(config: Config) -> list[Rule]:
                 f"{ONLY_TASK}, which a single path has: it names metrics",
             )
             for name in data.train
+        ),
+        *(
+            (
+                column is None or not config.evolution.enabled,
+                f"data.train.{name} has hints_field={column}, and evolution.enabled=true gives its problems templates, "
+                "too: set evolution.enabled to false, or leave the hints out",
+            )
+            for name, column in hinted.items()
         ),
         *(
             ("{question}" in form, f"{name}.question_format must contain {{question}}")
@@ -222,6 +231,11 @@ def _run_rules(config: Config) -> list[Rule]:
 
 def _process_rules(config: Config) -> list[Rule]:
     return [
+        (
+            config.evolution.templates_file is None or config.evolution.plain_rollouts is None,
+            f"evolution.plain_rollouts={config.evolution.plain_rollouts} and evolution.templates_file="
+            f"{config.evolution.templates_file} both take the place of a search: leave one of them out",
+        ),
         (
             not config.parallel.sequence or config.parallel.tensor > 1,
             "parallel.sequence=true needs parallel.tensor > 1: leave it out",

@@ -43,10 +43,13 @@ class Columns:
     question: str
     answer: str | None
     """None: the problems have no gold answer."""
+    hints: str | None = None
+    """None: no hints are used."""
 
     def __str__(self) -> str:
         answer = "none" if self.answer is None else f"`{self.answer}`"
-        return f"question `{self.question}`, gold answer {answer}, id `{self.id}` or a hash of the question"
+        hints = "" if self.hints is None else f", hints `{self.hints}`"
+        return f"question `{self.question}`, gold answer {answer}, id `{self.id}` or a hash of the question{hints}"
 
 
 def columns_of(path: Path, data: DataConfig) -> Columns:
@@ -67,6 +70,7 @@ def columns_of(path: Path, data: DataConfig) -> Columns:
         id=data.id_field,
         question=_found(first, QUESTION_FIELDS) if data.question_field == AUTO else data.question_field,
         answer=_found(first, ANSWER_FIELDS) if data.answer_field == AUTO else data.answer_field or None,
+        hints=data.hints_field,
     )
 
 
@@ -110,6 +114,32 @@ def text_at(row: Mapping[str, object], name: str, setting: str) -> str:
     if not value.strip():
         raise BadRowError(f"{name} is blank")
     return encodable(value, name)
+
+
+def hints_at(row: Mapping[str, object], name: str) -> tuple[str, ...]:
+    """Return the hints in a column, a text or a list of texts, also as JSON; none where it is missing or empty.
+
+    Raises:
+        BadRowError: it holds something else, or a blank text among others.
+    """
+    value = field_at(row, name)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _list_in(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ()
+    hints = cast(list[object], value) if isinstance(value, list) else [value]
+    for hint in hints:
+        if not isinstance(hint, str) or not hint.strip():
+            raise BadRowError(f"{name}={value!r:.80} must be a text, or a list of texts that are not blank")
+    return tuple(encodable(cast(str, hint), name).strip() for hint in hints)
+
+
+def _list_in(text: str) -> object:
+    """Return the list that a text is as JSON; the text where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def asked_at(row: Mapping[str, object], name: str) -> tuple[str, str]:

@@ -7,7 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_p2o.config.tree import DataConfig
-from megatron_p2o.data.columns import TOOL_FIELD, Columns, asked_at, check_media, columns_of, field_at, text_at
+from megatron_p2o.data.columns import (
+    TOOL_FIELD,
+    Columns,
+    asked_at,
+    check_media,
+    columns_of,
+    field_at,
+    hints_at,
+    text_at,
+)
 from megatron_p2o.data.raw_rows import BadRowError, parsed, raw_rows
 from megatron_p2o.records import to_json
 from megatron_p2o.terminal import listed
@@ -124,6 +133,7 @@ def _problem(raw_row: object, columns: Columns, data: DataConfig, task: str) -> 
         id=text_at(row, columns.id, "data.id_field") if has_id else question_id(question),
         question=question,
         answer=answer,
+        hints=() if columns.hints is None else hints_at(row, columns.hints),
         task=task,
         system_prompt=system or data.system_prompt,
         source=_label(row, "source") or _label(row, "data_source"),

@@ -79,6 +79,8 @@ def rollout_bytes(config: Config, num_steps: int) -> int:
     if every == 0:
         return 0
     num_rollouts = num_steps // every * config.schedule.problems_per_step * config.rollout.group_size
+    if config.evolution.enabled and config.evolution.plain_rollouts is not None:
+        num_rollouts += config.evolution.plain_rollouts * config.schedule.epochs
     return num_rollouts * (ROW_BYTES + TOKEN_BYTES * config.rollout.max_new_tokens)
 
 
@@ -130,7 +132,7 @@ def _look_at_time(config: Config, environment: Mapping[str, str], now: float, fo
     left_s = int(end) - now
     found.lines.append(f"time: {left_s / 60:.0f} minutes are left of the job")
     evolution = config.evolution
-    if evolution.enabled and not evolution.beside_training and evolution.round_timeout_s > left_s:
+    if evolution.searches and not evolution.beside_training and evolution.round_timeout_s > left_s:
         found.lines.append(
             f"time may become short: training waits for rounds of up to evolution.round_timeout_s="
             f"{evolution.round_timeout_s:g} s; a round that the job's end cuts off goes on in the next job"

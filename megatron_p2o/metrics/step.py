@@ -25,6 +25,7 @@ templated rollouts in a plain step) is left out rather than reported as zero.
     hard/helped_share, hard/hurt_share  problems of the step tried with and without a template
     hard/first_solved_by_template_share problems tried so far
     hard/internalised_share             problems first solved by a template: solved plainly since
+    hint/level_mean                     problems of the step that were asked through a hint
     mismatch/*_mean                     tokens of plain rollouts with an advantage: engine and trainer, same prompt
     mismatch/importance_capped_share    tokens with an importance weight: it was truncated at logprobs.importance_cap
 
@@ -34,12 +35,11 @@ templated rollouts in a plain step) is left out rather than reported as zero.
 from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_p2o.config.shape import ONLY_TASK
-from megatron_p2o.interfaces import TemplateLibrary
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, helped_and_hurt
 from megatron_p2o.rl.objective import total_stats
 from megatron_p2o.rl.teaching import teachings_of
-from megatron_p2o.types import ContextShift, Group, Problem, Rollout, RolloutKey, UpdateReport
+from megatron_p2o.types import ContextShift, Group, Problem, Rollout, RolloutKey, Template, UpdateReport
 
 
 def step_metrics(
@@ -251,11 +251,27 @@ def ledger_metrics(ledger: HardSampleLedger) -> dict[str, MetricValue]:
     }
 
 
-def asked_plainly_metrics(groups: Sequence[Group], library: TemplateLibrary) -> dict[str, MetricValue]:
-    """Return how many rollouts were asked plainly because their template made the prompt too long."""
+def asked_plainly_metrics(groups: Sequence[Group], given: Sequence[Sequence[Template]]) -> dict[str, MetricValue]:
+    """Return how many rollouts were asked plainly because their template, `given` to each, made the prompt too long."""
     num_templated = sum(rollout.completion.prompt.is_templated for group in groups for rollout in group.rollouts)
-    num_assigned = sum(template.text != "" for group in groups for template in library.assigned(group.problem))
+    num_assigned = sum(template.text != "" for templates in given for template in templates)
     return {"rollout/asked_plainly_count": Sum(num_assigned - num_templated)}
+
+
+def hint_metrics(problems: Sequence[Problem], levels: Sequence[int]) -> dict[str, MetricValue]:
+    """Return how many problems of a step were asked through hints and of which level, and how many needed one and have
+    none.
+
+    Args:
+        levels: that each problem needs; 0: none.
+    """
+    needed = [(level, len(problem.hints)) for problem, level in zip(problems, levels, strict=True) if level]
+    used = [min(level, num_hints) for level, num_hints in needed if num_hints]
+    return {
+        "hint/problems_count": Sum(len(used)),
+        "hint/missing_count": Sum(len(needed) - len(used)),
+        "hint/level_mean": Mean.of(used),
+    }
 
 
 def epoch_metrics(hard: Sequence[Problem], is_round_skipped: bool | None) -> dict[str, MetricValue]:

@@ -1,6 +1,7 @@
 """Makes training samples from graded rollouts: groups, their credit, and the rollouts with a gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from math import nan
 from typing import TypeVar, assert_never
 
@@ -118,6 +119,13 @@ def most_informative(groups: Sequence[Group], size: int) -> list[Group]:
     """Return `size` groups in the order they were asked: those that carry a gradient first, then any."""
     by_use = sorted(range(len(groups)), key=lambda index: not has_gradient(groups[index]))
     return [groups[index] for index in sorted(by_use[:size])]
+
+
+def divided(items: Sequence[Item], sizes: Iterable[int]) -> list[Sequence[Item]]:
+    """Return `items` in consecutive parts of these sizes, which add up to their number."""
+    ends = list(accumulate(sizes, initial=0))
+    assert ends[-1] == len(items), f"{len(items)} items do not split into parts that end at {ends[1:]}"
+    return [items[start:end] for start, end in pairwise(ends)]
 
 
 def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
+from megatron_p2o.config.tree import HardConfig
 from megatron_p2o.records import from_json
 from megatron_p2o.types import Group, Problem, Rollout
 
@@ -11,27 +12,13 @@ MASTERED_RATE = 0.5
 """Plain success rate from which a problem counts as mastered."""
 
 
-def hard_problems(groups: Iterable[Group], max_solved: int, counted: Literal["plain", "all"]) -> list[Problem]:
-    """Return the problems of which at most `max_solved` rollouts in a full group were solved.
+def hard_problems(groups: Iterable[Group], hard: HardConfig, group_size: int) -> list[Problem]:
+    """Return the problems that their groups solved at a rate of at most `hard.max_solved` in `group_size` rollouts.
 
     A group decides by its plain rollouts ("plain": arXiv:2603.21877, Eq. 3; a group without any decides by all) or by
     all of them ("all": Alg. 1 and the authors' code). Undecided rollouts count neither way.
     """
-    return [group.problem for group in groups if _is_hard(group, max_solved, counted)]
-
-
-def _is_hard(group: Group, max_solved: int, counted: Literal["plain", "all"]) -> bool:
-    tried = [rollout for rollout in group.rollouts if rollout.is_decided]
-    plain = [rollout for rollout in tried if not rollout.completion.prompt.is_templated]
-    match counted:
-        case "plain":
-            deciding = plain or tried
-        case "all":
-            deciding = tried
-        case _:
-            assert_never(counted)
-    num_solved = sum(rollout.is_solved for rollout in deciding)
-    return bool(deciding) and num_solved * len(group.rollouts) <= max_solved * len(deciding)
+    return [group.problem for group in groups if is_hard(ledger_entry(group, epoch=0, step=0), hard, group_size)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +38,21 @@ class LedgerEntry:
     @property
     def plain_reward_sum(self) -> float:
         return self.plain_solved if self.plain_reward is None else self.plain_reward
+
+
+def is_hard(entry: LedgerEntry, hard: HardConfig, group_size: int) -> bool:
+    """Return whether a group's counts make its problem hard; see `hard_problems`."""
+    num_tried, num_solved = entry.plain_tries, entry.plain_solved
+    match hard.counted:
+        case "plain":
+            counts_all = num_tried == 0
+        case "all":
+            counts_all = True
+        case _:
+            assert_never(hard.counted)
+    if counts_all:
+        num_tried, num_solved = num_tried + entry.templated_tries, num_solved + entry.templated_solved
+    return num_tried > 0 and num_solved * group_size <= hard.max_solved * num_tried
 
 
 def entry_from(line: Mapping[str, Any]) -> LedgerEntry:

@@ -36,18 +36,25 @@ def rollout_sampling(config: Config, step: int) -> SamplingParams:
 
 
 def templates_of(problem: Problem, library: TemplateLibrary, group_size: int) -> Sequence[Template]:
-    """Return the template of each rollout of `problem`: those evolved for it, or none at all.
+    """Return the template of each rollout of `problem`: those assigned to it, or none at all.
 
     Raises:
         ValueError: the library was made for groups of another size (a run resumed with changed settings).
     """
     templates = library.assigned(problem) or (PLAIN,) * group_size
-    if len(templates) != group_size:
+    if not fits_group(templates, group_size):
         raise ValueError(
             f"rollout.group_size={group_size} but library {library.version} gives {problem.id!r} {len(templates)} "
             "templates, one per rollout: resume with the group size the library was made for"
         )
     return templates
+
+
+def fits_group(templates: Sequence[Template], group_size: int) -> bool:
+    """Whether a problem can be asked with these templates: one per rollout, or more plain rollouts than a group has
+    (`evolution.plain_rollouts`)."""
+    is_plain = not any(template.text for template in templates)
+    return len(templates) == group_size or (is_plain and len(templates) > group_size)
 
 
 def asked(problem: Problem, template: Template, renderer: PromptRenderer) -> Prompt:

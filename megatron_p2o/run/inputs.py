@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from megatron_p2o.config.rules import idle_settings
-from megatron_p2o.config.tree import Config, ScheduleConfig
+from megatron_p2o.config.tree import Config, DataConfig, ScheduleConfig
 from megatron_p2o.data.batches import epoch_batches
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
 from megatron_p2o.data.curriculum import weight_of
 from megatron_p2o.data.tables import missing_package
 from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
 from megatron_p2o.evolve.process.given import check_templates
+from megatron_p2o.evolve.reflection.leaks import leaked_answer
 from megatron_p2o.evolve.reflection.reflectors import check_settings
 from megatron_p2o.evolve.reflection.task_description import task_description_of
 from megatron_p2o.evolve.search.rules import rules_named
@@ -21,9 +22,14 @@ from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.sinks.registry import sink_problems
 from megatron_p2o.rewards.tasks import TaskGrader, rewards_line
 from megatron_p2o.rl.hard_samples import HardSampleLedger
+from megatron_p2o.rl.hints import uses_hints
 from megatron_p2o.rl.objective import loss_rule
 from megatron_p2o.rl.surrogate import check_surrogate
+from megatron_p2o.terminal import listed
 from megatron_p2o.types import PLAIN, Problem, TokenIds
+
+MAX_REPORTED = 20
+"""Problems that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +68,7 @@ def load_inputs(config: Config) -> Inputs:
     check_hard_set(config, num_asked(config.data, inputs.train))
     check_surrogate(config.objective, loss_rule(config.objective))
     check_evolution(config, inputs.train)
+    check_hints(config.data, inputs.train)
     return inputs
 
 
@@ -95,6 +102,7 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
         f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {schedule.epochs} epochs",
         planned_work(config, num_steps),
         *mix_lines(config.data, inputs.train),
+        *hint_lines(config.data, inputs.train),
         *(f"evaluation.{name}: {len(problems)} problems" for name, problems in inputs.evaluation.items()),
         f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens",
         f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",
@@ -187,6 +195,38 @@ def check_evolution(config: Config, train: Sequence[Problem]) -> None:
         check_settings(config.evolution.reflection)
 
 
+def check_hints(data: DataConfig, train: Sequence[Problem]) -> None:
+    """Raise `ValueError` for hints that tell the gold answer of their problem, naming each, and where a task that is to
+    have hints has none."""
+    leaks = [
+        f"problem {problem.id} ({problem.question:.40}): its hint {level} holds {problem.answer!r}, its gold answer"
+        for problem in train
+        for level, hint in enumerate(problem.hints, start=1)
+        if problem.answer is not None and leaked_answer(hint, [problem.answer]) is not None
+    ]
+    if leaks:
+        raise ValueError(f"hints must not tell the answer, take it out of {len(leaks)}: {listed(leaks, MAX_REPORTED)}")
+    hinted = {problem.task for problem in train if problem.hints}
+    for name in data.train:
+        column = data.of_task(name).hints_field
+        if column is not None and name not in hinted:
+            raise ValueError(
+                f"hints_field={column} names no column of {data.train[name].file} with hints: correct it, or leave it "
+                "out"
+            )
+
+
+def hint_lines(data: DataConfig, train: Sequence[Problem]) -> list[str]:
+    """Return how many problems have hints, as a line; none where no hints are used."""
+    if not uses_hints(data):
+        return []
+    counts = [len(problem.hints) for problem in train if problem.hints]
+    return [
+        f"hints: {len(counts)} of {len(train)} problems have them, at most {max(counts)} each; the other "
+        f"{len(train) - len(counts)} are always asked plainly"
+    ]
+
+
 def task_notice(config: Config, num_asked: Mapping[str, int]) -> list[str]:
     """Return one sentence for each of several tasks that never has enough hard problems for templates of its own."""
     if not config.evolution.enabled or len(num_asked) == 1:
@@ -221,9 +261,11 @@ def planned_work(config: Config, num_steps_per_epoch: int) -> str:
     is_cut = num_steps < num_steps_per_epoch * schedule.epochs
     limit = f", where schedule.max_steps={schedule.max_steps} ends it" if is_cut else ""
     num_tokens = num_rollouts * config.rollout.max_new_tokens
+    further = config.evolution.plain_rollouts if config.evolution.enabled else None
+    on_hard = f", and {further} further rollouts of hard problems an epoch" if further else ""
     return (
         f"whole run: {at_most}{num_steps} steps{limit}, {at_most}{num_rollouts} training rollouts of at most "
-        f"{num_tokens:,} tokens in all"
+        f"{num_tokens:,} tokens in all{on_hard}"
     )
 
 

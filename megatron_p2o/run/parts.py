@@ -11,6 +11,7 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import ChatRenderer
 from megatron_p2o.evolve.process.beside import BesideTraining
 from megatron_p2o.evolve.process.given import GivenTemplates
+from megatron_p2o.evolve.process.plain_rollouts import PlainRollouts
 from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.interfaces import PromptEvolution
 from megatron_p2o.machine.layout import num_gpus_of
@@ -126,8 +127,10 @@ def start_session(
 
 
 def evolution_of(session: EvolutionSession | None, config: Config) -> PromptEvolution | None:
-    """Return evolution as the algorithm sees it: waited for, beside training, or templates of a file; None is plain
+    """Return evolution as the algorithm sees it: waited for, beside training, or what takes its place; None is plain
     GRPO."""
+    if config.evolution.enabled and config.evolution.plain_rollouts is not None:
+        return PlainRollouts(config.evolution.plain_rollouts, config.rollout.group_size)
     if config.evolution.enabled and config.evolution.templates_file is not None:
         return GivenTemplates(config, Path(config.evolution.templates_file))
     return BesideTraining(session) if session is not None and config.evolution.beside_training else session

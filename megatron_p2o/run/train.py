@@ -35,7 +35,7 @@ from megatron_p2o.rollout.refresh.outlet import open_outlet
 from megatron_p2o.rollout.servers.remote import meet_daemons
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.run.conductor import conduct
-from megatron_p2o.run.inputs import load_inputs, unknown_tokens
+from megatron_p2o.run.inputs import hint_lines, load_inputs, unknown_tokens
 from megatron_p2o.run.parts import StartEngines
 from megatron_p2o.run.ranks.rank_errors import report_error
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before the weights, which take minutes: whatever is wrong with the problems is said in the first seconds.
     inputs = load_inputs(config) if os.environ.get("RANK", "0") == "0" and not options.evaluate else None
     if inputs is not None:
-        for line in column_lines(config.data):
+        for line in [*column_lines(config.data), *hint_lines(config.data, inputs.train)]:
             say(line)
         for notice in unknown_tokens(inputs):
             logger.warning(notice)

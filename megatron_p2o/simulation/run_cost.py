@@ -102,7 +102,7 @@ class RunCost:
 def run_cost(run: SimulatedRun, num_steps: int) -> RunCost:
     """Simulate `num_steps` steps without evolution, a round alone, and as many steps beside a round."""
     off = simulate(lambda loop: _steps(run, cluster_of(run, loop), num_steps))
-    if not run.config.evolution.enabled:
+    if not run.config.evolution.searches:
         return RunCost(off=off, alone=None, beside=None)
     return RunCost(
         off=off,

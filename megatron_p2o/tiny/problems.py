@@ -95,12 +95,14 @@ def pair_text(pair: Pair) -> str:
 
 
 def make_problem(family: Family, level: Level, start: Pair) -> Problem:
-    """Return the problem as it is asked: the family, one mark per step, the start pair."""
+    """Return the problem as it is asked: the family, one mark per step, the start pair. Its hints are one key phrase,
+    then both."""
     marks = " ".join("+" * NUM_STEPS[level])
     return Problem(
         id=f"{family.name}-{level}-{start[0]}-{start[1]}",
         question=f"{family.name} {marks} : {pair_text(start)}",
         answer=pair_text(worked_pairs(family, level, start)[-1]),
+        hints=(family.key_phrases[0], join_phrases(family.key_phrases)),
         source=family.name,
         level=level,
     )

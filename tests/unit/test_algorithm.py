@@ -425,6 +425,62 @@ def test_problems_their_plain_rollouts_fail_are_hard() -> None:
     assert run_step(reply, {"hard.counted": "all"}, templated).result.hard == PROBLEMS[2:]
 
 
+def test_a_problem_with_further_plain_rollouts_has_a_larger_group_and_its_siblings_their_own() -> None:
+    larger = {PROBLEMS[1].id: [PLAIN] * 7, PROBLEMS[2].id: [PLAIN] * 5}
+    step = run_step(settings={"schedule.problems_per_update": 4}, templates=larger)
+    assert [len(group.rollouts) for group in step.result.groups] == [4, 7, 5, 4]
+    for problem, group in zip(PROBLEMS, step.result.groups, strict=True):
+        assert {rollout.completion.prompt.problem.id for rollout in group.rollouts} == {problem.id}
+        rewards = [rollout.reward for rollout in group.rollouts]
+        assert group.advantages == pytest.approx(credits(rewards), abs=1e-6)
+    assert any(any(group.advantages) for group in step.result.groups[1:3]), "a group that shows nothing proves nothing"
+    (update,) = step.policy.updates
+    tokens = [len(rollout.completion.token_ids) for group in step.result.groups for rollout in group.rollouts]
+    assert len(tokens) == 20 and update.num_loss_tokens == sum(tokens)
+    assert len(update.samples) == sum(advantage != 0 for group in step.result.groups for advantage in group.advantages)
+
+
+def hinted_step(context: str, num_failed: int = 1, **hints: Sequence[str]) -> Step:
+    """Run a step whose problems have failed plainly so many times; each has the hints given under its id."""
+    problems = [replace(each, hints=tuple(hints.get(each.id.replace("-", "_"), ()))) for each in PROBLEMS]
+    failed = [
+        LedgerEntry(
+            epoch=e, step=e, problem_id=p.id, plain_tries=4, plain_solved=0, templated_tries=0, templated_solved=0
+        )
+        for e in range(num_failed)
+        for p in PROBLEMS[:2]
+    ]
+    settings = {
+        **{"data.hints_field": "hints", "evolution.enabled": False},
+        **{"objective.context": context, "assignment.num_plain": 1, "schedule.problems_per_update": 4},
+    }
+    return run_step(settings=settings, problems=problems, ledger=HardSampleLedger(failed))
+
+
+@pytest.mark.parametrize("context", ["sampling", "replace", "importance", "ratio_mask"])
+def test_a_hint_is_a_template_of_its_hard_problem_under_every_context(context: str) -> None:
+    hints = {"problem_000": ["§ one", "§ two"], "problem_002": ["§ three"]}
+    step = hinted_step(context, **hints)
+    texts = [[rollout.completion.prompt.template.text for rollout in group.rollouts] for group in step.result.groups]
+    assert texts == [["§ one"] * 3 + [""], *[[""] * 4] * 3], "the second has no hint, the third has not failed"
+    (update,) = step.policy.updates
+    of_hinted = [sample for sample in update.samples if sample.key[0] == PROBLEMS[0].id and sample.key[1] < 3]
+    assert of_hinted and all(sample.is_templated == (context != "sampling") for sample in of_hinted)
+    marks = [fake_token_ids("§")[0] in sample.context_ids for sample in update.samples]
+    assert any(marks) == (context == "sampling")
+    assert fake_token_ids("§")[0] in step.engines.prompts[0].sampling_ids
+    again = hinted_step(context, 2, **hints).result.groups[0].rollouts[0]
+    assert again.completion.prompt.template.text == "§ two" and again.completion.prompt.template.id == 2
+
+
+def test_a_hint_teaches_a_plain_rollout_of_its_problem_by_on_policy_distillation() -> None:
+    step = hinted_step("distill", problem_000=["§ one"])
+    assert not any(prompt.is_templated for prompt in step.engines.prompts)
+    taught = [rollout.teaching and rollout.teaching.template.text for rollout in step.result.groups[0].rollouts]
+    assert taught == ["§ one"] * 3 + [None]
+    assert all(rollout.teaching is None for group in step.result.groups[1:] for rollout in group.rollouts)
+
+
 def test_the_anchor_is_the_ledgers_plain_rate_of_each_problem() -> None:
     entries = [
         LedgerEntry(

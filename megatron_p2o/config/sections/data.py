@@ -9,7 +9,7 @@ from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, NumSamp
 from megatron_p2o.config.sections.rollout import GradingConfig
 from megatron_p2o.config.shape import IS_LISTED, IS_SHORTHAND, ONLY_TASK
 
-OF_TASK = ("id_field", "question_field", "answer_field", "question_format", "system_prompt")
+OF_TASK = ("id_field", "question_field", "answer_field", "hints_field", "question_format", "system_prompt")
 """What a task may have of its own, instead of what `data` says."""
 
 
@@ -48,6 +48,8 @@ class TaskConfig:
     """Column of a problem's question. None: `data.question_field`."""
     answer_field: str | None = None
     """Column of a problem's gold answer; "" for problems that have none. None: `data.answer_field`."""
+    hints_field: str | None = None
+    """Column of a problem's hints. None: `data.hints_field`."""
     question_format: str | None = None
     """Text of the user message. None: `data.question_format`."""
     system_prompt: str | None = None
@@ -81,6 +83,11 @@ class DataConfig:
     """Column of a problem's gold answer. `auto`: the first of `answer`, `final_answer` and `reward_model.ground_truth`
     that a file has. None: the problems have none; a reward function that needs none then grades
     them, from the other columns of the row or from the response alone."""
+    hints_field: str | None = None
+    """Column of a problem's hints: a text, or a list of texts from the weakest to the strongest. A problem that failed
+    plainly (`hard`) is asked through its first hint the next time, and through the next one where that fails too, until
+    it is solved plainly. A hint stands where a template stands: `objective.context` and `assignment.num_plain` apply. A
+    problem without hints is asked plainly. Needs `evolution.enabled: false`. None: no hints."""
     curriculum: Literal["none", "unsolved", "learnable"] = "none"
     """Which problems an epoch asks, by their success rate s over the epochs before. `none`: all. Else a problem of
     weight w is asked in that share of the epochs. `unsolved`: w = 1 - s of plain tries, so that what the policy masters

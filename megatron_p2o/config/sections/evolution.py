@@ -12,7 +12,8 @@ class HardConfig:
     """Which problems count as hard."""
 
     max_solved: NonNegativeInt = 1
-    """Largest number of solved rollouts in the group of a hard problem (the paper's tau = 2, as a count)."""
+    """Largest number of solved rollouts in the group of a hard problem (the paper's tau = 2, as a count). Larger groups
+    (`evolution.plain_rollouts`) are held to the same rate."""
     solved_at: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Reward from which a rollout counts as solved: for the hard rule, the ledger, the coverage of templates and the
     accuracy of an evaluation. Advantages, template scores and mean rewards use the reward itself."""
@@ -93,6 +94,10 @@ class EvolutionConfig:
     """File of templates that take the place of a search: after an epoch each hard problem gets some of them, drawn at
     random, and nothing is sampled to choose them. A JSON list of texts if it ends in .json, else one template a line. A
     template that holds a gold answer of a training problem is refused. None: templates are evolved."""
+    plain_rollouts: PositiveInt | None = None
+    """Rollouts that take the place of a search: the groups of an epoch's hard problems get so many further plain
+    rollouts, all of them together, in the next epoch. They are trained on, and there are no templates: GRPO that spends
+    on the hard problems what evolution would. None: templates are evolved."""
     beside_training: bool = True
     """Whether a round runs in the slots that training leaves idle; its library is used from the next step after it
     ended. False waits for each round, as the authors do: slower, but a run can be repeated exactly."""
@@ -139,5 +144,6 @@ class EvolutionConfig:
 
     @property
     def searches(self) -> bool:
-        """Whether rounds search for templates: not where there are none, nor where a file gives them."""
-        return self.enabled and self.templates_file is None
+        """Whether rounds search for templates: not where there are none, a file gives them, or `plain_rollouts` are
+        sampled instead."""
+        return self.enabled and self.templates_file is None and self.plain_rollouts is None

@@ -60,7 +60,7 @@ def ranks_on_fullest(config: Config, gpus: Gpus) -> tuple[int, int]:
     places = [place for place in engine_places(config.rollout.num_engines, gpus.num_nodes) if place.node == 0]
     engines = Counter(rank % gpus.count for rank in range(len(places) * tensor))
     evolution = config.evolution
-    reflects_here = evolution.enabled and evolution.reflection.backend == "self"
+    reflects_here = evolution.searches and evolution.reflection.backend == "self"
     first = len(places) * tensor
     reflection = Counter(rank % gpus.count for rank in range(first, first + tensor * reflects_here))
     # Of two with equally many, the one whose server keeps its memory while the trainer trains.

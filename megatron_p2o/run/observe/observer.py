@@ -41,8 +41,7 @@ class RunObserver:
         self._compute = RunCompute(started.compute, files.run_dir)
         decode = started.parts.renderer.decode
         self._evolution.announce_to(files.metrics.announce)
-        rollouts_every_steps = config.logging.rollouts_every_steps
-        self._log = StepLog(files, started.clock, started.processes, self._compute, decode, rollouts_every_steps)
+        self._log = StepLog(files, started.clock, started.processes, self._compute, decode, config)
         self._saver = Saver(files, self._progress, started.parts.evolution, started.clock)
         self._evaluations = Evaluations(evaluation_sets, started.parts, config, self._log, started.compute)
         self._best = BestSoFar(config.evaluation, best_before(files.run_dir, config.evaluation, beginning))

@@ -1,14 +1,16 @@
 """Logs a run: metrics, the ledger of its problems, and rollouts."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_p2o.algorithm import StepResult, TrainState
+from megatron_p2o.config.tree import Config
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.compute import compute_metrics
 from megatron_p2o.metrics.step import (
     asked_plainly_metrics,
     forgotten_metrics,
+    hint_metrics,
     phase_metrics,
     shifts_by_rollout,
     step_metrics,
@@ -16,10 +18,12 @@ from megatron_p2o.metrics.step import (
 )
 from megatron_p2o.metrics.values import Last, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import ledger_entry
+from megatron_p2o.rl.hints import given_templates, hint_level, uses_hints
+from megatron_p2o.rl.objective import samples_plainly
 from megatron_p2o.run.observe.compute import RunCompute
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.processes import ProcessMeter
-from megatron_p2o.types import Completion
+from megatron_p2o.types import Completion, Group
 
 
 class StepLog:
@@ -32,11 +36,11 @@ class StepLog:
         processes: ProcessMeter,
         compute: RunCompute,
         decode: Callable[[Completion], str],
-        rollouts_every_steps: int,
+        config: Config,
     ) -> None:
         self._files, self._clock, self._processes, self._decode = files, clock, processes, decode
         self._compute = compute
-        self._rollouts_every_steps = rollouts_every_steps
+        self._config = config
         self._step_began = time.monotonic()
 
     def begin_step(self) -> None:
@@ -55,7 +59,7 @@ class StepLog:
         metrics = {
             **step_metrics(result.groups, result.reports, seconds, phases.peak_bytes),
             "rollout/batches_count": Sum(result.num_batches),
-            **asked_plainly_metrics(result.groups, state.library),
+            **self._template_metrics(state, result.groups),
             **forgotten_metrics(*self._files.ledger.ledger.forgotten(entries)),
             **template_effect_metrics(entries),
         }
@@ -64,8 +68,19 @@ class StepLog:
             metrics["template/library_version"] = Last(state.library.version)
         self.write(state, {**metrics, **of_processes})
         self._files.ledger.append(entries)
-        if is_due(state.step, self._rollouts_every_steps):
+        if is_due(state.step, self._config.logging.rollouts_every_steps):
             self._files.rollouts.write(state.step, result.groups, self._decode, shifts)
+        return metrics
+
+    def _template_metrics(self, state: TrainState, groups: Sequence[Group]) -> Mapping[str, MetricValue]:
+        """Return what became of the templates and hints of a step that is not in the ledger yet."""
+        ledger, config, metrics = self._files.ledger.ledger, self._config, dict[str, MetricValue]()
+        problems = [group.problem for group in groups]
+        if not samples_plainly(config.objective.context):
+            given = [given_templates(problem, state.library, ledger, config) for problem in problems]
+            metrics |= asked_plainly_metrics(groups, given)
+        if uses_hints(config.data):
+            metrics |= hint_metrics(problems, [hint_level(problem, ledger, config) for problem in problems])
         return metrics
 
     def write(self, state: TrainState, metrics: Mapping[str, MetricValue]) -> None:

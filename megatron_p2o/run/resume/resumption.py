@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
+from megatron_p2o.rl.sampling import fits_group
 from megatron_p2o.run.inputs import load_inputs
 from megatron_p2o.run.resume.comparison import (
     MAX_PROBLEMS_NAMED,
@@ -152,7 +153,8 @@ def resumed_library(run_dir: Path, version: int, group_size: int) -> PublishedLi
         library = load_library(path)
     except ValueError as error:
         raise ResumeRefused(str(error)) from error
-    other = {problem_id: len(given) for problem_id, given in library.assignments.items() if len(given) != group_size}
+    assigned = library.assignments.items()
+    other = {problem_id: len(given) for problem_id, given in assigned if not fits_group(given, group_size)}
     if other:
         size = next(iter(other.values()))
         raise ResumeRefused(

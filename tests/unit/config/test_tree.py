@@ -123,6 +123,14 @@ def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
             {"evolution.beside_training": False, "evolution.round_timeout_s": 60.0, "parallel.command_timeout_s": 60.0},
             "evolution.round_timeout_s=60 must be less than parallel.command_timeout_s=60",
         ),
+        (
+            {"evolution.plain_rollouts": 9, "evolution.templates_file": "t.txt"},
+            "evolution.plain_rollouts=9 and evolution.templates_file=t.txt both take the place of a search",
+        ),
+        (
+            {"data.train": {"sums": TaskConfig(file="a.jsonl", hints_field="hints")}},
+            "data.train.sums has hints_field=hints, and evolution.enabled=true gives its problems templates, too",
+        ),
         ({"objective.ratio_low": 0.0}, "objective.ratio_low=0.0"),
         ({"objective.ratio_low": 1.5}, "objective.ratio_low=1.5"),
         ({"objective.ratio_high": 0.5}, "objective.ratio_high=0.5"),

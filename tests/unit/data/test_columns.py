@@ -208,6 +208,34 @@ def test_a_task_has_columns_of_its_own_and_a_set_those_of_its_task(tmp_path: Pat
     ]
 
 
+@pytest.mark.parametrize(
+    ("cell", "hints"),
+    [
+        ("Look twice. ", ("Look twice.",)),
+        (["weak", " strong\n"], ("weak", "strong")),
+        ('["weak", "strong"]', ("weak", "strong")),
+        ("[Look] twice", ("[Look] twice",)),
+        *((nothing, ()) for nothing in (None, "", " ", [], "[]")),
+    ],
+)
+def test_hints_are_a_text_or_a_list_of_texts(cell: object, hints: tuple[str, ...], tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q", "answer": "2", "hints": cell})
+    assert only(path, replace(DATA, hints_field="hints")).hints == hints
+    assert only(path).hints == only(path, replace(DATA, hints_field="clues")).hints == ()
+    nested = write(tmp_path, {"question": "q", "answer": "2", "extra_info": {"hints": cell}}, name="nested.jsonl")
+    assert only(nested, replace(DATA, hints_field="extra_info.hints")).hints == hints
+    task = DataConfig(train={"own": TaskConfig(file=str(path), hints_field="hints")})
+    assert load_problems(path, task, "own")[0].hints == hints
+    assert column_lines(task)[0].endswith("hash of the question, hints `hints`")
+
+
+@pytest.mark.parametrize("cell", [7, {"weak": "look"}, ["look", ""], ["look", 7], [["look"]], '["look", null]'])
+def test_hints_that_are_no_texts_make_a_bad_row(cell: object, tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q", "answer": "2", "hints": cell})
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: hints=.* must be a text, or a list of texts"):
+        load_problems(path, replace(DATA, hints_field="hints"))
+
+
 def test_ids_that_two_tasks_share_are_an_error_that_names_both_files(tmp_path: Path) -> None:
     files = [write(tmp_path, {"id": "same", "question": name, "answer": "2"}, name=f"{name}.jsonl") for name in "ab"]
     data = DataConfig(train={path.stem: TaskConfig(file=str(path)) for path in files})

@@ -270,10 +270,14 @@ def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
     arms = {run.arm: run.config for run in experiment.runs}
     assert len(experiment.runs) == 5 * len(arms) and experiment.budget.startswith("schedule.max_tokens=")
     plain = {arm for arm, config in arms.items() if not config.evolution.enabled}
-    assert plain == {"grpo", "grpo_2g", "dapo"}
+    assert plain == {"grpo", "grpo_2g", "dapo", "hints", "hints_sampling"}
+    assert arms["hints"].data.hints_field == arms["hints_sampling"].data.hints_field == "hints"
+    assert (arms["hints"].objective.context, arms["hints_sampling"].objective.context) == ("ratio_mask", "sampling")
     assert arms["grpo_2g"].rollout.group_size == 2 * arms["grpo"].rollout.group_size
     assert arms["dapo"].schedule.max_batches_per_step > 1 == arms["grpo"].schedule.max_batches_per_step
     assert arms["dapo"].objective == arms["grpo"].objective, "dynamic sampling alone: no clip-higher"
+    extra, searched = arms["grpo_hard"].evolution, arms["p2o"].evolution
+    assert extra.enabled and not extra.searches and extra.plain_rollouts == searched.max_rollouts
     given = arms["random_templates"].evolution
     assert given.templates_file is not None and given.enabled and not given.searches
     assert len(read_templates(ROOT / given.templates_file, given.max_template_tokens)) > 4
@@ -281,7 +285,7 @@ def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
     assert (arms["p2o_authors"].preset, arms["p2o"].preset) == ("reference", "p2o")
     for section in ("model", "data", "optimizer", "evaluation"):
         differing = {arm for arm, config in arms.items() if getattr(config, section) != getattr(arms["grpo"], section)}
-        assert differing == ({"frozen"} if section == "optimizer" else set()), section
+        assert differing == {"optimizer": {"frozen"}, "data": {"hints", "hints_sampling"}}.get(section, set()), section
     assert arms["frozen"].optimizer.lr == 0 and arms["frozen"].evolution == arms["p2o"].evolution
 
 

@@ -16,7 +16,7 @@ from megatron_p2o.metrics.step import (
 )
 from megatron_p2o.metrics.values import numbers_of
 from megatron_p2o.rl.hard_samples import LedgerEntry
-from megatron_p2o.testing.fakes import UNDECIDED, FakeLibrary, fake_problem
+from megatron_p2o.testing.fakes import UNDECIDED, fake_problem
 from megatron_p2o.types import (
     CORRECT,
     INCORRECT,
@@ -305,6 +305,6 @@ def test_rollouts_whose_template_did_not_fit_are_counted() -> None:
         return Group(problem=problem, rollouts=rollouts, advantages=(0.0,) * len(rollouts))
 
     fits, does_not, easy = (fake_problem(number) for number in range(3))
-    library = FakeLibrary(assignments={each.id: (HINT, HINT, PLAIN) for each in (fits, does_not)})
+    given = [(HINT, HINT, PLAIN), (HINT, HINT, PLAIN), (PLAIN,) * 3]
     groups = [group(fits, HINT, HINT, PLAIN), group(does_not, PLAIN, HINT, PLAIN), group(easy, PLAIN, PLAIN, PLAIN)]
-    assert numbers_of(asked_plainly_metrics(groups, library)) == {"rollout/asked_plainly_count": 1}
+    assert numbers_of(asked_plainly_metrics(groups, given)) == {"rollout/asked_plainly_count": 1}

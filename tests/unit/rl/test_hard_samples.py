@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from megatron_p2o.config.tree import HardConfig
 from megatron_p2o.metrics.step import ledger_metrics
 from megatron_p2o.metrics.values import numbers_of
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, hard_problems, helped_and_hurt, ledger_entry
@@ -37,7 +38,8 @@ def group(number: int = 0, *, plain: str = "", templated: str = "") -> Group:
 
 
 def is_hard(group: Group, counted: Counted, max_solved: int = 1) -> bool:
-    return hard_problems([group], max_solved, counted) == [group.problem]
+    hard = HardConfig(max_solved=max_solved, counted=counted)
+    return hard_problems([group], hard, len(group.rollouts)) == [group.problem]
 
 
 def entry(step: int, *, plain: tuple[int, int] = (0, 0), templated: tuple[int, int] = (0, 0)) -> LedgerEntry:
@@ -63,6 +65,18 @@ def test_at_most_one_success_of_six_is_hard(counted: Counted) -> None:
 def test_the_number_of_allowed_successes_is_a_setting(max_solved: int, expected: list[bool]) -> None:
     hard = [is_hard(group(plain="s" * solved + "f" * (4 - solved)), "plain", max_solved) for solved in range(5)]
     assert hard == expected
+
+
+@pytest.mark.parametrize("counted", ["plain", "all"])
+def test_a_larger_group_is_held_to_the_rate_of_a_full_one(counted: Counted) -> None:
+    """One of six is the limit, so that two of twelve and no more of eleven than one are hard."""
+
+    def hard(num_solved: int, size: int) -> bool:
+        rollouts = group(plain="s" * num_solved + "f" * (size - num_solved))
+        return bool(hard_problems([rollouts], HardConfig(counted=counted), group_size=6))
+
+    assert [hard(solved, 12) for solved in range(5)] == [True, True, True, False, False]
+    assert [hard(solved, 11) for solved in range(4)] == [True, True, False, False]
 
 
 def test_templated_successes_keep_a_problem_hard_only_when_plain_rollouts_decide() -> None:
@@ -99,7 +113,7 @@ def test_a_group_whose_plain_rollouts_have_no_verdict_is_decided_by_the_others(l
 
 def test_hard_problems_keep_the_order_of_training() -> None:
     groups = [group(3, plain="ffff"), group(1, plain="ssss"), group(2, plain="ffff")]
-    assert [problem.id for problem in hard_problems(groups, 1, "plain")] == ["problem-003", "problem-002"]
+    assert [problem.id for problem in hard_problems(groups, HardConfig(), 2)] == ["problem-003", "problem-002"]
 
 
 def test_an_entry_counts_plain_and_templated_tries_apart() -> None:
@@ -223,7 +237,7 @@ def test_partial_rewards_count_as_solved_from_the_threshold_and_anchor_by_their_
     entry = ledger_entry(partial, epoch=0, step=1)
     assert (entry.plain_tries, entry.plain_solved) == (4, 2)
     assert entry.plain_reward == pytest.approx(1.7)
-    assert hard_problems([partial], 2, "plain") and not hard_problems([partial], 1, "plain")
+    assert hard_problems([partial], HardConfig(max_solved=2), 4) and not hard_problems([partial], HardConfig(), 4)
     ledger = HardSampleLedger([entry])
     assert ledger.plain_success_rate(entry.problem_id) == 0.5
     assert ledger.plain_reward(entry.problem_id) == pytest.approx(1.7 / 4)

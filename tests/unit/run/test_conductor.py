@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 
 from megatron_p2o.config.read import load_config
 from megatron_p2o.config.tree import Config
+from megatron_p2o.evolve.process.plain_rollouts import PlainRollouts
+from megatron_p2o.evolve.record.library import EMPTY_LIBRARY
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.run.conductor import conduct
-from megatron_p2o.run.inputs import load_inputs
+from megatron_p2o.run.inputs import hint_lines, load_inputs
 from megatron_p2o.run.launch import launch
 from megatron_p2o.run.resume.resumption import check_resume, finished
-from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, FakeReply
+from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, FakeReply, fake_problem
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
@@ -241,6 +244,36 @@ def test_templates_of_a_file_are_given_to_hard_problems_and_nothing_is_sampled_t
     assert [prompt.template.text for prompt in again.prompts] == [prompt.template.text for prompt in engines.prompts]
 
 
+def test_plain_rollouts_in_the_place_of_a_search_go_to_the_hard_problems_and_are_trained_on(
+    tmp_path: Path, model: Path
+) -> None:
+    given = ("evolution.plain_rollouts=6", "evolution.enabled=true", "hard.min_problems=1", "schedule.epochs=3")
+    config = config_of(tmp_path, model, *given, graded_by_length(tmp_path))
+    engines = Engines(reply=lambda prompt, index: FakeReply(text="!" * (1 if prompt.problem.id == "p3" else 2)))
+    run(config, lambda stop_token_ids: engines)
+    asked = [prompt.problem.id for prompt in engines.prompts]
+    assert not any(prompt.is_templated for prompt in engines.prompts)
+    per_epoch = [asked[:16], asked[16:38], asked[38:]]
+    assert [Counter(epoch) for epoch in per_epoch[1:]] == [{"p0": 6, "p1": 6, "p2": 6, "p3": 4}] * 2
+    assert Counter(per_epoch[0]) == dict.fromkeys(("p0", "p1", "p2", "p3"), 4)
+    spent = spent_in(config.run.folder)
+    assert spent["sampled_training_tokens"] == spent["learning_tokens"] == sampled_tokens(config.run.folder)
+    assert len(asked) == 16 + 2 * 22
+    assert check_resume(config, config.run.folder) is not None, "groups of more plain rollouts are no other group size"
+    library = json.loads((config.run.folder / "templates" / "library-2.json").read_text())
+    assert library["templates"] == [] and sorted(library["assignments"]) == ["p0", "p1", "p2"]
+
+
+def test_plain_rollouts_are_shared_as_evenly_as_they_can_be() -> None:
+    problems = [fake_problem(number) for number in (3, 1, 2)]
+    evolution = PlainRollouts(8, group_size=4)
+    library = evolution.evolve([*problems, problems[0]], EMPTY_LIBRARY, epoch=0)
+    assert [len(library.assigned(problem)) for problem in problems] == [7, 7, 6]
+    assert library.version == 1 and library.assigned(fake_problem(4)) == ()
+    assert evolution.newest(library) is library and evolution.running is None
+    assert evolution.evolve([], library, epoch=1).assignments == {}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -262,6 +295,63 @@ def test_templates_that_cannot_be_used_are_refused_before_anything_starts(
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps({"id": "leaky", "question": "1233+1", "answer": "1234"}) + "\n")
     with pytest.raises(ValueError, match=r"evolution\.templates_file=.*" + re.escape(said)):
+        load_inputs(config)
+
+
+def with_hints(tmp_path: Path, *hints: object) -> None:
+    """Give the first training problems these hints."""
+    path = tmp_path / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    given = [row | {"hints": each} for row, each in zip(rows, hints, strict=False)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*given, *rows[len(hints) :]]))
+
+
+def test_problems_that_failed_plainly_are_asked_through_their_hints_and_those_without_are_counted(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("data.hints_field=hints", "schedule.epochs=4", "assignment.num_plain=1", "objective.context=replace")
+    config = config_of(tmp_path, model, *settings)
+    with_hints(tmp_path, ["Count.", "Count on your fingers."], "Add one.")
+    inputs = load_inputs(config)
+    assert hint_lines(config.data, inputs.train) == [
+        "hints: 2 of 4 problems have them, at most 2 each; the other 2 are always asked plainly"
+    ]
+    engines = Engines()
+    run(config, lambda stop_token_ids: engines)
+    asked = {key: [p.template.text for p in engines.prompts if p.problem.id == key] for key in ("p0", "p1", "p2")}
+    plain, first = [""] * 4, ["Count."] * 3 + [""]
+    strong = ["Count on your fingers."] * 3 + [""]
+    assert asked == {
+        "p0": plain + first + strong + strong,
+        "p1": plain + (["Add one."] * 3 + [""]) * 3,
+        "p2": plain * 4,
+    }
+    lines = [json.loads(line)["metrics"] for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "rollout/reward_mean" in line]
+    assert [sum(step["hint/problems_count"] for step in steps[n : n + 2]) for n in (0, 2, 4, 6)] == [0, 2, 2, 2]
+    assert [sum(step["hint/missing_count"] for step in steps[n : n + 2]) for n in (0, 2, 4, 6)] == [0, 2, 2, 2]
+    assert all(step["rollout/asked_plainly_count"] == 0 for step in steps)
+    levels = [step.get("hint/level_mean") for step in steps[4:]]
+    assert sorted(level for level in levels if level is not None)[-1] > 1
+    assert json.loads((config.run.folder / "results.json").read_text())["rounds"] == []
+
+
+@pytest.mark.parametrize(
+    ("hints", "said"),
+    [
+        (("It is 1234.",), "problem p0 (1233+1): its hint 1 holds '1234', its gold answer"),
+        ((["Add.", "It is 1,234!"],), "problem p0 (1233+1): its hint 2 holds '1234', its gold answer"),
+        (("", []), "hints_field=hints names no column of .*train.jsonl with hints"),
+    ],
+)
+def test_a_hint_that_tells_its_gold_answer_is_refused_by_its_row(
+    hints: tuple[object, ...], said: str, tmp_path: Path, model: Path
+) -> None:
+    config = config_of(tmp_path, model, "data.hints_field=hints")
+    with_hints(tmp_path, *hints)
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text().replace('"0+1", "answer": "2"', '"1233+1", "answer": "1234"'))
+    with pytest.raises(ValueError, match=said if "*" in said else re.escape(said)):
         load_inputs(config)
 
 

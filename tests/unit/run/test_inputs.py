@@ -155,6 +155,11 @@ def test_a_response_that_fills_the_context_is_refused(settings_file: Path, capsy
         ),
         ({"schedule.max_steps": 4}, "4 steps, 96 training rollouts of at most 768 tokens in all"),
         (
+            {"evolution.plain_rollouts": 5},
+            "4 steps, 96 training rollouts of at most 768 tokens in all, and 5 further rollouts of hard problems an "
+            "epoch",
+        ),
+        (
             {"rollout.group_size": 2, "schedule.max_steps": 9},
             "4 steps, 24 training rollouts of at most 192 tokens in all",
         ),

@@ -55,6 +55,15 @@ def test_every_step_is_a_bijection_so_no_answer_is_more_frequent_than_another():
         assert {family.step(pair) for pair in ALL_STARTS} == set(ALL_STARTS)
 
 
+def test_hints_are_one_key_phrase_of_the_family_and_then_both():
+    for problem in generate_problems({"easy": 9, "hard": 9}, "train", seed=1):
+        family = FAMILIES[problem.source]
+        assert [num_keys(family, hint) for hint in problem.hints] == [1, 2]
+        assert not any(
+            num_keys(other, hint) for other in FAMILIES.values() if other != family for hint in problem.hints
+        )
+
+
 def test_problems_are_distinct_balanced_and_repeatable():
     problems = generate_problems({"hard": 314, "easy": 134}, "train", seed=1)
     assert len({problem.id for problem in problems}) == len({problem.question for problem in problems}) == 448

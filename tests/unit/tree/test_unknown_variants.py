@@ -23,6 +23,7 @@ from megatron_p2o.config.tree import (
     AlarmsConfig,
     Config,
     EvaluationConfig,
+    HardConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ReflectionConfig,
@@ -117,7 +118,7 @@ USES: dict[str, list[Callable[[Any], object]]] = {
         lambda value: bucket_bytes(transfer(value), None),  # pyright: ignore[reportArgumentType]
     ],
     "data.curriculum": [curriculum_weight],
-    "hard.counted": [lambda value: hard_problems(GROUPS, 1, value)],
+    "hard.counted": [lambda value: hard_problems(GROUPS, HardConfig(counted=value), 2)],
     "advantage.estimator": [lambda value: make_groups([SIBLINGS], AdvantageConfig(estimator=value), [0.5])],
     "advantage.baseline": [lambda value: make_groups([SIBLINGS], AdvantageConfig(baseline=value), [0.5])],
     "objective.context": [

@@ -293,6 +293,11 @@ def test_a_library_for_groups_of_another_size_is_refused_before_anything_starts(
         ResumeRefused, match=r"rollout\.group_size=8 but .*library-2\.json gives 1 problems 6 templates"
     ):
         resumed_library(tmp_path, 2, group_size=8)
+    plain = PublishedLibrary(version=3, assignments={"p1": (PLAIN,) * 9})
+    plain.save(tmp_path)
+    assert resumed_library(tmp_path, 3, group_size=6) == plain
+    with pytest.raises(ResumeRefused, match=r"rollout\.group_size=12 but .*gives 1 problems 9 templates"):
+        resumed_library(tmp_path, 3, group_size=12)
     path.write_text(path.read_text().replace("Think", "Thunk"))
     with pytest.raises(ResumeRefused, match=r"does not match its checksum.*move it away"):
         resumed_library(tmp_path, 2, group_size=6)
