@@ -154,13 +154,16 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
 
 def shift_metrics(groups: Sequence[Group], reports: Sequence[UpdateReport]) -> dict[str, MetricValue]:
     """Return what templates still buy, in nats per token (`rl.context_shift`): over all templated rollouts that were
-    trained on, in the first tokens of their responses and in the rest, and by template of the current library."""
+    trained on, in the first tokens of their responses and in the rest, and by template of the current library but for
+    those that were written for one problem alone."""
     shifts = shifts_by_rollout(reports)
     by_template: dict[int, list[ContextShift]] = {}
     for group in groups:
         for place, rollout in enumerate(group.rollouts):
-            if (shift := shifts.get((group.problem.id, place))) is not None:
-                by_template.setdefault(rollout.completion.prompt.template.id, []).append(shift)
+            template = rollout.completion.prompt.template
+            is_its_own = template.lineage_problem_ids == {group.problem.id}  # there are as many as hard problems
+            if (shift := shifts.get((group.problem.id, place))) is not None and not is_its_own:
+                by_template.setdefault(template.id, []).append(shift)
     return {
         "template/shift_per_token": _mean_shift(shifts.values()),
         "template/shift_head_per_token": Mean(

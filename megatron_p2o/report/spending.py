@@ -11,6 +11,7 @@ from megatron_p2o.report.tables import Cell, Table
 ENDINGS: Mapping[str, str] = {
     "budget": "its budget was spent",
     "no_progress": "no proposal gave a new score",
+    "all_reflected": "every hard problem was reflected on",
     "deadline": "CUT OFF by evolution.round_timeout_s: depends on the machine's speed",
     "reflection_unavailable": "STOPPED: reflection did not answer, see the log",
     "service_lost": "STOPPED: its process was lost twice, see evolution/service.log",

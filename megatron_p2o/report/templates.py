@@ -110,24 +110,37 @@ class _Lineage:
     shifts: Mapping[int, Points]
     """Template id to (step, nats per token that it added to responses)."""
 
+    by_id: Mapping[int, ShownTemplate]
+    """The published templates and their known ancestors."""
+    children: Mapping[int | None, Sequence[ShownTemplate]]
+    """Id of a template to those reflected from it; None: those the round began with."""
+
     def parent_of(self, template: ShownTemplate) -> ShownTemplate | None:
         """Return the parent as far as library and journal know it; None for what the round began with."""
-        if template.parent is None or template.parent == template.id:
-            return None
-        return next((other for other in self.templates() if other.id == template.parent), None)
-
-    def templates(self) -> list[ShownTemplate]:
-        """Return the published templates and their known ancestors."""
-        return [*self.library.templates, *self.library.ancestors]
+        parent = _parent_id(template, self.by_id)
+        return None if parent is None else self.by_id[parent]
 
     def below(self, parent: ShownTemplate | None) -> list[ShownTemplate]:
         """Return the templates reflected from `parent` (None: the roots), those with the best descendant first."""
-        children = [template for template in self.templates() if self.parent_of(template) == parent]
+        children = self.children.get(None if parent is None else parent.id, ())
         return sorted(children, key=lambda template: (-self.best_score(template), template.id))
 
     def best_score(self, template: ShownTemplate) -> float:
         """Return the best score among a template and what descends from it."""
         return max(template.score or 0.0, *(self.best_score(child) for child in self.below(template)), 0.0)
+
+
+def _lineage(library: ShownLibrary, earlier: Mapping[str, int], shifts: Mapping[int, Points]) -> _Lineage:
+    templates = [*library.templates, *library.ancestors]
+    by_id = {template.id: template for template in reversed(templates)}
+    children: dict[int | None, list[ShownTemplate]] = {}
+    for template in templates:
+        children.setdefault(_parent_id(template, by_id), []).append(template)
+    return _Lineage(library=library, earlier=earlier, shifts=shifts, by_id=by_id, children=children)
+
+
+def _parent_id(template: ShownTemplate, by_id: Mapping[int, ShownTemplate]) -> int | None:
+    return template.parent if template.parent in by_id and template.parent != template.id else None
 
 
 def _run_templates(run: Run) -> RunTemplates:
@@ -137,7 +150,7 @@ def _run_templates(run: Run) -> RunTemplates:
         if not library.templates:
             continue
         shifts = template_shifts(run, library.version)
-        lineage = _Lineage(library=library, earlier=dict(earlier), shifts=shifts)
+        lineage = _lineage(library, dict(earlier), shifts)
         roots = [_node(root, lineage) for root in lineage.below(None)]
         trees.append(LibraryTree(version=library.version, num_templates=len(library.templates), roots=roots))
         for template in library.templates:

@@ -107,7 +107,9 @@ class EvolutionConfig:
     during a round."""
     rules: str = "asynchronous"
     """Search rules of a round. `reference`: the authors' lock-step rules exactly. `asynchronous`: lineages advance on
-    their own. Or one's own, an async def called as (round_): `package.module:callable`, `path/to/file.py:callable`."""
+    their own. `single_turn`: no search; reflection writes one template for each hard problem from a plain response to
+    it, which is then asked through it, untried (the paper's ablation). Or one's own, an async def called as (round_):
+    `package.module:callable`, `path/to/file.py:callable`."""
     budget: Annotated[int, Range(at_least=1, names=GEPA_BUDGETS)] = 72
     """Candidates that a round is meant to try; GEPA's automatic budget makes a number of rollouts of it. A file may
     write the names of GEPA and of the authors. 72 (`heavy_4`) is the paper's: 11,040 rollouts at `dev_size` 300."""
@@ -128,7 +130,7 @@ class EvolutionConfig:
     """Whether a round begins with the last library's templates. The authors begin with the empty template alone."""
     guard_leaks: bool = True
     """Whether to refuse templates that contain a gold answer of their feedback, and never to pair a template with such
-    a problem."""
+    a problem, but for `evolution.rules: single_turn`, where it is the problem that the template is written for."""
     plain_control: bool = False
     """Whether to sample the development problems plainly after a round, as often as the round did: this measures what
     luck alone solves."""

@@ -19,7 +19,7 @@ from megatron_p2o.types import Problem
 
 SEVERITY: tuple[EndedBy, ...] = (
     *("service_lost", "reflection_unavailable", "deadline"),
-    *("budget", "no_progress", "too_few_hard"),
+    *("budget", "no_progress", "all_reflected", "too_few_hard"),
 )
 """Why rounds end, worst first."""
 

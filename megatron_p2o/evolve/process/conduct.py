@@ -15,6 +15,7 @@ from megatron_p2o.evolve.search.budget import RolloutBudget, RoundSplit, automat
 from megatron_p2o.evolve.search.control import plain_coverage
 from megatron_p2o.evolve.search.core_async import AsynchronousCore
 from megatron_p2o.evolve.search.core_reference import ReferenceCore
+from megatron_p2o.evolve.search.core_single import SingleTurnCore
 from megatron_p2o.evolve.search.publish import RoundStats, build_library, round_stats
 from megatron_p2o.evolve.search.round import Round, RoundSpec
 from megatron_p2o.evolve.search.rules import RULES, own_search, rules_named
@@ -38,6 +39,9 @@ def journal_paths(run_dir: Path, epoch: int) -> list[Path]:
 def split_of(spec: RoundSpec) -> RoundSplit | None:
     """Return the round's split; None when there are too few hard problems for a round."""
     problem_ids = [problem.id for problem in spec.problems]
+    if rules_named(spec.settings.evolution.rules).is_single_turn:
+        has_enough = len(problem_ids) >= spec.settings.min_problems
+        return RoundSplit(dev=(), feedback=tuple(problem_ids)) if has_enough else None
     return split_problems(problem_ids, spec.settings.evolution.dev_size, spec.settings.min_problems, spec.rng("split"))
 
 
@@ -88,6 +92,8 @@ async def search(round_: Round) -> EndedBy:
         if ended_by not in reasons:
             raise ValueError(f"evolution.rules={name} returned {ended_by!r}: must be one of {', '.join(reasons)}")
         return ended_by
+    if round_.rules.is_single_turn:
+        return await SingleTurnCore(round_).run()
     if round_.rules.is_lock_step:
         return await ReferenceCore(round_, rollout_budget(round_.spec, round_.split)).run()
     return await AsynchronousCore(round_).run()
@@ -122,8 +128,10 @@ def open_journal(path: Path, fingerprint: str, notify: Callable[[str], None]) ->
 
 
 def rollout_budget(spec: RoundSpec, split: RoundSplit) -> int:
-    """Return `evolution.max_rollouts`, or GEPA's automatic budget."""
+    """Return `evolution.max_rollouts`, or GEPA's automatic budget; one rollout a problem where nothing is searched."""
     settings = spec.settings.evolution
+    if rules_named(settings.rules).is_single_turn:
+        return len(split.feedback)
     return settings.max_rollouts or automatic_budget(settings.budget, len(split.dev))
 
 

@@ -9,8 +9,11 @@ from typing import Any, Literal
 from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.records import from_tagged, to_tagged
 
-EndedBy = Literal["budget", "no_progress", "deadline", "reflection_unavailable", "too_few_hard", "service_lost"]
-"""Why a round stopped. `no_progress`: proposals led to no new score any more; `deadline`: `round_timeout_s`."""
+EndedBy = Literal[
+    "budget", "no_progress", "all_reflected", "deadline", "reflection_unavailable", "too_few_hard", "service_lost"
+]
+"""Why a round stopped. `no_progress`: proposals led to no new score any more; `all_reflected`: every hard problem has
+had its only reflection; `deadline`: `round_timeout_s`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,7 +55,7 @@ class RoundStats:
     @property
     def is_success(self) -> bool:
         """Whether the round ran to its own end and published something."""
-        return self.ended_by in ("budget", "no_progress") and self.num_templates > 0
+        return self.ended_by in ("budget", "no_progress", "all_reflected") and self.num_templates > 0
 
     @property
     def num_proposals(self) -> int:
@@ -95,7 +95,10 @@ def keep_round(run_dir: Path, stats: RoundStats) -> None:
 
 
 def build_library(round_: Round) -> PublishedLibrary:
-    """Return the cover's templates, best first, and their assignment to all hard problems."""
+    """Return the cover's templates, best first, and their assignment to all hard problems; of `single_turn` rules each
+    problem's own."""
+    if round_.rules.is_single_turn:
+        return library_of_rewrites(round_)
     spec = round_.spec
     solved = {candidate.id: round_.pool.solved(candidate.id) for candidate in round_.pool.qualified()}
     if not round_.rules.publishes_empty:
@@ -117,6 +120,24 @@ def build_library(round_: Round) -> PublishedLibrary:
         templates=tuple(sorted(cover, key=lambda template: (-template.score, template.id))),
         assignments=assignments,
     )
+
+
+def library_of_rewrites(round_: Round) -> PublishedLibrary:
+    """Return the template that was written for each problem, in its own group alone; of equal texts the first.
+
+    It has seen its problem's response and gold answer, which it must not tell (`guards`).
+    """
+    for proposal, reflected in sorted(round_.history.reflections.items()):
+        if not reflected.refusal and proposal not in round_.history.candidate_of:
+            round_.accept(round_.history.picks[proposal], reflected.text)
+    spec, templates, assignments = round_.spec, dict[str, Template](), dict[str, tuple[Template, ...]]()
+    for proposal, candidate_id in sorted(round_.history.candidate_of.items()):
+        (problem_id,) = round_.history.picks[proposal].minibatch
+        written = replace(round_.pool.template(candidate_id), task=spec.task)
+        template = templates.setdefault(written.text, written)
+        settings = spec.settings
+        assignments[problem_id] = _draw([template], settings.group_size, settings.assignment, spec.rng("assignment"))
+    return PublishedLibrary(version=spec.library_version, templates=tuple(templates.values()), assignments=assignments)
 
 
 def solved_feedback(round_: Round, template: Template) -> frozenset[str]:
@@ -148,7 +169,7 @@ def round_stats(round_: Round, library: PublishedLibrary, ended_by: EndedBy, pla
         num_rollouts=round_.history.num_scored,
         num_tokens=round_.history.num_tokens,
         best_score=max((template.score for template in library.templates), default=0.0),
-        coverage=len(covered) / len(round_.split.dev),
+        coverage=len(covered) / len(round_.split.dev) if round_.split.dev else 0.0,
         plain_coverage=plain,
         outcomes=round_.history.outcome_counts(),
     )

@@ -207,7 +207,7 @@ class Round:
 
     def _add_seeds(self) -> None:
         self.pool.add("", None)
-        for template in self.spec.warm_templates:
+        for template in () if self.rules.is_single_turn else self.spec.warm_templates:
             if not self.pool.is_known(template.text):
                 self.pool.add(template.text, None, template.lineage_problem_ids)
 

@@ -22,14 +22,23 @@ class Rules:
     """Training rollouts and minibatches count as scores of a template."""
     refuses_duplicates: bool
     """A text that is a candidate already is not tried again."""
+    is_single_turn: bool
+    """Each hard problem has one rewrite, which is its template and no other's (`core_single`): nothing is searched."""
     publishes_empty: bool
     """The empty template may be among those published; else how often a group asks plainly is `assignment.num_plain`
     alone."""
 
 
 RULES: Mapping[str, Rules] = {
-    "asynchronous": Rules(is_lock_step=False, reuses_scores=True, refuses_duplicates=True, publishes_empty=False),
-    "reference": Rules(is_lock_step=True, reuses_scores=False, refuses_duplicates=False, publishes_empty=True),
+    "asynchronous": Rules(
+        is_lock_step=False, is_single_turn=False, reuses_scores=True, refuses_duplicates=True, publishes_empty=False
+    ),
+    "reference": Rules(
+        is_lock_step=True, is_single_turn=False, reuses_scores=False, refuses_duplicates=False, publishes_empty=True
+    ),
+    "single_turn": Rules(
+        is_lock_step=False, is_single_turn=True, reuses_scores=True, refuses_duplicates=False, publishes_empty=False
+    ),
 }
 """The rules, by the value of `evolution.rules`."""
 

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,8 @@ def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
     assert given.templates_file is not None and given.enabled and not given.searches
     assert len(read_templates(ROOT / given.templates_file, given.max_template_tokens)) > 4
     assert arms["p2o"].evolution.searches and arms["p2o"].evolution.templates_file is None
+    single = replace(arms["single_turn"].evolution, rules="asynchronous")
+    assert single == searched and arms["single_turn"].evolution.rules == "single_turn"
     assert (arms["p2o_authors"].preset, arms["p2o"].preset) == ("reference", "p2o")
     for section in ("model", "data", "optimizer", "evaluation"):
         differing = {arm for arm, config in arms.items() if getattr(config, section) != getattr(arms["grpo"], section)}
