@@ -11,9 +11,8 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import Policy, PromptEvolution, RoundInterrupted, TemplateLibrary
 from megatron_p2o.rl.grouping import divided, make_groups, most_informative, num_informative
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
-from megatron_p2o.rl.hints import given_templates
 from megatron_p2o.rl.objective import samples_plainly
-from megatron_p2o.rl.sampling import SamplingParts, asked, rollout_sampling, sample_and_grade
+from megatron_p2o.rl.sampling import SamplingParts, asked, given_templates, rollout_sampling, sample_and_grade
 from megatron_p2o.rl.teaching import with_teaching
 from megatron_p2o.rl.update import update
 from megatron_p2o.types import PLAIN, Group, Problem, UpdateReport

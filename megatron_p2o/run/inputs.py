@@ -22,8 +22,8 @@ from megatron_p2o.files import read_json_object
 from megatron_p2o.metrics.sinks.registry import sink_problems
 from megatron_p2o.rewards.tasks import TaskGrader, rewards_line
 from megatron_p2o.rl.hard_samples import HardSampleLedger
-from megatron_p2o.rl.hints import uses_hints
 from megatron_p2o.rl.objective import loss_rule
+from megatron_p2o.rl.sampling import uses_hints
 from megatron_p2o.rl.surrogate import check_surrogate
 from megatron_p2o.terminal import listed
 from megatron_p2o.types import PLAIN, Problem, TokenIds

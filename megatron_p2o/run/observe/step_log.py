@@ -18,8 +18,8 @@ from megatron_p2o.metrics.step import (
 )
 from megatron_p2o.metrics.values import Last, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import ledger_entry
-from megatron_p2o.rl.hints import given_templates, hint_level, uses_hints
 from megatron_p2o.rl.objective import samples_plainly
+from megatron_p2o.rl.sampling import given_templates, hint_level, uses_hints
 from megatron_p2o.run.observe.compute import RunCompute
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.processes import ProcessMeter

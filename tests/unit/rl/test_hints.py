@@ -6,7 +6,7 @@ import pytest
 
 from megatron_p2o.config.tree import Config, TaskConfig
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
-from megatron_p2o.rl.hints import given_templates, hint_level, uses_hints
+from megatron_p2o.rl.sampling import given_templates, hint_level, uses_hints
 from megatron_p2o.testing.fakes import FakeLibrary, fake_config, fake_problem
 from megatron_p2o.types import Problem
 
