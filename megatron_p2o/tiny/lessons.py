@@ -1,7 +1,7 @@
 """Teaches a tiny policy of any text: for examples of tasks whose answers are no pairs of numbers.
 
 The tokenizer has one token per word, number, sign or run of spaces of the texts it is made from, and gives text back
-exactly; the model is that of `megatron_p2o.tiny.policy`.
+exactly; the model is that of `megatron_p2o.tiny.model`.
 """
 
 import random
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from megatron_p2o.terminal import say
-from megatron_p2o.tiny.policy import SPECIAL, new_policy, prompt_ids, supervised_rows, with_chat
+from megatron_p2o.tiny.model import SPECIAL, new_policy, prompt_ids, supervised_rows, with_chat
 
 PIECES = r"[A-Za-z_]+|[0-9]+|\s+|[^\sA-Za-z0-9_]+"
 

@@ -17,7 +17,7 @@ from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.metrics.memory import ProcessMemory
 from megatron_p2o.processes import HostMemory, RankMemory
 from megatron_p2o.run.trials import round_statistics
-from megatron_p2o.tiny.policy import build_tokenizer, new_policy
+from megatron_p2o.tiny.model import build_tokenizer, new_policy
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

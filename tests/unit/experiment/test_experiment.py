@@ -8,17 +8,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from megatron_p2o.config.read import dump_config, load_config
+from megatron_p2o.config.sections.objective import ObjectiveConfig, ObjectiveContext
 from megatron_p2o.config.source import ConfigError
 from megatron_p2o.evolve.process.given import read_templates
 from megatron_p2o.experiment.conduct import is_finished, job_lines, run_missing, settings_file, submit, write_settings
-from megatron_p2o.experiment.outcome import MixedRuns, compare_arms
+from megatron_p2o.experiment.outcome import MixedRuns, compare_arms, differing_settings
 from megatron_p2o.experiment.plan import Experiment, PlannedRun, read_experiment
 from megatron_p2o.experiment.tables import print_arms
+from megatron_p2o.tiny.problems import FAMILIES, num_keys
 
 ROOT = Path(__file__).parents[3]
 
@@ -302,3 +304,33 @@ def test_the_experiment_on_a_real_model_differs_in_context_and_mask_alone() -> N
         assert {repr(getattr(config, section)) for config in arms.values()} == {repr(getattr(arms["grpo"], section))}
     templated = [config.evolution for arm, config in arms.items() if arm != "grpo"]
     assert len({repr(evolution) for evolution in templated}) == 1
+
+
+def test_the_masks_are_compared_where_success_leans_on_the_template_and_differ_in_the_objective_alone() -> None:
+    experiment = read_experiment(ROOT / "experiments" / "masks.yaml")
+    arms = {run.arm: run.config for run in experiment.runs}
+    assert [run.seed for run in experiment.runs if run.arm == "hard"] == [1, 2, 3, 4, 5]
+    assert set(differing_settings(experiment)) == {"objective.context", "objective.ratio_form"}
+    contexts = {arm: (config.objective.context, config.objective.ratio_form) for arm, config in arms.items()}
+    assert {form for context, form in contexts.values() if context == "ratio_mask"} == set(
+        get_args(get_type_hints(ObjectiveConfig)["ratio_form"])
+    )
+    assert {context for context, _ in contexts.values()} == set(get_args(ObjectiveContext))
+    assert contexts["hard"] == (ObjectiveConfig().context, ObjectiveConfig().ratio_form), "compared with the default"
+    config = arms["hard"]
+    files = [each.file for each in (*config.data.train.values(), *config.data.evaluation.values())]
+    assert all(file.startswith("runs/tiny_leaning/") for file in (config.model.path, *files))
+    given = config.evolution
+    assert given.templates_file is not None
+    templates = [each.text for each in read_templates(ROOT / given.templates_file, given.max_template_tokens)]
+    keys = [[num_keys(family, text) for family in FAMILIES.values()] for text in templates]
+    assert sorted(keys) == [[0, 0, 2], [0, 2, 0], [2, 0, 0]], "both keys of one family each"
+
+
+def test_the_protocol_names_every_arm_and_the_budget_of_the_experiments() -> None:
+    page = (ROOT / "docs" / "hard_problems.md").read_text()
+    for name in ("hard_problems", "masks"):
+        experiment = read_experiment(ROOT / "experiments" / f"{name}.yaml")
+        assert [arm for arm in experiment.arms if f"`{arm}`" not in page] == []
+        assert {run.seed for run in experiment.runs} == {1, 2, 3, 4, 5}
+        assert f"{experiment.runs[0].config.schedule.max_tokens:,} sampled tokens" in page

@@ -26,7 +26,7 @@ from megatron_p2o.run.inputs import (
 )
 from megatron_p2o.testing.fakes import fake_config, fake_problem
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
-from megatron_p2o.tiny.policy import build_tokenizer
+from megatron_p2o.tiny.model import build_tokenizer
 from megatron_p2o.types import Problem, Template
 
 NUM_PROBLEMS = 8
