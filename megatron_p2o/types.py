@@ -76,6 +76,9 @@ class Template:
     """Policy version the score was measured on."""
     task: str = ""
     """Task whose problems it was evolved on and is put in front of; "" in a run with a single one."""
+    reliance: float | None = None
+    """Mean log pi(y|x) - log pi(y|x,z) per token, in nats, of solutions y through it: 0 where the plain policy writes
+    them as well, negative where they lean on it. None: not measured (`assignment.weight: score`)."""
 
 
 PLAIN = Template(id=0, text="", parent=None)

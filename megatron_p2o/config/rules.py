@@ -237,6 +237,12 @@ def _process_rules(config: Config) -> list[Rule]:
             f"{config.evolution.templates_file} both take the place of a search: leave one of them out",
         ),
         (
+            not config.evolution.enabled
+            or config.assignment.weight == "score"
+            or (config.evolution.searches and config.evolution.rules != "single_turn"),
+            "assignment.weight=transfer needs trials, of which there are none without a search: leave it out",
+        ),
+        (
             not config.parallel.sequence or config.parallel.tensor > 1,
             "parallel.sequence=true needs parallel.tensor > 1: leave it out",
         ),

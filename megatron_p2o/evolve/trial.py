@@ -27,6 +27,8 @@ class Trial:
     """Share of its rollouts that reached `hard.solved_at`. None: the reward is it, for rewards of 0 and 1."""
     feedback: str = ""
     """What the grader tells reflection about it."""
+    reliance: float | None = None
+    """As `Template.reliance`, of this response. None: it did not solve the problem, or was not measured."""
 
     @property
     def is_solved(self) -> bool:

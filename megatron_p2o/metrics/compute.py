@@ -133,7 +133,7 @@ class ComputeMeter:
         )
 
     def count_read(self, num_tokens: int) -> None:
-        """Count tokens that engines read for log-probs."""
+        """Count tokens that engines read for log-probs. From any thread."""
         self._add(ComputeAccount(engine_read_tokens=num_tokens))
 
     def count_lost_trial(self, num_tokens: int) -> None:

@@ -19,7 +19,7 @@ from megatron_p2o.processes import HostMemory
 from megatron_p2o.rollout.broker import Broker
 from megatron_p2o.rollout.refresh.outlet import WeightOutlet
 from megatron_p2o.rollout.refresh.weight_sync import WeightSync
-from megatron_p2o.rollout.requests import NOBODY
+from megatron_p2o.rollout.requests import NOBODY, Priority
 from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.rollout.servers.server import Server
 from megatron_p2o.rollout.servers.start import start_reflection_server
@@ -121,18 +121,19 @@ class SglangEngines:
 
         Requests are training's, like those of `generate`, and raise what it raises.
         """
-        futures = [
-            self.broker.submit(
-                replace(prompt, sampling_ids=np.concatenate([prompt.sampling_ids, ids]).astype(np.int32)),
-                SCORING,
-                num_scored=len(ids),
-            )
-            for prompt, ids in zip(prompts, responses, strict=True)
-        ]
+        futures = [self.submit_score(prompt, ids) for prompt, ids in zip(prompts, responses, strict=True)]
         scores: dict[int, Logprobs | None] = {}
         for index, completion in self._finished(futures):
             scores[index] = None if completion.is_aborted else completion.logprobs
         return [scores[index] for index in range(len(futures))]
+
+    def submit_score(self, prompt: Prompt, response: TokenIds, priority: Priority = "training") -> "Future[Completion]":
+        """Return a future of `response` with its log-probs under `prompt.sampling_ids` at temperature 1, [R].
+
+        A request that was refused or took too long completes as aborted; see `Broker.submit`.
+        """
+        whole = replace(prompt, sampling_ids=np.concatenate([prompt.sampling_ids, response]).astype(np.int32))
+        return self.broker.submit(whole, SCORING, priority, num_scored=len(response))
 
     def _finished(self, futures: Sequence["Future[Completion]"]) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as the futures are done; see `generate`."""

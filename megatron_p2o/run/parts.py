@@ -23,7 +23,7 @@ from megatron_p2o.rewards.tasks import TaskGrader
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.run.observe.processes import ProcessMeter
 from megatron_p2o.run.trials import EvolutionLink, TrialSubmitter
-from megatron_p2o.types import Completion, Prompt, SamplingParams
+from megatron_p2o.types import Completion, Prompt, SamplingParams, TokenIds
 
 StartEngines = Callable[[Sequence[int]], SglangEngines]
 """Starts the engines, given the tokens that end a response."""
@@ -79,6 +79,7 @@ def start_parts(
             config.evolution.max_template_tokens,
             config.hard.solved_at,
             compute.count_lost_trial,
+            _scorer(engines, compute) if config.assignment.weight == "transfer" else None,
         )
         session = start_session(config, run_dir, submit, engines, renderer.control_tokens, is_stopping)
         stack.callback(session.close)
@@ -134,6 +135,16 @@ def evolution_of(session: EvolutionSession | None, config: Config) -> PromptEvol
     if config.evolution.enabled and config.evolution.templates_file is not None:
         return GivenTemplates(config, Path(config.evolution.templates_file))
     return BesideTraining(session) if session is not None and config.evolution.beside_training else session
+
+
+def _scorer(engines: SglangEngines, compute: ComputeMeter) -> Callable[[Prompt, TokenIds], "Future[Completion]"]:
+    """Return what has the engines read a response for evolution, and counts the tokens that they read."""
+
+    def score(prompt: Prompt, response: TokenIds) -> "Future[Completion]":
+        compute.count_read(len(prompt.sampling_ids) + len(response))
+        return engines.submit_score(prompt, response, priority="evolution")
+
+    return score
 
 
 def _sampler(engines: SglangEngines) -> Callable[[Prompt, SamplingParams], "Future[Completion]"]:

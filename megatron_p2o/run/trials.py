@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
 
 from megatron_p2o.evaluation.protocol import template_with_text
 from megatron_p2o.evolve.process.by_task import all_together
@@ -11,10 +14,24 @@ from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed
 from megatron_p2o.interfaces import Grader, PromptRenderer, PromptTooLongError
 from megatron_p2o.rollout.requests import settle
-from megatron_p2o.types import Completion, Grade, Group, Problem, Prompt, Rollout, SamplingParams
+from megatron_p2o.types import (
+    Completion,
+    Grade,
+    Group,
+    Logprobs,
+    Problem,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    TokenIds,
+)
 
 Sample = Callable[[Prompt, SamplingParams], Future[Completion]]
 """Submits one rollout to the engines at evolution's priority."""
+
+Score = Callable[[Prompt, TokenIds], Future[Completion]]
+"""Submits a response to be read at evolution's priority: the completion holds its log-probs under
+`prompt.sampling_ids`."""
 
 
 class TrialSubmitter:
@@ -31,11 +48,14 @@ class TrialSubmitter:
         max_template_tokens: int,
         solved_at: float = 1.0,
         on_lost: Callable[[int], None] = lambda num_tokens: None,
+        score: Score | None = None,
     ) -> None:
         """Args:
         solved_at: reward from which a trial counts as solved (`hard.solved_at`).
         on_lost: told the sampled tokens of a trial that ends without a verdict.
+        score: what measures `Trial.reliance` of the trials that solve their problem; None: it is not measured.
         """
+        self._score = score
         self._on_lost = on_lost
         self._solved_at = solved_at
         self._sample, self._renderer, self._grader = sample, renderer, grader
@@ -97,7 +117,43 @@ class TrialSubmitter:
             return
         grade = graded.result()
         solved_share = float(grade.reaches(self._solved_at))
-        settle(outcome, _trial(completion, reward, solved_share, text, grade.feedback))
+        trial = _trial(completion, reward, solved_share, text, grade.feedback)
+        if self._score is None or not trial.is_solved or not completion.prompt.template.text:
+            settle(outcome, trial)
+            return
+        measured = measure_reliance(completion, self._score)
+        measured.add_done_callback(lambda done: settle(outcome, replace(trial, reliance=done.result())))
+
+
+def measure_reliance(completion: Completion, score: Score) -> Future[float | None]:
+    """Return a future of `Trial.reliance`: the engines read the response under its template, then without it.
+
+    None where they do not give its log-probs.
+    """
+    reliance: Future[float | None] = Future()
+    prompt, response = completion.prompt, completion.token_ids
+    plain = replace(prompt, sampling_ids=prompt.training_ids)
+
+    def under_template(done: Future[Completion]) -> None:
+        templated = _logprobs(done)
+        if templated is None or not len(templated):
+            reliance.set_result(None)
+        else:
+            score(plain, response).add_done_callback(lambda done: without(templated, done))
+
+    def without(templated: Logprobs, done: Future[Completion]) -> None:
+        bare = _logprobs(done)
+        reliance.set_result(None if bare is None else float(np.mean(bare - templated, dtype=np.float64)))
+
+    score(prompt, response).add_done_callback(under_template)
+    return reliance
+
+
+def _logprobs(scored: Future[Completion]) -> Logprobs | None:
+    """Return the log-probs of a text; None where the engines were lost, refused it or took too long."""
+    if scored.cancelled() or scored.exception() is not None or scored.result().is_aborted:
+        return None
+    return scored.result().logprobs
 
 
 def _trial(completion: Completion, reward: float, solved_share: float, text: str, feedback: str) -> Trial:
@@ -172,6 +228,7 @@ def round_statistics(rounds: Sequence[RoundStats]) -> dict[str, float]:
         "num_templates": stats.num_templates,
         "num_restarts": stats.num_restarts,
         "num_failed_trials": stats.num_failed_trials,
+        "num_unweighed": stats.num_unweighed,
         "num_proposals": stats.num_proposals,
         "num_accepted": stats.outcomes.get("accepted", 0),
         "num_refused": stats.num_refused,

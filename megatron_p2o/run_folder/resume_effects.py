@@ -73,7 +73,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *("sglang", "megatron"),
     ),
     "round": (
-        *("hard.min_problems", "assignment.num_plain", "assignment.same_template_in_group"),
+        *("hard.min_problems", "assignment.num_plain", "assignment.same_template_in_group", "assignment.weight"),
         *_in(
             "evolution",
             "enabled beside_training max_version_gap rules budget max_rollouts dev_size num_lineages",

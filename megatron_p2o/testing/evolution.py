@@ -50,7 +50,10 @@ class KeyPhraseTask:
         success_rates: tuple[float, float, float] = SUCCESS_RATES,
         max_template_chars: int = 10_000,
         weight_version: int = 3,
+        reliances: Mapping[str, float] | None = None,
     ) -> None:
+        """`reliances`: what solutions of each family measure, give or take 0.1; None: it is not measured."""
+        self._reliances = reliances or {}
         self.problems = {problem.id: problem for problem in problems}
         self.requests: Counter[tuple[str, str, float, int]] = Counter()
         """(template text, problem id, temperature, sample)"""
@@ -84,7 +87,12 @@ class KeyPhraseTask:
             finish_reason="stop",
             num_tokens=10,
             weight_version=self.weight_version,
+            reliance=self._reliance(template_text, problem_id) if is_solved and template_text else None,
         )
+
+    def _reliance(self, template_text: str, problem_id: str) -> float | None:
+        mean = self._reliances.get(self.problems[problem_id].source)
+        return None if mean is None else mean + 0.2 * draw("reliance", template_text, problem_id) - 0.1
 
 
 def families_served(template_text: str) -> set[str]:
@@ -99,6 +107,7 @@ def round_spec(
     seed: int = 1,
     library_version: int = 1,
     warm_templates: Sequence[Template] = (),
+    assignment: AssignmentConfig | None = None,
     **evolution: Any,
 ) -> RoundSpec:
     """Return a round over `problems`; `evolution` are fields of `EvolutionConfig`."""
@@ -109,7 +118,7 @@ def round_spec(
         warm_templates=tuple(warm_templates),
         settings=RoundSettings(
             evolution=EvolutionConfig(**evolution),
-            assignment=AssignmentConfig(),
+            assignment=assignment or AssignmentConfig(),
             group_size=6,
             sampling_temperature=0.6,
             min_problems=10,

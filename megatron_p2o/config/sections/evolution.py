@@ -37,6 +37,11 @@ class AssignmentConfig:
     same_template_in_group: bool = False
     """Whether all templated rollouts of a group share one drawn template (the paper's ablation). False: each draws its
     own."""
+    weight: Literal["score", "transfer"] = "score"
+    """What a template is drawn by. `score`: its mean development reward (the paper's). `transfer`: the score times
+    exp(min(D, 0) / 0.3), D being how much less likely its solutions are without it, mean log pi(y|x) - log pi(y|x,z)
+    per token in nats: what the plain policy nearly writes itself transfers better (HiLL, arXiv:2604.00698). It costs
+    two prefills for each trial that solves its problem."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

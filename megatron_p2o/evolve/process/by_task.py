@@ -114,5 +114,6 @@ def all_together(rounds: Sequence[RoundStats]) -> RoundStats:
         outcomes=dict(sorted(outcomes.items())),
         num_restarts=sum(each.num_restarts for each in rounds),
         num_failed_trials=sum(each.num_failed_trials for each in rounds),
+        num_unweighed=sum(each.num_unweighed for each in rounds),
         duration_s=sum(each.duration_s for each in rounds),
     )

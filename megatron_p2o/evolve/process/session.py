@@ -51,6 +51,11 @@ LATE = (
     "evolution.max_rollouts"
 )
 
+UNWEIGHED = (
+    "evolution.unweighed: %d of %d templates of round %d are drawn by their score alone, although assignment.weight is "
+    "transfer: the engines gave no log-probs of a solution through them"
+)
+
 
 class EvolutionSession:
     """A `PromptEvolution` (see `megatron_p2o.interfaces`) that runs in a process of its own."""
@@ -233,6 +238,8 @@ class EvolutionSession:
 
     def _tell(self, stats: RoundStats) -> None:
         logger.log(logging.INFO if stats.is_success else logging.WARNING, "evolution: %s", stats.summary())
+        if stats.num_unweighed:
+            logger.warning(UNWEIGHED, stats.num_unweighed, stats.num_templates, stats.epoch)
         try:
             keep_round(self._run_dir, stats)
         except (OSError, ValueError) as error:

@@ -1,13 +1,15 @@
 """Makes the library of the next epoch from the pool of a round, and the numbers for a report."""
 
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import assert_never
 
 from megatron_p2o.config.tree import AssignmentConfig
-from megatron_p2o.evolve.record.history import EndedBy
+from megatron_p2o.evolve.record.history import EndedBy, template_digest
 from megatron_p2o.evolve.record.library import PublishedLibrary
 from megatron_p2o.evolve.search.round import Round
 from megatron_p2o.files import write_whole
@@ -50,6 +52,8 @@ class RoundStats:
     """Times the service was lost and resumed."""
     num_failed_trials: int = 0
     """Rollouts without a verdict, of templates and of the plain control: they are no scores."""
+    num_unweighed: int = 0
+    """Published templates without a `Template.reliance`, under `assignment.weight: transfer`: drawn by score alone."""
     duration_s: float = 0.0
 
     @property
@@ -103,7 +107,10 @@ def build_library(round_: Round) -> PublishedLibrary:
     solved = {candidate.id: round_.pool.solved(candidate.id) for candidate in round_.pool.qualified()}
     if not round_.rules.publishes_empty:
         del solved[0]
-    cover = [replace(round_.pool.template(candidate_id), task=spec.task) for candidate_id in greedy_cover(solved)]
+    cover = [
+        replace(round_.pool.template(candidate_id), task=spec.task, reliance=reliance_of(round_, candidate_id))
+        for candidate_id in greedy_cover(solved)
+    ]
     if round_.rules.reuses_scores:
         solved = {template.id: solved[template.id] | solved_feedback(round_, template) for template in cover}
     assignments = assign(
@@ -153,6 +160,20 @@ def solved_feedback(round_: Round, template: Template) -> frozenset[str]:
     return frozenset(key for key, trial in trials.items() if trial is not None and trial.is_solved)
 
 
+def reliance_of(round_: Round, candidate_id: int) -> float | None:
+    """Return the mean reliance of the round's solutions through a candidate; that of the last library's template of the
+    same text where there are none, None where there is neither."""
+    text = round_.pool[candidate_id].text
+    measured = [
+        trial.reliance
+        for (digest, *_), trial in round_.history.trials.items()
+        if digest == template_digest(text) and trial.reliance is not None
+    ]
+    if measured:
+        return math.fsum(measured) / len(measured)  # exact, so that the order in which trials ended does not matter
+    return next((warm.reliance for warm in round_.spec.warm_templates if warm.text == text), None)
+
+
 def round_stats(round_: Round, library: PublishedLibrary, ended_by: EndedBy, plain: float | None = None) -> RoundStats:
     """Return the numbers of a round that published `library`; `plain` is the control's coverage."""
     covered = frozenset[str]().union(*(round_.pool.solved(template.id) for template in library.templates))
@@ -171,6 +192,11 @@ def round_stats(round_: Round, library: PublishedLibrary, ended_by: EndedBy, pla
         best_score=max((template.score for template in library.templates), default=0.0),
         coverage=len(covered) / len(round_.split.dev) if round_.split.dev else 0.0,
         plain_coverage=plain,
+        num_unweighed=sum(
+            template.id != PLAIN.id and template.reliance is None
+            for template in library.templates
+            if round_.spec.settings.assignment.weight == "transfer"
+        ),
         outcomes=round_.history.outcome_counts(),
     )
 
@@ -208,8 +234,9 @@ def assign(
     """Return one template per rollout for every problem that has any; a problem left out is asked plainly.
 
     Templates of `cover` that solve the problem come into question, else all of `cover`; under `guard_leaks` never one
-    whose lineage saw the problem's answer. Drawn with replacement, weighted by mean development reward. `solved` maps
-    template ids to the problems they are known to solve: the authors know of development problems only.
+    whose lineage saw the problem's answer. Drawn with replacement, weighted by mean development reward, and by reliance
+    where `assignment.weight` says so. `solved` maps template ids to the problems they are known to solve: the authors
+    know of development problems only.
     """
     assignments: dict[str, tuple[Template, ...]] = {}
     for problem_id in problem_ids:
@@ -220,10 +247,27 @@ def assign(
     return assignments
 
 
+RELIANCE_SCALE = 0.3
+"""Nats per token of reliance by which a template's weight falls to 1/e under `assignment.weight: transfer`: that of the
+code of HiLL (arXiv:2604.00698)."""
+
+
+def drawing_weight(template: Template, config: AssignmentConfig) -> float:
+    """Return what the probability that a problem gets `template` is in proportion to."""
+    score = template.score if template.score > 0 else SMALLEST_WEIGHT
+    match config.weight:
+        case "score":
+            return score
+        case "transfer":
+            return score * math.exp(min(template.reliance or 0.0, 0.0) / RELIANCE_SCALE)
+        case _:
+            assert_never(config.weight)
+
+
 def _draw(
     templates: Sequence[Template], group_size: int, config: AssignmentConfig, rng: random.Random
 ) -> tuple[Template, ...]:
-    weights = [template.score if template.score > 0 else SMALLEST_WEIGHT for template in templates]
+    weights = [drawing_weight(template, config) for template in templates]
     num_templated = group_size - config.num_plain
     if config.same_template_in_group:
         drawn = rng.choices(templates, weights) * num_templated

@@ -131,6 +131,14 @@ def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
             {"data.train": {"sums": TaskConfig(file="a.jsonl", hints_field="hints")}},
             "data.train.sums has hints_field=hints, and evolution.enabled=true gives its problems templates, too",
         ),
+        (
+            {"assignment.weight": "transfer", "evolution.templates_file": "t.txt"},
+            "assignment.weight=transfer needs trials",
+        ),
+        (
+            {"assignment.weight": "transfer", "evolution.rules": "single_turn"},
+            "assignment.weight=transfer needs trials",
+        ),
         ({"objective.ratio_low": 0.0}, "objective.ratio_low=0.0"),
         ({"objective.ratio_low": 1.5}, "objective.ratio_low=1.5"),
         ({"objective.ratio_high": 0.5}, "objective.ratio_high=0.5"),
@@ -180,6 +188,8 @@ def test_each_broken_rule_is_named_and_alone(settings: dict[str, Any], named: st
         {"evolution.beside_training": True, "evolution.round_timeout_s": 9e4},
         {"evolution.beside_training": False, "evolution.round_timeout_s": 59.0, "parallel.command_timeout_s": 60.0},
         {"assignment.num_plain": 4},
+        {"assignment.weight": "transfer"},
+        {"assignment.weight": "transfer", "evolution.enabled": False},
         {"objective.ratio_low": 1.0, "objective.ratio_high": 1.0},
         {"objective.clip_low": 0.0, "objective.clip_high": 0.0},
         {"objective.surrogate": "cispo", "objective.clip_low": 1.0},

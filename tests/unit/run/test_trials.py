@@ -10,7 +10,17 @@ import pytest
 from megatron_p2o.evolve.trial import Rejection, Trial, TrialFailed
 from megatron_p2o.run.trials import TrialSubmitter
 from megatron_p2o.testing.fakes import UNDECIDED, FakeRenderer, fake_problem
-from megatron_p2o.types import CORRECT, Completion, FinishReason, Grade, Problem, Prompt, SamplingParams, Template
+from megatron_p2o.types import (
+    CORRECT,
+    Completion,
+    FinishReason,
+    Grade,
+    Problem,
+    Prompt,
+    SamplingParams,
+    Template,
+    TokenIds,
+)
 
 PROBLEM = fake_problem(1)
 MAX_TOKENS = 40
@@ -139,3 +149,87 @@ def test_a_template_that_the_tokenizer_does_not_take_is_rejected() -> None:
     parts = Parts()
     outcome = TrialSubmitter(parts.sample, Picky(), parts, MAX_TOKENS)("<|x|>", PROBLEM, SAMPLING)
     assert outcome.result(0) == Rejection(reason="its prompt cannot be rendered")
+
+
+class Scorer:
+    """Engines that read a response when they are told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Prompt, list[int], Future[Completion]]] = []
+
+    def __call__(self, prompt: Prompt, response: TokenIds) -> Future[Completion]:
+        future: Future[Completion] = Future()
+        self.asked.append((prompt, list(response), future))
+        return future
+
+    def answer(self, logprobs: list[float], reason: FinishReason = "length") -> None:
+        prompt, response, future = self.asked[-1]
+        future.set_result(
+            Completion(
+                prompt=prompt,
+                token_ids=np.array(response, dtype=np.int32),
+                logprobs=np.array(logprobs, dtype=np.float32),
+                finish_reason=reason,
+                weight_versions=(5,),
+            )
+        )
+
+
+def solved_trial(scorer: Scorer, text: str = "Be brave.", grade: Grade = CORRECT) -> Future[Trial | Rejection]:
+    parts = Parts()
+    submit = TrialSubmitter(parts.sample, FakeRenderer(), parts, MAX_TOKENS, score=scorer)
+    outcome = submit(text, PROBLEM, SAMPLING)
+    parts.finish_sampling()
+    parts.graded.set_result(grade)
+    return outcome
+
+
+def reliance(outcome: Future[Trial | Rejection]) -> float | None:
+    trial = outcome.result(0)
+    assert isinstance(trial, Trial) and trial.reward == 1.0
+    return trial.reliance
+
+
+def test_the_reliance_of_a_solution_is_what_it_loses_without_its_template() -> None:
+    scorer = Scorer()
+    outcome = solved_trial(scorer)
+    scorer.answer([-0.25, -0.5, -1.0])
+    assert not outcome.done()
+    scorer.answer([-0.5, -4.0, -1.0])
+    assert reliance(outcome) == (-0.25 - 3.5 - 0.0) / 3
+    (templated, response, _), (plain, again, _) = scorer.asked
+    assert response == again == [0, 1, 2]
+    assert list(plain.sampling_ids) == list(templated.training_ids) != list(templated.sampling_ids)
+
+
+@pytest.mark.parametrize("num_answered", [0, 1])
+@pytest.mark.parametrize("how", ["refused", "lost", "dropped"])
+def test_a_trial_whose_response_the_engines_do_not_read_stays_a_score(num_answered: int, how: str) -> None:
+    scorer = Scorer()
+    outcome = solved_trial(scorer)
+    if num_answered:
+        scorer.answer([-1.0, -1.0, -1.0])
+    if how == "refused":
+        scorer.answer([], "abort")
+    elif how == "lost":
+        scorer.asked[-1][2].set_exception(RuntimeError("no engine"))
+    else:
+        scorer.asked[-1][2].cancel()
+    assert reliance(outcome) is None and len(scorer.asked) == 1 + num_answered
+
+
+def test_only_solutions_through_a_template_are_read_again() -> None:
+    scorer = Scorer()
+    failed = solved_trial(scorer, grade=Grade(reward=0.0)).result(0)
+    assert isinstance(failed, Trial) and failed.reliance is None
+    assert reliance(solved_trial(scorer, text="")) is None
+    assert scorer.asked == []
+
+
+def test_a_trial_that_is_cancelled_while_its_response_is_read_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    scorer = Scorer()
+    outcome = solved_trial(scorer)
+    assert outcome.cancel()
+    scorer.answer([-1.0, -1.0, -1.0])
+    scorer.answer([-1.0, -1.0, -1.0])
+    assert caplog.records == [] and outcome.cancelled()

@@ -21,6 +21,7 @@ from megatron_p2o.config.tree import (
     PRESETS,
     AdvantageConfig,
     AlarmsConfig,
+    AssignmentConfig,
     Config,
     EvaluationConfig,
     HardConfig,
@@ -30,6 +31,7 @@ from megatron_p2o.config.tree import (
 )
 from megatron_p2o.data.curriculum import weight_of
 from megatron_p2o.evolve.reflection.reflectors import BACKENDS, build_reflector, check_settings
+from megatron_p2o.evolve.search.publish import drawing_weight
 from megatron_p2o.evolve.search.rules import RULES, rules_named
 from megatron_p2o.files import limit_readers
 from megatron_p2o.machine.memory.trainer import bucket_bytes
@@ -53,6 +55,7 @@ from megatron_p2o.rollout.refresh.outlet import uses_devices
 from megatron_p2o.run.observe.alarms import MISMATCH, MismatchWatch
 from megatron_p2o.run.observe.evaluations import BestSoFar
 from megatron_p2o.testing.fakes import fake_config, fake_problem, fake_rollout
+from megatron_p2o.types import PLAIN
 from p2o_kernels import Surrogate
 from p2o_kernels.lm_head.path import HeadOptions
 from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, context_weighted, token_losses_torch
@@ -119,6 +122,7 @@ USES: dict[str, list[Callable[[Any], object]]] = {
     ],
     "data.curriculum": [curriculum_weight],
     "hard.counted": [lambda value: hard_problems(GROUPS, HardConfig(counted=value), 2)],
+    "assignment.weight": [lambda value: drawing_weight(PLAIN, AssignmentConfig(weight=value))],
     "advantage.estimator": [lambda value: make_groups([SIBLINGS], AdvantageConfig(estimator=value), [0.5])],
     "advantage.baseline": [lambda value: make_groups([SIBLINGS], AdvantageConfig(baseline=value), [0.5])],
     "objective.context": [

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from megatron_p2o.config.tree import EvolutionConfig, ReflectionConfig
+from megatron_p2o.config.tree import AssignmentConfig, EvolutionConfig, ReflectionConfig
 from megatron_p2o.evolve.process.conduct import conduct_round, journal_path, split_of
 from megatron_p2o.evolve.process.spending import RoundSpending
 from megatron_p2o.evolve.record.history import RoundHistory, template_digest
@@ -506,6 +506,52 @@ def test_round_cut_at_any_event_goes_on_without_repeating_a_finished_rollout(tmp
         assert history.candidate_of.items() >= kept.candidate_of.items()
         assert set(kept.open_proposals()) - set(history.outcomes) <= set(history.open_proposals())
         assert stats.ended_by == "budget" and library.version == 1
+
+
+TRANSFER = AssignmentConfig(weight="transfer")
+
+RELIANCES = {"affine": -0.1, "cross": -1.5, "walk": -0.5}
+
+
+def test_published_reliance_is_the_mean_of_the_solutions_whatever_order_they_ended_in(tmp_path: Path) -> None:
+    spec = round_spec(PROBLEMS, max_rollouts=2000, assignment=TRANSFER)
+    task = KeyPhraseTask(PROBLEMS, reliances=RELIANCES)
+    library, stats, history = run_round(spec, tmp_path / "whole", task)
+    assert stats.num_unweighed == 0 and len(library.templates) > 1
+    for template in library.templates:
+        solutions = [
+            trial
+            for (digest, *_), trial in history.trials.items()
+            if digest == template_digest(template.text) and trial.is_solved
+        ]
+        expected = [trial.reliance for trial in solutions if trial.reliance is not None]
+        assert len(expected) == len(solutions) > 0
+        assert template.reliance == pytest.approx(sum(expected) / len(expected), abs=1e-12)
+    whole = library_path(tmp_path / "whole", 1).read_bytes()
+    records, _ = read_journal(journal_path(tmp_path / "whole", 0))
+    events = [record for record in records if record["event"] != "Published"]
+    scored = [record for record in events if record["event"] == "Scored"]
+    others = [record for record in events if record["event"] != "Scored"]
+    for number, replayed in enumerate((events, [others[0], *reversed(scored), *others[1:]])):
+        path = journal_path(tmp_path / str(number), 0)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"".join(map(encode_line, replayed)))
+        run_round(spec, tmp_path / str(number), KeyPhraseTask(PROBLEMS, reliances=RELIANCES))
+        assert library_path(tmp_path / str(number), 1).read_bytes() == whole, "a resumed round draws the same"
+
+
+@pytest.mark.parametrize(
+    ("weight", "reliance", "num_unweighed"), [("transfer", -0.4, 0), ("transfer", None, 1), ("score", None, 0)]
+)
+def test_a_template_without_a_measurement_keeps_the_last_one_or_is_counted(
+    weight: Literal["score", "transfer"], reliance: float | None, num_unweighed: int, tmp_path: Path
+) -> None:
+    warm = Template(id=9, text=BOTH_AFFINE, parent=4, score=0.9, reliance=reliance)
+    assignment = AssignmentConfig(weight=weight)
+    spec = round_spec(PROBLEMS, warm_templates=[warm], max_rollouts=100, assignment=assignment)
+    library, stats, _ = run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Script(lambda _: ""))
+    assert [(each.text, each.reliance) for each in library.templates] == [(BOTH_AFFINE, reliance)]
+    assert stats.num_unweighed == num_unweighed
 
 
 def test_round_that_was_published_is_answered_from_its_file(tmp_path: Path) -> None:

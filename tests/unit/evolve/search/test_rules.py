@@ -2,7 +2,9 @@
 
 import random
 from collections import Counter
-from math import sqrt
+from dataclasses import replace
+from math import exp, sqrt
+from typing import Literal
 
 import pytest
 
@@ -170,8 +172,9 @@ def assigned(
     same: bool = False,
     guard: bool = True,
     seed: int = 0,
+    weight: Literal["score", "transfer"] = "score",
 ) -> dict[str, tuple[Template, ...]]:
-    config = AssignmentConfig(num_plain=num_plain, same_template_in_group=same)
+    config = AssignmentConfig(num_plain=num_plain, same_template_in_group=same, weight=weight)
     return assign(problem_ids, cover, solved, 6, config, random.Random(seed), guard_leaks=guard)
 
 
@@ -192,6 +195,27 @@ def test_templates_are_drawn_in_proportion_to_their_score() -> None:
     table = assigned(problem_ids, cover, {1: frozenset(), 2: frozenset()})
     share = sum(z.id == 1 for drawn in table.values() for z in drawn) / 6000
     assert abs(share - 0.75) < 4 * sqrt(0.75 * 0.25 / 6000)
+
+
+def test_templates_whose_solutions_lean_on_them_are_drawn_less_often_where_transfer_weighs() -> None:
+    """HiLL's weight, exp(min(D, 0) / 0.3): a template that the plain policy does not need counts as much as one it can
+    do without, and one without a measurement as its score says."""
+    reliances = {1: -0.6, 2: -0.3, 3: 0.0, 4: 0.7, 5: None}
+    cover = [replace(template(number, 0.5), reliance=reliance) for number, reliance in reliances.items()]
+    solved = {number: frozenset[str]() for number in reliances}
+    problem_ids = [f"p{index}" for index in range(2000)]
+    weights = [exp(-2), exp(-1), 1, 1, 1]
+    table = assigned(problem_ids, cover, solved, weight="transfer")
+    drawn = Counter(each.id for given in table.values() for each in given)
+    for number, weight in zip(reliances, weights, strict=True):
+        share = weight / sum(weights)
+        assert abs(drawn[number] / 12000 - share) < 4 * sqrt(share * (1 - share) / 12000)
+    bare = [replace(each, reliance=None) for each in cover]
+    by_score = [[each.id for each in given] for given in assigned(problem_ids, cover, solved).values()]
+    assert by_score == [[each.id for each in given] for given in assigned(problem_ids, bare, solved).values()]
+    assert by_score == [
+        [each.id for each in given] for given in assigned(problem_ids, bare, solved, weight="transfer").values()
+    ], "nothing measured: the paper's draw"
 
 
 def test_score_of_zero_still_allows_a_template_that_is_alone() -> None:
