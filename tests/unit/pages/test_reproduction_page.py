@@ -29,7 +29,13 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo-math-10k": (MATH_10K, GRPO),
     "grpo12-scaler-5k": (SCALER_5K, GRPO_12),
     "grpo12-math-5k": (MATH_5K, GRPO_12),
-    "dapo-math-5k": (MATH_5K, GRPO | {"schedule.max_batches_per_step": 8, "objective.clip_high": 0.28}),
+    # Version 3 isolates dynamic sampling: no clip-higher, no penalty for over-long answers, the loss of the other arms.
+    "dapo-math-5k": (
+        MATH_5K,
+        GRPO
+        | {"schedule.max_batches_per_step": 8, "objective.clip_high": 0.2, "advantage.overlong_tokens": None}
+        | {"objective.normalization": "micro_batch_mean"},
+    ),
     "selfref-scaler-5k": (SCALER_5K, SELF),
     "selfref-math-5k": (MATH_5K, SELF),
     "selfref-scaler-10k": (SCALER_10K, SELF),
