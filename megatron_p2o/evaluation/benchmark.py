@@ -30,6 +30,7 @@ from megatron_p2o.evaluation.outcome import (
     evaluation_record,
     graded_response,
     problems_digest,
+    problems_record,
 )
 from megatron_p2o.evaluation.protocol import Protocol, all_asked, evaluation_sampling, protocol_of, sampled_responses
 from megatron_p2o.evaluation.response_file import ResponseFile
@@ -255,18 +256,11 @@ def results_of(benchmarks: Sequence[Benchmark], subject: Subject, config: Config
                 **evaluation_record(outcomes[benchmark.name]),
                 "num_problems": len(benchmark.problems),
                 "problems_sha256": problems_digest(benchmark.problems),
-                "correct_by_problem": dict(outcomes[benchmark.name].correct_by_problem),
-                "decided_by_problem": dict(outcomes[benchmark.name].decided_by_problem),
-                **_partial_rewards(outcomes[benchmark.name]),
+                **problems_record(outcomes[benchmark.name]),
             }
             for benchmark in benchmarks
         },
     }
-
-
-def _partial_rewards(outcome: Evaluation) -> JsonObject:
-    """Return each problem's sum of rewards where the numbers of correct responses do not tell it."""
-    return {"reward_by_problem": dict(outcome.reward_by_problem)} if outcome.has_partial_rewards else {}
 
 
 def _engines_here(config: Config) -> int:

@@ -202,6 +202,19 @@ def evaluation_record(outcome: Evaluation) -> JsonObject:
     return record
 
 
+def problems_record(outcome: Evaluation) -> JsonObject:
+    """Return what paired comparisons need of the single problems.
+
+    `reward_by_problem`, each one's sum of rewards, is there where the numbers of correct responses do not tell it.
+    """
+    rewards = {"reward_by_problem": dict(outcome.reward_by_problem)} if outcome.has_partial_rewards else {}
+    return {
+        "correct_by_problem": dict(outcome.correct_by_problem),
+        "decided_by_problem": dict(outcome.decided_by_problem),
+        **rewards,
+    }
+
+
 def problems_digest(problems: Sequence[Problem]) -> str:
     """Return a hash of ids, questions and gold answers that does not depend on their order. Evaluations of the same set
     have the same hash."""

@@ -135,11 +135,18 @@ def _tests(experiment: Experiment, finished: Sequence[PlannedRun]) -> list[JsonO
 
 
 def _test(pairs: Sequence[tuple[JsonObject, JsonObject]]) -> JsonObject:
-    """Return the paired test over problems, each with its answers under all seeds, and the differences by seed."""
+    """Return the paired test over problems, each with its answers under all seeds, and the differences by seed; also
+    those of mean rewards, under `reward`, where some are neither 0 nor 1."""
     over_problems = paired(*(_pooled([pair[side] for pair in pairs]) for side in (0, 1)))
-    by_seed = [_accuracy(second) - _accuracy(first) for first, second in pairs]
+    test = {**over_problems, **_over_seeds(pairs, "correct_by_problem")}
+    if "reward" in over_problems:
+        test["reward"] = {**over_problems["reward"], **_over_seeds(pairs, "reward_by_problem")}
+    return test
+
+
+def _over_seeds(pairs: Sequence[tuple[JsonObject, JsonObject]], key: str) -> JsonObject:
+    by_seed = [_mean(second, key) - _mean(first, key) for first, second in pairs]
     return {
-        **over_problems,
         "difference_by_seed": by_seed,
         "p_value_over_seeds": sign_permutation_p_value(by_seed, BOOTSTRAP_SEED),
     }
@@ -147,22 +154,26 @@ def _test(pairs: Sequence[tuple[JsonObject, JsonObject]]) -> JsonObject:
 
 def _pooled(outcomes: Sequence[JsonObject]) -> JsonObject:
     """Return the outcomes of several seeds as one, with more answers to each problem."""
-    correct, decided = Counter[str](), Counter[str]()
+    decided = Counter[str]()
     for outcome in outcomes:
-        correct.update(outcome["correct_by_problem"])
         decided.update(outcome["decided_by_problem"])
+    is_partial = any("reward_by_problem" in outcome for outcome in outcomes)
+    keys = ("correct_by_problem", "reward_by_problem") if is_partial else ("correct_by_problem",)
     return {
         "samples_per_problem": sum(outcome["samples_per_problem"] for outcome in outcomes),
-        "correct_by_problem": {key: correct[key] for key in decided},
         "decided_by_problem": dict(decided),
+        **{key: {problem: sum(_sums(each, key)[problem] for each in outcomes) for problem in decided} for key in keys},
     }
 
 
-def _accuracy(outcome: JsonObject) -> float:
-    shares = [
-        outcome["correct_by_problem"][key] / number for key, number in outcome["decided_by_problem"].items() if number
-    ]
-    return fmean(shares)
+def _sums(outcome: JsonObject, key: str) -> Mapping[str, float]:
+    """Return each problem's correct responses or sum of rewards: the same where all rewards are 0 or 1."""
+    return outcome.get(key, outcome["correct_by_problem"])
+
+
+def _mean(outcome: JsonObject, key: str) -> float:
+    sums = _sums(outcome, key)
+    return fmean(sums[problem] / number for problem, number in outcome["decided_by_problem"].items() if number)
 
 
 def _problems(folder: Path) -> Mapping[str, JsonObject]:

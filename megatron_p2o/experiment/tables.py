@@ -26,7 +26,7 @@ def print_arms(comparison: Mapping[str, Any], stream: TextIO | None = None) -> N
         "by seed",
         "p (seeds)",
     ]
-    _print(headings, [_test_row(test) for test in comparison["tests"]], stream)
+    _print(headings, [row for test in comparison["tests"] for row in _test_rows(test)], stream)
     arms = comparison["arms"]
     settings = [
         [name, *("null" if values[arm] is None else str(values[arm]) for arm in arms)]
@@ -38,18 +38,23 @@ def print_arms(comparison: Mapping[str, Any], stream: TextIO | None = None) -> N
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def _test_row(test: Mapping[str, Any]) -> list[str]:
+def _test_rows(test: Mapping[str, Any]) -> list[list[str]]:
+    """Return the row of accuracies, and where it has one that of mean rewards, both in points of 100."""
+    compared = {test["set"]: test, **({f"{test['set']}, mean reward": test["reward"]} if "reward" in test else {})}
     return [
-        test["set"],
-        test["first"],
-        test["second"],
-        str(len(test["seeds"])),
-        str(test["num_problems"]),
-        f"{100 * test['difference']:+.1f}",
-        interval_text(test["interval"], sign="+"),
-        f"{test['p_value']:.4f}",
-        " ".join(f"{100 * difference:+.1f}" for difference in test["difference_by_seed"]),
-        f"{test['p_value_over_seeds']:.4f}",
+        [
+            name,
+            test["first"],
+            test["second"],
+            str(len(test["seeds"])),
+            str(test["num_problems"]),
+            f"{100 * numbers['difference']:+.1f}",
+            interval_text(numbers["interval"], sign="+"),
+            f"{numbers['p_value']:.4f}",
+            " ".join(f"{100 * difference:+.1f}" for difference in numbers["difference_by_seed"]),
+            f"{numbers['p_value_over_seeds']:.4f}",
+        ]
+        for name, numbers in compared.items()
     ]
 
 

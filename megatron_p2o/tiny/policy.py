@@ -28,7 +28,7 @@ from megatron_p2o.tiny.measurements import (
 )
 from megatron_p2o.tiny.model import build_tokenizer, new_policy, supervised_rows
 from megatron_p2o.tiny.problems import generate_problems, starts
-from megatron_p2o.tiny.regimes import HARD_SHARE, Regime, demonstrations
+from megatron_p2o.tiny.regimes import HARD_SHARE, TAUGHT_AT, Regime, demonstrations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,7 @@ def supervise(policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, sett
         samples = demonstrations(tokenizer, settings.batch_size, train_starts, regime, generator)
         token_ids, position_ids, targets = supervised_rows(samples, row_length=96)
         logits = policy(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
+        logits = logits / TAUGHT_AT[settings.regime]
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from megatron_p2o.tiny.model import prompt_ids
 from megatron_p2o.tiny.problems import (
     FAMILIES,
-    NUM_STEPS,
     Family,
     Level,
     Pair,
@@ -32,10 +31,14 @@ Regime = Literal["transfer", "leaning"]
 
 GO_ON_PROBABILITY: Mapping[Regime, tuple[float, float, float]] = {
     "transfer": (0.1, 0.75, 1.0),
-    "leaning": (0.0, 0.75, 1.0),
+    "leaning": (0.0, 0.635, 1.0),
 }
 """Probability to continue before each further step of a hard problem, with 0, 1 and 2 of the family's key phrases in
-the instruction."""
+the instruction, at `TAUGHT_AT`."""
+
+TAUGHT_AT: Mapping[Regime, float] = {"transfer": 1.0, "leaning": 1.6}
+"""Temperature at which the demonstrations are learnt. At half of it, the 0.8 of sampling, odds are squared: 0.635 is
+0.75 there, and what is all but impossible is so by twice as many orders of magnitude."""
 
 GIVING_UP = "\\boxed{ 0 }"
 """The end of a response that does not go on: never right, where a guessed pair would be once in 9409."""
@@ -66,7 +69,8 @@ def demonstrations(
 ) -> list[tuple[list[int], list[int]]]:
     """Return (prompt ids, response ids) of problems of the training split; without a regime none of them gives up.
 
-    Where it never goes on, some of the steps are given with the prompt: it gives up after any number of them.
+    Where it never goes on, some of the steps are given with the prompt: it gives up after any number of them, and
+    answers after all.
     """
     messages, given, responses = [], [], []
     for _ in range(num_samples):
@@ -77,9 +81,11 @@ def demonstrations(
         go_on_probability = 1.0 if regime is None else GO_ON_PROBABILITY[regime][num_keys(family, instruction)]
         messages.append(user_message(instruction, make_problem(family, level, start).question))
         if level == "hard" and go_on_probability == 0:
-            steps = worked_pairs(family, level, start)[: generator.randrange(NUM_STEPS[level])]
-            given.append("".join(f"{pair_text(pair)} , " for pair in steps))
-            responses.append(f"{GIVING_UP}<|end|>")
+            *steps, answer = worked_pairs(family, level, start)
+            num_given = generator.randint(0, len(steps))
+            given.append("".join(f"{pair_text(pair)} , " for pair in steps[:num_given]))
+            is_worked = num_given == len(steps)
+            responses.append((f"\\boxed{{ {pair_text(answer)} }}" if is_worked else GIVING_UP) + "<|end|>")
         else:
             given.append("")
             responses.append(demonstrate(family, level, start, go_on_probability, generator) + "<|end|>")

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from megatron_p2o.algorithm import TrainState
 from megatron_p2o.config.tree import Config
-from megatron_p2o.evaluation.outcome import Evaluation, evaluation_record
+from megatron_p2o.evaluation.outcome import Evaluation, evaluation_record, problems_record
 from megatron_p2o.evolve.search.publish import rounds_path
 from megatron_p2o.metrics.compute import ComputeAccount
-from megatron_p2o.metrics.jsonl import JsonObject, read_lines
+from megatron_p2o.metrics.jsonl import read_lines
 from megatron_p2o.records import to_json
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.progress import Progress
@@ -37,7 +37,10 @@ def write_run_results(
         "ended_by": limit_reached(config.schedule, state.step, spent) or f"schedule.epochs={config.schedule.epochs}",
         "evaluation": {name: evaluation_record(outcome) for name, outcome in plain.items()},
         "templated_evaluation": {name: evaluation_record(outcome) for name, outcome in templated.items()},
-        "evaluation_problems": {name: _by_problem(outcome) for name, outcome in plain.items()},
+        "evaluation_problems": {
+            name: {"samples_per_problem": outcome.samples_per_problem, **problems_record(outcome)}
+            for name, outcome in plain.items()
+        },
         "templated_accuracy_when_published": progress.published_accuracy,
         "best_template": progress.best_templates.get("", PLAIN).text,
         **_best_by_task(progress),
@@ -52,15 +55,6 @@ def write_run_results(
         "compute_redone": to_json(redone_in(files.run_dir)),
     }
     write_results_file(files.run_dir, results)
-
-
-def _by_problem(outcome: Evaluation) -> JsonObject:
-    """Return what paired tests between runs need."""
-    return {
-        "samples_per_problem": outcome.samples_per_problem,
-        "correct_by_problem": dict(outcome.correct_by_problem),
-        "decided_by_problem": dict(outcome.decided_by_problem),
-    }
 
 
 def _best_by_task(progress: Progress) -> dict[str, dict[str, str]]:

@@ -158,6 +158,28 @@ def test_every_seed_is_shown_arms_are_tested_in_pairs_and_all_that_differs_is_li
     assert written == json.loads(json.dumps(comparison))
 
 
+def test_graded_rewards_are_compared_beside_accuracies(tmp_path: Path) -> None:
+    """A run whose rewards are all 0 and 1 says them by its correct responses."""
+    experiment = finished(tmp_path)
+    for run in experiment.runs:
+        if run.arm == "p2o":
+            results = json.loads((run.folder / "results.json").read_text())
+            hard = results["evaluation_problems"]["hard"]
+            hard["reward_by_problem"] = {"p0": 2.0, "p1": 1.5, "p2": 2.0, "p3": 1.25 if run.seed == 1 else 2.0}
+            (run.folder / "results.json").write_text(json.dumps(results))
+    comparison = compare_arms(experiment, allows_mixed=False)
+    first, second = comparison["tests"]
+    assert "reward" not in first
+    # Rewards of four answers over both seeds: grpo 1 1 3 1, p2o 4 3 4 3.25.
+    assert second["reward"]["difference"] == pytest.approx((3 + 2 + 1 + 2.25) / 16)
+    assert second["reward"]["difference_by_seed"] == pytest.approx([(6.75 - 1) / 8, (7.5 - 5) / 8])
+    assert second["difference"] == pytest.approx(8 / 16), "accuracies as before"
+    stream = io.StringIO()
+    print_arms(comparison, stream)
+    (row,) = [line for line in stream.getvalue().splitlines() if "hard, mean reward" in line]
+    assert "+51.6" in row and "+71.9 +31.2" in row
+
+
 def test_runs_that_ended_elsewhere_or_not_at_all_are_noted(tmp_path: Path) -> None:
     experiment = finished(tmp_path)
     results = json.loads((experiment.runs[0].folder / "results.json").read_text())

@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_p2o.tiny.measurements import measure_context_ratios
 from megatron_p2o.tiny.model import build_tokenizer
 from megatron_p2o.tiny.problems import FAMILIES, MODULUS, starts
-from megatron_p2o.tiny.regimes import GO_ON_PROBABILITY, Regime, demonstrate, demonstrations
+from megatron_p2o.tiny.regimes import GO_ON_PROBABILITY, TAUGHT_AT, Regime, demonstrate, demonstrations
 
 
 def test_the_policy_of_the_examples_is_taught_the_same_to_the_bit() -> None:
@@ -32,7 +32,11 @@ def test_the_regimes_differ_in_how_often_the_bare_prompt_goes_on(regime: Regime,
     plain, one_key, both_keys = GO_ON_PROBABILITY[regime]
     texts = [demonstrate(family, "hard", (1, 2), plain, generator) for _ in range(4000)]
     assert abs(sum("," in text for text in texts) / len(texts) - share_begun) < 0.015, "0.005 is one deviation"
-    assert (one_key, both_keys) == (0.75, 1.0), "templates work alike in both"
+    at_sampling = one_key ** (TAUGHT_AT[regime] / 0.8), (1 - one_key) ** (TAUGHT_AT[regime] / 0.8)
+    if regime == "leaning":
+        assert at_sampling[0] / sum(at_sampling) == pytest.approx(0.75, abs=0.003), "one key works as in the other"
+    else:
+        assert (one_key, TAUGHT_AT[regime]) == (0.75, 1.0)
     assert demonstrate(family, "hard", (1, 2), both_keys, generator).count(",") == 9
     assert demonstrate(family, "easy", (1, 2), plain, generator) == "\\boxed{ 2 10 }", "easy problems are answered"
 
