@@ -22,6 +22,10 @@ _HIDDEN = re.compile(
     r"\\iffalse(?![A-Za-z]).*?(?:\\fi(?![A-Za-z])|\Z)|\\begin\{comment\}.*?(?:\\end\{comment\}|\Z)|<!--.*?(?:-->|\Z)",
     re.DOTALL,
 )
+_HIDING = ("\\iffalse", "\\begin{comment}", "<!--")
+"""How what `_HIDDEN` finds begins."""
+
+_FIRST_BOX = re.compile(_BOX)
 _PERCENT_OR_COMMENT = re.compile(r"(?P<percent>\\%|[\d)$}][ \t]*%|[^\s%]%)|%.*")
 _PERCENT_AFTER_BRACE = re.compile(r"\}[ \t]*%")
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
@@ -52,11 +56,26 @@ def last_boxed(text: str) -> str | None:
     response = text.rpartition(END_OF_THINKING)[2]
     if START_OF_THINKING in response:
         return None
-    response = _PERCENT_OR_COMMENT.sub(lambda found: found["percent"] or "", _HIDDEN.sub("", response))
+    response = _shown(response)
     box = _last_box(response)
     if box is None or _PERCENT_AFTER_BRACE.search(response, response.rfind("\n", 0, box.begin) + 1, box.begin):
         return None  # behind a percent sign that may begin a comment
     return _ANY_BOX.sub("", response[box.start : box.end]).strip()
+
+
+def _shown(response: str) -> str:
+    """Return what LaTeX and HTML show of a response."""
+    if any(opening in response for opening in _HIDING):
+        response = _HIDDEN.sub("", response)
+    if "%" not in response:
+        return response
+    # No comment is longer than its line, and few lines have one.
+    lines = response.split("\n")
+    return "\n".join(_PERCENT_OR_COMMENT.sub(_percent, line) if "%" in line else line for line in lines)
+
+
+def _percent(found: re.Match[str]) -> str:
+    return found["percent"] or ""
 
 
 def _last_box(response: str) -> _Box | None:
@@ -64,7 +83,9 @@ def _last_box(response: str) -> _Box | None:
     opened: list[_Box | None] = []
     latest: _Box | None = None
     last: _Box | None = None
-    for token in _TOKEN.finditer(response):
+    # Braces before the first box close none, open or not: most of a long response is not looked at.
+    first = _FIRST_BOX.search(response)
+    for token in _TOKEN.finditer(response, first.start()) if first is not None else ():
         if token["mention"]:
             continue
         if token["box"] is not None:
@@ -85,6 +106,8 @@ def _last_box(response: str) -> _Box | None:
 
 def _is_in_open_box(box: _Box, opened: list[_Box | None], response: str) -> bool:
     """Return whether one of the boxes that were never closed was opened before `box` in its paragraph."""
+    if not any(opened):
+        return False
     paragraph = max((gap.end() for gap in _BLANK_LINE.finditer(response, 0, box.begin)), default=0)
     return any(each is not None and paragraph <= each.begin < box.begin for each in opened)
 

@@ -1,5 +1,7 @@
 """Finding the final answer in a response."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,3 +123,22 @@ def test_balanced_content_comes_back_whatever_stands_around_it(before: str, cont
 def test_hostile_megabytes_are_read_in_one_pass(text: str, answer: str | None) -> None:
     # Anything worse than linear would take hours here.
     assert last_boxed(text) == answer
+
+
+PIECES = (
+    *("\\boxed{", "\\boxed", "\\fbox{", "\\fbox 7", "\\boxed{3}", "{", "}", "\\{", "\\}", "\\", "\\\\", "%", "\\%"),
+    *("5%", "5 %", "\n", "\n\n", " ", "12", "x", ".", "a b", "$", "\r", "\u2028"),
+)
+
+
+def test_what_stands_before_the_first_box_decides_nothing() -> None:
+    generator = random.Random(0)
+    noise = [piece for piece in PIECES if "box" not in piece and "%" not in piece]
+    num_answers = 0
+    for _ in range(3000):
+        response = "".join(generator.choices(PIECES, k=generator.randint(1, 20)))
+        before = "".join(generator.choices(noise, k=generator.randint(1, 20)))
+        answer = last_boxed(response)
+        assert last_boxed(f"{before}\n\n{response}") == answer, (before, response)
+        num_answers += answer is not None
+    assert num_answers > 100
