@@ -10,7 +10,7 @@ from typing import Any
 from megatron_p2o.config.tree import GradingConfig
 from megatron_p2o.records import to_json
 from megatron_p2o.rewards.functions import RewardSpec
-from megatron_p2o.rewards.workers.grading_workers import GradingWorkers, worker_limits
+from megatron_p2o.rewards.workers.grading_workers import GradingWorkers, num_workers_here, worker_limits
 from megatron_p2o.rewards.workers.loop import KNOWN
 from megatron_p2o.types import FinishReason, Grade, Problem
 
@@ -27,7 +27,7 @@ class FunctionGrader:
         self._faults = FaultLog()
         limits = worker_limits(config, stall_timeout_s=config.timeout_s)
         self._workers = GradingWorkers(
-            specs_of(config), limits, config.num_workers, {KNOWN: True}, raised=self._faults.note
+            specs_of(config), limits, num_workers_here(config), {KNOWN: True}, raised=self._faults.note
         )
 
     @property

@@ -88,8 +88,11 @@ class GradingConfig:
     functions: Mapping[str, WeightedFunctionConfig] = field(default_factory=dict)
     """Several reward functions instead of `grading.function`, by name. The reward is their weighted mean, and undecided
     where one of them is."""
-    num_workers: Annotated[int, Range(at_least=1, at_most=1024, reason="each is a process of one machine")] = 2
-    """Processes that compare answers by algebra, or call the reward functions."""
+    num_workers: Annotated[int, Range(at_least=1, at_most=1024, reason="each is a process of one machine")] | None = (
+        None
+    )
+    """Processes that compare answers by algebra, or call the reward functions. None: half of the cores that rank 0 may
+    use, from 2 to 64; the others are for the ranks and engines of its node."""
     deadline_s: Seconds = 1.0
     """Processor time for one answer in seconds; a busy machine does not use it up. A worker that takes more is killed
     and the answer is undecided. Most answers take a thousandth of a second, those that need math-verify up to 0.3 s."""

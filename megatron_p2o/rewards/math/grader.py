@@ -15,7 +15,7 @@ from megatron_p2o.rewards.math.exact import ExactJudge, quick_verdict
 from megatron_p2o.rewards.math.match import verdict
 from megatron_p2o.rewards.math.reading.latex import is_refused, is_too_long
 from megatron_p2o.rewards.math.reading.spelling import normal_form
-from megatron_p2o.rewards.workers.grading_workers import GradingWorkers, worker_limits
+from megatron_p2o.rewards.workers.grading_workers import GradingWorkers, num_workers_here, worker_limits
 from megatron_p2o.types import CORRECT, INCORRECT, FinishReason, Grade, Problem
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class MathGrader:
     """The `Grader` for answers in LaTeX. What needs algebra goes to worker processes, started when first needed."""
 
     def __init__(self, config: GradingConfig) -> None:
-        self._workers = GradingWorkers(None, worker_limits(config), config.num_workers, algebra_request(*KNOWN))
+        self._workers = GradingWorkers(None, worker_limits(config), num_workers_here(config), algebra_request(*KNOWN))
         self._counts: Counter[str] = Counter()
         self._logged_faults: set[str] = set()
         self._lock = Lock()

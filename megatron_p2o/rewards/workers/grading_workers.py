@@ -4,6 +4,7 @@ What is limited is processor time. How long an answer takes on a busy machine de
 """
 
 import math
+import os
 import queue
 import threading
 from collections import Counter
@@ -20,6 +21,9 @@ from megatron_p2o.types import CORRECT, Grade
 
 STALL_TIMEOUT_S = 120.0
 """Time without processor time after which a process that only computes is stopped, or hangs."""
+
+FEWEST_WORKERS, MOST_WORKERS = 2, 64
+"""Bounds of the number of workers that follows the cores: each is a thread of rank 0, too."""
 
 Raised = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 """Called from any thread with a request and the reply of `loop` which says what it raised."""
@@ -115,6 +119,13 @@ class GradingWorkers:
     def _count(self, outcome: str) -> None:
         with self._lock:
             self._counts[outcome] += 1
+
+
+def num_workers_here(config: GradingConfig) -> int:
+    """Return `grading.num_workers`; unless it says so, half of the cores this process may use, within bounds."""
+    if config.num_workers is not None:
+        return config.num_workers
+    return min(MOST_WORKERS, max(FEWEST_WORKERS, len(os.sched_getaffinity(0)) // 2))
 
 
 def worker_limits(config: GradingConfig, stall_timeout_s: float = STALL_TIMEOUT_S) -> WorkerLimits:
