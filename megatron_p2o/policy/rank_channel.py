@@ -55,22 +55,34 @@ class RankChannel:
         """A call has failed: the ranks are out of step, and there is no one left to talk to."""
 
     def send(self, commands: Sequence[Command]) -> None:
-        """Give each rank its command, rank 0's own among them."""
+        """Give the ranks of each data-parallel replica its command, rank 0's own among them.
+
+        A command holds the replica's samples and goes to it once: its first rank passes it on.
+        """
         with self.named_errors(commands[0].method):
-            dist.scatter_object_list([None], list(commands), src=0, group=self._ranks.commands)
+            if self._ranks.heads is not None:
+                dist.scatter_object_list([None], list(commands), src=0, group=self._ranks.heads)
+            self._pass_on([commands[0]])
 
     def receive(self) -> Command:
         """Wait for rank 0's next command."""
         received: list[Any] = [None]
         with self.named_errors("serve"):
             try:
-                dist.scatter_object_list(received, None, src=0, group=self._ranks.commands)
+                if self._ranks.heads is not None:
+                    dist.scatter_object_list(received, None, src=0, group=self._ranks.heads)
+                self._pass_on(received)
             except RuntimeError as error:
                 raise ConnectionError(
                     "no command from rank 0: it ended without closing the policy, or was silent for "
                     f"parallel.command_timeout_s={self._command_timeout_s:g} s"
                 ) from error
         return received[0]
+
+    def _pass_on(self, command: list[Command | None]) -> None:
+        """Give the first rank's command to the others of its replica."""
+        if self._ranks.replica is not None:
+            dist.broadcast_object_list(command, group=self._ranks.replica, group_src=0)
 
     def gather(self, reply: Any) -> list[Any]:
         """Return every rank's reply on rank 0, nothing elsewhere."""

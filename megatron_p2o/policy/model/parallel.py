@@ -28,8 +28,11 @@ class Ranks:
     pipeline_rank: int
     data_rank: int
     device: torch.device
-    commands: ProcessGroup
-    """Gloo group of all ranks for commands from rank 0, for which the others wait while it samples."""
+    heads: ProcessGroup | None
+    """Gloo group of the first rank of each data-parallel replica, to which rank 0 sends commands; the others wait for
+    them while it samples. None on other ranks, and where there is one replica."""
+    replica: ProcessGroup | None
+    """Gloo group of this rank's replica, whose first rank passes its commands on. None for a replica of one rank."""
     control: ProcessGroup
     """Gloo group of all ranks for small replies and names, whatever the backend of the model."""
     owns_distributed: bool
@@ -63,9 +66,9 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
     )
     with cuda_stand_ins():
         model_parallel_cuda_manual_seed(seed)
-    commands = dist.new_group(backend="gloo", timeout=timedelta(seconds=parallel.command_timeout_s))
+    heads, replica = command_groups(parallel)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(commands, ProcessGroup) and isinstance(control, ProcessGroup)
+    assert isinstance(control, ProcessGroup)
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -74,7 +77,8 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Ranks:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         device=_device(),
-        commands=commands,
+        heads=heads,
+        replica=replica,
         control=control,
         owns_distributed=owns_distributed,
     )
@@ -89,6 +93,21 @@ def check_world_size(parallel: ParallelConfig, num_processes: int) -> None:
             f"of trainer processes, {num_processes}: "
             f"set parallel.data to {_fitting_data(parallel, num_processes)} or start {parallel.world_size} processes"
         )
+
+
+def command_groups(parallel: ParallelConfig) -> tuple[ProcessGroup | None, ProcessGroup | None]:
+    """Make and return `Ranks.heads` and `Ranks.replica`. All ranks must call."""
+    members: list[list[int]] = [[] for _ in range(parallel.num_replicas)]
+    for rank in range(parallel.world_size):
+        members[data_rank_of(rank, parallel)].append(rank)
+    heads = [ranks[0] for ranks in members]
+    limit = timedelta(seconds=parallel.command_timeout_s)
+    groups = [dist.new_group(ranks, limit, "gloo") if len(ranks) > 1 else None for ranks in (heads, *members)]
+    own = dist.get_rank()
+    replica = groups[1 + data_rank_of(own, parallel)]
+    group_of_heads = groups[0] if own in heads else None
+    assert isinstance(replica, ProcessGroup | None) and isinstance(group_of_heads, ProcessGroup | None)
+    return group_of_heads, replica
 
 
 def data_rank_of(rank: int, parallel: ParallelConfig) -> int:

@@ -21,7 +21,7 @@ from megatron_p2o.files import FileDigest
 from megatron_p2o.interfaces import NamedWeights, PolicyDiverged
 from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.model.layer_choice import Capabilities, LayerChoice, machine_capabilities
-from megatron_p2o.policy.model.parallel import Ranks, data_rank_of, end_parallel, initialize_parallel
+from megatron_p2o.policy.model.parallel import Ranks, end_parallel, initialize_parallel
 from megatron_p2o.policy.rank_channel import Command, Method, RankChannel
 from megatron_p2o.policy.training.checkpoint import check_checkpoint
 from megatron_p2o.policy.training.forward import PassResult
@@ -190,7 +190,7 @@ class MegatronPolicy:
         return self._weights("export" if self._take is None else "deliver")
 
     def _weights(self, method: Literal["export", "deliver"]) -> Iterator[tuple[str, Tensor]]:
-        self._send([Command(method=method)] * self._ranks.world_size)
+        self._send([Command(method=method)] * self._config.parallel.num_replicas)
         self._is_delivery = method == "deliver"
         self._export = stream = self._shard.export()
         try:
@@ -230,7 +230,7 @@ class MegatronPolicy:
         if self._channel.is_broken:
             return
         self._finish_export()
-        self._send([Command(method="close")] * self._ranks.world_size)
+        self._send([Command(method="close")] * self._config.parallel.num_replicas)
         self._shard.writer.wait()
         end_parallel(self._ranks)
 
@@ -280,15 +280,13 @@ class MegatronPolicy:
         return self._conduct(method, [arguments] * self._config.parallel.num_replicas)
 
     def _conduct(self, method: Method, arguments_by_data_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
-        commands = [
-            Command(method=method, arguments=arguments_by_data_rank[data_rank_of(rank, self._config.parallel)])
-            for rank in range(self._ranks.world_size)
-        ]
+        commands = [Command(method=method, arguments=arguments) for arguments in arguments_by_data_rank]
         self._send(commands)
         with self._channel.named_errors(method):
             return self._channel.gather(self._execute(commands[0]))
 
     def _send(self, commands: list[Command]) -> None:
+        """`commands`: one per data-parallel replica."""
         assert self.is_conductor, "rank 0 conducts: the other ranks serve"
         self._is_checked &= commands[0].method not in ("update", "load")
         if self._export is not None:
