@@ -154,6 +154,13 @@ class PromptRenderer(Protocol):
         """Return the response text without special tokens."""
         ...
 
+    def pieces(self, completion: Completion, max_tokens: int) -> list[str]:
+        """Return the text of each of the first `max_tokens` tokens; joined they begin the text of `decode`.
+
+        "" for a special token, and for one that is only part of a character. Empty if the tokenizer cannot tell.
+        """
+        ...
+
 
 class RoundInterrupted(Exception):
     """The run is to stop: the round goes on from its journal when the run is resumed."""

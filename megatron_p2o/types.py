@@ -440,6 +440,19 @@ def no_tokens() -> TokenStats[float]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenShifts:
+    """The shift of each of the first N tokens of a response, and what the context ratio left of it.
+
+    >>> TokenShifts(shifts=np.array([4.7]), kept=np.array([0.0]))  # 110 times as likely under the template: dropped
+    """
+
+    shifts: Logprobs
+    """[N] log pi(y | x, z) - log pi(y | x), nats; nan where it was not measured."""
+    kept: Logprobs
+    """[N] share of the token's weight that the context ratio leaves it, from 0 to 1; above 1 where it is increased."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ContextShift:
     """How much more likely a rollout's response is under its template: sums over tokens of
     log pi(y | x, z) - log pi(y | x), nats. See `rl.context_shift`.
@@ -454,6 +467,8 @@ class ContextShift:
     head_tokens: int
     rest_sum: float
     rest_tokens: int
+    tokens: TokenShifts | None = field(default=None, compare=False)
+    """The first tokens one by one, `rl.context_shift.MAX_TOKENS` at most; None where they were not kept."""
 
     @property
     def per_token(self) -> float:

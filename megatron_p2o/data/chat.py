@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from tokenizers.decoders import DecodeStream
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig
 from megatron_p2o.data.markup import Frame, MarkupEncoder, control_tokens
@@ -137,6 +138,13 @@ class ChatRenderer:
         )
         assert isinstance(text, str), "one sequence decodes to one text"
         return self._opened + text
+
+    def pieces(self, completion: Completion, max_tokens: int) -> list[str]:
+        """See `PromptRenderer.pieces`; what the prompt opened is part of the first piece."""
+        stream, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
+        found = [stream.step(backend, token) or "" for token in completion.token_ids[:max_tokens].tolist()]
+        found[:1] = [self._opened + text for text in found[:1]]
+        return found if self.decode(completion).startswith("".join(found)) else []
 
     def _encode(self, problem: Problem, template: Template) -> TokenIds:
         content, system = self.user_message(problem, template), problem.system_prompt

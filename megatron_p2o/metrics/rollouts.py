@@ -1,12 +1,14 @@
 """Every rollout of a step as JSON lines, for reading and for the report."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 
 from megatron_p2o.files import write_whole
+from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
-from megatron_p2o.types import Completion, ContextShift, Group, Rollout, RolloutKey
+from megatron_p2o.types import Completion, ContextShift, Group, Logprobs, Rollout, RolloutKey
 
 
 class RolloutWriter:
@@ -25,15 +27,16 @@ class RolloutWriter:
         self,
         step: int,
         groups: Sequence[Group],
-        decode: Callable[[Completion], str],
+        renderer: PromptRenderer,
         shifts: Mapping[RolloutKey, ContextShift],
     ) -> Path:
-        """Write the step's file, whole or not at all, and return its path. `decode` gives the response text."""
+        """Write the step's file, whole or not at all, and return its path. `renderer` gives the texts of responses."""
         lines = [
             json.dumps(
                 {
-                    **_line(group, rollout, advantage, decode(rollout.completion)),
+                    **_line(group, rollout, advantage, renderer.decode(rollout.completion)),
                     **_shift_fields(shifts.get((group.problem.id, place))),
+                    **_token_fields(rollout.completion, shifts.get((group.problem.id, place)), renderer),
                 },
                 ensure_ascii=False,
             )
@@ -91,6 +94,32 @@ def _shift_fields(shift: ContextShift | None) -> JsonObject:
         "shift_head_per_token": shift.head_sum / shift.head_tokens if shift.head_tokens else None,
         "shift_rest_per_token": shift.rest_sum / shift.rest_tokens if shift.rest_tokens else None,
     }
+
+
+def _token_fields(completion: Completion, shift: ContextShift | None, renderer: PromptRenderer) -> JsonObject:
+    """Return the first tokens one by one where their shifts were kept; else nothing.
+
+    As columns, which take less room: the length of each token's text, in characters of the response; its log-prob under
+    the prompt of sampling and its shift, nats; the share of its weight that the context ratio leaves it.
+    """
+    if shift is None or shift.tokens is None:
+        return {}
+    pieces = renderer.pieces(completion, len(shift.tokens.shifts))
+    if not pieces:
+        return {}
+    return {
+        "tokens": {
+            "lengths": [len(piece) for piece in pieces],
+            "sampling_logprobs": _numbers(completion.logprobs[: len(pieces)]),
+            "shifts": _numbers(shift.tokens.shifts),
+            "kept": _numbers(shift.tokens.kept),
+        }
+    }
+
+
+def _numbers(values: Logprobs) -> list[float | None]:
+    """Return the values to three decimals; None for what JSON has no number for."""
+    return [round(value, 3) if isfinite(value) else None for value in values.tolist()]
 
 
 def _mean_gain(rollout: Rollout) -> float | None:

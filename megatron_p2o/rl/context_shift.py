@@ -7,15 +7,96 @@ the training pass finds on the bare prompt before the policy moves. docs/metrics
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_p2o.types import ContextShift, PackedBatch, RolloutKey, TrainSample
+from megatron_p2o.types import ContextShift, Logprobs, PackedBatch, RolloutKey, TokenShifts, TrainSample
 from p2o_kernels import PolicyLoss
 
 HEAD_TOKENS = 512
 """Tokens of a response that count as its head."""
+
+MAX_TOKENS = 1024
+"""First tokens of a response whose shifts are kept one by one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleShift:
+    """One rank's part of the shift of a sample. M tokens are among the first `MAX_TOKENS`."""
+
+    sums: tuple[float, float, float, float]
+    """A row of `shift_sums`."""
+    places: NDArray[np.int64]
+    """[M] in the response."""
+    shifts: Logprobs
+    """[M]"""
+    kept: Logprobs
+    """[M] as in `TokenShifts`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackShifts:
+    """Shifts of the templated tokens of a pack. Nothing waits for the GPU before `on_cpu`."""
+
+    samples: tuple[int, ...]
+    """Index of each packed sample in the rank's samples."""
+    sums: Tensor
+    """See `shift_sums`."""
+    is_counted_T: Tensor
+    sample_index_T: Tensor
+    response_index_T: Tensor
+    shifts_T: Tensor
+    """float32"""
+    kept_T: Tensor
+    """float32"""
+
+    def on_cpu(self) -> "PackShifts":
+        return replace(
+            self,
+            sums=self.sums.cpu(),
+            is_counted_T=self.is_counted_T.cpu(),
+            sample_index_T=self.sample_index_T.cpu(),
+            response_index_T=self.response_index_T.cpu(),
+            shifts_T=self.shifts_T.cpu(),
+            kept_T=self.kept_T.cpu(),
+        )
+
+    def by_sample(self) -> dict[int, SampleShift]:
+        """Return what was measured of each sample that has templated tokens, by index; of a pack in host memory."""
+        is_kept_T = self.is_counted_T & (self.response_index_T < MAX_TOKENS)
+        owner_N, place_N, shift_N, kept_N = (
+            values_T[is_kept_T].numpy()
+            for values_T in (self.sample_index_T, self.response_index_T, self.shifts_T, self.kept_T)
+        )
+        found: dict[int, SampleShift] = {}
+        for number, sample in enumerate(self.samples):
+            head_sum, head_tokens, rest_sum, rest_tokens = (float(value) for value in self.sums[number])
+            if head_tokens or rest_tokens:
+                is_own_N = owner_N == number
+                found[sample] = SampleShift(
+                    sums=(head_sum, head_tokens, rest_sum, rest_tokens),
+                    places=place_N[is_own_N],
+                    shifts=shift_N[is_own_N],
+                    kept=kept_N[is_own_N],
+                )
+        return found
+
+
+def pack_shifts(samples: tuple[int, ...], batch: PackedBatch, outcome: PolicyLoss, is_counted_T: Tensor) -> PackShifts:
+    """Return the shifts of a pack; `is_counted_T` as in `shift_sums`."""
+    return PackShifts(
+        samples=samples,
+        sums=shift_sums(batch, outcome, is_counted_T),
+        is_counted_T=is_counted_T,
+        sample_index_T=batch.sample_index_T,
+        response_index_T=batch.response_index_T,
+        shifts_T=shift_of_tokens(batch, outcome).float(),
+        kept_T=(outcome.weights_T / batch.loss_weights_T).detach().float(),
+    )
 
 
 def shift_of_tokens(batch: PackedBatch, outcome: PolicyLoss) -> Tensor:
@@ -39,20 +120,31 @@ def shift_sums(batch: PackedBatch, outcome: PolicyLoss, is_counted_T: Tensor) ->
 
 
 def shifts_of(
-    samples: Sequence[TrainSample], parts: Iterable[Mapping[int, Sequence[float]]]
+    samples: Sequence[TrainSample], parts: Iterable[Mapping[int, SampleShift]]
 ) -> dict[RolloutKey, ContextShift]:
     """Return the shift of each sample that has one.
 
-    `parts`: from each rank, place in `samples` to its part of the four sums.
+    `parts`: from each rank, place in `samples` to its part; the context-parallel ranks share a sample.
     """
-    totals: dict[int, list[float]] = {}
+    of_sample: dict[int, list[SampleShift]] = {}
     for part in parts:
-        for place, sums in part.items():
-            totals[place] = [a + b for a, b in zip(totals.get(place, (0.0,) * 4), sums, strict=True)]
-    return {
-        samples[place].key: ContextShift(
-            head_sum=head_sum, head_tokens=int(head_tokens), rest_sum=rest_sum, rest_tokens=int(rest_tokens)
-        )
-        for place, (head_sum, head_tokens, rest_sum, rest_tokens) in sorted(totals.items())
-        if head_tokens + rest_tokens
-    }
+        for place, measured in part.items():
+            of_sample.setdefault(place, []).append(measured)
+    return {samples[place].key: _joined(samples[place], measured) for place, measured in sorted(of_sample.items())}
+
+
+def _joined(sample: TrainSample, parts: Sequence[SampleShift]) -> ContextShift:
+    head_sum, head_tokens, rest_sum, rest_tokens = (
+        sum(values) for values in zip(*(part.sums for part in parts), strict=True)
+    )
+    shifts = np.full(min(len(sample.response_ids), MAX_TOKENS), np.nan, np.float32)
+    kept = np.full_like(shifts, np.nan)
+    for part in parts:
+        shifts[part.places], kept[part.places] = part.shifts, part.kept
+    return ContextShift(
+        head_sum=head_sum,
+        head_tokens=int(head_tokens),
+        rest_sum=rest_sum,
+        rest_tokens=int(rest_tokens),
+        tokens=TokenShifts(shifts=shifts, kept=kept),
+    )

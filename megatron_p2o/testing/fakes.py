@@ -90,7 +90,10 @@ class FakeRenderer:
         )
 
     def decode(self, completion: Completion) -> str:
-        return "".join(chr(token) for token in completion.token_ids if token != END_OF_SEQUENCE)
+        return "".join(self.pieces(completion, len(completion.token_ids)))
+
+    def pieces(self, completion: Completion, max_tokens: int) -> list[str]:
+        return ["" if token == END_OF_SEQUENCE else chr(token) for token in completion.token_ids[:max_tokens]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

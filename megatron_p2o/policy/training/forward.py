@@ -23,7 +23,7 @@ from megatron_p2o.policy.model.attention import PackLayout, pack_layout, sample_
 from megatron_p2o.policy.model.head import HeadInput
 from megatron_p2o.policy.model.parallel import context_group
 from megatron_p2o.policy.training.rank_samples import RankSamples
-from megatron_p2o.rl.context_shift import shift_sums
+from megatron_p2o.rl.context_shift import PackShifts, SampleShift, pack_shifts
 from megatron_p2o.rl.objective import (
     carrying_tokens,
     loss_rule,
@@ -114,8 +114,8 @@ class PassResult:
     divisor: Tensor
     """[] int32."""
     stats: TokenStats[Tensor]
-    shifts: tuple[tuple[tuple[int, ...], Tensor], ...] = ()
-    """For each pack its samples, as in `MicroBatch`, and the `shift_sums` of their templated tokens."""
+    shifts: tuple[PackShifts, ...] = ()
+    """Of each pack."""
 
     def merge(self, other: "PassResult") -> "PassResult":
         return PassResult(
@@ -139,17 +139,12 @@ class PassResult:
             loss=self.loss.cpu(),
             divisor=self.divisor.cpu(),
             stats=stats_on_cpu(self.stats),
-            shifts=tuple((samples, sums.cpu()) for samples, sums in self.shifts),
+            shifts=tuple(of_pack.on_cpu() for of_pack in self.shifts),
         )
 
-    def shifts_by_sample(self) -> dict[int, list[float]]:
-        """Return the four sums of each of the rank's samples by index; of a result that is in host memory."""
-        return {
-            sample: row
-            for samples, sums in self.shifts
-            for sample, row in zip(samples, sums.tolist(), strict=True)
-            if row[1] or row[3]
-        }
+    def shifts_by_sample(self) -> dict[int, SampleShift]:
+        """Return the shifts of the rank's samples by index; of a result that is in host memory."""
+        return {sample: shift for of_pack in self.shifts for sample, shift in of_pack.by_sample().items()}
 
 
 def make_micro_batches(rank_samples: RankSamples, device: torch.device, length_multiple: int) -> list[MicroBatch]:
@@ -249,7 +244,7 @@ def forward_backward(
 
 def _measured(
     micro_batch: MicroBatch, outcome: PolicyLoss, rule: LossRule
-) -> tuple[TokenStats[Tensor], tuple[tuple[tuple[int, ...], Tensor], ...]]:
+) -> tuple[TokenStats[Tensor], tuple[PackShifts, ...]]:
     """Return the statistics of a pack and its part of `PassResult.shifts`; nothing of a filler."""
     if not micro_batch.samples:
         return zero_stats(outcome.loss.device), ()
@@ -257,7 +252,7 @@ def _measured(
     acts = rule.acts_without_advantage
     stats = token_stats(part, outcome, acts_without_advantage=acts, importance_cap=rule.importance_cap)
     is_counted_T = part.is_templated_T & carrying_tokens(part, acts_without_advantage=acts)
-    return stats, ((micro_batch.samples, shift_sums(part, outcome, is_counted_T)),)
+    return stats, (pack_shifts(micro_batch.samples, part, outcome, is_counted_T),)
 
 
 @torch.no_grad()

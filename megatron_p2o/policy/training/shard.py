@@ -1,6 +1,6 @@
 """This rank's part of the policy: model and optimizer. Every method is collective."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from megatron_p2o.policy.training.settings import machine_problems, policy_setti
 from megatron_p2o.policy.weights.hf_directory import WeightFiles
 from megatron_p2o.policy.weights.hf_weights import diverged_weights, export_hf_weights, load_hf_weights
 from megatron_p2o.processes import RankMemory, own_host_memory
+from megatron_p2o.rl.context_shift import SampleShift
 from megatron_p2o.rl.objective import cap_in_the_loss, dead_share, stats_as_numbers
 from megatron_p2o.types import Logprobs
 from p2o_kernels import HeadOptions
@@ -43,7 +44,7 @@ class UpdateReply:
     learning_rate: float
     result: PassResult | None
     """Result of the pass, on the one rank that represents its data-parallel replica; None on the others."""
-    shifts: Mapping[int, Sequence[float]]
+    shifts: Mapping[int, SampleShift]
     """`PassResult.shifts_by_sample` by place in the caller's list; empty where there is no result."""
 
 

@@ -39,9 +39,9 @@ class RunObserver:
         self._evolution = started.evolution
         self._progress = Progress(beginning.resumed, started.compute)
         self._compute = RunCompute(started.compute, files.run_dir)
-        decode = started.parts.renderer.decode
+        renderer = started.parts.renderer
         self._evolution.announce_to(files.metrics.announce)
-        self._log = StepLog(files, started.clock, started.processes, self._compute, decode, config)
+        self._log = StepLog(files, started.clock, started.processes, self._compute, renderer, config)
         self._saver = Saver(files, self._progress, started.parts.evolution, started.clock)
         self._evaluations = Evaluations(evaluation_sets, started.parts, config, self._log, started.compute)
         self._best = BestSoFar(config.evaluation, best_before(files.run_dir, config.evaluation, beginning))

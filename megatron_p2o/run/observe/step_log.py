@@ -1,10 +1,11 @@
 """Logs a run: metrics, the ledger of its problems, and rollouts."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_p2o.algorithm import StepResult, TrainState
 from megatron_p2o.config.tree import Config
+from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.clock import PhaseClock
 from megatron_p2o.metrics.compute import compute_metrics
 from megatron_p2o.metrics.step import (
@@ -23,7 +24,7 @@ from megatron_p2o.rl.sampling import given_templates, hint_level, uses_hints
 from megatron_p2o.run.observe.compute import RunCompute
 from megatron_p2o.run.observe.files import RunFiles
 from megatron_p2o.run.observe.processes import ProcessMeter
-from megatron_p2o.types import Completion, Group
+from megatron_p2o.types import Group
 
 
 class StepLog:
@@ -35,10 +36,10 @@ class StepLog:
         clock: PhaseClock,
         processes: ProcessMeter,
         compute: RunCompute,
-        decode: Callable[[Completion], str],
+        renderer: PromptRenderer,
         config: Config,
     ) -> None:
-        self._files, self._clock, self._processes, self._decode = files, clock, processes, decode
+        self._files, self._clock, self._processes, self._renderer = files, clock, processes, renderer
         self._compute = compute
         self._config = config
         self._step_began = time.monotonic()
@@ -69,7 +70,7 @@ class StepLog:
         self.write(state, {**metrics, **of_processes})
         self._files.ledger.append(entries)
         if is_due(state.step, self._config.logging.rollouts_every_steps):
-            self._files.rollouts.write(state.step, result.groups, self._decode, shifts)
+            self._files.rollouts.write(state.step, result.groups, self._renderer, shifts)
         return metrics
 
     def _template_metrics(self, state: TrainState, groups: Sequence[Group]) -> Mapping[str, MetricValue]:

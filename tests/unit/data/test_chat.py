@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, TaskConfig, one_task
 from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems, prompt_limit
@@ -138,6 +140,29 @@ def test_decoding_gives_the_text_without_special_tokens_and_with_every_blank(ren
         weight_versions=(0,),
     )
     assert renderer.decode(completion) == text
+    assert renderer.pieces(completion, len(token_ids)) == [*text, *("" for _ in renderer.eos_token_ids)]
+    assert renderer.pieces(completion, 3) == ["a", " ", " "]
+
+
+def test_the_last_token_of_a_character_brings_it(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=THINKING_TEMPLATE)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(tmp_path)
+    renderer = ChatRenderer(ModelConfig(path=str(tmp_path)), DATA)
+    token_ids = np.asarray(renderer.tokenizer.encode("aé😀 b"), dtype=np.int32)
+    completion = Completion(
+        prompt=renderer.render(PROBLEM, PLAIN),
+        token_ids=token_ids,
+        logprobs=np.zeros(len(token_ids), dtype=np.float32),
+        finish_reason="length",
+        weight_versions=(0,),
+    )
+    assert renderer.pieces(completion, 100) == ["a", "", "é", "", "", "", "😀", " ", "b"]
+    assert renderer.pieces(completion, 5) == ["a", "", "é", "", ""]
 
 
 @pytest.mark.parametrize("question_format", ["{question} {level}", "{question} {0}", "{question} {", "{question"])
@@ -319,3 +344,4 @@ def test_a_response_begins_with_the_thinking_that_its_prompt_opens(tmp_path: Pat
         weight_versions=(0,),
     )
     assert renderer.decode(completion) == f"{opened}so 2"
+    assert renderer.pieces(completion, 2) == [f"{opened}s", "o"]

@@ -16,7 +16,19 @@ from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.sinks.record import JsonlSink, StepRecord
 from megatron_p2o.metrics.values import Last, Mean
-from megatron_p2o.types import PLAIN, Completion, ContextShift, Grade, Group, Problem, Prompt, Rollout, Template
+from megatron_p2o.testing.fakes import FakeRenderer, fake_token_ids
+from megatron_p2o.types import (
+    PLAIN,
+    Completion,
+    ContextShift,
+    Grade,
+    Group,
+    Problem,
+    Prompt,
+    Rollout,
+    Template,
+    TokenShifts,
+)
 
 QUIET = LoggingConfig(console=False)
 
@@ -171,7 +183,7 @@ def group_of(problem: Problem, templates: list[Template]) -> Group:
                     sampling_ids=np.arange(5 + len(template.text), dtype=np.int32),
                     training_ids=np.arange(5, dtype=np.int32),
                 ),
-                token_ids=np.full(3 + index, index, dtype=np.int32),
+                token_ids=fake_token_ids("\x01é\n\u2028"[: 3 + index]),
                 logprobs=np.zeros(3 + index, dtype=np.float32),
                 finish_reason="stop",
                 weight_versions=(4, 5),
@@ -188,7 +200,7 @@ def test_rollout_lines_say_what_was_asked_how_and_what_came_of_it(tmp_path: Path
     group = group_of(problem, [PLAIN, Template(id=9, text="<b>think</b>", parent=0)])
     shift = ContextShift(head_sum=3.0, head_tokens=2, rest_sum=1.0, rest_tokens=2)
     shifts = {("h1", 1): shift, ("h2", 0): replace(shift, head_sum=9.0)}
-    path = RolloutWriter(tmp_path).write(12, [group], lambda completion: f"réponse\n{completion.token_ids[0]}", shifts)
+    path = RolloutWriter(tmp_path).write(12, [group], FakeRenderer(), shifts)
     assert path.name == "step-000012.jsonl"
     plain, templated = read_lines(path)
     assert plain["problem_id"] == "h1" and plain["question"] == "2+2?" and plain["answer"] == "4"
@@ -196,18 +208,34 @@ def test_rollout_lines_say_what_was_asked_how_and_what_came_of_it(tmp_path: Path
     assert (templated["template_id"], templated["is_templated"], templated["is_solved"]) == (9, True, True)
     assert (plain["template"], templated["template"]) == ("", "<b>think</b>")
     assert templated["advantage"] == 0.5
-    assert templated["response"] == "réponse\n1"
+    assert templated["response"] == "\x01é\n\u2028"
     assert (templated["num_prompt_tokens"], templated["num_response_tokens"]) == (17, 4)
     assert templated["weight_versions"] == [4, 5]
     assert [templated[f"shift_{part}per_token"] for part in ("", "head_", "rest_")] == [1.0, 1.5, 0.5]
     assert [plain[f"shift_{part}per_token"] for part in ("", "head_", "rest_")] == [None] * 3
 
 
+def test_the_first_tokens_of_a_templated_rollout_are_written_as_columns(tmp_path: Path) -> None:
+    group = group_of(Problem(id="h1", question="2+2?", answer="4"), [PLAIN, Template(id=9, text="think", parent=0)])
+    tokens = TokenShifts(
+        shifts=np.array([0.00049, -2.5, np.nan], np.float32), kept=np.array([1, 0, np.nan], np.float32)
+    )
+    shift = ContextShift(head_sum=3.0, head_tokens=2, rest_sum=0.0, rest_tokens=0, tokens=tokens)
+    plain, templated = read_lines(RolloutWriter(tmp_path).write(1, [group], FakeRenderer(), {("h1", 1): shift}))
+    assert "tokens" not in plain
+    assert templated["tokens"] == {
+        "lengths": [1, 1, 1],
+        "sampling_logprobs": [0, 0, 0],
+        "shifts": [0.0, -2.5, None],
+        "kept": [1, 0, None],
+    }
+
+
 def test_a_rollout_without_a_verdict_has_no_reward_in_the_file(tmp_path: Path) -> None:
     group = group_of(Problem(id="h1", question="2+2?", answer="4"), [PLAIN])
     (rollout,) = group.rollouts
     undecided = replace(group, rollouts=(replace(rollout, grade=Grade.undecided("crashed")),))
-    (line,) = read_lines(RolloutWriter(tmp_path).write(1, [undecided], lambda completion: "?", {}))
+    (line,) = read_lines(RolloutWriter(tmp_path).write(1, [undecided], FakeRenderer(), {}))
     assert (line["is_solved"], line["reward"], line["reason"]) == (False, None, "crashed")
 
 
@@ -215,7 +243,7 @@ def test_a_resumed_run_moves_the_rollouts_of_later_steps_away(tmp_path: Path) ->
     group = group_of(Problem(id="h", question="?", answer="1"), [PLAIN])
     writer = RolloutWriter(tmp_path)
     for step in (1, 2, 3):
-        writer.write(step, [group], lambda completion: "", {})
+        writer.write(step, [group], FakeRenderer(), {})
     RolloutWriter(tmp_path, keep_through_step=2)
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["step-000001.jsonl", "step-000002.jsonl"]
     assert (tmp_path / "discarded" / "step-000003.jsonl").exists()

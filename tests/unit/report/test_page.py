@@ -32,6 +32,7 @@ from megatron_p2o.report.spending import compute_table
 from megatron_p2o.report.templates import WordSpan, word_changes
 from megatron_p2o.rl.hard_samples import ledger_entry
 from megatron_p2o.terminal import duration_text
+from megatron_p2o.testing.fakes import FakeRenderer, fake_token_ids
 from megatron_p2o.types import PLAIN, Completion, Grade, Group, Problem, Prompt, Rollout, Template
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -344,9 +345,9 @@ def test_what_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
     hint = Template(id=1, text="Add six sevens.", parent=0)
 
     def rollout(template: Template, reward: float) -> Rollout:
-        ids = np.arange(3, dtype=np.int32)
+        ids = fake_token_ids("It is \\boxed{42}.")
         prompt = Prompt(problem=problem, template=template, sampling_ids=ids, training_ids=ids)
-        logprobs = np.zeros(3, dtype=np.float32)
+        logprobs = np.zeros(len(ids), dtype=np.float32)
         completion = Completion(
             prompt=prompt, token_ids=ids, logprobs=logprobs, finish_reason="stop", weight_versions=(0,)
         )
@@ -355,7 +356,7 @@ def test_what_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
     group = Group(problem=problem, rollouts=(rollout(PLAIN, 0.0), rollout(hint, 1.0)), advantages=(-0.7, 0.7))
     with open_metrics_log(tmp_path / "run", "run", LoggingConfig(console=False), num_steps=1) as log:
         log.write(1, 0, step_metrics([group], [], {"step": 2.0}))
-    RolloutWriter(tmp_path / "run" / "rollouts").write(1, [group], lambda completion: "It is \\boxed{42}.", {})
+    RolloutWriter(tmp_path / "run" / "rollouts").write(1, [group], FakeRenderer(), {})
     write_lines(tmp_path / "run" / "hard_samples.jsonl", [asdict(ledger_entry(group, epoch=0, step=1))])
 
     run = read_run(tmp_path / "run")
@@ -497,6 +498,7 @@ def test_accuracy_stands_over_what_had_been_spent_when_it_was_measured(tmp_path:
     assert table is not None and len(table.rows) == 1, "only one of them counts"
     cells = dict(zip(table.header, table.rows[0], strict=True))
     assert (cells["minibatches"], cells["Hours"], cells["Done again"]) == ("70", "1", "12")
+    assert cells["GPU hours"] == "no GPU"
     page = report_of(tmp_path, run)
     assert "Accuracy by tokens: hard" in page.text and "Compute" in page.text
 

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_p2o.rl.context_shift import HEAD_TOKENS, shift_sums, shifts_of
+from megatron_p2o.rl.context_shift import HEAD_TOKENS, MAX_TOKENS, SampleShift, pack_shifts, shifts_of
 from megatron_p2o.rl.objective import carrying_tokens
 from megatron_p2o.rl.packing import context_part, pack
 from megatron_p2o.types import ContextShift, Logprobs, PackedBatch, TrainSample
 from p2o_kernels import PolicyLoss
 
-LENGTHS = (3, HEAD_TOKENS + 5, 1, HEAD_TOKENS, 7)
+LENGTHS = (3, HEAD_TOKENS + 5, 1, HEAD_TOKENS, 7, MAX_TOKENS + 3)
+KEPT = 0.25
+"""What the context ratio leaves of every token's weight, as these tests have it."""
 
 
 def samples_of(seed: int = 0) -> tuple[list[TrainSample], list[Logprobs]]:
@@ -42,14 +44,15 @@ def by_hand(sample: TrainSample, bare_R: Logprobs) -> ContextShift:
     )
 
 
-def outcome_of(logprobs_T: torch.Tensor) -> PolicyLoss:
+def outcome_of(batch: PackedBatch, logprobs_T: torch.Tensor) -> PolicyLoss:
     zero = torch.zeros_like(logprobs_T)
-    return PolicyLoss(zero.sum(), logprobs_T, zero, zero, zero, zero.bool(), zero.bool())
+    return PolicyLoss(zero.sum(), logprobs_T, zero, KEPT * batch.loss_weights_T, zero, zero.bool(), zero.bool())
 
 
-def measured(batch: PackedBatch, logprobs_T: torch.Tensor) -> dict[int, list[float]]:
+def measured(batch: PackedBatch, logprobs_T: torch.Tensor) -> dict[int, SampleShift]:
     is_counted_T = batch.is_templated_T & carrying_tokens(batch)
-    return dict(enumerate(shift_sums(batch, outcome_of(logprobs_T), is_counted_T).tolist()))
+    samples = tuple(range(len(batch.cu_seqlens) - 1))
+    return pack_shifts(samples, batch, outcome_of(batch, logprobs_T), is_counted_T).by_sample()
 
 
 def assert_as_by_hand(
@@ -63,6 +66,11 @@ def assert_as_by_hand(
         assert shift.head_sum == pytest.approx(expected.head_sum, rel=1e-12)
         assert shift.rest_sum == pytest.approx(expected.rest_sum, rel=1e-12)
         assert shift.per_token == pytest.approx(expected.per_token, rel=1e-12)
+        assert shift.tokens is not None
+        first = samples[number].sampling_logprobs[:MAX_TOKENS] - bare[number][:MAX_TOKENS]
+        # float32 on both sides, subtracted in float64 on one.
+        np.testing.assert_allclose(shift.tokens.shifts, first, atol=1e-6)
+        np.testing.assert_array_equal(shift.tokens.kept, np.full(len(first), KEPT, np.float32))
 
 
 @pytest.mark.parametrize("is_first_update", [True, False])
@@ -90,4 +98,4 @@ def test_rollouts_without_an_advantage_or_a_template_have_no_shift() -> None:
     samples[2] = replace(samples[2], loss_weights=np.zeros(1, np.float32))
     batch = pack(samples, bare)
     shifts = shifts_of(samples, [measured(batch, torch.zeros(batch.loss_mask_T.shape))])
-    assert list(shifts) == [samples[3].key, samples[4].key]
+    assert list(shifts) == [samples[3].key, samples[4].key, samples[5].key]
