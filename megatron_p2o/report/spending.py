@@ -44,6 +44,10 @@ HOURS: Sequence[tuple[str, str, float]] = (
 """Headings, fields and units an hour of the table's times."""
 
 
+NO_GPU = "no GPU"
+"""GPU hours of a run that had none."""
+
+
 def compute_table(runs: Sequence[Run]) -> Table | None:
     """Return the compute account of each run that has one; None when none has."""
     accounts = {run.name: _last_account(run) for run in runs if run.keys(PREFIX)}
@@ -54,13 +58,18 @@ def compute_table(runs: Sequence[Run]) -> Table | None:
         [
             name,
             *(number_text(account.get(field, 0)) for _, field in COMPUTE),
-            *(number_text(account.get(field, 0) / per_hour) for _, field, per_hour in HOURS),
+            *(_hours(account, field, per_hour) for _, field, per_hour in HOURS),
             number_text(sum(count for key, count in redone[name].items() if key.startswith("sampled_"))),
         ]
         for name, account in accounts.items()
     ]
     header = ["Run", *(heading for heading, _ in COMPUTE), *(heading for heading, *_ in HOURS), "Done again"]
     return Table(caption="Compute accounts", header=header, rows=rows)
+
+
+def _hours(account: Mapping[str, float], field: str, per_hour: float) -> str:
+    seconds = account.get(field, 0)
+    return NO_GPU if field == "gpu_h" and not seconds else number_text(seconds / per_hour)
 
 
 def _last_account(run: Run) -> Mapping[str, float]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from megatron_p2o.files import write_whole
 from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.report.runs import read_results
+from megatron_p2o.report.spending import NO_GPU
 from megatron_p2o.terminal import table_console
 
 SPENT: tuple[tuple[str, str], ...] = (
@@ -154,6 +155,8 @@ def _spread(values: Sequence[float]) -> JsonObject:
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
+    if key == "gpu_h" and not value:
+        return NO_GPU
     if key == "wall_s":
         return f"{value:.0f}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -85,5 +85,5 @@ def finished_line(run_dir: Path, num_steps: int) -> str:
     """Return what to say of a run that has ended, and how to look at it."""
     return (
         f"finished after {num_steps} steps: results are in {run_dir / RESULTS_FILE}; "
-        f"to look at them: p2o report {run_dir}"
+        f"to look at them: p2o view {run_dir}, or p2o report {run_dir}"
     )

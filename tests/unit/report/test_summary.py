@@ -99,6 +99,15 @@ def test_every_set_has_a_column_whatever_it_is_called(tmp_path: Path) -> None:
     assert rows[1] == ["grpo", "1", "-", "0.500", "0.250", "-", "2304", "0", "181"]
 
 
+def test_hours_of_no_gpu_are_no_number(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, "cpu", 1, 0.0, compute={"gpu_h": 0.0})]
+    runs.append(finished_run(tmp_path, "gpu", 1, 0.0, compute={"gpu_h": 0.25}))
+    stream = io.StringIO()
+    print_table(summarize(runs), stream)
+    header, *rows = ([cell.strip() for cell in re.split(r"  +", line)] for line in stream.getvalue().splitlines())
+    assert [row[header.index("GPU hours")] for row in rows] == ["no GPU", "0.250"]
+
+
 def test_the_table_outside_a_terminal_is_one_plain_line_per_run(tmp_path: Path) -> None:
     stream = io.StringIO()
     runs = [finished_run(tmp_path, "grpo_n6", 1, 0.015625), finished_run(tmp_path, "p2o_n6", 1, 0.96875)]

@@ -169,7 +169,8 @@ def test_a_run_that_is_finished_says_so_at_once_and_starts_nothing(
     folder = config.run.folder
     assert ending_of(config) == "", "it has not begun"
     run(config, lambda stop_token_ids: Engines())
-    line = f"finished after 4 steps: results are in {folder}/results.json; to look at them: p2o report {folder}"
+    ways = f"p2o view {folder}, or p2o report {folder}"
+    line = f"finished after 4 steps: results are in {folder}/results.json; to look at them: {ways}"
     assert capsys.readouterr().out.splitlines()[-1] == line
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert launch(config) == 0
