@@ -4,6 +4,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
+"""What reading a line raises that does not hold what it should."""
+
 
 class FollowedFile:
     """The whole lines of a file that grows, and that may be replaced, shortened or removed at any time."""
@@ -13,9 +16,12 @@ class FollowedFile:
 
         Args:
             restart: forgets what was taken. Called when the file is another one than before, or gone.
-            take: is given each new line, without its newline. A last line that is being written waits.
+            take: is given each new line, without its newline. A last line that is being written waits. A line whose
+                content it cannot use (`DAMAGED`) is counted and left out.
         """
         self.path = path
+        self.num_damaged = 0
+        """Damaged lines of the file as it is now."""
         self._restart, self._take = restart, take
         self._inode, self._offset = 0, 0
 
@@ -36,9 +42,15 @@ class FollowedFile:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                self._take(line[:-1])
+                self._take_whole(line[:-1])
+
+    def _take_whole(self, line: bytes) -> None:
+        try:
+            self._take(line)
+        except DAMAGED:
+            self.num_damaged += 1
 
     def _begin_again(self, inode: int) -> None:
         if self._offset:
             self._restart()
-        self._inode, self._offset = inode, 0
+        self._inode, self._offset, self.num_damaged = inode, 0, 0

@@ -101,7 +101,7 @@ def _round(found: ViewedRound, run: ViewedRun) -> JsonObject:
     library = run.published_texts(published.version) if published else frozenset[str]()
     return {
         "number": found.number,
-        "name": f"{found.number} {found.task}".strip(),
+        "name": _name(found),
         "library_version": published.version if published else None,
         "ended_by": published.ended_by if published else None,
         "num_rollouts": found.num_rollouts,
@@ -118,10 +118,15 @@ def _round(found: ViewedRound, run: ViewedRun) -> JsonObject:
     }
 
 
+def _name(found: ViewedRound) -> str:
+    return f"{found.number} {found.task}".strip()
+
+
 def _candidate(candidate: ViewedCandidate, texts: dict[int, str], is_published: bool) -> JsonObject:
     parent = PLAIN.text if candidate.parent is None else texts.get(candidate.parent, "")
     return {
         "id": candidate.id,
+        "proposal": candidate.proposal,
         "parent": candidate.parent,
         "text": candidate.text,
         "changes": [[span.kind, span.text] for span in word_changes(parent, candidate.text)],
@@ -132,6 +137,58 @@ def _candidate(candidate: ViewedCandidate, texts: dict[int, str], is_published: 
         "scores": {
             problem_id: [score.mean, score.num_trials] for problem_id, score in sorted(candidate.scores.items())
         },
+    }
+
+
+def reflection_panel(run: ViewedRun, round_name: str, proposal: int) -> JsonObject | None:
+    """Return what reflection was shown for a proposal and what it wrote; None where there is nothing."""
+    found = next((each for each in run.rounds() if _name(each) == round_name), None)
+    reflection = found.reflection(proposal) if found is not None else None
+    if reflection is None:
+        return None
+    facts = run.rollouts().facts
+    return {
+        "parent": reflection.parent,
+        "parent_text": reflection.parent_text,
+        "examples": [
+            {
+                "problem_id": problem_id,
+                "question": facts[problem_id].question if problem_id in facts else None,
+                "response": trial.response_text if trial else None,
+                "reward": trial.reward if trial else None,
+                "feedback": trial.feedback if trial else "",
+                "finish_reason": trial.finish_reason if trial else None,
+            }
+            for problem_id, trial in reflection.examples.items()
+        ],
+        "text": reflection.text,
+        "refusal": reflection.refusal,
+        "prompt_tokens": reflection.prompt_tokens,
+        "completion_tokens": reflection.completion_tokens,
+    }
+
+
+def engines_panel(run: ViewedRun) -> JsonObject:
+    """Return the latest state that each engine wrote of itself, and what the run has counted of all."""
+    lines = run.lines()
+    latest: dict[str, float] = {}
+    for line in lines:
+        latest.update(line.metrics)
+    return {
+        "version": lines[-1].step if lines else None,
+        "restarts": latest.get("engine/restarts_count"),
+        "engines": [
+            {
+                "name": state.name,
+                "time": state.time,
+                "running": state.num_running,
+                "waiting": state.num_waiting,
+                "kv_share": state.kv_share,
+                "tokens_per_s": state.tokens_per_s,
+                "host_bytes": latest.get(f"memory/engine_{number}_host_bytes"),
+            }
+            for number, state in enumerate(run.engines())
+        ],
     }
 
 

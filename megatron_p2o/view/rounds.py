@@ -22,6 +22,7 @@ from megatron_p2o.evolve.record.history import (
     template_digest,
 )
 from megatron_p2o.evolve.record.journal import body_of
+from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.types import PLAIN
 from megatron_p2o.view.followed import FollowedFile
 
@@ -43,8 +44,10 @@ class ViewedCandidate:
     """A template of a round."""
 
     id: int
-    parent: int | None
+    proposal: int | None
     """None for the plain one, which the round starts with."""
+    parent: int | None
+    """None for the plain one."""
     text: str
     minibatch: tuple[str, ...]
     """Problems that its reflection was shown."""
@@ -69,6 +72,21 @@ class ViewedRefusal:
     outcome: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewedReflection:
+    """What reflection was shown for a proposal, and what it wrote."""
+
+    parent: int
+    parent_text: str
+    examples: Mapping[str, Trial | None]
+    """How the parent did on each problem that was shown; None where the journal does not tell."""
+    text: str
+    refusal: str
+    """Why the text is not used; "" when it is."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
 @dataclass(slots=True)
 class _Events:
     """What the events of a journal add up to."""
@@ -83,6 +101,10 @@ class _Events:
     num_control_rollouts: int = 0
     num_tokens: int = 0
     published: Published | None = None
+    shown: dict[tuple[str, str], Trial] = field(default_factory=dict[tuple[str, str], Trial])
+    """Latest trial of a template, by its digest, on a problem."""
+    examples: dict[int, Mapping[str, Trial | None]] = field(default_factory=dict[int, Mapping[str, Trial | None]])
+    """By proposal."""
 
 
 class ViewedRound:
@@ -130,11 +152,11 @@ class ViewedRound:
 
     def candidates(self) -> list[ViewedCandidate]:
         """Return the candidates in order of id; the first asks plainly."""
-        found = [self._candidate(PLAIN.id, None, PLAIN.text, ())]
+        found = [self._candidate(PLAIN.id, None, None, PLAIN.text, ())]
         for proposal, candidate in self._events.candidate_of.items():
             pick = self._events.picks[proposal]
             text = self._events.reflections[proposal].text
-            found.append(self._candidate(candidate, pick.parent, text, pick.minibatch))
+            found.append(self._candidate(candidate, proposal, pick.parent, text, pick.minibatch))
         return sorted(found, key=lambda candidate: candidate.id)
 
     def refusals(self) -> list[ViewedRefusal]:
@@ -151,9 +173,32 @@ class ViewedRound:
             if proposal not in events.candidate_of and proposal in events.picks
         ]
 
-    def _candidate(self, id_: int, parent: int | None, text: str, minibatch: tuple[str, ...]) -> ViewedCandidate:
+    def reflection(self, proposal: int) -> ViewedReflection | None:
+        """Return what passed between the round and its reflection for a proposal; None before it answered."""
+        events = self._events
+        pick, reflected = events.picks.get(proposal), events.reflections.get(proposal)
+        if pick is None or reflected is None:
+            return None
+        return ViewedReflection(
+            parent=pick.parent,
+            parent_text=self._text_of(pick.parent),
+            examples=events.examples[proposal],
+            text=reflected.text,
+            refusal=reflected.refusal,
+            prompt_tokens=reflected.prompt_tokens,
+            completion_tokens=reflected.completion_tokens,
+        )
+
+    def _text_of(self, candidate: int) -> str:
+        proposals = {id_: proposal for proposal, id_ in self._events.candidate_of.items()}
+        return self._events.reflections[proposals[candidate]].text if candidate in proposals else PLAIN.text
+
+    def _candidate(
+        self, id_: int, proposal: int | None, parent: int | None, text: str, minibatch: tuple[str, ...]
+    ) -> ViewedCandidate:
         return ViewedCandidate(
             id=id_,
+            proposal=proposal,
             parent=parent,
             text=text,
             minibatch=minibatch,
@@ -187,6 +232,11 @@ class ViewedRound:
                 events.picks[event.proposal] = event
             case Reflected():
                 events.reflections[event.proposal] = event
+                pick = events.picks[event.proposal]
+                digest = template_digest(self._text_of(pick.parent))
+                events.examples[event.proposal] = {
+                    problem_id: events.shown.get((digest, problem_id)) for problem_id in pick.minibatch
+                }
             case Accepted():
                 events.candidate_of[event.proposal] = event.candidate
             case Disqualified():
@@ -203,6 +253,7 @@ class ViewedRound:
             events.num_control_rollouts += 1
             return
         events.num_rollouts += 1
+        events.shown[event.template, event.problem_id] = event.trial
         score = events.scores.setdefault(event.template, {}).setdefault(event.problem_id, ScoreSum())
         score.total += event.trial.reward
         score.num_trials += 1

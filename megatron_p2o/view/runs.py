@@ -13,10 +13,11 @@ from megatron_p2o.metrics.read import MetricLine, MetricLines
 from megatron_p2o.records import from_json
 from megatron_p2o.report.runs import arm_and_seed, read_results
 from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
+from megatron_p2o.view.engines import EngineState, engine_states
 from megatron_p2o.view.followed import FollowedFile
 from megatron_p2o.view.rollouts import RolloutIndex
 from megatron_p2o.view.rounds import ViewedRound
-from megatron_p2o.view.settings import resolved_settings
+from megatron_p2o.view.settings import SettingsFile
 
 Content = TypeVar("Content")
 
@@ -39,7 +40,7 @@ class ViewedRun:
         self._warnings_file = FollowedFile(directory / "warnings.jsonl", self._warnings.clear, self._take_warning)
         self._index = RolloutIndex(directory / "rollouts")
         self._rounds: dict[Path, ViewedRound] = {}
-        self._num_damaged = 0
+        self._settings_file = SettingsFile(directory)
 
     @property
     def name(self) -> str:
@@ -98,9 +99,16 @@ class ViewedRun:
                 read()
             except ValueError as error:
                 sentences.append(str(error))
-        if self._num_damaged:
-            sentences.append(f"{self._num_damaged} damaged lines of metrics, ledger or warnings are left out")
+        with self._lock:
+            followed = (self._metrics_file, self._ledger_file, self._warnings_file)
+            num_damaged = sum(file.num_damaged for file in followed)
+        if num_damaged:
+            sentences.append(f"{num_damaged} damaged lines of metrics, ledger or warnings are left out")
         return sentences + [found.damage for found in self._rounds.values() if found.damage]
+
+    def engines(self) -> Sequence[EngineState]:
+        """Return what each engine last told of itself, by number."""
+        return engine_states(self.directory / "engines")
 
     def results(self) -> JsonObject | None:
         """Return results.json; None before the end, or when it is damaged."""
@@ -117,29 +125,20 @@ class ViewedRun:
         return read_results(self.directory)
 
     def _settings(self) -> Mapping[str, object]:
-        return resolved_settings(self.directory)
+        return self._settings_file.read()
 
     def _identity(self) -> tuple[str, int | None]:
         return arm_and_seed(self.directory, self.results())
 
     def _take_metrics(self, line: bytes) -> None:
-        self._unless_damaged(lambda: self._metrics.add(json.loads(line)))
+        self._metrics.add(json.loads(line))
 
     def _take_warning(self, line: bytes) -> None:
-        self._unless_damaged(lambda: self._warnings.append(json.loads(line)))
+        self._warnings.append(json.loads(line))
 
     def _take_entry(self, line: bytes) -> None:
-        def take() -> None:
-            entry = entry_from(json.loads(line))
-            self._ledger[entry.epoch, entry.step, entry.problem_id] = entry
-
-        self._unless_damaged(take)
-
-    def _unless_damaged(self, take: Callable[[], None]) -> None:
-        try:
-            take()
-        except (KeyError, TypeError, ValueError, AttributeError):
-            self._num_damaged += 1
+        entry = entry_from(json.loads(line))
+        self._ledger[entry.epoch, entry.step, entry.problem_id] = entry
 
 
 def _is_round(path: Path) -> bool:

@@ -41,6 +41,7 @@ PANELS: dict[str, RunPanel] = {
     "metrics": panels.metrics_panel,
     "problems": panels.problems_panel,
     "rounds": panels.rounds_panel,
+    "engines": panels.engines_panel,
     "warnings": panels.warnings_panel,
 }
 """What is asked about one run, by the last part of its address."""
@@ -96,12 +97,20 @@ def make_app(runs: Sequence[ViewedRun], token: str) -> Starlette:
         run, problem_id = run_of(request), request.query_params.get("id", "")
         return await _json(request, lambda: panels.problem_panel(run, problem_id)) if run is not None else _missing()
 
+    async def reflection(request: Request) -> Response:
+        run, asked = run_of(request), request.query_params
+        number = asked.get("proposal", "")
+        if run is None or not number.isdecimal():
+            return _missing()
+        return await _json(request, lambda: panels.reflection_panel(run, asked.get("round", ""), int(number)))
+
     return Starlette(
         routes=[
             Route(f"/{token}/", _asset),
             Route(f"/{token}/assets/{{name:path}}", _asset),
             Route(f"/{token}/api/{{panel:str}}", of_all),
             Route(f"/{token}/api/run/{{number:int}}/problem", problem),
+            Route(f"/{token}/api/run/{{number:int}}/reflection", reflection),
             Route(f"/{token}/api/run/{{number:int}}/{{panel:str}}", of_run),
         ],
         middleware=[],

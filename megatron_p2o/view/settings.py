@@ -13,20 +13,31 @@ from megatron_p2o.metrics.jsonl import JsonObject
 UNSET = "(not set)"
 
 
-def resolved_settings(run_dir: Path) -> Mapping[str, Any]:
-    """Return the resolved settings of a run by dotted name; none before they are written.
+class SettingsFile:
+    """The resolved settings of a run, parsed once for each state of their file."""
 
-    Raises:
-        ValueError: config.yaml is damaged.
-    """
-    path = run_dir / "config.yaml"
-    try:
-        tree = load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): restore it") from error
-    return _flat(tree, "") if isinstance(tree, dict) else {}
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "config.yaml"
+        self._parsed: tuple[tuple[int, int, int], Mapping[str, Any]] | None = None
+        """The file's identity, and what it held."""
+
+    def read(self) -> Mapping[str, Any]:
+        """Return the settings by dotted name; none before they are written.
+
+        Raises:
+            ValueError: config.yaml is damaged.
+        """
+        try:
+            status = self._path.stat()
+            identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if self._parsed is None or self._parsed[0] != identity:
+                tree = load_yaml(self._path.read_text(encoding="utf-8"))
+                self._parsed = identity, _flat(tree, "") if isinstance(tree, dict) else {}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self._path} cannot be read ({error}): restore it") from error
+        return self._parsed[1]
 
 
 def differences(of_runs: Sequence[Mapping[str, Any]]) -> list[JsonObject]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,14 @@ playwright = pytest.importorskip("playwright.sync_api")
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-VIEWS = ("overview", "curves", "steps", "problems", "templates", "settings", "warnings")
+VIEWS = ("overview", "curves", "steps", "problems", "templates", "engines", "settings", "warnings")
 HOSTILE = "</script></pre><img src=x onerror=\"window.hacked=1\"><svg onload='window.hacked=1'>${hacked}"
+TOKENS = {
+    "lengths": [9, 6, 0, 10],
+    "sampling_logprobs": [-0.25, -1.0, -2.0, None],
+    "shifts": [5.0, -1.0, 0.0, None],
+    "kept": [0, 1, 1, None],
+}
 START_TIMEOUT_S = 120
 RUN_TIMEOUT_S = 480
 
@@ -102,6 +109,7 @@ def rollout(problem_id: str, is_templated: bool) -> dict[str, Any]:
         "num_response_tokens": 3,
         "finish_reason": "stop",
         "weight_versions": [1],
+        **({"tokens": TOKENS} if is_templated else {}),
     }
 
 
@@ -123,10 +131,15 @@ def hostile_run(tmp_path: Path) -> Path:
     with Journal(run / "evolution" / "journal-0000.jsonl") as journal:
         history = RoundHistory([], journal.append, "fingerprint")
         history.add(Picked(proposal=0, parent=0, minibatch=(HOSTILE,)))
+        plainly = replace(trial, reward=0.0)
+        history.add(Scored(template=template_digest(""), problem_id=HOSTILE, occasion="", trial=plainly))
         history.add(Reflected(proposal=0, text=HOSTILE))
         history.add(Scored(template=template_digest(HOSTILE), problem_id=HOSTILE, occasion="", trial=trial))
         history.add(Accepted(proposal=0, candidate=1))
         history.add(Ended(proposal=0, outcome=HOSTILE))
+    (run / "engines").mkdir()
+    batch = "Decode batch, #running-req: 7, #token: 43, token usage: 0.25, gen throughput (token/s): 9.5, #queue-req: 2"
+    (run / "engines" / f"engine-{HOSTILE.replace('/', '')}.log").write_text(f"[2026-01-01 00:00:00] {batch}\n")
     return run
 
 
@@ -144,12 +157,35 @@ def test_every_view_opens_and_shows_foreign_text_as_text(page: Any, hostile_run:
         assert HOSTILE in page.inner_text("#content")  # the warning
         open_view(page, address, "templates")
         assert page.inner_text("article pre") == HOSTILE
+        page.click("text=What reflection saw")
+        page.wait_for_selector("dialog[open]")
+        assert page.locator("dialog pre").all_inner_texts() == [HOSTILE, HOSTILE]  # the response, and what was written
+        page.keyboard.press("Escape")
+        open_view(page, address, "engines")
+        assert page.locator("tbody td").all_inner_texts()[1:5] == ["7", "2", "25 %", "9.5"]
         open_view(page, address, "problems")
         page.click(".cell >> nth=3")
         page.wait_for_selector("dialog[open]")
         assert page.inner_text("dialog pre >> nth=0") == HOSTILE
         assert page.locator("dialog article").count() == 2
+        assert_tokens_tell_their_numbers(page)
         assert page.evaluate("window.hacked") is None
+
+
+def assert_tokens_tell_their_numbers(page: Any) -> None:
+    tokens = page.locator("dialog .tokens")
+    assert tokens.inner_text() == HOSTILE, "the parts and the rest are the response"
+    spans = tokens.locator("span")
+    assert spans.all_inner_texts() == [HOSTILE[:9], HOSTILE[9:15], HOSTILE[15:25]]
+    titles = [spans.nth(number).get_attribute("title") for number in range(3)]
+    assert titles[0] == (
+        "log-prob -0.25 under the template, -5.25 plainly; context ratio 0.006738; advantage 1.5; dropped"
+    )
+    assert titles[1:] == [
+        "log-prob -1 under the template, 0 plainly; context ratio 2.718; advantage 1.5",
+        "not measured",
+    ]
+    assert [spans.nth(number).get_attribute("class") for number in range(3)] == ["dropped", None, None]
 
 
 def test_the_page_grows_with_the_run_and_says_when_the_run_is_gone(page: Any, hostile_run: Path) -> None:

@@ -20,6 +20,10 @@ export function curves(runs, filter) {
 
 function chart(key, runs) {
   const box = element("figure", { class: "card", "data-metric": key }, element("h3", {}, key));
+  if (key === "compute/gpu_h" && runs.every((run) => (run.metrics.series[key] ?? []).every((hours) => !hours))) {
+    box.append(empty(runs.length > 1 ? "No GPU in these runs." : "No GPU in this run."));
+    return box;
+  }
   // Drawn when it comes into sight: a page of a hundred charts opens at once.
   new IntersectionObserver((entries, observer) => {
     if (entries.some((entry) => entry.isIntersecting)) {

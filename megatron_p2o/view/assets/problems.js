@@ -1,6 +1,7 @@
 // The ledger as a heat map, and the rollouts of one problem side by side.
 
 import { element, empty, shown } from "./dom.js";
+import { tokenText } from "./tokens.js";
 
 const PAGE = 200;
 
@@ -92,7 +93,7 @@ function rolloutCard(rollout) {
   return element("article", { class: "card" },
     element("p", { class: "facts" }, element("strong", { class: verdict }, verdict), ` · ${facts.join(" · ")}`),
     rollout.is_templated ? element("details", {}, element("summary", {}, "Template"), element("pre", {}, rollout.template)) : null,
-    element("pre", {}, rollout.response),
+    rollout.tokens ? tokenText(rollout) : element("pre", {}, rollout.response),
     rollout.reason ? element("p", { class: "facts" }, rollout.reason) : null,
     rollout.feedback ? element("p", { class: "facts" }, rollout.feedback) : null);
 }

@@ -2,7 +2,7 @@
 
 import { drawing, element, empty, shown, table } from "./dom.js";
 
-export function rounds(data, options, redraw) {
+export function rounds(data, options, redraw, openReflection) {
   if (!data.length) return [empty("This run has no round of prompt evolution, or none yet.")];
   const round = data.find((candidate) => candidate.name === options.round) ?? data[0];
   const chosen = round.candidates.find((candidate) => candidate.id === options.candidate) ?? best(round.candidates);
@@ -15,9 +15,9 @@ export function rounds(data, options, redraw) {
     element("p", { class: "facts" }, "Proposals by outcome: ", Object.entries(round.outcomes).map(([name, count]) => `${name} ${count}`).join(", ") || "none yet"),
     element("div", { class: "split" },
       element("div", {}, lineage(round.candidates, chosen, choose), list(round.candidates, chosen, choose)),
-      element("div", {}, candidateCard(chosen))),
+      element("div", {}, candidateCard(chosen, (proposal) => openReflection(round.name, proposal)))),
     element("details", {}, element("summary", {}, `Refused proposals (latest ${round.refusals.length})`),
-      table(["proposal", "parent", "outcome", "text"], round.refusals.map((refusal) => [String(refusal.proposal), String(refusal.parent), refusal.outcome, refusal.text]), "Refused proposals")),
+      table(["proposal", "parent", "outcome", "text"], round.refusals.map((refusal) => [element("button", { onclick: () => openReflection(round.name, refusal.proposal) }, String(refusal.proposal)), String(refusal.parent), refusal.outcome, refusal.text]), "Refused proposals")),
   ];
 }
 
@@ -57,11 +57,30 @@ function list(candidates, chosen, choose) {
     candidate.parent === null ? "" : String(candidate.parent), label(candidate), Object.keys(candidate.scores).length, candidate.text.slice(0, 120) || "(asks plainly)"]), "Candidates, published ones first");
 }
 
-function candidateCard(candidate) {
+function candidateCard(candidate, openReflection) {
   const changes = candidate.changes.map(([kind, text]) => (kind === "added" ? element("ins", {}, text) : kind === "dropped" ? element("del", {}, text) : text));
   return element("article", { class: "card" },
     element("h3", {}, `Candidate ${candidate.id}`),
     element("p", { class: "facts" }, candidate.parent === null ? "The round began with it." : `Reflected from candidate ${candidate.parent} on ${candidate.minibatch.join(", ")}. Changes against it are marked.`),
+    candidate.proposal === null ? null : element("button", { onclick: () => openReflection(candidate.proposal) }, "What reflection saw"),
     candidate.text || candidate.changes.length ? element("pre", {}, changes) : empty("It asks plainly."),
     table(["problem", "mean reward", "rollouts"], Object.entries(candidate.scores).sort((a, b) => b[1][0] - a[1][0]).map(([id, [mean, trials]]) => [id, mean, trials]), "Scores by problem"));
+}
+
+export function reflectionPage(data) {
+  if (!data) return [empty("Reflection has not answered to this proposal, or the journal was replaced.")];
+  const read = data.prompt_tokens + data.completion_tokens;
+  return [
+    element("p", { class: "facts" }, `Parent: candidate ${data.parent}${read ? `; reflection read ${shown(data.prompt_tokens)} tokens and wrote ${shown(data.completion_tokens)}` : ""}`),
+    element("h3", {}, "The instruction it was to improve"), data.parent_text ? element("pre", {}, data.parent_text) : empty("None: problems are asked plainly."),
+    data.examples.map(example),
+    element("h3", {}, data.refusal ? `It wrote, and was refused: ${data.refusal}` : "It wrote"), data.text ? element("pre", {}, data.text) : empty("Nothing."),
+  ].flat();
+}
+
+function example(shownOne) {
+  const verdict = shownOne.reward === null ? "The journal does not tell how the parent did." : `reward ${shown(shownOne.reward)}, ended by ${shownOne.finish_reason}`;
+  return element("article", { class: "card" }, element("h3", {}, shownOne.problem_id), element("p", { class: "facts" }, verdict),
+    shownOne.question === null ? null : element("pre", {}, shownOne.question), shownOne.response ? element("pre", {}, shownOne.response) : null,
+    shownOne.feedback ? element("p", { class: "facts" }, shownOne.feedback) : null);
 }

@@ -2,7 +2,7 @@
 
 import { duration, element, empty } from "./dom.js";
 
-const PHASES = [["rollout", "#2b7bd6"], ["grade", "#7cc0f0"], ["score", "#b58ae6"], ["train", "#1d9a62"], ["refresh", "#d9700f"], ["evolution", "#d0384f"], ["evaluation", "#8a93a0"]];
+const PHASES = [["rollout", "#2b7bd6"], ["grade", "#7cc0f0"], ["score", "#b58ae6"], ["logprobs", "#6f86c9"], ["train", "#1d9a62"], ["refresh", "#d9700f"], ["evolution", "#d0384f"], ["evaluation", "#8a93a0"], ["save", "#b9a27f"]];
 const MAX_STEPS = 100;
 
 export function steps(run) {

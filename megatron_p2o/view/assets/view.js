@@ -3,11 +3,12 @@
 import { curves } from "./curves.js";
 import { duration, element, empty, shown, table } from "./dom.js";
 import { problemPage, problems } from "./problems.js";
-import { rounds } from "./rounds.js";
+import { engines } from "./engines.js";
+import { reflectionPage, rounds } from "./rounds.js";
 import { steps } from "./steps.js";
 
 const POLL_MS = 2000;
-const VIEWS = { overview: "Overview", curves: "Curves", steps: "Steps", problems: "Problems", templates: "Templates", settings: "Settings", warnings: "Warnings" };
+const VIEWS = { overview: "Overview", curves: "Curves", steps: "Steps", problems: "Problems", templates: "Templates", engines: "Engines", settings: "Settings", warnings: "Warnings" };
 
 const byId = (id) => document.getElementById(id);
 const state = {
@@ -38,7 +39,7 @@ async function needed(view, number) {
     return { data: { name: state.runs[each].name, metrics: data }, isNew };
   }));
   if (view === "steps") return [await ofRun("metrics")];
-  if (view === "problems" || view === "warnings") return [await ofRun(view)];
+  if (view === "problems" || view === "warnings" || view === "engines") return [await ofRun(view)];
   if (view === "templates") return [await ofRun("rounds")];
   if (view === "settings") return [await ask("settings")];
   return [];
@@ -50,7 +51,8 @@ function drawn(view, answers) {
     case "curves": return [curveControls(), ...curves(data, state.filter)];
     case "steps": return steps({ metrics: data[0] });
     case "problems": return problems(data[0], state.problems, openProblem, () => refresh(true));
-    case "templates": return rounds(data[0], state.rounds, () => refresh(true));
+    case "templates": return rounds(data[0], state.rounds, () => refresh(true), openReflection);
+    case "engines": return engines(data[0]);
     case "settings": return settings(data[0]);
     case "warnings": return warnings(data[0]);
     default: return overview();
@@ -88,10 +90,18 @@ function warnings(data) {
 }
 
 async function openProblem(id, step) {
-  const { number } = place();
-  const { data } = await ask(`run/${number}/problem?id=${encodeURIComponent(id)}`);
-  const dialog = byId("problem");
-  dialog.replaceChildren(element("button", { class: "close", onclick: () => dialog.close() }, "Close"), element("h2", { id: "problem-title" }, id), ...problemPage(data, step));
+  const { data } = await ask(`run/${place().number}/problem?id=${encodeURIComponent(id)}`);
+  show(id, problemPage(data, step));
+}
+
+async function openReflection(round, proposal) {
+  const { data } = await ask(`run/${place().number}/reflection?round=${encodeURIComponent(round)}&proposal=${proposal}`);
+  show(`Round ${round}, proposal ${proposal}`, reflectionPage(data));
+}
+
+function show(title, content) {
+  const dialog = byId("details");
+  dialog.replaceChildren(element("button", { class: "close", onclick: () => dialog.close() }, "Close"), element("h2", { id: "details-title" }, title), ...content.filter(Boolean));
   if (!dialog.open) dialog.showModal();
 }
 

@@ -59,3 +59,19 @@ def test_a_file_that_is_gone_is_forgotten_and_may_come_back(path: Path) -> None:
     assert taken.after_a_look() == []
     path.write_bytes(b"two\n")
     assert taken.after_a_look() == [b"two"]
+
+
+def test_damaged_lines_are_counted_in_the_file_as_it_is_now(path: Path) -> None:
+    numbers: list[int] = []
+    file = FollowedFile(path, numbers.clear, lambda line: numbers.append(int(line)))
+    path.write_bytes(b"1\ntwo\nthree\n4\n")
+    file.catch_up()
+    assert (numbers, file.num_damaged) == ([1, 4], 2)
+    restored = path.with_name("restored")
+    restored.write_bytes(b"1\n2\n")
+    restored.replace(path)
+    file.catch_up()
+    assert (numbers, file.num_damaged) == ([1, 2], 0)
+    path.unlink()
+    file.catch_up()
+    assert (numbers, file.num_damaged) == ([], 0)

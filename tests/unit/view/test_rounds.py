@@ -77,6 +77,7 @@ def test_a_round_is_followed_as_its_journal_grows(journal: Path) -> None:
             history.add(event)
         viewed.catch_up()
         assert viewed.published == Published(version=4, ended_by="budget")
+        assert viewed.reflection(2) is None, "it has not answered"
         assert viewed.candidates()[1].disqualified == "prompt too long"
         assert viewed.outcome_counts() == history.outcome_counts()
         assert (viewed.num_rollouts, viewed.num_control_rollouts) == (history.num_scored, 1)
@@ -94,3 +95,19 @@ def test_a_damaged_line_is_named_and_nothing_behind_it_is_shown(journal: Path) -
     viewed.catch_up()
     assert viewed.num_rollouts == 2
     assert viewed.damage == (f"{journal}:4 cannot be read (its length or checksum is wrong): what follows is not shown")
+
+
+def test_a_reflection_shows_what_the_parent_did_before_it(journal: Path) -> None:
+    with Journal(journal) as opened:
+        history = RoundHistory([], opened.append, "fingerprint")
+        for event in (*BEGINNING, *REST, scored("Count.", "b", 0.25)):
+            history.add(event)
+    viewed = ViewedRound(journal)
+    viewed.catch_up()
+    first, second = viewed.reflection(0), viewed.reflection(1)
+    assert first is not None and second is not None
+    assert (first.parent, first.parent_text, first.text, first.refusal) == (0, "", "Count.", "")
+    assert first.examples == {"a": trial(0.0), "b": trial(0.0)}
+    assert (second.parent, second.parent_text, second.text, second.refusal) == (7, "Count.", "Count!", "duplicate")
+    assert second.examples == {"b": trial(0.0)}, "the later trial was not known yet"
+    assert [candidate.proposal for candidate in viewed.candidates()] == [None, 0]

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from megatron_p2o.evolve.record.history import Picked, Reflected, RoundHistory, Scored, template_digest
+from megatron_p2o.evolve.record.journal import Journal
+from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.view.runs import ViewedRun
 from megatron_p2o.view.server import make_app, serve_runs
 
@@ -104,6 +107,37 @@ def test_half_a_surrogate_is_shown_as_a_question_mark(run: Path) -> None:
     (run / "rollouts" / "step-000002.jsonl").write_text(json.dumps(line) + "\n")
     shown = client(run).get(f"/{TOKEN}/api/run/0/problem", params={"id": "a"}).json()
     assert shown["rollouts"][0]["question"] == "?"
+
+
+def test_the_engines_and_what_reflection_saw_are_shown(run: Path) -> None:
+    add_step(run, 1, **{"engine/restarts_count": 2.0, "memory/engine_0_host_bytes": 5.0})
+    (run / "engines").mkdir()
+    batch = "Decode batch, #running-req: 7, token usage: 0.50, gen throughput (token/s): 9.5, #queue-req: 2"
+    (run / "engines" / "engine-0.log").write_text(f"[2026-01-01 00:00:00] {batch}\n")
+    trial = Trial(reward=0.5, response_text=HOSTILE, finish_reason="stop", num_tokens=3, weight_version=1)
+    with Journal(run / "evolution" / "journal-0001-code.jsonl") as journal:
+        history = RoundHistory([], journal.append, "fingerprint")
+        history.add(Picked(proposal=4, parent=0, minibatch=(HOSTILE,)))
+        history.add(Scored(template=template_digest(""), problem_id=HOSTILE, occasion="", trial=trial))
+        history.add(Reflected(proposal=4, text="Count.", refusal="duplicate", prompt_tokens=9, completion_tokens=2))
+    asked = client(run)
+    shown = answer(asked, "run/0/engines")
+    assert (shown["version"], shown["restarts"]) == (1, 2.0)
+    assert shown["engines"] == [
+        {
+            "name": "engine-0",
+            "time": "2026-01-01 00:00:00",
+            **{"running": 7, "waiting": 2, "kv_share": 0.5, "tokens_per_s": 9.5, "host_bytes": 5.0},
+        }
+    ]
+    reflection = answer(asked, "run/0/reflection?round=1 code&proposal=4")
+    assert (reflection["parent"], reflection["parent_text"], reflection["text"]) == (0, "", "Count.")
+    assert (reflection["refusal"], reflection["prompt_tokens"]) == ("duplicate", 9)
+    (example,) = reflection["examples"]
+    assert (example["problem_id"], example["question"], example["response"]) == (HOSTILE,) * 3
+    assert (example["reward"], example["finish_reason"], example["feedback"]) == (0.5, "stop", "")
+    assert answer(asked, "run/0/reflection?round=1 code&proposal=5") is None
+    assert asked.get(f"/{TOKEN}/api/run/0/reflection?round=1&proposal=x").status_code == 404
 
 
 def test_settings_and_warnings_are_shown(run: Path) -> None:

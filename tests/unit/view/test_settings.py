@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o.config.tree import RolloutConfig
-from megatron_p2o.view.settings import default_settings, differences, resolved_settings
+from megatron_p2o.view.settings import SettingsFile, default_settings, differences
 
 
 def test_only_what_differs_is_listed_and_runs_are_compared() -> None:
@@ -32,11 +32,11 @@ def test_defaults_are_those_of_the_tree() -> None:
 
 def test_settings_are_read_by_dotted_name(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("run: {name: one}\ndata: {train: a.jsonl, evaluation: {}}\n")
-    assert resolved_settings(tmp_path) == {"run.name": "one", "data.train": "a.jsonl", "data.evaluation": {}}
-    assert resolved_settings(tmp_path / "none") == {}
+    assert SettingsFile(tmp_path).read() == {"run.name": "one", "data.train": "a.jsonl", "data.evaluation": {}}
+    assert SettingsFile(tmp_path / "none").read() == {}
 
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"config\.yaml cannot be read"):
-        resolved_settings(tmp_path)
+        SettingsFile(tmp_path).read()
