@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TAIL_BYTES = 1 << 16
-"""Of a log that is read. An engine at work writes a line of a hundred bytes every few seconds."""
+"""Last part of a log, the part that is read. An engine at work writes a line of a hundred bytes every few seconds."""
 
 LINE = re.compile(
     r"^\[(?P<time>[^\]]{19})[^\]]*\] (?P<kind>Decode|Prefill) batch, (?P<numbers>.*)$", re.ASCII | re.MULTILINE

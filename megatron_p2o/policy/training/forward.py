@@ -115,7 +115,7 @@ class PassResult:
     """[] int32."""
     stats: TokenStats[Tensor]
     shifts: tuple[PackShifts, ...] = ()
-    """Of each pack."""
+    """The shifts of each pack."""
 
     def merge(self, other: "PassResult") -> "PassResult":
         return PassResult(
