@@ -86,6 +86,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         "evolution.rules": "reference",
     },
     "P2O without context distillation": P2O | {"objective.context": "sampling", "preset": "reference"},
+    "P2O's single-turn reflection": P2O | {"evolution.rules": "single_turn", "preset": "reference"},
     "GEPA": {"evolution.searches": True, "optimizer.lr": 0.0},
     "PrAg-PO": {"evolution.enabled": True, "evolution.searches": False, "objective.context": "sampling"},
     "SAGE": HINTS | {"objective.context": "sampling", "assignment.num_plain": 0},

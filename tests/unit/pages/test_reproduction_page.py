@@ -49,6 +49,7 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     # The paper's tau counts a problem as hard below tau correct rollouts.
     "tau-1": (MATH_5K, SELF | {"hard.max_solved": 0}),
     "tau-4": (MATH_5K, SELF | {"hard.max_solved": 3}),
+    "single-turn": (MATH_5K, SELF | {"evolution.rules": "single_turn"}),
 }
 """Job name to its data and to what its row of the paper's tables claims."""
 
