@@ -18,6 +18,14 @@ IN_USE: Mapping[str, tuple[str, Callable[[Config], bool]]] = {
     "objective.ratio_low": ("objective.context=ratio_mask", lambda config: config.objective.context == "ratio_mask"),
     "objective.ratio_high": ("objective.context=ratio_mask", lambda config: config.objective.context == "ratio_mask"),
     "objective.ratio_form": ("objective.context=ratio_mask", lambda config: config.objective.context == "ratio_mask"),
+    "objective.ratio_widening": (
+        "objective.context=ratio_mask and objective.ratio_anneal_steps above 0",
+        lambda config: config.objective.context == "ratio_mask" and config.objective.ratio_anneal_steps > 0,
+    ),
+    "objective.ratio_anneal_steps": (
+        "objective.context=ratio_mask and objective.ratio_widening other than 1",
+        lambda config: config.objective.context == "ratio_mask" and config.objective.ratio_widening != 1,
+    ),
     "objective.distill_beta": ("objective.context=distill", lambda config: config.objective.context == "distill"),
     "objective.dual_clip": ("objective.surrogate=ppo", lambda config: config.objective.surrogate == "ppo"),
     "objective.kl_estimator": ("objective.kl_coefficient above 0", lambda config: config.objective.kl_coefficient > 0),
@@ -120,6 +128,14 @@ def _objective_rules(config: Config) -> list[Rule]:
             overlong_tokens is None or overlong_tokens <= max_new_tokens,
             f"advantage.overlong_tokens={overlong_tokens} must be at most rollout.max_new_tokens={max_new_tokens}",
         ),
+        *_clone_rules(config),
+        (
+            config.objective.ratio_widening >= 1
+            or config.objective.band_at(0)[0] <= 1 <= config.objective.band_at(0)[1],
+            f"objective.ratio_widening={config.objective.ratio_widening:g} must leave 1 in the band of the first step, "
+            f"objective.ratio_low={config.objective.ratio_low:g} / it to objective.ratio_high="
+            f"{config.objective.ratio_high:g} times it: raise it",
+        ),
         (
             config.logprobs.importance_cap is None
             or config.logprobs.recompute
@@ -127,6 +143,30 @@ def _objective_rules(config: Config) -> list[Rule]:
             f"logprobs.importance_cap={config.logprobs.importance_cap} needs logprobs.recompute=true with "
             "objective.context=importance: no pass finds the log-probs of before the update on the prompt of sampling",
         ),
+    ]
+
+
+def _clone_rules(config: Config) -> list[Rule]:
+    """Cloning is the log-likelihood on the bare prompt and nothing else: what would weigh or credit it is refused."""
+    if config.objective.surrogate != "clone":
+        return []
+    kl_reward = config.objective.kl_coefficient > 0 and config.objective.kl_as == "reward"
+    needed = {
+        f"objective.context={config.objective.context}": (config.objective.context == "replace", "replace"),
+        f"objective.kl_as={config.objective.kl_as}": (not kl_reward, "loss, or objective.kl_coefficient to 0"),
+        f"advantage.overlong_tokens={config.advantage.overlong_tokens}": (
+            config.advantage.overlong_tokens is None,
+            "null",
+        ),
+        f"logprobs.importance_cap={config.logprobs.importance_cap}": (config.logprobs.importance_cap is None, "null"),
+        f"schedule.max_batches_per_step={config.schedule.max_batches_per_step}": (
+            config.schedule.max_batches_per_step == 1,
+            "1",
+        ),
+    }
+    return [
+        (holds, f"{setting} means nothing with objective.surrogate=clone, which has no credit: set it to {value}")
+        for setting, (holds, value) in needed.items()
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_p2o.config.tree import AdvantageConfig, ObjectiveConfig
-from megatron_p2o.rl.objective import takes_gradient_on_bare_prompt
+from megatron_p2o.rl.objective import clones, takes_gradient_on_bare_prompt
 from megatron_p2o.types import Group, Logprobs, Rollout, TrainSample
 from p2o_kernels import grouped_advantage
 
@@ -74,7 +74,8 @@ def _anchor(group: Sequence[Rollout], plain_success_rate: float, advantage: Adva
 
 
 def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[TrainSample]:
-    """Return every decided rollout that has a response as a sample on the prompt the gradient is taken on."""
+    """Return every decided rollout that has a response as a sample on the prompt the gradient is taken on; under
+    `objective.surrogate: clone` those that solve their problem, with advantage 1."""
     samples: list[TrainSample] = []
     for group in groups:
         for place, (rollout, advantage) in enumerate(zip(group.rollouts, group.advantages, strict=True)):
@@ -84,6 +85,10 @@ def train_samples(groups: Sequence[Group], objective: ObjectiveConfig) -> list[T
             prompt = completion.prompt
             if objective.drop_failed_templated and prompt.is_templated and not rollout.is_solved:
                 continue
+            if clones(objective):
+                if not rollout.is_solved:
+                    continue
+                advantage = 1.0
             distils = takes_gradient_on_bare_prompt(objective.context)
             samples.append(
                 TrainSample(

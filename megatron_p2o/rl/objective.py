@@ -105,6 +105,11 @@ def samples_plainly(context: ObjectiveContext) -> bool:
             assert_never(context)
 
 
+def clones(objective: ObjectiveConfig) -> bool:
+    """Whether the loss is the negative log-likelihood of what solved its problem, whatever its group did."""
+    return objective.surrogate == "clone"
+
+
 def compares_with_sampling(context: ObjectiveContext) -> bool:
     """Whether the policy ratio's old log-probs are those of sampling, so that later updates need no others."""
     match context:
@@ -140,6 +145,13 @@ def loss_rule(objective: ObjectiveConfig, importance_cap: float | None = None) -
         kl_coefficient=objective.kl_coefficient if has_kl_loss(objective) else 0.0,
         kl_estimator=_LOSS_ESTIMATORS[objective.kl_estimator],
     )
+
+
+def annealed(objective: ObjectiveConfig, num_updates: int) -> ObjectiveConfig:
+    """Return the objective of an optimizer step that follows `num_updates` others: with the band of the context ratio
+    that it has there (`objective.ratio_anneal_steps`)."""
+    ratio_low, ratio_high = objective.band_at(num_updates)
+    return replace(objective, ratio_low=ratio_low, ratio_high=ratio_high)
 
 
 def cap_in_the_loss(config: Config) -> float | None:

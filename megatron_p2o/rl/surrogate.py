@@ -1,16 +1,26 @@
-"""Which function of the policy ratio `objective.surrogate` names: one of the kernels', or one of the user's own."""
+"""Which function of the policy ratio `objective.surrogate` names: a kernel's, cloning, or one of the user's own."""
 
 from collections.abc import Mapping
 from functools import cache
 from typing import cast, get_args
 
 import torch
+from torch import Tensor
 
 from megatron_p2o.config.callables import CallableKind, check_call, load_callable
 from megatron_p2o.config.tree import ObjectiveConfig
 from p2o_kernels import LossRule, OwnSurrogate, Surrogate
 
-BUILT_IN: Mapping[str, Surrogate] = {name: name for name in get_args(Surrogate)}
+
+def negative_log_likelihood(ratio: Tensor, logprobs: Tensor, advantages: Tensor, rule: LossRule) -> Tensor:
+    """Return minus the log-prob of each token, times its advantage: behavioural cloning (`clone`), where that is 1."""
+    return -advantages * logprobs
+
+
+BUILT_IN: Mapping[str, Surrogate | OwnSurrogate] = {
+    **{name: name for name in get_args(Surrogate)},
+    "clone": negative_log_likelihood,
+}
 
 KIND = CallableKind(parameters=("ratio", "logprobs", "advantages", "rule"), other_names=tuple(BUILT_IN))
 """What `objective.surrogate` may name beside them: see `p2o_kernels.OwnSurrogate`."""
@@ -38,7 +48,7 @@ def check_surrogate(objective: ObjectiveConfig, rule: LossRule) -> None:
             finite, or one that depends on another token.
     """
     surrogate = surrogate_named(objective.surrogate)
-    if not callable(surrogate):
+    if objective.surrogate in BUILT_IN or not callable(surrogate):
         return
     logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
     ratio = (logprobs - torch.tensor([-1.1, -1.8], dtype=torch.float64)).exp()

@@ -60,9 +60,8 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("grading", "function functions arguments deadline_s timeout_s memory_limit_mib"),
         *_in("hard", "max_solved solved_at counted"),
         *_in("advantage", "estimator baseline overlong_tokens"),
-        *_in(
-            "objective", "context distill_beta ratio_low ratio_high ratio_form surrogate clip_low clip_high dual_clip"
-        ),
+        *_in("objective", "context distill_beta ratio_low ratio_high ratio_widening ratio_anneal_steps ratio_form"),
+        *_in("objective", "surrogate clip_low clip_high dual_clip"),
         *_in("objective", "normalization entropy_coefficient drop_zero_advantage drop_failed_templated"),
         *_in("objective", "kl_coefficient kl_estimator kl_as drop_truncated"),
         *_in("logprobs", "recompute importance_cap"),

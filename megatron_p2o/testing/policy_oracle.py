@@ -173,6 +173,8 @@ def token_losses(
 
 def surrogate_losses(logprobs_R: Tensor, old_R: Tensor, advantage: float, objective: ObjectiveConfig) -> Tensor:
     """Return the policy gradient's loss of each token of one response."""
+    if objective.surrogate == "clone":
+        return -advantage * logprobs_R
     ratio_R = (logprobs_R - old_R).exp()
     if objective.surrogate == "gspo":
         # One number for all tokens, with the gradient of each token's own log-prob: GSPO-token, eq. 14.

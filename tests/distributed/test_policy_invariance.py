@@ -148,6 +148,7 @@ OBJECTIVES = {
     "gspo": ObjectiveConfig(surrogate="gspo", normalization="sequence_mean", clip_low=0.01, clip_high=0.01),
     "gspo, importance": ObjectiveConfig(surrogate="gspo", context="importance", clip_low=0.9, clip_high=9.0),
     "cispo": ObjectiveConfig(surrogate="cispo", normalization="sequence_sum", clip_low=1.0, clip_high=0.1),
+    "clone": ObjectiveConfig(surrogate="clone", context="replace", normalization="sequence_mean"),
     "one-sided": ObjectiveConfig(ratio_form="one_sided", ratio_low=0.3, ratio_high=3.0),
     "fading": ObjectiveConfig(ratio_form="fading", ratio_low=0.3, ratio_high=3.0, normalization="kept_token_mean"),
     "entropy and KL": ObjectiveConfig(entropy_coefficient=0.05, kl_coefficient=0.5, context="replace"),

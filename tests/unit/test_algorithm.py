@@ -481,6 +481,19 @@ def test_a_hint_teaches_a_plain_rollout_of_its_problem_by_on_policy_distillation
     assert all(rollout.teaching is None for group in step.result.groups[1:] for rollout in group.rollouts)
 
 
+def test_cloning_divides_by_the_tokens_of_what_it_clones() -> None:
+    solved = {PROBLEMS[0].id: [0, 1, 2, 3], PROBLEMS[1].id: [2]}
+    settings = {"objective.surrogate": "clone", "objective.context": "replace", "schedule.problems_per_update": 4}
+    (update,) = run_step(solved_by(solved), settings, TEMPLATED).policy.updates
+    assert [sample.key for sample in update.samples] == [
+        *((PROBLEMS[0].id, place) for place in range(4)),
+        (PROBLEMS[1].id, 2),
+    ]
+    assert update.num_loss_tokens == sum(len(sample.response_ids) for sample in update.samples) == 5 * len("yes.")
+    nothing = run_step(solved_by({}), settings, TEMPLATED)
+    assert [(update.samples, update.num_loss_tokens) for update in nothing.policy.updates] == [((), 0)]
+
+
 def test_the_anchor_is_the_ledgers_plain_rate_of_each_problem() -> None:
     entries = [
         LedgerEntry(

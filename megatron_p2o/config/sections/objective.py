@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_p2o.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range
+from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 ObjectiveContext = Literal["sampling", "replace", "importance", "ratio_mask", "distill"]
 
@@ -40,6 +40,12 @@ class ObjectiveConfig:
     """Smallest context ratio that `ratio_mask` keeps, inclusive (the paper's)."""
     ratio_high: Annotated[float, Range(at_least=1)] = 10.0
     """Largest context ratio that `ratio_mask` keeps, inclusive (the paper's)."""
+    ratio_widening: PositiveFloat = 1.0
+    """Factor by which the band of `ratio_mask` is wider at the first optimizer step: it begins at
+    `objective.ratio_low` / this and `objective.ratio_high` times this. Above 1 the mask closes, below 1 it opens."""
+    ratio_anneal_steps: NonNegativeInt = 0
+    """Optimizer steps over which `objective.ratio_widening` goes to 1, by equal factors. 0: the band is always the
+    same."""
     ratio_form: Literal["hard", "one_sided", "soft", "fading"] = "hard"
     """Weight of a token whose context ratio rho lies outside the band. `hard`: 0 (the paper's). `one_sided`: 0 in
     responses whose advantage is not positive; those with a positive one keep every token. `soft`: clip(rho) / rho (the
@@ -48,7 +54,9 @@ class ObjectiveConfig:
     surrogate: str = "ppo"
     """Loss made of the policy ratio. `ppo`: clipped token by token (arXiv:1707.06347; the paper's). `gspo`: one ratio
     for a whole response, the geometric mean over its tokens, and one clip (arXiv:2507.18071). `cispo`: the log-prob
-    weighted by the clipped ratio, so that every token keeps a gradient (arXiv:2506.13585). Or one's own,
+    weighted by the clipped ratio, so that every token keeps a gradient (arXiv:2506.13585). `clone`: minus the log-prob
+    of each response that solves its problem, and nothing of any other (rejection sampling and behavioural cloning;
+    advantages do not count). The policy under its templates or hints is then a teacher of the plain one. Or one's own,
     `package.module:callable` or `path/to/file.py:callable`, called as (ratio, logprobs, advantages, rule)."""
     clip_low: Annotated[float, Range(at_least=0, at_most=1)] = 0.2
     """Lower clip: policy ratios below 1 minus this bound the loss (the paper's). 1: no lower clip. GSPO's is 0.0003."""
@@ -85,6 +93,12 @@ class ObjectiveConfig:
     drop_truncated: bool = False
     """Whether rollouts that `rollout.max_new_tokens` cut off get no gradient (DAPO's overlong filtering,
     arXiv:2503.14476). They shape the baseline either way."""
+
+    def band_at(self, num_updates: int) -> tuple[float, float]:
+        """Return the ends of the band of `ratio_mask` in an optimizer step that follows `num_updates` others."""
+        left = max(0.0, 1 - num_updates / self.ratio_anneal_steps) if self.ratio_anneal_steps else 0.0
+        widening = self.ratio_widening**left
+        return self.ratio_low / widening, self.ratio_high * widening
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from megatron_p2o.policy.weights.hf_directory import WeightFiles
 from megatron_p2o.policy.weights.hf_weights import diverged_weights, export_hf_weights, load_hf_weights
 from megatron_p2o.processes import RankMemory, own_host_memory
 from megatron_p2o.rl.context_shift import SampleShift
-from megatron_p2o.rl.objective import cap_in_the_loss, dead_share, stats_as_numbers
+from megatron_p2o.rl.objective import annealed, cap_in_the_loss, dead_share, stats_as_numbers
 from megatron_p2o.types import Logprobs
 from p2o_kernels import HeadOptions
 
@@ -96,7 +96,7 @@ class PolicyShard:
         optimization = self.optimization
         batches = self._micro_batches(rank_samples)
         denominator = Denominator(
-            objective=self.config.objective,
+            objective=annealed(self.config.objective, optimization.scheduler.num_steps),
             num_loss_tokens=num_loss_tokens,
             num_samples=num_samples,
             counts_here=self.ranks.data_rank == 0 and self.ranks.context_rank == 0,

@@ -142,6 +142,34 @@ def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
         ({"objective.ratio_low": 0.0}, "objective.ratio_low=0.0"),
         ({"objective.ratio_low": 1.5}, "objective.ratio_low=1.5"),
         ({"objective.ratio_high": 0.5}, "objective.ratio_high=0.5"),
+        (
+            {"objective.ratio_widening": 0.001, "objective.ratio_anneal_steps": 9},
+            "objective.ratio_widening=0.001 must leave 1 in the band of the first step",
+        ),
+        (
+            {"objective.surrogate": "clone"},
+            "objective.context=ratio_mask means nothing with objective.surrogate=clone, which has no credit: set it to "
+            "replace",
+        ),
+        (
+            {"objective.surrogate": "clone", "objective.context": "replace", "schedule.max_batches_per_step": 2},
+            "schedule.max_batches_per_step=2 means nothing with objective.surrogate=clone",
+        ),
+        (
+            {"objective.surrogate": "clone", "objective.context": "replace", "advantage.overlong_tokens": 4},
+            "advantage.overlong_tokens=4 means nothing with objective.surrogate=clone",
+        ),
+        (
+            {"objective.surrogate": "clone", "objective.context": "replace", "logprobs.importance_cap": 2.0},
+            "logprobs.importance_cap=2.0 means nothing with objective.surrogate=clone",
+        ),
+        (
+            {
+                **{"objective.surrogate": "clone", "objective.context": "replace"},
+                **{"objective.kl_coefficient": 0.1, "objective.kl_as": "reward"},
+            },
+            "objective.kl_as=reward means nothing with objective.surrogate=clone",
+        ),
         ({"objective.clip_low": 1.1}, "objective.clip_low=1.1"),
         ({"optimizer.warmup_steps": 3, "optimizer.warmup_share": 0.1}, "optimizer.warmup_share=0.1"),
         ({"optimizer.min_lr": 1e-7}, "optimizer.min_lr=1e-07 is where a decay ends"),

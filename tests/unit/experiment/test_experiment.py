@@ -295,12 +295,15 @@ def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
     arms = {run.arm: run.config for run in experiment.runs}
     assert len(experiment.runs) == 5 * len(arms) and experiment.budget.startswith("schedule.max_tokens=")
     plain = {arm for arm, config in arms.items() if not config.evolution.enabled}
-    assert plain == {"grpo", "grpo_2g", "dapo", "hints", "hints_sampling"}
+    assert plain == {"grpo", "grpo_2g", "dapo", "hints", "hints_sampling", "clone"}
     assert arms["hints"].data.hints_field == arms["hints_sampling"].data.hints_field == "hints"
     assert (arms["hints"].objective.context, arms["hints_sampling"].objective.context) == ("ratio_mask", "sampling")
     assert arms["grpo_2g"].rollout.group_size == 2 * arms["grpo"].rollout.group_size
     assert arms["dapo"].schedule.max_batches_per_step > 1 == arms["grpo"].schedule.max_batches_per_step
     assert arms["dapo"].objective == arms["grpo"].objective, "dynamic sampling alone: no clip-higher"
+    clone = arms["clone"]
+    assert (clone.objective.surrogate, clone.objective.context) == ("clone", "replace")
+    assert (clone.rollout.group_size, clone.assignment.num_plain, clone.hard.max_solved) == (2, 0, 2)
     extra, searched = arms["grpo_hard"].evolution, arms["p2o"].evolution
     assert extra.enabled and not extra.searches and extra.plain_rollouts == searched.max_rollouts
     given = arms["random_templates"].evolution
@@ -312,7 +315,9 @@ def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
     assert (arms["p2o_authors"].preset, arms["p2o"].preset) == ("reference", "p2o")
     for section in ("model", "data", "optimizer", "evaluation"):
         differing = {arm for arm, config in arms.items() if getattr(config, section) != getattr(arms["grpo"], section)}
-        assert differing == {"optimizer": {"frozen"}, "data": {"hints", "hints_sampling"}}.get(section, set()), section
+        assert differing == {"optimizer": {"frozen"}, "data": {"hints", "hints_sampling", "clone"}}.get(
+            section, set()
+        ), section
     assert arms["frozen"].optimizer.lr == 0 and arms["frozen"].evolution == arms["p2o"].evolution
 
 
@@ -332,7 +337,11 @@ def test_the_masks_are_compared_where_success_leans_on_the_template_and_differ_i
     experiment = read_experiment(ROOT / "experiments" / "masks.yaml")
     arms = {run.arm: run.config for run in experiment.runs}
     assert [run.seed for run in experiment.runs if run.arm == "hard"] == [1, 2, 3, 4, 5]
-    assert set(differing_settings(experiment)) == {"objective.context", "objective.ratio_form"}
+    mask = ("context", "ratio_form", "ratio_widening", "ratio_anneal_steps")
+    assert set(differing_settings(experiment)) == {f"objective.{name}" for name in mask}
+    closing = arms["closing"].objective
+    assert closing.ratio_widening > 1 and closing.ratio_anneal_steps > 0
+    assert replace(closing, ratio_widening=1.0, ratio_anneal_steps=0) == arms["hard"].objective
     contexts = {arm: (config.objective.context, config.objective.ratio_form) for arm, config in arms.items()}
     assert {form for context, form in contexts.values() if context == "ratio_mask"} == set(
         get_args(get_type_hints(ObjectiveConfig)["ratio_form"])

@@ -45,6 +45,22 @@ def test_only_templated_groups_are_anchored() -> None:
     assert plain.advantages == pytest.approx(credits([1, 1, 0, 1], "dr_grpo"))
 
 
+def test_cloning_takes_every_response_that_solves_its_problem_on_the_bare_prompt_and_no_other() -> None:
+    siblings = rollouts(templated=[1, 0, 1], plain=[0, 1])
+    groups = make_groups(
+        [siblings, rollouts(templated=[1, 1], plain=[]), rollouts(plain=[0, 0])], AdvantageConfig(), [0.0] * 3
+    )
+    partial = replace(fake_rollout(PROBLEM, reward=0.6), solved_at=0.5)
+    lost = fake_rollout(PROBLEM, reward=0, finish_reason="abort")
+    groups.append(make_group([partial, lost], AdvantageConfig(), plain_success_rate=0.0))
+    samples = train_samples(groups, ObjectiveConfig(surrogate="clone", context="replace"))
+    assert [sample.key[1] for sample in samples] == [0, 2, 4, 0, 1, 0], "a group that agrees is cloned, too"
+    assert {sample.advantage for sample in samples} == {1.0}
+    assert [sample.is_templated for sample in samples] == [True, True, False, True, True, False]
+    bare = siblings[0].completion.prompt.training_ids
+    assert all(sample.context_ids.tolist() == bare.tolist() for sample in samples)
+
+
 def test_a_rollout_that_was_given_up_on_shapes_no_baseline() -> None:
     siblings = rollouts(plain=[1, 0, 0])
     aborted = fake_rollout(PROBLEM, reward=0, finish_reason="abort")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.rl.objective import (
+    annealed,
     has_loss,
     loss_rule,
     merged_stats,
@@ -557,3 +558,17 @@ def loss_of_samples(
     current = [fake_logprobs(sample.context_ids, sample.response_ids) for sample in samples]
     logprobs_T[batch.loss_mask_T] = torch.from_numpy(np.concatenate(current))
     return policy_loss(logprobs_T, batch, objective, entropy_T=-logprobs_T)
+
+
+@pytest.mark.parametrize("widening", [1e6, 0.2])
+def test_an_annealed_band_goes_by_equal_factors_to_the_one_that_is_set(widening: float) -> None:
+    objective = ObjectiveConfig(ratio_low=0.01, ratio_high=10.0, ratio_widening=widening, ratio_anneal_steps=4)
+    bands = [annealed(objective, step) for step in range(7)]
+    assert [band.ratio_high / 10 for band in bands] == pytest.approx(
+        [widening, widening**0.75, widening**0.5, widening**0.25, 1, 1, 1]
+    )
+    assert [band.ratio_low * band.ratio_high for band in bands] == pytest.approx([0.1] * 7)
+    assert replace(bands[0], ratio_low=0.01, ratio_high=10.0) == objective, "nothing else changes"
+    assert bands[4] == objective
+    still = replace(objective, ratio_anneal_steps=0)
+    assert annealed(still, 0) == still

@@ -8,6 +8,7 @@ import torch
 from megatron_p2o.config.tree import ObjectiveConfig
 from megatron_p2o.rl.objective import loss_rule
 from megatron_p2o.rl.surrogate import check_surrogate
+from p2o_kernels import linear_policy_loss
 from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, token_losses_torch
 
 CODE = """
@@ -71,6 +72,38 @@ def test_ours_written_as_ones_own_has_the_same_losses_and_gradients(code: Path, 
     assert not computed.losses_N.requires_grad
 
 
+@pytest.mark.parametrize("has_old", [True, False])
+def test_cloning_has_the_loss_and_the_gradients_of_the_negative_log_likelihood_in_float64(has_old: bool) -> None:
+    """`nll_loss` of full logits, whatever the policy was before and however likely the template made a token."""
+    generator = torch.Generator().manual_seed(3)
+    num_tokens, hidden_size, vocab_size = 40, 16, 50
+    hidden = torch.randn(num_tokens, hidden_size, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(vocab_size, hidden_size, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    is_trained = torch.rand(num_tokens, generator=generator) < 0.7
+    expected = torch.nn.functional.nll_loss(
+        (hidden @ weight.T / 0.7).log_softmax(-1)[is_trained], targets[is_trained], reduction="sum"
+    )
+    expected_grads = torch.autograd.grad(expected / 11, (hidden, weight))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):  # float32: rounding of 50 exponentials
+        inputs = [each.detach().to(dtype).requires_grad_() for each in (hidden, weight)]
+        outcome = linear_policy_loss(
+            *inputs,
+            targets,
+            rule=loss_rule(ObjectiveConfig(surrogate="clone", context="replace")),
+            loss_scale=1 / 11,
+            temperature=0.7,
+            advantages_T=is_trained.float(),
+            weights_T=is_trained.float(),
+            old_logprobs_T=torch.rand(num_tokens, generator=generator) - 9 if has_old else None,
+            sampling_logprobs_T=torch.rand(num_tokens, generator=generator) - 3,
+            is_templated_T=torch.ones(num_tokens, dtype=torch.bool),
+        )
+        torch.testing.assert_close(outcome.loss.detach().double(), expected.detach() / 11, rtol=tolerance, atol=0)
+        for ours, theirs in zip(torch.autograd.grad(outcome.loss, inputs), expected_grads, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -91,7 +124,7 @@ def test_what_is_no_loss_by_token_is_refused_before_the_run(code: Path, name: st
 
 
 def test_a_name_that_is_none_of_ours_is_refused_with_ours() -> None:
-    with pytest.raises(ValueError, match=r"objective\.surrogate=pppo is none of ppo, gspo, cispo, nor package\.module"):
+    with pytest.raises(ValueError, match=r"objective\.surrogate=pppo is none of ppo, gspo, cispo, clone, nor package"):
         loss_rule(ObjectiveConfig(surrogate="pppo"))
 
 

@@ -51,12 +51,12 @@ from megatron_p2o.rl.objective import (
     zero_stats,
 )
 from megatron_p2o.rl.shaping import has_kl_reward, kl_sum
+from megatron_p2o.rl.surrogate import BUILT_IN
 from megatron_p2o.rollout.refresh.outlet import uses_devices
 from megatron_p2o.run.observe.alarms import MISMATCH, MismatchWatch
 from megatron_p2o.run.observe.evaluations import BestSoFar
 from megatron_p2o.testing.fakes import fake_config, fake_problem, fake_rollout
 from megatron_p2o.types import PLAIN
-from p2o_kernels import Surrogate
 from p2o_kernels.lm_head.path import HeadOptions
 from p2o_kernels.policy_loss.token_loss import LossRule, TokenInputs, context_weighted, token_losses_torch
 
@@ -195,7 +195,7 @@ def test_what_a_setting_is_documented_to_name_is_in_its_table() -> None:
         of_section: Any = annotation_at(tuple(section.split(".")))
         documented[name] = set(re.findall(r"`(\w+)`: ", docstrings_of(of_section)[field]))
     assert documented == {
-        "objective.surrogate": set(get_args(Surrogate)),
+        "objective.surrogate": set(BUILT_IN),
         "evolution.rules": set(RULES),
         "evolution.reflection.backend": set(BACKENDS),
     }

@@ -156,6 +156,7 @@ OBJECTIVES = {
     "gspo": ObjectiveConfig(surrogate="gspo", clip_low=0.2, clip_high=0.3),
     "gspo, importance": ObjectiveConfig(surrogate="gspo", context="importance", clip_low=0.5, clip_high=2.0),
     "cispo": ObjectiveConfig(surrogate="cispo", context="importance", clip_low=1.0, clip_high=1.5),
+    "clone": ObjectiveConfig(surrogate="clone", context="replace"),
     "one-sided": ObjectiveConfig(ratio_form="one_sided", ratio_low=0.7, ratio_high=1.4),
     "soft": ObjectiveConfig(ratio_form="soft", ratio_low=0.7, ratio_high=1.4),
     "fading": ObjectiveConfig(ratio_form="fading", ratio_low=0.7, ratio_high=1.4),
@@ -194,6 +195,32 @@ def test_three_updates_equal_transformers_with_torch_adamw(any_model: Path, obje
         assert_same_weights(weights_of(policy), oracle.weights(), atol=1e-5)
     if objective == OBJECTIVES["gspo"]:
         assert 0 < report.tokens.clipped_tokens < report.tokens.kept_tokens, report.tokens
+
+
+def test_an_annealed_mask_is_that_of_its_step_and_goes_on_with_it_from_a_checkpoint(model: Path, tmp_path: Path):
+    """Each update equals the oracle's with the band of that step; the second half is trained by a resumed policy."""
+    objective = ObjectiveConfig(ratio_low=0.9, ratio_high=1.1, ratio_widening=4.0, ratio_anneal_steps=3)
+    config, kept = policy_config(model, objective=objective), list[float]()
+    oracle = PolicyOracle(config)
+
+    def train(policy: MegatronPolicy, steps: range) -> None:
+        for step in steps:
+            widening = 4.0 ** max(0.0, 1 - step / 3)
+            band = replace(objective, ratio_low=0.9 / widening, ratio_high=1.1 * widening, ratio_anneal_steps=0)
+            oracle.config = replace(config, objective=band)
+            report = policy.update(NEAR, None, 120)
+            loss, grad_norm = oracle.update(NEAR, None, 120)
+            assert report.loss == pytest.approx(loss, abs=1e-6, rel=1e-6)
+            assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
+            kept.append(report.tokens.templated_kept_tokens / report.tokens.templated_tokens)
+
+    with policy_of(config) as policy:
+        train(policy, range(2))
+        policy.save(tmp_path / "saved").result(60)
+    with policy_of(config) as policy:
+        policy.load(tmp_path / "saved")
+        train(policy, range(2, 5))
+    assert kept[0] > kept[-1], "the band has closed"
 
 
 def test_a_surrogate_of_the_users_own_moves_the_weights_as_ours_does(model: Path, tmp_path: Path):
