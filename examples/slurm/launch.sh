@@ -7,8 +7,8 @@
 #
 # From the environment, which sbatch hands on, and where alone secrets belong:
 #   P2O_RUNS           folder of the runs, on a filesystem that all nodes share; default: runs
-#   P2O_IMAGE          container image for pyxis; default: none, .venv or what PATH has
-#   P2O_MOUNTS         more --container-mounts than this folder, P2O_RUNS and what links in models/ and data/ lead to,
+#   P2O_IMAGE          container image: a .sif file for Apptainer, anything else for pyxis; default: none, .venv or what PATH has
+#   P2O_MOUNTS         more mounts (FOLDER:FOLDER) than this folder, P2O_RUNS and what links in models/ and data/ lead to,
 #                      comma-separated
 #   P2O_CACHE          folder on each node's own disk for compiled kernels; default: /tmp/p2o-cache-UID. In a container it
 #                      goes with the container, and every start compiles again, unless P2O_MOUNTS names it
@@ -47,7 +47,7 @@ run_job() {
     trap stop_step USR1
     say "$SLURM_JOB_NAME on $SLURM_JOB_NODELIST, from ${before:-the start}; logs in $logs-*"
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
-        --kill-on-bad-exit=1 --output="$logs-%n-%N.log" "${container[@]}" bash "$0" --on-node "${mode[@]}" "$@" &
+        --kill-on-bad-exit=1 --output="$logs-%n-%N.log" "${container[@]}" "${inside[@]}" bash "$0" --on-node "${mode[@]}" "$@" &
     step=$!
     watch_time &
     watch=$!
@@ -147,13 +147,16 @@ linked_folders() {
     done < <(find models models/ data data/ -maxdepth 2 -type l 2> /dev/null | sort -u) | sort -u | grep -v "^$PWD\(/\|$\)"
 }
 
-container=()
+container=() inside=()
 if [ -n "${P2O_IMAGE:-}" ]; then
     mkdir -p "$runs"
     mounts="$PWD:$PWD,$(realpath "$runs"):$(realpath "$runs")"
     while read -r folder; do mounts="$mounts,$folder:$folder"; done < <(linked_folders)
-    container=(--container-image="$P2O_IMAGE" --container-workdir="$PWD"
-        --container-mounts="$mounts${P2O_MOUNTS:+,$P2O_MOUNTS}")
+    mounts="$mounts${P2O_MOUNTS:+,$P2O_MOUNTS}"
+    case "$P2O_IMAGE" in
+        *.sif) inside=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$P2O_IMAGE") ;;
+        *) container=(--container-image="$P2O_IMAGE" --container-workdir="$PWD" --container-mounts="$mounts") ;;
+    esac
 fi
 
 # ---- on every node

@@ -28,7 +28,7 @@ def submit(cluster: Any, checkout: Path) -> Iterator[Submit]:
 
     def run(stand_in: str, arguments: str = TRAIN, *own: str, **variables: str) -> str:
         programs = checkout / "bin"
-        programs.mkdir()
+        programs.mkdir(exist_ok=True)
         (programs / "p2o").write_text(f"#!/bin/bash\n{stand_in}\n")
         (programs / "p2o").chmod(0o755)
         (checkout / "job.sh").write_text(f"#!/bin/bash\nexec bash examples/slurm/launch.sh {arguments}\n")
@@ -142,6 +142,27 @@ def test_an_image_and_its_mounts_reach_pyxis(submit: Submit, cluster: Any, check
     image, mounted, workdir, path = (checkout / "seen-node2").read_text().split()
     assert (image, mounted, workdir) == ("p2o:gpu", mounts, str(checkout))
     assert path.split(":")[:2] == [str(checkout), f"{checkout}/kernels"], "the mounted code runs, not the image's"
+
+
+def test_an_image_of_apptainer_runs_every_node_and_sees_the_mounts(submit: Submit, checkout: Path) -> None:
+    shared = checkout.parent / f"{checkout.name}-models"
+    shared.mkdir()
+    (checkout / "models").symlink_to(shared)
+    (checkout / "bin").mkdir()
+    # What comes behind the image is what runs inside.
+    behind_the_image = 'while [[ $1 != *.sif ]]; do shift; done; shift; exec "$@"'
+    stub = f'#!/bin/bash\necho "$*" >> apptainer-$SLURMD_NODENAME\n{behind_the_image}\n'
+    (checkout / "bin" / "apptainer").write_text(stub)
+    (checkout / "bin" / "apptainer").chmod(0o755)
+    log = submit('echo "$1 $PYTHONPATH" >> seen-$SLURMD_NODENAME', P2O_IMAGE="/images/p2o.sif", P2O_MOUNTS="/a:/b")
+    assert "ended well" in log
+    mounts = ",".join([*(f"{folder}:{folder}" for folder in (checkout, checkout / "runs", shared)), "/a:/b"])
+    for node in ("node1", "node2"):
+        command = (checkout / f"apptainer-{node}").read_text()
+        assert command.startswith(f"exec --nv --pwd {checkout} --bind {mounts} /images/p2o.sif bash ")
+        calls = [line.split() for line in (checkout / f"seen-{node}").read_text().splitlines()]
+        assert [call[0] for call in calls] == ["doctor", "train"]
+        assert calls[1][1].split(":")[:2] == [str(checkout), f"{checkout}/kernels"]
 
 
 def test_our_reading_of_node_lists_is_that_of_scontrol(cluster: Any) -> None:
