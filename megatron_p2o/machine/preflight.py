@@ -80,7 +80,7 @@ def rollout_bytes(config: Config, num_steps: int) -> int:
         return 0
     num_rollouts = num_steps // every * config.schedule.problems_per_step * config.rollout.group_size
     if config.evolution.enabled and config.evolution.plain_rollouts is not None:
-        num_rollouts += config.evolution.plain_rollouts * config.schedule.epochs
+        num_rollouts += config.evolution.plain_rollouts * config.schedule.epochs // every
     return num_rollouts * (ROW_BYTES + TOKEN_BYTES * config.rollout.max_new_tokens)
 
 

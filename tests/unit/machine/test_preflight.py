@@ -59,6 +59,9 @@ def test_rollouts_take_what_their_settings_say(model: Path) -> None:
     assert size() == 10 * 128 * 6 * (1500 + 500)
     assert size("logging.rollouts_every_steps=5") == 2 * 128 * 6 * 2000
     assert size("logging.rollouts_every_steps=0") == 0
+    further = ("evolution.plain_rollouts=300", "schedule.epochs=4")
+    assert size(*further) == (10 * 128 * 6 + 4 * 300) * 2000
+    assert size(*further, "evolution.enabled=false") == size()
 
 
 def node(rank: int, port: int) -> Nodes:
@@ -83,6 +86,7 @@ def test_a_port_that_is_in_use_is_named_by_the_head_alone(model: Path) -> None:
         (["evolution.beside_training=false", "evolution.round_timeout_s=3599"], False),
         (["evolution.round_timeout_s=3601"], False),
         (["evolution.enabled=false"], False),
+        (["evolution.beside_training=false", "evolution.round_timeout_s=3601", "evolution.plain_rollouts=9"], False),
     ],
 )
 def test_a_round_that_may_outlast_the_job_is_told(overrides: Sequence[str], is_warned: bool, model: Path) -> None:

@@ -85,8 +85,12 @@ def test_a_round_alone_spends_its_budget_and_one_beside_many_steps_is_over() -> 
     assert cost.round_steps == len(cost.beside.steps)
 
 
-def test_without_evolution_only_its_own_steps_are_simulated() -> None:
-    cost = run_cost(run_of({"evolution.enabled": False}), 2)
+@pytest.mark.parametrize(
+    "settings",
+    [{"evolution.enabled": False}, {"evolution.templates_file": "t.txt"}, {"evolution.plain_rollouts": 9}],
+)
+def test_without_a_search_only_its_own_steps_are_simulated(settings: dict[str, Any]) -> None:
+    cost = run_cost(run_of(settings), 2)
     assert (len(cost.off), cost.alone, cost.beside) == (2, None, None)
 
 

@@ -162,6 +162,9 @@ def test_the_reflection_server_shares_a_gpu_and_keeps_its_memory(tmp_path: Path)
     plan = plan_of(config, qwen3("4B", tmp_path))
     assert (plan.num_lending, plan.num_staying) == (1, 1)
     assert plan.phases["training"]["KV cache"] == 50_000 * 2 * 36 * 8 * 128 * 2
+    for nobody in ({"templates_file": "templates.txt"}, {"plain_rollouts": 9}):
+        unread = replace(config, evolution=replace(config.evolution, **nobody))
+        assert plan_of(unread, qwen3("4B", tmp_path)).num_staying == 0, "nothing is reflected on"
     alone = plan_of(replace(config, rollout=replace(config.rollout, num_engines=7)), qwen3("4B", tmp_path))
     assert (alone.num_lending, alone.num_staying) == (0, 1), "it is beside the trainer also without an engine"
 
