@@ -6,6 +6,7 @@ loop only and needs no lock.
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -13,7 +14,7 @@ from contextlib import AsyncExitStack
 from itertools import count
 from typing import TypeVar
 
-from megatron_p2o.rollout.generation import TimedGeneration
+from megatron_p2o.rollout.generation import TimedGeneration, pause
 from megatron_p2o.rollout.given_up import GivenUp, are_logprobs
 from megatron_p2o.rollout.heartbeat import EngineStalled, watch
 from megatron_p2o.rollout.loop_thread import BrokerLoop
@@ -29,6 +30,8 @@ from megatron_p2o.rollout.requests import (
     settle,
 )
 from megatron_p2o.rollout.servers.client import EngineClient, EngineUnreachable, RequestRefused
+from megatron_p2o.rollout.sharing.allowance import Allowance
+from megatron_p2o.rollout.sharing.meter import EvolutionMeter
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
 LOOP_TIMEOUT_S = 60.0
@@ -57,6 +60,7 @@ class Broker:
         stall_timeout_s: float,
         on_loss: Callable[[str], None] | None = None,
         loop_timeout_s: float = LOOP_TIMEOUT_S,
+        max_slowdown: float = math.inf,
         thread: BrokerLoop | None = None,
     ) -> None:
         """Args:
@@ -67,12 +71,14 @@ class Broker:
         on_loss: told the name of an engine that is lost, once; must not block. Requests then wait for another engine
             or for `suspend`. None: nobody replaces engines, and losing the last one gives up.
         loop_timeout_s: limit on what only needs the loop's attention; more than that raises `TimeoutError`.
+        max_slowdown: `evolution.max_slowdown`; by default evolution takes every free slot.
         thread: where it lives; None: in a thread of its own.
         """
         self._stall_timeout_s = stall_timeout_s
         self._on_loss = on_loss
         self._engines: list[EngineHandle] = []
-        self._queues = RequestQueues(slots_per_engine)
+        self._allowance = Allowance(slots_per_engine, max_slowdown)
+        self._queues = RequestQueues(slots_per_engine, self._allowance.of)
         self._num_closings = 0
         self._refusal: Exception | None = None
         self._version = 0
@@ -84,6 +90,8 @@ class Broker:
         self._thread = thread or BrokerLoop(loop_timeout_s)
         self._clock = StoppableClock(self._thread.loop.time)
         self._busy = BusyTime(self._clock.now_s)
+        self.meter = EvolutionMeter(self._clock.now_s)
+        """What evolution samples, and what that takes from training."""
         self._generation = TimedGeneration(self._clock, request_timeout_s, self._thread.later)
 
     @property
@@ -121,6 +129,7 @@ class Broker:
                     await prepare(name, engine.client)
                 unless_prepared.pop_all()
             self._engines.append(engine)
+            self.meter.note([engine])
             engine.heartbeat = self._thread.later(self._watch(engine))
             self._dispatch()
 
@@ -254,18 +263,31 @@ class Broker:
             self._clock.go()
         else:
             self._clock.stop()
+        self.meter.note(self._engines)
+        for engine in self._engines:
+            self._pause_excess(engine)
         self._dispatch()
 
     def _dispatch(self) -> None:
         """Give waiting requests to free slots."""
         while (next_one := self._queues.take(self._engines)) is not None:
             self._start(*next_one)
+        self.meter.note_waiting(self._queues.does_evolution_wait)
 
     def _start(self, request: GenerationRequest, engine: EngineHandle) -> None:
         task = self._thread.loop.create_task(self._serve(request, engine))
+        self.meter.begin(request, engine)
+        self._allowance.started(request, engine)
         engine.running[request] = task
         self._busy.note(engine)
         task.add_done_callback(lambda done: self._on_served(request, engine, done))
+        self._pause_excess(engine)
+
+    def _pause_excess(self, engine: EngineHandle) -> None:
+        """Take evolution from an engine where it has become too much for training."""
+        if not engine.is_lost and self._queues.admitted:
+            for request in self._allowance.excess(engine):
+                self._thread.later(pause(request, engine))
 
     async def _serve(self, request: GenerationRequest, engine: EngineHandle) -> None:
         place = f"{engine.name} on problem {request.prompt.problem.id}"
@@ -279,6 +301,11 @@ class Broker:
             generation = None
         if generation is None:
             generation = nothing_generated(self._version)
+        request.num_sampled = len(generation.token_ids)
+        generation = request.joined(generation)
+        if request.is_pausing and generation.finish_reason == "abort":
+            request.keep(generation)
+            return
         completion = Completion(
             prompt=request.prompt,
             token_ids=generation.token_ids,
@@ -289,18 +316,23 @@ class Broker:
         settle(request.future, completion)
 
     def _on_served(self, request: GenerationRequest, engine: EngineHandle, task: "asyncio.Task[None]") -> None:
-        """Free the slot; send the request elsewhere if the engine is gone."""
+        """Free the slot; have the request wait for another if it was paused, or the engine is gone."""
+        self.meter.end(request, engine)
+        self._allowance.ended(request, engine)
         del engine.running[request]
         self._busy.note(engine)
         error = None if task.cancelled() else task.exception()
         if isinstance(error, EngineUnreachable):
             self._lose(engine, str(error))
             error = None
-        is_unanswered = engine.is_lost and error is None and not request.future.done()
+        is_unanswered = (engine.is_lost or request.is_pausing) and error is None and not request.future.done()
+        request.is_pausing = False
         if is_unanswered and self._refusal is None:
+            request.id = next(self._ids)
             self._queues.add_again(request)
         else:
             self._close_request(request, None if request.future.done() else error or self._refusal)
+        self._pause_excess(engine)
         self._dispatch()
 
     def _close_request(self, request: GenerationRequest, error: BaseException | None) -> None:
@@ -345,6 +377,7 @@ class Broker:
     async def _retire(self, engine: EngineHandle) -> None:
         """Drop the connections of a lost engine once its requests have let go of them."""
         await asyncio.gather(*engine.running.values(), return_exceptions=True)
+        self.meter.forget(engine)
         if engine.heartbeat is not None:
             engine.heartbeat.cancel()
         await engine.client.close()

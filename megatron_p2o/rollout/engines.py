@@ -76,6 +76,7 @@ class SglangEngines:
             request_timeout_s=rollout.request_timeout_s,
             stall_timeout_s=rollout.stall_timeout_s,
             on_loss=lambda name: self._supervisor.replace(name),
+            max_slowdown=config.evolution.max_slowdown,
         )
         self._sync = WeightSync(
             self.broker,
@@ -202,10 +203,11 @@ class SglangEngines:
     def metrics(self) -> Mapping[str, float]:
         """Return, by metric key, the cost of the last refresh and how often engines were restarted in this run.
 
-        Beside them what completions were given up since the last call, of which this warns.
+        Beside them what completions were given up since the last call, of which this warns, and what evolution sampled.
         """
         restarts = {"engine/restarts_count": float(self._supervisor.num_restarts)}
-        return {**self._stats, **restarts, **self.broker.given_up.take()}
+        evolution = self.broker.meter.take() if self._config.evolution.searches else {}
+        return {**self._stats, **restarts, **self.broker.given_up.take(), **evolution}
 
     @property
     def busy_s(self) -> float:

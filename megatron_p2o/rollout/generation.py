@@ -14,6 +14,9 @@ ABORT_GRACE_S = 10.0
 STOPPED_POLL_S = 1.0
 """Interval at which a stopped clock is checked."""
 
+PAUSE_RETRY_S = 1.0
+"""Time after which an engine is asked again to hand a request over: it may have been asked before it had it."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -60,7 +63,15 @@ class TimedGeneration:
 
 
 def _asked(client: EngineClient, request: GenerationRequest) -> Coroutine[Any, Any, Generation]:
-    ids = request.prompt.sampling_ids
+    ids = request.token_ids
     if request.num_scored:
         return client.score(ids, request.num_scored, request.id, priority=PRIORITY_IN_ENGINE[request.priority])
-    return client.generate(ids, request.sampling, request.id, priority=PRIORITY_IN_ENGINE[request.priority])
+    return client.generate(ids, request.sampling_left, request.id, priority=PRIORITY_IN_ENGINE[request.priority])
+
+
+async def pause(request: GenerationRequest, engine: EngineHandle) -> None:
+    """Have an engine end a request that `is_pausing`, with what it has so far."""
+    request_id = request.id
+    while request.is_pausing and request.id == request_id and not engine.is_lost:
+        await engine.client.abort(request_id)
+        await asyncio.sleep(PAUSE_RETRY_S)

@@ -1,7 +1,7 @@
 """Chooses the next waiting request and its engine."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from megatron_p2o.rollout.requests import EVERYONE, PRIORITIES, EngineHandle, GenerationRequest, Priority
 
@@ -9,8 +9,10 @@ from megatron_p2o.rollout.requests import EVERYONE, PRIORITIES, EngineHandle, Ge
 class RequestQueues:
     """The requests that have no slot yet, and the engine that has each problem's prompt in its cache."""
 
-    def __init__(self, slots_per_engine: int) -> None:
+    def __init__(self, slots_per_engine: int, allowed: Callable[[EngineHandle], int]) -> None:
+        """`allowed`: how many evolution requests an engine may run."""
         self._slots = slots_per_engine
+        self._allowed = allowed
         self._queues: dict[Priority, OrderedDict[GenerationRequest, None]] = {
             each: OrderedDict() for each in PRIORITIES
         }
@@ -37,7 +39,7 @@ class RequestQueues:
         for priority in PRIORITIES:
             queue = self._queues[priority]
             if priority in self.admitted and queue:
-                engine = self._engine_for(next(iter(queue)).prompt.problem.id, engines)
+                engine = self._engine_for(next(iter(queue)), engines)
                 return None if engine is None else (queue.popitem(last=False)[0], engine)
         return None
 
@@ -62,13 +64,25 @@ class RequestQueues:
             del self._num_open[problem_id]
             self._homes.pop(problem_id, None)
 
-    def _engine_for(self, problem_id: str, engines: Sequence[EngineHandle]) -> EngineHandle | None:
+    @property
+    def does_evolution_wait(self) -> bool:
+        return bool(self._queues["evolution"])
+
+    def _engine_for(self, request: GenerationRequest, engines: Sequence[EngineHandle]) -> EngineHandle | None:
         """Return the engine that has the problem's prompt in its cache, else the least loaded; None if all are full."""
-        free = [engine for engine in engines if engine.num_running < self._slots]
+        free = [engine for engine in engines if self._is_free(engine, request.priority)]
         if not free:
             return None
+        problem_id = request.prompt.problem.id
         home = self._homes.get(problem_id)
         if home not in free:
-            home = min(free, key=lambda engine: engine.num_running)
+            # Evolution is no load to training: it gives way.
+            is_training = request.priority == "training"
+            home = min(free, key=lambda engine: (engine.num_training, 0 if is_training else engine.num_evolution))
             self._homes[problem_id] = home
         return home
+
+    def _is_free(self, engine: EngineHandle, priority: Priority) -> bool:
+        if priority == "training":
+            return engine.num_training < self._slots
+        return engine.num_running < self._slots and engine.num_evolution < self._allowed(engine)

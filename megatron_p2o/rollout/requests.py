@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from megatron_p2o.rollout.servers.client import EngineClient, Generation
-from megatron_p2o.types import Completion, Prompt, SamplingParams
+from megatron_p2o.types import Completion, Prompt, SamplingParams, TokenIds
 
 Outcome = TypeVar("Outcome")
 
@@ -35,6 +35,43 @@ class GenerationRequest:
     future: "Future[Completion]"
     num_scored: int = 0
     """Last tokens of the prompt whose log-probs are asked for, instead of a completion; 0: a completion."""
+    kept: Generation | None = None
+    """What engines sampled before it was paused; None when it never was."""
+    is_pausing: bool = False
+    """Whether its engine was asked to hand over what it has."""
+    num_sampled: int = 0
+    """Tokens that its engine has sampled, without what was kept."""
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """[P + K] the prompt and what was kept: what the engine goes on from."""
+        ids = self.prompt.sampling_ids
+        return ids if self.kept is None else np.concatenate([ids, self.kept.token_ids])
+
+    @property
+    def sampling_left(self) -> SamplingParams:
+        """How to sample what is left of it."""
+        num_kept = 0 if self.kept is None else len(self.kept.token_ids)
+        return replace(self.sampling, max_new_tokens=self.sampling.max_new_tokens - num_kept)
+
+    def keep(self, generation: Generation) -> None:
+        """Keep what it has when it is paused: all but the last token.
+
+        An engine that is told to stop does not look at whether the last token ends the response. It is sampled again.
+        """
+        self.kept = replace(generation, token_ids=generation.token_ids[:-1], logprobs=generation.logprobs[:-1])
+
+    def joined(self, generation: Generation) -> Generation:
+        """Return what was kept with what came after it."""
+        kept = self.kept
+        if kept is None:
+            return generation
+        return Generation(
+            token_ids=np.concatenate([kept.token_ids, generation.token_ids]),
+            logprobs=np.concatenate([kept.logprobs, generation.logprobs]),
+            finish_reason=generation.finish_reason,
+            weight_versions=tuple(dict.fromkeys((*kept.weight_versions, *generation.weight_versions))),
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -50,10 +87,18 @@ class EngineHandle:
     heartbeat: "asyncio.Task[None] | None" = None
     """The task that watches the engine; None until the engine is used."""
     is_lost: bool = False
+    num_evolution: int = 0
+    """Running requests of evolution."""
+    num_pausing: int = 0
+    """Those of them that it was asked to hand over."""
 
     @property
     def num_running(self) -> int:
         return len(self.running)
+
+    @property
+    def num_training(self) -> int:
+        return self.num_running - self.num_evolution
 
 
 class StoppableClock:

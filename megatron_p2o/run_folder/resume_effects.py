@@ -75,7 +75,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *("hard.min_problems", "assignment.num_plain", "assignment.same_template_in_group", "assignment.weight"),
         *_in(
             "evolution",
-            "enabled beside_training max_version_gap rules budget max_rollouts dev_size num_lineages",
+            "enabled beside_training max_slowdown max_version_gap rules budget max_rollouts dev_size num_lineages",
         ),
         *_in("evolution", "minibatch_size trial_temperature warm_start guard_leaks plain_control"),
         *_in("evolution", "max_template_tokens round_timeout_s templates_file plain_rollouts"),

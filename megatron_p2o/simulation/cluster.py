@@ -73,6 +73,7 @@ class SimulatedCluster:
             slots_per_engine=rollout.max_running_requests,
             request_timeout_s=rollout.request_timeout_s,
             stall_timeout_s=rollout.stall_timeout_s,
+            max_slowdown=config.evolution.max_slowdown,
             thread=SimulatedBrokerLoop(loop),
         )
         self.engines: list[SimulatedEngine] = []

@@ -33,6 +33,7 @@ def write_tiny_qwen3(
     max_positions: int = 2048,
     tie_embeddings: bool = False,
     weight_scale: float = 4.0,
+    end_token_id: int = SPECIAL_TOKENS.index("<|im_end|>"),
 ) -> Path:
     """Write config.json, float32 safetensors and a tokenizer with a chat template; return `directory`.
 
@@ -42,6 +43,7 @@ def write_tiny_qwen3(
     Args:
         vocab_size: rows of the embedding, at least `MIN_VOCAB_SIZE`; ids beyond the characters decode as `<extra_N>`.
         weight_scale: factor on every matrix; above 1 makes distributions peaked enough that errors in log-probs show.
+        end_token_id: what ends a response; with `vocab_size` or more every one is as long as it may be.
 
     Raises:
         ValueError: `vocab_size` is too small.
@@ -60,7 +62,7 @@ def write_tiny_qwen3(
         head_dim=head_dim,
         max_position_embeddings=max_positions,
         tie_word_embeddings=tie_embeddings,
-        eos_token_id=SPECIAL_TOKENS.index("<|im_end|>"),
+        eos_token_id=end_token_id,
         pad_token_id=SPECIAL_TOKENS.index("<|endoftext|>"),
         bos_token_id=None,
     )

@@ -106,6 +106,11 @@ class EvolutionConfig:
     beside_training: bool = True
     """Whether a round runs in the slots that training leaves idle; its library is used from the next step after it
     ended. False waits for each round, as the authors do: slower, but a run can be repeated exactly."""
+    max_slowdown: NonNegativeFloat = 1.0
+    """Requests of evolution that an engine runs beside training, at most, as a share of its requests of training. It is
+    an upper bound of the share by which they slow those down; what they do is far less (`docs/evolution.md` shows a
+    simulation, from which the default is). Engines that have finished their rollouts of a step run as many as they can,
+    with 0 these alone. A request that becomes too much is paused, keeps its tokens, and goes on from them."""
     max_version_gap: NonNegativeInt = 2
     """Largest number of training steps between the rollouts by which a template is preferred to its parent. Where it is
     larger, the older side is sampled again. It matters beside training only; otherwise the policy does not change

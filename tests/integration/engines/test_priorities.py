@@ -1,5 +1,7 @@
 """Training goes first inside an engine, too: it takes KV cache from evolution, which loses time and no token."""
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
@@ -7,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
+from megatron_p2o.config.tree import (
+    Config,
+    DataConfig,
+    EvolutionConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    one_task,
+)
 from megatron_p2o.rollout.engines import SglangEngines, own_sampling
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
@@ -17,14 +27,14 @@ pytestmark = pytest.mark.slow
 
 WAIT_S = 240
 CACHE_TOKENS = 4096
-NO_STOP = 101
-"""A token that the model does not have: every completion is as long as it may be."""
+RARE_END = 101
+"""A token that ends a completion, like the model's own: completions have many lengths."""
 
 NUM_TRAINING, TRAINING_TOKENS = 24, 100
 NUM_EVOLUTION, EVOLUTION_TOKENS = 100, 240
 
 
-def config_of(model: Path) -> Config:
+def config_of(model: Path, max_slowdown: float = 1000.0) -> Config:
     return Config(
         run=RunConfig(name="test"),
         model=ModelConfig(path=str(model), dtype="float32"),
@@ -36,14 +46,19 @@ def config_of(model: Path) -> Config:
             request_timeout_s=WAIT_S,
             deterministic=True,
         ),
+        evolution=EvolutionConfig(max_slowdown=max_slowdown),
     )
 
 
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngines]:
-    config = config_of(write_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=3))
-    with start_engines(config, tmp_path_factory.mktemp("run"), [NO_STOP]) as started:
+@pytest.fixture(scope="module", params=[1000.0, 0.0], ids=["preempted by the engine", "paused by the broker"])
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngines]:
+    config = config_of(write_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=3), request.param)
+    with start_engines(config, tmp_path_factory.mktemp("run"), [RARE_END]) as started:
         yield started
+
+
+def max_slowdown_of(engines: SglangEngines) -> float:
+    return engines._config.evolution.max_slowdown
 
 
 def prompts(kind: str, count: int, length: int = 40) -> list[Prompt]:
@@ -79,6 +94,7 @@ def test_training_overtakes_a_hundred_evolution_requests_which_lose_no_token(eng
     alone = training(engines)
     undisturbed = [future.result(WAIT_S) for future in submit_evolution(engines, prompts("evolution", NUM_EVOLUTION))]
 
+    engines.metrics()
     behind = submit_evolution(engines, prompts("evolution", NUM_EVOLUTION))
     done, _ = wait(behind, WAIT_S, return_when=FIRST_COMPLETED)
     assert done, "the engine is at work on evolution"
@@ -88,9 +104,28 @@ def test_training_overtakes_a_hundred_evolution_requests_which_lose_no_token(eng
     # KV cache for all of training is taken at once: 24 x (40 + 100) of 4,096 tokens. What is left holds two or three
     # requests of evolution while training samples its 100 tokens.
     assert num_overtaken_by <= 4
+    assert (engines.metrics()["engine/evolution_pauses_count"] > 0) == (max_slowdown_of(engines) == 0)
     preempted = [future.result(WAIT_S) for future in behind]
     assert_equal_bits(first, alone)
     assert_equal_bits(preempted, undisturbed)
+
+
+def test_evolution_that_gave_way_to_training_survives_its_engine(engines: SglangEngines) -> None:
+    alone = training(engines)
+    undisturbed = [future.result(WAIT_S) for future in submit_evolution(engines, prompts("evolution", 30))]
+
+    engines.metrics()
+    behind = submit_evolution(engines, prompts("evolution", 30))
+    wait(behind, WAIT_S, return_when=FIRST_COMPLETED)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=TRAINING_TOKENS, seed=7)
+    answers = engines.generate(prompts("training", NUM_TRAINING), sampling)
+    first = [next(answers)]
+    assert any(not future.done() for future in behind)
+    os.kill(engines._supervisor.servers[0].pid, signal.SIGKILL)
+    by_index = dict([*first, *answers])
+    assert_equal_bits([by_index[index] for index in range(NUM_TRAINING)], alone)
+    assert_equal_bits([future.result(WAIT_S) for future in behind], undisturbed)
+    assert engines.metrics()["engine/restarts_count"] == 1
 
 
 def test_an_engine_that_does_not_take_the_plugin_is_an_error_at_the_start(
@@ -99,4 +134,4 @@ def test_an_engine_that_does_not_take_the_plugin_is_an_error_at_the_start(
     monkeypatch.setenv("SGLANG_PLUGINS", "another")
     config = config_of(write_tiny_qwen3(tmp_path / "model", seed=3))
     with pytest.raises(ValueError, match=r"cannot put training before evolution: .* unset SGLANG_PLUGINS"):
-        start_engines(config, tmp_path, [NO_STOP])
+        start_engines(config, tmp_path, [RARE_END])

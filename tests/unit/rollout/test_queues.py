@@ -18,6 +18,10 @@ def request(number: int, priority: Priority = "training") -> GenerationRequest:
     return GenerationRequest(f"request {number}", prompt, sampling, priority, Future())
 
 
+def queues_with(slots: int, num_allowed: int = 100) -> RequestQueues:
+    return RequestQueues(slots, lambda engine: num_allowed)
+
+
 def engine(name: str) -> EngineHandle:
     return EngineHandle(name, cast(Any, None), str)
 
@@ -29,11 +33,12 @@ def start(queues: RequestQueues, *engines: EngineHandle) -> tuple[GenerationRequ
         return None
     one, where = taken
     where.running[one] = cast("asyncio.Task[None]", None)
+    where.num_evolution += one.priority == "evolution"
     return one, where.name
 
 
 def test_training_goes_first_whatever_came_first() -> None:
-    queues, only = RequestQueues(slots_per_engine=8), engine("a")
+    queues, only = queues_with(8), engine("a")
     late, early = request(1), request(2, "evolution")
     queues.add(early)
     queues.add(late)
@@ -41,7 +46,7 @@ def test_training_goes_first_whatever_came_first() -> None:
 
 
 def test_a_priority_that_is_not_admitted_waits_and_others_pass_it() -> None:
-    queues, only = RequestQueues(slots_per_engine=8), engine("a")
+    queues, only = queues_with(8), engine("a")
     training, evolution = request(1), request(2, "evolution")
     queues.add(training)
     queues.add(evolution)
@@ -54,7 +59,7 @@ def test_a_priority_that_is_not_admitted_waits_and_others_pass_it() -> None:
 
 
 def test_evolution_does_not_take_the_slot_that_training_waits_for() -> None:
-    queues, only = RequestQueues(slots_per_engine=1), engine("a")
+    queues, only = queues_with(1), engine("a")
     for each in (request(1), request(2), request(3, "evolution")):
         queues.add(each)
     assert start(queues, only) is not None
@@ -62,7 +67,7 @@ def test_evolution_does_not_take_the_slot_that_training_waits_for() -> None:
 
 
 def test_a_problem_keeps_its_engine_until_its_last_request_has_settled() -> None:
-    queues, a, b = RequestQueues(slots_per_engine=2), engine("a"), engine("b")
+    queues, a, b = queues_with(2), engine("a"), engine("b")
     first, second, third, other = request(1), request(1), request(1), request(2)
     for each in (first, other, second):
         queues.add(each)
@@ -81,7 +86,7 @@ def test_a_problem_keeps_its_engine_until_its_last_request_has_settled() -> None
 
 
 def test_a_request_of_a_lost_engine_goes_before_the_others() -> None:
-    queues, only = RequestQueues(slots_per_engine=8), engine("a")
+    queues, only = queues_with(8), engine("a")
     for each in (lost := request(1), waiting := request(2)):
         queues.add(each)
     assert start(queues, only) == (lost, "a")
@@ -91,7 +96,7 @@ def test_a_request_of_a_lost_engine_goes_before_the_others() -> None:
 
 def test_removing_one_of_many_requests_compares_it_with_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     comparisons: list[object] = []
-    queues = RequestQueues(slots_per_engine=8)
+    queues = queues_with(8)
     many = [request(number) for number in range(100)]
     for each in many:
         queues.add(each)
@@ -103,9 +108,26 @@ def test_removing_one_of_many_requests_compares_it_with_no_other(monkeypatch: py
 
 
 def test_a_request_is_removed_once_and_only_while_it_waits() -> None:
-    queues, only = RequestQueues(slots_per_engine=8), engine("a")
+    queues, only = queues_with(8), engine("a")
     for each in (gone := request(1), kept := request(2, "evolution")):
         queues.add(each)
     assert queues.remove(gone) and not queues.remove(gone)
     assert list(queues.take_all()) == [kept]
     assert start(queues, only) is None
+
+
+def test_evolution_waits_where_it_would_be_too_much_and_takes_no_slot_from_training() -> None:
+    queues, a, b = queues_with(2, num_allowed=1), engine("a"), engine("b")
+    evolution = [request(number, "evolution") for number in range(3)]
+    for each in evolution:
+        queues.add(each)
+    assert [start(queues, a, b), start(queues, a, b), start(queues, a, b)] == [
+        (evolution[0], "a"),
+        (evolution[1], "b"),
+        None,
+    ]
+    training = [request(10 + number) for number in range(5)]
+    for each in training:
+        queues.add(each)
+    # Two slots each, which evolution does not count against; and the engine with less training, whatever else it runs.
+    assert [taken[1] for taken in iter(lambda: start(queues, a, b), None)] == ["a", "b", "a", "b"]

@@ -21,6 +21,7 @@ COEFFICIENTS = EngineCoefficients(
 SMALL: dict[str, Any] = {
     **{"rollout.num_engines": 2, "rollout.group_size": 4, "rollout.max_new_tokens": 400},
     **{"schedule.problems_per_step": 8, "schedule.problems_per_update": 8},
+    "evolution.max_slowdown": 1000.0,
     **{"evolution.max_rollouts": 200, "evolution.dev_size": 20, "evolution.num_lineages": 4},
 }
 
@@ -92,6 +93,21 @@ def test_a_round_alone_spends_its_budget_and_one_beside_many_steps_is_over() -> 
 def test_without_a_search_only_its_own_steps_are_simulated(settings: dict[str, Any]) -> None:
     cost = run_cost(run_of(settings), 2)
     assert (len(cost.off), cost.alone, cost.beside) == (2, None, None)
+
+
+def test_training_pays_more_where_its_requests_do_not_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(cache_tokens=4_000)
+    with_priorities = run_cost(run, 4)
+    monkeypatch.setattr("megatron_p2o.rollout.generation.PRIORITY_IN_ENGINE", {"training": 0, "evolution": 0})
+    without = run_cost(run, 4)
+    assert with_priorities.extra_s < 0.7 * without.extra_s
+
+
+def test_evolution_within_its_slowdown_costs_less_and_gets_less() -> None:
+    free, bounded = run_cost(run_of(), 4), run_cost(run_of({"evolution.max_slowdown": 0.02}), 4)
+    assert free.beside is not None and bounded.beside is not None
+    assert bounded.extra_s < 0.5 * free.extra_s
+    assert 0 < bounded.beside.num_tokens < free.beside.num_tokens
 
 
 def step(seconds: float, num_evolution_tokens: int = 0) -> StepCost:

@@ -1,0 +1,47 @@
+"""How much evolution an engine may run beside training."""
+
+import math
+from concurrent.futures import Future
+from typing import Any, cast
+
+from megatron_p2o.rollout.requests import EngineHandle, GenerationRequest, Priority
+from megatron_p2o.rollout.sharing.allowance import Allowance
+from megatron_p2o.testing.fakes import FakeRenderer, fake_problem
+from megatron_p2o.types import PLAIN, SamplingParams
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8)
+
+
+def request(number: int, priority: Priority = "training") -> GenerationRequest:
+    prompt = FakeRenderer().render(fake_problem(number), PLAIN)
+    return GenerationRequest(f"request {number}", prompt, SAMPLING, priority, Future())
+
+
+def running(allowance: Allowance, num_training: int, num_evolution: int = 0) -> EngineHandle:
+    engine = EngineHandle("engine", cast(Any, None), str)
+    kinds: list[Priority] = ["training"] * num_training + ["evolution"] * num_evolution
+    for number, kind in enumerate(kinds):
+        one = request(number, kind)
+        allowance.started(one, engine)
+        engine.running[one] = cast(Any, None)
+    return engine
+
+
+def test_an_engine_without_training_takes_all_and_one_with_it_a_share() -> None:
+    allowance = Allowance(slots_per_engine=256, max_slowdown=0.1)
+    assert allowance.of(running(allowance, 0)) == 256
+    assert allowance.of(running(allowance, 50)) == 5
+    assert allowance.of(running(allowance, 9)) == 0
+    assert Allowance(slots_per_engine=256, max_slowdown=math.inf).of(running(allowance, 9)) == 256
+
+
+def test_the_newest_are_paused_first_and_each_once() -> None:
+    allowance = Allowance(slots_per_engine=256, max_slowdown=0.1)
+    engine = running(allowance, 10, num_evolution=4)
+    newest_first = [one for one in reversed(engine.running) if one.priority == "evolution"]
+    assert list(allowance.excess(engine)) == newest_first[:3]
+    assert list(allowance.excess(engine)) == []
+    for one in newest_first[:3]:
+        allowance.ended(one, engine)
+        del engine.running[one]
+    assert (engine.num_evolution, engine.num_pausing, engine.num_training) == (1, 0, 10)
