@@ -1,9 +1,51 @@
 """Chooses the next waiting request and its engine."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from megatron_p2o.rollout.requests import EVERYONE, PRIORITIES, EngineHandle, GenerationRequest, Priority
+
+
+class WaitingRequests:
+    """Requests of one priority. Of several jobs the one with the fewest waiting goes first, each in its order."""
+
+    def __init__(self, job_of: Callable[[GenerationRequest], str]) -> None:
+        """`job_of`: which job a request is part of."""
+        self._job_of = job_of
+        self._jobs: dict[str, OrderedDict[GenerationRequest, None]] = {}
+        """By job, none empty; a request is taken out of the middle in constant time."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._jobs.values()))
+
+    def add(self, request: GenerationRequest, *, is_first: bool = False) -> None:
+        """Queue a request as the last of its job, or the first."""
+        job = self._jobs.setdefault(self._job_of(request), OrderedDict())
+        job[request] = None
+        job.move_to_end(request, last=not is_first)
+
+    def next(self) -> GenerationRequest:
+        """Return the request that goes next; there must be one."""
+        return next(iter(min(self._jobs.values(), key=len)))
+
+    def remove(self, request: GenerationRequest) -> bool:
+        """Take a request out and return whether it was waiting."""
+        name = self._job_of(request)
+        job = self._jobs.get(name, {})
+        if request not in job:
+            return False
+        del job[request]
+        if not job:
+            del self._jobs[name]
+        return True
+
+
+JOB_OF: Mapping[Priority, Callable[[GenerationRequest], str]] = {
+    "training": lambda request: "",
+    "evolution": lambda request: request.prompt.template.text,
+}
+"""Training is served in its order. Evolution tries few problems through a fresh template before it decides to try many:
+the few go first, so that 300 development problems of one template keep no other waiting."""
 
 
 class RequestQueues:
@@ -13,10 +55,7 @@ class RequestQueues:
         """`allowed`: how many evolution requests an engine may run."""
         self._slots = slots_per_engine
         self._allowed = allowed
-        self._queues: dict[Priority, OrderedDict[GenerationRequest, None]] = {
-            each: OrderedDict() for each in PRIORITIES
-        }
-        """In order, the next one first; a request is taken out of the middle in constant time."""
+        self._queues = {priority: WaitingRequests(JOB_OF[priority]) for priority in PRIORITIES}
         self._homes: dict[str, EngineHandle] = {}
         self._num_open: Counter[str] = Counter()
         """Requests of each problem that have been added and not settled."""
@@ -26,35 +65,36 @@ class RequestQueues:
     def add(self, request: GenerationRequest) -> None:
         """Queue a new request; it is open until `settled`."""
         self._num_open[request.prompt.problem.id] += 1
-        self._queues[request.priority][request] = None
+        self._queues[request.priority].add(request)
 
     def add_again(self, request: GenerationRequest) -> None:
-        """Queue an open request before the others: its engine was lost."""
-        queue = self._queues[request.priority]
-        queue[request] = None
-        queue.move_to_end(request, last=False)
+        """Queue an open request before the others of its job: it was paused, or its engine was lost."""
+        self._queues[request.priority].add(request, is_first=True)
 
     def take(self, engines: Sequence[EngineHandle]) -> tuple[GenerationRequest, EngineHandle] | None:
         """Return the request that goes next and the engine it goes to; None while it has to wait or there is none."""
         for priority in PRIORITIES:
             queue = self._queues[priority]
             if priority in self.admitted and queue:
-                engine = self._engine_for(next(iter(queue)), engines)
-                return None if engine is None else (queue.popitem(last=False)[0], engine)
+                request = queue.next()
+                engine = self._engine_for(request, engines)
+                if engine is None:
+                    return None
+                queue.remove(request)
+                return request, engine
         return None
 
     def remove(self, request: GenerationRequest) -> bool:
         """Take a request out and return whether it was waiting."""
-        queue = self._queues[request.priority]
-        is_waiting = request in queue
-        queue.pop(request, None)
-        return is_waiting
+        return self._queues[request.priority].remove(request)
 
     def take_all(self) -> Iterator[GenerationRequest]:
         """Yield and take out every waiting request, admitted or not."""
         for queue in self._queues.values():
             while queue:
-                yield queue.popitem(last=False)[0]
+                request = queue.next()
+                queue.remove(request)
+                yield request
 
     def settled(self, request: GenerationRequest) -> None:
         """Close an open request; with its last one a problem loses its engine."""

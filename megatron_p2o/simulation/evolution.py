@@ -8,6 +8,7 @@ import asyncio
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ class SimulatedRunner:
         self, template_text: str, problem_id: str, *, temperature: float, sample: int = 0
     ) -> Trial | Rejection:
         seed = seed_of(self._seed, template_text, problem_id, sample)
-        prompt = prompt_of(f"{template_text}/{problem_id}", self._prompt_tokens, problem_id)
+        prompt = prompt_of(f"{template_text}/{problem_id}", self._prompt_tokens, problem_id, template_text)
         sampling = SamplingParams(temperature=temperature, max_new_tokens=self._max_new_tokens, seed=seed)
         completion = await self._broker.generate(prompt, sampling, "evolution")
         self.num_tokens += len(completion.token_ids)
@@ -88,11 +89,11 @@ def solve_probability(template_text: str, problem_id: str) -> float:
     return 1 / (1 + math.exp(difficulty - quality_of(template_text)))
 
 
-def prompt_of(what: str, num_tokens: int, problem_id: str) -> Prompt:
+def prompt_of(what: str, num_tokens: int, problem_id: str, template_text: str = "") -> Prompt:
     """Return a prompt of tokens that depend on `what`; the same is the same to a prefix cache."""
     ids = np.random.default_rng(seed_of(1, what)).integers(0, 2**16, num_tokens).astype(np.int32)
     problem = Problem(id=problem_id, question="", answer=None)
-    return Prompt(problem=problem, template=PLAIN, sampling_ids=ids, training_ids=ids)
+    return Prompt(problem=problem, template=replace(PLAIN, text=template_text), sampling_ids=ids, training_ids=ids)
 
 
 def round_of(config: Config, problem_ids: Sequence[str], epoch: int) -> RoundSpec:

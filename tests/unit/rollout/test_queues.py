@@ -2,6 +2,7 @@
 
 import asyncio
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -12,8 +13,8 @@ from megatron_p2o.testing.fakes import FakeRenderer, fake_problem
 from megatron_p2o.types import PLAIN, SamplingParams
 
 
-def request(number: int, priority: Priority = "training") -> GenerationRequest:
-    prompt = FakeRenderer().render(fake_problem(number), PLAIN)
+def request(number: int, priority: Priority = "training", template: str = "") -> GenerationRequest:
+    prompt = FakeRenderer().render(fake_problem(number), replace(PLAIN, text=template))
     sampling = SamplingParams(temperature=1.0, max_new_tokens=8)
     return GenerationRequest(f"request {number}", prompt, sampling, priority, Future())
 
@@ -114,6 +115,34 @@ def test_a_request_is_removed_once_and_only_while_it_waits() -> None:
     assert queues.remove(gone) and not queues.remove(gone)
     assert list(queues.take_all()) == [kept]
     assert start(queues, only) is None
+
+
+def test_the_few_trials_of_a_fresh_template_go_before_the_many_of_another() -> None:
+    queues, only = queues_with(100), engine("a")
+    many = [request(number, "evolution", "known") for number in range(5)]
+    few = [request(number, "evolution", "fresh") for number in range(3)]
+    for each in (*many, *few):
+        queues.add(each)
+    taken = [one for one, _ in iter(lambda: start(queues, only), None)]
+    assert taken == [*few, *many]
+
+
+def test_training_is_served_in_its_order_whatever_its_templates() -> None:
+    queues, only = queues_with(100), engine("a")
+    requests = [request(number, "training", "often" if number % 3 else "once") for number in range(6)]
+    for each in requests:
+        queues.add(each)
+    assert [one for one, _ in iter(lambda: start(queues, only), None)] == requests
+
+
+def test_what_was_paused_goes_before_the_others_of_its_template() -> None:
+    queues, only = queues_with(100), engine("a")
+    waiting = [request(number, "evolution", "one") for number in range(2)]
+    for each in (*waiting, paused := request(7, "evolution", "one")):
+        queues.add(each)
+    assert queues.remove(paused)
+    queues.add_again(paused)
+    assert [one for one, _ in iter(lambda: start(queues, only), None)] == [paused, *waiting]
 
 
 def test_evolution_waits_where_it_would_be_too_much_and_takes_no_slot_from_training() -> None:
