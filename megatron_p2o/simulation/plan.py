@@ -79,7 +79,7 @@ def plan_lines(config: Config, gpus: Gpus, run: SimulatedRun, num_steps: int) ->
         lines += [
             _step_line("step beside a round", cost.beside.steps, num_gpus),
             f"evolution beside training: {cost.extra_s / len(cost.beside.steps):+.0f} s a step "
-            f"({cost.extra_s / len(cost.beside.steps) / mean_step_s(cost.off):+.1%}), "
+            f"({cost.slowdown:+.1%}), "
             f"{cost.beside.num_tokens / len(cost.beside.steps) / 1e6:.2f} M tokens a step, price {cost.price:.2f} "
             "(1: training waits for it)",
             f"a round: {cost.alone.num_trials} trials, {cost.alone.num_tokens / 1e6:.1f} M tokens; "

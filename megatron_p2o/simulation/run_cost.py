@@ -2,8 +2,8 @@
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +86,12 @@ class RunCost:
         return sum(step.step_s for step in self.beside.steps) - len(self.beside.steps) * mean_step_s(self.off)
 
     @property
+    def slowdown(self) -> float:
+        """`extra_s` as a share of the steps without evolution."""
+        assert self.beside is not None
+        return self.extra_s / (len(self.beside.steps) * mean_step_s(self.off))
+
+    @property
     def price(self) -> float:
         """Extra training seconds times serial throughput over evolution's tokens: 1 is what waiting costs."""
         assert self.alone is not None and self.beside is not None
@@ -101,14 +107,23 @@ class RunCost:
 
 def run_cost(run: SimulatedRun, num_steps: int) -> RunCost:
     """Simulate `num_steps` steps without evolution, a round alone, and as many steps beside a round."""
+    [cost] = run_costs(run, [run.config.evolution.max_slowdown], num_steps)
+    return cost
+
+
+def run_costs(run: SimulatedRun, max_slowdowns: Sequence[float], num_steps: int) -> list[RunCost]:
+    """Return `run_cost` for each value of `evolution.max_slowdown`."""
     off = simulate(lambda loop: _steps(run, cluster_of(run, loop), num_steps))
     if not run.config.evolution.searches:
-        return RunCost(off=off, alone=None, beside=None)
-    return RunCost(
-        off=off,
-        alone=_in_folder(lambda folder: simulate(lambda loop: _round_alone(run, loop, folder))),
-        beside=_in_folder(lambda folder: simulate(lambda loop: _beside(run, loop, folder, num_steps))),
-    )
+        return [RunCost(off=off, alone=None, beside=None) for _ in max_slowdowns]
+    alone = _in_folder(lambda folder: simulate(lambda loop: _round_alone(run, loop, folder)))
+
+    def beside(max_slowdown: float) -> StepsBeside:
+        evolution = replace(run.config.evolution, max_slowdown=max_slowdown)
+        changed = replace(run, config=replace(run.config, evolution=evolution))
+        return _in_folder(lambda folder: simulate(lambda loop: _beside(changed, loop, folder, num_steps)))
+
+    return [RunCost(off=off, alone=alone, beside=beside(max_slowdown)) for max_slowdown in max_slowdowns]
 
 
 def mean_step_s(steps: tuple[StepCost, ...]) -> float:
