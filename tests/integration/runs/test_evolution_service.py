@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from megatron_p2o.config.tree import (
+    AssignmentConfig,
     Config,
     DataConfig,
     EvolutionConfig,
@@ -187,6 +188,30 @@ def test_round_publishes_templates_that_solve_hard_problems(
     session.close()
     sessions.clear()
     assert not is_running(process_id)
+
+
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_a_run_says_which_templates_are_drawn_by_score_although_transfer_was_asked_for(
+    is_measured: bool,
+    tmp_path: Path,
+    phrases: Path,
+    sessions: list[EvolutionSession],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A measurement crosses the border between the processes, and the journal, to the library; its want is told."""
+    task = KeyPhraseTask(PROBLEMS, reliances={"affine": -0.1, "cross": -1.5, "walk": -0.5} if is_measured else None)
+    config = replace(config_of(phrases, max_rollouts=3000), assignment=AssignmentConfig(weight="transfer"))
+    session = EvolutionSession(config, tmp_path, task.submit)
+    sessions.append(session)
+    library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
+    (stats,) = session.last_rounds
+    assert library.templates and stats.num_unweighed == (0 if is_measured else len(library.templates))
+    assert all((template.reliance is not None) == is_measured for template in library.templates)
+    assert round_statistics([stats])["num_unweighed"] == stats.num_unweighed
+    told = f"evolution.unweighed: {stats.num_unweighed} of {stats.num_templates} templates of round 0"
+    assert [told in record.getMessage() for record in caplog.records if "unweighed" in record.getMessage()] == (
+        [] if is_measured else [True]
+    )
 
 
 def test_a_round_beside_training_that_is_cut_off_goes_on_where_it_was(
