@@ -27,6 +27,10 @@ KEY_STEP = 64
 MAX_PADDED_TOKENS = 1 << 16
 """Keys gathered at once, padding included: bounds temporary memory."""
 
+MAX_FEW_TOKENS = 4
+"""New tokens of a sequence, at most, that join a call with those of other sequences, for which keys are gathered one by
+one. Rollouts of one problem find all but a few tokens of their prompt in the prefix cache."""
+
 
 def register() -> None:
     """Put the batched backend in the place of `torch_native`; SGLang calls this in each of its processes."""
@@ -98,35 +102,57 @@ def attend(
 
 
 def decode_blocks(req_to_token: Tensor, requests_B: Tensor, lengths_B: Tensor) -> Iterator[TokenBlock]:
-    """Yield the last token of every sequence, those with equally many padded keys together."""
-    padded_B = padded(lengths_B)
-    for width in padded_B.unique().tolist():
-        all_rows = (padded_B == width).nonzero().squeeze(1)
-        for rows in all_rows.split(max(1, MAX_PADDED_TOKENS // width)):
+    """Yield the last token of every sequence."""
+    yield from joint_blocks(req_to_token, requests_B, lengths_B, torch.arange(len(lengths_B)))
+
+
+def joint_blocks(req_to_token: Tensor, requests_N: Tensor, num_keys_N: Tensor, rows_N: Tensor) -> Iterator[TokenBlock]:
+    """Yield N tokens of any sequences, those with equally many padded keys together.
+
+    `rows_N` are their rows in the batch.
+    """
+    padded_N = padded(num_keys_N)
+    for width in padded_N.unique().tolist():
+        of_width = (padded_N == width).nonzero().squeeze(1)
+        for chosen in of_width.split(max(1, MAX_PADDED_TOKENS // width)):
             yield TokenBlock(
-                rows_B=rows,
-                slots_BL=key_slots(req_to_token, requests_B[rows], width),
-                mask_B11L=mask_of(lengths_B[rows], width),
+                rows_B=rows_N[chosen],
+                slots_BL=key_slots(req_to_token, requests_N[chosen], width),
+                mask_B11L=mask_of(num_keys_N[chosen], width),
             )
 
 
 def extend_blocks(
     req_to_token: Tensor, requests_B: Tensor, lengths_B: Tensor, num_new_B: Tensor
 ) -> Iterator[TokenBlock]:
-    """Yield the new tokens of every sequence; the keys, which they share, are gathered once a block."""
-    start = 0
-    for request, length, num_new in zip(requests_B, lengths_B.tolist(), num_new_B.tolist(), strict=True):
-        first = length - num_new
-        num_keys_T = torch.arange(first + 1, length + 1)
-        padded_T = padded(num_keys_T)
-        for width in padded_T.unique().tolist():
-            rows = (padded_T == width).nonzero().squeeze(1)
-            yield TokenBlock(
-                rows_B=rows + start,
-                slots_BL=key_slots(req_to_token, request[None], width),
-                mask_B11L=mask_of(num_keys_T[rows], width),
-            )
-        start += num_new
+    """Yield the new tokens of every sequence.
+
+    Those of a sequence with few join others. A sequence with many has blocks of its own, which gather its keys once.
+    """
+    num_new_B, lengths_B = num_new_B.long(), lengths_B.long()
+    ends_B = num_new_B.cumsum(0)
+    rows_T = torch.arange(int(ends_B[-1]))
+    owner_T = torch.repeat_interleave(torch.arange(len(num_new_B)), num_new_B)
+    # The last new token of a sequence sees all its keys, each before it one less.
+    num_keys_T = lengths_B[owner_T] - (ends_B[owner_T] - 1 - rows_T)
+    is_few_B = num_new_B <= MAX_FEW_TOKENS
+    few = is_few_B[owner_T].nonzero().squeeze(1)
+    yield from joint_blocks(req_to_token, requests_B[owner_T[few]], num_keys_T[few], few)
+    for sequence in (~is_few_B).nonzero().squeeze(1).tolist():
+        own = rows_T[ends_B[sequence] - num_new_B[sequence] : ends_B[sequence]]
+        yield from blocks_of_one(req_to_token, requests_B[sequence], num_keys_T[own], own)
+
+
+def blocks_of_one(req_to_token: Tensor, request: Tensor, num_keys_T: Tensor, rows_T: Tensor) -> Iterator[TokenBlock]:
+    """Yield tokens of one sequence, those with equally many padded keys together."""
+    padded_T = padded(num_keys_T)
+    for width in padded_T.unique().tolist():
+        chosen = (padded_T == width).nonzero().squeeze(1)
+        yield TokenBlock(
+            rows_B=rows_T[chosen],
+            slots_BL=key_slots(req_to_token, request[None], width),
+            mask_B11L=mask_of(num_keys_T[chosen], width),
+        )
 
 
 def padded(num_keys: Tensor) -> Tensor:
