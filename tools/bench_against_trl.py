@@ -100,7 +100,8 @@ def main() -> None:
             agreement = gate(setting, runs["trl"][0].pop("first_step"))
     rows = compared(runs)
     print(table(rows))
-    result = {"environment": measured_on(torch.device("cpu")) | {"cores": num_cores()}, "peer": peer}
+    machine = {"cores": num_cores(), "clock": "wall clock, but for cpu_s"}
+    result = {"environment": measured_on(torch.device("cpu")) | machine, "peer": peer}
     result |= {"setting": settings(options), "agreement_trl_ours": agreement, "compared": rows, "runs": runs}
     write_result(options.json, result)
 

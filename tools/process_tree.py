@@ -56,8 +56,10 @@ class ProcessTree:
             for process in [self._root, *self._root.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                     times = process.cpu_times()
-                    program = program_of(process.cmdline())
-                    self._cpu_s[process.pid, process.create_time()] = program, times.user + times.system
+                    known = process.pid, process.create_time()
+                    # One that has ended and was not waited for has no command line any more.
+                    program = self._cpu_s[known][0] if known in self._cpu_s else program_of(process.cmdline())
+                    self._cpu_s[known] = program, times.user + times.system
                     held_bytes += process.memory_full_info().pss
         self._peak_bytes = max(self._peak_bytes, held_bytes)
 
