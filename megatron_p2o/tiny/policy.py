@@ -4,7 +4,7 @@
 
 writes `model/` (any program that loads Qwen3 loads it), `problems/{train,heldout_easy,heldout_hard}.jsonl` and
 `card.json` with the behaviour measured after supervision. A minute or two on one CPU core.
-`megatron_p2o.tiny.problems` explains the problems.
+`megatron_p2o.tiny.problems` explains the problems, `megatron_p2o.tiny.regimes` what `--regime leaning` changes.
 """
 
 import argparse

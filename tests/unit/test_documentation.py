@@ -180,6 +180,6 @@ def test_the_tiny_policy_has_as_many_parameters_as_is_said() -> None:
     for path in (
         ROOT / "README.md",
         ROOT / "examples" / "tiny_cpu" / "base.yaml",
-        ROOT / "megatron_p2o" / "tiny" / "policy.py",
+        ROOT / "megatron_p2o" / "tiny" / "model.py",
     ):
         assert said in " ".join(path.read_text(encoding="utf-8").split()), path
