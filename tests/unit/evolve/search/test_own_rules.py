@@ -18,7 +18,9 @@ def test_rules_of_ones_own_have_the_guards_and_the_scores_of_the_asynchronous_on
     assert rules_named(f"{code}:search") == RULES["asynchronous"]
     with pytest.raises(ValueError, match=r"evolution\.rules=.*:plain is no async def and must be an async def"):
         rules_named(f"{code}:plain")
-    with pytest.raises(ValueError, match=r"evolution\.rules=referense is none of asynchronous, reference, nor package"):
+    with pytest.raises(
+        ValueError, match=r"evolution\.rules=referense is none of asynchronous, reference, single_turn, nor"
+    ):
         rules_named("referense")
 
 
