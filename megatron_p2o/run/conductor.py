@@ -94,6 +94,7 @@ def begin_weights(policy: MegatronPolicy, engines: SglangEngines, beginning: Beg
     Also of a fresh run: from the first rollout on, what the engines serve has been compared with the trainer. Raises
     `PolicyDiverged`, which says how to go back, when a checkpoint's weights are not finite.
     """
+    engines.release_memory()  # what the trainer has lent, it takes back to load and to hand over
     if beginning.checkpoint is not None:
         load_finite(policy, beginning.checkpoint)
     engines.refresh(policy.weights(), version=beginning.state.step)

@@ -119,6 +119,7 @@ def evaluate_checkpoint(
         stack.callback(grader.close)
         grader.check()
         engines = stack.enter_context(start(renderer.eos_token_ids))
+        engines.release_memory()  # what the trainer has lent, it takes back to load and to hand over
         policy.load(checkpoint / POLICY_FOLDER)
         engines.refresh(policy.weights(), version=step)
         parts = SamplingParts(engines=engines, grader=grader, renderer=renderer, solved_at=config.hard.solved_at)

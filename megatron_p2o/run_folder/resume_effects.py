@@ -49,6 +49,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
         *_in("rollout", "num_engines tensor_parallel max_running_requests max_total_tokens startup_timeout_s"),
         *_in("rollout", "max_restarts refresh_bucket_mib weight_transfer verify_every release_memory stall_timeout_s"),
         *_in("head", "kernel weight_grad"),
+        "optimizer.lend",
         *_in("schedule", "save_every_steps keep_checkpoints"),
         *_in("logging", "console wandb_project tensorboard mlflow_experiment trackio_project rollouts_every_steps"),
         *_in("logging", "sinks profile_update"),

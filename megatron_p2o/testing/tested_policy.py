@@ -1,6 +1,6 @@
 """A policy under test: the samples of the tiny models, its weights, and the memory that a rank holds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -38,18 +38,34 @@ def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 def held_bytes(policy: MegatronPolicy) -> dict[str, int]:
     """Return the bytes of this rank's parameters, gradient buffers and optimizer state, after an update."""
+    return {part: sum(tensor.nbytes for tensor in tensors) for part, tensors in held_tensors(policy).items()}
+
+
+def allocated_bytes(policy: MegatronPolicy) -> dict[str, int]:
+    """Return the bytes of the storages that `held_tensors` lie in: 0 for what is lent."""
+    return {part: storage_bytes(tensors) for part, tensors in held_tensors(policy).items()}
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of all storages that the tensors lie in."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def held_tensors(policy: MegatronPolicy) -> dict[str, Sequence[torch.Tensor]]:
+    """Return this rank's parameters, gradient buffers, float32 copies of parameters and moments, after an update."""
     optimization = policy._shard.optimization
-    parameters = {id(parameter): parameter for model in policy._shard.models for parameter in model.parameters()}
-    storages = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
-    inner = [part.optimizer for part in getattr(optimization.optimizer, "chained_optimizers", [optimization.optimizer])]
+    parameters = list({id(each): each for model in policy._shard.models for each in model.parameters()}.values())
+    storages = {parameter.untyped_storage()._cdata for parameter in parameters}
+    inner = [part.optimizer for part in optimization.optimizers]
     updated = [parameter for each in inner for group in each.param_groups for parameter in group["params"]]
     # Megatron's data-parallel wrapper has a list of this name where torch's modules have a method.
     buffers: list[Any] = [buffer for module in optimization.modules for buffer in vars(module)["buffers"]]
     states = [value for each in inner for state in each.state.values() for value in state.values()]
     return {
-        "parameters": sum(parameter.nbytes for parameter in parameters.values()),
-        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "parameters": parameters,
+        "gradients": [buffer.grad_data for buffer in buffers],
         # What the optimizer updates is a view of the model, or a float32 copy.
-        "masters": sum(each.nbytes for each in updated if each.untyped_storage().data_ptr() not in storages),
-        "moments": sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.dim()),
+        "masters": [each for each in updated if each.untyped_storage()._cdata not in storages],
+        "moments": [value for value in states if isinstance(value, torch.Tensor) and value.dim()],
     }

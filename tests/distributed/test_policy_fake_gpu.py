@@ -58,13 +58,16 @@ RECEIVED = {
     f"synchronize in {P2P}:_communicate": 1,
     f"synchronize in {P2P}:_communicate_shapes": 1,
 }
+# What is lent is free when its copy on the host is complete.
+FREED = "synchronize in policy/training/lending.py:finish"
 OTHERS = {
     "diverged": {"item in policy/weights/hf_weights.py:_are_finite"},
     "refresh through the host": {
         "item in rollout/buckets/device_memory.py:checksum",
         "synchronize in rollout/buckets/device_memory.py:finish_copies",
+        FREED,
     },
-    "refresh over the device": {"synchronize in rollout/buckets/device_memory.py:finish_copies"},
+    "refresh over the device": {"synchronize in rollout/buckets/device_memory.py:finish_copies", FREED},
     "stage": {
         "barrier in dist_checkpointing/serialization.py:metadata_finalize_fn",
         "to host in policy/training/checkpoint.py:save",
@@ -85,6 +88,7 @@ LAYOUTS = (
     *("one GPU", "recomputed, later", "with a reference", "gspo, later", "cispo"),
     *("sharded", "tensor", "context", "data"),
 )
+LENDING = ("lends nothing", "lends optimizer, sharded", "lends all", "lends all, sharded")
 STAGES = ("first stage", "last stage")
 TRANSFORMER_ENGINE = ("one GPU", "recomputed, later", "sharded", "tensor", "context", "last stage")
 
@@ -116,7 +120,7 @@ def reports(folder: Path, layouts: Sequence[str], *paths: Path) -> dict[str, Any
 
 @pytest.fixture(scope="module")
 def local(folder: Path) -> dict[str, Any]:
-    return reports(folder, [*LAYOUTS, *STAGES])
+    return reports(folder, [*LAYOUTS, *LENDING, *STAGES])
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,23 @@ def test_the_device_is_waited_for_only_where_its_answer_is_needed(local: dict[st
         assert local[name]["update"]["waits"] == expected, name
         assert local[name]["logprobs"]["waits"] == SCORES, name
     assert local["with a reference"]["reference_logprobs"]["waits"] == SCORES
+
+
+def test_lent_memory_comes_back_without_a_wait_and_goes_to_pinned_memory_once(local: dict[str, Any]) -> None:
+    for name in (*LAYOUTS, *LENDING):
+        later = local[name]["update of what was lent"]
+        assert later["waits"] == local[name]["update"]["waits"], name
+        assert num_pinned(later) == num_pinned(local[name]["refresh over the device"]) == 0, "what is pinned stays"
+    counts = {name: num_pinned(local[name]["refresh through the host"]) for name in ("one GPU", *LENDING)}
+    assert counts["lends nothing"] == counts["one GPU"] == 0
+    # Two moments and a float32 copy of each parameter; then the parameters, or the one buffer that holds all.
+    assert 3 * counts["lends all"] == 4 * counts["lends optimizer, sharded"] > 0
+    assert counts["lends all, sharded"] == counts["lends optimizer, sharded"] + 1
+
+
+def num_pinned(report: dict[str, Any]) -> int:
+    """Return how many tensors in pinned memory lending asked for."""
+    return sum(count for place, count in report["pinned"].items() if place.startswith("policy/training/lending.py:"))
 
 
 def test_stages_wait_for_one_another_besides(local: dict[str, Any]) -> None:

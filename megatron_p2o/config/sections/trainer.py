@@ -138,3 +138,20 @@ class OptimizerConfig:
     """Largest global norm of the gradient (the paper's); a larger gradient is scaled down to it."""
     micro_batch_tokens: PositiveInt = 16384
     """Packed tokens of one forward pass on one rank. More need more activation memory."""
+    lend: Literal["none", "gradients", "optimizer", "all"] = "gradients"
+    """What the trainer's GPU memory lacks while engines sample, so that the KV cache can have it. `gradients`: the
+    gradient buffers, which every update fills anew. `optimizer`: also the float32 parameters and Adam's moments, which
+    lie in pinned host memory meanwhile. `all`: also the weights. Each step then copies that much to the host, while the
+    weights are handed over, and back, while the next update computes. No result depends on it."""
+
+    @property
+    def lends_gradients(self) -> bool:
+        return self.lend != "none"
+
+    @property
+    def lends_state(self) -> bool:
+        return self.lend in ("optimizer", "all")
+
+    @property
+    def lends_parameters(self) -> bool:
+        return self.lend == "all"

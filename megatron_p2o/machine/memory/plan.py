@@ -45,24 +45,36 @@ class MemoryPlan:
     @property
     def phases(self) -> Mapping[str, Mapping[str, int]]:
         """What is held in each phase of a step, by name."""
-        trainer = {
-            "parameters": self.trainer.parameters,
-            "gradients": self.trainer.gradients,
-            "optimizer": self.trainer.masters + self.trainer.moments,
+        trainer, num_ranks = self.trainer, self.num_lending + self.num_staying
+        sampling = {
+            "parameters": trainer.kept("parameters"),
+            "gradients": trainer.kept("gradients"),
+            "optimizer": trainer.kept("masters") + trainer.kept("moments"),
+            "weight buckets": self.buckets,
+        }
+        training = {
+            "parameters": trainer.parameters,
+            "gradients": trainer.gradients,
+            "optimizer": trainer.masters + trainer.moments,
             "weight buckets": self.buckets,
         }
 
-        def engines(count: int) -> dict[str, int]:
-            return {"engine weights": count * self.weights, "KV cache": count * self.cache}
+        def engines(num_weights: int, num_caches: int) -> dict[str, int]:
+            return {"engine weights": num_weights * self.weights, "KV cache": num_caches * self.cache}
 
-        return {
-            "sampling": {**trainer, **engines(self.num_lending + self.num_staying)},
+        phases = {
+            "sampling": {**sampling, **engines(num_ranks, num_ranks)},
             "training": {
-                **trainer,
-                "activations at least": self.trainer.activations,
-                **engines(self.num_staying),
+                **training,
+                "activations at least": trainer.activations,
+                **engines(self.num_staying, self.num_staying),
             },
         }
+        if self.buckets and trainer.lent - {"gradients"}:
+            # Engines load over the devices from the first bucket on; what is copied to the host goes after the last.
+            gradients = trainer.kept("gradients")
+            phases["refresh"] = {**training, "gradients": gradients, **engines(num_ranks, self.num_staying)}
+        return phases
 
 
 def memory_plan(config: Config, architecture: Architecture, gpus: Gpus, *, releases_memory: bool) -> MemoryPlan:
@@ -104,7 +116,7 @@ def planned_cache(
     memory while the trainer trains.
     """
     token = engine.cache_of_token
-    cache = (available - trainer.resident - num_ranks * engine.weights) // num_ranks
+    cache = (available - trainer.while_sampling - num_ranks * engine.weights) // num_ranks
     if num_staying:
         training = trainer.resident + trainer.likely_activations + num_staying * engine.weights
         # An estimate may leave too little, but never less than a run needs.

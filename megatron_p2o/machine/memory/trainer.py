@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import assert_never
 
-from megatron_p2o.config.tree import Config
+from megatron_p2o.config.tree import Config, OptimizerConfig
 from megatron_p2o.policy.model.architecture import Architecture, element_bytes
 from megatron_p2o.rollout.refresh.outlet import NUM_SPANS, bucket_capacity
 
@@ -23,6 +23,9 @@ OTHER_OPTIMIZERS = ("use_precision_aware_optimizer", "optimizer_cpu_offload")
 
 LAYER = "model.layers.0."
 
+PARTS = ("parameters", "gradients", "masters", "moments")
+"""What the trainer holds between two passes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerMemory:
@@ -30,7 +33,7 @@ class TrainerMemory:
 
     parameters: int
     gradients: int
-    """Gradients, in Megatron's buffers, which stay allocated."""
+    """Gradients, in Megatron's buffers."""
     masters: int
     """Float32 copies of bfloat16 parameters."""
     moments: int
@@ -40,15 +43,27 @@ class TrainerMemory:
     likely_activations: int
     """An estimate: what torch keeps of every layer where nothing is fused, and of one where they are recomputed; or, if
     it is more, what the optimizer's step takes for a time."""
-
-    @property
-    def at_start(self) -> int:
-        return self.parameters + self.gradients + self.masters
+    lent: frozenset[str]
+    """Names of the parts that are not there while engines sample, by `optimizer.lend`."""
 
     @property
     def resident(self) -> int:
-        """Memory between steps, after the first one."""
-        return self.at_start + self.moments
+        """Memory in an update, without activations."""
+        return self.parameters + self.gradients + self.masters + self.moments
+
+    @property
+    def at_start(self) -> int:
+        """Memory when the engines start, where Adam has made no moments yet."""
+        return self.while_sampling - self.kept("moments")
+
+    @property
+    def while_sampling(self) -> int:
+        """Memory while engines sample, after the first step."""
+        return sum(self.kept(name) for name in PARTS)
+
+    def kept(self, name: str) -> int:
+        """Return what of a part stays while engines sample."""
+        return 0 if name in self.lent else int(getattr(self, name))
 
 
 def trainer_memory(config: Config, architecture: Architecture) -> TrainerMemory:
@@ -66,7 +81,19 @@ def trainer_memory(config: Config, architecture: Architecture) -> TrainerMemory:
         activations=element * stored_inputs(config, architecture),
         # torch's AdamW takes the square roots of all second moments at a time, when the activations are gone.
         likely_activations=max(element * likely_activations(config, architecture), ROOTS_BYTES * owned),
+        lent=lent_parts(config.optimizer),
     )
+
+
+def lent_parts(optimizer: OptimizerConfig) -> frozenset[str]:
+    """Return the names of `PARTS` that `optimizer.lend` names."""
+    lends = {
+        "gradients": optimizer.lends_gradients,
+        "masters": optimizer.lends_state,
+        "moments": optimizer.lends_state,
+        "parameters": optimizer.lends_parameters,
+    }
+    return frozenset(name for name, is_lent in lends.items() if is_lent)
 
 
 def num_trainer_parameters(config: Config, architecture: Architecture) -> int:

@@ -55,6 +55,8 @@ def _remedies(plan: MemoryPlan, config: Config, phase: str) -> str:
         "set parallel.distributed_optimizer": parallel.num_replicas * parallel.context > 1
         and not parallel.distributed_optimizer,
         "raise parallel.tensor or parallel.pipeline": True,
+        "raise optimizer.lend": phase == "sampling" and config.optimizer.lend != "all",
+        "lower optimizer.lend": phase == "refresh",
         "lower optimizer.micro_batch_tokens": phase == "training",
         "lower sglang.mem_fraction_static": engine_share(config) is not None,
         "raise rollout.tensor_parallel": plan.num_lending > 0,

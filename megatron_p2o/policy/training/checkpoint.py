@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from megatron_p2o.files import FileDigest, digest_of
 from megatron_p2o.policy.model.cpu_compat import cuda_stand_ins
 from megatron_p2o.policy.model.model import PolicyModel
+from megatron_p2o.policy.training.lending import Lending
 from megatron_p2o.policy.training.optimizer import Optimization
 from megatron_p2o.policy.training.random_state import load_random_state, random_state_path, save_random_state
 from megatron_p2o.policy.training.safe_pickle import check_pickle, weights_only_loading
@@ -132,11 +134,14 @@ def stage(
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier(group=control)
-    _fill_adam_state(optimization)
-    state = _state(models, optimization, is_loading=False)
-    _name_step_zero(state["optimizer"])
+    # A run whose rollouts were all alike has not stepped yet; Megatron would save no state and then miss it.
+    optimization.fill_state()
     staged = Staged()
-    dist_checkpointing.save(state, str(directory), sharded_strategy=staged)
+    with optimization.lending.read_on_host():
+        state = _state(models, optimization, is_loading=False)
+        _name_step_zero(state["optimizer"])
+        _read_lent_weights(state["model"], optimization.lending)
+        dist_checkpointing.save(state, str(directory), sharded_strategy=staged)
     # After megatron-core, which warns of a folder that is not empty.
     save_random_state(random_state_path(directory, dist.get_rank()))
     return staged.state
@@ -185,7 +190,7 @@ def load_checkpoint(models: Sequence[PolicyModel], optimization: Optimization, d
         RuntimeError: it cannot be read, or an object in it is more than weights and numbers.
     """
     settings = optimization.settings()
-    _fill_adam_state(optimization)
+    optimization.fill_state()
     for sharded in _torch_sharded_optimizers(optimization):
         # The loader asks the checkpoint for a step per parameter, which it never saved.
         sharded._set_main_param_and_optimizer_states = _with_step(sharded)
@@ -263,6 +268,17 @@ def _weights(models: Sequence[PolicyModel]) -> dict[str, Any]:
     return {str(chunk): model.sharded_state_dict(metadata=_metadata()) for chunk, model in enumerate(models)}
 
 
+def _read_lent_weights(weights: dict[str, Any], lending: Lending) -> None:
+    """Have the parts of a state dict point to host memory where their own is lent."""
+
+    def read(part: Any) -> Any:
+        if isinstance(part, (ShardedTensor, ShardedTensorFactory)) and isinstance(part.data, torch.Tensor):
+            part.data = lending.on_host(part.data)
+        return part
+
+    dict_list_map_inplace(read, weights)
+
+
 def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -275,15 +291,9 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _optimizers(optimization: Optimization) -> list[Any]:
-    """Return Megatron's optimizers, one for each kind of parameters."""
-    return list(getattr(optimization.optimizer, "chained_optimizers", [optimization.optimizer]))
-
-
 def _sharded_optimizers(optimization: Optimization) -> list[distrib_optimizer.DistributedOptimizer]:
     """Return those of which each data-parallel rank has a share."""
-    optimizers = _optimizers(optimization)
-    return [optimizer for optimizer in optimizers if isinstance(optimizer, distrib_optimizer.DistributedOptimizer)]
+    return [each for each in optimization.optimizers if isinstance(each, distrib_optimizer.DistributedOptimizer)]
 
 
 def _torch_sharded_optimizers(optimization: Optimization) -> list[distrib_optimizer.DistributedOptimizer]:
@@ -292,29 +302,6 @@ def _torch_sharded_optimizers(optimization: Optimization) -> list[distrib_optimi
     Empty where Transformer Engine or Apex has a fused one.
     """
     return [] if distrib_optimizer.HAVE_APEX_OR_TE else _sharded_optimizers(optimization)
-
-
-def _fill_adam_state(optimization: Optimization) -> None:
-    """Give Adam the state it makes at its first step.
-
-    A run whose rollouts were all alike has not stepped yet; megatron-core would save nothing for it and then miss it.
-    """
-    for optimizer in _optimizers(optimization):
-        if not distrib_optimizer.HAVE_APEX_OR_TE:
-            _fill_torch_adam_state(optimizer.optimizer)
-        elif optimizer.init_state_fn is not None:
-            optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-
-
-def _fill_torch_adam_state(adam: torch.optim.Optimizer) -> None:
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            if parameter not in adam.state:
-                adam.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
 
 
 def _name_step_zero(state: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from megatron_p2o.config.suggestions import did_you_mean
+from megatron_p2o.config.tree import OptimizerConfig as OptimizerSettings
 from megatron_p2o.policy.model.layer_choice import Capabilities
 
 TARGETS = (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
@@ -101,6 +102,19 @@ def check_offload(settings: Mapping[str, Any], *, is_sharded: bool) -> None:
     missing = [remedy for holds, remedy in rules if not holds]
     if missing:
         raise ValueError(f"megatron.optimizer_cpu_offload needs {', '.join(missing)}: set that, or remove it")
+
+
+def check_lending(settings: Mapping[str, Any], lending: OptimizerSettings) -> None:
+    """Raise `ValueError` where `optimizer.lend` would move what `megatron` has placed."""
+    rules = [
+        ("nccl_ub", lending.lends_gradients, "none", "registers the gradient buffers with NCCL where they lie"),
+        ("optimizer_cpu_offload", lending.lends_state, "gradients", "keeps optimizer state in host memory"),
+    ]
+    for name, is_lent, remedy, reason in rules:
+        if settings.get(name) and is_lent:
+            raise ValueError(
+                f"optimizer.lend={lending.lend} is impossible: megatron.{name} {reason}; set it to {remedy}"
+            )
 
 
 def offload_problem(settings: Mapping[str, Any], capabilities: Capabilities) -> str | None:

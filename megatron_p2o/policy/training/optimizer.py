@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import utils as megatron_utils
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 
 from megatron_p2o.config.tree import OptimizerConfig
 from megatron_p2o.policy.model.model import PolicyModel
+from megatron_p2o.policy.training.lending import Lending
 from megatron_p2o.policy.training.megatron_settings import NO_OVERRIDES, MegatronOverrides
 from megatron_p2o.types import UpdateOutcome
 
@@ -67,6 +68,9 @@ class Optimization:
         self._rates = settings
         self._num_planned = FOREVER
         self.scheduler = self._schedule()
+        if settings.lends_state:
+            self.fill_state()
+        self.lending = Lending(self.modules, self.optimizers, settings)
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
 
@@ -127,7 +131,21 @@ class Optimization:
             raise RuntimeError("the learning rate depends on the number of updates: call plan_updates first")
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @property
+    def optimizers(self) -> list[Any]:
+        """Megatron's optimizers, one for each kind of parameters."""
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
+    def fill_state(self) -> None:
+        """Give Adam the state it makes at its first step, where it has none yet."""
+        for optimizer in self.optimizers:
+            if not distrib_optimizer.HAVE_APEX_OR_TE:
+                _fill_torch_adam_state(optimizer.optimizer)
+            elif optimizer.init_state_fn is not None:
+                optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+
     def clear_gradients(self) -> None:
+        """Zero the gradient buffers, which must be here: see `lending`."""
         for module in self.modules:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -137,6 +155,7 @@ class Optimization:
         with torch.no_grad():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
+        self.lending.arrive()
         is_finite = math.isfinite(grad_norm)
         if is_finite:
             self.optimizer.step()
@@ -168,6 +187,17 @@ class Optimization:
     def skip(self) -> None:
         """Advance the schedule without a step."""
         self.scheduler.step(increment=1)
+
+
+def _fill_torch_adam_state(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if parameter not in adam.state:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def _take_norms_without_waiting() -> None:

@@ -109,12 +109,12 @@ class MegatronPolicy:
         return self._channel.named_errors("deliver")
 
     def wait_for_ranks(self) -> None:
-        """Free cached GPU memory on every rank, then wait for all of them. Engines that start afterwards see the true
-        amount of free memory.
+        """Lend what `optimizer.lend` names on every rank and free cached GPU memory, then wait for all of them. Engines
+        that start afterwards see the true amount of free memory.
 
         All ranks must call.
         """
-        self._shard.empty_cache()
+        self._shard.lend()
         with self._channel.named_errors("wait_for_ranks"):
             dist.barrier(group=self._ranks.control)
 

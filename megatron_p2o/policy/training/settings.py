@@ -15,6 +15,7 @@ from megatron_p2o.policy.model.layer_choice import Capabilities, choose_layers
 from megatron_p2o.policy.model.model import transformer_config
 from megatron_p2o.policy.training.megatron_settings import (
     MegatronOverrides,
+    check_lending,
     check_offload,
     megatron_overrides,
     offload_problem,
@@ -44,6 +45,7 @@ def policy_settings(config: Config) -> PolicySettings:
     is_sharded = config.parallel.distributed_optimizer
     overrides = megatron_overrides(config.megatron)
     check_offload(config.megatron, is_sharded=is_sharded)
+    check_lending(config.megatron, config.optimizer)
     with _named(config.megatron):
         transformer = transformer_config(architecture, config.parallel, config.model.dtype, overrides.transformer)
         data_parallel_config(is_sharded=is_sharded, overrides=overrides)

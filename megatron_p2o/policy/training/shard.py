@@ -23,12 +23,12 @@ from megatron_p2o.policy.training.forward import (
     make_micro_batches,
     response_logprobs,
 )
-from megatron_p2o.policy.training.host_weights import HostWeights
 from megatron_p2o.policy.training.optimizer import Optimization, StepOutcome
 from megatron_p2o.policy.training.rank_samples import RankSamples
 from megatron_p2o.policy.training.settings import machine_problems, policy_settings
 from megatron_p2o.policy.weights.hf_directory import WeightFiles
 from megatron_p2o.policy.weights.hf_weights import diverged_weights, export_hf_weights, load_hf_weights
+from megatron_p2o.policy.weights.host_weights import HostWeights
 from megatron_p2o.processes import RankMemory, own_host_memory
 from megatron_p2o.rl.context_shift import SampleShift
 from megatron_p2o.rl.objective import annealed, cap_in_the_loss, dead_share, stats_as_numbers
@@ -102,6 +102,7 @@ class PolicyShard:
             counts_here=self.ranks.data_rank == 0 and self.ranks.context_rank == 0,
         )
         learning_rate = optimization.learning_rate
+        optimization.lending.take_back()
         optimization.clear_gradients()
         cap = cap_in_the_loss(self.config)
         result = forward_backward(optimization.modules, batches, denominator, self._dead_share, cap).on_cpu()
@@ -126,6 +127,7 @@ class PolicyShard:
 
     def logprobs(self, rank_samples: RankSamples) -> dict[int, Logprobs]:
         """Return the responses' log-probs by place in the caller's list, for the ranks that speak."""
+        self.optimization.lending.take_back_parameters()
         batches = self._micro_batches(rank_samples)
         logprobs = response_logprobs(self.optimization.modules, batches)
         return {rank_samples.indices[sample]: row for sample, row in logprobs.items()} if self.speaks else {}
@@ -134,6 +136,7 @@ class PolicyShard:
         """Return the log-probs of the initial policy. Its weights are swapped with the policy's for the call."""
         if self._initial is None:
             raise RuntimeError("objective.kl_coefficient=0 keeps no weights of the initial policy")
+        self.optimization.lending.take_back_parameters()
         with self.optimization.whole_weights(), self._initial.in_place():
             return self.logprobs(samples)
 
@@ -142,6 +145,7 @@ class PolicyShard:
 
     def diverged(self) -> list[str]:
         """Return the Hugging Face names of this rank's weights that are not finite."""
+        self.optimization.lending.take_back_parameters()
         return diverged_weights(self.models)
 
     def memory(self) -> RankMemory:
@@ -152,20 +156,34 @@ class PolicyShard:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on every rank; see `export_hf_weights`.
 
-        What the allocator keeps of training, and of this, is given back to the GPU: engines on it ask for their memory.
+        Meanwhile what `optimizer.lend` names is lent; it, and what the allocator keeps of training and of this, is
+        free when the last weight has been yielded: engines on the GPU ask for their memory.
         """
-        self.empty_cache()
+        lending = self.optimization.lending
+        lending.take_back_parameters()
         self.optimization.gather_weights()
+        lending.begin()
+        self.empty_cache()
         yield from export_hf_weights(self.models, self.architecture)
+        lending.finish()
+        self.empty_cache()
+
+    def lend(self) -> None:
+        """Lend what `optimizer.lend` names until the next update, and give the GPU back what the allocator keeps."""
+        self.optimization.lending.begin()
+        self.optimization.lending.finish()
         self.empty_cache()
 
     def save(self, directory: Path) -> None:
         """Begin to write; see `CheckpointWriter`."""
-        self.optimization.gather_weights()
+        if self.optimization.lending.has_parameters:  # else they were whole when they went
+            self.optimization.gather_weights()
         self.writer.begin(self.models, self.optimization, directory, self.ranks.control)
 
     def load(self, directory: Path) -> None:
         self.writer.wait()
+        self.optimization.lending.take_back()
+        self.optimization.lending.arrive()
         load_checkpoint(self.models, self.optimization, directory)
 
     def empty_cache(self) -> None:

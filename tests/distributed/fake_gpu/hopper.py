@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,7 @@ def pretend_hopper() -> None:
         "set_rng_state": lambda state, device="cuda": None,
         "default_generators": (generator,),
         "Stream": Stream,
+        "stream": lambda stream: nullcontext(),
         "FloatTensor": FloatTensor,
         "IntTensor": IntTensor,
     }

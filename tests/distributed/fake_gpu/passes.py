@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from fake_gpu.hopper import CUDA, LAUNCHES, pretend_hopper
 from fake_gpu.ranks import COLLECTIVES, join, stand_alone
-from fake_gpu.waits import Device, FromHost, taken
+from fake_gpu.waits import PINNED, Device, FromHost, taken
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
@@ -40,6 +40,8 @@ class Layout:
     objective: dict[str, Any] = field(default_factory=dict)
     is_later: bool = False
     """Whether the samples come with old log-probs, as in a step's second update."""
+    lend: str = "gradients"
+    """`optimizer.lend`."""
 
 
 LAYOUTS = {
@@ -54,6 +56,10 @@ LAYOUTS = {
     "last stage": Layout(rank=1, parallel={"pipeline": 2}),
     "context": Layout(rank=1, parallel={"context": 2}),
     "data": Layout(rank=1, parallel={"data": 2, "distributed_optimizer": True}),
+    "lends nothing": Layout(lend="none"),
+    "lends optimizer, sharded": Layout(parallel={"distributed_optimizer": True}, lend="optimizer"),
+    "lends all": Layout(lend="all"),
+    "lends all, sharded": Layout(parallel={"distributed_optimizer": True}, lend="all"),
 }
 
 
@@ -131,14 +137,18 @@ STAGE_SHAPE: list[int] = []
 
 def run(layout: Layout, folder: Path, mode: FakeTensorMode) -> dict[str, Any]:
     """Return what each pass of one rank did."""
-    from megatron_p2o.config.tree import ObjectiveConfig, ParallelConfig
+    from megatron_p2o.config.tree import ObjectiveConfig, OptimizerConfig, ParallelConfig
     from megatron_p2o.policy.model.parallel import end_parallel, initialize_parallel
     from megatron_p2o.testing.policy_oracle import policy_config
 
     parallel = ParallelConfig(**layout.parallel)
     config = replace(
         policy_config(
-            folder / "model", parallel=parallel, dtype="bfloat16", objective=ObjectiveConfig(**layout.objective)
+            folder / "model",
+            parallel=parallel,
+            dtype="bfloat16",
+            objective=ObjectiveConfig(**layout.objective),
+            optimizer=OptimizerConfig(lend=layout.lend),
         ),
         megatron=layout.megatron,
     )
@@ -148,7 +158,8 @@ def run(layout: Layout, folder: Path, mode: FakeTensorMode) -> dict[str, Any]:
     report: dict[str, Any] = {}
     with FromHost(), Device() as device:
         for name in passes(config, ranks, device, mode, folder, layout.is_later):
-            report[name] = {"waits": taken(), "collectives": counted(COLLECTIVES), "launches": counted(LAUNCHES)}
+            counts = {"collectives": COLLECTIVES, "launches": LAUNCHES, "pinned": PINNED}
+            report[name] = {"waits": taken(), **{kind: counted(counter) for kind, counter in counts.items()}}
     with unset_fake_temporarily():
         end_parallel(ranks)
         torch.distributed.destroy_process_group()
@@ -200,6 +211,10 @@ def passes(
     is_writer = ranks.data_rank == ranks.context_rank == 0
     assert {tensor.device.type for tensor in tensors} == ({"cpu"} if is_writer else set())
     yield "stage"
+    check_lent(shard, config.optimizer)
+    assert shard.update(part, sum(TOKENS), len(samples)).outcome.outcome == "applied"
+    check_parameters(shard)
+    yield "update of what was lent"
     if ranks.rank == 0:
         shard.load(folder / ("sharded" if config.parallel.distributed_optimizer else "whole"))
         check_parameters(shard)
@@ -216,6 +231,20 @@ def check_parameters(shard: Any) -> None:
         for parameter, state in optimizer.optimizer.state.items():
             moments = [parameter, state["exp_avg"], state["exp_avg_sq"]]
             assert {(tensor.device, tensor.dtype) for tensor in moments} == {(CUDA, torch.float32)}
+
+
+def check_lent(shard: Any, settings: Any) -> None:
+    """Only what is not lent has memory on the GPU."""
+    parameters = [parameter for model in shard.models for parameter in model.parameters()]
+    (state,) = [each.optimizer.state for each in shard.optimization.optimizers]
+    moments = [tensor for each in state.values() for tensor in (each["exp_avg"], each["exp_avg_sq"])]
+    kinds = [
+        (settings.lends_parameters, parameters),
+        (settings.lends_gradients, [parameter.main_grad for parameter in parameters]),
+        (settings.lends_state, [*state, *moments]),
+    ]
+    for is_lent, tensors in kinds:
+        assert all((tensor.untyped_storage().nbytes() == 0) == is_lent for tensor in tensors)
 
 
 def refreshes(shard: Any, folder: Path) -> Iterator[str]:

@@ -19,6 +19,10 @@ WAITS: Counter[tuple[str, str]] = Counter()
 """(what waits, "file:function" of the innermost line of ours or Megatron's) to how often."""
 
 
+PINNED: Counter[str] = Counter()
+"""Where tensors in pinned host memory were asked for, to how often."""
+
+
 def caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
@@ -154,7 +158,8 @@ class FromHost(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        kwargs.pop("pin_memory", None)  # there is no allocator for it
+        if kwargs.pop("pin_memory", None):  # there is no allocator for it
+            PINNED[caller()] += 1
         if isinstance(kwargs.get("device"), int):
             kwargs["device"] = torch.device("cuda", kwargs["device"])
         if func is torch.tensor:

@@ -54,6 +54,8 @@ def command(tiny: Path, runs: Path, name: str) -> list[str]:
         # Slow learning: hard problems are left for every round.
         *("hard.min_problems=12", "evolution.dev_size=16", "optimizer.lr=5e-5"),
         *("schedule.save_every_steps=1", "evaluation.every_steps=0", "evaluation.at_start=false"),
+        # What can be lent is lent whenever a checkpoint is written, and when a kill comes outside an update.
+        "optimizer.lend=all",
         # Rounds that depend on the order of answers cannot be repeated; those of the lock-step rules can.
         *("evolution.rules=reference", "evolution.beside_training=false", "evolution.max_rollouts=300"),
         *("evolution.num_lineages=2", "evolution.plain_control=false"),

@@ -121,18 +121,45 @@ def test_a_cache_without_a_size_gets_what_the_others_leave(tmp_path: Path) -> No
     config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True))
     plan = plan_of(config, qwen3("4B", tmp_path))
     count, token = NUM_PARAMETERS["4B"], 2 * 36 * 8 * 128 * 2
-    left = 80 * GIB - RESERVE_BYTES - (2 + 4 + 12 / 8) * count - 2 * count - BUCKETS_4B
-    assert plan.cache_tokens == left // token == 254_585
+    left = 80 * GIB - RESERVE_BYTES - (2 + 12 / 8) * count - 2 * count - BUCKETS_4B
+    assert plan.cache_tokens == left // token == 363_701
     training = 7.5 * count + 16384 * 2560 * 2 * 36 + BUCKETS_4B
     assert sum(plan.phases["training"].values()) == training, "engines lend theirs"
     by_host = replace(config, rollout=replace(config.rollout, weight_transfer="host"))
-    assert plan_of(by_host, qwen3("4B", tmp_path)).cache_tokens == (left + BUCKETS_4B) // token == 265_136
+    assert plan_of(by_host, qwen3("4B", tmp_path)).cache_tokens == (left + BUCKETS_4B) // token == 374_252
     # An engine that keeps its memory leaves room for the activations as well, or what one response needs.
     recomputing = replace(config, megatron={"recompute_granularity": "full"})
     kept = plan_of(recomputing, qwen3("4B", tmp_path), releases=False)
-    assert kept.cache_tokens == (left - kept.trainer.likely_activations) // token
+    assert kept.cache_tokens == (left - 4 * count - kept.trainer.likely_activations) // token
     needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     assert plan_of(config, qwen3("4B", tmp_path), releases=False).cache_tokens == needed
+
+
+@pytest.mark.parametrize(
+    ("lend", "bytes_of_parameter", "cache_gib"),
+    [("none", 2 + 4 + 12 / 8, 35.0), ("gradients", 2 + 12 / 8, 49.9), ("optimizer", 2.0, 55.6), ("all", 0.0, 63.1)],
+)
+def test_the_cache_grows_by_what_the_trainer_lends(
+    tmp_path: Path, lend: str, bytes_of_parameter: float, cache_gib: float
+) -> None:
+    config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True), optimizer__lend=lend)
+    plan = plan_of(config, qwen3("4B", tmp_path))
+    count, token = NUM_PARAMETERS["4B"], 2 * 36 * 8 * 128 * 2
+    left = 80 * GIB - RESERVE_BYTES - bytes_of_parameter * count - 2 * count - BUCKETS_4B
+    assert plan.cache_tokens == left // token and plan.cache / GIB == pytest.approx(cache_gib, abs=0.05)
+    assert sum(plan.phases["training"].values()) == 7.5 * count + 16384 * 2560 * 2 * 36 + BUCKETS_4B, "all is back"
+    # Over the devices engines wake their weights while what is copied to the host is still here.
+    refresh = plan.phases.get("refresh", {})
+    assert sum(refresh.values()) == ((2 + 12 / 8 + 2) * count + BUCKETS_4B if lend in ("optimizer", "all") else 0)
+    by_host = replace(config, rollout=replace(config.rollout, weight_transfer="host"))
+    assert "refresh" not in plan_of(by_host, qwen3("4B", tmp_path)).phases
+    # An engine that keeps its memory has no use for what is back in every update.
+    kept = [plan_of(each, qwen3("4B", tmp_path), releases=False).cache for each in (config, lending_nothing(config))]
+    assert kept[0] == kept[1]
+
+
+def lending_nothing(config: Config) -> Config:
+    return replace(config, optimizer=replace(config.optimizer, lend="none"))
 
 
 def test_a_cache_larger_than_what_is_left_gets_what_is_left(tmp_path: Path) -> None:
@@ -150,7 +177,7 @@ def test_an_engine_s_share_is_of_what_it_finds_before_the_first_step(tmp_path: P
     config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True), rollout__num_engines=16)
     plan = plan_of(replace(config, sglang={"mem-fraction-static": 0.4}), qwen3("4B", tmp_path))
     count = NUM_PARAMETERS["4B"]
-    free = 80 * GIB - RESERVE_BYTES - BUCKETS_4B - 6.5 * count  # the moments come later
+    free = 80 * GIB - RESERVE_BYTES - BUCKETS_4B - 2.5 * count  # the moments come later, gradients are lent
     first, second = 0.4 * free, 0.4 * 0.6 * free
     assert 2 * (plan.weights + plan.cache) == pytest.approx(first + second, rel=1e-6)
 
@@ -170,7 +197,7 @@ def test_the_reflection_server_shares_a_gpu_and_keeps_its_memory(tmp_path: Path)
 
 
 def test_what_cannot_fit_is_refused_with_every_number_and_the_settings_to_change(tmp_path: Path) -> None:
-    config = config_of(parallel=ParallelConfig(data=8))
+    config = config_of(parallel=ParallelConfig(data=8), optimizer__lend="none")
     with pytest.raises(ValueError) as refused:
         check_fits(plan_of(config, qwen3("4B", tmp_path), Gpus(count=8, num_bytes=70 * GIB, num_nodes=1)), config)
     message = str(refused.value)
@@ -202,7 +229,7 @@ def test_activations_that_likely_do_not_fit_are_warned_of_until_they_are_recompu
 
 def test_a_cache_too_small_for_one_response_is_refused(tmp_path: Path) -> None:
     config = config_of(parallel=ParallelConfig(data=8, distributed_optimizer=True), rollout__max_new_tokens=12288)
-    gpus = Gpus(count=8, num_bytes=43 * GIB, num_nodes=1)
+    config, gpus = lending_nothing(config), Gpus(count=8, num_bytes=43 * GIB, num_nodes=1)
     with pytest.raises(ValueError, match=r"would hold \d+ tokens, fewer than .*rollout\.max_new_tokens = 16384"):
         check_fits(plan_of(config, qwen3("4B", tmp_path), gpus), config)
 
