@@ -46,56 +46,44 @@ class PackShifts:
     """Index of each packed sample in the rank's samples."""
     sums: Tensor
     """See `shift_sums`."""
-    is_counted_T: Tensor
-    sample_index_T: Tensor
-    response_index_T: Tensor
-    shifts_T: Tensor
-    """float32"""
-    kept_T: Tensor
-    """float32"""
+    tokens_5T: Tensor
+    """float64 rows in one tensor, which is copied at once: whether a token counts, its sample in the pack, its place in
+    the response, its shift, and the share of its weight that is left."""
 
     def on_cpu(self) -> "PackShifts":
-        return replace(
-            self,
-            sums=self.sums.cpu(),
-            is_counted_T=self.is_counted_T.cpu(),
-            sample_index_T=self.sample_index_T.cpu(),
-            response_index_T=self.response_index_T.cpu(),
-            shifts_T=self.shifts_T.cpu(),
-            kept_T=self.kept_T.cpu(),
-        )
+        return replace(self, sums=self.sums.cpu(), tokens_5T=self.tokens_5T.cpu())
 
     def by_sample(self) -> dict[int, SampleShift]:
         """Return what was measured of each sample that has templated tokens, by index; of a pack in host memory."""
-        is_kept_T = self.is_counted_T & (self.response_index_T < MAX_TOKENS)
-        owner_N, place_N, shift_N, kept_N = (
-            values_T[is_kept_T].numpy()
-            for values_T in (self.sample_index_T, self.response_index_T, self.shifts_T, self.kept_T)
-        )
+        is_counted_T, owner_T, place_T, shift_T, kept_T = self.tokens_5T.numpy()
+        is_first_T = (is_counted_T > 0) & (place_T < MAX_TOKENS)
         found: dict[int, SampleShift] = {}
         for number, sample in enumerate(self.samples):
             head_sum, head_tokens, rest_sum, rest_tokens = (float(value) for value in self.sums[number])
             if head_tokens or rest_tokens:
-                is_own_N = owner_N == number
+                is_own_T = is_first_T & (owner_T == number)
                 found[sample] = SampleShift(
                     sums=(head_sum, head_tokens, rest_sum, rest_tokens),
-                    places=place_N[is_own_N],
-                    shifts=shift_N[is_own_N],
-                    kept=kept_N[is_own_N],
+                    places=place_T[is_own_T].astype(np.int64),
+                    shifts=shift_T[is_own_T].astype(np.float32),
+                    kept=kept_T[is_own_T].astype(np.float32),
                 )
         return found
 
 
 def pack_shifts(samples: tuple[int, ...], batch: PackedBatch, outcome: PolicyLoss, is_counted_T: Tensor) -> PackShifts:
     """Return the shifts of a pack; `is_counted_T` as in `shift_sums`."""
+    rows = (
+        is_counted_T,
+        batch.sample_index_T,
+        batch.response_index_T,
+        shift_of_tokens(batch, outcome),
+        (outcome.weights_T / batch.loss_weights_T).detach(),
+    )
     return PackShifts(
         samples=samples,
         sums=shift_sums(batch, outcome, is_counted_T),
-        is_counted_T=is_counted_T,
-        sample_index_T=batch.sample_index_T,
-        response_index_T=batch.response_index_T,
-        shifts_T=shift_of_tokens(batch, outcome).float(),
-        kept_T=(outcome.weights_T / batch.loss_weights_T).detach().float(),
+        tokens_5T=torch.stack([row_T.double() for row_T in rows]),
     )
 
 
