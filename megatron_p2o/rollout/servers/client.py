@@ -1,16 +1,17 @@
 """The routes of one SGLang server, with tokens in and tokens out. Lives on the broker's event loop."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import aiohttp
-import numpy as np
 import orjson
 
 from megatron_p2o.rollout.buckets.staging import StagingBuffer
 from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
-from megatron_p2o.types import FinishReason, Logprobs, SamplingParams, TokenIds
+from megatron_p2o.rollout.servers.answers import AnswerUnreadable, Generation, parse_generation, parse_scores
+from megatron_p2o.types import SamplingParams, TokenIds
 
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
 """What a server can give the memory of away; SGLang's names."""
@@ -33,19 +34,6 @@ class EngineRefused(RuntimeError):
 
 class RequestRefused(EngineRefused):
     """The request is at fault: another one may be served."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Generation:
-    """What a server sampled."""
-
-    token_ids: TokenIds
-    """[R]"""
-    logprobs: Logprobs
-    """[R] at the sampling temperature; of the unscaled distribution for greedy sampling. Not renormalised for top_p."""
-    finish_reason: FinishReason
-    weight_versions: tuple[int, ...]
-    """Oldest first."""
 
 
 class Mirror(Protocol):
@@ -121,7 +109,7 @@ class EngineClient:
             "return_logprob": True,
             "priority": priority,
         }
-        return parse_generation(await self._post("/generate", request, self._user, timeout_s))
+        return await self._generate(request, parse_generation, timeout_s)
 
     async def score(self, token_ids: TokenIds, num_scored: int, request_id: str, *, priority: int = 0) -> Generation:
         """Return the last `num_scored` tokens with their log-probs given those before, at temperature 1: one prefill.
@@ -137,11 +125,14 @@ class EngineClient:
             "logprob_start_len": len(token_ids) - num_scored - 1,
             "priority": priority,
         }
-        return parse_scores(await self._post("/generate", request, self._user, None), token_ids[-num_scored:])
+        scored_ids = token_ids[-num_scored:]
+        scores = await self._generate(request, partial(parse_scores, num_scored=num_scored), None)
+        check_scored(scores, scored_ids)
+        return replace(scores, token_ids=scored_ids[: len(scores.token_ids)])
 
     async def abort(self, request_id: str) -> None:
         """Ask the server to finish a request with what it has; `generate` then returns it as "abort"."""
-        await self._post("/abort_request", {"rid": request_id}, self._admin, self._answer_timeout_s)
+        await self._tell("/abort_request", {"rid": request_id})
 
     async def probe(self, timeout_s: float) -> None:
         """Return once the engine has sampled something after this call; one that has nothing to do samples a token.
@@ -150,15 +141,15 @@ class EngineClient:
             TimeoutError, EngineRefused: it has not, within `timeout_s`.
             EngineUnreachable
         """
-        await self._ask("GET", "/health_generate", None, self._user, timeout_s)
+        await self._answer("GET", "/health_generate", None, self._user, timeout_s)
 
     async def pause(self) -> None:
         """Stop decoding; running requests lose their KV cache and are recomputed after `resume`."""
-        await self._post("/pause_generation", {"mode": "retract"}, self._admin, self._answer_timeout_s)
+        await self._tell("/pause_generation", {"mode": "retract"})
 
     async def resume(self) -> None:
         """Go on with the requests that `pause` stopped."""
-        await self._post("/continue_generation", {}, self._admin, self._answer_timeout_s)
+        await self._tell("/continue_generation", {})
 
     async def release_memory(self) -> None:
         """Give the memory of weights and KV cache away, their content with it. Only while paused.
@@ -168,7 +159,7 @@ class EngineClient:
         parts = (KV_CACHE, WEIGHTS)
         # Noted first: what became of a request that got no answer is not known.
         self._released.update(parts)
-        await self._post("/release_memory_occupation", {"tags": parts}, self._admin, self._answer_timeout_s)
+        await self._tell("/release_memory_occupation", {"tags": parts})
 
     async def resume_memory(self, part: str) -> None:
         """Take the memory of one part back, with nothing in it. Does nothing unless this client has released it.
@@ -176,7 +167,7 @@ class EngineClient:
         SGLang ends itself when it is asked for memory that it has.
         """
         if part in self._released:
-            await self._post("/resume_memory_occupation", {"tags": [part]}, self._admin, self._answer_timeout_s)
+            await self._tell("/resume_memory_occupation", {"tags": [part]})
             self._released.discard(part)
 
     async def place(self, bucket: StagingBuffer) -> MemoryAddress:
@@ -206,64 +197,57 @@ class EngineClient:
     async def close(self) -> None:
         await self._session.close()
 
+    async def _generate(
+        self, request: dict[str, Any], read: Callable[[bytes], Generation], timeout_s: float | None
+    ) -> Generation:
+        answer = await self._answer("POST", "/generate", request, self._user, timeout_s)
+        try:
+            return read(answer)
+        except AnswerUnreadable as error:
+            raise EngineRefused(f"{self._base_url}/generate: {error}") from error
+
     async def _update(self, path: str, request: dict[str, Any]) -> None:
-        answer = await self._post(path, request, self._admin, self._answer_timeout_s)
+        answer = orjson.loads(await self._tell(path, request))
         if not answer["success"]:
             raise EngineRefused(f"{self._base_url}{path}: {answer['message']}")
 
-    async def _post(self, path: str, request: dict[str, Any], headers: dict[str, str], timeout_s: float | None) -> Any:
-        return await self._ask("POST", path, request, headers, timeout_s)
+    async def _tell(self, path: str, request: dict[str, Any]) -> bytes:
+        return await self._answer("POST", path, request, self._admin, self._answer_timeout_s)
 
-    async def _ask(
+    async def _answer(
         self, method: str, path: str, request: dict[str, Any] | None, headers: dict[str, str], timeout_s: float | None
-    ) -> Any:
-        """Return the JSON of the answer, None when it has another type."""
+    ) -> bytes:
         url = self._base_url + path
         limit = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(method, url, json=request, headers=headers, timeout=limit) as response:
-                if response.status == GONE:
-                    raise EngineUnreachable(f"{url}: {await response.text()}")
-                if response.status != 200:
-                    is_at_fault = 400 <= response.status < 500 and response.status not in NOT_THE_REQUEST
-                    refusal = RequestRefused if is_at_fault else EngineRefused
-                    raise refusal(f"{url}: {response.status} {(await response.text())[:500]}")
-                # A long response is half a megabyte of numbers, which the standard library takes 25 ms for.
-                return orjson.loads(await response.read()) if response.content_type == "application/json" else None
+                answer = await response.read()
         except TimeoutError:
             raise TimeoutError(f"{url}: no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise EngineUnreachable(f"{url}: {error!r}") from error
+        check_status(url, response.status, answer)
+        return answer
 
 
-def parse_generation(answer: dict[str, Any]) -> Generation:
-    """Read the JSON of /generate; a log-prob that is null, as JSON writes nan, is nan."""
-    meta = answer["meta_info"]
-    token_logprobs = meta["output_token_logprobs"] or []
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
-    return Generation(
-        token_ids=np.array([token for _, token, _ in token_logprobs], dtype=np.int32),
-        logprobs=np.array([logprob for logprob, _, _ in token_logprobs], dtype=np.float32),
-        finish_reason=meta["finish_reason"]["type"],
-        weight_versions=tuple(dict.fromkeys(int(span["version"]) for span in spans)),
-    )
+def check_status(url: str, status: int, answer: bytes) -> None:
+    """Raise what an answer's status says.
 
-
-def parse_scores(answer: dict[str, Any], scored_ids: TokenIds) -> Generation:
-    """Read the JSON of /generate for the log-probs of given tokens; without them all, it is an "abort".
-
-    Raises `EngineRefused` when they are those of other tokens.
+    Raises:
+        EngineUnreachable, EngineRefused, RequestRefused
     """
-    meta = answer["meta_info"]
-    found = (meta.get("input_token_logprobs") or [])[-len(scored_ids) :]
-    reason = meta["finish_reason"]["type"]
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
-    versions = tuple(dict.fromkeys(int(span["version"]) for span in spans))
-    if reason == "abort" or len(found) < len(scored_ids):
-        empty = np.empty(0, np.float32)
-        return Generation(token_ids=scored_ids[:0], logprobs=empty, finish_reason="abort", weight_versions=versions)
+    if status == 200:
+        return
+    words = answer.decode(errors="replace")
+    if status == GONE:
+        raise EngineUnreachable(f"{url}: {words}")
+    is_at_fault = 400 <= status < 500 and status not in NOT_THE_REQUEST
+    raise (RequestRefused if is_at_fault else EngineRefused)(f"{url}: {status} {words[:500]}")
+
+
+def check_scored(scores: Generation, scored_ids: TokenIds) -> None:
+    """Raise `EngineRefused` when log-probs of given tokens are those of other tokens."""
     # SGLang 0.5.21 echoes the vocabulary's last token as 0, as if it stood for an image; its log-prob is right.
-    if any(token not in (0, own) for (_, token, _), own in zip(found, scored_ids.tolist(), strict=True)):
+    echoed = scores.token_ids
+    if scores.finish_reason != "abort" and not ((echoed == 0) | (echoed == scored_ids)).all():
         raise EngineRefused("the server gave the log-probs of other tokens than those it was sent")
-    logprobs = np.array([logprob for logprob, _, _ in found], dtype=np.float32)
-    return Generation(token_ids=scored_ids, logprobs=logprobs, finish_reason=reason, weight_versions=versions)

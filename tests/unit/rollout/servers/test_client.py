@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from megatron_p2o.rollout.servers.answers import Generation
 from megatron_p2o.rollout.servers.client import (
     EngineClient,
     EngineRefused,
     EngineUnreachable,
-    Generation,
     RequestRefused,
-    parse_scores,
+    check_scored,
 )
 from megatron_p2o.rollout.servers.server import reserve_port
-from megatron_p2o.types import SamplingParams
+from megatron_p2o.types import FinishReason, SamplingParams
 
 PROMPT = np.array([5, 6], dtype=np.int32)
 SAMPLING = SamplingParams(temperature=0.5, max_new_tokens=3, top_p=0.9)
@@ -160,43 +160,28 @@ def test_a_refused_connection_means_the_engine_is_gone() -> None:
         asyncio.run(run())
 
 
-def scored_answer(tokens: list[list[Any]], reason: str = "length") -> dict[str, Any]:
-    return {
-        "meta_info": {
-            "input_token_logprobs": tokens,
-            "finish_reason": {"type": reason},
-            "weight_version": "4",
-        }
-    }
-
-
-def test_log_probs_of_given_tokens_are_those_after_the_first_which_has_none() -> None:
-    answer = scored_answer([[None, 5, None], [-0.5, 6, None], [-1.5, 7, None]])
-    generation = parse_scores(answer, np.array([6, 7], np.int32))
-    assert generation.logprobs.tolist() == [-0.5, -1.5] and generation.logprobs.dtype == np.float32
-    assert generation.token_ids.tolist() == [6, 7]
-    assert (generation.finish_reason, generation.weight_versions) == ("length", (4,))
+def scores_of(ids: list[int], reason: FinishReason = "length") -> Generation:
+    return Generation(
+        token_ids=np.array(ids, np.int32),
+        logprobs=np.zeros(len(ids), np.float32),
+        finish_reason=reason,
+        weight_versions=(1,),
+    )
 
 
 def test_the_last_token_of_a_vocabulary_is_echoed_as_0() -> None:
-    generation = parse_scores(scored_answer([[None, 5, None], [-0.5, 0, None]]), np.array([255], np.int32))
-    assert generation.logprobs.tolist() == [-0.5]
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        scored_answer([[None, 5, None], [-0.5, 6, None], [-1.5, 7, None]], reason="abort"),
-        scored_answer([[-1.5, 7, None]]),
-        scored_answer([]),
-    ],
-    ids=["aborted", "too few", "none"],
-)
-def test_without_all_log_probs_the_request_counts_as_given_up(answer: dict[str, Any]) -> None:
-    generation = parse_scores(answer, np.array([6, 7], np.int32))
-    assert (generation.finish_reason, len(generation.token_ids), len(generation.logprobs)) == ("abort", 0, 0)
+    check_scored(scores_of([6, 0]), np.array([6, 255], np.int32))
 
 
 def test_log_probs_of_other_tokens_are_an_error() -> None:
     with pytest.raises(EngineRefused, match="other tokens than those it was sent"):
-        parse_scores(scored_answer([[None, 5, None], [-0.5, 6, None]]), np.array([7], np.int32))
+        check_scored(scores_of([6]), np.array([7], np.int32))
+    check_scored(scores_of([], "abort"), np.array([7], np.int32))
+
+
+def test_an_answer_of_another_shape_is_a_refusal() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"meta_info": {"finish_reason": {"type": "stop"}}})
+
+    with pytest.raises(EngineRefused, match=r"/generate: not an answer of SGLang .*weight_version"):
+        ask(handler)

@@ -6,7 +6,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_p2o.config.tree import (
@@ -18,7 +17,6 @@ from megatron_p2o.config.tree import (
     RunConfig,
     one_task,
 )
-from megatron_p2o.rollout.servers.client import parse_generation
 from megatron_p2o.rollout.servers.scratch import Scratch
 from megatron_p2o.rollout.servers.server import EngineServer, reserve_port
 from megatron_p2o.rollout.servers.server_arguments import (
@@ -156,21 +154,6 @@ def test_reserved_ports_differ() -> None:
     assert len({holder.getsockname()[1] for holder in holders}) == 50
     for holder in holders:
         holder.close()
-
-
-def test_an_answer_lists_each_weight_version_once_in_order() -> None:
-    meta = {
-        "output_token_logprobs": [[-0.5, 11, None], [-0.25, 12, None]],
-        "finish_reason": {"type": "length", "length": 2},
-        "weight_version": "4",
-        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
-    }
-    generation = parse_generation({"meta_info": meta})
-    assert generation.token_ids.tolist() == [11, 12] and generation.token_ids.dtype == np.int32
-    assert generation.logprobs.tolist() == [-0.5, -0.25] and generation.logprobs.dtype == np.float32
-    assert generation.finish_reason == "length"
-    assert generation.weight_versions == (3, 4)
-    assert parse_generation({"meta_info": {**meta, "weight_versions": None}}).weight_versions == (4,)
 
 
 ABANDON = """
