@@ -4,12 +4,13 @@ r"""Time what rank 0 spends on each completion that the engines send, and what i
     python tools/bench_conductor.py --engines 8 --steps 5          # in a minute
 
 The engines are fake: they speak HTTP, answer every /generate of SGLang at once with the same completion, and run in one
-process of their own, so that a step's time is what the conductor needs. `ours` is the trainer's path,
-`SglangEngines.generate`. `plain` is the same with one HTTP client in rank 0's process that reads the JSON there, as
-simple trainers do. Each row is a fresh process; the ways take turns within one run.
+process of their own, so that a step's time is what the conductor needs. `ours` is the trainer's path:
+`SglangEngines.generate`, with the relay of rank 0's node in front of all engines. `direct` is the same without a relay.
+`plain` has an HTTP client in rank 0's process that reads the JSON there, as simple trainers do. Each row is a fresh
+process; the ways take turns within one run.
 
 `ms`: processor time of rank 0's process per completion, all threads. `per_s`: completions per second of wall clock.
-`others_ms`: processor time of the processes beside it, the fake engines' included. `bytes`: rank 0's memory at its peak
+`others_ms`: processor time of the relay and the fake engines. `bytes`: rank 0's memory at its peak
 beyond what it had before the first completion and beyond the arrays of a step, which keeps all its completions, per
 token of a step. `growth`: resident bytes per step between the second tenth of the steps and the last.
 """
@@ -44,7 +45,10 @@ from random_policy import measured_on, write_result  # isort: skip; makes ours i
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
 from megatron_p2o.processes import HostMemory, allow_many_files
 from megatron_p2o.rollout.engines import SglangEngines
-from megatron_p2o.rollout.servers.client import Generation, Mirror
+from megatron_p2o.rollout.servers.answers import Generation
+from megatron_p2o.rollout.servers.client import Mirror
+from megatron_p2o.rollout.servers.relay_link import RelayRoute
+from megatron_p2o.rollout.servers.start import HeadRelay
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
 
 PROMPT_TOKENS = 300
@@ -69,7 +73,7 @@ class Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ways", nargs="+", choices=("plain", "ours"), default=["plain", "ours"])
+    parser.add_argument("--ways", nargs="+", choices=("plain", "direct", "ours"), default=["plain", "ours"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[12_000, 200], help="of a completion")
     parser.add_argument("--engines", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--steps", type=int, default=20)
@@ -122,7 +126,18 @@ def measured(case: Case) -> dict[str, Any]:
     prompts, sampling = prompts_of(case), SamplingParams(temperature=1.0, max_new_tokens=case.num_tokens)
     with fake_engines(case) as servers, tempfile.TemporaryDirectory(prefix="bench_conductor_") as folder:
         kind = PlainEngines if case.way == "plain" else SglangEngines
-        engines = kind(config_of(case), Path(folder), servers, no_restart, stop_token_ids=[0], releases_memory=False)
+        relay = HeadRelay(Path(folder)) if case.way == "ours" else None
+        for server in servers if relay is not None else ():
+            server.relay = relay.current().route_to(server.base_url, server.api_key)
+        engines = kind(
+            config_of(case),
+            Path(folder),
+            servers,
+            no_restart,
+            stop_token_ids=[0],
+            releases_memory=False,
+            relay=relay,
+        )
         with engines:
             check(list(engines.generate(prompts[: 2 * GROUP_SIZE], sampling)), case)
             before = psutil.Process().memory_info().rss
@@ -198,6 +213,7 @@ class FakeServer:
     admin_key: str = "admin"
     log_path: Path = Path("log")
     mirror: Mirror | None = None
+    relay: RelayRoute | None = None
 
     def is_alive(self) -> bool:
         return True

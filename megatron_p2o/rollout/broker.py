@@ -29,7 +29,8 @@ from megatron_p2o.rollout.requests import (
     nothing_generated,
     settle,
 )
-from megatron_p2o.rollout.servers.client import EngineClient, EngineUnreachable, RequestRefused
+from megatron_p2o.rollout.servers.answers import EngineUnreachable, RequestRefused
+from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.rollout.sharing.allowance import Allowance
 from megatron_p2o.rollout.sharing.meter import EvolutionMeter
 from megatron_p2o.types import Completion, Prompt, SamplingParams

@@ -22,7 +22,7 @@ from megatron_p2o.rollout.refresh.weight_sync import WeightSync
 from megatron_p2o.rollout.requests import NOBODY, Priority
 from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.rollout.servers.server import Server
-from megatron_p2o.rollout.servers.start import start_reflection_server
+from megatron_p2o.rollout.servers.start import HeadRelay, start_reflection_server
 from megatron_p2o.rollout.supervisor import Supervisor, stop_all
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.types import Completion, Logprobs, Prompt, SamplingParams, TokenIds
@@ -52,20 +52,23 @@ class SglangEngines:
         stop_token_ids: Sequence[int],
         releases_memory: bool,
         outlet: WeightOutlet | None = None,
+        relay: HeadRelay | None = None,
     ) -> None:
-        """Take ownership of `servers`, all of them ready.
+        """Take ownership of `servers`, all of them ready, and of `relay`.
 
         Args:
             restart: starts a server in the place of one, given its name and how many restarts that makes in the run.
             stop_token_ids: every token that ends a response.
             releases_memory: whether `release_memory` does anything; see `does_release_memory`.
             outlet: see `open_outlet`.
+            relay: of this node, if completions come through one.
         """
         rollout = config.rollout
         self._config = config
         self._run_dir = run_dir
         self._releases_memory = releases_memory
         self._stop_token_ids = stop_token_ids
+        self._relay = relay
         self._num_refreshes = 0
         self._stats: Mapping[str, float] = {}
         self._weights_lock = threading.Lock()
@@ -232,6 +235,8 @@ class SglangEngines:
         self.broker.given_up.take()  # warns of those after the last step
         self._sync.close()
         stop_all(self._reflection_servers)
+        if self._relay is not None:
+            self._relay.close()
 
     def _join(self, server: Server) -> None:
         """Let a server that is ready take requests, once it holds what the others serve."""
@@ -250,6 +255,7 @@ class SglangEngines:
             self._stop_token_ids,
             self._config.rollout.stall_timeout_s,
             server.mirror,
+            server.relay,
         )
 
     def __enter__(self) -> Self:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from megatron_p2o.rollout.requests import PRIORITY_IN_ENGINE, EngineHandle, GenerationRequest, StoppableClock
-from megatron_p2o.rollout.servers.client import EngineClient, Generation
+from megatron_p2o.rollout.servers.answers import Generation
+from megatron_p2o.rollout.servers.client import EngineClient
 
 ABORT_GRACE_S = 10.0
 """Time limit for an engine to return what an aborted request has so far."""

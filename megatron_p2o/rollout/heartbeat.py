@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from megatron_p2o.rollout.servers.client import EngineRefused
+from megatron_p2o.rollout.servers.answers import EngineRefused
 
 
 class EngineStalled(RuntimeError):

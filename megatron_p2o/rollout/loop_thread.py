@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
-from megatron_p2o.rollout.servers.client import EngineUnreachable
+from megatron_p2o.rollout.servers.answers import EngineUnreachable
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from megatron_p2o.rollout.servers.client import EngineClient, Generation
+from megatron_p2o.rollout.servers.answers import Generation
+from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.types import Completion, Prompt, SamplingParams, TokenIds
 
 Outcome = TypeVar("Outcome")

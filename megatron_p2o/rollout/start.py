@@ -14,7 +14,7 @@ from megatron_p2o.rollout.refresh.outlet import WeightOutlet
 from megatron_p2o.rollout.servers.remote import DaemonAddress, NodeMirror, RemoteServer
 from megatron_p2o.rollout.servers.server import Server
 from megatron_p2o.rollout.servers.server_arguments import does_release_memory, engine_places
-from megatron_p2o.rollout.servers.start import engine_log, start_server
+from megatron_p2o.rollout.servers.start import HeadRelay, engine_log, start_server
 from megatron_p2o.rollout.supervisor import stop_all
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,17 @@ def start_engines(
     def start(name: str, restart: int) -> Server:
         place = places[name]
         if place.node == 0:
-            return start_server(config, run_dir, place, restart)
+            server, reader = start_server(config, run_dir, place, restart), relay.current()
+            server.serve_through(reader.route_to(server.base_url, server.api_key), reader.is_alive)
+            return server
         log_path = engine_log(run_dir, place, restart)
         return RemoteServer(daemons[place.node - 1], place, restart, log_path, mirrors[place.node - 1])
 
     allow_connections(config.rollout)
     servers: list[Server] = []
     with ExitStack() as unless_all_start:
+        relay = HeadRelay(run_dir / "engines")
+        unless_all_start.callback(relay.close)
         unless_all_start.callback(stop_all, servers)
         for name in places:
             servers.append(start(name, 0))
@@ -66,7 +70,14 @@ def start_engines(
             server.wait_until_ready(config.rollout.startup_timeout_s)
         lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
         engines = SglangEngines(
-            config, run_dir, servers, start, stop_token_ids=stop_token_ids, releases_memory=lends, outlet=outlet
+            config,
+            run_dir,
+            servers,
+            start,
+            stop_token_ids=stop_token_ids,
+            releases_memory=lends,
+            outlet=outlet,
+            relay=relay,
         )
         unless_all_start.pop_all()
         return engines

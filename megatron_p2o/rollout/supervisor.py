@@ -10,7 +10,7 @@ from functools import partial
 
 from megatron_p2o.rollout.broker import EnginesLost
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
-from megatron_p2o.rollout.servers.client import EngineRefused, EngineUnreachable
+from megatron_p2o.rollout.servers.answers import EngineRefused, EngineUnreachable
 from megatron_p2o.rollout.servers.server import EngineStartFailed, Server
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from itertools import count
 
 import numpy as np
 
-from megatron_p2o.rollout.servers.client import Generation
+from megatron_p2o.rollout.servers.answers import Generation
 from megatron_p2o.simulation.batch import (
     RETRACT_STEPS,
     EngineCoefficients,

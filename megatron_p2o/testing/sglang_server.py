@@ -58,7 +58,7 @@ def fused_model_weights(seed: int = 0) -> list[tuple[str, Tensor]]:
 class FakeSglangServer:
     """Implements `server.Server` in a thread of this process."""
 
-    api_key, admin_key, mirror = "user", "admin", None
+    api_key, admin_key, mirror, relay = "user", "admin", None, None
     log_path = Path("log")
 
     def __init__(self, name: str, journal: list[str]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_p2o.rollout.buckets.staging import StagingBuffer
 from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
 from megatron_p2o.rollout.inside_sglang import weight_loader
-from megatron_p2o.rollout.servers.client import EngineRefused
+from megatron_p2o.rollout.servers.answers import EngineRefused
 from megatron_p2o.testing.sglang_server import FusedModel
 
 

@@ -21,7 +21,7 @@ from megatron_p2o.rollout.buckets.weight_message import LoadMessage, parse
 from megatron_p2o.rollout.refresh.outlet import WeightOutlet, engine_devices, open_outlet
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.refresh.weight_sync import WeightSync
-from megatron_p2o.rollout.servers.client import EngineRefused
+from megatron_p2o.rollout.servers.answers import EngineRefused
 from megatron_p2o.testing.distributed import run_gloo_ranks
 from megatron_p2o.testing.fakes import fake_config
 from megatron_p2o.testing.policy_oracle import policy_config

@@ -6,7 +6,8 @@ from pathlib import Path
 from megatron_p2o.rollout.buckets.staging import StagingBuffer
 from megatron_p2o.rollout.buckets.weight_message import LOAD_FORMAT, FinishMessage, MemoryAddress, serialize
 from megatron_p2o.rollout.refresh.refresh_verdict import judge, take_report
-from megatron_p2o.rollout.servers.client import EngineClient, EngineRefused
+from megatron_p2o.rollout.servers.answers import EngineRefused
+from megatron_p2o.rollout.servers.client import EngineClient
 
 
 class EngineUpdate:

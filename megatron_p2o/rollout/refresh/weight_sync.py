@@ -31,7 +31,8 @@ from megatron_p2o.rollout.refresh.engine_update import EngineUpdate, pause_and_b
 from megatron_p2o.rollout.refresh.outlet import WeightOutlet
 from megatron_p2o.rollout.refresh.refresh_verdict import MemoryOutOfReach, RefreshFailed
 from megatron_p2o.rollout.refresh.staged_weights import StagedWeights
-from megatron_p2o.rollout.servers.client import KV_CACHE, WEIGHTS, EngineClient, EngineRefused
+from megatron_p2o.rollout.servers.answers import EngineRefused
+from megatron_p2o.rollout.servers.client import KV_CACHE, WEIGHTS, EngineClient
 
 logger = logging.getLogger(__name__)
 

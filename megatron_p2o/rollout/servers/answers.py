@@ -1,4 +1,4 @@
-"""Reads what SGLang answers to /generate: JSON with a triple per token, made into arrays.
+"""Reads what SGLang answers: its statuses, and the JSON of /generate, with a triple per token, as arrays.
 
 Only the fields that are used are read, into structs that Python's garbage collector does not visit: a plain reader
 makes a list per token, and the collections that those set off take longer than the reading.
@@ -10,6 +10,24 @@ import msgspec
 import numpy as np
 
 from megatron_p2o.types import FinishReason, Logprobs, TokenIds
+
+GONE = 502
+"""Status with which a relay or a node's daemon says that the engine behind it is gone; SGLang has no use for it."""
+
+NOT_THE_REQUEST = (401, 403, 404, 405)
+"""4xx statuses that mean a wrong server or a wrong key rather than a bad request."""
+
+
+class EngineUnreachable(RuntimeError):
+    """The connection was refused, reset or cut: the server is gone."""
+
+
+class EngineRefused(RuntimeError):
+    """The server answered with an error: the request is at fault, or the server's state is."""
+
+
+class RequestRefused(EngineRefused):
+    """The request is at fault: another one may be served."""
 
 
 class AnswerUnreadable(ValueError):
@@ -59,6 +77,30 @@ class _Answer(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(_Answer)
+
+
+def check_status(url: str, status: int, answer: bytes) -> None:
+    """Raise what an answer's status says.
+
+    Raises:
+        EngineUnreachable, EngineRefused, RequestRefused
+    """
+    if status == 200:
+        return
+    words = answer.decode(errors="replace")
+    if status == GONE:
+        raise EngineUnreachable(f"{url}: {words}")
+    is_at_fault = 400 <= status < 500 and status not in NOT_THE_REQUEST
+    raise (RequestRefused if is_at_fault else EngineRefused)(f"{url}: {status} {words[:500]}")
+
+
+def read_answer(answer: bytes, num_scored: int) -> Generation:
+    """Return a completion, or the log-probs of the prompt's last `num_scored` tokens if that is not 0.
+
+    Raises:
+        AnswerUnreadable
+    """
+    return parse_scores(answer, num_scored) if num_scored else parse_generation(answer)
 
 
 def parse_generation(answer: bytes) -> Generation:

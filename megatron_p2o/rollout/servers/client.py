@@ -1,39 +1,33 @@
 """The routes of one SGLang server, with tokens in and tokens out. Lives on the broker's event loop."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 import aiohttp
+import numpy as np
 import orjson
 
 from megatron_p2o.rollout.buckets.staging import StagingBuffer
 from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
-from megatron_p2o.rollout.servers.answers import AnswerUnreadable, Generation, parse_generation, parse_scores
+from megatron_p2o.rollout.servers.answers import EngineRefused, EngineUnreachable, Generation, check_status
+from megatron_p2o.rollout.servers.relay import (
+    GENERATE,
+    PROBE,
+    Asked,
+    EngineAddress,
+    Relayed,
+    answer_of,
+    engine_session,
+    unpacked,
+)
+from megatron_p2o.rollout.servers.relay_link import RelayLink, RelayRoute
 from megatron_p2o.types import SamplingParams, TokenIds
 
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
 """What a server can give the memory of away; SGLang's names."""
-
-GONE = 502
-"""Status with which a node's daemon says that the engine behind it is gone; SGLang has no use for it."""
-
-
-NOT_THE_REQUEST = (401, 403, 404, 405)
-"""4xx statuses that mean a wrong server or a wrong key rather than a bad request."""
-
-
-class EngineUnreachable(RuntimeError):
-    """The connection was refused, reset or cut: the server is gone."""
-
-
-class EngineRefused(RuntimeError):
-    """The server answered with an error: the request is at fault, or the server's state is."""
-
-
-class RequestRefused(EngineRefused):
-    """The request is at fault: another one may be served."""
 
 
 class Mirror(Protocol):
@@ -59,21 +53,24 @@ class EngineClient:
         stop_token_ids: Sequence[int],
         answer_timeout_s: float,
         mirror: Mirror | None = None,
+        relay: RelayRoute | None = None,
     ) -> None:
         """Args:
         stop_token_ids: end-of-sequence ids of the model.
         answer_timeout_s: longest wait for the answer to anything but a generation.
         mirror: of an engine on another machine, where it finds the weights.
+        relay: what completions come through; None: they are read here.
         """
         self._base_url = base_url
-        self._user = {"Authorization": f"Bearer {api_key}"}
+        self._engine = EngineAddress(base_url=base_url, api_key=api_key)
         self._admin = {"Authorization": f"Bearer {admin_key}"}
         self._stop_token_ids = list(stop_token_ids)
         self._answer_timeout_s = answer_timeout_s
         self._mirror = mirror
         self._released: set[str] = set()
-        # The broker bounds the requests in flight; the connector must not bound them a second time.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._session = engine_session()
+        self._numbers = count()
+        self._link = None if relay is None else RelayLink(self._session, relay)
 
     async def generate(
         self,
@@ -104,12 +101,12 @@ class EngineClient:
             parameters["sampling_seed"] = sampling.seed
         request = {
             "rid": request_id,
-            "input_ids": token_ids.tolist(),
+            "input_ids": np.ascontiguousarray(token_ids),
             "sampling_params": parameters,
             "return_logprob": True,
             "priority": priority,
         }
-        return await self._generate(request, parse_generation, timeout_s)
+        return unpacked(await self._asked(GENERATE, request, timeout_s))
 
     async def score(self, token_ids: TokenIds, num_scored: int, request_id: str, *, priority: int = 0) -> Generation:
         """Return the last `num_scored` tokens with their log-probs given those before, at temperature 1: one prefill.
@@ -118,7 +115,7 @@ class EngineClient:
         """
         request = {
             "rid": request_id,
-            "input_ids": token_ids.tolist(),
+            "input_ids": np.ascontiguousarray(token_ids),
             "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
             "return_logprob": True,
             # Of the token at the start SGLang gives none.
@@ -126,7 +123,7 @@ class EngineClient:
             "priority": priority,
         }
         scored_ids = token_ids[-num_scored:]
-        scores = await self._generate(request, partial(parse_scores, num_scored=num_scored), None)
+        scores = unpacked(await self._asked(GENERATE, request, None, num_scored))
         check_scored(scores, scored_ids)
         return replace(scores, token_ids=scored_ids[: len(scores.token_ids)])
 
@@ -141,7 +138,7 @@ class EngineClient:
             TimeoutError, EngineRefused: it has not, within `timeout_s`.
             EngineUnreachable
         """
-        await self._answer("GET", "/health_generate", None, self._user, timeout_s)
+        await self._asked(PROBE, None, timeout_s)
 
     async def pause(self) -> None:
         """Stop decoding; running requests lose their KV cache and are recomputed after `resume`."""
@@ -195,54 +192,46 @@ class EngineClient:
         await self._update("/update_weight_version", request)
 
     async def close(self) -> None:
+        if self._link is not None:
+            await self._link.close()
         await self._session.close()
 
-    async def _generate(
-        self, request: dict[str, Any], read: Callable[[bytes], Generation], timeout_s: float | None
-    ) -> Generation:
-        answer = await self._answer("POST", "/generate", request, self._user, timeout_s)
+    async def _asked(
+        self, path: str, request: Mapping[str, Any] | None, timeout_s: float | None, num_scored: int = 0
+    ) -> Relayed:
+        """Return the answer of a route that the user key opens; `num_scored` as in `Asked`."""
+        url = f"{self._base_url}/{path}"
+        body = b"" if request is None else orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY)
+        asked = Asked(number=next(self._numbers), path=path, body=body, num_scored=num_scored)
         try:
-            return read(answer)
-        except AnswerUnreadable as error:
-            raise EngineRefused(f"{self._base_url}/generate: {error}") from error
+            async with asyncio.timeout(timeout_s):
+                if self._link is None:
+                    relayed = await answer_of(asked, self._session, self._engine)
+                else:
+                    relayed = await self._link.ask(asked)
+        except TimeoutError:
+            raise TimeoutError(f"{url}: no answer within {timeout_s:g} s") from None
+        check_status(url, relayed.status, relayed.words)
+        return relayed
 
     async def _update(self, path: str, request: dict[str, Any]) -> None:
         answer = orjson.loads(await self._tell(path, request))
         if not answer["success"]:
             raise EngineRefused(f"{self._base_url}{path}: {answer['message']}")
 
-    async def _tell(self, path: str, request: dict[str, Any]) -> bytes:
-        return await self._answer("POST", path, request, self._admin, self._answer_timeout_s)
-
-    async def _answer(
-        self, method: str, path: str, request: dict[str, Any] | None, headers: dict[str, str], timeout_s: float | None
-    ) -> bytes:
+    async def _tell(self, path: str, request: Mapping[str, Any]) -> bytes:
+        """Return the answer of a route that the admin key opens."""
         url = self._base_url + path
-        limit = aiohttp.ClientTimeout(total=timeout_s)
+        limit = aiohttp.ClientTimeout(total=self._answer_timeout_s)
         try:
-            async with self._session.request(method, url, json=request, headers=headers, timeout=limit) as response:
+            async with self._session.post(url, json=request, headers=self._admin, timeout=limit) as response:
                 answer = await response.read()
         except TimeoutError:
-            raise TimeoutError(f"{url}: no answer within {timeout_s:g} s") from None
+            raise TimeoutError(f"{url}: no answer within {self._answer_timeout_s:g} s") from None
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise EngineUnreachable(f"{url}: {error!r}") from error
         check_status(url, response.status, answer)
         return answer
-
-
-def check_status(url: str, status: int, answer: bytes) -> None:
-    """Raise what an answer's status says.
-
-    Raises:
-        EngineUnreachable, EngineRefused, RequestRefused
-    """
-    if status == 200:
-        return
-    words = answer.decode(errors="replace")
-    if status == GONE:
-        raise EngineUnreachable(f"{url}: {words}")
-    is_at_fault = 400 <= status < 500 and status not in NOT_THE_REQUEST
-    raise (RequestRefused if is_at_fault else EngineRefused)(f"{url}: {status} {words[:500]}")
 
 
 def check_scored(scores: Generation, scored_ids: TokenIds) -> None:

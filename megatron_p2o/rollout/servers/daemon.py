@@ -6,8 +6,7 @@ loopback behind it, because SGLang's weight routes unpickle what they are sent.
 """
 
 import asyncio
-import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,23 +18,27 @@ from aiohttp import web
 from megatron_p2o.config.tree import Config
 from megatron_p2o.records import from_json
 from megatron_p2o.rollout.buckets.staging import MemoryFile
-from megatron_p2o.rollout.servers.client import GONE
+from megatron_p2o.rollout.servers.answers import GONE
+from megatron_p2o.rollout.servers.relay import (
+    GENERATE,
+    PROBE,
+    EngineAddress,
+    checking,
+    engine_session,
+    relay,
+    serve_app,
+)
 from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import EnginePlace
 from megatron_p2o.rollout.servers.start import start_server
 
-USER_ROUTES = frozenset({"generate", "health_generate"})
+USER_ROUTES = frozenset({GENERATE, PROBE})
 """Opened by an engine's user key; the others need its admin key."""
 
 MAX_REQUEST_BYTES = 1 << 28
 """Largest request that is passed to an engine. Weights come through /staging, in pieces."""
 
-CONNECT_TIMEOUT_S = 60.0
-"""Time limit to connect to an engine. Rank 0 limits the wait for its answer, because it knows when the engine may not
-sample."""
-
 T = TypeVar("T")
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(slots=True)
@@ -64,13 +67,14 @@ class NodeDaemon:
 
     def application(self) -> web.Application:
         """Return the routes, all of which check the key."""
-        app = web.Application(middlewares=[self._check_key], client_max_size=MAX_REQUEST_BYTES)
+        app = web.Application(middlewares=[checking(self.key)], client_max_size=MAX_REQUEST_BYTES)
         app.add_routes(
             [
                 web.post("/servers/{index}", self._start),
                 web.get("/servers/{index}", self._describe),
                 web.delete("/servers/{index}", self._stop),
                 web.put("/staging/{slot}", self._stage),
+                web.get("/relays/{index}", self._relay),
                 web.route("*", "/engines/{index}/{path}", self._forward),
             ]
         )
@@ -81,13 +85,6 @@ class NodeDaemon:
         for engine in self.engines.values():
             engine.server.stop()
         self.threads.shutdown()
-
-    @web.middleware
-    async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
-            return web.Response(status=401, text="wrong key")
-        return await handler(request)
 
     async def _start(self, request: web.Request) -> web.Response:
         """Start an engine, in the place of one that was started before, and do not wait until it is ready."""
@@ -123,6 +120,11 @@ class NodeDaemon:
             room[offset : offset + len(piece)] = piece
             offset += len(piece)
         return web.json_response(asdict(memory.address))
+
+    async def _relay(self, request: web.Request) -> web.StreamResponse:
+        server = self.engines[request.match_info["index"]].server
+        address = EngineAddress(base_url=server.base_url, api_key=server.api_key)
+        return await relay(request, self.session, address)
 
     async def _forward(self, request: web.Request) -> web.Response:
         """Pass a request on to an engine, under the engine's own key."""
@@ -165,16 +167,9 @@ class NodeDaemon:
 
 async def serve_node(config: Config, run_dir: Path, key: str, address: str) -> None:
     """Listen at a free port of `address`, print the URL, and go on until the process is ended."""
-    limit = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limit) as session:
+    async with engine_session() as session:
         daemon = NodeDaemon(config=config, run_dir=run_dir, key=key, session=session)
-        runner = web.AppRunner(daemon.application(), access_log=None, shutdown_timeout=0)
-        await runner.setup()
-        site = web.TCPSite(runner, address, 0)
-        await site.start()
-        print(f"http://{address}:{runner.addresses[0][1]}", flush=True)
         try:
-            await asyncio.Event().wait()
+            await serve_app(daemon.application(), address)
         finally:
-            await runner.cleanup()
             daemon.close()

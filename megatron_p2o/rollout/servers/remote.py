@@ -5,15 +5,12 @@ import json
 import os
 import re
 import secrets
-import select
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,20 +21,22 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_p2o.config.tree import Config
-from megatron_p2o.processes import HostMemory, child_environment
+from megatron_p2o.processes import HostMemory
 from megatron_p2o.records import from_json, from_text, to_json
 from megatron_p2o.rollout.buckets.staging import StagingBuffer
 from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
-from megatron_p2o.rollout.servers.client import EngineUnreachable, Mirror
+from megatron_p2o.rollout.servers.answers import EngineUnreachable
+from megatron_p2o.rollout.servers.client import Mirror
+from megatron_p2o.rollout.servers.relay_link import RelayRoute
 from megatron_p2o.rollout.servers.server import EngineStartFailed, open_private
 from megatron_p2o.rollout.servers.server_arguments import EnginePlace, engine_places
+from megatron_p2o.rollout.servers.start import start_listener
 
 ADDRESS_VARIABLE = "P2O_NODE_ADDRESS"
 """Environment variable: where the other nodes reach this one, if that is not where it sends from to the head."""
 
 DAEMON_MODULE = "megatron_p2o.run.node_daemon"
 ADDRESS_FILE = re.compile(r"daemon-\d+-[0-9a-f]{32}\.json")
-DAEMON_START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 30.0
 READY_POLL_S = 0.5
 PIECE_BYTES = 1 << 22
@@ -123,6 +122,8 @@ class RemoteServer:
         self.base_url = f"{address.url}/engines/{place.index}"
         self.api_key = self.admin_key = address.key
         self.mirror: Mirror | None = mirror
+        headers = {"Authorization": f"Bearer {address.key}"}
+        self.relay: RelayRoute | None = RelayRoute(url=f"{address.url}/relays/{place.index}", headers=headers)
         self._address = address
         self._path = f"/servers/{place.index}"
         self._call("POST", {"place": to_json(place), "restart": restart})
@@ -239,27 +240,9 @@ def start_daemon(
     """
     key = secrets.token_urlsafe(32)
     log_path = config_path.parent / "engines" / f"daemon-{node_rank}.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
     address = os.environ.get(ADDRESS_VARIABLE) or own_address(head_address)
-    with open_private(log_path) as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", DAEMON_MODULE, str(config_path), address, "--parent", str(os.getpid())],
-            env=child_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-        )
-    assert process.stdin is not None and process.stdout is not None
-    with suppress(BrokenPipeError), process.stdin as pipe:  # it died: what it printed says why
-        pipe.write(f"{key}\n".encode())
-    is_there, _, _ = select.select([process.stdout], [], [], DAEMON_START_TIMEOUT_S)
-    url = process.stdout.readline().decode().strip() if is_there else ""
-    if not url:
-        process.kill()
-        raise EngineStartFailed(
-            f"the daemon of node {node_rank} did not listen at {address} within {DAEMON_START_TIMEOUT_S:g} s; "
-            f"set {ADDRESS_VARIABLE} if that is not this node's address; log: {log_path}\n{log_path.read_text()}"
-        )
+    what = f"the daemon of node {node_rank} at {address} (set {ADDRESS_VARIABLE} if that is not this node's address)"
+    process, url = start_listener([DAEMON_MODULE, str(config_path), address], key, log_path, what)
     return process, DaemonAddress(url=url, key=key)
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -21,6 +21,7 @@ from megatron_p2o.processes import HostMemory, host_memory_of_family
 from megatron_p2o.rollout.inside_sglang.launcher import EXIT_BAD_ARGUMENT, shared_memory_of
 from megatron_p2o.rollout.servers.client import Mirror
 from megatron_p2o.rollout.servers.environment import HOST, engine_environment
+from megatron_p2o.rollout.servers.relay_link import RelayRoute
 from megatron_p2o.rollout.servers.scratch import Scratch
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,13 @@ class Server(Protocol):
         """Brings weights to the machine of the server; None when that is the trainer's."""
         ...
 
+    @property
+    def relay(self) -> RelayRoute | None:
+        """How completions come from its node; None: as JSON, straight from the server."""
+        ...
+
     def is_alive(self) -> bool:
-        """Return whether the server process runs."""
+        """Return whether the server process runs, and the relay before it."""
         ...
 
     def wait_until_ready(self, timeout_s: float) -> None:
@@ -122,6 +128,8 @@ class EngineServer:
         self.admin_key = secrets.token_urlsafe(32)
         """Opens the weight routes."""
         self.mirror: Mirror | None = None
+        self.relay: RelayRoute | None = None
+        self._relay_is_alive: Callable[[], bool] = bool
         self._expected_cache_tokens = expected_cache_tokens
         # SGLang would choose the second by itself, let it go and bind it seconds later, when others may have it.
         self._ports = {"port": reserve_port(), "nccl_port": reserve_port()}
@@ -135,8 +143,15 @@ class EngineServer:
         """Process id of the launcher, which leads its own session and process group."""
         return self._process.pid
 
+    def serve_through(self, relay: RelayRoute, is_alive: Callable[[], bool]) -> None:
+        """Have completions come through a relay, whose end is then the engine's."""
+        self.relay, self._relay_is_alive = relay, is_alive
+
     def is_alive(self) -> bool:
-        """Return whether the server process runs. Does not reap it, so that its group's id stays ours until `stop`."""
+        return self._runs() and (self.relay is None or self._relay_is_alive())
+
+    def _runs(self) -> bool:
+        """Return whether the process runs. Does not reap it, so that its group's id stays ours until `stop`."""
         with self._lock:
             if self._process.returncode is not None:
                 return False
@@ -152,7 +167,7 @@ class EngineServer:
         deadline = time.monotonic() + timeout_s
         while not self._answers():
             self._scratch.note(shared_memory_of(self.pid))
-            if not self.is_alive():
+            if not self._runs():
                 raise self._start_error("ended while starting")
             if time.monotonic() > deadline:
                 raise self._start_error(f"did not answer within rollout.startup_timeout_s={timeout_s:g}")
@@ -179,7 +194,7 @@ class EngineServer:
         with self._lock:
             if self._process.returncode is not None:
                 return
-            if self.is_alive():
+            if self._runs():
                 self._scratch.note(shared_memory_of(self.pid))
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait(timeout=KILL_TIMEOUT_S)

@@ -1,12 +1,32 @@
-"""Starts the servers of a run on this machine, each with its log."""
+"""Starts the servers of a run on this machine, each with its log, and the relay in front of them."""
 
+import os
+import secrets
+import select
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
 
 from megatron_p2o.config.tree import Config
-from megatron_p2o.rollout.servers.server import EngineServer
+from megatron_p2o.processes import child_environment
+from megatron_p2o.rollout.servers.relay import ENGINE_KEY, ENGINE_URL
+from megatron_p2o.rollout.servers.relay_link import RelayRoute
+from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed, open_private
 from megatron_p2o.rollout.servers.server_arguments import EnginePlace, longest_tokens, server_arguments
+
+RELAY_MODULE = "megatron_p2o.rollout.servers.relay"
+LISTEN_TIMEOUT_S = 120.0
+"""Time limit for a process that is to listen."""
+
+HEALTH_TIMEOUT_S = 10.0
 
 
 def start_server(config: Config, run_dir: Path, place: EnginePlace, restart: int) -> EngineServer:
@@ -39,3 +59,104 @@ def engine_log(run_dir: Path, place: EnginePlace, restart: int) -> Path:
     """Return where an engine's output goes."""
     suffix = f".restart-{restart}" if restart else ""
     return run_dir / "engines" / f"engine-{place.index}{suffix}.log"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RelayProcess:
+    """A relay of this node."""
+
+    process: "subprocess.Popen[bytes]"
+    url: str
+    key: str
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def answers(self) -> bool:
+        """Return whether it answers, and not only lives."""
+        request = urllib.request.Request(f"{self.url}/health", headers={"Authorization": f"Bearer {self.key}"})
+        try:
+            with urllib.request.urlopen(request, timeout=HEALTH_TIMEOUT_S):
+                return True
+        except OSError:
+            return False
+
+    def route_to(self, base_url: str, api_key: str) -> RelayRoute:
+        """Return the route to an engine of this node."""
+        headers = {"Authorization": f"Bearer {self.key}", ENGINE_URL: base_url, ENGINE_KEY: api_key}
+        return RelayRoute(url=f"{self.url}/relay", headers=headers)
+
+    def stop(self) -> None:
+        """Kill it. Idempotent."""
+        self.process.kill()
+        self.process.wait()
+
+
+class HeadRelay:
+    """The relay of rank 0's node; another takes its place when it is found dead or hung. Whoever makes it closes it."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: where its log goes."""
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._starts = count()
+        self._process: RelayProcess | None = None
+
+    def current(self) -> RelayProcess:
+        """Return a relay that answers, after starting it if need be. From any thread; it ends with the starting one.
+
+        Raises:
+            EngineStartFailed
+        """
+        with self._lock:
+            if self._process is None or not self._process.answers():
+                self._stop()
+                self._process = self._start(next(self._starts))
+            return self._process
+
+    def close(self) -> None:
+        """End the process. Idempotent."""
+        with self._lock:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def _start(self, restart: int) -> RelayProcess:
+        key = secrets.token_urlsafe(32)
+        log_path = self._folder / (f"relay.restart-{restart}.log" if restart else "relay.log")
+        process, url = start_listener([RELAY_MODULE], key, log_path, "the relay of this node")
+        return RelayProcess(process=process, url=url, key=key)
+
+
+def start_listener(
+    arguments: Sequence[str], key: str, log_path: Path, what: str
+) -> tuple["subprocess.Popen[bytes]", str]:
+    """Start a Python module as a child process that ends with the calling thread, and return the URL it prints.
+
+    Raises:
+        EngineStartFailed: it did not come up.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with open_private(log_path) as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments, "--parent", str(os.getpid())],
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(BrokenPipeError), process.stdin as pipe:  # it died: what it printed says why
+        pipe.write(f"{key}\n".encode())
+    is_there, _, _ = select.select([process.stdout], [], [], LISTEN_TIMEOUT_S)
+    url = process.stdout.readline().decode().strip() if is_there else ""
+    if not url:
+        process.kill()
+        process.wait()
+        raise EngineStartFailed(
+            f"{what} did not listen within {LISTEN_TIMEOUT_S:g} s; log: {log_path}\n{log_path.read_text()}"
+        )
+    return process, url

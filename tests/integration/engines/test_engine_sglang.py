@@ -377,11 +377,13 @@ def test_nobody_without_the_keys_samples_or_changes_weights(
     assert status("/generate", None, remote.base_url) == status("/generate", server.admin_key, remote.base_url) == 401
     assert status("/generate", remote.api_key, remote.base_url) == 200
     process, address = daemon
-    keys = (server.api_key, server.admin_key, address.key)
-    family = [psutil.Process(pid) for pid in (server.pid, remote.pid, process.pid)]
+    assert engines._relay is not None
+    relay = engines._relay.current()
+    keys = (server.api_key, server.admin_key, address.key, relay.key)
+    family = [psutil.Process(pid) for pid in (server.pid, remote.pid, process.pid, relay.process.pid)]
     family += [child for member in list(family) for child in member.children(recursive=True)]
     logs = [path.read_text() for path in (run_dir / "engines").glob("*.log")]
-    assert len(logs) == 3
+    assert len(logs) == 4, "two engines, a daemon and a relay"
     exposed = [*logs, *(" ".join(member.cmdline()) for member in family), *(str(member.environ()) for member in family)]
     assert not [key for key in keys for text in exposed if key in text]
     listening = [c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN]
@@ -399,11 +401,32 @@ def test_the_host_memory_of_every_engine_is_known_whatever_node_it_is_on(engines
         assert memory.peak_bytes >= memory.resident_bytes
 
 
+def test_a_relay_that_is_killed_is_a_loss_of_its_node_s_engines_alone(
+    engines: SglangEngines, trainer: Any, versions: Versions
+) -> None:
+    version = versions.push(engines, trainer)
+    here, there = engines._supervisor.servers
+    num_restarts = engines.metrics()["engine/restarts_count"]
+    iterator = engines.generate(prompts(48, group_size=2), SamplingParams(temperature=1.0, max_new_tokens=100, seed=5))
+    answers = [next(iterator)]
+    assert engines._relay is not None
+    os.kill(engines._relay.current().process.pid, signal.SIGKILL)
+    answers += list(iterator)
+    assert sorted(index for index, _ in answers) == list(range(96))
+    assert {completion.weight_versions for _, completion in answers} == {(version,)}
+    assert_matches(trainer, [completion for _, completion in answers])
+    wait_for_engines(engines, 2)
+    assert engines.metrics()["engine/restarts_count"] == num_restarts + 1
+    assert engines._supervisor.servers[0] is not here and engines._supervisor.servers[1] is there
+    assert_matches(trainer, sample(engines, prompts(4)))
+
+
 def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(
     engines: SglangEngines, trainer: Any, versions: Versions
 ) -> None:
     version = versions.push(engines, trainer)
     first, second = engines._supervisor.servers
+    num_restarts = engines.metrics()["engine/restarts_count"]
     family = [psutil.Process(first.pid), psutil.Process(second.pid)]
     family += [child for server in list(family) for child in server.children(recursive=True)]
     sampling = SamplingParams(temperature=1.0, max_new_tokens=100, seed=5)
@@ -420,7 +443,7 @@ def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(
     assert_matches(trainer, [completion for _, completion in answers])
     assert not psutil.wait_procs(family, timeout=30)[1], "the hung engine was killed"
     wait_for_engines(engines, 2)
-    assert engines.metrics()["engine/restarts_count"] == 2
+    assert engines.metrics()["engine/restarts_count"] == num_restarts + 2
 
 
 def test_engines_that_die_or_hang_in_a_refresh_drop_out_and_join_again_with_its_weights(

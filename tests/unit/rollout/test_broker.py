@@ -13,7 +13,7 @@ import pytest
 
 from megatron_p2o.rollout.broker import Broker, BrokerClosed, EnginesLost
 from megatron_p2o.rollout.requests import EVERYONE, NOBODY, Priority, StoppableClock
-from megatron_p2o.rollout.servers.client import EngineRefused, EngineUnreachable, Generation, RequestRefused
+from megatron_p2o.rollout.servers.answers import EngineRefused, EngineUnreachable, Generation, RequestRefused
 from megatron_p2o.run.trials import TrialSubmitter
 from megatron_p2o.testing.fakes import FakeGrader, FakeRenderer, fake_problem
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams

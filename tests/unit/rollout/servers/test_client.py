@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from megatron_p2o.rollout.servers.answers import Generation
-from megatron_p2o.rollout.servers.client import (
-    EngineClient,
-    EngineRefused,
-    EngineUnreachable,
-    RequestRefused,
-    check_scored,
-)
+from megatron_p2o.rollout.servers.answers import EngineRefused, EngineUnreachable, Generation, RequestRefused
+from megatron_p2o.rollout.servers.client import EngineClient, check_scored
 from megatron_p2o.rollout.servers.server import reserve_port
 from megatron_p2o.types import FinishReason, SamplingParams
 
@@ -183,5 +177,5 @@ def test_an_answer_of_another_shape_is_a_refusal() -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.json_response({"meta_info": {"finish_reason": {"type": "stop"}}})
 
-    with pytest.raises(EngineRefused, match=r"/generate: not an answer of SGLang .*weight_version"):
+    with pytest.raises(EngineRefused, match=r"/generate: 500 not an answer of SGLang .*weight_version"):
         ask(handler)
