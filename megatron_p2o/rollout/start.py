@@ -20,7 +20,7 @@ from megatron_p2o.rollout.supervisor import stop_all
 logger = logging.getLogger(__name__)
 
 SPARE_FILES = 256
-"""Open files of the conducting process that are not connections to engines."""
+"""Open files of a relay that are not connections to engines."""
 
 
 def start_engines(
@@ -84,7 +84,7 @@ def start_engines(
 
 
 def allow_connections(rollout: RolloutConfig) -> None:
-    """Allow this process one connection for every request that may be running, or warn that it cannot."""
+    """Allow relays, which inherit the limit, a connection for every request that may run, or warn that it cannot be."""
     num_files, num_requests = allow_many_files(), rollout.num_engines * rollout.max_running_requests
     if num_files < num_requests + SPARE_FILES:
         logger.warning(

@@ -9,7 +9,7 @@ TOOL = Path(__file__).parents[3] / "tools" / "bench_conductor.py"
 
 
 def test_both_ways_read_the_engines_completions(tmp_path: Path) -> None:
-    size = ["--tokens", "300", "7", "--engines", "2", "--flat-steps", "2", "--completions", "8"]
+    size = ["--tokens", "300", "7", "--engines", "2", "--steps", "2", "--flat-steps", "2", "--completions", "8"]
     command = [sys.executable, str(TOOL), *size, "--json", str(tmp_path / "result.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr  # it ends when a completion is another than the engines'
