@@ -443,7 +443,7 @@ def no_tokens() -> TokenStats[float]:
 class TokenShifts:
     """The shift of each of the first N tokens of a response, and what the context ratio left of it.
 
-    >>> TokenShifts(shifts=np.array([4.7]), kept=np.array([0.0]))  # 110 times as likely under the template: dropped
+    >>> dropped = TokenShifts(shifts=np.array([4.7]), kept=np.array([0.0]))  # 110 times as likely under the template
     """
 
     shifts: Logprobs

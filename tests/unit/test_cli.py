@@ -50,7 +50,7 @@ def test_a_run_folder_that_is_not_there_is_no_problem_of_the_settings(capsys: py
     ("line", "expected"),
     [
         ("p2o tr", {"train"}),
-        ("p2o train config.yaml --set optimizer.l", {"optimizer.lr=", "optimizer.lr_decay="}),
+        ("p2o train config.yaml --set optimizer.lr", {"optimizer.lr=", "optimizer.lr_decay="}),
         ("p2o eval --set evaluation.best_", {"evaluation.best_set=", "evaluation.best_metric="}),
     ],
 )

@@ -14,7 +14,7 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.machine.layout import with_layout
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FILES = sorted(EXAMPLES.rglob("*.yaml"))
+FILES = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "kubernetes")
 
 PAPER: dict[str, Any] = {
     "model.enable_thinking": False,

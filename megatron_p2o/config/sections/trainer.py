@@ -13,6 +13,9 @@ from megatron_p2o.config.ranges import (
     Seconds,
 )
 
+LENT = {"none": 0, "gradients": 1, "optimizer": 2, "all": 3}
+"""Values of `optimizer.lend`: each lends all that those below it lend."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -146,12 +149,15 @@ class OptimizerConfig:
 
     @property
     def lends_gradients(self) -> bool:
-        return self.lend != "none"
+        return self._lends("gradients")
 
     @property
     def lends_state(self) -> bool:
-        return self.lend in ("optimizer", "all")
+        return self._lends("optimizer")
 
     @property
     def lends_parameters(self) -> bool:
-        return self.lend == "all"
+        return self._lends("all")
+
+    def _lends(self, part: str) -> bool:
+        return LENT[self.lend] >= LENT[part]

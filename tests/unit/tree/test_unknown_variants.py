@@ -144,6 +144,11 @@ USES: dict[str, list[Callable[[Any], object]]] = {
         lambda value: loss_rule(ObjectiveConfig(kl_estimator=value)),
         lambda value: kl_sum(ONE, ONE, ObjectiveConfig(kl_estimator=value)),
     ],
+    "optimizer.lend": [
+        lambda value: OptimizerConfig(lend=value).lends_gradients,
+        lambda value: OptimizerConfig(lend=value).lends_state,
+        lambda value: OptimizerConfig(lend=value).lends_parameters,
+    ],
     "optimizer.lr_decay": [learning_rate],
     "head.kernel": [lambda value: HeadOptions(kernel=value)],
     "head.weight_grad": [lambda value: HeadOptions(weight_grad=value)],
