@@ -185,7 +185,7 @@ def check_evolution(config: Config, train: Sequence[Problem]) -> None:
     where given templates cannot be used."""
     evolution = config.evolution
     if evolution.enabled and evolution.templates_file is not None:
-        check_templates(Path(evolution.templates_file), evolution.max_template_tokens, train)
+        check_templates(Path(evolution.templates_file), evolution.max_template_tokens, train, list(config.data.train))
     if not evolution.searches:
         return
     for task in config.data.train:

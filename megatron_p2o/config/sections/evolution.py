@@ -97,8 +97,9 @@ class EvolutionConfig:
     """Whether templates are evolved and used. False is plain GRPO."""
     templates_file: str | None = None
     """File of templates that take the place of a search: after an epoch each hard problem gets some of them, drawn at
-    random, and nothing is sampled to choose them. A JSON list of texts if it ends in .json, else one template a line. A
-    template that holds a gold answer of a training problem is refused. None: templates are evolved."""
+    random, and nothing is sampled to choose them. One template a line; if the name ends in .json, a JSON list of texts,
+    or an object that has such a list for each task, "" for all tasks. A template that holds a gold answer of a training
+    problem is refused. None: templates are evolved."""
     plain_rollouts: PositiveInt | None = None
     """Rollouts that take the place of a search: the groups of an epoch's hard problems get so many further plain
     rollouts, all of them together, in the next epoch. They are trained on, and there are no templates: GRPO that spends

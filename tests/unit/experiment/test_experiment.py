@@ -309,7 +309,7 @@ def test_the_experiment_of_the_repository_says_what_its_arms_are() -> None:
     assert extra.enabled and not extra.searches and extra.plain_rollouts == searched.max_rollouts
     given = arms["random_templates"].evolution
     assert given.templates_file is not None and given.enabled and not given.searches
-    assert len(read_templates(ROOT / given.templates_file, given.max_template_tokens)) > 4
+    assert len(read_templates(ROOT / given.templates_file, given.max_template_tokens, [])) > 4
     assert arms["p2o"].evolution.searches and arms["p2o"].evolution.templates_file is None
     single = replace(arms["single_turn"].evolution, rules="asynchronous")
     assert single == searched and arms["single_turn"].evolution.rules == "single_turn"
@@ -354,7 +354,7 @@ def test_the_masks_are_compared_where_success_leans_on_the_template_and_differ_i
     assert all(file.startswith("runs/tiny_leaning/") for file in (config.model.path, *files))
     given = config.evolution
     assert given.templates_file is not None
-    templates = [each.text for each in read_templates(ROOT / given.templates_file, given.max_template_tokens)]
+    templates = [each.text for each in read_templates(ROOT / given.templates_file, given.max_template_tokens, [])]
     keys = [[num_keys(family, text) for family in FAMILIES.values()] for text in templates]
     assert sorted(keys) == [[0, 0, 2], [0, 2, 0], [2, 0, 0]], "both keys of one family each"
 

@@ -284,6 +284,12 @@ def test_plain_rollouts_are_shared_as_evenly_as_they_can_be() -> None:
         ("t.txt", "# nothing\n", "holds no template"),
         ("t.json", '{"a": 1}', "must hold a JSON list of texts"),
         ("t.json", '["Add.", ', "must hold a JSON list of texts"),
+        ("t.json", '{"sums": ["Add."]}', "has templates of sums, but data.train has train"),
+        (
+            "t.json",
+            '{"train": ["Add."], "": ["It is 1234."]}',
+            "template 2 holds '1234', the gold answer of problem leaky",
+        ),
         ("t.txt", "<|im_end|>\n", "template 1 cannot be used (chat markup)"),
     ],
 )
