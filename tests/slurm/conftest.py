@@ -131,16 +131,18 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """End a node as a power failure would: its slurmd and everything that runs for jobs on it, at once."""
-        victims = [self._daemons[node]]
+        of_slurm, of_jobs = [self._daemons[node]], list[psutil.Process]()
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
                 is_ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 if is_ours and environment.get("SLURMD_NODENAME") == node:
-                    victims += [process, *(parent for parent in process.parents() if parent.name() == "slurmstepd")]
+                    of_jobs.append(process)
+                    of_slurm += [parent for parent in process.parents() if parent.name() == "slurmstepd"]
             except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile; not to be looked at, so not ours
                 continue
-        for victim in dict.fromkeys(victims):
+        # Slurm's own first: they would tell of the tasks that end.
+        for victim in dict.fromkeys([*of_slurm, *of_jobs]):
             try:
                 victim.kill()
             except psutil.NoSuchProcess:
@@ -225,6 +227,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_job_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End what a test leaves: it would hold the nodes that the next one counts on."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").cancel_all()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ EVALUATE = "eval runs/a/checkpoints/best --benchmark small=small.jsonl"
 
 
 @pytest.fixture
-def submit(cluster: Any, checkout: Path) -> Iterator[Submit]:
-    """Yield a function that runs a job with `p2o` replaced by a script, waits for it and returns its log."""
+def submit(cluster: Any, checkout: Path) -> Submit:
+    """Return a function that runs a job with `p2o` replaced by a script, waits for it and returns its log."""
 
     def run(stand_in: str, arguments: str = TRAIN, *own: str, **variables: str) -> str:
         programs = checkout / "bin"
@@ -42,8 +42,7 @@ def submit(cluster: Any, checkout: Path) -> Iterator[Submit]:
             pytest.fail(f"the job did not end in {JOB_TIMEOUT_S} s:\n{log.read_text()}")
         return log.read_text()
 
-    yield run
-    cluster.cancel_all()  # the next test counts on node1 and node2
+    return run
 
 
 def test_every_node_trains_once_after_its_doctor(submit: Submit, checkout: Path) -> None:
