@@ -114,8 +114,8 @@ def _texts(path: Path, where: str) -> list[tuple[str, str]]:
         lines = (line.strip() for line in content.splitlines())
         return [("", line) for line in lines if line and not line.startswith("#")]
     try:
-        given = msgspec.convert(json.loads(content), list[str] | dict[str, list[str]])
+        given = json.loads(content)
+        by_task = msgspec.convert(given if isinstance(given, dict) else {"": given}, dict[str, list[str]])
     except (ValueError, RecursionError) as error:  # msgspec's error is a ValueError, too
         raise ValueError(f"{where} must hold a JSON list of texts, or one for each task: {error}") from error
-    by_task = {"": given} if isinstance(given, list) else given
     return [(task, text.strip()) for task, texts in by_task.items() for text in texts]
