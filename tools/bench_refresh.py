@@ -291,7 +291,8 @@ def probed(broker: Broker, num_engines: int, logs: Path) -> np.ndarray:
 
     async def ask(name: str, client: EngineClient) -> list[float]:
         answers = [
-            await client.generate(ids, greedy, f"probe-{number}", TIMEOUT_S) for number, ids in enumerate(PROBES)
+            await client.generate(ids, greedy, f"probe-{number}", timeout_s=TIMEOUT_S)
+            for number, ids in enumerate(PROBES)
         ]
         return [float(answer.logprobs[0]) for answer in answers]
 

@@ -69,7 +69,8 @@ def main() -> None:
         config = bench_config(model_path, arguments.tokens, device, recompute=arguments.recompute)
         config = replace(config, model=replace(config.model, layer_backend=arguments.layers))
         config = replace(config, head=HeadConfig(kernel=arguments.head_kernel))
-        result |= {"planned_bytes": asdict(trainer_memory(config, architecture))}
+        planned = asdict(trainer_memory(config, architecture))
+        result |= {"lent": sorted(planned.pop("lent")), "planned_bytes": planned}
         with closing(build_policy(config)) as policy:
             result |= {"layers": policy.layers.layers, "attention": policy.layers.attention}
             result |= measure(policy, samples, arguments.repeats, device)
