@@ -59,8 +59,10 @@ class GenerationRequest:
         """Keep what it has when it is paused: all but the last token.
 
         An engine that is told to stop does not look at whether the last token ends the response. It is sampled again.
+        Where it was the only one nothing is kept, no weight version either: no token of the response is from it.
         """
-        self.kept = replace(generation, token_ids=generation.token_ids[:-1], logprobs=generation.logprobs[:-1])
+        kept = replace(generation, token_ids=generation.token_ids[:-1], logprobs=generation.logprobs[:-1])
+        self.kept = kept if len(kept.token_ids) else None
 
     def joined(self, generation: Generation) -> Generation:
         """Return what was kept with what came after it."""

@@ -13,7 +13,7 @@ from megatron_p2o.rollout.buckets.staging import StagingBuffer
 from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
 from megatron_p2o.rollout.inside_sglang import weight_loader
 from megatron_p2o.rollout.servers.answers import EngineRefused
-from megatron_p2o.testing.sglang_server import FusedModel
+from megatron_p2o.testing.engines.sglang_server import FusedModel
 
 
 class InProcessClient:

@@ -23,10 +23,10 @@ from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.refresh.weight_sync import WeightSync
 from megatron_p2o.rollout.servers.answers import EngineRefused
 from megatron_p2o.testing.distributed import run_gloo_ranks
+from megatron_p2o.testing.engines.sglang_server import FusedModel
+from megatron_p2o.testing.engines.sglang_server import fused_model_weights as weights
 from megatron_p2o.testing.fakes import fake_config
 from megatron_p2o.testing.policy_oracle import policy_config
-from megatron_p2o.testing.sglang_server import FusedModel
-from megatron_p2o.testing.sglang_server import fused_model_weights as weights
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.testing.weight_fleet import InProcessClient, InProcessFleet, assert_holds
 

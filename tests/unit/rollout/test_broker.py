@@ -1,141 +1,25 @@
 import asyncio
-import math
 import queue
 import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
-from megatron_p2o.rollout.broker import Broker, BrokerClosed, EnginesLost
+from megatron_p2o.rollout.broker import BrokerClosed, EnginesLost
 from megatron_p2o.rollout.requests import EVERYONE, NOBODY, Priority, StoppableClock
-from megatron_p2o.rollout.servers.answers import EngineRefused, EngineUnreachable, Generation, RequestRefused
+from megatron_p2o.rollout.servers.answers import EngineRefused, EngineUnreachable
 from megatron_p2o.run.trials import TrialSubmitter
+from megatron_p2o.testing.engines.engine_client import (
+    SAMPLING,
+    WAIT_S,
+    FakeClient,
+    add_engine,
+    broker_with,
+    prompt,
+    settled,
+)
 from megatron_p2o.testing.fakes import FakeGrader, FakeRenderer, fake_problem
-from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
-
-SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8)
-WAIT_S = 20
-
-
-class FakeClient:
-    """An engine that answers when told to, with the prompt's ids plus one."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.permits = asyncio.Semaphore(0)
-        self.served: list[int] = []
-        self.aborted: list[str] = []
-        self.priorities: list[int] = []
-        self.num_running = self.most_running = 0
-        self.is_gone = self.ignores_abort = self.is_hung = False
-        self.stopping: dict[str, asyncio.Event] = {}
-        self.logprobs = np.zeros(1, np.float32)
-        self.most_tokens_asked_for: defaultdict[int, list[int]] = defaultdict(list)
-
-    async def generate(self, token_ids, sampling, request_id, *, priority) -> Generation:
-        self.priorities.append(priority)
-        self.most_tokens_asked_for[int(token_ids[0])].append(sampling.max_new_tokens)
-        if token_ids[0] < 0:
-            raise RequestRefused("400 no") if token_ids[0] == -1 else EngineRefused("401 no key")
-        self.num_running += 1
-        self.most_running = max(self.most_running, self.num_running)
-        stop = self.stopping[request_id] = asyncio.Event()
-        go = asyncio.ensure_future(self.permits.acquire())
-        abort = asyncio.ensure_future(stop.wait())
-        try:
-            await asyncio.wait([go, abort], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.num_running -= 1
-            go.cancel()
-            abort.cancel()
-        if self.is_gone:
-            raise EngineUnreachable("connection reset")
-        if stop.is_set() and self.ignores_abort:
-            raise TimeoutError("no answer")
-        self.served.append(int(token_ids[0]))
-        reason = "abort" if stop.is_set() else "stop"
-        return Generation(token_ids=token_ids + 1, logprobs=self.logprobs, finish_reason=reason, weight_versions=(3,))
-
-    async def abort(self, request_id: str) -> None:
-        """Like SGLang, take the id for the beginning of ids."""
-        for running_id, stop in self.stopping.items():
-            if running_id.startswith(request_id):
-                self.aborted.append(running_id)
-                stop.set()
-
-    async def probe(self, timeout_s: float) -> None:
-        if self.is_hung:
-            await asyncio.sleep(timeout_s)
-            raise TimeoutError("no answer")
-
-    async def close(self) -> None:
-        pass
-
-    def release(self, count: int = 1000) -> None:
-        """Let `count` requests finish; called by the test's thread."""
-
-        async def add() -> None:
-            for _ in range(count):
-                self.permits.release()
-
-        asyncio.run_coroutine_threadsafe(add(), self.loop).result(WAIT_S)
-
-    def die(self) -> None:
-        self.is_gone = True
-        self.release()
-
-
-@contextmanager
-def broker_with(
-    num_engines: int = 1,
-    slots: int = 4,
-    request_timeout_s: float = WAIT_S,
-    stall_timeout_s: float = WAIT_S,
-    on_loss: Callable[[str], None] | None = None,
-    max_slowdown: float = math.inf,
-) -> Iterator[tuple[Broker, list[FakeClient]]]:
-    broker = Broker(
-        slots_per_engine=slots,
-        request_timeout_s=request_timeout_s,
-        stall_timeout_s=stall_timeout_s,
-        on_loss=on_loss,
-        max_slowdown=max_slowdown,
-    )
-    clients: list[FakeClient] = []
-    try:
-        for index in range(num_engines):
-            add_engine(broker, index, clients)
-        yield broker, clients
-    finally:
-        broker.close()
-
-
-def add_engine(broker: Broker, index: int, clients: list[FakeClient]) -> None:
-    def make_client() -> FakeClient:
-        clients.append(FakeClient())
-        return clients[-1]
-
-    broker.add_engine(f"engine {index}", make_client, lambda: f"log of engine {index}")
-
-
-def prompt(*tokens: int, problem: str | None = None) -> Prompt:
-    ids = np.array(tokens, dtype=np.int32)
-    return Prompt(
-        problem=Problem(id=problem or str(tokens[0]), question="", answer=""),
-        template=PLAIN,
-        sampling_ids=ids,
-        training_ids=ids,
-    )
-
-
-def settled(broker: Broker) -> None:
-    """Return when the loop has seen everything submitted so far."""
-    broker.admit(EVERYONE)
 
 
 def test_a_completion_carries_what_the_engine_sampled() -> None:
@@ -537,98 +421,3 @@ def test_a_call_to_every_engine_leaves_out_those_that_are_gone() -> None:
         clients[1].is_gone = True
         with pytest.raises(EnginesLost):
             broker.call_every_engine(name_of).result(WAIT_S)
-
-
-def wait_until(is_true: Callable[[], bool]) -> None:
-    """Wait for what another thread brings about."""
-    deadline = time.monotonic() + WAIT_S
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def test_evolution_is_paused_for_training_and_goes_on_from_its_tokens() -> None:
-    with broker_with(max_slowdown=0.0) as (broker, (client,)):
-        evolution = broker.submit(prompt(7, 9), SAMPLING, "evolution")
-        settled(broker)
-        training = broker.submit(prompt(20), SAMPLING)
-        wait_until(lambda: 7 in client.served)
-        assert not evolution.done()
-        client.release(1)
-        assert training.result(WAIT_S).token_ids.tolist() == [21]
-        client.release()
-        completion = evolution.result(WAIT_S)
-    # The engine answered [7, 9] with [8, 10] when it was paused. The last token is sampled again: the engine answers
-    # [7, 9, 8] with [8, 10, 9].
-    assert completion.token_ids.tolist() == [8, 8, 10, 9]
-    assert completion.finish_reason == "stop"
-    assert completion.prompt.sampling_ids.tolist() == [7, 9]
-    numbers = broker.meter.take()
-    assert (numbers["engine/evolution_tokens"], numbers["engine/evolution_pauses_count"]) == (5.0, 1.0)
-
-
-def test_what_was_paused_keeps_its_tokens_when_the_engine_is_lost() -> None:
-    with broker_with(num_engines=2, slots=1, max_slowdown=0.0, on_loss=lambda name: None) as (broker, clients):
-        first, second = clients
-        training = [broker.submit(prompt(20), SAMPLING)]  # on the first engine
-        evolution = broker.submit(prompt(7, 9), SAMPLING, "evolution")
-        settled(broker)
-        training.append(broker.submit(prompt(21), SAMPLING))
-        wait_until(lambda: 7 in second.served)  # it has handed over what it had
-        second.die()
-        first.release()
-        assert [future.result(WAIT_S).token_ids.tolist() for future in training] == [[21], [22]]
-        assert evolution.result(WAIT_S).token_ids.tolist() == [8, 8, 10, 9]
-
-
-def test_an_engine_lost_before_it_hands_over_what_was_paused_has_it_started_anew() -> None:
-    with broker_with(num_engines=2, slots=1, max_slowdown=0.0, on_loss=lambda name: None) as (broker, clients):
-        first, second = clients
-        training = [broker.submit(prompt(20), SAMPLING)]  # on the first engine
-        evolution = broker.submit(prompt(7, 9), SAMPLING, "evolution")
-        settled(broker)
-        second.is_gone = True  # it answers the abort by a broken connection
-        training.append(broker.submit(prompt(21), SAMPLING))
-        wait_until(lambda: broker.num_engines == 1)
-        first.release()
-        assert [future.result(WAIT_S).token_ids.tolist() for future in training] == [[21], [22]]
-        assert evolution.result(WAIT_S).token_ids.tolist() == [8, 10]
-        assert broker.meter.take()["engine/evolution_pauses_count"] == 1.0
-
-
-def test_a_response_that_was_full_when_it_was_paused_is_not_asked_for_no_token_at_all() -> None:
-    one_token = SamplingParams(temperature=1.0, max_new_tokens=1)
-    with broker_with(max_slowdown=0.0) as (broker, (client,)):
-        evolution = broker.submit(prompt(7), one_token, "evolution")
-        settled(broker)
-        training = broker.submit(prompt(20), SAMPLING)
-        wait_until(lambda: 7 in client.served)
-        client.release()
-        assert training.result(WAIT_S).token_ids.tolist() == [21]
-        assert evolution.result(WAIT_S).token_ids.tolist() == [8]
-        assert client.most_tokens_asked_for[7] == [1, 1]
-
-
-def test_cancelling_a_paused_request_forgets_it() -> None:
-    with broker_with(max_slowdown=0.0) as (broker, (client,)):
-        evolution = broker.submit(prompt(7), SAMPLING, "evolution")
-        settled(broker)
-        training = broker.submit(prompt(20), SAMPLING)
-        wait_until(lambda: 7 in client.served)
-        evolution.cancel()
-        client.release()
-        assert training.result(WAIT_S).token_ids.tolist() == [21]
-        settled(broker)
-        assert client.served == [7, 20]
-
-
-def test_evolution_runs_beside_training_as_far_as_it_may() -> None:
-    with broker_with(slots=8, max_slowdown=0.5) as (broker, (client,)):
-        training = [broker.submit(prompt(20 + number), SAMPLING) for number in range(4)]
-        evolution = [broker.submit(prompt(40 + number), SAMPLING, "evolution") for number in range(4)]
-        settled(broker)
-        assert client.num_running == 4 + 2
-        client.release()
-        for future in (*training, *evolution):
-            future.result(WAIT_S)
-        assert client.aborted == []

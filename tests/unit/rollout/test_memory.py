@@ -15,8 +15,8 @@ from megatron_p2o.config.tree import Config, ModelConfig
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.servers.server_arguments import does_release_memory
+from megatron_p2o.testing.engines.sglang_server import FakeSglangServer, fused_model_weights
 from megatron_p2o.testing.fakes import fake_config
-from megatron_p2o.testing.sglang_server import FakeSglangServer, fused_model_weights
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 
 WAIT_S = 20

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_p2o.rollout.refresh.cost import Stopwatches
 from megatron_p2o.rollout.refresh.staged_weights import LockStep, StagedWeights
-from megatron_p2o.testing.sglang_server import fused_model_weights as weights
+from megatron_p2o.testing.engines.sglang_server import fused_model_weights as weights
 
 BUCKET_BYTES = 48
 """The weights of `FusedModel` make three buckets."""

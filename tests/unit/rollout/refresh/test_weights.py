@@ -9,8 +9,8 @@ from megatron_p2o.rollout.inside_sglang import weight_loader
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.refresh.weight_sync import WeightSync
 from megatron_p2o.rollout.servers.answers import EngineRefused
-from megatron_p2o.testing.sglang_server import FusedModel
-from megatron_p2o.testing.sglang_server import fused_model_weights as weights
+from megatron_p2o.testing.engines.sglang_server import FusedModel
+from megatron_p2o.testing.engines.sglang_server import fused_model_weights as weights
 from megatron_p2o.testing.weight_fleet import InProcessClient, InProcessFleet, assert_holds
 
 NAMES = ("embed.weight", "q.weight", "k.weight", "v.weight", "norm.weight")

@@ -23,8 +23,8 @@ from megatron_p2o.rollout.servers.answers import EngineRefused, EngineUnreachabl
 from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.rollout.servers.relay_link import RelayRoute
 from megatron_p2o.rollout.servers.start import HeadRelay, RelayProcess
+from megatron_p2o.testing.engines.sglang_server import FakeSglangServer
 from megatron_p2o.testing.fakes import FakeRenderer, fake_config, fake_problem
-from megatron_p2o.testing.sglang_server import FakeSglangServer
 from megatron_p2o.types import PLAIN, SamplingParams
 
 PROMPT = np.array([5, 6], dtype=np.int32)
@@ -250,5 +250,5 @@ def test_a_relay_that_is_killed_costs_its_engines_and_no_completion(tmp_path: Pa
         assert sorted(index for index, _ in done) == list(range(6))
         assert {(each.token_ids.tolist()[0], each.finish_reason) for _, each in done} == {(7, "length")}
         assert engines.metrics()["engine/restarts_count"] == 2
-        assert [name for name in journal if "start" in name] == ["engine 0 start", "engine 1 start"]
+        assert sorted(name for name in journal if "start" in name) == ["engine 0 start", "engine 1 start"]
     assert not killed.is_alive()
