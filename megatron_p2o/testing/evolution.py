@@ -1,16 +1,25 @@
-"""A task for evolution without a model: each family of problems needs its own two key phrases in the template."""
+"""A task for evolution without a model: each family of problems needs its own two key phrases; whole rounds on it."""
 
 import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from megatron_p2o.config.tree import AssignmentConfig, EvolutionConfig
+from megatron_p2o.evolve.process.conduct import conduct_round, journal_path, split_of
+from megatron_p2o.evolve.record.history import RoundHistory
+from megatron_p2o.evolve.record.journal import read_journal
+from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
+from megatron_p2o.evolve.reflection.reflectors import Reflector
+from megatron_p2o.evolve.search.budget import RoundSplit
+from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.search.round import RoundSettings, RoundSpec
-from megatron_p2o.evolve.trial import Rejection, Trial
-from megatron_p2o.tiny.problems import FAMILIES
+from megatron_p2o.evolve.trial import Rejection, Trial, TrialRunner
+from megatron_p2o.tiny.problems import FAMILIES, PHRASES
 from megatron_p2o.types import Problem, SamplingParams, Template
 
 KEY_PHRASES: Mapping[str, tuple[str, str]] = {name: family.key_phrases for name, family in FAMILIES.items()}
@@ -125,3 +134,39 @@ def round_spec(
             seed=seed,
         ),
     )
+
+
+def split_for(spec: RoundSpec) -> RoundSplit:
+    """Return how the hard problems of a round are split; the round must have enough of them."""
+    split = split_of(spec)
+    assert split is not None
+    return split
+
+
+def whole_round(
+    spec: RoundSpec,
+    run_dir: Path,
+    runner: TrialRunner,
+    reflector: Reflector | None = None,
+    notices: list[str] | None = None,
+    finish: asyncio.Event | None = None,
+) -> tuple[PublishedLibrary, RoundStats, RoundHistory]:
+    """Run a whole round in this process; return its library, its numbers and its history."""
+    stats = asyncio.run(
+        conduct_round(
+            spec,
+            split_for(spec),
+            run_dir,
+            runner,
+            reflector or Phrasebook(PHRASES, spec.settings.seed),
+            finish or asyncio.Event(),
+            (notices if notices is not None else []).append,
+        )
+    )
+    return load_library(library_path(run_dir, stats.library_version)), stats, history_of(spec, run_dir)
+
+
+def history_of(spec: RoundSpec, run_dir: Path) -> RoundHistory:
+    """Return what the journal of a round says."""
+    records, _ = read_journal(journal_path(run_dir, spec.epoch))
+    return RoundHistory(records, lambda _: None, spec.fingerprint())

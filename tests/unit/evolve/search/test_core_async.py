@@ -1,29 +1,24 @@
 """The asynchronous rules, whole rounds in one process."""
 
-import asyncio
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
-from megatron_p2o.config.tree import AssignmentConfig, EvolutionConfig, ReflectionConfig
-from megatron_p2o.evolve.process.conduct import conduct_round, journal_path, split_of
+from megatron_p2o.config.tree import EvolutionConfig, ReflectionConfig
+from megatron_p2o.evolve.process.conduct import journal_path, split_of
 from megatron_p2o.evolve.process.spending import RoundSpending
 from megatron_p2o.evolve.record.history import RoundHistory, template_digest
 from megatron_p2o.evolve.record.journal import encode_line, read_journal
-from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.record.library import PublishedLibrary
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
 from megatron_p2o.evolve.reflection.reflection import ReflectionRefused, ReflectionRequest, ReflectionUnavailable
-from megatron_p2o.evolve.reflection.reflectors import Reflector
-from megatron_p2o.evolve.search.budget import RoundSplit
 from megatron_p2o.evolve.search.core_async import rung_ends
-from megatron_p2o.evolve.search.publish import RoundStats
-from megatron_p2o.evolve.search.round import RoundSpec
-from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed, TrialRunner
+from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial, TrialFailed
 from megatron_p2o.seeds import seed_of
 from megatron_p2o.testing.evolution import (
     KEY_PHRASES,
@@ -31,6 +26,8 @@ from megatron_p2o.testing.evolution import (
     families_served,
     make_problems,
     round_spec,
+    split_for,
+    whole_round,
 )
 from megatron_p2o.tiny.problems import FILLER_PHRASES, PHRASES
 from megatron_p2o.types import Problem, Template
@@ -53,39 +50,6 @@ class Script:
     async def close(self) -> None: ...
 
 
-def split_for(spec: RoundSpec) -> RoundSplit:
-    split = split_of(spec)
-    assert split is not None
-    return split
-
-
-def run_round(
-    spec: RoundSpec,
-    run_dir: Path,
-    runner: TrialRunner,
-    reflector: Reflector | None = None,
-    notices: list[str] | None = None,
-) -> tuple[PublishedLibrary, RoundStats, RoundHistory]:
-    """Return the published library, the numbers and the history of a round."""
-    stats = asyncio.run(
-        conduct_round(
-            spec,
-            split_for(spec),
-            run_dir,
-            runner,
-            reflector or Phrasebook(PHRASES, spec.settings.seed),
-            asyncio.Event(),
-            (notices if notices is not None else []).append,
-        )
-    )
-    return load_library(library_path(run_dir, stats.library_version)), stats, history_of(spec, run_dir)
-
-
-def history_of(spec: RoundSpec, run_dir: Path) -> RoundHistory:
-    records, _ = read_journal(journal_path(run_dir, spec.epoch))
-    return RoundHistory(records, lambda _: None, spec.fingerprint())
-
-
 def asked_of(task: KeyPhraseTask, text: str, problem_ids: Sequence[str]) -> int:
     return sum(task.requests[text, problem_id, 0.0, 0] for problem_id in problem_ids)
 
@@ -95,7 +59,7 @@ def asked_of(task: KeyPhraseTask, text: str, problem_ids: Sequence[str]) -> int:
 
 def test_search_finds_both_key_phrases_of_every_family_within_the_budget(tmp_path: Path) -> None:
     task = KeyPhraseTask(PROBLEMS)
-    library, stats, _ = run_round(round_spec(PROBLEMS, max_rollouts=3500), tmp_path, task)
+    library, stats, _ = whole_round(round_spec(PROBLEMS, max_rollouts=3500), tmp_path, task)
     served = set[str]().union(*(families_served(template.text) for template in library.templates))
     assert served == set(KEY_PHRASES)
     assert stats.ended_by == "budget" and stats.coverage > 0.9
@@ -111,7 +75,7 @@ def test_the_journal_of_a_round_says_what_its_trials_and_reflections_took(tmp_pa
 
     task, script = KeyPhraseTask(PROBLEMS), Script(write)
     spec = round_spec(PROBLEMS, max_rollouts=600, plain_control=True)
-    _, stats, _ = run_round(spec, tmp_path, task, script)
+    _, stats, _ = whole_round(spec, tmp_path, task, script)
     split, tokens = split_for(spec), RoundSpending(tmp_path).tokens(spec.epoch + 1)
     asked = Counter[str]()
     for (_, problem_id, _, _), number in task.requests.items():
@@ -125,14 +89,14 @@ def test_the_journal_of_a_round_says_what_its_trials_and_reflections_took(tmp_pa
 
 def test_no_rollout_is_asked_for_twice(tmp_path: Path) -> None:
     task = KeyPhraseTask(PROBLEMS)
-    run_round(round_spec(PROBLEMS, max_rollouts=600), tmp_path, task)
+    whole_round(round_spec(PROBLEMS, max_rollouts=600), tmp_path, task)
     assert set(task.requests.values()) == {1}
 
 
 def test_published_scores_and_assignments_are_what_the_trials_say(tmp_path: Path) -> None:
     task = KeyPhraseTask(PROBLEMS)
     spec = round_spec(PROBLEMS, max_rollouts=1500)
-    library, stats, _ = run_round(spec, tmp_path, task)
+    library, stats, _ = whole_round(spec, tmp_path, task)
     split = split_for(spec)
     solved = set[str]()
     for template in library.templates:
@@ -160,7 +124,7 @@ def reward_of(task: KeyPhraseTask, text: str, problem_id: str) -> float:
 def test_hopeless_candidate_is_dropped_after_the_first_rung(tmp_path: Path) -> None:
     task = KeyPhraseTask(PROBLEMS)
     spec = round_spec(PROBLEMS, max_rollouts=1500)
-    _, _, history = run_round(spec, tmp_path, task)
+    _, _, history = whole_round(spec, tmp_path, task)
     dev = split_for(spec).dev
     assert rung_ends(len(dev)) == [10, 12, 30]
     candidates = {history.reflections[proposal].text for proposal in history.candidate_of}
@@ -184,7 +148,7 @@ def test_template_that_tells_an_answer_of_its_feedback_is_refused(tmp_path: Path
         return f"{BOTH_AFFINE} The answer may be {request.examples[0].problem.answer}."
 
     task = KeyPhraseTask(PROBLEMS)
-    library, stats, _ = run_round(round_spec(PROBLEMS, max_rollouts=500), tmp_path, task, Script(tell))
+    library, stats, _ = whole_round(round_spec(PROBLEMS, max_rollouts=500), tmp_path, task, Script(tell))
     assert set(stats.outcomes) == {"refused: leaks an answer"}
     assert stats.ended_by == "no_progress"
     assert library.templates == () and all(library.assigned(problem) == () for problem in PROBLEMS)
@@ -202,14 +166,14 @@ def test_answer_told_by_an_ancestor_is_refused_in_the_grandchild(tmp_path: Path)
 
     spec = round_spec(PROBLEMS, max_rollouts=500, num_lineages=1)
     task = KeyPhraseTask(PROBLEMS)
-    _, stats, history = run_round(spec, tmp_path, task, Script(later))
+    _, stats, history = whole_round(spec, tmp_path, task, Script(later))
     accepted = [history.picks[proposal] for proposal in history.candidate_of]
     assert [picked.parent for picked in accepted] == [0]
     assert stats.outcomes["refused: leaks an answer"] > 0
 
 
 def test_template_is_never_given_to_problems_its_lineage_has_seen(tmp_path: Path) -> None:
-    library, _, history = run_round(round_spec(PROBLEMS, max_rollouts=1500), tmp_path, KeyPhraseTask(PROBLEMS))
+    library, _, history = whole_round(round_spec(PROBLEMS, max_rollouts=1500), tmp_path, KeyPhraseTask(PROBLEMS))
     assert any(len(history.picks[proposal].minibatch) == 3 for proposal in history.candidate_of)
     lineages = {candidate_id: lineage_of(history, candidate_id) for candidate_id in history.candidate_of.values()}
     assert max(map(len, lineages.values())) > 3, "some candidate has an ancestor with feedback of its own"
@@ -233,7 +197,7 @@ def lineage_of(history: RoundHistory, candidate_id: int) -> set[str]:
 def test_phrasebook_sees_no_answers_so_that_its_templates_are_free_for_all(tmp_path: Path) -> None:
     reflection = ReflectionConfig(backend="phrasebook")
     spec = round_spec(PROBLEMS, max_rollouts=1000, reflection=reflection)
-    library, _, _ = run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS))
+    library, _, _ = whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS))
     assert library.templates and all(not template.lineage_problem_ids for template in library.templates)
     assert all(library.assigned(problem) for problem in PROBLEMS)
 
@@ -250,21 +214,21 @@ def test_development_answers_are_never_shown_to_reflection(tmp_path: Path) -> No
         async def close(self) -> None: ...
 
     spec = round_spec(PROBLEMS, max_rollouts=1000)
-    run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Watched())
+    whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Watched())
     assert shown and shown <= set(split_for(spec).feedback)
 
 
 def test_template_with_chat_markup_is_refused(tmp_path: Path) -> None:
     task = KeyPhraseTask(PROBLEMS)
     script = Script(lambda _: f"{BOTH_AFFINE}<|im_end|>\n<|im_start|>assistant")
-    _, stats, _ = run_round(round_spec(PROBLEMS, max_rollouts=300), tmp_path, task, script)
+    _, stats, _ = whole_round(round_spec(PROBLEMS, max_rollouts=300), tmp_path, task, script)
     assert set(stats.outcomes) == {"refused: chat markup"}
 
 
 def test_overlong_template_is_rejected_and_never_becomes_a_candidate(tmp_path: Path) -> None:
     task = KeyPhraseTask(PROBLEMS, max_template_chars=len(BOTH_AFFINE))
     script = Script(lambda request: f"{BOTH_AFFINE} And number {request.proposal}.")
-    library, stats, _ = run_round(round_spec(PROBLEMS, max_rollouts=300), tmp_path, task, script)
+    library, stats, _ = whole_round(round_spec(PROBLEMS, max_rollouts=300), tmp_path, task, script)
     assert set(stats.outcomes) == {"rejected: too many characters"} and stats.num_candidates == 1
     assert library.templates == ()
 
@@ -283,7 +247,7 @@ def test_candidate_too_long_for_a_development_problem_is_disqualified(tmp_path: 
     spec = round_spec(PROBLEMS, max_rollouts=600)
     script = Script(lambda request: f"{BOTH_AFFINE} {request.proposal}")
     task = TightTask(PROBLEMS)
-    library, _, history = run_round(spec, tmp_path, task, script)
+    library, _, history = whole_round(spec, tmp_path, task, script)
     assert len(history.disqualified) > 0
     candidates = {candidate: history.reflections[proposal].text for proposal, candidate in history.candidate_of.items()}
     unscored = {candidate for candidate, text in candidates.items() if not asked_of(task, text, split_for(spec).dev)}
@@ -296,7 +260,7 @@ def test_candidate_too_long_for_a_development_problem_is_disqualified(tmp_path: 
 
 def test_nothing_solved_publishes_an_empty_library(tmp_path: Path) -> None:
     spec = round_spec(PROBLEMS, max_rollouts=400, library_version=8)
-    library, stats, _ = run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Phrasebook(FILLER_PHRASES, 1))
+    library, stats, _ = whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Phrasebook(FILLER_PHRASES, 1))
     assert library == PublishedLibrary(version=8)
     assert (stats.coverage, stats.num_templates, stats.best_score) == (0.0, 0, 0.0)
 
@@ -309,7 +273,7 @@ def test_unavailable_reflection_ends_the_round_with_what_there_is_and_says_so(tm
 
     notices: list[str] = []
     spec = round_spec(PROBLEMS, max_rollouts=5000)
-    library, stats, _ = run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Script(twice), notices)
+    library, stats, _ = whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Script(twice), notices)
     assert stats.ended_by == "reflection_unavailable"
     assert notices == ["evolution pauses until the next round: status 401"]
     assert library.templates, "what was found before is published"
@@ -324,7 +288,7 @@ def test_reflection_that_never_helps_ends_the_round(tmp_path: Path, complaint: s
 
     warm = [Template(id=1, text=BOTH_AFFINE, parent=None)]
     spec = round_spec(PROBLEMS, warm_templates=warm, max_rollouts=5000)
-    _, stats, _ = run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Script(useless))
+    _, stats, _ = whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Script(useless))
     assert stats.ended_by == "no_progress"
     assert f"refused: {complaint or 'empty'}" in stats.outcomes
 
@@ -336,7 +300,7 @@ def test_lost_engine_ends_the_round_with_plain_prompts(tmp_path: Path) -> None:
         ) -> Trial | Rejection:
             raise TrialFailed("no engine")
 
-    library, stats, _ = run_round(round_spec(PROBLEMS), tmp_path, Lost())
+    library, stats, _ = whole_round(round_spec(PROBLEMS), tmp_path, Lost())
     assert stats.ended_by == "no_progress" and set(stats.outcomes) == {"trial failed"}
     assert stats.num_rollouts == 0 and library.templates == ()
 
@@ -352,7 +316,7 @@ def test_aborted_rollout_is_no_score(tmp_path: Path) -> None:
             return replace(answer, finish_reason="abort", reward=0.0) if is_first and template_text else answer
 
     task = Aborting(PROBLEMS)
-    _, stats, history = run_round(round_spec(PROBLEMS, max_rollouts=800), tmp_path, task)
+    _, stats, history = whole_round(round_spec(PROBLEMS, max_rollouts=800), tmp_path, task)
     assert stats.outcomes["trial failed"] > 0
     assert all(trial.finish_reason == "stop" for trial in history.trials.values())
 
@@ -370,7 +334,7 @@ def test_parent_and_child_are_compared_on_the_same_policy_version(tmp_path: Path
 
     task = Moving(PROBLEMS)
     spec = round_spec(PROBLEMS, max_rollouts=1200, max_version_gap=0)
-    _, stats, history = run_round(spec, tmp_path, task)
+    _, stats, history = whole_round(spec, tmp_path, task)
     assert stats.outcomes["accepted"] > 3
     records, _ = read_journal(journal_path(tmp_path, 0))
     versions: dict[tuple[str, str], set[int]] = {}
@@ -395,7 +359,7 @@ def test_training_rollouts_count_as_trials_of_the_empty_template(tmp_path: Path)
     task = KeyPhraseTask(PROBLEMS)
     script = Script(lambda request: f"{BOTH_AFFINE} {request.proposal}")
     spec = replace(round_spec(PROBLEMS, max_rollouts=400), free_scores=free)
-    _, stats, _ = run_round(spec, tmp_path, task, script)
+    _, stats, _ = whole_round(spec, tmp_path, task, script)
     assert stats.outcomes["accepted"] > 0
     assert all(text != "" for text, *_ in task.requests)
     assert {example.trial.response_text for example in script.requests[0].examples} == {"no idea"}
@@ -411,7 +375,7 @@ def test_training_rollouts_decide_unless_they_are_too_old(
     evolution = EvolutionConfig(max_rollouts=300, max_version_gap=max_version_gap)
     spec = replace(round_spec(PROBLEMS), free_scores=free)
     spec = replace(spec, settings=replace(spec.settings, evolution=evolution))
-    _, stats, history = run_round(spec, tmp_path, task)
+    _, stats, history = whole_round(spec, tmp_path, task)
     assert history.num_scored > 0 and {*stats.outcomes} >= {"not better" if measured_again else "accepted"}
     is_accepted = stats.outcomes.get("accepted", 0) > 0
     assert is_accepted != measured_again, "the empty template is as good by now, which only a new trial shows"
@@ -422,7 +386,7 @@ def test_round_begins_with_the_last_librarys_templates(tmp_path: Path) -> None:
     warm = Template(id=9, text=BOTH_AFFINE, parent=4, lineage_problem_ids=frozenset(seen), score=0.9, weight_version=1)
     task = KeyPhraseTask(PROBLEMS)
     spec = round_spec(PROBLEMS, warm_templates=[warm], max_rollouts=100)
-    library, stats, _ = run_round(spec, tmp_path, task, Script(lambda _: ""))
+    library, stats, _ = whole_round(spec, tmp_path, task, Script(lambda _: ""))
     (kept,) = library.templates
     assert (kept.id, kept.text, kept.lineage_problem_ids) == (1, BOTH_AFFINE, frozenset(seen))
     assert kept.weight_version == 3, "scored afresh"
@@ -439,7 +403,7 @@ def test_round_begins_with_the_last_librarys_templates(tmp_path: Path) -> None:
 def test_plain_control_solves_what_as_many_plain_samples_solve(tmp_path: Path) -> None:
     task = KeyPhraseTask(PROBLEMS, success_rates=(0.05, 0.3, 0.97))
     spec = round_spec(PROBLEMS, max_rollouts=800, plain_control=True)
-    _, stats, history = run_round(spec, tmp_path, task)
+    _, stats, history = whole_round(spec, tmp_path, task)
     dev = split_for(spec).dev
     texts = [history.reflections[proposal].text for proposal in history.candidate_of]
     lucky = 0
@@ -470,7 +434,7 @@ def test_plain_control_replaces_samples_without_a_verdict(tmp_path: Path) -> Non
     spec = round_spec(PROBLEMS, max_rollouts=800, plain_control=True)
     dev = split_for(spec).dev
     task.lost_problem = dev[0]
-    _, stats, history = run_round(spec, tmp_path, task)
+    _, stats, history = whole_round(spec, tmp_path, task)
     texts = [history.reflections[proposal].text for proposal in history.candidate_of]
     lucky = 0
     for key in dev[1:]:
@@ -487,7 +451,7 @@ def test_plain_control_replaces_samples_without_a_verdict(tmp_path: Path) -> Non
 def test_round_cut_at_any_event_goes_on_without_repeating_a_finished_rollout(tmp_path: Path) -> None:
     spec = round_spec(PROBLEMS, max_rollouts=400)
     whole = KeyPhraseTask(PROBLEMS)
-    run_round(spec, tmp_path / "whole", whole)
+    whole_round(spec, tmp_path / "whole", whole)
     records, _ = read_journal(journal_path(tmp_path / "whole", 0))
     for cut in range(1, len(records) - 1, len(records) // 6):
         run_dir = tmp_path / str(cut)
@@ -496,7 +460,7 @@ def test_round_cut_at_any_event_goes_on_without_repeating_a_finished_rollout(tmp
         path.write_bytes(b"".join(map(encode_line, records[:cut])))
         kept = RoundHistory(records[:cut], lambda _: None, spec.fingerprint())
         task = KeyPhraseTask(PROBLEMS)
-        library, stats, history = run_round(spec, run_dir, task)
+        library, stats, history = whole_round(spec, run_dir, task)
         asked = {(template_digest(text), key) for text, key, *_ in task.requests}
         assert not asked & {(template, key) for template, key, _ in kept.trials}
         assert stats.num_rollouts == kept.num_scored + task.requests.total() <= 400
@@ -508,65 +472,19 @@ def test_round_cut_at_any_event_goes_on_without_repeating_a_finished_rollout(tmp
         assert stats.ended_by == "budget" and library.version == 1
 
 
-TRANSFER = AssignmentConfig(weight="transfer")
-
-RELIANCES = {"affine": -0.1, "cross": -1.5, "walk": -0.5}
-
-
-def test_published_reliance_is_the_mean_of_the_solutions_whatever_order_they_ended_in(tmp_path: Path) -> None:
-    spec = round_spec(PROBLEMS, max_rollouts=2000, assignment=TRANSFER)
-    task = KeyPhraseTask(PROBLEMS, reliances=RELIANCES)
-    library, stats, history = run_round(spec, tmp_path / "whole", task)
-    assert stats.num_unweighed == 0 and len(library.templates) > 1
-    for template in library.templates:
-        solutions = [
-            trial
-            for (digest, *_), trial in history.trials.items()
-            if digest == template_digest(template.text) and trial.is_solved
-        ]
-        expected = [trial.reliance for trial in solutions if trial.reliance is not None]
-        assert len(expected) == len(solutions) > 0
-        assert template.reliance == pytest.approx(sum(expected) / len(expected), abs=1e-12)
-    whole = library_path(tmp_path / "whole", 1).read_bytes()
-    records, _ = read_journal(journal_path(tmp_path / "whole", 0))
-    events = [record for record in records if record["event"] != "Published"]
-    scored = [record for record in events if record["event"] == "Scored"]
-    others = [record for record in events if record["event"] != "Scored"]
-    for number, replayed in enumerate((events, [others[0], *reversed(scored), *others[1:]])):
-        path = journal_path(tmp_path / str(number), 0)
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"".join(map(encode_line, replayed)))
-        run_round(spec, tmp_path / str(number), KeyPhraseTask(PROBLEMS, reliances=RELIANCES))
-        assert library_path(tmp_path / str(number), 1).read_bytes() == whole, "a resumed round draws the same"
-
-
-@pytest.mark.parametrize(
-    ("weight", "reliance", "num_unweighed"), [("transfer", -0.4, 0), ("transfer", None, 1), ("score", None, 0)]
-)
-def test_a_template_without_a_measurement_keeps_the_last_one_or_is_counted(
-    weight: Literal["score", "transfer"], reliance: float | None, num_unweighed: int, tmp_path: Path
-) -> None:
-    warm = Template(id=9, text=BOTH_AFFINE, parent=4, score=0.9, reliance=reliance)
-    assignment = AssignmentConfig(weight=weight)
-    spec = round_spec(PROBLEMS, warm_templates=[warm], max_rollouts=100, assignment=assignment)
-    library, stats, _ = run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), Script(lambda _: ""))
-    assert [(each.text, each.reliance) for each in library.templates] == [(BOTH_AFFINE, reliance)]
-    assert stats.num_unweighed == num_unweighed
-
-
 def test_round_that_was_published_is_answered_from_its_file(tmp_path: Path) -> None:
     spec = round_spec(PROBLEMS, max_rollouts=300)
-    first = run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS))
+    first = whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS))
     task = KeyPhraseTask(PROBLEMS)
-    again = run_round(spec, tmp_path, task, Script(lambda _: ""))
+    again = whole_round(spec, tmp_path, task, Script(lambda _: ""))
     assert again[:2] == first[:2] and task.requests.total() == 0
 
 
 def test_journal_of_another_round_is_set_aside_with_a_notice(tmp_path: Path) -> None:
-    run_round(round_spec(PROBLEMS, max_rollouts=300), tmp_path, KeyPhraseTask(PROBLEMS))
+    whole_round(round_spec(PROBLEMS, max_rollouts=300), tmp_path, KeyPhraseTask(PROBLEMS))
     notices: list[str] = []
     other = round_spec(PROBLEMS[:-1], max_rollouts=300)
-    _, stats, _ = run_round(other, tmp_path, KeyPhraseTask(PROBLEMS), None, notices)
+    _, stats, _ = whole_round(other, tmp_path, KeyPhraseTask(PROBLEMS), None, notices)
     assert stats.num_hard == 59
     assert len(notices) == 1 and "journal-0000.jsonl.superseded-0" in notices[0]
     assert journal_path(tmp_path, 0).with_name("journal-0000.jsonl.superseded-0").exists()
@@ -574,21 +492,21 @@ def test_journal_of_another_round_is_set_aside_with_a_notice(tmp_path: Path) -> 
 
 def test_damaged_journal_is_cut_with_a_notice_and_continued(tmp_path: Path) -> None:
     spec = round_spec(PROBLEMS, max_rollouts=300)
-    run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS))
+    whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS))
     path = journal_path(tmp_path, 0)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:50], lines[50].replace(b"e", b"E", 1), *lines[51:]]))
     notices: list[str] = []
-    run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), None, notices)
+    whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), None, notices)
     assert len(notices) == 1 and "journal-0000.jsonl:51 is damaged: the 50 records before it count" in notices[0]
     path.write_bytes(path.read_bytes()[:-9])  # what a kill leaves is no damage
-    run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), None, notices)
+    whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS), None, notices)
     assert len(notices) == 1
 
 
 def test_journal_holds_no_development_response(tmp_path: Path) -> None:
     spec = round_spec(PROBLEMS, max_rollouts=300)
-    run_round(spec, tmp_path, KeyPhraseTask(PROBLEMS))
+    whole_round(spec, tmp_path, KeyPhraseTask(PROBLEMS))
     scored = [
         json.loads(json.dumps(record))
         for record in read_journal(journal_path(tmp_path, 0))[0]

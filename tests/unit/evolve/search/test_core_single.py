@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.evolve.process.conduct import conduct_round, journal_path, planned_rollouts, salvage, split_of
+from megatron_p2o.evolve.process.conduct import journal_path, planned_rollouts, salvage, split_of
 from megatron_p2o.evolve.record.history import RoundHistory
 from megatron_p2o.evolve.record.journal import encode_line, read_journal
-from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
+from megatron_p2o.evolve.record.library import PublishedLibrary
 from megatron_p2o.evolve.reflection.phrasebook import Phrasebook
 from megatron_p2o.evolve.reflection.reflection import ReflectionRequest, ReflectionUnavailable
 from megatron_p2o.evolve.search.publish import RoundStats
 from megatron_p2o.evolve.search.round import RoundSpec
 from megatron_p2o.evolve.trial import FreeScore, Trial, TrialFailed
-from megatron_p2o.testing.evolution import KeyPhraseTask, make_problems, round_spec
+from megatron_p2o.testing.evolution import KeyPhraseTask, make_problems, round_spec, whole_round
 from megatron_p2o.tiny.problems import PHRASES
 from megatron_p2o.types import Template
 
@@ -43,11 +43,8 @@ class Writer:
 def run_round(
     tmp_path: Path, task: Any, reflector: Any, spec: RoundSpec = SPEC, finish: asyncio.Event | None = None
 ) -> tuple[PublishedLibrary, RoundStats]:
-    split = split_of(spec)
-    assert split is not None
-    round_ = conduct_round(spec, split, tmp_path, task, reflector, finish or asyncio.Event(), lambda _: None)
-    stats = asyncio.run(round_)
-    return load_library(library_path(tmp_path, stats.library_version)), stats
+    library, stats, _ = whole_round(spec, tmp_path, task, reflector, finish=finish)
+    return library, stats
 
 
 def test_each_hard_problem_is_asked_through_the_one_template_written_for_it(tmp_path: Path) -> None:
