@@ -81,7 +81,12 @@ def rollout_bytes(config: Config, num_steps: int) -> int:
     num_rollouts = num_steps // every * config.schedule.problems_per_step * config.rollout.group_size
     if config.evolution.enabled and config.evolution.plain_rollouts is not None:
         num_rollouts += config.evolution.plain_rollouts * config.schedule.epochs // every
-    return num_rollouts * (ROW_BYTES + TOKEN_BYTES * config.rollout.max_new_tokens)
+    longest = ROW_BYTES + TOKEN_BYTES * config.rollout.max_new_tokens
+    if config.schedule.max_tokens is None:
+        return num_rollouts * longest
+    # At worst each response is a single token; the step that reaches the budget may be as long as it may be.
+    last_step = config.schedule.problems_per_step * config.rollout.group_size * longest
+    return min(num_rollouts * longest, config.schedule.max_tokens * (ROW_BYTES + TOKEN_BYTES) + last_step)
 
 
 def _look_at_disk(config: Config, architecture: Architecture, num_steps: int, found: Preflight) -> None:

@@ -62,6 +62,8 @@ def test_rollouts_take_what_their_settings_say(model: Path) -> None:
     further = ("evolution.plain_rollouts=300", "schedule.epochs=4")
     assert size(*further) == (10 * 128 * 6 + 4 * 300) * 2000
     assert size(*further, "evolution.enabled=false") == size()
+    assert size("schedule.max_tokens=1000") == 1000 * (1500 + 5) + 128 * 6 * 2000, "and not that of the epochs it ends"
+    assert size("schedule.max_tokens=100000000") == size()
 
 
 def node(rank: int, port: int) -> Nodes:
