@@ -17,11 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+HANG_TIMEOUT_S = 1200.0
+"""Ranks that run longer wait for one another for ever. No machine that is merely busy takes as long."""
+
 GRACE_S = 3.0
 """How long the other ranks may take to finish after one has failed; their errors are reported too."""
 
 
-def run_gloo_ranks(function: Callable[..., Any], world_size: int, *args: object, timeout_s: float = 60.0) -> list[Any]:
+def run_gloo_ranks(
+    function: Callable[..., Any], world_size: int, *args: object, timeout_s: float = HANG_TIMEOUT_S
+) -> list[Any]:
     """Return what `function(*args)` returns on each of `world_size` ranks, in rank order.
 
     Ranks are forked, so that what this process has imported is imported already (CPU only: a process that has used CUDA

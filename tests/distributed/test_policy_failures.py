@@ -42,7 +42,7 @@ def test_every_rank_and_the_last_message_name_the_rank_that_failed_first(model_p
         return str(caught.value)
 
     config = policy_config(model_path, parallel=ParallelConfig(tensor=2, timeout_s=20, sequence=False))
-    conductor, follower = run_gloo_ranks(fail_with_message, 2, config, timeout_s=15)
+    conductor, follower = run_gloo_ranks(fail_with_message, 2, config)
     assert follower.startswith("policy.update failed on rank 1: AttributeError")
     assert conductor.startswith(follower) and conductor.endswith("(seen on rank 0 as RuntimeError)")
 
@@ -65,7 +65,7 @@ def test_a_follower_that_dies_ends_the_conductors_call(model_path: Path):
 
     config = policy_config(model_path, parallel=ParallelConfig(data=2, timeout_s=20))
     with pytest.raises(RuntimeError, match=r"failed on 1 of 2 ranks\nrank 1:\nthe process died .*exit code 3"):
-        run_gloo_ranks(die_after_building, 2, config, timeout_s=15)
+        run_gloo_ranks(die_after_building, 2, config)
 
 
 def test_followers_end_with_an_error_when_the_conductor_is_gone(model_path: Path):
@@ -80,7 +80,7 @@ def test_followers_end_with_an_error_when_the_conductor_is_gone(model_path: Path
         return "ended"
 
     config = policy_config(model_path, parallel=ParallelConfig(data=2, timeout_s=20))
-    assert run_gloo_ranks(conductor_leaves, 2, config, timeout_s=15) == [None, "ended"]
+    assert run_gloo_ranks(conductor_leaves, 2, config) == [None, "ended"]
 
 
 def test_followers_outwait_a_collective_but_not_the_time_limit_for_commands(model_path: Path):
@@ -101,7 +101,7 @@ def test_followers_outwait_a_collective_but_not_the_time_limit_for_commands(mode
         return "ended"
 
     config = policy_config(model_path, parallel=ParallelConfig(data=2, timeout_s=1.0, command_timeout_s=2.0))
-    assert run_gloo_ranks(conductor_is_silent, 2, config, timeout_s=15) == [None, "ended"]
+    assert run_gloo_ranks(conductor_is_silent, 2, config) == [None, "ended"]
 
 
 def test_bad_samples_are_refused_before_any_rank_begins(model_path: Path):

@@ -144,7 +144,7 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_layout(
     """float32: relative 1e-5 in loss and gradient norm, absolute 1e-5 in weights after two steps of 1e-3."""
     cases = CASES[num_processes]
     configs = [config_of(model, case) for case in cases.values()]
-    results = run_gloo_ranks(train_each, num_processes, configs, timeout_s=120)[0]
+    results = run_gloo_ranks(train_each, num_processes, configs)[0]
     for name, result in zip(cases, results, strict=True):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=1e-6), name
         assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-5), name
@@ -192,7 +192,7 @@ def test_no_objective_depends_on_the_layout(
         for layout, case in LAYOUTS[num_processes].items()
         for name, objective in OBJECTIVES.items()
     ]
-    results = run_gloo_ranks(train_each, num_processes, [config for *_, config in cases], timeout_s=240)[0]
+    results = run_gloo_ranks(train_each, num_processes, [config for *_, config in cases])[0]
     for (label, name, _), result in zip(cases, results, strict=True):
         expected = expected_of[name]
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=2e-6), label

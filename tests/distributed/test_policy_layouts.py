@@ -74,7 +74,7 @@ def test_scores_losses_and_updated_weights_equal_transformers_under_every_layout
     before = oracle.logprobs(samples)
     expected = [oracle.update(samples, None, 100), oracle.update(samples, before, 100)]
 
-    results = run_gloo_ranks(train, parallel.world_size, config, timeout_s=60)
+    results = run_gloo_ranks(train, parallel.world_size, config)
     result = results[0]
 
     for ours, theirs in zip(result["before"], before, strict=True):
@@ -218,7 +218,7 @@ def test_training_continues_from_a_checkpoint_of_another_layout(tmp_path: Path):
     rates = {"lr": 1e-3, "min_lr": 3e-4, "warmup_steps": 2, "lr_decay": "linear"}
     optimizer = OptimizerConfig(**rates, eps=1e-4, micro_batch_tokens=48)
     config_of = partial(policy_config, directory, optimizer=optimizer)
-    results = run_gloo_ranks(save_and_load_each, 2, config_of, tmp_path, timeout_s=120)[0]
+    results = run_gloo_ranks(save_and_load_each, 2, config_of, tmp_path)[0]
     for saved, layouts in LOADED.items():
         expected = results[saved]
         assert [rate for _, rate in expected["numbers"]] == pytest.approx([1e-3, 1e-3 - 7e-4 / 8])
@@ -306,5 +306,5 @@ def test_a_weight_that_is_not_finite_on_another_rank_is_found_and_the_ranks_stay
             policy.save(tmp_path / "checkpoint")
         policy.close()
 
-    run_gloo_ranks(diverge, 2, policy_config(directory, parallel=ParallelConfig(**layout)), timeout_s=60)
+    run_gloo_ranks(diverge, 2, policy_config(directory, parallel=ParallelConfig(**layout)))
     assert not (tmp_path / "checkpoint").exists()

@@ -119,7 +119,7 @@ def report(folder: Path) -> dict[str, Any]:
         names = [name for name, _ in policy._shard.models[0].named_parameters()]
         reason = policy.layers.layers_reason
     configs = [config_of(model, parallel) for parallel in LAYOUTS.values()]
-    results = dict(zip(LAYOUTS, run_gloo_ranks(train_each, 2, configs, timeout_s=120)[0], strict=True))
+    results = dict(zip(LAYOUTS, run_gloo_ranks(train_each, 2, configs)[0], strict=True))
     compared = {name: against_transformers(config_of(model), result) for name, result in results.items()}
     compared["experts"] = against_transformers(config_of(experts), train_each([config_of(experts)])[0])
     pairs = {"to ours": ("auto", "local"), "from ours": ("local", "auto"), "to the same": ("auto", "auto")}

@@ -49,7 +49,7 @@ def commanded(parallel: ParallelConfig) -> tuple[list[Any], int]:
     ids=["tensor and pipeline", "replicas of one rank", "one replica", "context"],
 )
 def test_every_rank_gets_its_replica_s_command_and_rank_0_pickles_one_per_replica(parallel: ParallelConfig) -> None:
-    outcomes = run_gloo_ranks(commanded, parallel.world_size, parallel, timeout_s=120)
+    outcomes = run_gloo_ranks(commanded, parallel.world_size, parallel)
     for rank, (got, _) in enumerate(outcomes):
         replica = data_rank_of(rank, parallel)
         assert got == [(number, replica, b"x" * (replica + number)) for number in range(3)]

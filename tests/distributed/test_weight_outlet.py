@@ -150,7 +150,7 @@ def refuse_then_fail_then_accept(folder: Path) -> None:
 
 
 def test_a_refresh_that_fails_at_an_engine_or_here_leaves_the_ranks_in_step(tmp_path: Path) -> None:
-    run_gloo_ranks(refuse_then_fail_then_accept, 2, tmp_path, timeout_s=30)
+    run_gloo_ranks(refuse_then_fail_then_accept, 2, tmp_path)
 
 
 def put_out_of_reach(folder: Path) -> list[str]:
@@ -179,7 +179,7 @@ def put_out_of_reach(folder: Path) -> list[str]:
 
 
 def test_engines_that_cannot_open_the_memory_take_the_host_s_if_the_way_is_not_set(tmp_path: Path) -> None:
-    assert run_gloo_ranks(put_out_of_reach, 2, tmp_path, timeout_s=30)[0] == ["/proc/self/fd/none"]
+    assert run_gloo_ranks(put_out_of_reach, 2, tmp_path)[0] == ["/proc/self/fd/none"]
 
 
 def fail_while_taking(folder: Path) -> None:
@@ -207,7 +207,7 @@ def fail_while_taking(folder: Path) -> None:
 
 
 def test_a_rank_that_fails_while_it_takes_weights_is_named_where_ranks_meet(tmp_path: Path) -> None:
-    run_gloo_ranks(fail_while_taking, 2, tmp_path, timeout_s=30)
+    run_gloo_ranks(fail_while_taking, 2, tmp_path)
 
 
 def drift(folder: Path) -> None:

@@ -40,7 +40,7 @@ TOKENS = {
     "kept": [0, 1, 1, None],
 }
 START_TIMEOUT_S = 120
-RUN_TIMEOUT_S = 480
+RUN_TIMEOUT_S = 1500
 
 pytestmark = [
     pytest.mark.slow,

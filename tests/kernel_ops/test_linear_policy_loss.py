@@ -471,7 +471,7 @@ def halves_of_sequences(case, arguments, rule):
 def test_sequences_that_lie_on_two_ranks_have_the_ratio_of_the_whole(head_case, relative_error):
     case = head_case(num_tokens=131)
     whole, hidden_grad, weight_grad = run(case, GSPO, sequence_arguments(case))
-    by_rank = run_gloo_ranks(halves_of_sequences, 2, case, sequence_arguments(case), GSPO, timeout_s=120)
+    by_rank = run_gloo_ranks(halves_of_sequences, 2, case, sequence_arguments(case), GSPO)
     assert sum(loss for loss, *_ in by_rank) == pytest.approx(whole.loss.item(), rel=1e-5)
     joined = torch.empty_like(hidden_grad)
     for rank, (_, part, _) in enumerate(by_rank):

@@ -420,7 +420,7 @@ def test_ranks_give_the_unsharded_result(num_ranks, num_padding, head_case, rela
     case = make_case(head_case, num_padding=num_padding)
     arguments = policy_arguments(case)
     output, hidden_grad, main_grad = run_policy(case, LossRule(), arguments, small_path())
-    by_rank = run_gloo_ranks(shards_of_policy_loss, num_ranks, case, arguments, timeout_s=240)
+    by_rank = run_gloo_ranks(shards_of_policy_loss, num_ranks, case, arguments)
     for loss, sharded_hidden, _ in by_rank:
         assert loss == pytest.approx(output.loss.item(), rel=1e-5)
         assert relative_error(torch.from_numpy(sharded_hidden), hidden_grad) < 3e-3  # each part is rounded to bfloat16

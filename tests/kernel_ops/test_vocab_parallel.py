@@ -60,7 +60,7 @@ def logprob_of_shards(path):
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 def test_sharded_logprobs_and_gradients_are_those_of_the_whole_head(path, num_ranks, relative_error):
-    by_rank = run_gloo_ranks(logprob_of_shards, num_ranks, path, timeout_s=240)
+    by_rank = run_gloo_ranks(logprob_of_shards, num_ranks, path)
     for index, vocab_size in enumerate(VOCAB_SIZES):
         hidden, weight, targets, gradient = make_inputs(vocab_size)
         hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
@@ -129,7 +129,7 @@ def loss_of_shards(rules, has_old, path):
 def test_sharded_policy_loss_and_gradients_are_those_of_the_whole_head(num_ranks, has_old, relative_error):
     rules = [LossRule(context=context) for context in ("sampling", "replace", "importance", "ratio_mask")]
     rules += [LossRule(surrogate="gspo", clip_low=0.05), LossRule(kl_coefficient=0.2, entropy_coefficient=0.3)]
-    by_rank = run_gloo_ranks(loss_of_shards, num_ranks, rules, has_old, PATHS["small chunks"], timeout_s=240)
+    by_rank = run_gloo_ranks(loss_of_shards, num_ranks, rules, has_old, PATHS["small chunks"])
     for index, rule in enumerate(rules):
         hidden, weight, targets, arguments = loss_arguments(181)
         hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()

@@ -22,7 +22,7 @@ HOSTILE = f"before\x1b[2J\x1b[31m{CLIPBOARD}\x9b31m\x08\r\u202eright\u2066\ud800
 
 ESCAPED = r"before\x1b[2J\x1b[31m\x1b]52;c;aGVsbG8=\x07\x9b31m\x08\r\u202eright\u2066\ud800 after"
 
-PRINTS_A_PROTOCOL = ("rollout/inside_sglang/launcher.py", "rollout/servers/daemon.py")
+PRINTS_A_PROTOCOL = ("rollout/inside_sglang/launcher.py", "rollout/servers/daemon.py", "rollout/servers/relay.py")
 """Files whose prints a parent process reads, or that run among SGLang's own output in an engine's log."""
 
 

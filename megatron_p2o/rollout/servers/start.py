@@ -151,8 +151,9 @@ def start_listener(
     assert process.stdin is not None and process.stdout is not None
     with suppress(BrokenPipeError), process.stdin as pipe:  # it died: what it printed says why
         pipe.write(f"{key}\n".encode())
-    is_there, _, _ = select.select([process.stdout], [], [], LISTEN_TIMEOUT_S)
-    url = process.stdout.readline().decode().strip() if is_there else ""
+    listens = select.poll()  # select() takes no descriptor above 1023
+    listens.register(process.stdout, select.POLLIN)
+    url = process.stdout.readline().decode().strip() if listens.poll(LISTEN_TIMEOUT_S * 1000) else ""
     if not url:
         process.kill()
         process.wait()

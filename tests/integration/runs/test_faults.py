@@ -14,7 +14,7 @@ import pytest
 from megatron_p2o.testing.run_files import repeatable_numbers, steps_done
 
 ROOT = Path(__file__).parents[3]
-RUN_TIMEOUT_S = 420
+RUN_TIMEOUT_S = 1500
 END_TIMEOUT_S = 60
 POLL_S = 0.02
 

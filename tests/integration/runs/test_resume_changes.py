@@ -11,7 +11,7 @@ from megatron_p2o.config.read import load_config
 from megatron_p2o.testing.run_files import steps_done, whole_lines
 
 ROOT = Path(__file__).parents[3]
-RUN_TIMEOUT_S = 600
+RUN_TIMEOUT_S = 1500
 
 pytestmark = pytest.mark.slow
 

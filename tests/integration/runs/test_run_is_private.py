@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[3]
-RUN_TIMEOUT_S = 480
+RUN_TIMEOUT_S = 1500
 END_TIMEOUT_S = 90
 POLL_S = 0.1
 

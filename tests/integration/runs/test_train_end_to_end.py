@@ -21,7 +21,7 @@ from megatron_p2o.tiny.problems import PHRASES
 
 ROOT = Path(__file__).parents[3]
 P2O = [sys.executable, "-m", "megatron_p2o.cli"]
-RUN_TIMEOUT_S = 420
+RUN_TIMEOUT_S = 1500
 
 UNMEASURED = "data.evaluation={}"
 """Override of a run whose evaluations would show nothing and take half of its time."""

@@ -8,7 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import psutil
 import pytest
 from aiohttp import web
 
+from megatron_p2o.processes import allow_many_files
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.servers import start
 from megatron_p2o.rollout.servers.answers import EngineRefused, EngineUnreachable, Generation, RequestRefused
@@ -225,6 +226,15 @@ class RelayedServer(FakeSglangServer):
 
     def is_alive(self) -> bool:
         return super().is_alive() and self.reader.is_alive()
+
+
+def test_a_process_that_has_a_thousand_files_open_starts_a_relay(tmp_path: Path) -> None:
+    """One with hundreds of engines has; select() takes no descriptor above 1023."""
+    assert allow_many_files() > 1200
+    with ExitStack() as files, closing(HeadRelay(tmp_path)) as head:
+        opened = [files.enter_context(open(os.devnull)) for _ in range(1100)]
+        assert opened[-1].fileno() > 1023
+        assert head.current().answers()
 
 
 def test_a_relay_that_is_killed_costs_its_engines_and_no_completion(tmp_path: Path) -> None:
