@@ -77,13 +77,22 @@ def _changed(run: PlannedRun) -> list[str]:
     ]
 
 
+def missing_runs(experiment: Experiment) -> list[PlannedRun]:
+    """Return the runs that are not finished, all arms of a seed before the next seed.
+
+    So what is finished at any time compares the arms over the same seeds.
+    """
+    seeds = list(dict.fromkeys(run.seed for run in experiment.runs))
+    return sorted((run for run in experiment.runs if not is_finished(run)), key=lambda run: seeds.index(run.seed))
+
+
 def run_missing(experiment: Experiment) -> list[PlannedRun]:
-    """Run, one after the other, what is not finished, and return the runs that failed.
+    """Run `missing_runs`, one after the other, and return those that failed.
 
     SIGUSR1 makes the run that trains save and end, and starts no other.
     """
     failed: list[PlannedRun] = []
-    missing = [run for run in experiment.runs if not is_finished(run)]
+    missing = missing_runs(experiment)
     say(f"{len(experiment.runs) - len(missing)} of {len(experiment.runs)} runs are finished")
     with Child() as child:
         for number, run in enumerate(missing, start=1):
@@ -145,8 +154,7 @@ def job_lines(experiment: Experiment, script: Path) -> list[list[str]]:
             *("sbatch", f"--job-name={run.name}", f"--export=ALL,P2O_RUNS={experiment.folder}"),
             *(str(script), str(settings_file(experiment, run))),
         ]
-        for run in experiment.runs
-        if not is_finished(run)
+        for run in missing_runs(experiment)
     ]
 
 

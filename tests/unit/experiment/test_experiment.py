@@ -17,7 +17,15 @@ from megatron_p2o.config.read import dump_config, load_config
 from megatron_p2o.config.sections.objective import ObjectiveConfig, ObjectiveContext
 from megatron_p2o.config.source import ConfigError
 from megatron_p2o.evolve.process.given import read_templates
-from megatron_p2o.experiment.conduct import is_finished, job_lines, run_missing, settings_file, submit, write_settings
+from megatron_p2o.experiment.conduct import (
+    is_finished,
+    job_lines,
+    missing_runs,
+    run_missing,
+    settings_file,
+    submit,
+    write_settings,
+)
 from megatron_p2o.experiment.outcome import MixedRuns, compare_arms, differing_settings
 from megatron_p2o.experiment.plan import Experiment, PlannedRun, read_experiment
 from megatron_p2o.experiment.tables import print_arms
@@ -267,6 +275,15 @@ def test_each_missing_run_is_one_job_called_after_it(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="sbatch is not here"):
         submit([line], is_printed_only=False)
+
+
+def test_all_arms_of_a_seed_are_run_before_the_next_seed(tmp_path: Path) -> None:
+    experiment = finished(tmp_path)
+    for run in experiment.runs:
+        (run.folder / "results.json").unlink()
+    assert [run.name for run in missing_runs(experiment)] == [
+        f"{arm}-seed{seed}" for seed in (1, 7) for arm in experiment.arms
+    ]
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
