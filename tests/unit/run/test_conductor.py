@@ -22,6 +22,7 @@ from megatron_p2o.run.inputs import hint_lines, load_inputs
 from megatron_p2o.run.launch import launch
 from megatron_p2o.run.resume.resumption import check_resume, finished
 from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, FakeReply, fake_problem
+from megatron_p2o.testing.run_files import repeatable_numbers, whole_lines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
@@ -37,9 +38,9 @@ def config(tmp_path: Path, model: Path) -> Config:
     return config_of(tmp_path, model)
 
 
-def config_of(tmp_path: Path, model: Path, *overrides: str) -> Config:
-    train = tmp_path / "train.jsonl"
-    train.write_text("".join(json.dumps({"id": f"p{n}", "question": f"{n}+1", "answer": "2"}) + "\n" for n in range(4)))
+def config_of(tmp_path: Path, model: Path, *overrides: str, num_problems: int = 4) -> Config:
+    train, rows = tmp_path / "train.jsonl", [{"id": f"p{n}", "question": f"{n}+1"} for n in range(num_problems)]
+    train.write_text("".join(json.dumps({**row, "answer": "2"}) + "\n" for row in rows))
     return load_config(
         None,
         [
@@ -428,6 +429,41 @@ def test_a_resume_neither_loses_nor_repeats_what_was_spent(tmp_path: Path, model
     assert spent_in(killed.run.folder) == spent_in(whole.run.folder)
     redone = json.loads((killed.run.folder / "results.json").read_text())["compute_redone"]
     assert redone["sampled_training_tokens"] == third > 0, "step 3 was done twice, and what it had sampled is spent"
+
+
+def test_a_run_under_a_curriculum_that_is_lost_goes_on_with_the_problems_of_one_that_was_not(
+    tmp_path: Path, model: Path
+) -> None:
+    """Of twelve problems four are mastered and leave most of the later epochs; four are solved in half of the tries."""
+
+    def settings(name: str) -> Config:
+        saved = ("logging.rollouts_every_steps=1", "schedule.save_every_steps=2", f"run.name={name}")
+        curriculum = ("data.curriculum=unsolved", "schedule.epochs=4", graded_by_length(tmp_path))
+        return config_of(tmp_path, model, *saved, *curriculum, num_problems=12)
+
+    def solved_by_number(prompt: Prompt, index: int) -> FakeReply:
+        number = int(prompt.problem.id.removeprefix("p"))
+        return FakeReply(text="!" * (1 + (number % 3 == 2 or (number % 3 == 1 and index % 2 == 0))))
+
+    def lost_in_its_fourth_step(prompt: Prompt, index: int) -> FakeReply:
+        if len(engines.samplings) == 4:
+            raise LostEngine("generate")
+        return solved_by_number(prompt, index)
+
+    whole, lost = settings("whole"), settings("lost")
+    run(whole, lambda stop_token_ids: Engines(reply=solved_by_number))
+    num_losses = 0
+    while not (lost.run.folder / "results.json").exists():
+        engines = Engines(reply=lost_in_its_fourth_step)
+        try:
+            run(lost, lambda stop_token_ids, engines=engines: engines)
+        except LostEngine:
+            num_losses += 1
+    asked = Counter(line["epoch"] for line in whole_lines(whole.run.folder / "hard_samples.jsonl"))
+    assert asked[0] == 12 > max(asked[1], asked[2], asked[3]) and num_losses > 3
+    assert repeatable_numbers(lost.run.folder) == repeatable_numbers(whole.run.folder)
+    for path in (whole.run.folder / "hard_samples.jsonl", *(whole.run.folder / "rollouts").iterdir()):
+        assert (lost.run.folder / path.relative_to(whole.run.folder)).read_text() == path.read_text(), path.name
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
