@@ -1,59 +1,28 @@
 """`p2o train` as a user runs it: real ranks, a real engine, real grading, a real evolution process."""
 
 import json
-import math
-import os
 import re
 import signal
 import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import torch
 
+from megatron_p2o.testing.tiny_runs import (
+    P2O,
+    ROOT,
+    RUN_TIMEOUT_S,
+    lines,
+    p2o,
+    run,
+    settings,
+    wait_for_file,
+)
 from megatron_p2o.tiny.problems import PHRASES
 
-ROOT = Path(__file__).parents[3]
-P2O = [sys.executable, "-m", "megatron_p2o.cli"]
-RUN_TIMEOUT_S = 1500
-
-UNMEASURED = "data.evaluation={}"
-"""Override of a run whose evaluations would show nothing and take half of its time."""
-
 pytestmark = pytest.mark.slow
-
-
-def settings(tiny: Path, runs: Path, name: str) -> list[str]:
-    """Return overrides that make examples/tiny_cpu runs small: 32 problems a step."""
-    return [
-        f"run.directory={runs}",
-        f"run.name={name}",
-        f"model.path={tiny}/model",
-        f"data.train={tiny}/problems/train.jsonl",
-        f"data.evaluation.heldout_easy={tiny}/problems/heldout_easy.jsonl",
-        f"data.evaluation.heldout_hard={tiny}/problems/heldout_hard.jsonl",
-        "schedule.problems_per_step=32",
-        "schedule.problems_per_update=16",
-    ]
-
-
-def p2o(command: str, config: str, overrides: list[str]) -> list[str]:
-    sets = [argument for override in overrides for argument in ("--set", override)]
-    return [*P2O, command, str(ROOT / "examples" / "tiny_cpu" / config), *sets]
-
-
-def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=RUN_TIMEOUT_S, check=False)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +36,7 @@ def p2o_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     best = ["evaluation.best_set=heldout_hard", "schedule.keep_checkpoints=1"]
     command = p2o("train", "p2o.yaml", [*settings(tiny, runs, "p2o"), "schedule.epochs=2", *search, *best])
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_for(runs / "p2o" / "rollouts" / "step-000002.jsonl", process)
+    wait_for_file(runs / "p2o" / "rollouts" / "step-000002.jsonl", process)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, output
@@ -75,18 +44,6 @@ def p2o_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     resumed = run(command)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     return runs / "p2o"
-
-
-def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    """Return when `path` exists; fail when the process ends first or takes too long."""
-    deadline = time.monotonic() + RUN_TIMEOUT_S
-    while not path.exists():
-        if process.poll() is not None:
-            pytest.fail(f"ended before writing {path.name}: {process.stdout.read() if process.stdout else ''}")
-        if time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"{path.name} was not written in {RUN_TIMEOUT_S} s")
-        time.sleep(0.2)
 
 
 def test_an_interrupted_run_asks_every_problem_once_an_epoch(p2o_run: Path) -> None:
@@ -200,83 +157,3 @@ def test_a_checkpoint_evaluates_to_what_training_measured(p2o_run: Path) -> None
     # Greedy decoding from the same weights: only a tie between two tokens could differ.
     assert {key: {field: measured[key][field] for field in outcome} for key, outcome in trained.items()} == trained
     assert measured.keys() == trained.keys()
-
-
-def test_a_run_resumes_after_its_templates_were_cleared(tiny: Path, tmp_path: Path) -> None:
-    small = ["schedule.problems_per_step=224", "schedule.problems_per_update=224", "rollout.group_size=2"]
-    cleared = ["assignment.num_plain=1", "schedule.epochs=3", "hard.min_problems=448"]
-    command = p2o("train", "p2o.yaml", [*settings(tiny, tmp_path, "cleared"), *small, *cleared, UNMEASURED])
-    first = run([*command, "--set", "schedule.max_steps=3"])
-    assert first.returncode == 0, first.stdout + first.stderr
-    resumed = run([*command, "--set", "schedule.max_steps=4"])
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert len(lines(tmp_path / "cleared" / "hard_samples.jsonl")) == 4 * 224
-
-
-@pytest.mark.parametrize(
-    ("kl_as", "starts", "planned"), [("loss", (1, 2), (2, 4)), ("reward", (2,), (4, 4))], ids=["loss", "reward"]
-)
-def test_terms_and_decay_act_where_no_group_disagrees_and_a_resumed_run_goes_on(
-    kl_as: str, starts: Sequence[int], planned: Sequence[int], tiny: Path, tmp_path: Path
-) -> None:
-    """On two ranks, of four updates in all: the tiny policy fails or solves whole groups of its first problems."""
-    objective = ["objective.surrogate=gspo", "objective.normalization=sequence_mean", "objective.kl_coefficient=0.05"]
-    objective += [f"objective.kl_as={kl_as}", f"objective.kl_estimator={'k3' if kl_as == 'loss' else 'k1'}"]
-    objective += ["objective.entropy_coefficient=0.001", "objective.drop_truncated=true", "optimizer.lr_decay=cosine"]
-    short = ["parallel.data=2", "evaluation.every_steps=0", "evaluation.at_start=false", "schedule.save_every_steps=1"]
-    command = p2o("train", "grpo_n6.yaml", [*settings(tiny, tmp_path, kl_as), *short, *objective, UNMEASURED])
-    for num_steps in starts:  # a second goes on, with a schedule that is twice as long
-        outcome = run([*command, "--set", f"schedule.max_steps={num_steps}"])
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    steps = [line["metrics"] for line in lines(tmp_path / kl_as / "metrics.jsonl") if "perf/step_s" in line["metrics"]]
-    # The last update of each step: the second and the fourth, of two and of four where the run was resumed.
-    rates = [(1 + math.cos(math.pi * done / in_all)) / 2 for done, in_all in zip((1, 3), planned, strict=True)]
-    assert [step["train/learning_rate"] for step in steps] == pytest.approx([5e-4 * rate for rate in rates])
-    for step in steps:
-        assert step["train/empty_updates_count"] == 0 and step["train/grad_norm"] > 0
-        assert step["train/entropy_mean"] > 0
-    # In the first step the first update is the initial policy's own; in the second every one has moved.
-    assert steps[1]["train/reference_kl_mean"] > 1e-6
-
-
-def test_the_initial_policy_reflects_on_a_server_of_its_own(tiny: Path, tmp_path: Path) -> None:
-    small = ["schedule.problems_per_step=224", "schedule.problems_per_update=224", "rollout.group_size=2"]
-    short = ["assignment.num_plain=1", "schedule.epochs=2", "schedule.max_steps=3", "evolution.max_rollouts=100"]
-    reflection = ["evolution.reflection.backend=self", "evolution.reflection.max_tokens=32"]
-    overrides = [*settings(tiny, tmp_path, "self"), *small, *short, *reflection, UNMEASURED]
-    outcome = run(p2o("train", "p2o.yaml", overrides))
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    journal = (tmp_path / "self" / "evolution" / "journal-0000.jsonl").read_text()
-    # This policy cannot write instructions; that it was asked and answered is what is shown here.
-    assert '"event":"Reflected"' in journal
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_no_process_outlives_an_interrupted_run(number: signal.Signals, tiny: Path, tmp_path: Path) -> None:
-    command = p2o("train", "p2o.yaml", [*settings(tiny, tmp_path, "killed"), UNMEASURED])
-    with (tmp_path / "said").open("wb") as said:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
-    wait_for(tmp_path / "killed" / "rollouts" / "step-000001.jsonl", process)  # type: ignore[arg-type]
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) >= 4, "torchrun, a rank, an engine with its own children"
-    os.kill(process.pid, number)
-    process.wait(timeout=120)
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive, [member.cmdline() for member in alive if member.is_running()]
-    assert f"p2o: {number.name}: the run ends now and saves nothing more: " in (tmp_path / "said").read_text()
-
-
-def test_a_model_that_no_engine_can_load_ends_the_run_with_the_reason(tiny: Path, tmp_path: Path) -> None:
-    overrides = [*settings(tiny, tmp_path, "bad"), "sglang.attention_backend=no_such_backend"]
-    outcome = run(p2o("train", "grpo_n6.yaml", overrides))
-    assert outcome.returncode != 0
-    assert "no_such_backend" in outcome.stderr
-
-
-def test_bad_settings_start_nothing(tmp_path: Path) -> None:
-    overrides = [f"run.directory={tmp_path}", "rollout.group_size=1", "optimizer.lrr=1", "model.path=/no/such/model"]
-    outcome = run(p2o("train", "p2o.yaml", overrides))
-    assert outcome.returncode == 2
-    assert "optimizer.lrr" in outcome.stderr and "optimizer.lr" in outcome.stderr
-    assert "rollout.group_size=1" in outcome.stderr
-    assert not any(tmp_path.iterdir())
