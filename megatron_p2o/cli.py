@@ -291,8 +291,8 @@ def _compare_arms(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     # Imported here: a run does not need the charts, and a report does not need torch.
-    from megatron_p2o.report.page import write_report
     from megatron_p2o.report.summary import print_table, write_summary
+    from megatron_p2o.view.frozen import write_report
 
     missing = [str(run) for run in options.runs if not run.is_dir()]
     if missing:

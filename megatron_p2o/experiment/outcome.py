@@ -14,10 +14,10 @@ from megatron_p2o.experiment.conduct import is_finished
 from megatron_p2o.experiment.plan import Experiment, PlannedRun
 from megatron_p2o.files import read_json_object, write_whole
 from megatron_p2o.metrics.jsonl import JsonObject, read_lines
-from megatron_p2o.report.page import write_report
 from megatron_p2o.report.summary import write_summary
 from megatron_p2o.run_folder.made_with import HISTORY_FILE, settings_of
 from megatron_p2o.run_folder.results import RESULTS_FILE
+from megatron_p2o.view.frozen import write_report
 
 OF_A_RUN = ("run.name", "run.seed", "run.directory")
 

@@ -1,6 +1,6 @@
 """Reads the numbers of a run back from its files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,18 +24,8 @@ class MetricLine:
 
 def read_metrics(path: Path) -> list[MetricLine]:
     """Return the lines of `metrics.jsonl` merged by step, in order of step."""
-    return merged_by_step(read_metric_lines(path))
-
-
-def read_metric_lines(path: Path) -> list[MetricLine]:
-    """Return the lines of `metrics.jsonl` as they were written."""
-    return list(read_records(path, _metric_line))
-
-
-def merged_by_step(written: Iterable[MetricLine]) -> list[MetricLine]:
-    """Return one line for each step, in order of step."""
     lines = MetricLines()
-    for line in written:
+    for line in read_records(path, _metric_line):
         lines.merge(line)
     return lines.by_step()
 
@@ -45,6 +35,7 @@ class MetricLines:
 
     def __init__(self) -> None:
         self._merged: dict[int, MetricLine] = {}
+        self._written: list[MetricLine] = []
 
     def add(self, line: JsonObject) -> None:
         """Take a line. Raise `KeyError`, `TypeError` or `ValueError` when it is none of `metrics.jsonl`."""
@@ -52,6 +43,7 @@ class MetricLines:
 
     def merge(self, line: MetricLine) -> None:
         """Take a line that was read."""
+        self._written.append(line)
         earlier = self._merged.get(line.step)
         self._merged[line.step] = (
             line
@@ -68,9 +60,14 @@ class MetricLines:
         """Return one line per step, in order."""
         return [self._merged[step] for step in sorted(self._merged)]
 
+    def as_written(self) -> list[MetricLine]:
+        """Return all lines in the order they came."""
+        return list(self._written)
+
     def clear(self) -> None:
         """Forget all lines."""
         self._merged.clear()
+        self._written.clear()
 
 
 def _metric_line(line: JsonObject) -> MetricLine:

@@ -1,11 +1,10 @@
 """A few problems with the answers they got plainly and through a template, picked by the hard-sample ledger."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_p2o.evolve.reflection.reflection import shorten
-from megatron_p2o.metrics.jsonl import JsonObject, read_lines
-from megatron_p2o.metrics.rollouts import step_files
+from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.report.runs import Run
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 
@@ -44,9 +43,8 @@ class ShownProblem:
 def find_examples(run: Run, limit: int = NUM_EXAMPLES) -> list[ShownProblem]:
     """Return problems that templates helped, internalised ones first; for a run without templates, any of its problems.
 
-    Opens only the rollout files of the steps in question; problems whose steps were not written out are passed over.
+    Problems whose steps were not written out are passed over.
     """
-    reader = RolloutReader(run)
     internalised = HardSampleLedger(run.ledger).internalised()
     helped = [entry.problem_id for entry in run.ledger if entry.templated_solved]
     candidates = list(dict.fromkeys([*spread(internalised, limit), *spread(helped, limit), *internalised, *helped]))
@@ -54,27 +52,12 @@ def find_examples(run: Run, limit: int = NUM_EXAMPLES) -> list[ShownProblem]:
         candidates = spread([entry.problem_id for entry in run.ledger], limit)
     examples: list[ShownProblem] = []
     for problem_id in candidates[: 4 * limit]:
-        example = _example(problem_id, run.ledger, reader, problem_id in internalised)
+        example = _example(problem_id, run, problem_id in internalised)
         if example is not None:
             examples.append(example)
         if len(examples) == limit:
             break
     return examples
-
-
-class RolloutReader:
-    """Looks rollouts up by step and problem; reads each file once."""
-
-    def __init__(self, run: Run) -> None:
-        self._paths = dict(step_files(run.directory / "rollouts"))
-        self._lines: dict[int, list[JsonObject]] = {}
-
-    def find(self, step: int, problem_id: str, fits: Callable[[JsonObject], bool]) -> JsonObject | None:
-        """Return the first fitting rollout of the problem in that step, or None."""
-        if step in self._paths and step not in self._lines:
-            self._lines[step] = list(read_lines(self._paths[step]))
-        lines = self._lines.get(step, [])
-        return next((line for line in lines if line["problem_id"] == problem_id and fits(line)), None)
 
 
 def spread(items: Sequence[str], limit: int) -> list[str]:
@@ -84,10 +67,8 @@ def spread(items: Sequence[str], limit: int) -> list[str]:
     return distinct[::stride][:limit]
 
 
-def _example(
-    problem_id: str, ledger: Iterable[LedgerEntry], reader: RolloutReader, is_internalised: bool
-) -> ShownProblem | None:
-    history = [entry for entry in ledger if entry.problem_id == problem_id]
+def _example(problem_id: str, run: Run, is_internalised: bool) -> ShownProblem | None:
+    history = [entry for entry in run.ledger if entry.problem_id == problem_id]
     helped = next((entry for entry in history if entry.templated_solved), None)
     wanted: list[tuple[str, LedgerEntry, bool, bool]] = []
     if helped is None:
@@ -101,32 +82,40 @@ def _example(
     found = [
         (label, entry, line)
         for label, entry, is_templated, is_correct in wanted
-        if (line := reader.find(entry.step, problem_id, _fits(is_templated, is_correct))) is not None
+        if (line := _first(run.rollouts_of(entry.step, problem_id), is_templated, is_correct)) is not None
     ]
     if not found:
         return None
     any_line = found[0][2]
     return ShownProblem(
         problem_id=problem_id,
-        level=str(any_line["level"]),
-        question=str(any_line["question"]),
-        gold=str(any_line["answer"]),
+        level=str(any_line.get("level", "")),
+        question=str(any_line.get("question", "")),
+        gold=str(any_line.get("answer", "")),
         is_internalised=is_internalised,
         answers=[_answer(f"Step {entry.step}, {label}", line) for label, entry, line in found],
     )
 
 
-def _fits(is_templated: bool, is_correct: bool) -> Callable[[JsonObject], bool]:
-    return lambda line: (
-        line["is_templated"] == is_templated and line["reward"] is not None and line["is_solved"] == is_correct
+def _first(rollouts: Sequence[JsonObject], is_templated: bool, is_correct: bool) -> JsonObject | None:
+    """Return the first decided rollout that was asked and solved so."""
+    return next(
+        (
+            line
+            for line in rollouts
+            if line.get("is_templated") == is_templated
+            and line.get("reward") is not None
+            and line.get("is_solved") == is_correct
+        ),
+        None,
     )
 
 
 def _answer(label: str, line: JsonObject) -> ShownResponse:
     return ShownResponse(
         label=label,
-        text=shorten(str(line["response"]), MAX_SHOWN_CHARACTERS),
-        is_correct=bool(line["is_solved"]),
-        num_tokens=int(line["num_response_tokens"]),
-        template=str(line["template"]),
+        text=shorten(str(line.get("response", "")), MAX_SHOWN_CHARACTERS),
+        is_correct=bool(line.get("is_solved")),
+        num_tokens=int(line.get("num_response_tokens", 0)),
+        template=str(line.get("template", "")),
     )

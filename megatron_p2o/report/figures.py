@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_p2o.metrics.compute import PREFIX
-from megatron_p2o.report.charts import Figure, Line, LineChart, Unit, line_chart, number_text
+from megatron_p2o.report.charts import Line, LineChart, Unit, line_chart, number_text
 from megatron_p2o.report.effectiveness import (
     Effectiveness,
     LedgerSummary,
@@ -83,7 +83,7 @@ class TimeTable:
     rows: Sequence[RunTime]
 
 
-def training_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
+def training_figures(runs: Sequence[Run], styles: Styles) -> list[LineChart]:
     """Return training reward and plain accuracy over steps and over rollouts spent (Figure 3)."""
     charts = [
         _key_chart(runs, styles, "rollout/reward_mean", "Training reward", "Mean reward of a step's rollouts.", "share")
@@ -114,7 +114,7 @@ def training_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
     return charts
 
 
-def _reward_chart(runs: Sequence[Run], styles: Styles, key: str) -> list[Figure]:
+def _reward_chart(runs: Sequence[Run], styles: Styles, key: str) -> list[LineChart]:
     """Return the mean reward on the set of an evaluation key, where its rewards are not all 0 and 1."""
     if key not in partial_reward_keys(runs):
         return []
@@ -195,7 +195,7 @@ def by_epoch(run: Run, key: str) -> Points:
     )
 
 
-def effectiveness_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
+def effectiveness_figures(runs: Sequence[Run], styles: Styles) -> list[LineChart]:
     """Return what templates achieve and the decline of intractable problems (Figure 4)."""
     hard = LineChart(
         title="Intractable problems",
@@ -217,9 +217,9 @@ def effectiveness_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
         if compared:
             charts.append(line_chart(_effectiveness_chart(run, compared)))
     covered = [
-        Line(name=f"{run.name}: {legend}", legend=legend, style=style, points=run.points(key))
+        Line(name=f"{run.name}: {name}", style=style, points=run.points(key))
         for run in runs
-        for key, legend, style in (
+        for key, name, style in (
             ("evolution/best_score", "best template", 0),
             ("evolution/coverage", "all templates together", 1),
             ("evolution/pass_at_n_plain", "as many plain samples", 2),
@@ -245,7 +245,7 @@ def ledger_of(runs: Sequence[Run]) -> Ledger | None:
     )
 
 
-def health_figures(runs: Sequence[Run], styles: Styles) -> list[Figure]:
+def health_figures(runs: Sequence[Run], styles: Styles) -> list[LineChart]:
     """Return the charts that show whether a run can be trusted, and whether it wastes work."""
     shown: tuple[tuple[str, str, str, Unit], ...] = (
         ("mismatch/logprob_abs_mean", "Engine and trainer: mean", "Mean |log-prob difference| per token.", "number"),
@@ -313,7 +313,7 @@ def time_table(runs: Sequence[Run]) -> TimeTable | None:
     return TimeTable(header=header, rows=rows)
 
 
-def _by_compute(runs: Sequence[Run], styles: Styles, key: str, name: str) -> list[Figure]:
+def _by_compute(runs: Sequence[Run], styles: Styles, key: str, name: str) -> list[LineChart]:
     """Return the accuracy `key` over tokens and over hours; nothing of runs without compute accounts."""
     if not any(run.keys(PREFIX) for run in runs):
         return []
@@ -346,10 +346,10 @@ def over_compute(run: Run, key: str, field: str, per: float) -> Points:
 
 
 def _lines(runs: Sequence[Run], styles: Styles, points_of: Callable[[Run], Points]) -> list[Line]:
-    return [Line(name=run.name, legend=run.arm, style=styles[run.arm], points=points_of(run)) for run in runs]
+    return [Line(name=run.name, style=styles[run.arm], points=points_of(run)) for run in runs]
 
 
-def _key_chart(runs: Sequence[Run], styles: Styles, key: str, title: str, note: str, unit: Unit) -> Figure:
+def _key_chart(runs: Sequence[Run], styles: Styles, key: str, title: str, note: str, unit: Unit) -> LineChart:
     lines = _lines(runs, styles, lambda run: run.points(key))
     return line_chart(LineChart(title=title, note=note, x_label="step", unit=unit, lines=lines))
 
@@ -371,7 +371,7 @@ def _effectiveness_chart(run: Run, compared: Sequence[Effectiveness]) -> LineCha
         x_label="epoch",
         unit="share",
         lines=[
-            Line(name=name, legend=name, style=style, points=[(epoch.epoch, rate(epoch)) for epoch in compared])
+            Line(name=name, style=style, points=[(epoch.epoch, rate(epoch)) for epoch in compared])
             for name, style, rate in shown
         ],
     )

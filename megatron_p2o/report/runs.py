@@ -1,24 +1,19 @@
-"""Reads a run directory for the report. Every part may be missing, and the run may still be writing."""
+"""A run as figures and tables are made of it. Every part may be missing, and the run may still be writing."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_p2o.config.tree import RunConfig
 from megatron_p2o.config.yaml_reader import load_yaml
 from megatron_p2o.evolve.record.library import LibraryFile, shifted_id
-from megatron_p2o.files import read_json_object
-from megatron_p2o.metrics.jsonl import JsonObject, read_lines, read_records
-from megatron_p2o.metrics.read import MetricLine, merged_by_step, read_metric_lines, read_object
+from megatron_p2o.metrics.jsonl import JsonObject
+from megatron_p2o.metrics.read import MetricLine, read_object
 from megatron_p2o.records import from_json
-from megatron_p2o.report.lineage import RoundLineage, ancestors, read_rounds
-from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
+from megatron_p2o.report.lineage import RoundLineage, ancestors
+from megatron_p2o.rl.hard_samples import LedgerEntry
 from megatron_p2o.types import Template
-
-Content = TypeVar("Content")
 
 Points = Sequence[tuple[float, float]]
 """(x, y), x ascending."""
@@ -96,9 +91,10 @@ class Run:
     rounds: Sequence[JsonObject]
     """Rounds of evolution (`evolution/rounds.jsonl`): why each ended, and its proposals by outcome."""
     results: JsonObject | None
-    """`results.json`, which is written at the end; None while the run is in progress or when it was ended early."""
-    damages: Sequence[str]
-    """A sentence for each file of the run that cannot be read. The report does without it."""
+    """`results.json`, which is written at the end; None before it, after an early end, or when it is damaged."""
+    is_results_damaged: bool
+    rollouts_of: Callable[[int, str], Sequence[JsonObject]]
+    """Rollouts of a step and a problem; none where they were not written."""
 
     @property
     def name(self) -> str:
@@ -117,32 +113,6 @@ class Run:
         return sum(number for _, number in self.points(key))
 
 
-def read_run(directory: Path) -> Run:
-    """Read a run directory. The content of a damaged file is left out, with a sentence in `damages`.
-
-    Raises:
-        ValueError: it is not a run directory.
-    """
-    if not (directory / "metrics.jsonl").exists() and not (directory / "results.json").exists():
-        raise ValueError(f"{directory} holds neither metrics.jsonl nor results.json: name the directory of a run")
-    damages: list[str] = []
-    results = _unless_damaged(lambda: read_results(directory), None, damages)
-    arm, seed = _unless_damaged(lambda: arm_and_seed(directory, results), (directory.name, None), damages)
-    written = read_metric_lines(directory / "metrics.jsonl")
-    return Run(
-        directory=directory,
-        arm=arm,
-        seed=seed,
-        written=written,
-        lines=merged_by_step(written),
-        libraries=read_libraries(directory, damages),
-        ledger=read_ledger(directory / "hard_samples.jsonl"),
-        rounds=list(read_lines(directory / "evolution" / "rounds.jsonl")),
-        results=results,
-        damages=damages,
-    )
-
-
 def read_results(directory: Path) -> JsonObject | None:
     """Return a run's `results.json`; None before it is written.
 
@@ -156,15 +126,6 @@ def read_results(directory: Path) -> JsonObject | None:
     except ValueError as error:
         raise ValueError(f"{path} holds no results of a run ({error}): restore it") from error
     return results
-
-
-def _unless_damaged(read: Callable[[], Content], otherwise: Content, damages: list[str]) -> Content:
-    """Return what `read` does, or `otherwise` when the file is damaged."""
-    try:
-        return read()
-    except ValueError as error:
-        damages.append(str(error))
-        return otherwise
 
 
 def arm_and_seed(directory: Path, results: JsonObject | None) -> tuple[str, int | None]:
@@ -190,27 +151,9 @@ def _settings_in(path: Path) -> object:
         raise ValueError(f"{path} cannot be read ({error}): restore it") from error
 
 
-def read_libraries(directory: Path, damages: list[str]) -> list[ShownLibrary]:
-    """Return the published libraries of a run directory, oldest first; those that are damaged go to `damages`."""
-    rounds = {(found.version, found.task): found for found in read_rounds(directory / "evolution")}
-    paths = sorted((directory / "templates").glob("library-*.json"))
-    read = [_unless_damaged(partial(_library_in, path, rounds), None, damages) for path in paths]
-    return sorted(filter(None, read), key=lambda library: library.version)
-
-
-def read_ledger(path: Path) -> list[LedgerEntry]:
-    """Return the ledger's entries in order; of a group recorded twice, the later record."""
-    entries: dict[tuple[int, int, str], LedgerEntry] = {}
-    for entry in read_records(path, entry_from):
-        entries[entry.epoch, entry.step, entry.problem_id] = entry
-    return list(entries.values())
-
-
-def _library_in(path: Path, rounds: Mapping[tuple[int, str], RoundLineage]) -> ShownLibrary:
-    try:
-        stored = from_json(LibraryFile, read_json_object(path), skips_unknown=True)
-    except ValueError as error:
-        raise ValueError(f"{path} is no library of templates ({error}): restore it") from error
+def shown_library(stored: LibraryFile, rounds: Sequence[RoundLineage]) -> ShownLibrary:
+    """Return a library with the ancestors of its templates, from the rounds that have published libraries."""
+    by_round = {(found.version, found.task): found for found in rounds}
     templates = [_template(template) for template in stored.templates]
     assigned = Counter(template_id for ids in stored.assignments.values() for template_id in set(ids))
     return ShownLibrary(
@@ -219,10 +162,10 @@ def _library_in(path: Path, rounds: Mapping[tuple[int, str], RoundLineage]) -> S
         ancestors=[
             ancestor
             for task in dict.fromkeys(template.task for template in templates)
-            if (stored.version, task) in rounds
+            if (stored.version, task) in by_round
             for ancestor in _ancestors(
                 [template for template in templates if template.task == task],
-                rounds[stored.version, task],
+                by_round[stored.version, task],
                 stored.first_ids.get(task, 0),
             )
         ],

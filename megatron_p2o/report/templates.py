@@ -46,24 +46,11 @@ class LibraryTree:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunTemplates:
-    """The libraries of one run, newest first."""
-
-    name: str
-    libraries: Sequence[LibraryTree]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunExamples:
     """Problems of one run with their answers."""
 
     name: str
     examples: Sequence[ShownProblem]
-
-
-def shown_templates(runs: Sequence[Run]) -> list[RunTemplates]:
-    """Return each run's templates as trees of who was reflected from whom; runs without any are left out."""
-    return [_run_templates(run) for run in runs if any(library.templates for library in run.libraries)]
 
 
 def shown_problems(runs: Sequence[Run]) -> list[RunExamples]:
@@ -143,7 +130,8 @@ def _parent_id(template: ShownTemplate, by_id: Mapping[int, ShownTemplate]) -> i
     return template.parent if template.parent in by_id and template.parent != template.id else None
 
 
-def _run_templates(run: Run) -> RunTemplates:
+def library_trees(run: Run) -> list[LibraryTree]:
+    """Return the published templates as trees of who was reflected from whom, the newest library first."""
     earlier: dict[str, int] = {}
     trees: list[LibraryTree] = []
     for library in run.libraries:
@@ -155,7 +143,7 @@ def _run_templates(run: Run) -> RunTemplates:
         trees.append(LibraryTree(version=library.version, num_templates=len(library.templates), roots=roots))
         for template in library.templates:
             earlier.setdefault(template.text, library.version)
-    return RunTemplates(name=run.name, libraries=trees[::-1])
+    return trees[::-1]
 
 
 def template_shifts(run: Run, version: int) -> dict[int, Points]:

@@ -1,6 +1,9 @@
 """Reads the files of a run for tests, while it runs or after it was killed."""
 
+import base64
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,13 @@ def repeatable_numbers(run_dir: Path) -> list[Any]:
         (line["step"], line["epoch"], {key: value for key, value in line["metrics"].items() if is_repeatable(key)})
         for line in whole_lines(run_dir / "metrics.jsonl")
     ]
+
+
+def frozen_answers(report: Path) -> dict[str, Any]:
+    """Return what a `report.html` holds, by the address that its page asks for."""
+    packed = re.search(r'id="frozen">([A-Za-z0-9+/=]*)</script>', report.read_text(encoding="utf-8"))
+    assert packed is not None, f"{report} holds no answers"
+    return json.loads(gzip.decompress(base64.b64decode(packed[1])))["answers"]
 
 
 def is_repeatable(key: str) -> bool:

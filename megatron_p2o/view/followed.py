@@ -8,6 +8,19 @@ DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
 """What reading a line raises that does not hold what it should."""
 
 
+FileState = tuple[int, int, int]
+"""Inode, size and time of the last change: another one means that a file is to be read again."""
+
+
+def file_state(path: Path) -> FileState | None:
+    """Return the state of a file; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class FollowedFile:
     """The whole lines of a file that grows, and that may be replaced, shortened or removed at any time."""
 

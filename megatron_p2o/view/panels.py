@@ -1,9 +1,13 @@
 """What the page asks for, as JSON. Numbers are as the run wrote them; the page formats."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
 
 from megatron_p2o.metrics.jsonl import JsonObject
-from megatron_p2o.report.templates import word_changes
+from megatron_p2o.report.content import report_of
+from megatron_p2o.report.templates import library_trees, word_changes
 from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.types import PLAIN
 from megatron_p2o.view.rounds import ViewedCandidate, ViewedRound
@@ -18,16 +22,31 @@ MAX_REFUSALS = 200
 
 
 def overview_panel(runs: Sequence[ViewedRun]) -> list[JsonObject]:
-    """Return one object per run: who it is, how far it is, how it did."""
+    """Return one object per run: who it is, how far it is, what is damaged."""
     return [_overview(run) for run in runs]
+
+
+def report_panel(runs: Sequence[ViewedRun]) -> JsonObject:
+    """Return what is shown of all runs together: see `report.content.Report`."""
+    return msgspec.to_builtins(report_of([run.reported() for run in runs]))
+
+
+class RememberedReport:
+    """`report_panel`, made anew only when the files that it is made of have changed."""
+
+    def __init__(self) -> None:
+        self._made: tuple[object, JsonObject] | None = None
+
+    def __call__(self, runs: Sequence[ViewedRun]) -> JsonObject:
+        state = [run.report_state() for run in runs]
+        if self._made is None or self._made[0] != state:
+            self._made = state, report_panel(runs)
+        return self._made[1]
 
 
 def _overview(run: ViewedRun) -> JsonObject:
     lines = run.lines()
     arm, seed = run.arm_and_seed()
-    latest: dict[str, float] = {}
-    for line in lines:
-        latest.update(line.metrics)
     return {
         "name": run.name,
         "folder": str(run.directory),
@@ -37,11 +56,9 @@ def _overview(run: ViewedRun) -> JsonObject:
         "step": lines[-1].step if lines else None,
         "epoch": lines[-1].epoch if lines else None,
         "time": lines[-1].time if lines else None,
-        "step_s": latest.get("perf/step_s"),
-        "reward": latest.get("rollout/reward_mean"),
-        "accuracy": {
-            key.split("/")[1]: latest[key] for key in latest if key.startswith("eval/") and key.endswith("/avg")
-        },
+        "step_s": next(
+            (line.metrics["perf/step_s"] for line in reversed(lines) if "perf/step_s" in line.metrics), None
+        ),
         "num_warnings": len(run.warnings()),
         "damages": run.damages(),
     }
@@ -83,9 +100,9 @@ def problems_panel(run: ViewedRun) -> JsonObject:
     }
 
 
-def problem_panel(run: ViewedRun, problem_id: str) -> JsonObject:
+def problem_panel(run: ViewedRun, problem_id: str, max_steps: int = MAX_SHOWN_STEPS) -> JsonObject:
     """Return a problem's rollouts of its latest steps; none when they were not written, or it does not exist."""
-    rollouts = run.rollouts().find(problem_id, MAX_SHOWN_STEPS)
+    rollouts = run.rollouts().find(problem_id, max_steps)
     return {"id": problem_id, "rollouts": rollouts}
 
 
@@ -98,7 +115,12 @@ def _round(found: ViewedRound, run: ViewedRun) -> JsonObject:
     candidates = found.candidates()
     texts = {candidate.id: candidate.text for candidate in candidates}
     published = found.published
-    library = run.published_texts(published.version) if published else frozenset[str]()
+    library = {
+        template.text
+        for library in run.libraries()
+        if published and library.version == published.version
+        for template in library.templates
+    }
     return {
         "number": found.number,
         "name": _name(found),
@@ -138,6 +160,11 @@ def _candidate(candidate: ViewedCandidate, texts: dict[int, str], is_published: 
             problem_id: [score.mean, score.num_trials] for problem_id, score in sorted(candidate.scores.items())
         },
     }
+
+
+def libraries_panel(run: ViewedRun) -> list[JsonObject]:
+    """Return the published templates as trees, the newest library first: see `report.templates.LibraryTree`."""
+    return msgspec.to_builtins(library_trees(run.reported()))
 
 
 def reflection_panel(run: ViewedRun, round_name: str, proposal: int) -> JsonObject | None:
@@ -200,3 +227,27 @@ def settings_panel(runs: Sequence[ViewedRun]) -> JsonObject:
 def warnings_panel(run: ViewedRun) -> list[JsonObject]:
     """Return what the run warned of, newest first."""
     return list(run.warnings())[::-1]
+
+
+OF_ALL: Mapping[str, Callable[[Sequence[ViewedRun]], object]] = {
+    "runs": overview_panel,
+    "report": report_panel,
+    "settings": settings_panel,
+}
+"""What is asked about all runs, by the last part of its address."""
+
+OF_RUN: Mapping[str, Callable[[ViewedRun], object]] = {
+    "metrics": metrics_panel,
+    "problems": problems_panel,
+    "rounds": rounds_panel,
+    "libraries": libraries_panel,
+    "engines": engines_panel,
+    "warnings": warnings_panel,
+}
+"""What is asked about one run."""
+
+
+def encoded(panel: object) -> bytes:
+    """Return a panel as JSON."""
+    # Half surrogates, which JSON can escape, have no UTF-8.
+    return json.dumps(panel, ensure_ascii=False, allow_nan=False).encode(errors="replace")

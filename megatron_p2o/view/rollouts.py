@@ -1,6 +1,7 @@
 """Finds the rollouts of a problem among those of all steps without reading them all again."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,10 +70,17 @@ class RolloutIndex:
     def find(self, problem_id: str, max_steps: int) -> list[JsonObject]:
         """Return the rollouts of the problem's latest `max_steps` steps, oldest first, each with its `step`."""
         steps = [step for step in sorted(self._steps) if problem_id in self._steps[step].places][-max_steps:]
-        return [line for step in steps for line in self._lines(step, problem_id)]
+        return [line for step in steps for line in self.of_step(step, problem_id)]
 
-    def _lines(self, step: int, problem_id: str) -> list[JsonObject]:
-        known = self._steps[step]
+    def most_steps(self) -> int:
+        """Return how many steps the problem has that was asked most often."""
+        return max(Counter(id_ for step in self._steps.values() for id_ in step.places).values(), default=0)
+
+    def of_step(self, step: int, problem_id: str) -> list[JsonObject]:
+        """Return the problem's rollouts of a step, each with its `step`; none where they were not written."""
+        known = self._steps.get(step)
+        if known is None or problem_id not in known.places:
+            return []
         found: list[JsonObject] = []
         try:
             with known.path.open("rb") as file:

@@ -23,6 +23,7 @@ from megatron_p2o.evolve.record.history import (
 )
 from megatron_p2o.evolve.record.journal import body_of
 from megatron_p2o.evolve.trial import Trial
+from megatron_p2o.report.lineage import ReflectedTemplate, RoundLineage
 from megatron_p2o.types import PLAIN
 from megatron_p2o.view.followed import FollowedFile
 
@@ -158,6 +159,23 @@ class ViewedRound:
             text = self._events.reflections[proposal].text
             found.append(self._candidate(candidate, proposal, pick.parent, text, pick.minibatch))
         return sorted(found, key=lambda candidate: candidate.id)
+
+    @property
+    def lineage(self) -> RoundLineage | None:
+        """Who was reflected from whom; None before the round published a library."""
+        published, events = self.published, self._events
+        if published is None:
+            return None
+        candidates = {
+            candidate: ReflectedTemplate(
+                id=candidate,
+                text=events.reflections[proposal].text,
+                parent=events.picks[proposal].parent,
+                num_problems=len(events.picks[proposal].minibatch),
+            )
+            for proposal, candidate in events.candidate_of.items()
+        }
+        return RoundLineage(version=published.version, task=published.task, candidates=candidates)
 
     def refusals(self) -> list[ViewedRefusal]:
         """Return the proposals that are over and did not become candidates, newest first."""

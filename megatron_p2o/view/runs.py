@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_p2o.evolve.record.library import LibraryFile
-from megatron_p2o.files import read_json_object
-from megatron_p2o.metrics.jsonl import JsonObject
+from megatron_p2o.metrics.jsonl import JsonObject, read_lines
 from megatron_p2o.metrics.read import MetricLine, MetricLines
-from megatron_p2o.records import from_json
-from megatron_p2o.report.runs import arm_and_seed, read_results
+from megatron_p2o.report.runs import Run, ShownLibrary, arm_and_seed, read_results, shown_library
 from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
 from megatron_p2o.view.engines import EngineState, engine_states
-from megatron_p2o.view.followed import FollowedFile
+from megatron_p2o.view.followed import FileState, FollowedFile, file_state
+from megatron_p2o.view.libraries import LibraryFiles
 from megatron_p2o.view.rollouts import RolloutIndex
 from megatron_p2o.view.rounds import ViewedRound
 from megatron_p2o.view.settings import SettingsFile
@@ -41,6 +40,8 @@ class ViewedRun:
         self._index = RolloutIndex(directory / "rollouts")
         self._rounds: dict[Path, ViewedRound] = {}
         self._settings_file = SettingsFile(directory)
+        self._library_files = LibraryFiles(directory)
+        self._ended_rounds = directory / "evolution" / "rounds.jsonl"
 
     @property
     def name(self) -> str:
@@ -73,15 +74,11 @@ class ViewedRun:
                 found.catch_up()
             return list(self._rounds.values())
 
-    def published_texts(self, version: int) -> frozenset[str]:
-        """Return the templates of a library; none when its file is missing or damaged."""
-
-        def read() -> frozenset[str]:
-            content = read_json_object(self.directory / "templates" / f"library-{version}.json")
-            library = from_json(LibraryFile, content, skips_unknown=True)
-            return frozenset(template.text for template in library.templates)
-
-        return _or_none(read) or frozenset()
+    def libraries(self) -> Sequence[LibraryFile]:
+        """Return the published libraries, oldest first."""
+        with self._lock:
+            self._library_files.catch_up()
+            return self._library_files.libraries()
 
     def warnings(self) -> Sequence[JsonObject]:
         """Return what the run warned of, oldest first."""
@@ -101,9 +98,10 @@ class ViewedRun:
                 sentences.append(str(error))
         with self._lock:
             followed = (self._metrics_file, self._ledger_file, self._warnings_file)
-            num_damaged = sum(file.num_damaged for file in followed)
-        if num_damaged:
-            sentences.append(f"{num_damaged} damaged lines of metrics, ledger or warnings are left out")
+            if num_damaged := sum(file.num_damaged for file in followed):
+                sentences.append(f"{num_damaged} damaged lines of metrics, ledger or warnings are left out")
+            self._library_files.catch_up()
+            sentences += self._library_files.damages()
         return sentences + [found.damage for found in self._rounds.values() if found.damage]
 
     def engines(self) -> Sequence[EngineState]:
@@ -120,6 +118,37 @@ class ViewedRun:
 
     def arm_and_seed(self) -> tuple[str, int | None]:
         return _or_none(self._identity) or (self.directory.name, None)
+
+    def reported(self) -> Run:
+        """Return the run as figures and tables are made of it."""
+        arm, seed = self.arm_and_seed()
+        results = self.results()
+        return Run(
+            directory=self.directory,
+            arm=arm,
+            seed=seed,
+            lines=self.lines(),
+            written=self._metrics.as_written(),
+            libraries=self.shown_libraries(),
+            ledger=self.ledger(),
+            rounds=list(read_lines(self._ended_rounds)),
+            results=results,
+            is_results_damaged=results is None and (self.directory / "results.json").exists(),
+            rollouts_of=lambda step, problem_id: self.rollouts().of_step(step, problem_id),
+        )
+
+    def shown_libraries(self) -> list[ShownLibrary]:
+        """Return the published libraries with the ancestors of their templates, oldest first."""
+        lineages = [found.lineage for found in self.rounds() if found.lineage is not None]
+        return [shown_library(library, lineages) for library in self.libraries()]
+
+    def report_state(self) -> Sequence[FileState | None]:
+        """Return what changes when the report of the run does: the state of the files it is made of."""
+        names = ("metrics.jsonl", "hard_samples.jsonl", "results.json", "config.yaml")
+        libraries = sorted((self.directory / "templates").glob("*.json"))
+        return [
+            file_state(path) for path in (*(self.directory / name for name in names), self._ended_rounds, *libraries)
+        ]
 
     def _results(self) -> JsonObject | None:
         return read_results(self.directory)

@@ -1,7 +1,6 @@
 """`p2o view`: a page on the loopback address that shows runs while they train and afterwards."""
 
 import hashlib
-import json
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -34,17 +33,6 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 """The charts set the sizes of their own boxes, which is a style of an element; scripts come from our files only."""
-
-RunPanel = Callable[[ViewedRun], object]
-
-PANELS: dict[str, RunPanel] = {
-    "metrics": panels.metrics_panel,
-    "problems": panels.problems_panel,
-    "rounds": panels.rounds_panel,
-    "engines": panels.engines_panel,
-    "warnings": panels.warnings_panel,
-}
-"""What is asked about one run, by the last part of its address."""
 
 
 def serve_runs(run_dirs: Sequence[Path], port: int) -> None:
@@ -80,17 +68,18 @@ def _listen(port: int) -> socket.socket:
 
 def make_app(runs: Sequence[ViewedRun], token: str) -> Starlette:
     """Return the application; every address begins with the token."""
+    of_all_panels = {**panels.OF_ALL, "report": panels.RememberedReport()}
 
     def run_of(request: Request) -> ViewedRun | None:
         number = request.path_params["number"]
         return runs[number] if number < len(runs) else None
 
     async def of_all(request: Request) -> Response:
-        panel = {"runs": panels.overview_panel, "settings": panels.settings_panel}.get(request.path_params["panel"])
+        panel = of_all_panels.get(request.path_params["panel"])
         return await _json(request, lambda: panel(runs)) if panel else _missing()
 
     async def of_run(request: Request) -> Response:
-        run, panel = run_of(request), PANELS.get(request.path_params["panel"])
+        run, panel = run_of(request), panels.OF_RUN.get(request.path_params["panel"])
         return await _json(request, lambda: panel(run)) if run is not None and panel else _missing()
 
     async def problem(request: Request) -> Response:
@@ -130,16 +119,11 @@ async def _json(request: Request, make: Callable[[], object]) -> Response:
     """Return what `make` gives; nothing but the status when the page has it already."""
     if not _is_from_loopback(request):
         return _missing()
-    body = await run_in_threadpool(lambda: _encoded(make()))
+    body = await run_in_threadpool(lambda: panels.encoded(make()))
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers={**HEADERS, "ETag": tag})
     return Response(body, media_type="application/json", headers={**HEADERS, "ETag": tag})
-
-
-def _encoded(panel: object) -> bytes:
-    # Half surrogates, which JSON can escape, have no UTF-8.
-    return json.dumps(panel, ensure_ascii=False, allow_nan=False).encode(errors="replace")
 
 
 def _is_from_loopback(request: Request) -> bool:

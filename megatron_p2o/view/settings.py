@@ -9,6 +9,7 @@ from megatron_p2o.config.shape import is_optional, is_section
 from megatron_p2o.config.tree import Config
 from megatron_p2o.config.yaml_reader import load_yaml
 from megatron_p2o.metrics.jsonl import JsonObject
+from megatron_p2o.view.followed import FileState, file_state
 
 UNSET = "(not set)"
 
@@ -18,8 +19,8 @@ class SettingsFile:
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "config.yaml"
-        self._parsed: tuple[tuple[int, int, int], Mapping[str, Any]] | None = None
-        """The file's identity, and what it held."""
+        self._parsed: tuple[FileState, Mapping[str, Any]] | None = None
+        """The file's state, and what it held."""
 
     def read(self) -> Mapping[str, Any]:
         """Return the settings by dotted name; none before they are written.
@@ -28,11 +29,12 @@ class SettingsFile:
             ValueError: config.yaml is damaged.
         """
         try:
-            status = self._path.stat()
-            identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if self._parsed is None or self._parsed[0] != identity:
+            state = file_state(self._path)
+            if state is None:
+                return {}
+            if self._parsed is None or self._parsed[0] != state:
                 tree = load_yaml(self._path.read_text(encoding="utf-8"))
-                self._parsed = identity, _flat(tree, "") if isinstance(tree, dict) else {}
+                self._parsed = state, _flat(tree, "") if isinstance(tree, dict) else {}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

@@ -26,6 +26,8 @@ from megatron_p2o.evolve.record.history import (
 )
 from megatron_p2o.evolve.record.journal import Journal
 from megatron_p2o.evolve.trial import Trial
+from megatron_p2o.view import frozen
+from megatron_p2o.view.frozen import write_report
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -89,7 +91,7 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 def is_ours(url: str) -> bool:
-    return url.startswith(("http://127.0.0.1:", "data:"))
+    return url.startswith(("http://127.0.0.1:", "data:")) or url.endswith("/report.html")
 
 
 def step_line(step: int, reward: float) -> str:
@@ -137,6 +139,11 @@ def hostile_run(tmp_path: Path) -> Path:
         history.add(Scored(template=template_digest(HOSTILE), problem_id=HOSTILE, occasion="", trial=trial))
         history.add(Accepted(proposal=0, candidate=1))
         history.add(Ended(proposal=0, outcome=HOSTILE))
+    (run / "templates").mkdir()
+    template = {"id": 1, "text": HOSTILE, "parent": 0, "score": 0.5, "weight_version": 0, "lineage_problem_ids": []}
+    (run / "templates" / "library-1.json").write_text(json.dumps({"version": 1, "templates": [template]}))
+    ended = {"epoch": 0, "ended_by": HOSTILE, "outcomes": {HOSTILE: 1}}
+    (run / "evolution" / "rounds.jsonl").write_text(json.dumps(ended) + "\n")
     (run / "engines").mkdir()
     batch = "Decode batch, #running-req: 7, #token: 43, token usage: 0.25, gen throughput (token/s): 9.5, #queue-req: 2"
     (run / "engines" / f"engine-{HOSTILE.replace('/', '')}.log").write_text(f"[2026-01-01 00:00:00] {batch}\n")
@@ -151,25 +158,65 @@ def open_view(page: Any, address: str, view: str) -> None:
 
 def test_every_view_opens_and_shows_foreign_text_as_text(page: Any, hostile_run: Path) -> None:
     with served(page, hostile_run) as address:
-        for view in VIEWS:
-            open_view(page, address, view)
-            assert page.evaluate("document.querySelectorAll('#content img, #content [onload]').length") == 0
-        assert HOSTILE in page.inner_text("#content")  # the warning
-        open_view(page, address, "templates")
-        assert page.inner_text("article pre") == HOSTILE
-        page.click("text=What reflection saw")
-        page.wait_for_selector("dialog[open]")
-        assert page.locator("dialog pre").all_inner_texts() == [HOSTILE, HOSTILE]  # the response, and what was written
-        page.keyboard.press("Escape")
-        open_view(page, address, "engines")
-        assert page.locator("tbody td").all_inner_texts()[1:5] == ["7", "2", "25 %", "9.5"]
-        open_view(page, address, "problems")
-        page.click(".cell >> nth=3")
-        page.wait_for_selector("dialog[open]")
-        assert page.inner_text("dialog pre >> nth=0") == HOSTILE
-        assert page.locator("dialog article").count() == 2
-        assert_tokens_tell_their_numbers(page)
-        assert page.evaluate("window.hacked") is None
+        assert_views_show_foreign_text_as_text(page, address)
+
+
+def test_the_report_opens_from_disk_with_every_view(page: Any, hostile_run: Path, tmp_path: Path) -> None:
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    write_report([hostile_run], tmp_path / "report.html")
+    address = (tmp_path / "report.html").as_uri()
+    assert_views_show_foreign_text_as_text(page, address)
+    assert page.inner_text("#status") == "step 3"
+    assert set(requests) == {address}
+    assert not page.is_visible("#left-out")
+
+
+def test_the_report_says_what_it_has_left_out(
+    page: Any, hostile_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "MAX_DETAIL_BYTES", 0)
+    write_report([hostile_run], tmp_path / "report.html")
+    address = (tmp_path / "report.html").as_uri()
+    open_view(page, address, "problems")
+    assert "rollouts of 0 of 20 problems; 0 of 1 reflections" in page.inner_text("#left-out")
+    page.click(".cell >> nth=3")
+    assert "This file holds a sample" in page.inner_text("dialog[open]")
+    page.keyboard.press("Escape")
+    open_view(page, address, "templates")
+    page.click("text=What reflection saw")
+    assert "This file holds a sample" in page.inner_text("dialog[open]")
+
+
+def assert_views_show_foreign_text_as_text(page: Any, address: str) -> None:
+    for view in VIEWS:
+        open_view(page, address, view)
+        assert page.evaluate("document.querySelectorAll('#content img, #content b, #content [onload]').length") == 0
+    assert HOSTILE in page.inner_text("#content")  # the warning
+    open_view(page, address, "overview")
+    page.wait_for_selector("section[aria-label=Training] canvas")
+    page.click("section[aria-label=Training] summary >> nth=0")
+    table = page.locator("section[aria-label=Training] details[open] >> nth=0")
+    assert table.locator("tbody th").all_inner_texts() == ["1", "2", "3"]
+    assert table.locator("td").all_inner_texts() == ["10.0 %", "20.0 %", "30.0 %"]
+    assert page.inner_text("section[aria-label=Examples] pre >> nth=0") == HOSTILE
+    assert HOSTILE in page.inner_text("section[aria-label='Evolution rounds']")
+    open_view(page, address, "templates")
+    assert page.inner_text("article pre") == HOSTILE
+    assert page.inner_text("section[aria-label='Published templates'] pre") == HOSTILE
+    page.click("text=What reflection saw")
+    page.wait_for_selector("dialog[open]")
+    assert page.locator("dialog pre").all_inner_texts() == [HOSTILE, HOSTILE]  # the response, and what was written
+    page.keyboard.press("Escape")
+    open_view(page, address, "engines")
+    assert page.locator("tbody td").all_inner_texts()[0:4] == ["7", "2", "25 %", "9.5"]
+    open_view(page, address, "problems")
+    page.click(".cell >> nth=3")
+    page.wait_for_selector("dialog[open]")
+    assert page.inner_text("dialog pre >> nth=0") == HOSTILE
+    assert page.locator("dialog article").count() == 2
+    assert_tokens_tell_their_numbers(page)
+    assert page.evaluate("window.hacked") is None
 
 
 def assert_tokens_tell_their_numbers(page: Any) -> None:

@@ -42,7 +42,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "simulation": (*CONTRACT, "rollout", "evolve", "policy", "machine"),
     "run": (*CONTRACT, "config.read", *ROOMS, "rl", "algorithm", "run_folder", "evaluation", "machine"),
     "machine.doctor": (*CONTRACT, "config.read", *ROOMS, "machine", "run_folder", "run"),
-    "experiment": (*CONTRACT, "config.read", "metrics", "evaluation", "report", "run_folder"),
+    "experiment": (*CONTRACT, "config.read", "metrics", "evaluation", "run_folder", *READERS),
     "cli": (
         *(*CONTRACT, "config.read", *ROOMS, "machine", "machine.doctor", "run_folder", "evaluation", "run", *READERS),
         *("experiment", "simulation"),

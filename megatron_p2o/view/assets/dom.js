@@ -1,10 +1,11 @@
 // Elements from data. Text is only ever set as text: nothing that a run holds can become markup.
+"use strict";
 
-export function element(tag, attributes = {}, ...children) {
+function element(tag, attributes = {}, ...children) {
   return filled(document.createElement(tag), attributes, children);
 }
 
-export function drawing(tag, attributes = {}, ...children) {
+function drawing(tag, attributes = {}, ...children) {
   return filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 }
 
@@ -18,26 +19,27 @@ function filled(node, attributes, children) {
   return node;
 }
 
-export function table(header, rows, caption) {
-  const cells = (tag, row) => row.map((cell) => element(tag, typeof cell === "number" ? { class: "number" } : {}, typeof cell === "number" ? shown(cell) : cell));
+function table(header, rows, caption) {
+  const cell = (content, tag, attributes = {}) => (typeof content === "number" ? element(tag, { ...attributes, class: "number" }, shown(content)) : element(tag, attributes, content));
   return element("div", { class: "table", tabindex: 0, role: "region", "aria-label": caption },
-    element("table", {}, element("thead", {}, element("tr", {}, cells("th", header))), element("tbody", {}, rows.map((row) => element("tr", {}, cells("td", row))))));
+    element("table", {}, element("thead", {}, element("tr", {}, header.map((name) => cell(name, "th", { scope: "col" })))),
+      element("tbody", {}, rows.map(([first, ...others]) => element("tr", {}, cell(first, "th", { scope: "row" }), others.map((each) => cell(each, "td")))))));
 }
 
-export function shown(number) {
+function shown(number) {
   if (number === null || number === undefined) return "";
   if (Number.isInteger(number)) return number.toLocaleString("en");
   const size = Math.abs(number);
   return size >= 1000 ? number.toLocaleString("en", { maximumFractionDigits: 0 }) : size >= 0.001 ? String(Number(number.toPrecision(4))) : number.toExponential(2);
 }
 
-export function duration(seconds) {
+function duration(seconds) {
   if (seconds === null || seconds === undefined) return "";
   if (seconds < 60) return `${shown(Number(seconds.toPrecision(3)))} s`;
   const minutes = Math.round(seconds / 60);
   return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
 }
 
-export function empty(sentence) {
+function empty(sentence) {
   return element("p", { class: "note" }, sentence);
 }

@@ -1,10 +1,9 @@
 // What the engines are doing: requests, KV cache, speed, and the policy version that they serve.
-
-import { element, empty, shown, table } from "./dom.js";
+"use strict";
 
 const GIB = 2 ** 30;
 
-export function engines(data) {
+function engines(data) {
   if (!data.engines.length) return [empty("The run has no logs of engines, or they are not to be read from here.")];
   const rows = data.engines.map((engine) => [
     engine.name, engine.running === null ? "not told yet" : engine.running, engine.waiting ?? "", engine.kv_share === null ? "" : `${shown(100 * engine.kv_share)} %`,

@@ -1,10 +1,9 @@
 // The response of a templated rollout by its tokens: what the template adds to each, and what the context ratio dropped.
-
-import { element, shown } from "./dom.js";
+"use strict";
 
 const FULL_COLOUR_NATS = 3;
 
-export function tokenText(rollout) {
+function tokenText(rollout) {
   const { lengths, sampling_logprobs: under, shifts, kept } = rollout.tokens;
   const text = Array.from(rollout.response);
   let place = 0, numDropped = 0;

@@ -1,11 +1,5 @@
 // The page: which run and which view, and what of it has changed.
-
-import { curves } from "./curves.js";
-import { duration, element, empty, shown, table } from "./dom.js";
-import { problemPage, problems } from "./problems.js";
-import { engines } from "./engines.js";
-import { reflectionPage, rounds } from "./rounds.js";
-import { steps } from "./steps.js";
+"use strict";
 
 const POLL_MS = 2000;
 const VIEWS = { overview: "Overview", curves: "Curves", steps: "Steps", problems: "Problems", templates: "Templates", engines: "Engines", settings: "Settings", warnings: "Warnings" };
@@ -16,8 +10,19 @@ const state = {
   problems: { filter: "", level: "", state: "all", order: "id", limit: 200 }, rounds: { round: null, candidate: null },
 };
 
-// Returns the answer, and whether it differs from the last one to the same question.
+// A page that is a file holds the answers to all questions, packed.
+const packed = byId("frozen");
+const frozen = packed ? unpacked(packed.textContent) : null;
+
+async function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+}
+
+// Returns the answer, and whether it differs from the last one to the same question. The answer is undefined when the file
+// that the page is has been made without it.
 async function ask(path) {
+  if (frozen) return { data: (await frozen).answers[path], isNew: false };
   const response = await fetch(`api/${path}`);
   if (!response.ok) throw new Error(`the server answered ${response.status}`);
   const tag = response.headers.get("ETag"), before = state.known.get(path);
@@ -40,9 +45,9 @@ async function needed(view, number) {
   }));
   if (view === "steps") return [await ofRun("metrics")];
   if (view === "problems" || view === "warnings" || view === "engines") return [await ofRun(view)];
-  if (view === "templates") return [await ofRun("rounds")];
+  if (view === "templates") return [await ofRun("rounds"), await ofRun("libraries")];
   if (view === "settings") return [await ask("settings")];
-  return [];
+  return [await ask("report")];
 }
 
 function drawn(view, answers) {
@@ -51,22 +56,12 @@ function drawn(view, answers) {
     case "curves": return [curveControls(), ...curves(data, state.filter)];
     case "steps": return steps({ metrics: data[0] });
     case "problems": return problems(data[0], state.problems, openProblem, () => refresh(true));
-    case "templates": return rounds(data[0], state.rounds, () => refresh(true), openReflection);
+    case "templates": return [...rounds(data[0], state.rounds, () => refresh(true), openReflection), ...libraries(data[1])];
     case "engines": return engines(data[0]);
     case "settings": return settings(data[0]);
     case "warnings": return warnings(data[0]);
-    default: return overview();
+    default: return overview(state.runs, data[0]);
   }
-}
-
-function overview() {
-  const sets = [...new Set(state.runs.flatMap((run) => Object.keys(run.accuracy)))].sort();
-  const rows = state.runs.map((run, number) => [
-    element("a", { href: `#curves/${number}` }, run.name), run.seed === null ? "" : String(run.seed), run.is_finished ? "finished" : run.step === null ? "no step yet" : "unfinished",
-    run.step === null ? "" : String(run.step), run.epoch === null ? "" : String(run.epoch), shown(run.reward), ...sets.map((name) => shown(run.accuracy[name])), duration(run.step_s), run.time ? `${run.time.slice(0, 19).replace("T", " ")} UTC` : "", String(run.num_warnings)]);
-  return [element("h2", {}, "Runs"),
-    table(["run", "seed", "state", "step", "epoch", "reward", ...sets.map((name) => `accuracy: ${name}`), "last step took", "last written", "warnings"], rows, "Runs"),
-    element("p", { class: "note" }, "Reward is the mean of the latest step's rollouts, accuracy that of the latest evaluation; both are shares from 0 to 1.")];
 }
 
 function curveControls() {
@@ -91,13 +86,15 @@ function warnings(data) {
 
 async function openProblem(id, step) {
   const { data } = await ask(`run/${place().number}/problem?id=${encodeURIComponent(id)}`);
-  show(id, problemPage(data, step));
+  show(id, data === undefined ? leftOut() : problemPage(data, step));
 }
 
 async function openReflection(round, proposal) {
   const { data } = await ask(`run/${place().number}/reflection?round=${encodeURIComponent(round)}&proposal=${proposal}`);
-  show(`Round ${round}, proposal ${proposal}`, reflectionPage(data));
+  show(`Round ${round}, proposal ${proposal}`, data === undefined ? leftOut() : reflectionPage(data));
 }
+
+const leftOut = () => [empty("This file holds a sample, and this is not in it. p2o view shows all that the run's folder has.")];
 
 function show(title, content) {
   const dialog = byId("details");
@@ -115,9 +112,14 @@ function drawFrame(view, number) {
     select.replaceChildren(...state.runs.map((run, each) => element("option", { value: each }, run.name)));
   }
   select.value = String(number);
-  const damages = state.runs[number]?.damages ?? [];
-  byId("damages").hidden = !damages.length;
-  byId("damages").replaceChildren(...damages.map((sentence) => element("li", {}, sentence)));
+  document.title = `P2O: ${[...new Set(state.runs.map((run) => run.arm))].join(", ")}`;
+  const told = view === "overview" ? state.runs : state.runs.slice(number, number + 1);
+  const tell = (id, sentences) => {
+    byId(id).hidden = !sentences.length;
+    byId(id).replaceChildren(...sentences.map((sentence) => element("li", {}, sentence)));
+  };
+  tell("damages", told.flatMap((run) => run.damages));
+  tell("left-out", told.flatMap((run) => run.left_out ?? []));
 }
 
 let shownPlace = "", isBusy = false, isWanted = false;
@@ -134,6 +136,7 @@ async function refresh(isForced = false) {
     if (isNew || here !== shownPlace) drawFrame(view, number);
     if (isChanged) {
       const focused = document.activeElement?.closest("#content") ? document.activeElement.getAttribute("placeholder") : null;
+      unfilled.clear();
       byId("content").replaceChildren(...drawn(view, answers).filter(Boolean));
       if (focused) byId("content").querySelector(`[placeholder="${focused}"]`)?.focus();
       shownPlace = here;
@@ -141,7 +144,7 @@ async function refresh(isForced = false) {
     const run = state.runs[number];
     byId("status").textContent = run ? (run.is_finished ? "finished" : run.step === null ? "no step yet" : `step ${run.step}`) : "no run";
   } catch (error) {
-    byId("status").textContent = `Not up to date: ${error.message}. Is p2o view still running?`;
+    byId("status").textContent = frozen ? `This page cannot be shown: ${error.message}` : `Not up to date: ${error.message}. Is p2o view still running?`;
   } finally {
     isBusy = false;
     if (isWanted) { isWanted = false; refresh(true); }
@@ -151,5 +154,5 @@ async function refresh(isForced = false) {
 byId("run").addEventListener("change", (event) => { state.rounds = { round: null, candidate: null }; location.hash = `#${place().view}/${event.target.value}`; });
 addEventListener("hashchange", () => refresh());
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
-setInterval(() => { if (!document.hidden) refresh(); }, POLL_MS);
+if (!frozen) setInterval(() => { if (!document.hidden) refresh(); }, POLL_MS);
 refresh();

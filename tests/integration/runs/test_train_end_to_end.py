@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_p2o.testing.run_files import frozen_answers
 from megatron_p2o.testing.tiny_runs import (
     P2O,
     ROOT,
@@ -104,7 +105,9 @@ def test_results_and_report_are_written(p2o_run: Path) -> None:
     assert results["num_rollouts_evolution"] > 0
     report = run([*P2O, "report", str(p2o_run)])
     assert report.returncode == 0, report.stderr
-    assert "<svg" in (p2o_run / "report.html").read_text()
+    answers = frozen_answers(p2o_run / "report.html")
+    assert answers["run/0/metrics"]["steps"] and answers["run/0/libraries"], "curves and published templates"
+    assert any(address.startswith("run/0/problem?id=") for address in answers)
 
 
 def test_the_compute_account_is_what_rollouts_journal_and_evaluations_hold(p2o_run: Path) -> None:

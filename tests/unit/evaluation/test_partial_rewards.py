@@ -12,12 +12,12 @@ from megatron_p2o.evaluation.benchmark import Subject, results_of
 from megatron_p2o.evaluation.comparison import compare
 from megatron_p2o.evaluation.outcome import Evaluation, GradedResponse, evaluation_of, evaluation_record
 from megatron_p2o.evaluation.tables import print_comparison, print_results
+from megatron_p2o.report.content import overview_of
 from megatron_p2o.report.figures import by_source, training_figures
-from megatron_p2o.report.page import overview_of
-from megatron_p2o.report.runs import read_run
 from megatron_p2o.report.summary import print_table, summarize
 from megatron_p2o.testing.fakes import fake_config
 from megatron_p2o.types import Grade, Problem
+from megatron_p2o.view.runs import ViewedRun
 
 Rewards = Sequence[Sequence[float | None]]
 """Of each problem's responses; None: undecided."""
@@ -146,7 +146,7 @@ def test_the_report_tells_mean_rewards_only_where_they_are_partial(tmp_path: Pat
     assert "reward" not in json.dumps({**summarize([whole]), "runs": []})
 
     for directory, is_shown in ((partial, True), (whole, False)):
-        runs = [read_run(directory)]
+        runs = [ViewedRun(directory).reported()]
         titles = {chart.title for chart in training_figures(runs, {"a": 0})}
         assert ({"Mean reward of own", "Mean reward with template: own"} <= titles) is is_shown
         assert ("own, mean reward" in overview_of(runs, {"a": 0}).header) is is_shown

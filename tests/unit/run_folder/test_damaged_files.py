@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_p2o.config.tree import LoggingConfig
-from megatron_p2o.metrics.jsonl import read_lines
+from megatron_p2o.metrics.jsonl import read_lines, read_records
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.read import read_metrics
-from megatron_p2o.report.runs import read_ledger
-from megatron_p2o.rl.hard_samples import LedgerEntry
+from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
 from megatron_p2o.run_folder.state import CheckpointError, LedgerFile
 
 NUM_KEPT, NUM_LATER = 12, 3
@@ -80,7 +79,7 @@ def test_a_damaged_entry_of_the_ledger_is_named_by_its_line_and_a_resume_later_c
     again = LedgerFile(path, first.num_entries)
     again.close()
     assert again.ledger.history("LATER-14") == (ENTRIES[14],)
-    assert read_ledger(path) == [each for each in ENTRIES if each.problem_id != "walk-4"]
+    assert list(read_records(path, entry_from)) == [each for each in ENTRIES if each.problem_id != "walk-4"]
     with pytest.raises(CheckpointError, match="holds 15 ledger entries where the checkpoint counts 16: restore"):
         LedgerFile(path, 16)
 
@@ -94,7 +93,7 @@ def test_an_entry_that_is_json_but_cannot_be_true_is_damaged(tmp_path: Path, dam
     changed = re.sub(rf"{name}: [^,}}]+", damage, LINES[2].decode())
     assert changed != LINES[2].decode()
     path.write_bytes(b"".join([LINES[0], changed.encode(), LINES[3]]))
-    assert [each.problem_id for each in read_ledger(path)] == ["walk-0", "walk-3"]
+    assert [each.problem_id for each in read_records(path, entry_from)] == ["walk-0", "walk-3"]
 
 
 @pytest.mark.parametrize("reward", ["NaN", "-0.5", "1e9"])
@@ -102,7 +101,7 @@ def test_an_entry_with_impossible_rewards_is_damaged(tmp_path: Path, reward: str
     path = tmp_path / "hard_samples.jsonl"
     changed = json.dumps({**json.loads(LINES[2]), "plain_reward": "?"}).replace('"?"', reward)
     path.write_bytes(b"".join([LINES[0], changed.encode() + b"\n", LINES[3]]))
-    assert [each.problem_id for each in read_ledger(path)] == ["walk-0", "walk-3"]
+    assert [each.problem_id for each in read_records(path, entry_from)] == ["walk-0", "walk-3"]
 
 
 def test_a_damaged_line_of_the_metrics_stays_where_it_is_and_the_others_count(

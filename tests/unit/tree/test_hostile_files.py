@@ -1,7 +1,6 @@
 """Damaged, foreign and hostile files given to every command: one message that names the file, and status 2."""
 
 import gzip
-import html
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_p2o.cli import BAD_INPUT, main
 from megatron_p2o.terminal import printable
+from megatron_p2o.testing.run_files import frozen_answers
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
 WEIGHTS, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"
@@ -370,12 +370,13 @@ def test_a_damaged_file_of_a_run_costs_its_own_line_of_the_report(
     (run / "metrics.jsonl").write_text(json.dumps(METRICS) + "\n")
     (run / name).write_bytes(content.encode() if isinstance(content, str) else content)
     assert main(["report", "runs/first"]) == 0
-    told, page = capsys.readouterr(), (run / "report.html").read_text()
+    told, answers = capsys.readouterr(), frozen_answers(run / "report.html")
     (line,) = told.err.splitlines()
-    assert message in line and html.escape(message, quote=False) in page
-    assert "50.0 %" in page, "the reward of metrics.jsonl is shown"
+    assert line == f"p2o: {answers['runs'][0]['damages'][0]}" and message in line
+    (row,) = answers["report"]["overview"]["rows"]
+    assert "50.0 %" in row["cells"], "the reward of metrics.jsonl is shown"
     if name == "results.json":
-        assert f"first is left out: runs/first/{name}" in told.out and "results.json damaged" in page
+        assert f"first is left out: runs/first/{name}" in told.out and "results.json damaged" in row["cells"]
 
 
 @pytest.mark.parametrize("output", ["problems.jsonl", "problems.jsonl/below", "/proc/p2o"])

@@ -11,10 +11,12 @@ from starlette.testclient import TestClient
 from megatron_p2o.evolve.record.history import Picked, Reflected, RoundHistory, Scored, template_digest
 from megatron_p2o.evolve.record.journal import Journal
 from megatron_p2o.evolve.trial import Trial
+from megatron_p2o.view import panels
 from megatron_p2o.view.runs import ViewedRun
 from megatron_p2o.view.server import make_app, serve_runs
 
 TOKEN = "secret"
+ALL_PANELS = (*panels.OF_ALL, *(f"run/0/{name}" for name in panels.OF_RUN))
 HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[2J"
 
 
@@ -54,8 +56,38 @@ def answer(of: TestClient, path: str) -> Any:
 def test_the_overview_says_how_far_a_run_is(run: Path) -> None:
     (shown,) = answer(client(run), "runs")
     assert (shown["name"], shown["arm"], shown["seed"]) == ("p2o-seed1", "p2o", 1)
-    assert (shown["step"], shown["reward"], shown["accuracy"], shown["step_s"]) == (1, 0.25, {"held_out": 0.5}, 2.0)
+    assert (shown["step"], shown["epoch"], shown["step_s"]) == (1, 0, 2.0)
     assert (shown["is_finished"], shown["num_warnings"], shown["damages"]) == (False, 1, [])
+
+
+def test_the_report_follows_the_runs(run: Path) -> None:
+    asked = client(run)
+
+    def results() -> dict[str, str]:
+        overview = answer(asked, "report")["overview"]
+        return dict(zip(overview["header"][1:], overview["rows"][0]["cells"], strict=True))
+
+    assert (results()["held out"], results()["Train reward"]) == ("50.0 %", "25.0 %")
+    add_step(run, 2, **{"rollout/reward_mean": 0.75})
+    assert results()["Train reward"] == "75.0 %"
+    (run / "results.json").write_text('{"arm": "p2o", "seed": 1, "wall_s": 61}')
+    assert (results()["State"], results()["Wall time"]) == ("finished", "1 min 01 s")
+    assert results()["Templates published"] == ""
+    (run / "templates").mkdir()
+    template = {"id": 1, "text": "Count.", "parent": 0, "score": 0.5, "weight_version": 0, "lineage_problem_ids": []}
+    (run / "templates" / "library-1.json").write_text(json.dumps({"version": 1, "templates": [template]}))
+    assert results()["Templates published"] == "1"
+    (library,) = answer(asked, "run/0/libraries")
+    assert [node["text"] for node in library["roots"]] == [[{"kind": "kept", "text": "Count."}]]
+
+
+def test_the_report_is_not_made_again_while_the_files_stay_as_they_are(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = client(run)
+    first = answer(asked, "report")
+    monkeypatch.setattr(ViewedRun, "reported", lambda run: pytest.fail("made again"))
+    assert answer(asked, "report") == first
 
 
 def test_metrics_are_columns_that_grow_with_the_run(run: Path) -> None:
@@ -179,7 +211,7 @@ def test_only_own_scripts_may_run(run: Path) -> None:
 def test_nothing_is_written_into_the_run(run: Path) -> None:
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*")}
     asked = client(run)
-    for panel in ("runs", "settings", "run/0/metrics", "run/0/problems", "run/0/rounds", "run/0/warnings"):
+    for panel in ALL_PANELS:
         answer(asked, panel)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*")} == before
 
@@ -190,7 +222,7 @@ def test_a_run_that_disappears_is_said_and_what_was_read_stays_answered(run: Pat
     run.rename(run.with_name("moved"))
     (shown,) = answer(asked, "runs")
     assert shown["damages"] == [f"{run} is gone"]
-    for panel in ("settings", "run/0/metrics", "run/0/problems", "run/0/rounds", "run/0/warnings"):
+    for panel in ALL_PANELS:
         answer(asked, panel)
 
 

@@ -1,17 +1,12 @@
-"""The report of runs that are whole, partial, in progress or hostile."""
+"""What is shown of runs that are whole, partial or in progress."""
 
-import base64
-import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from megatron_p2o.config.tree import LoggingConfig
 from megatron_p2o.evolve.process.conduct import journal_path
@@ -26,16 +21,15 @@ from megatron_p2o.metrics.rollouts import RolloutWriter
 from megatron_p2o.metrics.step import step_metrics
 from megatron_p2o.report.examples import MAX_SHOWN_CHARACTERS, find_examples, spread
 from megatron_p2o.report.figures import by_epoch, over_compute, over_rollouts
-from megatron_p2o.report.page import ASSETS, write_report
-from megatron_p2o.report.runs import read_run
+from megatron_p2o.report.runs import Run
 from megatron_p2o.report.spending import compute_table
 from megatron_p2o.report.templates import WordSpan, word_changes
 from megatron_p2o.rl.hard_samples import ledger_entry
 from megatron_p2o.terminal import duration_text
 from megatron_p2o.testing.fakes import FakeRenderer, fake_token_ids
 from megatron_p2o.types import PLAIN, Completion, Grade, Group, Problem, Prompt, Rollout, Template
-
-HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+from megatron_p2o.view.panels import libraries_panel, report_panel
+from megatron_p2o.view.runs import ViewedRun
 
 
 def metric_line(step: int, epoch: int, **metrics: float | None) -> dict[str, Any]:
@@ -152,130 +146,65 @@ def p2o_run(root: Path, text: str = "Work step by step.") -> Path:
     return directory
 
 
-class Page(HTMLParser):
-    """Checks that elements nest, and collects them with their text."""
-
-    VOID = frozenset({"meta", "path", "line"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.source = page
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.visible: list[str] = []
-        self.inert: list[Any] = []
-        """Values of the blocks of JSON."""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.visible.append(data)
-        elif self.open and self.elements[-1] == ("script", {"type": "application/json"}):
-            self.inert.append(json.loads(data))
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.visible)
+def report_on(*runs: Path) -> dict[str, Any]:
+    return report_panel([ViewedRun(run) for run in runs])
 
 
-def report_of(tmp_path: Path, *runs: Path) -> Page:
-    write_report(runs, tmp_path / "report.html")
-    return Page((tmp_path / "report.html").read_text())
+def read_run(run: Path) -> Run:
+    return ViewedRun(run).reported()
+
+
+def cells(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a table by heading."""
+    return [dict(zip(table["header"], row, strict=True)) for row in table["rows"]]
+
+
+def overview(*runs: Path) -> list[dict[str, Any]]:
+    shown = report_on(*runs)["overview"]
+    return cells({"header": shown["header"], "rows": [[row["name"], *row["cells"]] for row in shown["rows"]]})
+
+
+def nodes(run: Path) -> list[dict[str, Any]]:
+    """Return the templates of all libraries in the order in which they are shown."""
+
+    def below(roots: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [node for root in roots for node in (root, *below(root["children"]))]
+
+    return [node for library in libraries_panel(ViewedRun(run)) for node in below(library["roots"])]
 
 
 def test_arms_stand_side_by_side_with_their_latest_numbers(tmp_path: Path) -> None:
-    page = report_of(tmp_path, grpo_run(tmp_path), p2o_run(tmp_path))
-    assert "P2O: grpo_n6, p2o_n6" in page.text
-    for text in ("12.5 %", "87.5 %", "Training reward", "Intractable problems", "Internalised", "Time", "61"):
-        assert text in page.text
+    runs = grpo_run(tmp_path), p2o_run(tmp_path)
+    assert [(row["Run"], row["heldout hard"]) for row in overview(*runs)] == [
+        ("grpo_n6-seed1", "12.5 %"),
+        ("p2o_n6-seed1", "87.5 %"),
+    ]
+    shown = report_on(*runs)
+    assert shown["training"][0]["title"] == "Training reward" and shown["health"] == []
+    assert shown["effectiveness"][0]["title"] == "Intractable problems"
+    trained = shown["time"]["header"].index("train")
+    assert [row["phases"][trained - 1] for row in shown["time"]["rows"]] == [
+        {"text": "0", "share": 0.0},
+        {"text": "61", "share": 1.0},
+    ]
 
 
 def test_a_run_without_templates_has_no_empty_sections_for_them(tmp_path: Path) -> None:
-    page = report_of(tmp_path, grpo_run(tmp_path))
-    for heading in ("Templates", "Examples", "Hard-sample ledger"):
-        assert f" {heading} " not in page.text.replace(
-            "Rollouts: training evolution Templates published Wall time State", ""
-        )
-
-
-def test_the_page_loads_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:
-    page = report_of(tmp_path, grpo_run(tmp_path), p2o_run(tmp_path))
-    assert not any({"src", "href", "action"} & attributes.keys() for _, attributes in page.elements)
-    scripts = [attributes.get("type") for tag, attributes in page.elements if tag == "script"]
-    assert scripts.count(None) == 1 and set(scripts) == {None, "application/json"}
-    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy is not None and policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
-
-
-def test_text_of_a_run_never_becomes_markup(tmp_path: Path) -> None:
-    run = p2o_run(tmp_path, text=HOSTILE)
-    path = run / "rollouts" / "step-000002.jsonl"
-    hostile = [rollout_line("h1", correct=True, template=HOSTILE, response=HOSTILE), rollout_line("h1", correct=False)]
-    write_lines(path, [{**line, "question": HOSTILE, "answer": HOSTILE, "level": HOSTILE} for line in hostile])
-    write_lines(
-        run / "metrics.jsonl",
-        [{**metric_line(1, 0), "metrics": {f"eval/{HOSTILE}/avg": 0.5, "rollout/reward_mean": 1.0}}],
-    )
-    page = report_of(tmp_path, run.rename(tmp_path / "p2o<i>-seed1"))
-    assert not {"img", "i"} & {tag for tag, _ in page.elements}
-    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
-    assert sum(tag == "script" and "type" not in attributes for tag, attributes in page.elements) == 1
-    assert page.text.count("<img src=x onerror=alert(1)>") >= 4
-
-
-def test_a_name_cannot_end_the_block_of_json_it_stands_in(tmp_path: Path) -> None:
-    name = "<!--<script><img>&'\""  # a folder's name; in a script element it hides the element's end from browsers
-    page = report_of(tmp_path, grpo_run(tmp_path).rename(tmp_path / name))
-    assert {line["name"] for chart in page.inert for line in chart["lines"]} == {name}
-    blocks = re.findall(r'application/json">(.*?)</script>', page.source)
-    assert len(blocks) == len(page.inert) > 0
-    assert not any("<" in block for block in blocks)
-
-
-def test_own_script_and_style_do_not_end_their_elements_early() -> None:
-    assert "</script" not in (ASSETS / "report.js").read_text().lower()
-    assert "</style" not in (ASSETS / "report.css").read_text().lower()
-
-
-def test_the_policy_lets_the_script_run_that_the_page_holds(tmp_path: Path) -> None:
-    page = report_of(tmp_path, grpo_run(tmp_path))
-    (script,) = re.findall(r"<script>(.*?)</script>", page.source, flags=re.DOTALL)
-    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in page.source
-
-
-def test_a_table_names_its_columns_and_rows(tmp_path: Path) -> None:
-    run = grpo_run(tmp_path).rename(tmp_path / "a<b")
-    page = report_of(tmp_path, run)
-    assert '<th scope="col">Train reward</th>' in page.source
-    assert '<tr><th scope="row">a&lt;b</th><td>0</td>' in page.source
-    assert 'aria-label="What failed, over the whole run"' in page.source
-
-
-def test_a_chart_without_points_says_so(tmp_path: Path) -> None:
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "metrics.jsonl").write_text("")
-    page = report_of(tmp_path, tmp_path / "new")
-    assert "Nothing was recorded." in page.text and page.inert == []
+    run = grpo_run(tmp_path)
+    shown = report_on(run)
+    assert (shown["examples"], shown["ledger"], shown["rounds"], nodes(run)) == ([], None, None, [])
 
 
 def test_templates_are_shown_below_the_one_they_were_reflected_from(tmp_path: Path) -> None:
-    page = report_of(tmp_path, p2o_run(tmp_path))
-    assert page.text.index("Template 0") < page.text.index("Template 3") < page.text.index("Template 5")
-    assert "score 75.0 % at weight version 4 · assigned to 1 problem · has seen 1 problem" in page.text
-    assert [tag for tag, _ in page.elements].count("ins") == 1
+    plain, parent, child = nodes(p2o_run(tmp_path))
+    assert (plain["id"], parent["id"], child["id"]) == (0, 3, 5)
+    assert (plain["children"], parent["children"], child["children"]) == ([parent], [child], [])
+    assert plain["text"] == []
+    assert child["facts"] == ["score 75.0 % at weight version 4", "assigned to 1 problem", "has seen 1 problem"]
+    assert child["text"] == [
+        {"kind": "kept", "text": "Work step by step."},
+        {"kind": "added", "text": " Slowly."},
+    ]
 
 
 def test_a_template_says_what_it_still_adds_in_the_steps_of_its_own_library(tmp_path: Path) -> None:
@@ -286,18 +215,17 @@ def test_a_template_says_what_it_still_adds_in_the_steps_of_its_own_library(tmp_
     ]
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-    page = report_of(tmp_path, run)
-    assert "added 0.5 nats per token to responses in step 4, 0.125 in step 6" in page.text
-    assert page.text.count("nats per token to responses in step") == 1
+    told = [fact for node in nodes(run) for fact in node["facts"] if "nats per token" in fact]
+    assert told == ["added 0.5 nats per token to responses in step 4, 0.125 in step 6"]
 
 
 def test_a_template_whose_parent_is_unknown_is_a_root_that_says_so(tmp_path: Path) -> None:
     run = p2o_run(tmp_path)
     library = {"version": 2, "templates": [template(9, "Check twice.", 8, 0.5)], "assignments": {}}
     (run / "templates" / "library-2.json").write_text(json.dumps(library))
-    page = report_of(tmp_path, run)
-    assert "reflected from template 8, with which the round began" in page.text
-    assert page.text.index("Library version 2") < page.text.index("Library version 1")
+    newest, oldest = libraries_panel(ViewedRun(run))
+    assert (newest["version"], oldest["version"]) == (2, 1)
+    assert newest["roots"][0]["facts"][-1] == "reflected from template 8, with which the round began"
 
 
 def test_library_and_journal_of_evolution_give_the_lineage_with_its_unpublished_ancestors(tmp_path: Path) -> None:
@@ -335,9 +263,7 @@ def test_library_and_journal_of_evolution_give_the_lineage_with_its_unpublished_
         (2, "Count twice.", 1),
         (1, "Count.", 0),
     ]
-    page = report_of(tmp_path, run)
-    assert page.text.index("Template 1") < page.text.index("Template 2") < page.text.index("Template 4")
-    assert "A dead end." not in page.text
+    assert [node["id"] for node in nodes(run)] == [1, 2, 4], "what nothing came of is not shown"
 
 
 def test_what_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
@@ -362,9 +288,11 @@ def test_what_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
     run = read_run(tmp_path / "run")
     assert run.points("rollout/reward_templated") == [(1, 1.0)]
     assert [answer.template for answer in find_examples(run)[0].answers] == ["", "Add six sevens."]
-    page = report_of(tmp_path, tmp_path / "run")
-    for text in ("Six times seven?", "It is \\boxed{42}.", "Add six sevens.", "template, pass@1"):
-        assert text in page.text
+    shown = report_on(tmp_path / "run")
+    (example,) = shown["examples"][0]["examples"]
+    assert (example["question"], example["answers"][0]["text"]) == ("Six times seven?", "It is \\boxed{42}.")
+    compared = next(chart for chart in shown["effectiveness"] if chart["title"] == "With and without template: run")
+    assert [line["name"] for line in compared["lines"]] == ["template, pass@1", "plain, pass@1"]
 
 
 def test_word_changes_mark_exactly_what_changed() -> None:
@@ -381,8 +309,8 @@ def test_word_changes_mark_exactly_what_changed() -> None:
 
 
 def test_a_templates_text_is_shown_to_the_letter(tmp_path: Path) -> None:
-    page = report_of(tmp_path, p2o_run(tmp_path, text="One  <b>\n\n  two & 'three'."))
-    assert "<pre>One  &lt;b&gt;\n\n  two &amp; &#39;three&#39;.</pre>" in page.source
+    text = "One  <b>\n\n  two & 'three'."
+    assert nodes(p2o_run(tmp_path, text=text))[1]["text"] == [{"kind": "kept", "text": text}]
 
 
 def test_examples_tell_how_a_problem_was_internalised(tmp_path: Path) -> None:
@@ -399,8 +327,7 @@ def test_examples_of_steps_that_were_not_written_are_passed_over(tmp_path: Path)
     run = p2o_run(tmp_path)
     for path in (run / "rollouts").iterdir():
         path.unlink()
-    assert find_examples(read_run(run)) == []
-    report_of(tmp_path, run)
+    assert report_on(run)["examples"] == []
 
 
 def test_long_answers_keep_their_beginning_and_their_end() -> None:
@@ -431,12 +358,13 @@ def test_every_round_tells_why_it_ended_and_how_its_proposals_did(tmp_path: Path
     keep_round(run, replace(stats, ended_by="service_lost", num_rollouts=1))
     keep_round(run, stats)
     keep_round(run, replace(stats, epoch=1, ended_by="budget", num_rollouts=4000, outcomes={"not better": 2}))
-    text = report_of(tmp_path, run).text
-    assert "CUT OFF by evolution.round_timeout_s: depends on the machine's speed" in text
-    assert "17 refused: the endpoint refuses with status <400>, 3 accepted" in text
-    assert "2456" in text and "4000" in text and "its budget was spent" in text
-    assert "61 (30 scored on, 31 shown)" in text
-    assert "its process was lost" not in text, "of a round that was run twice the last counts"
+    first, second = cells(report_on(run)["rounds"])
+    assert first["Ended because"] == "CUT OFF by evolution.round_timeout_s: depends on the machine's speed", (
+        "of a round that was run twice the last counts"
+    )
+    assert first["Proposals by outcome"] == "17 refused: the endpoint refuses with status <400>, 3 accepted"
+    assert (first["Rollouts"], first["Hard problems"]) == ("2456", "61 (30 scored on, 31 shown)")
+    assert (second["Rollouts"], second["Ended because"]) == ("4000", "its budget was spent")
 
 
 def test_a_run_in_progress_is_reported_up_to_its_last_whole_line(tmp_path: Path) -> None:
@@ -444,14 +372,14 @@ def test_a_run_in_progress_is_reported_up_to_its_last_whole_line(tmp_path: Path)
     for name in ("metrics.jsonl", "hard_samples.jsonl"):
         with (run / name).open("a") as file:
             file.write('{"step": 3, "epo')
-    page = report_of(tmp_path, run)
-    assert "step 2 at 2026-01-31 12:02 UTC" in page.text
+    assert overview(run)[0]["State"] == "step 2 at 2026-01-31 12:02 UTC"
 
 
 def test_a_run_before_its_first_step_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").write_text("")
-    assert "no step yet" in report_of(tmp_path, tmp_path / "new").text
+    assert overview(tmp_path / "new")[0]["State"] == "no step yet"
+    assert [chart["lines"] for chart in report_on(tmp_path / "new")["training"]] == [[]]
 
 
 def test_results_name_the_arm_and_mark_the_run_finished(tmp_path: Path) -> None:
@@ -461,9 +389,9 @@ def test_results_name_the_arm_and_mark_the_run_finished(tmp_path: Path) -> None:
     (run / "results.json").write_text(json.dumps(results))
     read = read_run(run)
     assert (read.arm, read.seed) == ("baseline", 9)
-    page = report_of(tmp_path, run)
-    assert "finished" in page.text and "1 h 02 min" in page.text
-    assert "affine 12.5 %, walk 37.5 %" in page.text
+    (row,) = overview(run)
+    assert (row["State"], row["Wall time"]) == ("finished", "1 h 02 min")
+    assert cells(report_on(run)["by_source"])[0]["By source"] == "affine 12.5 %, walk 37.5 %"
 
 
 def test_lines_of_one_step_are_merged_and_belong_to_the_epoch_of_the_step(tmp_path: Path) -> None:
@@ -496,11 +424,12 @@ def test_accuracy_stands_over_what_had_been_spent_when_it_was_measured(tmp_path:
     assert over_compute(read, "eval/hard/avg", "wall_s", 3600) == [(0.5, 0.5)]
     table = compute_table([read, read_run(grpo_run(tmp_path))])
     assert table is not None and len(table.rows) == 1, "only one of them counts"
-    cells = dict(zip(table.header, table.rows[0], strict=True))
-    assert (cells["minibatches"], cells["Hours"], cells["Done again"]) == ("70", "1", "12")
-    assert cells["GPU hours"] == "no GPU"
-    page = report_of(tmp_path, run)
-    assert "Accuracy by tokens: hard" in page.text and "Compute" in page.text
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert (row["minibatches"], row["Hours"], row["Done again"]) == ("70", "1", "12")
+    assert row["GPU hours"] == "no GPU"
+    shown = report_on(run)
+    assert "Accuracy by tokens: hard" in {chart["title"] for chart in shown["training"]}
+    assert cells(shown["compute"])[0]["minibatches"] == "70"
 
 
 def test_an_unfinished_run_has_the_arm_its_results_will_name(tmp_path: Path) -> None:
@@ -518,21 +447,13 @@ def test_templates_that_a_later_library_no_longer_holds_have_been_published(tmp_
     run = p2o_run(tmp_path)
     (run / "templates" / "library-9.json").write_text(json.dumps({"version": 9, "templates": [], "assignments": {}}))
     texts = {each.text for library in read_run(run).libraries for each in library.templates}
-    assert len(texts) > 0 and f" {len(texts)} 0 s in steps " in report_of(tmp_path, run).text
+    assert len(texts) > 0 and overview(run)[0]["Templates published"] == str(len(texts))
 
 
 def test_numbers_that_were_not_finite_are_counted(tmp_path: Path) -> None:
     run = p2o_run(tmp_path)
-    assert sum(line.num_not_finite for line in read_run(run).lines) == 1
+    assert cells(report_on(run)["failures"])[0]["Numbers not finite"] == 1
 
 
 def test_durations_read_as_people_say_them() -> None:
     assert [duration_text(s) for s in (9.4, 61, 3725)] == ["9 s", "1 min 01 s", "1 h 02 min"]
-
-
-def test_what_is_not_a_run_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds neither metrics\.jsonl nor results\.json"):
-        write_report([tmp_path], tmp_path / "report.html")
-    with pytest.raises(ValueError, match="at least one run"):
-        write_report([], tmp_path / "report.html")
-    assert not (tmp_path / "report.html").exists()
