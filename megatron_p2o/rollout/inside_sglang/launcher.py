@@ -17,6 +17,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -79,6 +80,7 @@ def main() -> None:
     if arguments.get("enable_priority_scheduling") and not preempts():
         print(NO_PRIORITIES, file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_ARGUMENT)
+    leave_out_models(Path(arguments["model_path"]))
     if arguments.get("device") == "cpu":
         fork_children()
     try:
@@ -94,6 +96,30 @@ def preempts() -> bool:
     except (ImportError, AttributeError):  # an SGLang whose scheduler is another
         return False
     return is_in_place()
+
+
+def leave_out_models(model: Path) -> None:
+    """Have SGLang's processes import no model code but that of `model`: they would import all, over 240 files."""
+    import sglang.srt.models
+
+    needed = model_modules(model, [Path(folder) for folder in sglang.srt.models.__path__])
+    if needed:
+        names = [module.name for module in pkgutil.iter_modules(sglang.srt.models.__path__)]
+        os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(name for name in names if name not in needed)
+
+
+def model_modules(model: Path, folders: Collection[Path]) -> set[str]:
+    """Return the modules in `folders` that define the architecture of `model`; none if it cannot be told."""
+    try:
+        architectures = json.loads((model / "config.json").read_text(encoding="utf-8"))["architectures"]
+        classes = "|".join(re.escape(name) for name in architectures)
+    except (OSError, ValueError, KeyError, TypeError):  # SGLang says what is wrong with it
+        return set()
+    if not classes:
+        return set()
+    defines = re.compile(rf"^class ({classes})\b", re.MULTILINE)
+    files = (path for folder in folders for path in folder.glob("*.py"))
+    return {path.stem for path in files if defines.search(path.read_text(encoding="utf-8"))}
 
 
 def fork_children() -> None:
