@@ -69,10 +69,11 @@ function drawLines(plot, chart, lines) {
   const ink = getComputedStyle(document.body).color;
   const axis = { stroke: ink, grid: { stroke: "rgba(128,128,128,.2)" }, ticks: { stroke: "rgba(128,128,128,.3)" } };
   const percent = chart.unit === "share" ? { values: (_plot, marks) => marks.map((mark) => `${Math.round(100 * mark)} %`) } : {};
+  const widthOf = (_plot, labels) => Math.max(62, 20 + 7 * Math.max(...(labels ?? []).map((label) => String(label).length), 0));
   const size = () => ({ width: Math.max(200, plot.clientWidth), height: 190 });
   const made = new window.uPlot({
     ...size(), cursor: { sync: { key: chart.x_label } },
-    scales: { x: { time: false }, y: { range: rangeOf(chart) } }, axes: [axis, { ...axis, size: 62, ...percent }],
+    scales: { x: { time: false }, y: { range: rangeOf(chart) } }, axes: [axis, { ...axis, size: widthOf, ...percent }],
     series: [{ label: chart.x_label }, ...drawnOnes.map(({ points, ...series }) => ({
       ...series, spanGaps: true, points: { show: few }, value: (_plot, value) => chartNumber(value, chart.unit) || "--",
     }))],
