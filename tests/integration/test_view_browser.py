@@ -197,6 +197,7 @@ def assert_views_show_foreign_text_as_text(page: Any, address: str) -> None:
     page.wait_for_selector("section[aria-label=Training] canvas")
     page.click("section[aria-label=Training] summary >> nth=0")
     table = page.locator("section[aria-label=Training] details[open] >> nth=0")
+    table.locator("tbody th").first.wait_for()  # the numbers are written when the table has opened
     assert table.locator("tbody th").all_inner_texts() == ["1", "2", "3"]
     assert table.locator("td").all_inner_texts() == ["10.0 %", "20.0 %", "30.0 %"]
     assert page.inner_text("section[aria-label=Examples] pre >> nth=0") == HOSTILE
@@ -239,6 +240,8 @@ def test_the_page_grows_with_the_run_and_says_when_the_run_is_gone(page: Any, ho
     with served(page, hostile_run) as address:
         open_view(page, address, "curves")
         page.wait_for_selector('[data-metric="rollout/reward_mean"] canvas')
+        areas = page.locator("section > h2").all_inner_texts()
+        assert areas[0] == "rollout" and areas[1:] == sorted(areas[1:]), "what a run is watched for comes first"
         assert page.inner_text("#status") == "step 3"
         with (hostile_run / "metrics.jsonl").open("a") as file:
             file.write(step_line(4, 0.4) + '{"step": 5, "torn')

@@ -1,6 +1,14 @@
 // Every metric as a curve over the steps; the runs that are shown share each chart.
 "use strict";
 
+// What a run is watched for; the other areas follow by name.
+const FIRST_AREAS = ["eval", "rollout", "train", "template"];
+
+function inOrder(areas) {
+  const others = [...areas.keys()].filter((area) => !FIRST_AREAS.includes(area)).sort();
+  return [...FIRST_AREAS, ...others].filter((area) => areas.has(area)).map((area) => [area, areas.get(area)]);
+}
+
 function curves(runs, filter) {
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.metrics.series)))].sort();
   const wanted = keys.filter((key) => filter.split(/\s+/).every((word) => key.includes(word)));
@@ -10,7 +18,7 @@ function curves(runs, filter) {
     areas.set(area, [...(areas.get(area) ?? []), key]);
   }
   if (!wanted.length) return [empty(keys.length ? `No metric has "${filter}" in its name.` : "No step is recorded yet.")];
-  return [...areas].map(([area, ofArea]) => element("section", { "aria-label": area },
+  return inOrder(areas).map(([area, ofArea]) => element("section", { "aria-label": area },
     element("h2", {}, area), element("div", { class: "charts" }, ofArea.map((key) => metricCard(key, runs)))));
 }
 
