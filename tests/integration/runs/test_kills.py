@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 
 def command(tiny: Path, runs: Path, name: str) -> list[str]:
-    """Return a run of epochs of three steps, saved at every step, with a round of evolution between them."""
+    """Return a run of epochs of three or four steps, by a curriculum, saved at every step, with rounds between them."""
     sizes = {"train": 96, "heldout_easy": 8, "heldout_hard": 8}
     problems = {file: runs / f"{file}.jsonl" for file in sizes}
     for file, path in problems.items():
@@ -50,7 +50,9 @@ def command(tiny: Path, runs: Path, name: str) -> list[str]:
         f"data.train={problems['train']}",
         f"data.evaluation.heldout_easy={problems['heldout_easy']}",
         f"data.evaluation.heldout_hard={problems['heldout_hard']}",
-        *("schedule.problems_per_step=32", "schedule.problems_per_update=16", f"schedule.epochs={NUM_EPOCHS}"),
+        *("schedule.problems_per_step=24", "schedule.problems_per_update=12", f"schedule.epochs={NUM_EPOCHS}"),
+        # At least three quarters of the 96 problems: three steps.
+        *("data.curriculum=unsolved", "data.curriculum_min_weight=0.75"),
         # Slow learning: hard problems are left for every round.
         *("hard.min_problems=12", "evolution.dev_size=16", "optimizer.lr=5e-5"),
         *("schedule.save_every_steps=1", "evaluation.every_steps=0", "evaluation.at_start=false"),
@@ -137,8 +139,8 @@ def test_killed_runs_lose_and_repeat_nothing(tiny: Path, tmp_path: Path) -> None
     # The stop, in the middle of a round: the checkpoint is of the epoch that the round ends.
     in_evolution = reached("evolution", killed, {}, rng)
     assert run_until(command(tiny, tmp_path, "killed"), in_evolution, tmp_path / "killed.log", signal.SIGUSR1)
-    state = read_state(killed / "checkpoints" / "step-000003" / "run_state.json")
-    assert (state.epoch, state.batch, state.library_version) == (0, 3, 0)
+    state = read_state(killed / "checkpoints" / "step-000004" / "run_state.json")
+    assert (state.epoch, state.batch, state.library_version) == (0, 4, 0)
     assert not (killed / "templates" / "library-1.json").exists()
 
     kills: Counter[str] = Counter()
@@ -163,4 +165,5 @@ def test_killed_runs_lose_and_repeat_nothing(tiny: Path, tmp_path: Path) -> None
         assert (killed / "rollouts" / path.name).read_text() == path.read_text(), path.name
     asked = Counter((entry["epoch"], entry["problem_id"]) for entry in whole_lines(killed / "hard_samples.jsonl"))
     assert set(asked.values()) == {1}
+    assert Counter(epoch for epoch, _ in asked)[1] < 96, "the curriculum has left some out"
     assert sorted(path.name for path in (killed / "checkpoints").iterdir() if path.name[0] == ".") == []
