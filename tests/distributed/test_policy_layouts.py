@@ -1,5 +1,6 @@
 """The same calls under every parallel layout give what one plain process gives."""
 
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -202,8 +203,11 @@ def continued(policy: MegatronPolicy) -> dict[str, Any]:
 
 
 def save_and_load_each(config_of: Any, folder: Path) -> dict[str, Any]:
-    """Return what each layout of two ranks gives, uninterrupted and from a checkpoint."""
-    results: dict[str, Any] = {}
+    """Return what each layout of two ranks gives, uninterrupted and from a checkpoint, and what was warned of."""
+    results: dict[str, Any] = {"warnings": []}
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: results["warnings"].append(record.getMessage())
+    logging.getLogger("megatron.core.dist_checkpointing").addHandler(handler)
     for saved, parallel in SAVED.items():
         results[saved] = saved_and_continued(config_of(parallel=parallel), folder / saved)
         for loaded, other in LOADED[saved].items():
@@ -218,7 +222,9 @@ def test_training_continues_from_a_checkpoint_of_another_layout(tmp_path: Path):
     rates = {"lr": 1e-3, "min_lr": 3e-4, "warmup_steps": 2, "lr_decay": "linear"}
     optimizer = OptimizerConfig(**rates, eps=1e-4, micro_batch_tokens=48)
     config_of = partial(policy_config, directory, optimizer=optimizer)
-    results = run_gloo_ranks(save_and_load_each, 2, config_of, tmp_path)[0]
+    results, follower = run_gloo_ranks(save_and_load_each, 2, config_of, tmp_path)
+    differs = [each for each in (*results["warnings"], *follower["warnings"]) if "common state dict differs" in each]
+    assert not differs, "ranks hold the same beside their shards"
     for saved, layouts in LOADED.items():
         expected = results[saved]
         assert [rate for _, rate in expected["numbers"]] == pytest.approx([1e-3, 1e-3 - 7e-4 / 8])

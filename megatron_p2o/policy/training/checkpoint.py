@@ -141,7 +141,12 @@ def stage(
         state = _state(models, optimization, is_loading=False)
         _name_step_zero(state["optimizer"])
         _read_lent_weights(state["model"], optimization.lending)
-        dist_checkpointing.save(state, str(directory), sharded_strategy=staged)
+        dist_checkpointing.save(
+            state,
+            str(directory),
+            sharded_strategy=staged,
+            preprocess_common_before_consistancy_check=_without_gathered_elsewhere,
+        )
     # After megatron-core, which warns of a folder that is not empty.
     save_random_state(random_state_path(directory, dist.get_rank()))
     return staged.state
@@ -302,6 +307,19 @@ def _torch_sharded_optimizers(optimization: Optimization) -> list[distrib_optimi
     Empty where Transformer Engine or Apex has a fused one.
     """
     return [] if distrib_optimizer.HAVE_APEX_OR_TE else _sharded_optimizers(optimization)
+
+
+def _without_gathered_elsewhere(common: dict[str, Any]) -> dict[str, Any]:
+    """Return what every rank should hold alike.
+
+    The first rank of a data-parallel group gathers what the distributed optimizer holds of it; the others have None
+    there, which megatron-core would take for a difference and warn of at each checkpoint.
+    """
+    return {
+        name: _without_gathered_elsewhere(value) if isinstance(value, dict) else value
+        for name, value in common.items()
+        if not (name == "param_state" and value is None)
+    }
 
 
 def _name_step_zero(state: dict[str, Any]) -> None:
