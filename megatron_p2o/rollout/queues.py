@@ -2,6 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 
 from megatron_p2o.rollout.requests import EVERYONE, PRIORITIES, EngineHandle, GenerationRequest, Priority
 
@@ -110,17 +111,21 @@ class RequestQueues:
 
     def _engine_for(self, request: GenerationRequest, engines: Sequence[EngineHandle]) -> EngineHandle | None:
         """Return the engine that has the problem's prompt in its cache, else the least loaded; None if all are full."""
-        free = [engine for engine in engines if self._is_free(engine, request.priority)]
-        if not free:
-            return None
         problem_id = request.prompt.problem.id
         home = self._homes.get(problem_id)
-        if home not in free:
-            # Evolution is no load to training: it gives way.
-            is_training = request.priority == "training"
-            home = min(free, key=lambda engine: (engine.num_training, 0 if is_training else engine.num_evolution))
-            self._homes[problem_id] = home
-        return home
+        if home is not None and not home.is_lost and self._is_free(home, request.priority):
+            return home  # before hundreds of engines are looked at
+        least = self._least_loaded(engines, request.priority)
+        if least is not None:
+            self._homes[problem_id] = least
+        return least
+
+    def _least_loaded(self, engines: Sequence[EngineHandle], priority: Priority) -> EngineHandle | None:
+        if priority == "training":  # evolution is no load to it: that gives way
+            least = min(engines, key=attrgetter("num_training"), default=None)
+            return least if least is not None and self._is_free(least, priority) else None
+        free = [engine for engine in engines if self._is_free(engine, priority)]
+        return min(free, key=attrgetter("num_training", "num_evolution"), default=None)
 
     def _is_free(self, engine: EngineHandle, priority: Priority) -> bool:
         if priority == "training":

@@ -101,7 +101,7 @@ class EngineHandle:
 
     @property
     def num_training(self) -> int:
-        return self.num_running - self.num_evolution
+        return len(self.running) - self.num_evolution
 
 
 class StoppableClock:
