@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="megatron_p2o.run.node_daemon")
     parser.add_argument("config", type=Path, help="resolved settings: runs/<name>/config.yaml")
     parser.add_argument("address", help="this node's own, to listen at")
+    parser.add_argument("--port", type=int, default=0, help="to listen at; 0: a free one")
     parser.add_argument("--parent", type=int, metavar="PID", required=True, help="ends with this process")
     options = parser.parse_args()
     end_with_parent(options.parent)
@@ -28,7 +29,7 @@ def main() -> None:
     if not key:
         sys.exit("no key on standard input")
     config = with_planned_cache(load_config(options.config))
-    asyncio.run(serve_node(config, options.config.parent, key, options.address))
+    asyncio.run(serve_node(config, options.config.parent, key, options.address, options.port))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ loopback behind it, because SGLang's weight routes unpickle what they are sent.
 """
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ import aiohttp
 from aiohttp import web
 
 from megatron_p2o.config.tree import Config
+from megatron_p2o.processes import own_host_memory
 from megatron_p2o.records import from_json
 from megatron_p2o.rollout.buckets.staging import MemoryFile
 from megatron_p2o.rollout.servers.answers import GONE
@@ -60,6 +62,8 @@ class NodeDaemon:
     key: str
     session: aiohttp.ClientSession
     """HTTP session to the engines."""
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Tells it from the one whose place it takes."""
     engines: dict[str, HostedServer] = field(default_factory=dict[str, HostedServer])
     staging: dict[int, MemoryFile] = field(default_factory=dict[int, MemoryFile])
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32))
@@ -74,6 +78,7 @@ class NodeDaemon:
                 web.get("/servers/{index}", self._describe),
                 web.delete("/servers/{index}", self._stop),
                 web.put("/staging/{slot}", self._stage),
+                web.get("/memory", self._memory),
                 web.get("/relays/{index}", self._relay),
                 web.route("*", "/engines/{index}/{path}", self._forward),
             ]
@@ -121,6 +126,9 @@ class NodeDaemon:
             offset += len(piece)
         return web.json_response(asdict(memory.address))
 
+    async def _memory(self, request: web.Request) -> web.Response:
+        return web.json_response(asdict(own_host_memory()))
+
     async def _relay(self, request: web.Request) -> web.StreamResponse:
         server = self.engines[request.match_info["index"]].server
         address = EngineAddress(base_url=server.base_url, api_key=server.api_key)
@@ -152,6 +160,7 @@ class NodeDaemon:
     def _description(self, engine: HostedServer) -> web.Response:
         return web.json_response(
             {
+                "daemon": self.name,
                 "state": engine.state,
                 "error": engine.error,
                 "is_alive": engine.server.is_alive(),
@@ -165,11 +174,11 @@ class NodeDaemon:
         return asyncio.get_running_loop().run_in_executor(self.threads, call)
 
 
-async def serve_node(config: Config, run_dir: Path, key: str, address: str) -> None:
-    """Listen at a free port of `address`, print the URL, and go on until the process is ended."""
+async def serve_node(config: Config, run_dir: Path, key: str, address: str, port: int) -> None:
+    """Listen at a port of `address`, 0 for a free one, print the URL, and go on until the process is ended."""
     async with engine_session() as session:
         daemon = NodeDaemon(config=config, run_dir=run_dir, key=key, session=session)
         try:
-            await serve_app(daemon.application(), address)
+            await serve_app(daemon.application(), address, port)
         finally:
             daemon.close()

@@ -178,11 +178,11 @@ def engine_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout())
 
 
-async def serve_app(app: web.Application, address: str) -> None:
-    """Listen at a free port of `address`, print the URL, and go on until the process is ended."""
+async def serve_app(app: web.Application, address: str, port: int = 0) -> None:
+    """Listen at a port of `address`, 0 for a free one, print the URL, and go on until the process is ended."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
     await runner.setup()
-    await web.TCPSite(runner, address, 0).start()
+    await web.TCPSite(runner, address, port).start()
     print(f"http://{address}:{runner.addresses[0][1]}", flush=True)
     try:
         await asyncio.Event().wait()

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import logging
 import os
 import re
 import secrets
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,11 +28,12 @@ from megatron_p2o.records import from_json, from_text, to_json
 from megatron_p2o.rollout.buckets.staging import StagingBuffer
 from megatron_p2o.rollout.buckets.weight_message import MemoryAddress
 from megatron_p2o.rollout.servers.answers import EngineUnreachable
-from megatron_p2o.rollout.servers.client import Mirror
 from megatron_p2o.rollout.servers.relay_link import RelayRoute
 from megatron_p2o.rollout.servers.server import EngineStartFailed, open_private
 from megatron_p2o.rollout.servers.server_arguments import EnginePlace, engine_places
-from megatron_p2o.rollout.servers.start import start_listener
+from megatron_p2o.rollout.servers.start import LISTEN_TIMEOUT_S, start_listener
+
+logger = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE = "P2O_NODE_ADDRESS"
 """Environment variable: where the other nodes reach this one, if that is not where it sends from to the head."""
@@ -39,6 +42,15 @@ DAEMON_MODULE = "megatron_p2o.run.node_daemon"
 ADDRESS_FILE = re.compile(r"daemon-\d+-[0-9a-f]{32}\.json")
 CALL_TIMEOUT_S = 30.0
 READY_POLL_S = 0.5
+DAEMON_PATIENCE_S = LISTEN_TIMEOUT_S + 60
+"""Longest wait for a daemon that takes the place of another."""
+
+MAX_FAILED_STARTS = 3
+"""Starts of a daemon in a row that may fail."""
+
+END_S = 1.0
+"""When a node's processes are ended together, this one is gone by then, and starts no other daemon."""
+
 PIECE_BYTES = 1 << 22
 """Size of the pieces in which weights go to another node."""
 
@@ -62,6 +74,13 @@ class DaemonAddress:
         with urllib.request.urlopen(request, timeout=CALL_TIMEOUT_S) as response:
             return json.load(response)
 
+    def host_memory(self) -> HostMemory:
+        """Return what the daemon itself holds, the weights for its engines among it; nothing when it is gone."""
+        try:
+            return HostMemory(**self.call("GET", "/memory"))
+        except OSError:
+            return HostMemory()
+
 
 class NodeMirror:
     """Implements `client.Mirror`: sends each bucket to a node once, however many engines it has."""
@@ -70,6 +89,12 @@ class NodeMirror:
         self._address = address
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._placed: dict[int, tuple[int, asyncio.Task[MemoryAddress]]] = {}
+        self._daemon = ""
+
+    def meet(self, daemon: str) -> None:
+        """Learn which process the daemon is: a new one holds nothing that was placed before. From any thread."""
+        if daemon != self._daemon:
+            self._daemon, self._placed = daemon, {}
 
     async def place(self, bucket: StagingBuffer) -> MemoryAddress:
         """Return where the bucket lies on the node; see `client.Mirror`."""
@@ -110,23 +135,26 @@ class RemoteServer:
     """Implements `server.Server` for an engine of another node. Its keys are the daemon's, which knows the engine's."""
 
     def __init__(
-        self, address: DaemonAddress, place: EnginePlace, restart: int, log_path: Path, mirror: Mirror
+        self, address: DaemonAddress, place: EnginePlace, restart: int, log_path: Path, mirror: NodeMirror
     ) -> None:
-        """Have the daemon start the engine and return without waiting.
+        """Have the daemon start the engine and return without waiting. `wait_until_ready` asks again if it is gone.
 
         Raises:
-            EngineStartFailed: the daemon is gone.
+            EngineStartFailed: the daemon refuses.
         """
         self.name = place.name
         self.log_path = log_path
         self.base_url = f"{address.url}/engines/{place.index}"
         self.api_key = self.admin_key = address.key
-        self.mirror: Mirror | None = mirror
+        self.mirror: NodeMirror | None = mirror
         headers = {"Authorization": f"Bearer {address.key}"}
         self.relay: RelayRoute | None = RelayRoute(url=f"{address.url}/relays/{place.index}", headers=headers)
         self._address = address
         self._path = f"/servers/{place.index}"
-        self._call("POST", {"place": to_json(place), "restart": restart})
+        self._wanted = {"place": to_json(place), "restart": restart}
+        self._meet = mirror.meet
+        self._is_stopped = threading.Event()
+        self._why_not_started = self._start()
 
     @property
     def pid(self) -> int:
@@ -140,6 +168,11 @@ class RemoteServer:
             return False
 
     def wait_until_ready(self, timeout_s: float) -> None:
+        patience = time.monotonic() + min(DAEMON_PATIENCE_S, timeout_s)
+        while self._why_not_started:
+            if time.monotonic() > patience or self._is_stopped.wait(READY_POLL_S):
+                raise EngineStartFailed(self._why_not_started)
+            self._why_not_started = self._start()
         deadline = time.monotonic() + timeout_s
         while (description := self._call("GET"))["state"] != "ready":
             if description["state"] == "failed":
@@ -161,16 +194,30 @@ class RemoteServer:
             return HostMemory()
 
     def stop(self) -> None:
+        self._is_stopped.set()
         try:
             self._address.call("DELETE", self._path)
         except OSError:
             return  # the daemon is gone, and its engines with it
 
-    def _call(self, method: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _start(self) -> str:
+        """Have the daemon start the engine; return why it does not answer, "" if it does."""
         try:
-            return self._address.call(method, self._path, body)
+            self._meet(self._address.call("POST", self._path, self._wanted)["daemon"])
+        except urllib.error.HTTPError as error:
+            raise EngineStartFailed(self._told(error)) from error
         except OSError as error:
-            raise EngineStartFailed(f"{self.name}: the daemon of its node at {self._address.url}: {error}") from error
+            return self._told(error)
+        return ""
+
+    def _call(self, method: str) -> dict[str, Any]:
+        try:
+            return self._address.call(method, self._path)
+        except OSError as error:
+            raise EngineStartFailed(self._told(error)) from error
+
+    def _told(self, error: OSError) -> str:
+        return f"{self.name}: the daemon of its node at {self._address.url}: {error}"
 
 
 def meet_daemons(config: Config, config_path: Path) -> list[DaemonAddress]:
@@ -196,8 +243,8 @@ def meet_daemons(config: Config, config_path: Path) -> list[DaemonAddress]:
         store.wait(keys, timedelta(seconds=config.parallel.timeout_s))
         return [take_address(folder, store.get(key).decode(), deadline) for key in keys]
     if 0 < node <= last_node and os.environ["LOCAL_RANK"] == "0":
-        address = start_daemon(config_path, node, os.environ["MASTER_ADDR"])[1]
-        store.set(f"{DAEMON_MODULE}/{node}", leave_address(folder, node, address))
+        daemon = KeptDaemon(config_path, node, os.environ["MASTER_ADDR"])
+        store.set(f"{DAEMON_MODULE}/{node}", leave_address(folder, node, daemon.address))
     return []
 
 
@@ -230,20 +277,59 @@ def take_address(folder: Path, name: str, deadline: float) -> DaemonAddress:
     return address
 
 
-def start_daemon(
-    config_path: Path, node_rank: int, head_address: str
-) -> tuple["subprocess.Popen[bytes]", DaemonAddress]:
-    """Start the daemon of this node as a child process that ends with the calling thread.
+class KeptDaemon:
+    """The daemon of this node, which ends with this process. When it ends before, another takes its place.
 
-    Raises:
-        EngineStartFailed: it did not come up.
+    That has its address and its key: rank 0 finds it where the other was, and has its engines started again.
     """
-    key = secrets.token_urlsafe(32)
-    log_path = config_path.parent / "engines" / f"daemon-{node_rank}.log"
-    address = os.environ.get(ADDRESS_VARIABLE) or own_address(head_address)
-    what = f"the daemon of node {node_rank} at {address} (set {ADDRESS_VARIABLE} if that is not this node's address)"
-    process, url = start_listener([DAEMON_MODULE, str(config_path), address], key, log_path, what)
-    return process, DaemonAddress(url=url, key=key)
+
+    def __init__(self, config_path: Path, node_rank: int, head_address: str) -> None:
+        """Start it.
+
+        Raises:
+            EngineStartFailed: it did not come up.
+        """
+        self._config_path, self._node_rank = config_path, node_rank
+        self._host = os.environ.get(ADDRESS_VARIABLE) or own_address(head_address)
+        self._key = secrets.token_urlsafe(32)
+        self._is_closed = threading.Event()
+        self.process, url = self._start(restart=0, port=0)
+        self.address = DaemonAddress(url=url, key=self._key)
+        self._watcher = threading.Thread(target=self._watch, name="daemon-watch", daemon=True)
+        self._watcher.start()
+
+    def close(self) -> None:
+        """End it for good."""
+        self._is_closed.set()
+        self.process.kill()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        port, restart, num_failed = int(self.address.url.rpartition(":")[2]), 0, 0
+        while num_failed < MAX_FAILED_STARTS:
+            status = self.process.wait()
+            if self._is_closed.wait(END_S):
+                return
+            restart += 1
+            logger.warning("the daemon of node %d ended with status %d; it is started again", self._node_rank, status)
+            try:
+                self.process, _ = self._start(restart, port)
+                num_failed = 0
+                if self._is_closed.is_set():
+                    self.process.kill()
+            except EngineStartFailed as error:
+                num_failed += 1
+                logger.warning("%s", error)
+
+    def _start(self, restart: int, port: int) -> tuple["subprocess.Popen[bytes]", str]:
+        suffix = f".restart-{restart}" if restart else ""
+        log_path = self._config_path.parent / "engines" / f"daemon-{self._node_rank}{suffix}.log"
+        what = (
+            f"the daemon of node {self._node_rank} at {self._host} (set {ADDRESS_VARIABLE} if that is not this node's "
+            "address)"
+        )
+        arguments = [DAEMON_MODULE, str(self._config_path), self._host, "--port", str(port)]
+        return start_listener(arguments, self._key, log_path, what)
 
 
 def own_address(head_address: str) -> str:

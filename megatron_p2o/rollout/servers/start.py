@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_p2o.config.tree import Config
-from megatron_p2o.processes import child_environment
+from megatron_p2o.processes import HostMemory, child_environment, host_memory_of
 from megatron_p2o.rollout.servers.relay import ENGINE_KEY, ENGINE_URL
 from megatron_p2o.rollout.servers.relay_link import RelayRoute
 from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed, open_private
@@ -113,6 +113,11 @@ class HeadRelay:
                 self._stop()
                 self._process = self._start(next(self._starts))
             return self._process
+
+    def host_memory(self) -> HostMemory:
+        """Return what it holds; nothing when there is none."""
+        relay = self._process
+        return HostMemory() if relay is None else host_memory_of([relay.process.pid])
 
     def close(self) -> None:
         """End the process. Idempotent."""
