@@ -121,6 +121,8 @@ class RankMemory:
     host: HostMemory
     gpu_peak_bytes: int
     """The most that its tensors have taken on its GPU since someone reset it; 0 without one."""
+    agent: HostMemory = HostMemory()
+    """The `p2o` process that started it, if it is the first rank of its node."""
 
 
 def host_memory_of(process_ids: Iterable[int]) -> HostMemory:

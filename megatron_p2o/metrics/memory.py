@@ -75,9 +75,9 @@ class ProcessMemory:
         """Return numbers by metric key.
 
         `memory/rank_host_peak_bytes` is of the rank that has held the most so far, `engine_host_peak_bytes` of the
-        engine with all its processes; `ranks_host_bytes`, `engines_host_bytes` and `<other>_host_bytes` are of all
-        together and now, `rank_<i>_host_bytes` and `engine_<i>_host_bytes` of each. `rank_gpu_peak_bytes` is of the
-        rank whose tensors have taken the most, where there are GPUs.
+        engine with all its processes; `ranks_host_bytes`, `agents_host_bytes`, `engines_host_bytes` and
+        `<other>_host_bytes` are of all together and now, `rank_<i>_host_bytes` and `engine_<i>_host_bytes` of each.
+        `rank_gpu_peak_bytes` is of the rank whose tensors have taken the most, where there are GPUs.
 
         Args:
             others: name to memory of what else runs, e.g. graders; left out where it holds nothing.
@@ -93,6 +93,7 @@ class ProcessMemory:
             "rank_host_peak": self._rank_peak_bytes,
             "ranks_host": sum(rank.host.resident_bytes for rank in ranks),
             "rank_gpu_peak": self._gpu_peak_bytes,
+            "agents_host": sum(rank.agent.resident_bytes for rank in ranks),
             "engine_host_peak": max((engine.peak_bytes for engine in engines), default=0),
             "engines_host": sum(engine.resident_bytes for engine in engines),
             **{f"rank_{index}_host": rank.host.resident_bytes for index, rank in enumerate(ranks)},

@@ -21,6 +21,7 @@ from megatron_p2o.rollout.refresh.outlet import WeightOutlet
 from megatron_p2o.rollout.refresh.weight_sync import WeightSync
 from megatron_p2o.rollout.requests import NOBODY, Priority
 from megatron_p2o.rollout.servers.client import EngineClient
+from megatron_p2o.rollout.servers.remote import DaemonAddress
 from megatron_p2o.rollout.servers.server import Server
 from megatron_p2o.rollout.servers.start import HeadRelay, start_reflection_server
 from megatron_p2o.rollout.supervisor import Supervisor, stop_all
@@ -53,6 +54,7 @@ class SglangEngines:
         releases_memory: bool,
         outlet: WeightOutlet | None = None,
         relay: HeadRelay | None = None,
+        daemons: Sequence[DaemonAddress] = (),
     ) -> None:
         """Take ownership of `servers`, all of them ready, and of `relay`.
 
@@ -62,13 +64,14 @@ class SglangEngines:
             releases_memory: whether `release_memory` does anything; see `does_release_memory`.
             outlet: see `open_outlet`.
             relay: of this node, if completions come through one.
+            daemons: of the other nodes with engines.
         """
         rollout = config.rollout
         self._config = config
         self._run_dir = run_dir
         self._releases_memory = releases_memory
         self._stop_token_ids = stop_token_ids
-        self._relay = relay
+        self._relay, self._daemons = relay, daemons
         self._num_refreshes = 0
         self._stats: Mapping[str, float] = {}
         self._weights_lock = threading.Lock()
@@ -220,6 +223,11 @@ class SglangEngines:
     def host_memory(self) -> list[HostMemory]:
         """Return what each engine holds, and the reflection server if there is one."""
         return [server.host_memory() for server in (*self._supervisor.servers, *self._reflection_servers)]
+
+    def relay_memory(self) -> list[HostMemory]:
+        """Return what the relay of each node holds: of another node its daemon, with the weights for its engines."""
+        here = [] if self._relay is None else [self._relay.host_memory()]
+        return [*here, *(daemon.host_memory() for daemon in self._daemons)]
 
     def start_reflection_server(self) -> tuple[str, str]:
         """Serve the frozen initial policy; see `start_reflection_server`. It ends with this engine."""

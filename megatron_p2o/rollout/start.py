@@ -78,6 +78,7 @@ def start_engines(
             releases_memory=lends,
             outlet=outlet,
             relay=relay,
+            daemons=daemons,
         )
         unless_all_start.pop_all()
         return engines

@@ -1,5 +1,6 @@
 """This rank's part of the policy: model and optimizer. Every method is collective."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from megatron_p2o.policy.training.settings import machine_problems, policy_setti
 from megatron_p2o.policy.weights.hf_directory import WeightFiles
 from megatron_p2o.policy.weights.hf_weights import diverged_weights, export_hf_weights, load_hf_weights
 from megatron_p2o.policy.weights.host_weights import HostWeights
-from megatron_p2o.processes import RankMemory, own_host_memory
+from megatron_p2o.processes import RankMemory, host_memory_of, own_host_memory
 from megatron_p2o.rl.context_shift import SampleShift
 from megatron_p2o.rl.objective import annealed, cap_in_the_loss, dead_share, stats_as_numbers
 from megatron_p2o.types import Logprobs
@@ -151,7 +152,11 @@ class PolicyShard:
     def memory(self) -> RankMemory:
         """Return what this rank holds."""
         has_gpu = self.ranks.device.type == "cuda"
-        return RankMemory(host=own_host_memory(), gpu_peak_bytes=torch.cuda.max_memory_allocated() if has_gpu else 0)
+        return RankMemory(
+            host=own_host_memory(),
+            gpu_peak_bytes=torch.cuda.max_memory_allocated() if has_gpu else 0,
+            agent=host_memory_of([os.getppid()] if os.environ.get("LOCAL_RANK") == "0" else []),
+        )
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on every rank; see `export_hf_weights`.

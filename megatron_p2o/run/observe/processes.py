@@ -6,7 +6,7 @@ from typing import Protocol
 from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.metrics.memory import ProcessMemory
 from megatron_p2o.policy.training.ranks import MegatronPolicy
-from megatron_p2o.processes import host_memory_of
+from megatron_p2o.processes import HostMemory, host_memory_of
 from megatron_p2o.rollout.engines import SglangEngines
 
 
@@ -36,5 +36,6 @@ class ProcessMeter:
         service = self._session.service_process_id if self._session is not None else None
         if service is not None:
             others["evolution"] = host_memory_of([service])
+        others["relays"] = sum(self._engines.relay_memory(), HostMemory())
         ranks, engines = self._policy.memory(), self._engines.host_memory()
         return {**self._engines.metrics(), **self._memory.metrics(ranks, engines, others, phase_peak_bytes)}

@@ -9,11 +9,11 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from megatron_p2o.rollout.broker import Broker, EnginesLost
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.servers.client import EngineClient
-from megatron_p2o.rollout.servers.remote import ADDRESS_VARIABLE, DaemonAddress, start_daemon
+from megatron_p2o.rollout.servers.remote import ADDRESS_VARIABLE, KeptDaemon
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
@@ -79,20 +79,19 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def daemon(model_path: Path, run_dir: Path) -> Iterator[tuple["subprocess.Popen[bytes]", DaemonAddress]]:
+def daemon(model_path: Path, run_dir: Path) -> Iterator[KeptDaemon]:
     (run_dir / "config.yaml").write_text(dump_config(config_of(model_path)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ADDRESS_VARIABLE, "127.0.0.2")
-        process, address = start_daemon(run_dir / "config.yaml", node_rank=1, head_address="127.0.0.1")
-    with process:
-        yield process, address
-        process.kill()
+        kept = KeptDaemon(run_dir / "config.yaml", node_rank=1, head_address="127.0.0.1")
+    with closing(kept):
+        yield kept
 
 
 @pytest.fixture(scope="module")
-def engines(model_path: Path, run_dir: Path, daemon: tuple[Any, DaemonAddress]) -> Iterator[SglangEngines]:
+def engines(model_path: Path, run_dir: Path, daemon: KeptDaemon) -> Iterator[SglangEngines]:
     # A server on the CPU goes through the motions of giving its memory away, and keeps it.
-    with start_engines(config_of(model_path), run_dir, [EOS], [daemon[1]], releases_memory=True) as started:
+    with start_engines(config_of(model_path), run_dir, [EOS], [daemon.address], releases_memory=True) as started:
         yield started
 
 
@@ -358,7 +357,7 @@ class FloatTensor:
 
 
 def test_nobody_without_the_keys_samples_or_changes_weights(
-    engines: SglangEngines, run_dir: Path, daemon: tuple["subprocess.Popen[bytes]", DaemonAddress]
+    engines: SglangEngines, run_dir: Path, daemon: KeptDaemon
 ) -> None:
     server, remote = engines._supervisor.servers
 
@@ -376,11 +375,10 @@ def test_nobody_without_the_keys_samples_or_changes_weights(
     assert status("/generate", server.api_key) == 200
     assert status("/generate", None, remote.base_url) == status("/generate", server.admin_key, remote.base_url) == 401
     assert status("/generate", remote.api_key, remote.base_url) == 200
-    process, address = daemon
     assert engines._relay is not None
     relay = engines._relay.current()
-    keys = (server.api_key, server.admin_key, address.key, relay.key)
-    family = [psutil.Process(pid) for pid in (server.pid, remote.pid, process.pid, relay.process.pid)]
+    keys = (server.api_key, server.admin_key, daemon.address.key, relay.key)
+    family = [psutil.Process(pid) for pid in (server.pid, remote.pid, daemon.process.pid, relay.process.pid)]
     family += [child for member in list(family) for child in member.children(recursive=True)]
     logs = [path.read_text() for path in (run_dir / "engines").glob("*.log")]
     assert len(logs) == 4, "two engines, a daemon and a relay"
@@ -391,7 +389,9 @@ def test_nobody_without_the_keys_samples_or_changes_weights(
     assert listening.count("127.0.0.2") == 1, "only the daemon is there for other nodes"
 
 
-def test_the_host_memory_of_every_engine_is_known_whatever_node_it_is_on(engines: SglangEngines) -> None:
+def test_the_host_memory_of_every_engine_and_relay_is_known_whatever_node_it_is_on(
+    engines: SglangEngines, daemon: KeptDaemon
+) -> None:
     for server, memory in zip(engines._supervisor.servers, engines.host_memory(), strict=True):
         launcher = psutil.Process(server.pid)
         resident = [process.memory_info().rss for process in (launcher, *launcher.children(recursive=True))]
@@ -399,6 +399,11 @@ def test_the_host_memory_of_every_engine_is_known_whatever_node_it_is_on(engines
         # Nothing is sampled meanwhile.
         assert memory.resident_bytes == pytest.approx(sum(resident), rel=0.05)
         assert memory.peak_bytes >= memory.resident_bytes
+    assert engines._relay is not None
+    for pid, memory in zip(
+        (engines._relay.current().process.pid, daemon.process.pid), engines.relay_memory(), strict=True
+    ):
+        assert memory.resident_bytes == pytest.approx(psutil.Process(pid).memory_info().rss, rel=0.05)
 
 
 def test_a_relay_that_is_killed_is_a_loss_of_its_node_s_engines_alone(
@@ -419,6 +424,32 @@ def test_a_relay_that_is_killed_is_a_loss_of_its_node_s_engines_alone(
     assert engines.metrics()["engine/restarts_count"] == num_restarts + 1
     assert engines._supervisor.servers[0] is not here and engines._supervisor.servers[1] is there
     assert_matches(trainer, sample(engines, prompts(4)))
+
+
+def test_a_daemon_that_is_killed_is_started_again_and_its_engines_with_it(
+    engines: SglangEngines, daemon: KeptDaemon, trainer: Any, versions: Versions, run_dir: Path
+) -> None:
+    version = versions.push(engines, trainer)
+    here, there = engines._supervisor.servers
+    family = [psutil.Process(there.pid), *psutil.Process(there.pid).children(recursive=True)]
+    num_restarts = engines.metrics()["engine/restarts_count"]
+    iterator = engines.generate(prompts(48, group_size=2), SamplingParams(temperature=1.0, max_new_tokens=100, seed=5))
+    answers = [next(iterator)]
+    killed, address = daemon.process, daemon.address
+    killed.kill()
+    answers += list(iterator)
+    assert sorted(index for index, _ in answers) == list(range(96))
+    wait_for_engines(engines, 2)
+    assert daemon.process.pid != killed.pid and daemon.address == address
+    assert engines.metrics()["engine/restarts_count"] == num_restarts + 1
+    assert engines._supervisor.servers[0] is here and engines._supervisor.servers[1] is not there
+    assert not psutil.wait_procs(family, timeout=30)[1], "the engines ended with the daemon that started them"
+    completions = sample(engines, prompts(40, group_size=2))
+    assert {completion.weight_versions for completion in completions} == {(version,)}
+    assert_matches(trainer, completions)
+    versions.push(engines, trainer)
+    assert_matches(trainer, sample(engines, prompts(40, group_size=2)))
+    assert (run_dir / "engines" / "daemon-1.restart-1.log").exists()
 
 
 def test_engines_that_die_or_hang_are_replaced_under_the_current_weights(

@@ -119,13 +119,17 @@ def memory(resident: int, peak: int) -> HostMemory:
 
 
 def test_every_kind_of_process_has_its_memory_in_the_metrics() -> None:
-    ranks = [RankMemory(host=memory(3, 5), gpu_peak_bytes=70), RankMemory(host=memory(4, 9), gpu_peak_bytes=60)]
+    ranks = [
+        RankMemory(host=memory(3, 5), gpu_peak_bytes=70, agent=memory(8, 8)),
+        RankMemory(host=memory(4, 9), gpu_peak_bytes=60),
+    ]
     others = {"graders": memory(2, 2), "evolution": memory(0, 0)}
     process_memory = ProcessMemory()
     expected = {
         "memory/rank_host_peak_bytes": 9,
         "memory/ranks_host_bytes": 7,
         "memory/rank_gpu_peak_bytes": 80,
+        "memory/agents_host_bytes": 8,
         "memory/engine_host_peak_bytes": 30,
         "memory/engines_host_bytes": 33,
         "memory/rank_0_host_bytes": 3,

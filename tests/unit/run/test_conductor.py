@@ -95,6 +95,9 @@ class Engines(FakeEngines):
     def host_memory(self) -> Sequence[Any]:
         return []
 
+    def relay_memory(self) -> Sequence[Any]:
+        return []
+
     def metrics(self) -> Mapping[str, float]:
         return {}
 
