@@ -22,7 +22,7 @@ REACHED = 0.5
 """Plain accuracy whose price in tokens is told."""
 
 SMALLEST_DIFFERENCE, LEVEL = 0.05, 0.05
-"""Of the rule by which an arm is better or worse."""
+"""They are of the rule by which an arm is better or worse."""
 
 
 def row_of(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
