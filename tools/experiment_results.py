@@ -59,12 +59,14 @@ def row_of(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
 
 
 def verdict(test: Mapping[str, Any], num_seeds: int, num_tests: int) -> str:
-    """Return what the rule of docs/hard_problems.md makes of a test: better, worse or undecided."""
+    """Return what the rule of docs/hard_problems.md makes of a test: better, worse or undecided; open before all seeds
+    are there."""
     differences = test["difference_by_seed"]
+    if len(differences) < num_seeds:
+        return "open"
     same_sign = all(each > 0 for each in differences) or all(each < 0 for each in differences)
     is_decided = (
-        len(differences) == num_seeds
-        and same_sign
+        same_sign
         and not test["interval"]["low"] <= 0 <= test["interval"]["high"]
         and test["p_value"] < LEVEL / num_tests
         and abs(fmean(differences)) >= SMALLEST_DIFFERENCE

@@ -67,7 +67,7 @@ def outcome_of(by_seed: list[float], low: float, high: float, p: float) -> dict[
         (outcome_of([0.1, 0.2, 0.1], -0.01, 0.2, 0.001), "undecided"),
         (outcome_of([0.1, 0.2, 0.1], 0.05, 0.2, 0.02), "undecided"),
         (outcome_of([0.04, 0.03, 0.05], 0.02, 0.05, 0.001), "undecided"),
-        (outcome_of([0.1, 0.2], 0.05, 0.2, 0.001), "undecided"),
+        (outcome_of([0.1, 0.2], 0.05, 0.2, 0.001), "open"),
     ],
 )
 def test_the_rule_of_the_protocol_judges(tool: Any, test: dict[str, Any], verdict: str) -> None:
