@@ -3,9 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_p2o.files import FileDigest
 from megatron_p2o.types import (
@@ -23,7 +21,10 @@ from megatron_p2o.types import (
     UpdateReport,
 )
 
-NamedWeights = Iterable[tuple[str, Tensor]]
+if TYPE_CHECKING:  # a report and `p2o view` need no torch, which takes seconds to import
+    from torch import Tensor
+
+NamedWeights = Iterable[tuple[str, "Tensor"]]
 """(Hugging Face parameter name, full tensor): the only form in which weights cross from policy to engine."""
 
 
@@ -56,7 +57,7 @@ class Policy(Protocol):
         """Return the same of the initial policy. Only where `objective.kl_coefficient` is above 0."""
         ...
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self) -> Iterator[tuple[str, "Tensor"]]:
         """Yield the current weights under Hugging Face names. Must be consumed to the end.
 
         Raises `PolicyDiverged`, when called, unless all are finite.

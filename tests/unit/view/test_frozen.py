@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -146,3 +148,10 @@ def test_what_is_not_a_run_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_report_and_view_start_without_torch() -> None:
+    modules = "megatron_p2o.cli, megatron_p2o.report.summary, megatron_p2o.view.frozen, megatron_p2o.view.server"
+    told = "sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'transformers', 'megatron', 'sglang'})"
+    command = [sys.executable, "-c", f"import sys, {modules}; print({told})"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout == "[]\n"
