@@ -9,16 +9,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and inherited by the processes that tests start
 
 import pytest
-import torch
 from filelock import FileLock
 from hypothesis import settings
-
-from megatron_p2o.testing.nan_empty import nan_filled_empty
 
 ROOT = Path(__file__).parents[1]
 SUPERVISION_TIMEOUT_S = 600
 
-torch.set_num_threads(1)
 settings.register_profile("reproducible", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("reproducible")
 
@@ -38,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def nan_empty() -> Iterator[None]:
     """Uninitialised tensors are NaN for the length of the test."""
+    # Imported here: many tests need no torch (tools/test_without_torch.sh).
+    from megatron_p2o.testing.nan_empty import nan_filled_empty
+
     with nan_filled_empty():
         yield
 
