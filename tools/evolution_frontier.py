@@ -4,20 +4,58 @@
         --output tools/results/evolution_frontier.json --figure docs/figures/evolution_frontier.svg
 
 Nothing is measured: see `p2o plan` in docs/engines.md. A round that waits for nothing stands beside the others, as the
-step time that it costs when it is spread over the steps of an epoch.
+step time that it costs when it is spread over the steps of an epoch. So does another rule of admission, which a run
+does not have.
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
 
 from megatron_p2o.config.read import load_config
 from megatron_p2o.machine.memory.here import gpus_of
+from megatron_p2o.rollout.requests import EngineHandle
+from megatron_p2o.rollout.sharing.allowance import Allowance
 from megatron_p2o.simulation.plan import planned_run
-from megatron_p2o.simulation.run_cost import RunCost, SimulatedRun, mean_step_s, run_costs
+from megatron_p2o.simulation.run_cost import (
+    RunCost,
+    SimulatedRun,
+    mean_step_s,
+    round_alone,
+    steps_beside,
+    steps_without,
+)
 
-VALUES = (0.0, 0.02, 0.1, 0.3, 1.0, 2.0, 4.0)
+VALUES = (0.0, 0.3, 1.0, 2.0)
+CACHE_VALUES = (0.1, 0.3)
+
+
+class CacheRoom(Allowance):
+    """Admits a request only while the KV cache has room for it beside all training requests at their mean length."""
+
+    def __init__(self, slots: int, max_slowdown: float, *, run: SimulatedRun) -> None:
+        super().__init__(slots, max_slowdown)
+        self._cache_tokens = run.cache_tokens
+        self._need = run.workload.prompt_tokens + mean_length(run)
+
+    def of(self, engine: EngineHandle) -> int:
+        allowed = super().of(engine)
+        if engine.num_training == 0:
+            return allowed
+        return max(0, min(allowed, math.floor(self._cache_tokens / self._need) - engine.num_training))
+
+
+def mean_length(run: SimulatedRun) -> float:
+    """Return the mean of the workload's responses, cut at the longest."""
+    drawn = np.random.default_rng(0).standard_normal(200_000)
+    lengths = run.workload.response_tokens * np.exp(run.workload.response_log_std * drawn)
+    return float(np.minimum(lengths, run.config.rollout.max_new_tokens).mean())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,15 +83,23 @@ def point_of(max_slowdown: float, cost: RunCost) -> Point:
 
 
 def frontier(run: SimulatedRun, num_steps: int) -> dict[str, object]:
-    """Return the points, and what they are compared with."""
-    costs = run_costs(run, VALUES, num_steps)
-    alone = costs[0].alone
-    assert alone is not None
-    step_s = mean_step_s(costs[0].off)
+    """Return the points of each rule, and what they are compared with."""
+    off, alone = steps_without(run, num_steps), round_alone(run)
+
+    def point(value: float) -> dict[str, float]:
+        evolution = replace(run.config.evolution, max_slowdown=value)
+        beside = steps_beside(replace(run, config=replace(run.config, evolution=evolution)), num_steps)
+        return asdict(point_of(value, RunCost(off=off, alone=alone, beside=beside)))
+
+    step_s = mean_step_s(off)
+    with patch("megatron_p2o.rollout.broker.Allowance", partial(CacheRoom, run=run)):
+        with_room = [point(value) for value in CACHE_VALUES]
     return {
-        "points": [asdict(point_of(value, cost)) for value, cost in zip(VALUES, costs, strict=True)],
+        "points": [point(value) for value in VALUES],
+        "cache_points": with_room,
         "step_without_evolution_s": round(step_s, 1),
         "steps_per_epoch": run.steps_per_epoch,
+        "cache_tokens": run.cache_tokens,
         "simulated_steps": num_steps,
         "waiting": {
             "round_s": round(alone.round_s),
@@ -80,14 +126,13 @@ def draw(found: dict[str, object], path: Path) -> None:
         [point.round_steps for point in points], [100 * point.slowdown for point in points], "o-", color="#2563a8"
     )
     for point in points:
-        offset = (5, 5) if point.max_slowdown <= 2 else (5, -14)  # two lie close together
         place = (point.round_steps, 100 * point.slowdown)
-        axes.annotate(f"{point.max_slowdown:g}", place, offset, textcoords="offset points")
+        axes.annotate(f"{point.max_slowdown:g}", place, (5, 5), textcoords="offset points")
     axes.plot([steps], [100 * waiting["slowdown"]], "s", color="#b3541e")
     axes.annotate("training waits", (steps, 100 * waiting["slowdown"]), (7, -4), textcoords="offset points")
     axes.axvline(steps, color="#5b6470", linestyle=":", linewidth=1)
     axes.set_xscale("log")
-    ticks = [steps, 2 * steps, 4 * steps, 8 * steps, 16 * steps]
+    ticks = [steps * 2**power for power in range(6)]
     axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(f"steps that a round lasts (an epoch has {steps})")

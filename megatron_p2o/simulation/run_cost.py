@@ -2,8 +2,8 @@
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,23 +107,25 @@ class RunCost:
 
 def run_cost(run: SimulatedRun, num_steps: int) -> RunCost:
     """Simulate `num_steps` steps without evolution, a round alone, and as many steps beside a round."""
-    [cost] = run_costs(run, [run.config.evolution.max_slowdown], num_steps)
-    return cost
-
-
-def run_costs(run: SimulatedRun, max_slowdowns: Sequence[float], num_steps: int) -> list[RunCost]:
-    """Return `run_cost` for each value of `evolution.max_slowdown`."""
-    off = simulate(lambda loop: _steps(run, cluster_of(run, loop), num_steps))
+    off = steps_without(run, num_steps)
     if not run.config.evolution.searches:
-        return [RunCost(off=off, alone=None, beside=None) for _ in max_slowdowns]
-    alone = _in_folder(lambda folder: simulate(lambda loop: _round_alone(run, loop, folder)))
+        return RunCost(off=off, alone=None, beside=None)
+    return RunCost(off=off, alone=round_alone(run), beside=steps_beside(run, num_steps))
 
-    def beside(max_slowdown: float) -> StepsBeside:
-        evolution = replace(run.config.evolution, max_slowdown=max_slowdown)
-        changed = replace(run, config=replace(run.config, evolution=evolution))
-        return _in_folder(lambda folder: simulate(lambda loop: _beside(changed, loop, folder, num_steps)))
 
-    return [RunCost(off=off, alone=alone, beside=beside(max_slowdown)) for max_slowdown in max_slowdowns]
+def steps_without(run: SimulatedRun, num_steps: int) -> tuple[StepCost, ...]:
+    """Simulate steps without evolution."""
+    return simulate(lambda loop: _steps(run, cluster_of(run, loop), num_steps))
+
+
+def round_alone(run: SimulatedRun) -> RoundAlone:
+    """Simulate a round that has the engines to itself."""
+    return _in_folder(lambda folder: simulate(lambda loop: _round_alone(run, loop, folder)))
+
+
+def steps_beside(run: SimulatedRun, num_steps: int) -> StepsBeside:
+    """Simulate up to `num_steps` steps beside a round."""
+    return _in_folder(lambda folder: simulate(lambda loop: _beside(run, loop, folder, num_steps)))
 
 
 def mean_step_s(steps: tuple[StepCost, ...]) -> float:
