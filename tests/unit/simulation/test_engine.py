@@ -171,3 +171,11 @@ def test_a_simulation_that_waits_for_nothing_says_so() -> None:
 
     with pytest.raises(SimulationStalled):
         run(main)
+
+
+def test_a_simulation_that_leaves_nothing_running_gives_its_outcome() -> None:
+    async def main() -> str:
+        await asyncio.sleep(3600)
+        return f"{asyncio.get_running_loop().time():.0f} s"
+
+    assert simulate(lambda _: main()) == "3600 s"
