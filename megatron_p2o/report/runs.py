@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_p2o.config.tree import RunConfig
 from megatron_p2o.config.yaml_reader import load_yaml
 from megatron_p2o.evolve.record.library import LibraryFile, shifted_id
-from megatron_p2o.metrics.jsonl import JsonObject
+from megatron_p2o.metrics.jsonl import JsonObject, read_records
 from megatron_p2o.metrics.read import MetricLine, read_object
 from megatron_p2o.records import from_json
 from megatron_p2o.report.lineage import RoundLineage, ancestors
@@ -73,6 +73,22 @@ class _Results:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShownRound:
+    """What is shown of a round in `evolution/rounds.jsonl`: see `RoundStats` for its fields."""
+
+    epoch: int = 0
+    task: str = ""
+    ended_by: str = ""
+    num_hard: int = 0
+    num_dev: int = 0
+    num_feedback: int = 0
+    num_rollouts: int = 0
+    num_candidates: int = 0
+    num_templates: int = 0
+    outcomes: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """One run directory."""
 
@@ -88,8 +104,8 @@ class Run:
     libraries: Sequence[ShownLibrary]
     """Oldest first; empty for a run without evolution."""
     ledger: Sequence[LedgerEntry]
-    rounds: Sequence[JsonObject]
-    """Rounds of evolution (`evolution/rounds.jsonl`): why each ended, and its proposals by outcome."""
+    rounds: Sequence[ShownRound]
+    """Rounds of evolution: why each ended, and its proposals by outcome."""
     results: JsonObject | None
     """`results.json`, which is written at the end; None before it, after an early end, or when it is damaged."""
     is_results_damaged: bool
@@ -111,6 +127,11 @@ class Run:
     def total(self, key: str) -> float:
         """Return the sum of `key` over all steps; 0 when it was never written."""
         return sum(number for _, number in self.points(key))
+
+
+def read_rounds(path: Path) -> list[ShownRound]:
+    """Return the rounds in `rounds.jsonl`, without lines that hold none."""
+    return list(read_records(path, lambda line: from_json(ShownRound, line, skips_unknown=True)))
 
 
 def read_results(directory: Path) -> JsonObject | None:

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from megatron_p2o.metrics.compute import PREFIX
-from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.report.charts import number_text
-from megatron_p2o.report.runs import Run
+from megatron_p2o.report.runs import Run, ShownRound
 from megatron_p2o.report.tables import Cell, Table
 
 ENDINGS: Mapping[str, str] = {
@@ -78,7 +77,7 @@ def _last_account(run: Run) -> Mapping[str, float]:
 
 def rounds_table(runs: Sequence[Run]) -> Table | None:
     """Return one table row per round, of each task where a run has several; None when no run has any."""
-    has_tasks = any(round_.get("task") for run in runs for round_ in run.rounds)
+    has_tasks = any(round_.task for run in runs for round_ in run.rounds)
     rows = [_row(run, round_, has_tasks) for run in runs for round_ in run.rounds]
     if not rows:
         return None
@@ -88,25 +87,22 @@ def rounds_table(runs: Sequence[Run]) -> Table | None:
     return Table(caption="Rounds of prompt evolution", header=header, rows=rows)
 
 
-def _row(run: Run, round_: JsonObject, has_tasks: bool) -> list[Cell]:
-    ended_by = str(round_.get("ended_by", ""))
-    outcomes: Mapping[str, int] = round_.get("outcomes", {})
-    told = sorted(outcomes.items(), key=lambda item: (-item[1], item[0]))
+def _row(run: Run, round_: ShownRound, has_tasks: bool) -> list[Cell]:
+    told = sorted(round_.outcomes.items(), key=lambda item: (-item[1], item[0]))
     return [
         run.name,
-        number_text(round_.get("epoch", 0)),
-        *([str(round_.get("task", ""))] if has_tasks else []),
-        ENDINGS.get(ended_by, ended_by),
+        number_text(round_.epoch),
+        *([round_.task] if has_tasks else []),
+        ENDINGS.get(round_.ended_by, round_.ended_by),
         _split(round_),
-        number_text(round_.get("num_rollouts", 0)),
-        number_text(round_.get("num_candidates", 0)),
-        number_text(round_.get("num_templates", 0)),
+        number_text(round_.num_rollouts),
+        number_text(round_.num_candidates),
+        number_text(round_.num_templates),
         ", ".join(f"{count} {outcome}" for outcome, count in told),
     ]
 
 
-def _split(round_: JsonObject) -> str:
+def _split(round_: ShownRound) -> str:
     """Return the hard problems of a round: "60 (30 scored on, 30 shown)", or their number where none was tried."""
-    num_hard, num_dev, num_feedback = (round_.get(f"num_{part}", 0) for part in ("hard", "dev", "feedback"))
-    split = f" ({number_text(num_dev)} scored on, {number_text(num_feedback)} shown)" if num_dev else ""
-    return number_text(num_hard) + split
+    dev, feedback = number_text(round_.num_dev), number_text(round_.num_feedback)
+    return number_text(round_.num_hard) + (f" ({dev} scored on, {feedback} shown)" if round_.num_dev else "")

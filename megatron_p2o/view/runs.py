@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_p2o.evolve.record.library import LibraryFile
-from megatron_p2o.metrics.jsonl import JsonObject, read_lines
+from megatron_p2o.metrics.jsonl import JsonObject
 from megatron_p2o.metrics.read import MetricLine, MetricLines
-from megatron_p2o.report.runs import Run, ShownLibrary, arm_and_seed, read_results, shown_library
+from megatron_p2o.report.runs import Run, ShownLibrary, arm_and_seed, read_results, read_rounds, shown_library
 from megatron_p2o.rl.hard_samples import LedgerEntry, entry_from
 from megatron_p2o.view.engines import EngineState, engine_states
 from megatron_p2o.view.followed import FileState, FollowedFile, file_state
@@ -131,7 +131,7 @@ class ViewedRun:
             written=self._metrics.as_written(),
             libraries=self.shown_libraries(),
             ledger=self.ledger(),
-            rounds=list(read_lines(self._ended_rounds)),
+            rounds=read_rounds(self._ended_rounds),
             results=results,
             is_results_damaged=results is None and (self.directory / "results.json").exists(),
             rollouts_of=lambda step, problem_id: self.rollouts().of_step(step, problem_id),

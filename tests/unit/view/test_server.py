@@ -238,6 +238,23 @@ def test_damaged_files_are_named(run: Path) -> None:
     assert answer(asked, "run/0/metrics")["steps"] == [1]
 
 
+@pytest.mark.parametrize(
+    "line", ['{"epoch": "x"}', '{"outcomes": [1]}', "[]", '{"epoch": 1', '{"outcomes": {"a": "b"}}']
+)
+def test_a_damaged_record_of_a_round_costs_its_own_row(run: Path, line: str) -> None:
+    (run / "evolution").mkdir()
+    (run / "evolution" / "rounds.jsonl").write_text(f'{line}\n{{"epoch": 3, "ended_by": "budget"}}\n')
+    (row,) = answer(client(run), "report")["rounds"]["rows"]
+    assert row[1:3] == ["3", "its budget was spent"]
+
+
+@pytest.mark.parametrize("damage", [{"is_templated": "x"}, {"reward": [], "response": None}, {"level": 3}])
+def test_a_damaged_rollout_costs_no_more_than_its_example(run: Path, damage: dict[str, Any]) -> None:
+    path = run / "rollouts" / "step-000001.jsonl"
+    path.write_text(json.dumps({"problem_id": HOSTILE, "is_templated": True, "is_solved": True, **damage}) + "\n")
+    assert answer(client(run), "report")["overview"]["rows"]
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name the directory of a run"):
         serve_runs([tmp_path], 0)
