@@ -32,7 +32,7 @@ from megatron_p2o.simulation.run_cost import (
     steps_without,
 )
 
-VALUES = (0.0, 0.3, 1.0, 2.0)
+VALUES = (0.0, 0.1, 0.3, 1.0, 2.0)
 CACHE_VALUES = (0.1, 0.3)
 
 
