@@ -1,6 +1,5 @@
 """The coefficients of an engine, found again from batches that were simulated with them."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,6 @@ import pytest
 from megatron_p2o.simulation.batch import EngineCoefficients
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def tool() -> Any:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import calibrate_engine
-    finally:
-        sys.path.pop(0)
-    return calibrate_engine
 
 
 def coefficients(cached_token_s: float, chunk_tokens: int) -> EngineCoefficients:

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,16 +16,6 @@ from megatron_p2o.evolve.record.history import Ended, Picked, event_from_json
 ROOT = Path(__file__).parents[3]
 RESULT = ROOT / "tools" / "results" / "proposals.json"
 MAX_ROLLOUTS = 400
-
-
-@pytest.fixture(scope="module")
-def tool() -> Any:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import compare_proposals
-    finally:
-        sys.path.pop(0)
-    return compare_proposals
 
 
 def small_world(tool: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +12,6 @@ from megatron_p2o.simulation.cluster import StepCost
 from megatron_p2o.simulation.run_cost import RoundAlone, RunCost, StepsBeside
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def tool() -> Any:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import evolution_frontier
-    finally:
-        sys.path.pop(0)
-    return evolution_frontier
 
 
 RESULT = ROOT / "tools" / "results" / "evolution_frontier.json"

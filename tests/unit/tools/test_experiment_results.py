@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,6 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiments" / "results").glob("*.json"))]
-
-
-@pytest.fixture(scope="module")
-def tool() -> Any:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import experiment_results
-    finally:
-        sys.path.pop(0)
-    return experiment_results
 
 
 @pytest.fixture
