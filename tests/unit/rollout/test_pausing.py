@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 
+import pytest
+
 from megatron_p2o.testing.engines.engine_client import SAMPLING, WAIT_S, broker_with, prompt, settled
 from megatron_p2o.types import SamplingParams
 
@@ -77,9 +79,14 @@ def test_a_response_that_was_full_when_it_was_paused_is_not_asked_for_no_token_a
         assert client.most_tokens_asked_for[7] == [1, 1]
 
 
-def test_a_version_that_has_no_token_in_the_response_is_not_among_its_versions() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "versions"), [((7,), (4,)), ((7, 9), (3, 4))], ids=["none of the old version", "one of each"]
+)
+def test_a_response_names_the_versions_that_its_tokens_are_of(
+    tokens: tuple[int, ...], versions: tuple[int, ...]
+) -> None:
     with broker_with(max_slowdown=0.0) as (broker, (client,)):
-        evolution = broker.submit(prompt(7), SAMPLING, "evolution")  # it has one token when it is paused
+        evolution = broker.submit(prompt(*tokens), SAMPLING, "evolution")  # it has one token when it is paused
         settled(broker)
         training = broker.submit(prompt(20), SAMPLING)
         wait_until(lambda: 7 in client.served)
@@ -88,20 +95,7 @@ def test_a_version_that_has_no_token_in_the_response_is_not_among_its_versions()
         client.version = 4
         client.release()
         completion = evolution.result(WAIT_S)
-    assert (completion.token_ids.tolist(), completion.weight_versions) == ([8], (4,))
-
-
-def test_a_response_of_two_versions_names_both() -> None:
-    with broker_with(max_slowdown=0.0) as (broker, (client,)):
-        evolution = broker.submit(prompt(7, 9), SAMPLING, "evolution")
-        settled(broker)
-        training = broker.submit(prompt(20), SAMPLING)
-        wait_until(lambda: 7 in client.served)
-        client.release(1)
-        training.result(WAIT_S)
-        client.version = 4
-        client.release()
-        assert evolution.result(WAIT_S).weight_versions == (3, 4)
+    assert completion.weight_versions == versions
 
 
 def test_cancelling_a_paused_request_forgets_it() -> None:
