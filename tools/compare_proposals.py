@@ -12,9 +12,8 @@ import argparse
 import asyncio
 import json
 import math
-import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,17 +21,17 @@ from statistics import fmean, stdev
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
+from proposal_rules import sharing
 from proposal_worlds import Kinds, Recorded, Table, World, draw, record
 
 from megatron_p2o.evolve.process.conduct import open_round, split_of
-from megatron_p2o.evolve.record.history import EndedBy, RoundHistory
+from megatron_p2o.evolve.record.history import RoundHistory
 from megatron_p2o.evolve.record.library import PublishedLibrary
 from megatron_p2o.evolve.reflection.reflection import ReflectionRequest
-from megatron_p2o.evolve.search.core_async import MAX_BARREN, AsynchronousCore
 from megatron_p2o.evolve.search.publish import build_library
 from megatron_p2o.evolve.search.round import Round
-from megatron_p2o.evolve.search.selection import PickParent, pick_parent
 from megatron_p2o.evolve.trial import Trial
 from megatron_p2o.simulation.virtual_time import VirtualTimeLoop, simulate
 
@@ -113,37 +112,6 @@ class Slow:
     async def close(self) -> None: ...
 
 
-def shared_pick(num_children: int) -> PickParent:
-    """Return a choice of parents that makes as many proposals in a row share one."""
-    parent, num_left = 0, 0
-
-    def pick(solved: Mapping[int, frozenset[str]], rng: random.Random) -> int:
-        nonlocal parent, num_left
-        if num_left == 0:
-            parent, num_left = pick_parent(solved, rng), num_children
-        num_left -= 1
-        return parent
-
-    return pick
-
-
-class Iterations(AsynchronousCore):
-    """As many proposals at once as there are lineages; the next ones wait for all of them."""
-
-    async def run(self) -> EndedBy:
-        await asyncio.gather(*(self._race(seed) for seed in self._round.pool.qualified()))
-        num_barren = 0
-        while self._ended_by is None and num_barren < MAX_BARREN:
-            num_scored = self._round.history.num_scored
-            picks = [self._pick() for _ in range(self._round.settings.num_lineages)]
-            outcomes = await asyncio.gather(*(self._outcome_of(picked) for picked in picks))
-            for picked, outcome in zip(picks, outcomes, strict=True):
-                if outcome is not None:
-                    self._round.end(picked.proposal, outcome)
-            num_barren = num_barren + 1 if self._round.history.num_scored == num_scored else 0
-        return self._ended_by or "no_progress"
-
-
 def round_in(world: World, seed: int, append: Callable[[object], None] = lambda _: None) -> Round:
     """Return a round that has not begun. `append` is given its events."""
     split = split_of(world.spec)
@@ -154,10 +122,9 @@ def round_in(world: World, seed: int, append: Callable[[object], None] = lambda 
 
 def run_arm(round_: Round, arm: Arm) -> float:
     """Run a whole round and return its seconds."""
-    core = (Iterations if arm.waits else AsynchronousCore)(round_, shared_pick(arm.children))
 
     async def search(loop: VirtualTimeLoop) -> float:
-        await core.run()
+        await sharing(arm.children, waits=arm.waits)(round_)
         return loop.time()
 
     return simulate(search)

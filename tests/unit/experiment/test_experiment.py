@@ -17,6 +17,7 @@ from megatron_p2o.config.read import dump_config, load_config
 from megatron_p2o.config.sections.objective import ObjectiveConfig, ObjectiveContext
 from megatron_p2o.config.source import ConfigError
 from megatron_p2o.evolve.process.given import read_templates
+from megatron_p2o.evolve.search.rules import own_search
 from megatron_p2o.experiment.conduct import (
     is_finished,
     job_lines,
@@ -349,6 +350,15 @@ def test_the_experiment_on_a_real_model_differs_in_context_and_mask_alone() -> N
         assert {repr(getattr(config, section)) for config in arms.values()} == {repr(getattr(arms["grpo"], section))}
     templated = [config.evolution for arm, config in arms.items() if arm != "grpo"]
     assert len({repr(evolution) for evolution in templated}) == 1
+
+
+def test_the_ways_to_propose_differ_in_the_rule_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    experiment = read_experiment(ROOT / "experiments" / "proposals.yaml")
+    assert set(differing_settings(experiment)) == {"evolution.rules"}
+    arms = {run.arm: run.config.evolution for run in experiment.runs}
+    assert {each.num_lineages for each in arms.values()} == {16} and arms.pop("16x1").rules == "asynchronous"
+    assert len({own_search(each.rules) for each in arms.values()}) == len(arms) == 3
 
 
 def test_the_masks_are_compared_where_success_leans_on_the_template_and_differ_in_the_objective_alone() -> None:

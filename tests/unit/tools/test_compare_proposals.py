@@ -27,7 +27,9 @@ def small_world(tool: Any) -> Any:
 
 
 def test_as_many_proposals_in_a_row_as_children_share_a_parent(tool: Any) -> None:
-    pick, solved = tool.shared_pick(3), {candidate: frozenset({f"{candidate}"}) for candidate in range(50)}
+    from proposal_rules import shared_pick
+
+    pick, solved = shared_pick(3), {candidate: frozenset({f"{candidate}"}) for candidate in range(50)}
     picked = [pick(solved, random.Random(number)) for number in range(30)]
     assert all(len(set(picked[start : start + 3])) == 1 for start in range(0, 30, 3))
     assert len(set(picked)) > 5
