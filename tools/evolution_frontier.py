@@ -4,7 +4,7 @@
         --output tools/results/evolution_frontier.json --figure docs/figures/evolution_frontier.svg
 
 Nothing is measured: see `p2o plan` in docs/engines.md. A round that waits for nothing stands beside the others, as the
-step time that it costs when it is spread over the steps of an epoch. So does another rule of admission, which a run
+step time that it costs when it is spread over the steps of an epoch. So do two other rules of admission, which a run
 does not have.
 """
 
@@ -34,6 +34,7 @@ from megatron_p2o.simulation.run_cost import (
 
 VALUES = (0.0, 0.1, 0.3, 1.0, 2.0)
 CACHE_VALUES = (0.1, 0.3)
+ESTIMATE_VALUES = (0.02, 0.1, 0.3, 1.0)
 
 
 class CacheRoom(Allowance):
@@ -49,6 +50,28 @@ class CacheRoom(Allowance):
         if engine.num_training == 0:
             return allowed
         return max(0, min(allowed, math.floor(self._cache_tokens / self._need) - engine.num_training))
+
+
+class Estimate(CacheRoom):
+    """Admits a request only while there is room in the cache and decode steps become longer by `max_slowdown` at most,
+    estimated from the engine's coefficients, as if they had been learnt without an error.
+    """
+
+    def __init__(self, slots: int, max_slowdown: float, *, run: SimulatedRun) -> None:
+        super().__init__(slots, math.inf, run=run)
+        self._share = max_slowdown
+        engine = run.coefficients
+        self._step_s = engine.step_s
+        self._request_s = engine.sequence_s + engine.cached_token_s * (
+            run.workload.prompt_tokens + mean_length(run) / 2
+        )
+
+    def of(self, engine: EngineHandle) -> int:
+        allowed = super().of(engine)
+        if engine.num_training == 0:
+            return allowed
+        step_s = self._step_s + self._request_s * engine.num_training
+        return min(allowed, math.floor(self._share * step_s / self._request_s))
 
 
 def mean_length(run: SimulatedRun) -> float:
@@ -94,9 +117,12 @@ def frontier(run: SimulatedRun, num_steps: int) -> dict[str, object]:
     step_s = mean_step_s(off)
     with patch("megatron_p2o.rollout.broker.Allowance", partial(CacheRoom, run=run)):
         with_room = [point(value) for value in CACHE_VALUES]
+    with patch("megatron_p2o.rollout.broker.Allowance", partial(Estimate, run=run)):
+        estimated = [point(value) for value in ESTIMATE_VALUES]
     return {
         "points": [point(value) for value in VALUES],
         "cache_points": with_room,
+        "estimate_points": estimated,
         "step_without_evolution_s": round(step_s, 1),
         "steps_per_epoch": run.steps_per_epoch,
         "cache_tokens": run.cache_tokens,

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_p2o.machine.nodes import first_host
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -162,6 +165,43 @@ def test_an_image_of_apptainer_runs_every_node_and_sees_the_mounts(submit: Submi
         calls = [line.split() for line in (checkout / f"seen-{node}").read_text().splitlines()]
         assert [call[0] for call in calls] == ["doctor", "train"]
         assert calls[1][1].split(":")[:2] == [str(checkout), f"{checkout}/kernels"]
+
+
+EXPERIMENT = """
+settings: {model: {path: model}, data: {train: train.jsonl}}
+seeds: [1, 2]
+budget: {max_tokens: 1000}
+arms: {grpo: {evolution: {enabled: false}}, p2o: {}}
+"""
+
+
+def test_each_missing_run_of_an_experiment_is_a_job_called_after_it(cluster: Any, checkout: Path) -> None:
+    (checkout / "small.yaml").write_text(EXPERIMENT)
+    programs = checkout / "bin"
+    programs.mkdir()
+    (programs / "p2o").write_text('#!/bin/bash\n[ $1 = doctor ] || echo "$*" >> calls.txt\n')
+    (programs / "p2o").chmod(0o755)
+    compare = (sys.executable, "-m", "megatron_p2o.cli", "compare", "small.yaml")
+    printed = cluster.call(*compare, "--sbatch", "examples/slurm/compare.sh", cwd=checkout, PYTHONPATH=str(ROOT))
+    assert printed.count("sbatch --job-name=") == 4 and not cluster.call("squeue", "-h")
+
+    submitted = cluster.call(
+        *(*compare, "--sbatch", "examples/slurm/compare.sh", "--arm", "grpo", "--submit"),
+        cwd=checkout,
+        PYTHONPATH=str(ROOT),
+        PATH=f"{programs}:{cluster.environment['PATH']}",
+    )
+    job_ids = re.findall(r"Submitted batch job (\d+)", submitted)
+    cluster.wait_for(lambda: not cluster.call("squeue", "-h"), "the jobs to end", JOB_TIMEOUT_S)
+    names = {cluster.job(job_id)["JobName"] for job_id in job_ids}
+    assert names == {"grpo-seed1", "grpo-seed2"} and {cluster.job(each)["JobState"] for each in job_ids} == {
+        "COMPLETED"
+    }
+    folder = "runs/small"
+    assert sorted((checkout / "calls.txt").read_text().splitlines()) == [
+        f"train {folder}/settings/{name}.yaml --set run.directory={folder} --set run.name={name}"
+        for name in sorted(names)
+    ]
 
 
 def test_our_reading_of_node_lists_is_that_of_scontrol(cluster: Any) -> None:
