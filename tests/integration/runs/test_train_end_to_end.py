@@ -4,12 +4,14 @@ import json
 import re
 import signal
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 
+from megatron_p2o.evolve.record.history import template_digest
 from megatron_p2o.testing.run_files import frozen_answers
 from megatron_p2o.testing.tiny_runs import (
     P2O,
@@ -33,7 +35,7 @@ def p2o_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     phrases = runs / "phrases.txt"
     # Every key phrase and two fillers: a short search in all the phrases now and then finds nothing.
     phrases.write_text("\n".join(["# max_phrases: 4", *PHRASES[:8]]))
-    search = [f"evolution.reflection.phrases={phrases}", "evolution.max_rollouts=1200"]
+    search = [f"evolution.reflection.phrases={phrases}", "evolution.max_rollouts=1200", "assignment.weight=transfer"]
     best = ["evaluation.best_set=heldout_hard", "schedule.keep_checkpoints=1"]
     command = p2o("train", "p2o.yaml", [*settings(tiny, runs, "p2o"), "schedule.epochs=2", *search, *best])
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -96,6 +98,30 @@ def test_evolution_publishes_templates_that_the_second_epoch_is_asked_through(p2
     entries = lines(p2o_run / "hard_samples.jsonl")
     assert not any(entry["templated_tries"] for entry in entries if entry["epoch"] == 0)
     assert any(entry["templated_tries"] for entry in entries if entry["epoch"] == 1)
+
+
+def test_the_engine_reads_each_solution_of_a_template_with_it_and_without(p2o_run: Path) -> None:
+    """Under `assignment.weight: transfer`."""
+    (journal,) = (p2o_run / "evolution").glob("journal-*.jsonl")
+    records = [json.loads(line.split(" ", 2)[2]) for line in journal.read_text().splitlines()]
+    empty = template_digest("")
+    reliances: defaultdict[str, list[float]] = defaultdict(list)
+    num_tokens = 0
+    for record in records:
+        if record["event"] == "Scored":
+            trial = record["trial"]
+            is_read = trial["solved_share"] == 1 and record["template"] != empty
+            assert (trial["reliance"] is not None) == is_read
+            if is_read:
+                reliances[record["template"]].append(trial["reliance"])
+                num_tokens += trial["num_tokens"]
+    assert (
+        lines(p2o_run / "metrics.jsonl")[-1]["metrics"]["compute/engine_read_tokens"] > 2 * num_tokens > 0
+    )  # and prompts
+    library = json.loads((p2o_run / "templates" / "library-1.json").read_text())
+    measured = {template["text"]: template["reliance"] for template in library["templates"]}
+    assert measured == {text: pytest.approx(fmean(reliances[template_digest(text)])) for text in measured}
+    assert fmean(measured.values()) < 0, "the bare prompt makes the solutions less likely"
 
 
 def test_results_and_report_are_written(p2o_run: Path) -> None:
