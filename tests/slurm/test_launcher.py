@@ -17,6 +17,12 @@ pytestmark = pytest.mark.slow
 
 Submit = Callable[..., str]
 
+SLEEPS = (
+    "up=up-$SLURM_RESTART_COUNT; [ $SLURMD_NODENAME = {} ] && touch $up && exec sleep infinity\n"
+    "until [ -e $up ]; do sleep 0.1; done"
+)
+"""What has a node sleep, and the other go on then. A task that has not begun yet gets no signal: Slurm waits for it."""
+
 JOB_TIMEOUT_S = 300
 """Longest life of a job of stand-ins, which may be queued again once: some 15 s on two idle cores."""
 
@@ -65,9 +71,7 @@ def test_a_node_whose_doctor_complains_ends_the_job_by_name(submit: Submit, chec
 
 
 def test_a_failing_node_is_named_and_its_last_words_are_shown(submit: Submit) -> None:
-    log = submit(
-        "[ $1 = doctor ] && exit; [ $SLURMD_NODENAME = node1 ] && sleep infinity\necho rank 1: disk full; exit 3"
-    )
+    log = submit(f"[ $1 = doctor ] && exit; {SLEEPS.format('node1')}\necho rank 1: disk full; exit 3")
     assert "node2: task 1: Exited with exit code 3" in log
     assert re.search(r"==> logs/first-\d+-restart0-1-\S+.log <==\nrank 1: disk full\n", log)
     assert "failed with status" in log and "queued again" not in log
@@ -75,7 +79,7 @@ def test_a_failing_node_is_named_and_its_last_words_are_shown(submit: Submit) ->
 
 def test_a_failure_after_a_new_checkpoint_queues_the_job_again(submit: Submit) -> None:
     log = submit(
-        "[ $1 = doctor ] && exit; [ $SLURMD_NODENAME = node2 ] && sleep infinity\n"
+        f"[ $1 = doctor ] && exit; {SLEEPS.format('node2')}\n"
         "mkdir -p runs/first/checkpoints\n"
         "[ -e runs/first/checkpoints/latest ] && exit 3\n"
         "echo step-000007 > runs/first/checkpoints/latest; exit 3"

@@ -1,5 +1,6 @@
 """The trainer's ranks: torch.distributed, Megatron's groups, and the channel for rank 0's commands."""
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -138,6 +139,9 @@ def context_group() -> ProcessGroup:
 
 def end_parallel(ranks: Ranks) -> None:
     """Destroy what `initialize_parallel` made. Peers that still wait for this rank get an error."""
+    groups = {ranks.heads, ranks.replica, ranks.control, *(parallel_state._global_process_group_list or ())}
+    for group in groups - {None}:
+        dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     # What Megatron forgets, and what the cache of rotary embeddings keeps alive: freed in a process that is forked
     # later, a group would take that process down.
@@ -147,6 +151,8 @@ def end_parallel(ranks: Ranks) -> None:
     RotaryEmbedding.forward.cache_clear()  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
     if ranks.owns_distributed:
         dist.destroy_process_group()
+    # The layers are cycles. Until they are collected each group of gloo keeps a thread, which polls, and open files.
+    gc.collect()
 
 
 def _fitting_data(parallel: ParallelConfig, num_processes: int) -> str:
