@@ -11,6 +11,7 @@ hardly changes them.
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import statistics
@@ -206,7 +207,7 @@ def config_of(model: Path) -> Config:
         data=DataConfig(train=one_task("unused")),
         rollout=RolloutConfig(max_running_requests=256, max_total_tokens=CACHE_TOKENS),
         # What is compared are the engines: the broker holds nothing back.
-        evolution=EvolutionConfig(max_slowdown=1000.0),
+        evolution=EvolutionConfig(max_slowdown=math.inf),
         sglang={"chunked_prefill_size": CHUNK_TOKENS},
     )
 

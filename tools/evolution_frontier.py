@@ -4,7 +4,7 @@
         --output tools/results/evolution_frontier.json --figure docs/figures/evolution_frontier.svg
 
 Nothing is measured: see `p2o plan` in docs/engines.md. A round that waits for nothing stands beside the others, as the
-step time that it costs when it is spread over the steps of an epoch. So do two other rules of admission, which a run
+step time that it costs when it is spread over the steps of an epoch. So does another rule of admission, which a run
 does not have.
 """
 
@@ -12,11 +12,8 @@ import argparse
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
-
-import numpy as np
 
 from megatron_p2o.config.read import load_config
 from megatron_p2o.machine.memory.here import gpus_of
@@ -32,53 +29,17 @@ from megatron_p2o.simulation.run_cost import (
     steps_without,
 )
 
-VALUES = (0.0, 0.1, 0.3, 1.0, 2.0)
-CACHE_VALUES = (0.1, 0.3)
-ESTIMATE_VALUES = (0.02, 0.1, 0.3, 1.0)
+VALUES = (0.0, 0.02, 0.1, 0.3, 1.0, 2.0)
+COUNTED_VALUES = (0.1, 0.3, 1.0, 2.0)
 
 
-class CacheRoom(Allowance):
-    """Admits a request only while the KV cache has room for it beside all training requests at their mean length."""
-
-    def __init__(self, slots: int, max_slowdown: float, *, run: SimulatedRun) -> None:
-        super().__init__(slots, max_slowdown)
-        self._cache_tokens = run.cache_tokens
-        self._need = run.workload.prompt_tokens + mean_length(run)
+class CountedRequests(Allowance):
+    """Admits `max_slowdown` times as many requests as the engine has of training, whatever room the cache has."""
 
     def of(self, engine: EngineHandle) -> int:
-        allowed = super().of(engine)
         if engine.num_training == 0:
-            return allowed
-        return max(0, min(allowed, math.floor(self._cache_tokens / self._need) - engine.num_training))
-
-
-class Estimate(CacheRoom):
-    """Admits a request only while there is room in the cache and decode steps become longer by `max_slowdown` at most,
-    estimated from the engine's coefficients, as if they had been learnt without an error.
-    """
-
-    def __init__(self, slots: int, max_slowdown: float, *, run: SimulatedRun) -> None:
-        super().__init__(slots, math.inf, run=run)
-        self._share = max_slowdown
-        engine = run.coefficients
-        self._step_s = engine.step_s
-        self._request_s = engine.sequence_s + engine.cached_token_s * (
-            run.workload.prompt_tokens + mean_length(run) / 2
-        )
-
-    def of(self, engine: EngineHandle) -> int:
-        allowed = super().of(engine)
-        if engine.num_training == 0:
-            return allowed
-        step_s = self._step_s + self._request_s * engine.num_training
-        return min(allowed, math.floor(self._share * step_s / self._request_s))
-
-
-def mean_length(run: SimulatedRun) -> float:
-    """Return the mean of the workload's responses, cut at the longest."""
-    drawn = np.random.default_rng(0).standard_normal(200_000)
-    lengths = run.workload.response_tokens * np.exp(run.workload.response_log_std * drawn)
-    return float(np.minimum(lengths, run.config.rollout.max_new_tokens).mean())
+            return self._slots
+        return math.floor(min(self._slots, self._max_slowdown * engine.num_training))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,14 +76,11 @@ def frontier(run: SimulatedRun, num_steps: int) -> dict[str, object]:
         return asdict(point_of(value, RunCost(off=off, alone=alone, beside=beside)))
 
     step_s = mean_step_s(off)
-    with patch("megatron_p2o.rollout.broker.Allowance", partial(CacheRoom, run=run)):
-        with_room = [point(value) for value in CACHE_VALUES]
-    with patch("megatron_p2o.rollout.broker.Allowance", partial(Estimate, run=run)):
-        estimated = [point(value) for value in ESTIMATE_VALUES]
+    with patch("megatron_p2o.rollout.broker.Allowance", CountedRequests):
+        counted = [point(value) for value in COUNTED_VALUES]
     return {
         "points": [point(value) for value in VALUES],
-        "cache_points": with_room,
-        "estimate_points": estimated,
+        "counted_points": counted,
         "step_without_evolution_s": round(step_s, 1),
         "steps_per_epoch": run.steps_per_epoch,
         "cache_tokens": run.cache_tokens,

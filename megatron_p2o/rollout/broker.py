@@ -33,6 +33,7 @@ from megatron_p2o.rollout.servers.answers import EngineUnreachable, RequestRefus
 from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.rollout.sharing.allowance import Allowance
 from megatron_p2o.rollout.sharing.meter import EvolutionMeter
+from megatron_p2o.rollout.sharing.throughput import Throughput
 from megatron_p2o.types import Completion, Prompt, SamplingParams
 
 LOOP_TIMEOUT_S = 60.0
@@ -78,8 +79,6 @@ class Broker:
         self._stall_timeout_s = stall_timeout_s
         self._on_loss = on_loss
         self._engines: list[EngineHandle] = []
-        self._allowance = Allowance(slots_per_engine, max_slowdown)
-        self._queues = RequestQueues(slots_per_engine, self._allowance.of)
         self._num_closings = 0
         self._refusal: Exception | None = None
         self._version = 0
@@ -90,8 +89,11 @@ class Broker:
         """Request ids of one length, because SGLang aborts every request whose id begins with the given one."""
         self._thread = thread or BrokerLoop(loop_timeout_s)
         self._clock = StoppableClock(self._thread.loop.time)
+        throughput = Throughput(self._clock.now_s)
+        self._allowance = Allowance(slots_per_engine, max_slowdown, throughput)
+        self._queues = RequestQueues(slots_per_engine, self._allowance.of)
         self._busy = BusyTime(self._clock.now_s)
-        self.meter = EvolutionMeter(self._clock.now_s)
+        self.meter = EvolutionMeter(self._clock.now_s, throughput)
         """What evolution samples, and what that takes from training."""
         self._generation = TimedGeneration(self._clock, request_timeout_s, self._thread.later)
 
@@ -119,15 +121,16 @@ class Broker:
     ) -> None:
         """Start using a server. `make_client` and `prepare`, which comes before any request, are called on the loop.
 
-        Raises what `prepare` raises; the server is not used then.
+        Raises what `prepare` and `EngineClient.cache_tokens` raise; the server is not used then.
         """
 
         async def add() -> None:
-            engine = EngineHandle(name, make_client(), log_tail)
+            client = make_client()
             async with AsyncExitStack() as unless_prepared:
-                unless_prepared.push_async_callback(engine.client.close)
+                unless_prepared.push_async_callback(client.close)
                 if prepare is not None:
-                    await prepare(name, engine.client)
+                    await prepare(name, client)
+                engine = EngineHandle(name, client, log_tail, await client.cache_tokens())
                 unless_prepared.pop_all()
             self._engines.append(engine)
             self.meter.note([engine])

@@ -84,6 +84,8 @@ class EngineHandle:
     name: str
     client: EngineClient
     log_tail: Callable[[], str]
+    cache_tokens: int
+    """Tokens that its KV cache holds."""
     running: dict[GenerationRequest, "asyncio.Task[None]"] = field(
         default_factory=dict[GenerationRequest, "asyncio.Task[None]"]
     )

@@ -120,6 +120,9 @@ class SimulatedEngine:
             sequence.is_aborted = True
             self._wake.set()
 
+    async def cache_tokens(self) -> int:
+        return self._cache.capacity
+
     async def probe(self, timeout_s: float) -> None: ...
 
     async def close(self) -> None:

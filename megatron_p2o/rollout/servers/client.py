@@ -63,7 +63,7 @@ class EngineClient:
         """
         self._base_url = base_url
         self._engine = EngineAddress(base_url=base_url, api_key=api_key)
-        self._admin = {"Authorization": f"Bearer {admin_key}"}
+        self._admin_key = admin_key
         self._stop_token_ids = list(stop_token_ids)
         self._answer_timeout_s = answer_timeout_s
         self._mirror = mirror
@@ -139,6 +139,10 @@ class EngineClient:
             EngineUnreachable
         """
         await self._asked(PROBE, None, timeout_s)
+
+    async def cache_tokens(self) -> int:
+        """Return how many tokens the KV cache holds."""
+        return orjson.loads(await self._answer("GET", "/server_info", self._engine.api_key))["max_total_num_tokens"]
 
     async def pause(self) -> None:
         """Stop decoding; running requests lose their KV cache and are recomputed after `resume`."""
@@ -221,10 +225,14 @@ class EngineClient:
 
     async def _tell(self, path: str, request: Mapping[str, Any]) -> bytes:
         """Return the answer of a route that the admin key opens."""
+        return await self._answer("POST", path, self._admin_key, json=request)
+
+    async def _answer(self, method: str, path: str, key: str, **request: Any) -> bytes:
         url = self._base_url + path
+        headers = {"Authorization": f"Bearer {key}"}
         limit = aiohttp.ClientTimeout(total=self._answer_timeout_s)
         try:
-            async with self._session.post(url, json=request, headers=self._admin, timeout=limit) as response:
+            async with self._session.request(method, url, headers=headers, timeout=limit, **request) as response:
                 answer = await response.read()
         except TimeoutError:
             raise TimeoutError(f"{url}: no answer within {self._answer_timeout_s:g} s") from None

@@ -1,36 +1,52 @@
 """How many evolution requests an engine runs beside training.
 
-An engine without training takes all there are. One with training takes `evolution.max_slowdown` as many as it has of
-training: k requests beside n of about the same length slow it down by k / n at most, because a part of a decode step
-costs the same for few and for many, and what training needs of the KV cache it takes from them.
+An engine without training takes all there are. One with training takes as many as there is room for in its KV cache
+beside all of its training at its mean length, and no more than make its decode steps longer by the share
+`evolution.max_slowdown`: with steps of a + b n seconds, k requests beside n of training make them longer by
+k / (a / b + n). a / b and the length are learnt (`throughput`). Until then they are 0: k / n is the most by which k can
+slow n down, and what training needs of the cache it takes from evolution.
 """
 
 import math
 from collections.abc import Iterator
 
 from megatron_p2o.rollout.requests import EngineHandle, GenerationRequest
+from megatron_p2o.rollout.sharing.throughput import Throughput
 
 
 class Allowance:
     """Counts the requests of evolution and says how many an engine may run. Lives on the loop."""
 
-    def __init__(self, slots_per_engine: int, max_slowdown: float) -> None:
+    def __init__(self, slots_per_engine: int, max_slowdown: float, throughput: Throughput) -> None:
+        """`max_slowdown`: infinite leaves everything to the engines' own queues."""
         self._slots = slots_per_engine
         self._max_slowdown = max_slowdown
+        self._throughput = throughput
 
     def of(self, engine: EngineHandle) -> int:
         """Return how many evolution requests an engine may run."""
-        if engine.num_training == 0:
+        if math.isinf(self._max_slowdown):
             return self._slots
-        return math.floor(min(self._slots, self._max_slowdown * engine.num_training))
+        room = min(self._slots, self._room(engine))
+        if engine.num_training == 0:
+            return max(1, math.floor(room))
+        unhurried = self._max_slowdown * (engine.num_training + self._throughput.fixed_requests)
+        return max(0, math.floor(min(room, unhurried)))
+
+    def _room(self, engine: EngineHandle) -> float:
+        """Return for how many requests the KV cache has room beside those of training."""
+        length = self._throughput.training_tokens
+        return engine.cache_tokens / length - engine.num_training if length else math.inf
 
     def started(self, request: GenerationRequest, engine: EngineHandle) -> None:
         """Note that an engine is about to run a request."""
         request.num_sampled = 0
+        self._throughput.began(request, engine)
         engine.num_evolution += request.priority == "evolution"
 
     def ended(self, request: GenerationRequest, engine: EngineHandle) -> None:
         """Note that an engine is about to run it no longer."""
+        self._throughput.ended(request, engine)
         engine.num_pausing -= request.is_pausing
         engine.num_evolution -= request.priority == "evolution"
 

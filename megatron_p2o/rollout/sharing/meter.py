@@ -5,14 +5,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
 from megatron_p2o.rollout.requests import EngineHandle, GenerationRequest
+from megatron_p2o.rollout.sharing.throughput import Throughput
 
 
 class EvolutionMeter:
     """Measures engine seconds by who has the engine. Tell it before requests come and go. Lives on the loop."""
 
-    def __init__(self, now_s: Callable[[], float]) -> None:
+    def __init__(self, now_s: Callable[[], float], throughput: Throughput) -> None:
         """`now_s`: a clock that stands still while the gate is closed to everyone."""
         self._now_s = now_s
+        self._throughput = throughput
         self._lock = threading.Lock()
         self._sums: defaultdict[str, float] = defaultdict(float)
         """Since the last `take`."""
@@ -74,20 +76,20 @@ class EvolutionMeter:
             "evolution/starved_s": sums["starved_s"],
         }
         if sums["training_s"]:
-            numbers["engine/evolution_slowdown_bound"] = sums["slowdown_s"] / sums["training_s"]
+            numbers["engine/evolution_slowdown"] = sums["slowdown_s"] / sums["training_s"]
         if sums["tokens"] and self._total_alone_s:
             alone_tokens_per_s = self._alone_tokens / self._total_alone_s
-            numbers["engine/evolution_price_bound"] = sums["taken_s"] * alone_tokens_per_s / sums["tokens"]
+            numbers["engine/evolution_price"] = sums["taken_s"] * alone_tokens_per_s / sums["tokens"]
         return numbers
 
     def _pass(self, engine: EngineHandle, seconds: float) -> None:
         training, evolution = engine.num_training, engine.num_evolution
         if training:
-            # As if a step took as long as it has sequences: it takes less, and evolution takes less from it.
+            without = training + self._throughput.fixed_requests
             self._add(
                 training_s=seconds,
-                slowdown_s=seconds * evolution / training,
-                taken_s=seconds * evolution / (training + evolution),
+                slowdown_s=seconds * evolution / without,
+                taken_s=seconds * evolution / (without + evolution),
             )
         elif evolution:
             self._alone_s[engine] += seconds

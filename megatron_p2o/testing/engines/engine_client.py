@@ -68,6 +68,9 @@ class FakeClient:
                 self.aborted.append(running_id)
                 stop.set()
 
+    async def cache_tokens(self) -> int:
+        return 2**30
+
     async def probe(self, timeout_s: float) -> None:
         if self.is_hung:
             await asyncio.sleep(timeout_s)

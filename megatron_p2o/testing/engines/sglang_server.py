@@ -147,6 +147,9 @@ class FakeSglangServer:
         meta = {"output_token_logprobs": [[-0.5, 7, None]], "finish_reason": {"type": "length"}}
         return {"meta_info": {**meta, "weight_version": self.version}}
 
+    async def _server_info(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"max_total_num_tokens": 2**30}
+
     async def _health_generate(self, body: dict[str, Any]) -> None:
         await self._running.wait()
 

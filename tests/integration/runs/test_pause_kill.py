@@ -114,6 +114,9 @@ class SteadyClient:
             if running_id.startswith(request_id):
                 stop.set()
 
+    async def cache_tokens(self) -> int:
+        return 2**30
+
     async def probe(self, timeout_s: float) -> None: ...
 
     async def close(self) -> None: ...

@@ -9,7 +9,7 @@ from megatron_p2o.rollout.requests import BusyTime, EngineHandle
 def test_engines_are_busy_while_they_have_requests_and_their_times_add_up() -> None:
     now = SimpleNamespace(s=10.0)
     client: Any = None
-    first, second = (EngineHandle(name, client, str) for name in ("engine-0", "engine-1"))
+    first, second = (EngineHandle(name, client, str, 0) for name in ("engine-0", "engine-1"))
     busy = BusyTime(lambda: now.s)
     request, other, task = object(), object(), object()
     running: list[Any] = [first.running, second.running]

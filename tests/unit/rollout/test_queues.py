@@ -24,7 +24,7 @@ def queues_with(slots: int, num_allowed: int = 100) -> RequestQueues:
 
 
 def engine(name: str) -> EngineHandle:
-    return EngineHandle(name, cast(Any, None), str)
+    return EngineHandle(name, cast(Any, None), str, 0)
 
 
 def start(queues: RequestQueues, *engines: EngineHandle) -> tuple[GenerationRequest, str] | None:

@@ -1,5 +1,6 @@
 """Steps of a simulated run: the real broker and search, against what can be counted, and the same each time."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ COEFFICIENTS = EngineCoefficients(
 SMALL: dict[str, Any] = {
     **{"rollout.num_engines": 2, "rollout.group_size": 4, "rollout.max_new_tokens": 400},
     **{"schedule.problems_per_step": 8, "schedule.problems_per_update": 8},
-    "evolution.max_slowdown": 1000.0,
+    "evolution.max_slowdown": math.inf,
     **{"evolution.max_rollouts": 200, "evolution.dev_size": 20, "evolution.num_lineages": 4},
 }
 

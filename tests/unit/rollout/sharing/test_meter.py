@@ -17,8 +17,9 @@ class Scene:
 
     def __init__(self) -> None:
         self.now = SimpleNamespace(s=100.0)
-        self.meter = EvolutionMeter(lambda: self.now.s)
-        self.engine = EngineHandle("engine", cast(Any, None), str)
+        self.throughput = SimpleNamespace(fixed_requests=0.0)
+        self.meter = EvolutionMeter(lambda: self.now.s, cast(Any, self.throughput))
+        self.engine = EngineHandle("engine", cast(Any, None), str, 0)
         self.meter.note([self.engine])
 
     def begin(self, priority: Priority) -> GenerationRequest:
@@ -53,10 +54,25 @@ def test_engine_time_is_told_apart_by_who_has_the_engine() -> None:
         "engine/evolution_pauses_count": 1.0,
         "evolution/starved_s": 0.0,
         "engine/idle_s": 3.0,
-        "engine/evolution_slowdown_bound": pytest.approx((10 / 4) / 30),
+        "engine/evolution_slowdown": pytest.approx((10 / 4) / 30),
         # A fifth of ten seconds, in which evolution alone would have sampled 100 of its 1,000 tokens.
-        "engine/evolution_price_bound": pytest.approx(0.1),
+        "engine/evolution_price": pytest.approx(0.1),
     }
+
+
+def test_what_evolution_takes_is_what_the_learnt_step_says() -> None:
+    scene = Scene()
+    scene.throughput.fixed_requests = 15.0
+    alone = scene.begin("evolution")
+    scene.now.s += 10  # evolution alone: 50 tokens a second
+    training = [scene.begin("training") for _ in range(4)]
+    scene.now.s += 10
+    scene.end(alone, num_sampled=1000)
+    for one in training:
+        scene.end(one, num_sampled=5)
+    numbers = scene.meter.take()
+    assert numbers["engine/evolution_slowdown"] == pytest.approx(1 / (15 + 4))
+    assert numbers["engine/evolution_price"] == pytest.approx(10 / (15 + 4 + 1) * 50 / 1000)
 
 
 def test_what_was_never_so_has_no_number() -> None:
