@@ -64,7 +64,11 @@ def test_every_node_trains_once_after_its_doctor(submit: Submit, checkout: Path)
 
 
 def test_a_node_whose_doctor_complains_ends_the_job_by_name(submit: Submit, checkout: Path) -> None:
-    log = submit("[ $1 = train ] && touch trained-$SLURMD_NODENAME && sleep infinity; [ $SLURMD_NODENAME = node1 ]")
+    log = submit(
+        "[ $1 = train ] && touch trained-$SLURMD_NODENAME && sleep infinity\n"
+        "[ $SLURMD_NODENAME = node1 ] && touch up && exit\n"
+        "until [ -e up ]; do sleep 0.1; done; exit 1"
+    )
     assert "node2: p2o doctor found something missing" in log
     assert "failed with status" in log
     assert not (checkout / "trained-node2").exists()
