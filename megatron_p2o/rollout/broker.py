@@ -305,7 +305,7 @@ class Broker:
             generation = None
         if generation is None:
             generation = nothing_generated(self._version)
-        request.num_sampled = len(generation.token_ids)
+        request.num_sampled = 0 if request.num_scored else len(generation.token_ids)
         generation = request.joined(generation)
         if request.is_pausing and generation.finish_reason == "abort":
             request.keep(generation)

@@ -109,10 +109,10 @@ class EvolutionConfig:
     ended. False waits for each round, as the authors do: slower, but a run can be repeated exactly."""
     max_slowdown: NonNegativeFloat = 1.0
     """Share by which evolution may lengthen the decode steps of an engine that samples for training. What its requests
-    take, and for how many the KV cache has room beside training, is learnt from the run; until then this bounds their
-    number, as a share of training's. Engines that have finished their rollouts of a step run as many as they can, with
-    0 these alone. A request that becomes too much is paused, keeps its tokens, and goes on from them.
-    `docs/evolution.md` shows a simulation, from which the default is."""
+    take is learnt from the run; until then an engine runs at most this times as many of them as it has of training.
+    Nor does it run more than its KV cache has room for beside training. Engines that have finished their rollouts of a
+    step run as many as there is room for, with 0 these alone. A request that becomes too much is paused, keeps its
+    tokens, and goes on from them. `docs/evolution.md` shows a simulation, from which the default is."""
     max_version_gap: NonNegativeInt = 2
     """Largest number of training steps between the rollouts by which a template is preferred to its parent. Where it is
     larger, the older side is sampled again. It matters beside training only; otherwise the policy does not change

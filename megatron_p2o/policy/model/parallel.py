@@ -139,9 +139,11 @@ def context_group() -> ProcessGroup:
 
 def end_parallel(ranks: Ranks) -> None:
     """Destroy what `initialize_parallel` made. Peers that still wait for this rank get an error."""
-    groups = {ranks.heads, ranks.replica, ranks.control, *(parallel_state._global_process_group_list or ())}
-    for group in groups - {None}:
-        dist.destroy_process_group(group)
+    if not ranks.owns_distributed:
+        groups = {ranks.heads, ranks.replica, ranks.control, *(parallel_state._global_process_group_list or ())}
+        # In one order on all ranks: where it communicates, the end of a group is collective.
+        for group in sorted(groups - {None}, key=lambda group: group.group_name, reverse=True):
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     # What Megatron forgets, and what the cache of rotary embeddings keeps alive: freed in a process that is forked
     # later, a group would take that process down.

@@ -1,10 +1,10 @@
 """How many evolution requests an engine runs beside training.
 
-An engine without training takes all there are. One with training takes as many as there is room for in its KV cache
-beside all of its training at its mean length, and no more than make its decode steps longer by the share
-`evolution.max_slowdown`: with steps of a + b n seconds, k requests beside n of training make them longer by
-k / (a / b + n). a / b and the length are learnt (`throughput`). Until then they are 0: k / n is the most by which k can
-slow n down, and what training needs of the cache it takes from evolution.
+As many as there is room for in its KV cache beside all of its training, each request at the mean length of its kind.
+Where it has training, no more than make its decode steps longer by the share `evolution.max_slowdown`: k requests
+beside n of training make steps longer by k / (r + n), where r requests take as long as what a step takes anyway. r
+and the lengths are learnt (`throughput`). Before that r is 0, because k / n is the most by which k can slow n down, and
+room is not asked for: what training needs of the cache it takes from evolution.
 """
 
 import math
@@ -35,8 +35,11 @@ class Allowance:
 
     def _room(self, engine: EngineHandle) -> float:
         """Return for how many requests the KV cache has room beside those of training."""
-        length = self._throughput.training_tokens
-        return engine.cache_tokens / length - engine.num_training if length else math.inf
+        training_tokens = self._throughput.mean_tokens("training")
+        if not training_tokens:
+            return math.inf
+        free_tokens = engine.cache_tokens - training_tokens * engine.num_training
+        return free_tokens / (self._throughput.mean_tokens("evolution") or training_tokens)
 
     def started(self, request: GenerationRequest, engine: EngineHandle) -> None:
         """Note that an engine is about to run a request."""

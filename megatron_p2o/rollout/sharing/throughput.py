@@ -12,13 +12,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_p2o.rollout.requests import EngineHandle, GenerationRequest
+from megatron_p2o.rollout.requests import PRIORITIES, EngineHandle, GenerationRequest, Priority
 
 MEMORY = 2000
 """Requests after which what one has told counts 1/e."""
 
 NUM_TOLD = 32
 """Requests from one fit to the next."""
+
+MAX_TIMES = 2.0
+"""Seconds per token over those that are expected above which a request is left out: it was in a stall."""
+
+MAX_DOUBTED = 256
+"""Such requests in a row after which the engines have become others, and all is learnt anew."""
 
 MIN_SPREAD = 0.1
 """Standard deviation of n or C over its mean below which it does not tell the coefficients apart."""
@@ -60,9 +66,10 @@ class Fit:
         one, n, c, nn, nc, cc, *sums = np.array(self._sums) / self._sums[0]
         moments, targets = np.array([[one, n, c], [n, nn, nc], [c, nc, cc]]), np.array(sums)
         means, squares = moments[0], np.diag(moments)
-        told = [i for i in (1, 2) if squares[i] - means[i] ** 2 > (MIN_SPREAD * means[i]) ** 2]
+        if any(squares[i] - means[i] ** 2 < (MIN_SPREAD * means[i]) ** 2 for i in (1, 2)):
+            return None  # what is always alike looks as if it were fixed
         # Where the fit with both would have one take less than nothing it takes nothing.
-        for columns in [[0, *told], *([0, i] for i in reversed(told) if len(told) == 2)]:
+        for columns in ([0, 1, 2], [0, 2], [0, 1]):
             found = np.zeros(3)
             scale = np.sqrt(squares[columns])
             scaled = moments[np.ix_(columns, columns)] / np.outer(scale, scale)
@@ -117,29 +124,26 @@ class Throughput:
         self._begun: dict[GenerationRequest, tuple[int, _Load]] = {}
         """Tokens of each running request when it began, what was kept of it included, and the load of its engine."""
         self._fit = Fit()
-        self._num_told = 0
+        self._num_told = self._num_doubted = 0
         self._step: StepTime | None = None
         """None until it is learnt."""
         self._cached = Fading()
         """Tokens of a request in the cache, mean over its steps, weighted by them."""
-        self._length = Fading()
-        """Tokens of a request of training, prompt and response."""
+        self._lengths = {priority: Fading() for priority in PRIORITIES}
+        """Tokens of a request that has ended, prompt and response."""
 
     @property
     def fixed_requests(self) -> float:
-        """How many requests take as long as what a step takes anyway. 0 until it is learnt: as if a step took as long
-        as it has requests, which is the most that one can take from the others.
+        """How many requests of mean size take as long as what a step takes anyway. 0 until it is learnt: as if a step
+        took as long as it has requests, which is the most that one can take from the others.
         """
-        return (
-            0.0
-            if self._step is None
-            else self._step.fixed_s / (self._step.request_s + self._step.token_s * self._cached.mean)
-        )
+        if self._step is None:
+            return 0.0
+        return self._step.fixed_s / (self._step.request_s + self._step.token_s * self._cached.mean)
 
-    @property
-    def training_tokens(self) -> float:
-        """Mean length of a training request when it has ended, with its prompt; 0 before the first."""
-        return self._length.mean
+    def mean_tokens(self, priority: Priority) -> float:
+        """Return the mean length of a request when it has ended, with its prompt; 0 before the first."""
+        return self._lengths[priority].mean
 
     def began(self, request: GenerationRequest, engine: EngineHandle) -> None:
         """Note that an engine is about to run a request."""
@@ -158,15 +162,26 @@ class Throughput:
         steps = now.steps - then.steps
         if num_sampled == 0 or steps == 0:
             return
-        num_requests, num_tokens = now.request_steps - then.request_steps, now.token_steps - then.token_steps
+        n, c = ((now.request_steps - then.request_steps) / steps, (now.token_steps - then.token_steps) / steps)
         seconds = (now.noted_s - then.noted_s) / num_sampled
-        self._fit.add(num_requests / steps, num_tokens / steps, seconds, num_sampled)
         self._cached.add(num_before + num_sampled / 2, num_sampled)
-        if request.priority == "training" and not request.is_pausing:
-            self._length.add(num_before + num_sampled)
+        if not request.is_pausing:
+            self._lengths[request.priority].add(num_before + num_sampled)
+        self._learn(n, c, seconds, num_sampled)
+
+    def _learn(self, n: float, c: float, seconds: float, weight: int) -> None:
+        if self._step is not None and seconds > MAX_TIMES * self._step.of(n, c):
+            self._num_doubted += 1
+            if self._num_doubted < MAX_DOUBTED:
+                return
+            self._fit, self._step = Fit(), None
+        self._num_doubted = 0
+        self._fit.add(n, c, seconds, weight)
         self._num_told += 1
         if self._num_told % NUM_TOLD == 0:
-            self._step = self._fit.solve()
+            before, self._step = self._step, self._fit.solve() or self._step
+            if before is None and self._step is not None:
+                self._fit = Fit()  # how far C had grown was a guess until now
 
     def _passed(self, engine: EngineHandle) -> _Load:
         """Return an engine's load, brought to the present."""

@@ -61,6 +61,12 @@ class FakeClient:
             token_ids=token_ids + 1, logprobs=self.logprobs, finish_reason=reason, weight_versions=(self.version,)
         )
 
+    async def score(self, token_ids, num_scored, request_id, *, priority) -> Generation:
+        logprobs = np.zeros(num_scored, np.float32)
+        return Generation(
+            token_ids=token_ids[-num_scored:], logprobs=logprobs, finish_reason="stop", weight_versions=(self.version,)
+        )
+
     async def abort(self, request_id: str) -> None:
         """Like SGLang, take the id for the beginning of ids."""
         for running_id, stop in self.stopping.items():

@@ -121,3 +121,12 @@ def test_evolution_runs_beside_training_as_far_as_it_may() -> None:
         for future in (*training, *evolution):
             future.result(WAIT_S)
         assert client.aborted == []
+
+
+def test_what_evolution_has_read_was_not_sampled() -> None:
+    with broker_with(max_slowdown=1.0) as (broker, _):
+        completion = broker.submit(prompt(7, 9, 11), SAMPLING, "evolution", num_scored=2).result(WAIT_S)
+        settled(broker)
+        assert completion.token_ids.tolist() == [9, 11]
+        assert broker.meter.take()["engine/evolution_tokens"] == 0
+        assert broker._allowance._throughput.mean_tokens("evolution") == 0

@@ -18,9 +18,12 @@ def request(number: int, priority: Priority = "training") -> GenerationRequest:
     return GenerationRequest(f"request {number}", prompt, SAMPLING, priority, Future())
 
 
-def allowance_of(max_slowdown: float, *, fixed_requests: float = 0.0, training_tokens: float = 0.0) -> Allowance:
+def allowance_of(
+    max_slowdown: float, *, fixed_requests: float = 0.0, training_tokens: float = 0.0, evolution_tokens: float = 0.0
+) -> Allowance:
+    lengths = {"training": training_tokens, "evolution": evolution_tokens}
     known = SimpleNamespace(
-        fixed_requests=fixed_requests, training_tokens=training_tokens, began=lambda *_: None, ended=lambda *_: None
+        fixed_requests=fixed_requests, mean_tokens=lengths.get, began=lambda *_: None, ended=lambda *_: None
     )
     return Allowance(slots_per_engine=256, max_slowdown=max_slowdown, throughput=cast(Any, known))
 
@@ -52,6 +55,8 @@ def test_the_cache_must_have_room_beside_training_at_its_mean_length() -> None:
     allowance = allowance_of(1.0, training_tokens=1000.0)
     engines = [running(allowance, number, cache_tokens=15_999) for number in (0, 5, 8, 12, 15, 40)]
     assert allowance.of(running(allowance, 0, cache_tokens=500)) == 1, "it would wait for ever"
+    shorter = allowance_of(9.0, training_tokens=1000.0, evolution_tokens=250.0)
+    assert [shorter.of(running(shorter, number, cache_tokens=16_000)) for number in (0, 5, 15)] == [64, 44, 4]
     assert [allowance.of(engine) for engine in engines] == [15, 5, 7, 3, 0, 0]
 
 

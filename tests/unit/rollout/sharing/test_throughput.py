@@ -68,6 +68,16 @@ def phases(engine: Engine, count: int) -> float:
     return cached / tokens
 
 
+def slowdown_of(engine: Engine) -> float:
+    """Return what the estimate is of one request beside 96."""
+    return 1 / (96 + engine.throughput.fixed_requests)
+
+
+def real_slowdown(step: StepTime, cached: float) -> float:
+    each_s = step.request_s + step.token_s * cached
+    return each_s / (step.fixed_s + 96 * each_s)
+
+
 @pytest.mark.parametrize(
     "step",
     [
@@ -78,11 +88,10 @@ def phases(engine: Engine, count: int) -> float:
     ],
     ids=["requests and tokens", "tokens alone", "requests alone", "nothing fixed"],
 )
-def test_the_fixed_part_of_a_step_is_learnt_in_requests(step: StepTime) -> None:
+def test_what_a_request_takes_from_the_others_is_learnt(step: StepTime) -> None:
     engine = Engine(step)
     cached = phases(engine, 60)
-    real = step.fixed_s / (step.request_s + step.token_s * cached)
-    assert engine.throughput.fixed_requests == pytest.approx(real, rel=0.05, abs=2)
+    assert slowdown_of(engine) == pytest.approx(real_slowdown(step, cached), rel=0.05)
 
 
 def test_an_engine_that_becomes_another_is_learnt_in_the_place_of_what_it_was() -> None:
@@ -90,7 +99,28 @@ def test_an_engine_that_becomes_another_is_learnt_in_the_place_of_what_it_was() 
     phases(engine, 20)
     engine.step = StepTime(fixed_s=5 * FIXED_S, request_s=REQUEST_S, token_s=TOKEN_S)
     cached = phases(engine, 100)
-    assert engine.throughput.fixed_requests == pytest.approx(5 * FIXED_S / (REQUEST_S + TOKEN_S * cached), rel=0.1)
+    assert slowdown_of(engine) == pytest.approx(real_slowdown(engine.step, cached), rel=0.1)
+
+
+def test_as_many_requests_at_all_times_do_not_look_as_if_they_were_fixed() -> None:
+    engine, random = Engine(StepTime(fixed_s=FIXED_S, request_s=250e-6, token_s=2e-9)), Random(1)
+    for _ in range(200):
+        length = random.randint(100, 8000)
+        for _ in range(16):
+            engine.begin(length)
+        engine.run()
+    assert engine.throughput.fixed_requests == 0
+
+
+def test_a_stall_costs_little_of_what_is_known() -> None:
+    engine = Engine(REAL)
+    cached = phases(engine, 20)
+    for _ in range(96):
+        engine.begin(1000)
+    engine.now.s += 60
+    engine.run()
+    phases(engine, 5)
+    assert slowdown_of(engine) == pytest.approx(real_slowdown(REAL, cached), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -113,14 +143,15 @@ def test_what_cannot_be_told_is_taken_as_if_every_request_cost_a_whole_one(
     assert engine.throughput.fixed_requests == 0
 
 
-def test_the_length_of_training_is_that_of_its_requests_with_their_prompts() -> None:
+def test_the_length_of_a_kind_is_that_of_its_requests_with_their_prompts() -> None:
     engine = Engine(REAL)
-    assert engine.throughput.training_tokens == 0
+    assert engine.throughput.mean_tokens("training") == 0
     for num_tokens in (100, 300):
         engine.begin(num_tokens)
         engine.begin(7000, "evolution")
     engine.run()
-    assert engine.throughput.training_tokens == pytest.approx(NUM_PROMPT + 200, rel=1e-3)
+    assert engine.throughput.mean_tokens("training") == pytest.approx(NUM_PROMPT + 200, rel=1e-3)
+    assert engine.throughput.mean_tokens("evolution") == pytest.approx(NUM_PROMPT + 7000, rel=1e-3)
 
 
 def test_what_was_kept_of_a_paused_request_is_in_the_cache_when_it_goes_on() -> None:
@@ -134,7 +165,7 @@ def test_what_was_kept_of_a_paused_request_is_in_the_cache_when_it_goes_on() -> 
     first.keep(Generation(token_ids=ids, logprobs=logprobs, finish_reason="abort", weight_versions=(0,)))
     engine.throughput.ended(first, engine.handle)
     del engine.handle.running[first]
-    assert engine.throughput.training_tokens == 0, "it has not ended"
+    assert engine.throughput.mean_tokens("training") == 0, "it has not ended"
     engine.throughput.began(first, engine.handle)
     engine.handle.running[first] = cast(Any, None)
     second.num_sampled = 40
@@ -149,5 +180,5 @@ def test_what_has_ended_is_forgotten_and_what_sampled_nothing_tells_nothing() ->
     engine.begin(0)
     (request,) = engine.handle.running
     engine.throughput.ended(request, engine.handle)
-    assert engine.throughput.training_tokens == 0
+    assert engine.throughput.mean_tokens("training") == 0
     assert not engine.throughput._begun and not engine.throughput._loads
