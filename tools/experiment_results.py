@@ -1,9 +1,9 @@
-"""Writes what the runs of an experiment of docs/hard_problems.md brought: raw numbers, their table, a figure.
+"""Writes what the runs of an experiment of docs/hard_problems.md brought: raw numbers, their tables, a figure.
 
     python tools/experiment_results.py experiments/masks.yaml --set heldout_hard \\
         --output experiments/results/masks.json --figure docs/figures/masks.svg
 
-The table is printed in Markdown. `p2o compare --no-run` must have compared the finished runs before.
+The tables are printed in Markdown. `p2o compare --no-run` must have compared the finished runs before.
 """
 
 import argparse
@@ -29,8 +29,9 @@ def row_of(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
     """Return what a finished run brought on the evaluation set `name`.
 
     `curve`: (tokens sampled to learn, plain accuracy) at each evaluation. `tokens_to_half`: tokens at the first with
-    an accuracy of at least `REACHED`; None if there is none. `shifts`: mean log-ratio of templated responses, per
-    token, in the first and the last step that had some; None without templates.
+    an accuracy of at least `REACHED`; None if there is none. `round`: score of the best template and coverage at the
+    end of the first round; None without one. `shifts`: mean log-ratio of templated responses, per token, in the first
+    and the last step that had some; None without templates.
     """
     results = read_json_object(folder / "results.json")
     metrics = [line["metrics"] for line in read_lines(folder / "metrics.jsonl")]
@@ -42,6 +43,7 @@ def row_of(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
     key = "train/ratio_mask_dropped_shift_share"
     dropped = [each[key] for each in metrics if each.get(key) is not None]
     templated = results.get("templated_evaluation", {}).get(name)
+    first_round = next(iter(results.get("rounds", [])), None)
     return {
         "arm": arm,
         "seed": seed,
@@ -52,6 +54,7 @@ def row_of(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
         "steps": results["num_steps"],
         "wall_s": round(results["compute"]["wall_s"]),
         "tokens_to_half": next((tokens for tokens, accuracy in curve if accuracy >= REACHED), None),
+        "round": first_round and {key: first_round[key] for key in ("best_score", "coverage")},
         "shifts": [shifts[0], shifts[-1]] if shifts else None,
         "dropped_shift_share": fmean(dropped) if dropped else None,
         "curve": [list(point) for point in curve],
@@ -115,6 +118,16 @@ def table(results: Mapping[str, Any], arms: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def round_table(results: Mapping[str, Any], arms: Sequence[str]) -> str:
+    """Return what the first rounds of evolution found, in Markdown, an arm each, every seed shown."""
+    lines = ["| arm | score of the best template | coverage |", "|---|---|---|"]
+    for arm in arms:
+        rounds = [row["round"] for row in results["runs"] if row["arm"] == arm and row["round"]]
+        cells = [" / ".join(f"{each[key]:.2f}" for each in rounds) for key in ("best_score", "coverage")]
+        lines.append(f"| `{arm}` | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def _mean_text(values: Sequence[float | None], shown: str, end: str = "") -> str:
     there = [value for value in values if value is not None]
     return shown.format(fmean(there)) + end if there else ""
@@ -157,6 +170,8 @@ def main() -> None:
     num_seeds = len({run.seed for run in experiment.runs})
     results = results_of(experiment, options.set, num_seeds)
     print(table(results, experiment.arms))
+    if any(row["round"] for row in results["runs"]):
+        print(f"\n{round_table(results, experiment.arms)}")
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

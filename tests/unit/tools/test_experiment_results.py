@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[3]
+PAGES = {"hard_problems": "hard_problems", "masks": "hard_problems", "proposals": "evolution"}
+"""Experiment to the page that shows it."""
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiments" / "results").glob("*.json"))]
 
 
@@ -18,6 +20,7 @@ def run(tmp_path: Path) -> Path:
         "templated_evaluation": {"hard": {"accuracy": 0.9}},
         "compute": {"learning_tokens": 300, "trained_tokens": 250, "wall_s": 61.4},
         "num_steps": 2,
+        "rounds": [{"best_score": 0.25, "coverage": 0.5, "num_hard": 9}, {"best_score": 1.0, "coverage": 1.0}],
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
     lines = [
@@ -39,6 +42,8 @@ def test_a_row_has_what_the_protocol_measures(tool: Any, run: Path) -> None:
     assert row["tokens_to_half"] == 200
     assert row["shifts"] == [3.0, 1.0]
     assert row["dropped_shift_share"] == pytest.approx(0.6)
+    assert row["round"] == {"best_score": 0.25, "coverage": 0.5}
+    assert tool.round_table({"runs": [row]}, ["replace"]).endswith("| `replace` | 0.25 | 0.50 |")
     assert row["accuracy"] == {"hard": 0.75, "easy": 1.0} and row["template_accuracy"] == 0.9
 
 
@@ -66,9 +71,11 @@ def test_the_rule_of_the_protocol_judges(tool: Any, test: dict[str, Any], verdic
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_page_shows_the_table_of_the_committed_runs(tool: Any, name: str) -> None:
     results = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "hard_problems.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / f"{PAGES[name]}.md").read_text(encoding="utf-8")
     arms = list(dict.fromkeys(row["arm"] for row in results["runs"]))
-    for row in tool.table(results, arms).splitlines()[2:]:
-        assert row in page
+    rows = tool.table(results, arms).splitlines()[2:]
+    if name == "proposals":
+        rows += tool.round_table(results, arms).splitlines()[2:]
+    assert all(row in page for row in rows)
     assert re.search(rf"figures/{name}\.svg", page)
     assert all(commit in page for commit in results["commits"])
