@@ -16,6 +16,7 @@ from megatron_p2o.rollout.servers.answers import EngineRefused, EngineUnreachabl
 from megatron_p2o.rollout.servers.relay import (
     GENERATE,
     PROBE,
+    SERVER_INFO,
     Asked,
     EngineAddress,
     Relayed,
@@ -142,7 +143,8 @@ class EngineClient:
 
     async def cache_tokens(self) -> int:
         """Return how many tokens the KV cache holds."""
-        return orjson.loads(await self._answer("GET", "/server_info", self._engine.api_key))["max_total_num_tokens"]
+        info = orjson.loads(await self._answer("GET", f"/{SERVER_INFO}", self._engine.api_key))
+        return info["max_total_num_tokens"]
 
     async def pause(self) -> None:
         """Stop decoding; running requests lose their KV cache and are recomputed after `resume`."""

@@ -24,6 +24,7 @@ from megatron_p2o.rollout.servers.answers import GONE
 from megatron_p2o.rollout.servers.relay import (
     GENERATE,
     PROBE,
+    SERVER_INFO,
     EngineAddress,
     checking,
     engine_session,
@@ -34,7 +35,7 @@ from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import EnginePlace
 from megatron_p2o.rollout.servers.start import start_server
 
-USER_ROUTES = frozenset({GENERATE, PROBE})
+USER_ROUTES = frozenset({GENERATE, PROBE, SERVER_INFO})
 """Opened by an engine's user key; the others need its admin key."""
 
 MAX_REQUEST_BYTES = 1 << 28

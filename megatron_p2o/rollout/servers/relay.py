@@ -33,6 +33,9 @@ ENGINE_URL, ENGINE_KEY = "X-Engine-Url", "X-Engine-Key"
 GENERATE, PROBE = "generate", "health_generate"
 """Routes of an engine that go through the relay; both are opened by its user key."""
 
+SERVER_INFO = "server_info"
+"""The other route that its user key opens."""
+
 FORGET = ""
 """Route of an `Asked` that rank 0 no longer waits for."""
 
