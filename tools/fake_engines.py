@@ -63,7 +63,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, generated: bytes) -> None:
         self._generated = generated
-        self._other = _response("text/plain", b"")
+        self._other = _response("application/json", orjson.dumps({"max_total_num_tokens": 2**30}))
+        """The answer to GET /server_info, for whatever else is asked too."""
         self._received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -49,7 +49,7 @@ class Fit:
 
     def __init__(self) -> None:
         self._sums = [0.0] * 9
-        """Of 1, n, C, n n, n C, C C, s, n s, C s, s being seconds per token; each request weighted by its tokens."""
+        """Sums of 1, n, C, n n, n C, C C, s, n s, C s: s is seconds per token, a request's weight its tokens."""
 
     def add(self, n: float, c: float, s: float, weight: float) -> None:
         keep = 1 - 1 / MEMORY
