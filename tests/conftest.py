@@ -1,6 +1,5 @@
 """What every test shares: one thread, reproducible property tests, memory that is never silently zero."""
 
-import gc
 import os
 import subprocess
 import sys
@@ -16,9 +15,6 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 SUPERVISION_TIMEOUT_S = 600
 
-MAX_THREADS = 40
-"""Of a process between its tests, before what they left is collected."""
-
 settings.register_profile("reproducible", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("reproducible")
 
@@ -33,14 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
     names_gpu = all("gpu" in Path(argument.partition("::")[0]).name for argument in config.args)
     if any(Path("/dev").glob("nvidia[0-9]*")) and not selects_gpu and not names_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-@pytest.fixture(autouse=True)
-def nothing_waits_to_be_collected() -> Iterator[None]:
-    """Free what a closed policy leaves in reference cycles: 16 threads of gloo that poll, and 64 open files."""
-    yield
-    if len(os.listdir("/proc/self/task")) > MAX_THREADS:
-        gc.collect()
 
 
 @pytest.fixture
