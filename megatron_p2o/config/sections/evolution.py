@@ -109,8 +109,8 @@ class EvolutionConfig:
     ended. False waits for each round, as the authors do: slower, but a run can be repeated exactly."""
     max_slowdown: NonNegativeFloat = 1.0
     """Share by which evolution may lengthen the decode steps of an engine that samples for training. What its requests
-    take is learnt from the run; until then this bounds how many of them an engine runs for each request of training. Nor
-    does it run more than its KV cache has room for beside training. Engines that have finished their rollouts of a
+    take is learnt from the run; until then this bounds how many of them an engine runs for each request of training.
+    Nor does it run more than its KV cache has room for beside training. Engines that have finished their rollouts of a
     step run as many as there is room for, with 0 these alone. A request that becomes too much is paused, keeps its
     tokens, and goes on from them. `docs/evolution.md` shows a simulation, from which the default is."""
     max_version_gap: NonNegativeInt = 2
