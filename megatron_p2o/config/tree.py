@@ -114,6 +114,7 @@ REFERENCE_PRESET: Mapping[str, Any] = {
     "advantage.baseline": "group",
     "advantage.estimator": "grpo",
     "objective.context": "ratio_mask",
+    "objective.ratio_form": "hard",
     "objective.normalization": "micro_batch_mean",
     "objective.drop_zero_advantage": False,
     "logprobs.recompute": True,

@@ -159,6 +159,7 @@ OBJECTIVES = {
     "gspo, importance": ObjectiveConfig(surrogate="gspo", context="importance", clip_low=0.9, clip_high=9.0),
     "cispo": ObjectiveConfig(surrogate="cispo", normalization="sequence_sum", clip_low=1.0, clip_high=0.1),
     "clone": ObjectiveConfig(surrogate="clone", context="replace", normalization="sequence_mean"),
+    "hard": ObjectiveConfig(ratio_form="hard", ratio_low=0.3, ratio_high=3.0),
     "one-sided": ObjectiveConfig(ratio_form="one_sided", ratio_low=0.3, ratio_high=3.0),
     "fading": ObjectiveConfig(ratio_form="fading", ratio_low=0.3, ratio_high=3.0, normalization="kept_token_mean"),
     "entropy and KL": ObjectiveConfig(entropy_coefficient=0.05, kl_coefficient=0.5, context="replace"),

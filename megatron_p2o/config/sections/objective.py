@@ -31,7 +31,8 @@ class ObjectiveConfig:
     context: ObjectiveContext = "ratio_mask"
     """Prompts of the loss: x is the plain prompt, c the prompt that was sampled with. `sampling`: old and current
     log-probs on c. `replace`: both on x, without correction. `importance`: old on c, current on x, so that the clip
-    holds the true ratio. `ratio_mask`: both on x, weighted by the context ratio (the paper's production setting).
+    holds the true ratio. `ratio_mask`: both on x, weighted by the context ratio, as `objective.ratio_form` says (with
+    `hard` the paper's production setting).
     `distill`: all of it on x, sampling too; the template adds to the advantage of each token by how much more likely it
     makes it (on-policy context distillation, arXiv:2602.12275)."""
     distill_beta: PositiveFloat = 1.0
@@ -46,11 +47,12 @@ class ObjectiveConfig:
     ratio_anneal_steps: NonNegativeInt = 0
     """Optimizer steps over which `objective.ratio_widening` goes to 1, by equal factors. 0: the band is always the
     same."""
-    ratio_form: Literal["hard", "one_sided", "soft", "fading"] = "hard"
-    """Weight of a token whose context ratio rho lies outside the band. `hard`: 0 (the paper's). `one_sided`: 0 in
-    responses whose advantage is not positive; those with a positive one keep every token. `soft`: clip(rho) / rho (the
-    authors' option), which is above 1 below the band. `fading`: rho / `objective.ratio_low` below the band,
-    `objective.ratio_high` / rho above it. No weight at all is `objective.context: replace`."""
+    ratio_form: Literal["hard", "one_sided", "soft", "fading"] = "one_sided"
+    """Weight of a token whose context ratio rho lies outside the band. `one_sided`: 0 in responses whose advantage is
+    not positive; those with a positive one keep every token. `hard`: 0 (the paper's), which can drop all that templates
+    teach (docs/hard_problems.md). `soft`: clip(rho) / rho (the authors' option), which is above 1 below the band.
+    `fading`: rho / `objective.ratio_low` below the band, `objective.ratio_high` / rho above it. No weight at all is
+    `objective.context: replace`."""
     surrogate: str = "ppo"
     """Loss made of the policy ratio. `ppo`: clipped token by token (arXiv:1707.06347; the paper's). `gspo`: one ratio
     for a whole response, the geometric mean over its tokens, and one clip (arXiv:2507.18071). `cispo`: the log-prob

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import assert_never
 
 from megatron_p2o.algorithm import StepResult
-from megatron_p2o.config.tree import AlarmsConfig
+from megatron_p2o.config.tree import AlarmsConfig, ObjectiveConfig
 from megatron_p2o.metrics.read import read_metrics
 from megatron_p2o.metrics.trend import Rise, rise_of
 from megatron_p2o.metrics.values import Mean, MetricValue, Sum, numbers_of
@@ -53,12 +53,12 @@ class NothingLearnt(RuntimeError):
 class Alarms:
     """Looks at every step of a run."""
 
-    def __init__(self, alarms: AlarmsConfig, earlier_mismatches: Sequence[float]) -> None:
+    def __init__(self, alarms: AlarmsConfig, objective: ObjectiveConfig, earlier_mismatches: Sequence[float]) -> None:
         """`earlier_mismatches`: see `MismatchWatch`."""
         self._alarms = alarms
         self._health = HealthWatch()
         self._mismatch = MismatchWatch(alarms, earlier_mismatches)
-        self._mask = MaskWatch(alarms.ratio_mask_dropped)
+        self._mask = MaskWatch(alarms.ratio_mask_dropped, objective)
 
     def is_healthy(self, step: int, result: StepResult, metrics: Mapping[str, MetricValue]) -> bool:
         """Warn of the problems of a step. Return whether the policy before it could be sampled and trained.
@@ -163,9 +163,11 @@ class MismatchWatch:
 class MaskWatch:
     """Warns where the context ratio drops most of what templates teach. Once, until it is over."""
 
-    def __init__(self, alarm: float) -> None:
+    def __init__(self, alarm: float, objective: ObjectiveConfig) -> None:
         """`alarm`: `alarms.ratio_mask_dropped`."""
         self._alarm = alarm
+        others = "" if objective.ratio_form == "one_sided" else "objective.ratio_form=one_sided or "
+        self._remedy = f"set {others}objective.context=replace"
         self._is_ringing = False
 
     def look(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
@@ -179,8 +181,9 @@ class MaskWatch:
         if self._is_ringing and not was_ringing:
             logger.warning(
                 "step %d: the context ratio drops %s, more than alarms.ratio_mask_dropped=%g: training cannot "
-                "internalise what the templates bring: set objective.ratio_form=one_sided or objective.context=replace",
+                "internalise what the templates bring: %s",
                 *(step, " and ".join(f"{share:.0%} {DROPPED[key]}" for key, share in shares.items()), self._alarm),
+                self._remedy,
             )
 
 

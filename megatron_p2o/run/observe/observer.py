@@ -46,7 +46,7 @@ class RunObserver:
         self._evaluations = Evaluations(evaluation_sets, started.parts, config, self._log, started.compute)
         self._best = BestSoFar(config.evaluation, best_before(files.run_dir, config.evaluation, beginning))
         earlier = earlier_mismatches(files.run_dir) if beginning.resumed else []
-        self._alarms = Alarms(config.alarms, earlier)
+        self._alarms = Alarms(config.alarms, config.objective, earlier)
 
     @property
     def ledger(self) -> HardSampleLedger:

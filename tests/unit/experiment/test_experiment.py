@@ -375,7 +375,8 @@ def test_the_masks_are_compared_where_success_leans_on_the_template_and_differ_i
         get_args(get_type_hints(ObjectiveConfig)["ratio_form"])
     )
     assert {context for context, _ in contexts.values()} == set(get_args(ObjectiveContext))
-    assert contexts["hard"] == (ObjectiveConfig().context, ObjectiveConfig().ratio_form), "compared with the default"
+    assert next(iter(contexts)) == "hard" and contexts["hard"] == ("ratio_mask", "hard"), "compared with the paper's"
+    assert contexts["one_sided"] == (ObjectiveConfig().context, ObjectiveConfig().ratio_form), "what was found is ours"
     config = arms["hard"]
     files = [each.file for each in (*config.data.train.values(), *config.data.evaluation.values())]
     assert all(file.startswith("runs/tiny_leaning/") for file in (config.model.path, *files))

@@ -377,7 +377,7 @@ def test_token_sums_are_those_counted_by_hand() -> None:
     ]
     logprobs_T, batch = batch_of(groups)
     entropy_T = torch.where(batch.loss_mask_T, 0.5, 99.0).double()
-    _, stats = policy_loss(logprobs_T, batch, ObjectiveConfig(), entropy_T)
+    _, stats = policy_loss(logprobs_T, batch, ObjectiveConfig(ratio_form="hard"), entropy_T)
     assert asdict(stats) == pytest.approx(
         {
             "loss_tokens": 5,

@@ -156,7 +156,7 @@ def test_a_loss_with_gains_has_the_gradient_of_each_token_s_own_advantage() -> N
     hidden = torch.randn(len(batch.target_ids_T), 8, generator=generator, requires_grad=True)
     weight = torch.randn(200, 8, generator=generator)
     rule = loss_rule(DISTILL)
-    assert rule == replace(LossRule(), context="replace")
+    assert rule == replace(LossRule(), context="replace", ratio_form=DISTILL.ratio_form)
     outcome = linear_policy_loss(
         hidden,
         weight,

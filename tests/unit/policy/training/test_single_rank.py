@@ -157,6 +157,7 @@ OBJECTIVES = {
     "gspo, importance": ObjectiveConfig(surrogate="gspo", context="importance", clip_low=0.5, clip_high=2.0),
     "cispo": ObjectiveConfig(surrogate="cispo", context="importance", clip_low=1.0, clip_high=1.5),
     "clone": ObjectiveConfig(surrogate="clone", context="replace"),
+    "hard": ObjectiveConfig(ratio_form="hard", ratio_low=0.7, ratio_high=1.4),
     "one-sided": ObjectiveConfig(ratio_form="one_sided", ratio_low=0.7, ratio_high=1.4),
     "soft": ObjectiveConfig(ratio_form="soft", ratio_low=0.7, ratio_high=1.4),
     "fading": ObjectiveConfig(ratio_form="fading", ratio_low=0.7, ratio_high=1.4),

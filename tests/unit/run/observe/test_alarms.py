@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_p2o.algorithm import StepResult, TrainState
-from megatron_p2o.config.tree import AlarmsConfig
+from megatron_p2o.config.tree import AlarmsConfig, ObjectiveConfig
 from megatron_p2o.metrics.trend import Rise, rise_of
 from megatron_p2o.metrics.values import Mean, numbers_of
 from megatron_p2o.run.observe.alarms import (
@@ -104,21 +104,27 @@ HALF_DROPPED = {"templated_advantage_sum": 8.0, "dropped_advantage_sum": 1.0}
 HALF_DROPPED |= {"templated_gain_sum": 2.0, "dropped_gain_sum": 1.5}
 
 
+@pytest.mark.parametrize(("form", "remedy"), [("hard", "objective.ratio_form=one_sided or "), ("one_sided", "")])
 @pytest.mark.parametrize(("alarm", "warns"), [(0.5, True), (0.75, False), (1.0, False)])
 def test_a_mask_that_drops_what_templates_bring_is_warned_of(
-    alarm: float, warns: bool, observed_step: Callable[..., None], caplog: pytest.LogCaptureFixture
+    alarm: float,
+    warns: bool,
+    form: str,
+    remedy: str,
+    observed_step: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    observed_step({"alarms.ratio_mask_dropped": alarm}, HALF_DROPPED)
+    observed_step({"alarms.ratio_mask_dropped": alarm, "objective.ratio_form": form}, HALF_DROPPED)
     sentence = (
         "step 0: the context ratio drops 12% of the advantage of templated rollouts and 75% of what templates add to "
         "the log-probs of successes, more than alarms.ratio_mask_dropped=0.5: training cannot internalise what the "
-        "templates bring: set objective.ratio_form=one_sided or objective.context=replace"
+        f"templates bring: set {remedy}objective.context=replace"
     )
     assert [record.message for record in caplog.records] == [sentence] * warns
 
 
 def test_the_mask_rings_once_until_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
-    watch = MaskWatch(0.5)
+    watch = MaskWatch(0.5, ObjectiveConfig())
     for step, share in enumerate([0.4, 0.6, 0.9, None, 0.7, 0.2, 0.8], start=1):
         watch.look(step, {} if share is None else {"train/ratio_mask_dropped_shift_share": Mean(share, 1.0)})
     assert [record.message.split(":")[0] for record in caplog.records] == ["step 2", "step 7"]
