@@ -1,7 +1,7 @@
 """Starts the engines of a run, here and on its other nodes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from megatron_p2o.processes import allow_many_files
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.outlet import WeightOutlet
 from megatron_p2o.rollout.servers.remote import DaemonAddress, NodeMirror, RemoteServer
-from megatron_p2o.rollout.servers.server import Server
+from megatron_p2o.rollout.servers.server import EngineServer, Server
 from megatron_p2o.rollout.servers.server_arguments import does_release_memory, engine_places
 from megatron_p2o.rollout.servers.start import HeadRelay, engine_log, start_server
 from megatron_p2o.rollout.supervisor import stop_all
@@ -30,16 +30,17 @@ def start_engines(
     daemons: Sequence[DaemonAddress] = (),
     outlet: WeightOutlet | None = None,
     *,
+    started: Mapping[str, EngineServer] | None = None,
     releases_memory: bool | None = None,
 ) -> SglangEngines:
     """Start `rollout.num_engines` servers of `model.path` at version 0 and wait for all of them.
 
-    Logs go to `run_dir`/engines.
-
     Args:
+        run_dir: gets their logs, in engines/.
         stop_token_ids: every token that ends a response.
         daemons: of the other nodes that get engines, in order.
         outlet: see `open_outlet`.
+        started: what `start_servers` has started.
         releases_memory: whether to lend the engines' memory; None as `rollout.release_memory` says.
 
     Raises:
@@ -52,13 +53,16 @@ def start_engines(
     def start(name: str, restart: int) -> Server:
         place = places[name]
         if place.node == 0:
-            server, reader = start_server(config, run_dir, place, restart), relay.current()
+            server = waiting.pop(name, None) or start_server(config, run_dir, place, restart)
+            server.begin()
+            reader = relay.current()
             server.serve_through(reader.route_to(server.base_url, server.api_key), reader.is_alive)
             return server
         log_path = engine_log(run_dir, place, restart)
         return RemoteServer(daemons[place.node - 1], place, restart, log_path, mirrors[place.node - 1])
 
     allow_connections(config.rollout)
+    waiting = dict(started or {})
     servers: list[Server] = []
     with ExitStack() as unless_all_start:
         relay = HeadRelay(run_dir / "engines")
@@ -70,10 +74,7 @@ def start_engines(
             server.wait_until_ready(config.rollout.startup_timeout_s)
         lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
         engines = SglangEngines(
-            config,
-            run_dir,
-            servers,
-            start,
+            *(config, run_dir, servers, start),
             stop_token_ids=stop_token_ids,
             releases_memory=lends,
             outlet=outlet,

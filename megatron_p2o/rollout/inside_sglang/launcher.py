@@ -1,14 +1,15 @@
 """The engine process: one SGLang server. `rollout.servers.server` starts this module.
 
-Its settings come as one JSON object on standard input, so that the keys of the server show up neither in the process
+Its settings come as one line of JSON on standard input, so that the keys of the server show up neither in the process
 list nor in the environment of its children:
 
     {"parent_pid": 1234, "scratch": "/tmp/...", "arguments": {"model_path": ..., "api_key": ..., ...}}
 
-`scratch` is the private temporary directory of the server; `arguments` are fields of SGLang's ServerArgs. With
-`--check` only those are read; what is wrong with them is printed as a JSON list, and nothing is started. Of this
-package only `config.suggestions`, `files`, `records`, `rollout.buckets.weight_message` and this folder run in that
-process, and sglang is imported nowhere else.
+`scratch` is the private temporary directory of the server; `arguments` are fields of SGLang's ServerArgs. It imports
+SGLang, which takes seconds, and waits for a second line before it serves. With `--check` only `arguments` are read;
+what is wrong with them is printed as a JSON list, and nothing is started. Of this package only `config.suggestions`,
+`files`, `records`, `rollout.buckets.weight_message` and this folder run in that process, and sglang is imported nowhere
+else.
 """
 
 import argparse
@@ -61,7 +62,7 @@ LEFT_IN_SHARED_MEMORY = re.compile(r"sglang_loads_|sgl_shm_mq_|sem\.mp-")
 
 
 def main() -> None:
-    settings = json.load(sys.stdin)
+    settings = json.loads(sys.stdin.readline())
     if sys.argv[1:] == ["--check"]:
         print(json.dumps(argument_problems(settings["arguments"], server_fields())))
         return
@@ -83,6 +84,9 @@ def main() -> None:
     leave_out_models(Path(arguments["model_path"]))
     if arguments.get("device") == "cpu":
         fork_children()
+    if not sys.stdin.readline():  # whoever wanted the server has ended
+        shutil.rmtree(settings["scratch"], ignore_errors=True)
+        return
     try:
         run_server(ServerArgs(**arguments))
     finally:

@@ -100,6 +100,7 @@ class NodeDaemon:
         if old is not None:
             await self._in_thread(old.server.stop)
         server = await self._in_thread(lambda: start_server(self.config, self.run_dir, place, wanted["restart"]))
+        server.begin()
         engine = self.engines[request.match_info["index"]] = HostedServer(server)
         self.threads.submit(self._wait_until_ready, engine)
         return self._description(engine)

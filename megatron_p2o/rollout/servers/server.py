@@ -107,7 +107,7 @@ class EngineServer:
     """A running SGLang server. Whoever creates it owns it and must call `stop`; it dies with its parent anyway."""
 
     def __init__(self, name: str, arguments: Mapping[str, Any], log_path: Path, expected_cache_tokens: int = 0) -> None:
-        """Start the process and return without waiting; call `wait_until_ready` next.
+        """Start the process, which imports SGLang, and return without waiting; call `begin` next.
 
         Args:
             name: how errors call it, e.g. "engine 0".
@@ -142,6 +142,12 @@ class EngineServer:
     def pid(self) -> int:
         """Process id of the launcher, which leads its own session and process group."""
         return self._process.pid
+
+    def begin(self) -> None:
+        """Have the process load the model and serve. Returns without waiting; call `wait_until_ready` next."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # it died: wait_until_ready says why
+            pipe.write(b"\n")
 
     def serve_through(self, relay: RelayRoute, is_alive: Callable[[], bool]) -> None:
         """Have completions come through a relay, whose end is then the engine's."""
@@ -198,6 +204,8 @@ class EngineServer:
                 self._scratch.note(shared_memory_of(self.pid))
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait(timeout=KILL_TIMEOUT_S)
+            assert self._process.stdin is not None
+            self._process.stdin.close()
         self._release_ports()
         self._scratch.remove()
 
@@ -222,10 +230,11 @@ class EngineServer:
                 stderr=subprocess.STDOUT,
                 env=engine_environment(arguments, self._scratch.path, self._ports["nccl_port"].getsockname()[1]),
                 start_new_session=True,
+                bufsize=0,
             )
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it died: wait_until_ready will say why
-            pipe.write(json.dumps(settings).encode())
+        with contextlib.suppress(BrokenPipeError):  # it died: wait_until_ready will say why
+            process.stdin.write(json.dumps(settings).encode() + b"\n")
         return process
 
     def _release_ports(self) -> None:

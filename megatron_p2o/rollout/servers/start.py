@@ -20,7 +20,12 @@ from megatron_p2o.processes import HostMemory, child_environment, host_memory_of
 from megatron_p2o.rollout.servers.relay import ENGINE_KEY, ENGINE_URL
 from megatron_p2o.rollout.servers.relay_link import RelayRoute
 from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed, open_private
-from megatron_p2o.rollout.servers.server_arguments import EnginePlace, longest_tokens, server_arguments
+from megatron_p2o.rollout.servers.server_arguments import (
+    EnginePlace,
+    engine_places,
+    longest_tokens,
+    server_arguments,
+)
 
 RELAY_MODULE = "megatron_p2o.rollout.servers.relay"
 LISTEN_TIMEOUT_S = 120.0
@@ -30,7 +35,7 @@ HEALTH_TIMEOUT_S = 10.0
 
 
 def start_server(config: Config, run_dir: Path, place: EnginePlace, restart: int) -> EngineServer:
-    """Start an engine on this machine without waiting for it. A restarted one has a log of its own.
+    """Start the process of an engine on this machine; see `EngineServer`. A restarted one has a log of its own.
 
     Raises:
         ValueError: `sglang` holds an argument that another setting decides.
@@ -38,6 +43,16 @@ def start_server(config: Config, run_dir: Path, place: EnginePlace, restart: int
     arguments = server_arguments(config, place, torch.cuda.device_count())
     log_path = engine_log(run_dir, place, restart)
     return EngineServer(place.name, arguments, log_path, longest_tokens(config))
+
+
+def start_servers(config: Config, run_dir: Path, num_nodes: int) -> dict[str, EngineServer]:
+    """Start the processes of the engines on rank 0's machine, by name. Their imports then do not add to the start.
+
+    They serve once `start_engines` is given them. Whoever starts them must stop them; they die with this process.
+    Raises as `start_server`.
+    """
+    places = engine_places(config.rollout.num_engines, num_nodes)
+    return {place.name: start_server(config, run_dir, place, 0) for place in places if place.node == 0}
 
 
 def start_reflection_server(config: Config, run_dir: Path, num_engines_here: int) -> EngineServer:
@@ -51,6 +66,7 @@ def start_reflection_server(config: Config, run_dir: Path, num_engines_here: int
     arguments["skip_tokenizer_init"] = False
     arguments["enable_memory_saver"] = False  # evolution goes on while the policy is trained
     server = EngineServer("reflection server", arguments, run_dir / "engines" / "reflection.log")
+    server.begin()
     server.wait_until_ready(config.rollout.startup_timeout_s)
     return server
 

@@ -60,6 +60,32 @@ def test_an_engine_that_is_too_slow_is_given_up_and_ended(tmp_path: Path) -> Non
     assert_no_child_is_left()
 
 
+UNWANTED = """
+import json, sys
+from pathlib import Path
+from megatron_p2o.rollout.servers.server import EngineServer
+
+server = EngineServer("engine 0", {"model_path": sys.argv[1], "device": "cpu"}, Path(sys.argv[2]) / "log")
+print(json.dumps({"pid": server.pid, "scratch": str(server._scratch.path)}), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_process_that_waits_to_serve_ends_with_its_owner_and_leaves_nothing(tmp_path: Path) -> None:
+    model = write_tiny_qwen3(tmp_path / "model", seed=5)
+    command = [sys.executable, "-c", UNWANTED, str(model), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        waiting = json.loads(owner.stdout.readline())
+        process = psutil.Process(waiting["pid"])
+        with pytest.raises(psutil.TimeoutExpired):
+            process.wait(timeout=5)  # it does not serve by itself, and does not end
+        assert not [connection for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN]
+        owner.kill()
+    process.wait(timeout=60)
+    assert not Path(waiting["scratch"]).exists()
+
+
 OWNER = """
 import json, sys, time
 from pathlib import Path

@@ -20,3 +20,16 @@ def test_engines_that_are_started_end_when_one_of_them_does_not(
     with pytest.raises(type(error)):
         start_engines(fake_config({"rollout.num_engines": 3}), tmp_path, [0])
     assert [server.stop.call_count for server in servers] == [1, 1, 1]
+
+
+def test_engines_that_are_started_already_are_the_ones_that_serve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ready = {"engine 0": Mock(), "engine 1": Mock(**{"wait_until_ready.side_effect": RuntimeError("it died")})}
+    third = Mock()
+    monkeypatch.setattr(start, "start_server", lambda *_: third)
+    with pytest.raises(RuntimeError, match="it died"):
+        start_engines(fake_config({"rollout.num_engines": 3}), tmp_path, [0], started=ready)
+    servers = [*ready.values(), third]
+    assert [server.begin.call_count for server in servers] == [1, 1, 1]
+    assert [server.stop.call_count for server in servers] == [1, 1, 1]

@@ -1,0 +1,118 @@
+"""What a rank does once its settings are read: rank 0 conducts, the others serve its policy's calls."""
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from megatron_p2o.config.tree import Config
+from megatron_p2o.data.chat import chat_renderer
+from megatron_p2o.data.tasks import column_lines
+from megatron_p2o.evaluation.benchmark import (
+    checkpoint_subject,
+    discard_responses,
+    open_benchmarks,
+    sample_missing,
+    write_results,
+)
+from megatron_p2o.evaluation.protocol import template_with_text
+from megatron_p2o.policy.training.ranks import MegatronPolicy, build_policy
+from megatron_p2o.rewards.tasks import TaskGrader
+from megatron_p2o.rl.sampling import SamplingParts
+from megatron_p2o.rollout.refresh.outlet import open_outlet
+from megatron_p2o.rollout.servers.remote import meet_daemons
+from megatron_p2o.rollout.servers.server import EngineServer
+from megatron_p2o.rollout.start import start_engines
+from megatron_p2o.rollout.supervisor import stop_all
+from megatron_p2o.run.conductor import conduct
+from megatron_p2o.run.inputs import hint_lines, load_inputs, unknown_tokens
+from megatron_p2o.run.parts import StartEngines
+from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
+from megatron_p2o.run_folder.state import STATE_FILE, read_state
+from megatron_p2o.terminal import say
+from megatron_p2o.types import Template
+
+logger = logging.getLogger(__name__)
+
+
+def work(
+    config: Config,
+    config_path: Path,
+    servers: Mapping[str, EngineServer],
+    evaluated: Path | None,
+    template: str,
+    *,
+    restart: bool,
+) -> None:
+    """Train, or evaluate a checkpoint, to the end.
+
+    Args:
+        config_path: the settings' file, in the run's folder.
+        servers: of `start_servers`, on rank 0.
+        evaluated: the checkpoint to measure; None trains.
+        template: text that the evaluation asks through.
+        restart: throw earlier responses of the evaluation away.
+    """
+    run_dir = config_path.parent
+    with ExitStack() as stack:
+        stack.callback(stop_all, list(servers.values()))
+        # Before the weights, which take minutes: whatever is wrong with the problems is said in the first seconds.
+        inputs = load_inputs(config) if os.environ.get("RANK", "0") == "0" and not evaluated else None
+        if inputs is not None:
+            for line in [*column_lines(config.data), *hint_lines(config.data, inputs.train)]:
+                say(line)
+            for notice in unknown_tokens(inputs):
+                logger.warning(notice)
+        policy = build_policy(config)
+        daemons = meet_daemons(config, config_path)
+        outlet = open_outlet(config, policy.largest_weight_bytes, policy.meeting)
+        if outlet is not None:
+            policy.deliver_to(outlet.take)
+        policy.wait_for_ranks()
+        start = partial(start_engines, config, run_dir, daemons=daemons, outlet=outlet, started=servers)
+        if not policy.is_conductor:
+            policy.serve()
+            return
+        stack.callback(policy.close)
+        if evaluated:
+            if restart:
+                discard_responses(run_dir)
+            evaluate_checkpoint(config, run_dir, policy, evaluated, template_with_text(template), start, stack)
+        else:
+            assert inputs is not None, "the conductor is rank 0"
+            conduct(config, run_dir, policy, inputs, start)
+
+
+def evaluate_checkpoint(
+    config: Config,
+    output: Path,
+    policy: MegatronPolicy,
+    checkpoint: Path,
+    template: Template,
+    start: StartEngines,
+    stack: ExitStack,
+) -> None:
+    """Evaluate a checkpoint of a run on every set of `data.evaluation`, asked through `template`; see `benchmark`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ValueError: a problem file or earlier responses in `output` are not usable.
+    """
+    undamaged(checkpoint)
+    step = read_state(checkpoint / STATE_FILE).step
+    subject = checkpoint_subject(checkpoint, step, template)
+    renderer = chat_renderer(config)
+    benchmarks = open_benchmarks(subject, renderer, config, output, stack)
+    if any(benchmark.missing for benchmark in benchmarks):
+        grader = TaskGrader(config)
+        stack.callback(grader.close)
+        grader.check()
+        engines = stack.enter_context(start(renderer.eos_token_ids))
+        engines.release_memory()  # what the trainer has lent, it takes back to load and to hand over
+        policy.load(checkpoint / POLICY_FOLDER)
+        engines.refresh(policy.weights(), version=step)
+        parts = SamplingParts(engines=engines, grader=grader, renderer=renderer, solved_at=config.hard.solved_at)
+        sample_missing(benchmarks, parts, config)
+    write_results(benchmarks, subject, config, output)
