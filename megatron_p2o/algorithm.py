@@ -13,7 +13,7 @@ from megatron_p2o.rl.grouping import divided, make_groups, most_informative, num
 from megatron_p2o.rl.hard_samples import HardSampleLedger, hard_problems
 from megatron_p2o.rl.objective import samples_plainly
 from megatron_p2o.rl.sampling import SamplingParts, asked, given_templates, rollout_sampling, sample_and_grade
-from megatron_p2o.rl.teaching import with_teaching
+from megatron_p2o.rl.teachers.teaching import with_teaching
 from megatron_p2o.rl.update import update
 from megatron_p2o.types import PLAIN, Group, Problem, UpdateReport
 

@@ -155,6 +155,10 @@ class PromptRenderer(Protocol):
         """Return the response text without special tokens."""
         ...
 
+    def response_ids(self, response: str) -> TokenIds:
+        """Return the tokens of a response that was not sampled, with the end-of-sequence token, [R]."""
+        ...
+
     def pieces(self, completion: Completion, max_tokens: int) -> list[str]:
         """Return the text of each of the first `max_tokens` tokens; joined they begin the text of `decode`.
 

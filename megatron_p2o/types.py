@@ -48,6 +48,8 @@ class Problem:
     """Difficulty label of the source, used only to report rewards by level."""
     hints: tuple[str, ...] = ()
     """What its row tells of the way to the answer, from the weakest to the strongest (`data.hints_field`)."""
+    demonstrations: tuple[str, ...] = ()
+    """Responses of a teacher that its row brings (`data.demonstrations_field`)."""
     task: str = ""
     """Name of its task under `data.train`; "" where it is of none."""
     system_prompt: str = ""
@@ -79,6 +81,16 @@ class Template:
     reliance: float | None = None
     """Mean log pi(y|x) - log pi(y|x,z) per token, in nats, of solutions y through it: 0 where the plain policy writes
     them as well, negative where they lean on it. None: not measured (`assignment.weight: score`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demonstration(Template):
+    """A teacher's response to one problem. It stands where a template stands, and nothing is sampled.
+
+    >>> shown = Demonstration(id=1, text="a teacher's response", parent=None, response="2+3=5")
+    """
+
+    response: str
 
 
 PLAIN = Template(id=0, text="", parent=None)
@@ -160,7 +172,8 @@ class Completion:
     """[R] the engine's log-probs under `prompt.sampling_ids`, at the sampling temperature."""
     finish_reason: FinishReason
     weight_versions: tuple[int, ...]
-    """Policy versions the tokens were sampled from, oldest first; one entry unless an update fell in the middle."""
+    """Policy versions the tokens were sampled from, oldest first; one entry unless an update fell in the middle. Empty
+    for a demonstration."""
 
     @property
     def is_aborted(self) -> bool:
@@ -223,8 +236,8 @@ class Teaching:
 
     template: Template
     gains: Logprobs | None
-    """[R] log pi(y | x, z) - log pi(y | x), see `rl.teaching`. None: no engine gave it, and the rollout is not trained
-    on."""
+    """[R] log pi(y | x, z) - log pi(y | x), see `rl.teachers.teaching`. None: no engine gave it, and the rollout is not
+    trained on."""
 
     @property
     def is_known(self) -> bool:

@@ -3,16 +3,20 @@
     python tools/prepare_data.py deepscaler --hf --out data/deepscaler-5k
     python tools/prepare_data.py deepmath --input downloads/DeepMath-103K --out data/deepmath-5k
     python tools/prepare_data.py eval --out data/eval aime24=FILE aime25=FILE amc23=FILE math500=FILE ...
+    python tools/prepare_data.py demonstrations --problems FILE --responses FILE --out FILE
 
 Held-out and training problems are those of the paper: 500 held out, then 5,000 (`--num-train 10000`: larger runs)
 in the order of its shuffles; of DeepMath, difficulty 7 and more, balanced by kind of answer. With `--against data/eval`
 training problems that nearly repeat an evaluation problem are replaced by the next, and listed.
+
+`demonstrations` adds a teacher's responses, which `p2o eval` has sampled, to the rows of its problems.
 
 A finished OUT is not made again, a killed preparation leaves none. The data sets belong to their authors: read their
 licences. docs/data.md says which rows are left out, and why.
 """
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -41,7 +45,10 @@ from megatron_p2o.data.published.source_rows import row_files
 from megatron_p2o.data.published.sources import DEEPMATH, DEEPSCALER, EVALUATION_SETS, Source, any_source
 from megatron_p2o.data.published.splits import MIN_DIFFICULTY
 from megatron_p2o.errors import expected_message
-from megatron_p2o.files import digest_of
+from megatron_p2o.evaluation.outcome import GradedResponse
+from megatron_p2o.files import digest_of, write_whole
+from megatron_p2o.metrics.jsonl import read_lines
+from megatron_p2o.records import from_json
 from megatron_p2o.rewards.extract import last_boxed
 from megatron_p2o.terminal import say, set_up_logging
 
@@ -65,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="deepscaler|deepmath|eval")
+    commands = parser.add_subparsers(required=True, metavar="deepscaler|deepmath|eval|demonstrations")
     for source in (DEEPSCALER, DEEPMATH):
         command = commands.add_parser(source.name, help=f"training and held-out problems of {source.hub_repository}")
         where = command.add_mutually_exclusive_group(required=True)
@@ -86,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     command.add_argument("--skip-bad-rows", action="store_true", help="use the good rows of a set")
     command.set_defaults(run=_evaluation)
+    command = commands.add_parser("demonstrations", help="problems with the responses of a teacher")
+    command.add_argument("--problems", type=Path, required=True, metavar="FILE", help="what the teacher was asked")
+    command.add_argument(
+        "--responses", type=Path, required=True, metavar="FILE", help="responses/NAME.jsonl of `p2o eval`"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL with a column `demonstrations`")
+    command.set_defaults(run=_demonstrations)
     return parser
 
 
@@ -133,6 +147,32 @@ def _evaluation(options: argparse.Namespace, made_by: Mapping[str, str]) -> None
                 "Correct them, or give --skip-bad-rows"
             )
         _report(source, prepare_evaluation(download, source, {**inputs, **made_by}, options.out))
+
+
+def _demonstrations(options: argparse.Namespace, made_by: Mapping[str, str]) -> None:
+    problems = load_problems(options.problems, DataConfig(train=one_task("unused")))
+    lines = [line for line in read_lines(options.responses) if "settings" not in line]
+    responses = sorted((from_json(GradedResponse, line) for line in lines), key=lambda response: response.sample)
+    whole: dict[str, list[str]] = {problem.id: [] for problem in problems}
+    num_left_out = 0
+    for response in responses:
+        if response.problem_id not in whole or response.finish_reason != "stop" or not response.response.strip():
+            num_left_out += 1  # of another problem; cut off; without its text
+            continue
+        whole[response.problem_id].append(response.response)
+    num_kept = sum(map(len, whole.values()))
+    if not num_kept:
+        raise ValueError(
+            f"{options.responses} holds no whole response to a problem of {options.problems}: name the file that "
+            "`p2o eval` has written for these problems"
+        )
+    rows = [{**problem.columns, "demonstrations": whole[problem.id]} for problem in problems]
+    write_whole(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    num_without = sum(not each for each in whole.values())
+    say(
+        f"{options.out}: {num_kept} responses to {len(problems) - num_without} of {len(problems)} problems; "
+        f"{num_left_out} are cut off, without a text or to other problems, and left out"
+    )
 
 
 def _evaluation_sets(folder: Path) -> dict[str, EvaluationSet]:

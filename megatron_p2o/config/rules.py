@@ -191,6 +191,7 @@ def _optimizer_rules(optimizer: OptimizerConfig) -> list[Rule]:
 def _task_rules(config: Config) -> list[Rule]:
     data = config.data
     hinted = {name: data.of_task(name).hints_field for name in data.train}
+    shown = {name: data.of_task(name).demonstrations_field for name in data.train}
     formats = {f"data.train.{name}": task.question_format for name, task in data.train.items() if task.question_format}
     return [
         *(
@@ -208,6 +209,20 @@ def _task_rules(config: Config) -> list[Rule]:
                 "too: set evolution.enabled to false, or leave the hints out",
             )
             for name, column in hinted.items()
+        ),
+        *(
+            (
+                column is None
+                or (not config.evolution.enabled and hinted[name] is None and config.objective.context != "distill"),
+                f"data.train.{name} has demonstrations_field={column}: set evolution.enabled to false, leave hints "
+                "out, and take another objective.context than distill",
+            )
+            for name, column in shown.items()
+        ),
+        (
+            config.rollout.temperature == 1 or not any(shown.values()),
+            f"rollout.temperature={config.rollout.temperature:g} must be 1 with data.demonstrations_field, because "
+            "engines give the log-probs of a given text at temperature 1 alone",
         ),
         *(
             ("{question}" in form, f"{name}.question_format must contain {{question}}")

@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig
 from megatron_p2o.data.markup import Frame, MarkupEncoder, control_tokens
-from megatron_p2o.data.tokenizer import chat_text, end_of_response_ids, load_tokenizer
+from megatron_p2o.data.tokenizer import chat_text, end_of_response_ids, end_of_turn_id, load_tokenizer
 from megatron_p2o.files import read_json_object
 from megatron_p2o.interfaces import PromptRenderer, PromptTooLongError
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, Template, TokenIds
@@ -95,6 +95,7 @@ class ChatRenderer:
         self.tokenizer = load_tokenizer(model.path)
         self.eos_token_ids = end_of_response_ids(self.tokenizer, Path(model.path))
         """See `end_of_response_ids`."""
+        self._end_of_turn_id = end_of_turn_id(self.tokenizer, Path(model.path))
         self.control_tokens = tuple(control_tokens(self.tokenizer))
         """The texts of the control tokens; see `MarkupEncoder`."""
         self.limit = limit or _own_limit(data)
@@ -138,6 +139,16 @@ class ChatRenderer:
         )
         assert isinstance(text, str), "one sequence decodes to one text"
         return self._opened + text
+
+    def response_ids(self, response: str) -> TokenIds:
+        """See `PromptRenderer.response_ids`. Leaves out the `<think>` that the prompt ends in, and what follows an
+        end-of-sequence token in the text."""
+        text = response.removeprefix(self._opened) if self._opened else response
+        token_ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        ends = np.flatnonzero(np.isin(token_ids, self.eos_token_ids))
+        if ends.size:
+            return token_ids[: ends[0] + 1]
+        return np.append(token_ids, np.int32(self._end_of_turn_id))
 
     def pieces(self, completion: Completion, max_tokens: int) -> list[str]:
         """See `PromptRenderer.pieces`; what the prompt opened is part of the first piece."""
@@ -260,5 +271,28 @@ def fitting_problems(problems: Sequence[Problem], renderer: PromptRenderer, skip
             raise ValueError("\n".join(shown))
         logger.warning(
             "%d problems are too long and left out, %d stay\n%s", len(too_long), len(fitting), "\n".join(shown)
+        )
+    return fitting
+
+
+def with_fitting_demonstrations(
+    problems: Sequence[Problem], renderer: PromptRenderer, max_tokens: int
+) -> Sequence[Problem]:
+    """Return the problems without those of their demonstrations that have more than `max_tokens` tokens
+    (`rollout.max_new_tokens`), which are counted in a warning."""
+    fitting = [
+        replace(
+            problem,
+            demonstrations=tuple(
+                response for response in problem.demonstrations if len(renderer.response_ids(response)) <= max_tokens
+            ),
+        )
+        for problem in problems
+    ]
+    num_all, num_left = (sum(len(problem.demonstrations) for problem in each) for each in (problems, fitting))
+    if num_left < num_all:
+        logger.warning(
+            "%d of %d demonstrations are longer than rollout.max_new_tokens=%d tokens and left out",
+            *(num_all - num_left, num_all, max_tokens),
         )
     return fitting

@@ -45,11 +45,14 @@ class Columns:
     """None: the problems have no gold answer."""
     hints: str | None = None
     """None: no hints are used."""
+    demonstrations: str | None = None
+    """None: no demonstrations are used."""
 
     def __str__(self) -> str:
         answer = "none" if self.answer is None else f"`{self.answer}`"
-        hints = "" if self.hints is None else f", hints `{self.hints}`"
-        return f"question `{self.question}`, gold answer {answer}, id `{self.id}` or a hash of the question{hints}"
+        used = {"hints": self.hints, "demonstrations": self.demonstrations}
+        others = "".join(f", {what} `{name}`" for what, name in used.items() if name is not None)
+        return f"question `{self.question}`, gold answer {answer}, id `{self.id}` or a hash of the question{others}"
 
 
 def columns_of(path: Path, data: DataConfig) -> Columns:
@@ -71,6 +74,7 @@ def columns_of(path: Path, data: DataConfig) -> Columns:
         question=_found(first, QUESTION_FIELDS) if data.question_field == AUTO else data.question_field,
         answer=_found(first, ANSWER_FIELDS) if data.answer_field == AUTO else data.answer_field or None,
         hints=data.hints_field,
+        demonstrations=data.demonstrations_field,
     )
 
 
@@ -116,22 +120,22 @@ def text_at(row: Mapping[str, object], name: str, setting: str) -> str:
     return encodable(value, name)
 
 
-def hints_at(row: Mapping[str, object], name: str) -> tuple[str, ...]:
-    """Return the hints in a column, a text or a list of texts, also as JSON; none where it is missing or empty.
+def texts_at(row: Mapping[str, object], name: str | None) -> tuple[str, ...]:
+    """Return the texts in a column, one or a list, also as JSON; none where it is missing, empty or not used (None).
 
     Raises:
         BadRowError: it holds something else, or a blank text among others.
     """
-    value = field_at(row, name)
+    value = None if name is None else field_at(row, name)
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _list_in(value)
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
-    hints = cast(list[object], value) if isinstance(value, list) else [value]
-    for hint in hints:
-        if not isinstance(hint, str) or not hint.strip():
+    texts = cast(list[object], value) if isinstance(value, list) else [value]
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
             raise BadRowError(f"{name}={value!r:.80} must be a text, or a list of texts that are not blank")
-    return tuple(encodable(cast(str, hint), name).strip() for hint in hints)
+    return tuple(encodable(cast(str, text), str(name)).strip() for text in texts)
 
 
 def _list_in(text: str) -> object:

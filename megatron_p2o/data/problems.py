@@ -14,8 +14,8 @@ from megatron_p2o.data.columns import (
     check_media,
     columns_of,
     field_at,
-    hints_at,
     text_at,
+    texts_at,
 )
 from megatron_p2o.data.raw_rows import BadRowError, parsed, raw_rows
 from megatron_p2o.records import to_json
@@ -133,7 +133,8 @@ def _problem(raw_row: object, columns: Columns, data: DataConfig, task: str) -> 
         id=text_at(row, columns.id, "data.id_field") if has_id else question_id(question),
         question=question,
         answer=answer,
-        hints=() if columns.hints is None else hints_at(row, columns.hints),
+        hints=texts_at(row, columns.hints),
+        demonstrations=texts_at(row, columns.demonstrations),
         task=task,
         system_prompt=system or data.system_prompt,
         source=_label(row, "source") or _label(row, "data_source"),

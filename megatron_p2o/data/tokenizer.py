@@ -93,6 +93,17 @@ def end_of_response_ids(tokenizer: "PreTrainedTokenizerBase", path: Path) -> tup
     return tuple(sorted(found))
 
 
+def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", path: Path) -> int:
+    """Return the token that ends a response which was not sampled: the chat template's, else the tokenizer's own.
+
+    Raises as `end_of_response_ids`.
+    """
+    for token in (*_end_of_turn(tokenizer, path), tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return end_of_response_ids(tokenizer, path)[0]
+
+
 def _named_ids(path: Path, field: str) -> Sequence[int]:
     """Return the ids a JSON file names under `field`: one, several or none."""
     if not path.is_file():

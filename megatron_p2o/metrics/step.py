@@ -38,7 +38,7 @@ from megatron_p2o.config.shape import ONLY_TASK
 from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, helped_and_hurt
 from megatron_p2o.rl.objective import total_stats
-from megatron_p2o.rl.teaching import teachings_of
+from megatron_p2o.rl.teachers.teaching import teachings_of
 from megatron_p2o.types import ContextShift, Group, Problem, Rollout, RolloutKey, Template, UpdateReport
 
 

@@ -8,7 +8,7 @@ with (x, or x with template z), and the gradient's prompt is `TrainSample.contex
     replace      x        x            1              no correction for sampling from c
     importance   c        x            1              true importance ratio under the clip
     ratio_mask   x        x            context ratio  production
-    distill      x        x            1              sampled on x; z adds to the advantage (`rl.teaching`)
+    distill      x        x            1              sampled on x; z adds to the advantage (`rl.teachers.teaching`)
 
 `objective.surrogate` says what is made of the ratio: PPO's clip by token, GSPO's by sequence (arXiv:2507.18071),
 CISPO's weight of the log-prob (arXiv:2506.13585), or a function of the user's (`rl.surrogate`). Any of them goes with

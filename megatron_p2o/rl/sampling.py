@@ -21,13 +21,24 @@ of the problem has it, which costs no further rollouts. Nothing writes hints dur
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_p2o.config.tree import Config, DataConfig, HardConfig
 from megatron_p2o.interfaces import Grader, PromptRenderer, PromptTooLongError, RolloutEngines, TemplateLibrary
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, is_hard
+from megatron_p2o.rl.teachers.demonstrations import demonstrated, demonstrations_of
 from megatron_p2o.seeds import seed_of
-from megatron_p2o.types import PLAIN, Completion, Grade, Problem, Prompt, Rollout, SamplingParams, Template
+from megatron_p2o.types import (
+    PLAIN,
+    Completion,
+    Demonstration,
+    Grade,
+    Problem,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    Template,
+)
 
 GRADING_TIMEOUT_S = 3600.0
 """Longest wait for a verdict; beyond, the grader hangs and the run ends. A busy machine takes nothing like it."""
@@ -72,10 +83,13 @@ def templates_of(problem: Problem, library: TemplateLibrary, group_size: int) ->
 def given_templates(
     problem: Problem, library: TemplateLibrary, ledger: HardSampleLedger, config: Config
 ) -> Sequence[Template]:
-    """Return the template of each rollout of `problem`: its hint of the level it needs, else what `templates_of` says.
+    """Return the template of each rollout of `problem`: its demonstrations, or its hint of the level it needs, else
+    what `templates_of` says.
 
     Raises as `templates_of`.
     """
+    if shown := demonstrations_of(problem, ledger, config):
+        return shown
     level = min(hint_level(problem, ledger, config), len(problem.hints))
     group_size, num_plain = config.rollout.group_size, config.assignment.num_plain
     if level == 0:
@@ -117,7 +131,10 @@ def fits_group(templates: Sequence[Template], group_size: int) -> bool:
 
 
 def asked(problem: Problem, template: Template, renderer: PromptRenderer) -> Prompt:
-    """Return the prompt; a template too long for this problem, on which it was never tried, leaves it plain."""
+    """Return the prompt. A template too long for this problem, on which it was never tried, leaves it plain; so does a
+    demonstration, which answers the bare prompt."""
+    if isinstance(template, Demonstration):
+        return replace(renderer.render(problem, PLAIN), template=template)
     try:
         return renderer.render(problem, template)
     except PromptTooLongError:
@@ -135,12 +152,27 @@ def graded_rollouts(
 ) -> Iterator[tuple[int, Rollout]]:
     """Yield (index into `prompts`, rollout) in the order the rollouts were sampled, once their verdicts are there."""
     waiting: deque[tuple[int, Completion, Future[Grade]]] = deque()
-    for index, completion in parts.engines.generate(prompts, sampling, places):
+    for index, completion in completions(prompts, sampling, parts, places):
         waiting.append((index, completion, submitted(completion, parts)))
         while waiting and waiting[0][2].done():
             yield rollout_of(*waiting.popleft(), parts.solved_at)
     while waiting:
         yield rollout_of(*waiting.popleft(), parts.solved_at)
+
+
+def completions(
+    prompts: Sequence[Prompt], sampling: SamplingParams, parts: SamplingParts, places: Sequence[int] | None = None
+) -> Iterator[tuple[int, Completion]]:
+    """Yield (index into `prompts`, completion): first what a teacher has written, then what the engines sample."""
+    shown = [index for index, prompt in enumerate(prompts) if isinstance(prompt.template, Demonstration)]
+    if not shown:
+        yield from parts.engines.generate(prompts, sampling, places)
+        return
+    given = demonstrated([prompts[index] for index in shown], parts.engines, parts.renderer)
+    yield from zip(shown, given, strict=True)
+    if others := sorted({*range(len(prompts))} - {*shown}):
+        for place, completion in parts.engines.generate([prompts[index] for index in others], sampling):
+            yield others[place], completion
 
 
 def submitted(completion: Completion, parts: SamplingParts) -> Future[Grade]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_p2o.config.rules import idle_settings
 from megatron_p2o.config.tree import Config, DataConfig, ScheduleConfig
 from megatron_p2o.data.batches import epoch_batches
-from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
+from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems, with_fitting_demonstrations
 from megatron_p2o.data.curriculum import weight_of
 from megatron_p2o.data.tables import missing_package
 from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
@@ -25,6 +25,7 @@ from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.rl.objective import loss_rule
 from megatron_p2o.rl.sampling import uses_hints
 from megatron_p2o.rl.surrogate import check_surrogate
+from megatron_p2o.rl.teachers.demonstrations import uses_demonstrations
 from megatron_p2o.terminal import listed
 from megatron_p2o.types import PLAIN, Problem, TokenIds
 
@@ -63,12 +64,16 @@ def load_inputs(config: Config) -> Inputs:
 
     tasks = [fitting(problems) for problems in task_problems(config.data).values()]
     evaluation = {name: fitting(set_problems(config.data, name)) for name in config.data.evaluation}
-    inputs = Inputs(renderer=renderer, train=[each for task in tasks for each in task], evaluation=evaluation)
+    train = with_fitting_demonstrations(
+        [each for task in tasks for each in task], renderer, config.rollout.max_new_tokens
+    )
+    inputs = Inputs(renderer=renderer, train=train, evaluation=evaluation)
     check_vocabulary(config, inputs)
     check_hard_set(config, num_asked(config.data, inputs.train))
     check_surrogate(config.objective, loss_rule(config.objective))
     check_evolution(config, inputs.train)
-    check_hints(config.data, inputs.train)
+    check_hints(inputs.train)
+    check_columns_of_help(config.data, inputs.train)
     return inputs
 
 
@@ -102,7 +107,7 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
         f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {schedule.epochs} epochs",
         planned_work(config, num_steps),
         *mix_lines(config.data, inputs.train),
-        *hint_lines(config.data, inputs.train),
+        *lines_of_help(config.data, inputs.train),
         *(f"evaluation.{name}: {len(problems)} problems" for name, problems in inputs.evaluation.items()),
         f"first prompt: {len(inputs.renderer.render(inputs.train[0], PLAIN).training_ids)} tokens",
         f"longest prompt: {longest} tokens, no more than {inputs.renderer.limit.source}",
@@ -195,9 +200,8 @@ def check_evolution(config: Config, train: Sequence[Problem]) -> None:
         check_settings(config.evolution.reflection)
 
 
-def check_hints(data: DataConfig, train: Sequence[Problem]) -> None:
-    """Raise `ValueError` for hints that tell the gold answer of their problem, naming each, and where a task that is to
-    have hints has none."""
+def check_hints(train: Sequence[Problem]) -> None:
+    """Raise `ValueError` for hints that tell the gold answer of their problem, naming each."""
     leaks = [
         f"problem {problem.id} ({problem.question:.40}): its hint {level} holds {problem.answer!r}, its gold answer"
         for problem in train
@@ -206,24 +210,36 @@ def check_hints(data: DataConfig, train: Sequence[Problem]) -> None:
     ]
     if leaks:
         raise ValueError(f"hints must not tell the answer, take it out of {len(leaks)}: {listed(leaks, MAX_REPORTED)}")
+
+
+def check_columns_of_help(data: DataConfig, train: Sequence[Problem]) -> None:
+    """Raise `ValueError` where a task that is to have hints or demonstrations has none."""
     hinted = {problem.task for problem in train if problem.hints}
+    shown = {problem.task for problem in train if problem.demonstrations}
     for name in data.train:
-        column = data.of_task(name).hints_field
-        if column is not None and name not in hinted:
-            raise ValueError(
-                f"hints_field={column} names no column of {data.train[name].file} with hints: correct it, or leave it "
-                "out"
-            )
+        task = data.of_task(name)
+        for what, column, have in (
+            ("hints", task.hints_field, hinted),
+            ("demonstrations", task.demonstrations_field, shown),
+        ):
+            if column is not None and name not in have:
+                raise ValueError(
+                    f"{what}_field={column} names no column of {data.train[name].file} with {what}: correct it, or "
+                    "leave it out"
+                )
 
 
-def hint_lines(data: DataConfig, train: Sequence[Problem]) -> list[str]:
-    """Return how many problems have hints, as a line; none where no hints are used."""
-    if not uses_hints(data):
-        return []
-    counts = [len(problem.hints) for problem in train if problem.hints]
+def lines_of_help(data: DataConfig, train: Sequence[Problem]) -> list[str]:
+    """Return how many problems have hints or demonstrations, a line each; none where they are not used."""
+    used = {
+        "hints": [len(problem.hints) for problem in train] if uses_hints(data) else [],
+        "demonstrations": [len(problem.demonstrations) for problem in train] if uses_demonstrations(data) else [],
+    }
     return [
-        f"hints: {len(counts)} of {len(train)} problems have them, at most {max(counts)} each; the other "
-        f"{len(train) - len(counts)} are always asked plainly"
+        f"{what}: {sum(map(bool, counts))} of {len(train)} problems have them, at most {max(counts)} each; the other "
+        f"{counts.count(0)} are always asked plainly"
+        for what, counts in used.items()
+        if counts
     ]
 
 

@@ -27,7 +27,7 @@ from megatron_p2o.rollout.servers.server import EngineServer
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.rollout.supervisor import stop_all
 from megatron_p2o.run.conductor import conduct
-from megatron_p2o.run.inputs import hint_lines, load_inputs, unknown_tokens
+from megatron_p2o.run.inputs import lines_of_help, load_inputs, unknown_tokens
 from megatron_p2o.run.parts import StartEngines
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
 from megatron_p2o.run_folder.state import STATE_FILE, read_state
@@ -37,7 +37,7 @@ from megatron_p2o.types import Template
 logger = logging.getLogger(__name__)
 
 
-def work(
+def run_rank(
     config: Config,
     config_path: Path,
     servers: Mapping[str, EngineServer],
@@ -61,7 +61,7 @@ def work(
         # Before the weights, which take minutes: whatever is wrong with the problems is said in the first seconds.
         inputs = load_inputs(config) if os.environ.get("RANK", "0") == "0" and not evaluated else None
         if inputs is not None:
-            for line in [*column_lines(config.data), *hint_lines(config.data, inputs.train)]:
+            for line in [*column_lines(config.data), *lines_of_help(config.data, inputs.train)]:
                 say(line)
             for notice in unknown_tokens(inputs):
                 logger.warning(notice)

@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_first = os.environ.get("RANK", "0") == "0"
     servers = start_servers(config, run_dir, int(os.environ.get("GROUP_WORLD_SIZE", "1"))) if is_first else {}
 
-    from megatron_p2o.run.rank import work  # Megatron-core: seconds
+    from megatron_p2o.run.rank import run_rank  # Megatron-core: seconds
 
-    work(config, options.config, servers, options.evaluate, options.template, restart=options.restart)
+    run_rank(config, options.config, servers, options.evaluate, options.template, restart=options.restart)
     return 0
 
 

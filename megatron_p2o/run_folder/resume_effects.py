@@ -56,7 +56,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
     ),
     "step": (
         *_in("model", "enable_thinking template_date"),
-        *_in("data", "question_format system_prompt max_prompt_tokens hints_field"),
+        *_in("data", "question_format system_prompt max_prompt_tokens hints_field demonstrations_field"),
         *_in("rollout", "group_size temperature top_p max_new_tokens request_timeout_s deterministic"),
         *_in("grading", "function functions arguments deadline_s timeout_s memory_limit_mib"),
         *_in("hard", "max_solved solved_at counted"),
@@ -96,7 +96,7 @@ OF_CLASS: Mapping[Effect, tuple[str, ...]] = {
 }
 """Every setting by class. A mapping with free keys (`sglang`, `data.evaluation`) stands for all of them."""
 
-ASKED_AND_GRADED = ("hints_field", "question_format", "system_prompt", "grading")
+ASKED_AND_GRADED = ("hints_field", "demonstrations_field", "question_format", "system_prompt", "grading")
 """What a task of `data.train` may have of its own and which decides nothing about which problems there are."""
 
 TOKENIZER = "tokenizer"

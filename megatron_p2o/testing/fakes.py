@@ -92,6 +92,9 @@ class FakeRenderer:
     def decode(self, completion: Completion) -> str:
         return "".join(self.pieces(completion, len(completion.token_ids)))
 
+    def response_ids(self, response: str) -> TokenIds:
+        return np.append(fake_token_ids(response), np.int32(END_OF_SEQUENCE))
+
     def pieces(self, completion: Completion, max_tokens: int) -> list[str]:
         return ["" if token == END_OF_SEQUENCE else chr(token) for token in completion.token_ids[:max_tokens]]
 

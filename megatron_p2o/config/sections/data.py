@@ -9,7 +9,10 @@ from megatron_p2o.config.ranges import NonNegativeFloat, NonNegativeInt, NumSamp
 from megatron_p2o.config.sections.rollout import GradingConfig
 from megatron_p2o.config.shape import IS_LISTED, IS_SHORTHAND, ONLY_TASK
 
-OF_TASK = ("id_field", "question_field", "answer_field", "hints_field", "question_format", "system_prompt")
+OF_TASK = (
+    *("id_field", "question_field", "answer_field", "hints_field", "demonstrations_field"),
+    *("question_format", "system_prompt"),
+)
 """What a task may have of its own, instead of what `data` says."""
 
 
@@ -50,6 +53,8 @@ class TaskConfig:
     """Column of a problem's gold answer; "" for problems that have none. None: `data.answer_field`."""
     hints_field: str | None = None
     """Column of a problem's hints. None: `data.hints_field`."""
+    demonstrations_field: str | None = None
+    """Column of a teacher's responses to a problem. None: `data.demonstrations_field`."""
     question_format: str | None = None
     """Text of the user message. None: `data.question_format`."""
     system_prompt: str | None = None
@@ -88,6 +93,11 @@ class DataConfig:
     plainly (`hard`) is asked through its first hint the next time, and through the next one where that fails too, until
     it is solved plainly. A hint stands where a template stands: `objective.context` and `assignment.num_plain` apply. A
     problem without hints is asked plainly. Needs `evolution.enabled: false`. None: no hints."""
+    demonstrations_field: str | None = None
+    """Column of a teacher's responses to a problem: a text, or a list of texts. They are graded and trained on in the
+    place of sampled rollouts, `rollout.group_size` less `assignment.num_plain` of them at a time; with
+    `objective.surrogate: clone` those that solve their problem are cloned. A problem without any is asked plainly.
+    Needs `evolution.enabled: false`, no hints, and `rollout.temperature: 1`. None: no demonstrations."""
     curriculum: Literal["none", "unsolved", "learnable"] = "none"
     """Which problems an epoch asks, by their success rate s over the epochs before. `none`: all. Else a problem of
     weight w is asked in that share of the epochs. `unsolved`: w = 1 - s of plain tries, so that what the policy masters

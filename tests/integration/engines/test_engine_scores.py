@@ -8,7 +8,7 @@ import pytest
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
 from megatron_p2o.rl.sampling import SamplingParts
-from megatron_p2o.rl.teaching import with_teaching
+from megatron_p2o.rl.teachers.teaching import with_teaching
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.testing.fakes import FakeGrader

@@ -1,6 +1,7 @@
 """`p2o train` as a user runs it: real ranks, a real engine, real grading, a real evolution process."""
 
 import json
+import random
 import re
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from megatron_p2o.testing.tiny_runs import (
     settings,
     wait_for_file,
 )
-from megatron_p2o.tiny.problems import PHRASES
+from megatron_p2o.tiny.problems import FAMILIES, PHRASES
+from megatron_p2o.tiny.regimes import GIVING_UP, demonstrate
 
 pytestmark = pytest.mark.slow
 
@@ -186,3 +188,24 @@ def test_a_checkpoint_evaluates_to_what_training_measured(p2o_run: Path) -> None
     # Greedy decoding from the same weights: only a tie between two tokens could differ.
     assert {key: {field: measured[key][field] for field in outcome} for key, outcome in trained.items()} == trained
     assert measured.keys() == trained.keys()
+
+
+def test_a_teacher_s_responses_bring_the_skill_over(tiny: Path, tmp_path: Path) -> None:
+    generator, shown = random.Random(0), tmp_path / "shown.jsonl"
+    with shown.open("w") as file:
+        for row in lines(tiny / "problems" / "train.jsonl"):
+            first, second = map(int, row["question"].split()[-2:])
+            right = demonstrate(FAMILIES[row["source"]], row["level"], (first, second), 1.0, generator)
+            file.write(json.dumps({**row, "shown": [right, GIVING_UP]}) + "\n")
+    given = [*settings(tiny, tmp_path, "clone"), f"data.train={shown}", "data.demonstrations_field=shown"]
+    given += ["rollout.group_size=2", "assignment.num_plain=0", "rollout.temperature=1", "schedule.epochs=1"]
+    cloned = run(p2o("train", "grpo_n6.yaml", [*given, "objective.surrogate=clone", "objective.context=replace"]))
+    assert cloned.returncode == 0, cloned.stdout + cloned.stderr
+    measured = [line["metrics"] for line in lines(tmp_path / "clone" / "metrics.jsonl")]
+    before, *_, after = (each["eval/heldout_hard/avg"] for each in measured if "eval/heldout_hard/avg" in each)
+    assert before < 0.05 and after > 0.5
+    for step in step_metrics_of(tmp_path / "clone"):
+        assert step["rollout/reward_templated"] == 0.5, "one of two is right"
+        # The engine has read each response on the bare prompt, as the trainer does.
+        assert step["template/shift_per_token"] == pytest.approx(0, abs=1e-4)
+        assert step["compute/sampled_training_tokens"] == 0 < step["compute/engine_read_tokens"]

@@ -131,6 +131,30 @@ def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
             {"data.train": {"sums": TaskConfig(file="a.jsonl", hints_field="hints")}},
             "data.train.sums has hints_field=hints, and evolution.enabled=true gives its problems templates, too",
         ),
+        *(
+            (
+                {
+                    "data.train": {"sums": TaskConfig(file="a.jsonl", demonstrations_field="shown", hints_field=hints)},
+                    "rollout.temperature": 1.0,
+                    "evolution.enabled": evolution,
+                    "objective.context": context,
+                },
+                "data.train.sums has demonstrations_field=shown: set evolution.enabled to false, leave hints out",
+            )
+            for hints, evolution, context in (
+                (None, True, "replace"),
+                ("hints", False, "replace"),
+                (None, False, "distill"),
+            )
+        ),
+        (
+            {
+                "data.train": {"sums": TaskConfig(file="a.jsonl", demonstrations_field="shown")},
+                "rollout.temperature": 0.6,
+                "evolution.enabled": False,
+            },
+            "rollout.temperature=0.6 must be 1 with data.demonstrations_field",
+        ),
         (
             {"assignment.weight": "transfer", "evolution.templates_file": "t.txt"},
             "assignment.weight=transfer needs trials",

@@ -12,7 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, TaskConfig, one_task
-from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems, prompt_limit
+from megatron_p2o.data.chat import (
+    ChatRenderer,
+    chat_renderer,
+    fitting_problems,
+    prompt_limit,
+    with_fitting_demonstrations,
+)
 from megatron_p2o.interfaces import PromptTooLongError
 from megatron_p2o.testing.tiny_model import character_tokenizer
 from megatron_p2o.types import PLAIN, Completion, Problem, Template
@@ -127,6 +133,26 @@ def test_problems_that_do_not_fit_are_an_error_or_left_out(
     assert "1 problems are too long and left out, 1 stay" in caplog.text
     with pytest.raises(ValueError, match="problem p2"):
         fitting_problems([long], limited, skip_bad_rows=True)
+
+
+def test_a_response_of_a_teacher_ends_as_the_policy_s_own(renderer: ChatRenderer) -> None:
+    end = renderer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    written = renderer.response_ids("1 and 1")
+    assert text_of(renderer, written) == "1 and 1<|im_end|>" and written[-1] == end and written.dtype == np.int32
+    for cut_off in ("1 and 1<|im_end|>", "1 and 1<|im_end|>\n<|im_start|>user\nand 2?"):
+        np.testing.assert_array_equal(renderer.response_ids(cut_off), written)
+
+
+def test_demonstrations_that_are_too_long_are_left_out_and_counted(
+    renderer: ChatRenderer, caplog: pytest.LogCaptureFixture
+) -> None:
+    problems = [replace(PROBLEM, demonstrations=("12", "1234")), replace(PROBLEM, id="p2", demonstrations=("123456",))]
+    with caplog.at_level(logging.WARNING):
+        fitting = with_fitting_demonstrations(problems, renderer, 5)
+    assert [problem.demonstrations for problem in fitting] == [("12", "1234"), ()]
+    said = "1 of 3 demonstrations are longer than rollout.max_new_tokens=5 tokens and left out"
+    assert [record.message for record in caplog.records] == [said]
+    assert with_fitting_demonstrations([PROBLEM], renderer, 5) == [PROBLEM] and len(caplog.records) == 1
 
 
 def test_decoding_gives_the_text_without_special_tokens_and_with_every_blank(renderer: ChatRenderer) -> None:

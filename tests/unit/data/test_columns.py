@@ -227,6 +227,12 @@ def test_hints_are_a_text_or_a_list_of_texts(cell: object, hints: tuple[str, ...
     task = DataConfig(train={"own": TaskConfig(file=str(path), hints_field="hints")})
     assert load_problems(path, task, "own")[0].hints == hints
     assert column_lines(task)[0].endswith("hash of the question, hints `hints`")
+    shown = DataConfig(train={"own": TaskConfig(file=str(path), demonstrations_field="hints")})
+    assert (
+        load_problems(path, shown, "own")[0].demonstrations == hints
+        and load_problems(path, shown, "own")[0].hints == ()
+    )
+    assert column_lines(shown)[0].endswith("hash of the question, demonstrations `hints`")
 
 
 @pytest.mark.parametrize("cell", [7, {"weak": "look"}, ["look", ""], ["look", 7], [["look"]], '["look", null]'])

@@ -12,6 +12,7 @@ from megatron_p2o.config.read import load_config
 from megatron_p2o.config.rules import problems_of
 from megatron_p2o.config.tree import Config
 from megatron_p2o.rl.objective import loss_rule
+from megatron_p2o.rl.surrogate import surrogate_named
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
@@ -80,10 +81,19 @@ PAPERS: dict[str, dict[str, Any]] = {
     "P2O": P2O
     | {
         "objective.context": "ratio_mask",
+        "objective.ratio_form": "hard",
         "objective.ratio_low": 0.01,
         "objective.ratio_high": 10.0,
         "assignment.num_plain": 0,
         "evolution.rules": "reference",
+    },
+    "Distillation from a teacher": PLAIN
+    | {
+        "data.demonstrations_field": "demonstrations",
+        "rollout.group_size": 2,
+        "assignment.num_plain": 0,
+        "objective.surrogate": "clone",
+        "schedule.max_batches_per_step": 1,
     },
     "P2O without context distillation": P2O | {"objective.context": "sampling", "preset": "reference"},
     "P2O's single-turn reflection": P2O | {"evolution.rules": "single_turn", "preset": "reference"},
@@ -116,7 +126,7 @@ def test_every_paper_has_a_block_and_every_block_a_claim() -> None:
 def test_a_block_loads_and_says_what_its_paper_says(paper: str, tmp_path: Path) -> None:
     config, claimed = loaded(paper, tmp_path), PAPERS[paper]
     assert problems_of(config) == []
-    assert loss_rule(config.objective).surrogate == config.objective.surrogate
+    assert loss_rule(config.objective).surrogate == surrogate_named(config.objective.surrogate)
     assert {name: attrgetter(name)(config) for name in claimed} == claimed
     if not config.evolution.enabled and config.data.hints_field is None:
         assert config.advantage.estimator == claimed.get("advantage.estimator", "grpo")

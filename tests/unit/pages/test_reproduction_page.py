@@ -50,6 +50,17 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "tau-1": (MATH_5K, SELF | {"hard.max_solved": 0}),
     "tau-4": (MATH_5K, SELF | {"hard.max_solved": 3}),
     "single-turn": (MATH_5K, SELF | {"evolution.rules": "single_turn"}),
+    "distillation": (
+        MATH_5K,
+        GRPO
+        | {
+            "rollout.group_size": 2,
+            "rollout.temperature": 1.0,
+            "assignment.num_plain": 0,
+            "objective.surrogate": "clone",
+        }
+        | {"data.demonstrations_field": "demonstrations", "objective.context": "replace"},
+    ),
 }
 """Job name to its data and to what its row of the paper's tables claims."""
 
@@ -92,7 +103,8 @@ def test_command_says_what_its_cell_claims(name: str, jobs: dict[str, Config]) -
     files, claimed = CELLS[name]
     config = jobs[name]
     assert {setting: attrgetter(setting)(config) for setting in claimed} == claimed
-    assert config.data.train["train"].file == f"data/{files}/train.jsonl"
+    train = "demonstrations" if config.data.demonstrations_field else "train"
+    assert config.data.train["train"].file == f"data/{files}/{train}.jsonl"
     assert {name: given.file for name, given in config.data.evaluation.items()} == {
         "heldout": f"data/{files}/test.jsonl"
     }

@@ -13,7 +13,7 @@ from megatron_p2o.rl.grouping import most_informative, num_informative, train_sa
 from megatron_p2o.rl.objective import has_loss, loss_rule, token_stats
 from megatron_p2o.rl.packing import pack
 from megatron_p2o.rl.sampling import SamplingParts
-from megatron_p2o.rl.teaching import with_teaching
+from megatron_p2o.rl.teachers.teaching import with_teaching
 from megatron_p2o.testing.fakes import (
     FakeEngines,
     FakeGrader,

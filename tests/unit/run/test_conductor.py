@@ -18,7 +18,7 @@ from megatron_p2o.evolve.process.plain_rollouts import PlainRollouts
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY
 from megatron_p2o.interfaces import NamedWeights
 from megatron_p2o.run.conductor import conduct
-from megatron_p2o.run.inputs import hint_lines, load_inputs
+from megatron_p2o.run.inputs import lines_of_help, load_inputs
 from megatron_p2o.run.launch import launch
 from megatron_p2o.run.resume.resumption import check_resume, finished
 from megatron_p2o.testing.fakes import FakeEngines, FakePolicy, FakeReply, fake_problem
@@ -324,7 +324,7 @@ def test_problems_that_failed_plainly_are_asked_through_their_hints_and_those_wi
     config = config_of(tmp_path, model, *settings)
     with_hints(tmp_path, ["Count.", "Count on your fingers."], "Add one.")
     inputs = load_inputs(config)
-    assert hint_lines(config.data, inputs.train) == [
+    assert lines_of_help(config.data, inputs.train) == [
         "hints: 2 of 4 problems have them, at most 2 each; the other 2 are always asked plainly"
     ]
     engines = Engines()
@@ -363,6 +363,42 @@ def test_a_hint_that_tells_its_gold_answer_is_refused_by_its_row(
     path = tmp_path / "train.jsonl"
     path.write_text(path.read_text().replace('"0+1", "answer": "2"', '"1233+1", "answer": "1234"'))
     with pytest.raises(ValueError, match=said if "*" in said else re.escape(said)):
+        load_inputs(config)
+
+
+def test_a_teacher_s_responses_are_cloned_where_they_solve_their_problem_and_no_rollout_is_sampled(
+    tmp_path: Path, model: Path
+) -> None:
+    settings = ("data.demonstrations_field=shown", "rollout.temperature=1", "rollout.group_size=2")
+    settings += ("assignment.num_plain=0", "objective.surrogate=clone", "objective.context=replace")
+    config = config_of(tmp_path, model, *settings)
+    path = tmp_path / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    shown = [["\\boxed{2}", "\\boxed{3}"], ["no answer"], ["\\boxed{2}", "x" * 200], []]
+    given = [row | {"shown": each} for row, each in zip(rows, shown, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    inputs = load_inputs(config)
+    assert lines_of_help(config.data, inputs.train) == [
+        "demonstrations: 3 of 4 problems have them, at most 2 each; the other 1 are always asked plainly"
+    ]
+    engines = Engines()
+    run(config, lambda stop_token_ids: engines)
+    assert {(prompt.problem.id, prompt.template.text) for prompt in engines.prompts} == {("p3", "")}
+    lines = whole_lines(config.run.folder / "hard_samples.jsonl")
+    tries = {
+        line["problem_id"]: (line["plain_tries"], line["templated_tries"], line["templated_solved"]) for line in lines
+    }
+    assert tries == {"p0": (0, 2, 1), "p1": (0, 1, 0), "p2": (0, 1, 1), "p3": (2, 0, 0)}
+    rollouts = [line for file in sorted((config.run.folder / "rollouts").glob("*")) for line in whole_lines(file)]
+    written = {(line["problem_id"], line["response"]) for line in rollouts if line["is_templated"]}
+    assert written == {("p0", "\\boxed{2}"), ("p0", "\\boxed{3}"), ("p1", "no answer"), ("p2", "\\boxed{2}")}
+    assert spent_in(config.run.folder)["sampled_training_tokens"] == 8, "only what was sampled: p3 in two epochs"
+
+
+@pytest.mark.parametrize("column", ["nowhere", "question.deep"])
+def test_demonstrations_that_no_row_has_are_an_error(column: str, tmp_path: Path, model: Path) -> None:
+    config = config_of(tmp_path, model, f"data.demonstrations_field={column}", "rollout.temperature=1")
+    with pytest.raises(ValueError, match=rf"demonstrations_field={column} names no column of .*train\.jsonl with"):
         load_inputs(config)
 
 

@@ -20,7 +20,9 @@ from megatron_p2o.data.problems import load_problems
 from megatron_p2o.data.published.origin import NOT_STATED, origin_of
 from megatron_p2o.data.published.sources import DEEPMATH
 from megatron_p2o.data.raw_rows import raw_rows
-from megatron_p2o.types import Problem
+from megatron_p2o.evaluation.outcome import GradedResponse
+from megatron_p2o.evaluation.response_file import ResponseFile
+from megatron_p2o.types import CORRECT, Problem
 
 TOOL = Path(__file__).parents[4] / "tools" / "prepare_data.py"
 NOUNS = ("apples", "boxes", "cars", "doves", "eggs", "figs", "goats", "hats", "inks", "jars", "kites", "lamps", "mugs")
@@ -487,3 +489,43 @@ def test_a_licence_is_read_from_whatever_card_lies_beside_the_rows(tmp_path: Pat
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\n# Card\n")
     (tmp_path / "rows.jsonl").write_text("{}\n")
     assert origin_of(DEEPMATH, [tmp_path / "rows.jsonl"]).licence == (licence or NOT_STATED)
+
+
+def test_a_teacher_s_whole_responses_join_the_rows_of_their_problems(
+    tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": f"p{number}", "question": question(number), "answer": "1", "level": "7"} for number in range(3)]
+    problems = write_lines(tmp_path / "train.jsonl", rows)
+    with ResponseFile(tmp_path / "responses" / "train.jsonl", {"temperature": 1.0}) as file:
+        for problem_id, sample, finish_reason, text in (
+            ("p0", 1, "stop", "second"),
+            ("p0", 0, "stop", "first"),
+            ("p1", 0, "length", "cut of"),
+            ("p1", 1, "stop", " "),
+            ("p2", 0, "stop", "wrong, but whole"),
+            ("elsewhere", 0, "stop", "another problem"),
+        ):
+            response = GradedResponse(
+                problem_id=problem_id,
+                sample=sample,
+                grade=CORRECT,
+                finish_reason=finish_reason,
+                num_tokens=3,
+                response=text,
+            )
+            file.append(response)
+    given = ("demonstrations", "--problems", problems, "--responses", tmp_path / "responses" / "train.jsonl")
+    out = tmp_path / "out" / "train.jsonl"
+    assert tool(*given, "--out", out) == 0
+    assert capsys.readouterr().out.endswith(
+        f"{out}: 3 responses to 2 of 3 problems; 3 are cut off, without a text or to other problems, and left out\n"
+    )
+    data = DataConfig(train=one_task("unused"), demonstrations_field="demonstrations")
+    made = load_problems(out, data)
+    assert [problem.demonstrations for problem in made] == [("first", "second"), (), ("wrong, but whole",)]
+    assert [problem.level for problem in made] == ["7"] * 3, "the rest of each row stays"
+    others = write_lines(tmp_path / "others.jsonl", [{"id": "other", "question": "1+1", "answer": "2"}])
+    assert tool("demonstrations", "--problems", others, *given[3:], "--out", tmp_path / "none.jsonl") == 2
+    assert (
+        "holds no whole response to a problem of" in capsys.readouterr().err and not (tmp_path / "none.jsonl").exists()
+    )
