@@ -9,10 +9,11 @@ Held-out and training problems are those of the paper: 500 held out, then 5,000 
 in the order of its shuffles; of DeepMath, difficulty 7 and more, balanced by kind of answer. With `--against data/eval`
 training problems that nearly repeat an evaluation problem are replaced by the next, and listed.
 
-`demonstrations` adds a teacher's responses, which `p2o eval` has sampled, to the rows of its problems.
+`demonstrations` adds a teacher's responses, which `p2o eval` has sampled, to the rows of its problems. It writes its
+OUT anew each time.
 
-A finished OUT is not made again, a killed preparation leaves none. The data sets belong to their authors: read their
-licences. docs/data.md says which rows are left out, and why.
+A finished OUT of the others is not made again, a killed preparation leaves none. The data sets belong to their authors:
+read their licences. docs/data.md says which rows are left out, and why.
 """
 
 import argparse
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--responses", type=Path, required=True, metavar="FILE", help="responses/NAME.jsonl of `p2o eval`"
     )
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL with a column `demonstrations`")
+    command.add_argument("--id-field", default="id", help="column of a problem's id")
     command.set_defaults(run=_demonstrations)
     return parser
 
@@ -150,9 +152,12 @@ def _evaluation(options: argparse.Namespace, made_by: Mapping[str, str]) -> None
 
 
 def _demonstrations(options: argparse.Namespace, made_by: Mapping[str, str]) -> None:
-    problems = load_problems(options.problems, DataConfig(train=one_task("unused")))
+    columns = DataConfig(train=one_task("unused"), id_field=options.id_field, answer_field=None)
+    problems = load_problems(options.problems, columns)
     lines = [line for line in read_lines(options.responses) if "settings" not in line]
-    responses = sorted((from_json(GradedResponse, line) for line in lines), key=lambda response: response.sample)
+    # A continued evaluation asks again for what had no verdict: the last line of a sample counts.
+    last = {(each.problem_id, each.sample): each for each in (from_json(GradedResponse, line) for line in lines)}
+    responses = [last[key] for key in sorted(last)]
     whole: dict[str, list[str]] = {problem.id: [] for problem in problems}
     num_left_out = 0
     for response in responses:

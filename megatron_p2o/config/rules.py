@@ -188,6 +188,32 @@ def _optimizer_rules(optimizer: OptimizerConfig) -> list[Rule]:
     ]
 
 
+def _demonstration_rules(config: Config) -> list[Rule]:
+    num_plain, group_size = config.assignment.num_plain, config.rollout.group_size
+    return [
+        (
+            config.rollout.temperature == 1,
+            f"rollout.temperature={config.rollout.temperature:g} must be 1 with data.demonstrations_field, because "
+            "engines give the log-probs of a given text at temperature 1 alone",
+        ),
+        (
+            num_plain < group_size,
+            f"assignment.num_plain={num_plain} must be less than rollout.group_size={group_size}, or no demonstration "
+            "is ever used: set it to 0 where nothing is to be sampled",
+        ),
+        (
+            config.schedule.max_tokens is None,
+            f"schedule.max_tokens={config.schedule.max_tokens} counts sampled tokens, and demonstrations are not "
+            "sampled: end the run by schedule.max_steps or max_hours",
+        ),
+        (
+            config.data.curriculum == "none",
+            f"data.curriculum={config.data.curriculum} goes by what the policy solves, and demonstrations are not its "
+            "own: set it to none",
+        ),
+    ]
+
+
 def _task_rules(config: Config) -> list[Rule]:
     data = config.data
     hinted = {name: data.of_task(name).hints_field for name in data.train}
@@ -219,11 +245,7 @@ def _task_rules(config: Config) -> list[Rule]:
             )
             for name, column in shown.items()
         ),
-        (
-            config.rollout.temperature == 1 or not any(shown.values()),
-            f"rollout.temperature={config.rollout.temperature:g} must be 1 with data.demonstrations_field, because "
-            "engines give the log-probs of a given text at temperature 1 alone",
-        ),
+        *(_demonstration_rules(config) if any(shown.values()) else []),
         *(
             ("{question}" in form, f"{name}.question_format must contain {{question}}")
             for name, form in {"data": data.question_format, **formats}.items()

@@ -279,20 +279,27 @@ def with_fitting_demonstrations(
     problems: Sequence[Problem], renderer: PromptRenderer, max_tokens: int
 ) -> Sequence[Problem]:
     """Return the problems without those of their demonstrations that have more than `max_tokens` tokens
-    (`rollout.max_new_tokens`), which are counted in a warning."""
+    (`rollout.max_new_tokens`), which are counted in a warning.
+
+    Raises:
+        ValueError: all have more.
+    """
+
+    def fits(response: str) -> bool:
+        # Tokens take a byte at least. To make tokens of all responses may take minutes.
+        return len(response.encode()) < max_tokens // 2 or len(renderer.response_ids(response)) <= max_tokens
+
     fitting = [
-        replace(
-            problem,
-            demonstrations=tuple(
-                response for response in problem.demonstrations if len(renderer.response_ids(response)) <= max_tokens
-            ),
-        )
+        replace(problem, demonstrations=tuple(filter(fits, problem.demonstrations)))
+        if problem.demonstrations
+        else problem
         for problem in problems
     ]
     num_all, num_left = (sum(len(problem.demonstrations) for problem in each) for each in (problems, fitting))
-    if num_left < num_all:
-        logger.warning(
-            "%d of %d demonstrations are longer than rollout.max_new_tokens=%d tokens and left out",
-            *(num_all - num_left, num_all, max_tokens),
-        )
+    if num_left == num_all:
+        return fitting
+    limit = f"rollout.max_new_tokens={max_tokens}"
+    if num_left == 0:
+        raise ValueError(f"all {num_all} demonstrations are longer than {limit} tokens: raise it")
+    logger.warning("%d of %d demonstrations are longer than %s tokens and left out", num_all - num_left, num_all, limit)
     return fitting

@@ -135,7 +135,7 @@ def texts_at(row: Mapping[str, object], name: str | None) -> tuple[str, ...]:
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise BadRowError(f"{name}={value!r:.80} must be a text, or a list of texts that are not blank")
-    return tuple(encodable(cast(str, text), str(name)).strip() for text in texts)
+    return tuple(encodable(cast(str, text), str(name)) for text in texts)
 
 
 def _list_in(text: str) -> object:

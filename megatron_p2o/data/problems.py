@@ -133,7 +133,7 @@ def _problem(raw_row: object, columns: Columns, data: DataConfig, task: str) -> 
         id=text_at(row, columns.id, "data.id_field") if has_id else question_id(question),
         question=question,
         answer=answer,
-        hints=texts_at(row, columns.hints),
+        hints=tuple(hint.strip() for hint in texts_at(row, columns.hints)),
         demonstrations=texts_at(row, columns.demonstrations),
         task=task,
         system_prompt=system or data.system_prompt,

@@ -1,6 +1,7 @@
 """The problems of a run, by the tasks of `data.train` and the sets of `data.evaluation`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_p2o.config.tree import DataConfig
@@ -42,7 +43,13 @@ def check_ids(tasks: Mapping[str, Sequence[Problem]], data: DataConfig) -> None:
 
 def set_problems(data: DataConfig, name: str) -> list[Problem]:
     """Return the problems of an evaluation set. Raises `ValueError` when its file is bad."""
-    return load_problems(data.evaluation[name].file, data, data.task_of_set(name))
+    return load_problems(data.evaluation[name].file, without_help(data), data.task_of_set(name))
+
+
+def without_help(data: DataConfig) -> DataConfig:
+    """Return the settings of evaluation sets: they are asked plainly, whatever hints or demonstrations they bring."""
+    train = {name: replace(task, hints_field=None, demonstrations_field=None) for name, task in data.train.items()}
+    return replace(data, train=train, hints_field=None, demonstrations_field=None)
 
 
 def task_weights(data: DataConfig) -> dict[str, float] | None:
@@ -67,9 +74,9 @@ def mix_lines(data: DataConfig, problems: Sequence[Problem]) -> list[str]:
 
 def column_lines(data: DataConfig) -> list[str]:
     """Return which columns are taken of each file, one line each. Raises `ValueError` when a file cannot be read."""
-    tasks = [*data.train, *map(data.task_of_set, data.evaluation)]
-    files = {**data.training_files, **data.evaluation_files}
-    return [
-        f"{name}: {columns_of(Path(file), data.of_task(task))}"
-        for task, (name, file) in zip(tasks, files.items(), strict=True)
-    ]
+    plain = without_help(data)
+    train = zip(data.training_files.items(), map(data.of_task, data.train), strict=True)
+    sets = zip(
+        data.evaluation_files.items(), (plain.of_task(data.task_of_set(name)) for name in data.evaluation), strict=True
+    )
+    return [f"{name}: {columns_of(Path(file), columns)}" for (name, file), columns in (*train, *sets)]

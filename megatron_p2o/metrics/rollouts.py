@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_p2o.files import write_whole
 from megatron_p2o.interfaces import PromptRenderer
 from megatron_p2o.metrics.jsonl import JsonObject
-from megatron_p2o.types import Completion, ContextShift, Group, Logprobs, Rollout, RolloutKey
+from megatron_p2o.types import Completion, ContextShift, Demonstration, Group, Logprobs, Rollout, RolloutKey
 
 
 class RolloutWriter:
@@ -69,6 +69,7 @@ def _line(group: Group, rollout: Rollout, advantage: float, response: str) -> Js
         "template_id": completion.prompt.template.id,
         "template": completion.prompt.template.text,
         "is_templated": completion.prompt.is_templated,
+        "is_demonstration": isinstance(completion.prompt.template, Demonstration),
         # Of a rollout that was sampled plainly and taught by a template (`objective.context: distill`).
         "teacher_template": None if rollout.teaching is None else rollout.teaching.template.text,
         "gain_per_token": _mean_gain(rollout),

@@ -39,7 +39,7 @@ from megatron_p2o.metrics.values import Last, Max, Mean, MetricValue, Sum
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry, helped_and_hurt
 from megatron_p2o.rl.objective import total_stats
 from megatron_p2o.rl.teachers.teaching import teachings_of
-from megatron_p2o.types import ContextShift, Group, Problem, Rollout, RolloutKey, Template, UpdateReport
+from megatron_p2o.types import ContextShift, Demonstration, Group, Problem, Rollout, RolloutKey, Template, UpdateReport
 
 
 def step_metrics(
@@ -213,7 +213,8 @@ def speed_metrics(
     """Return seconds per phase; tokens per second, sampled ones over `rollout`, trained ones over `train`; and the
     arithmetic of training in TFLOP/s per rank, to be held against the device's."""
     metrics = phase_metrics(seconds)
-    sampled = sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts)
+    completions = [rollout.completion for group in groups for rollout in group.rollouts]
+    sampled = sum(len(each.token_ids) for each in completions if not isinstance(each.prompt.template, Demonstration))
     trained = sum(report.tokens.loss_tokens for report in reports)
     if seconds.get("rollout"):
         metrics["perf/rollout_tokens_per_s"] = Mean(sampled, seconds["rollout"])

@@ -93,8 +93,13 @@ def _example(problem_id: str, run: Run, is_internalised: bool) -> ShownProblem |
         question=str(any_line.get("question", "")),
         gold=str(any_line.get("answer", "")),
         is_internalised=is_internalised,
-        answers=[_answer(f"Step {entry.step}, {label}", line) for label, entry, line in found],
+        answers=[_answer(f"Step {entry.step}, {_asked(line) or label}", line) for label, entry, line in found],
     )
+
+
+def _asked(line: JsonObject) -> str:
+    """Return what stands for "through the template" where a teacher has written the response; "" elsewhere."""
+    return "written by the teacher" if line.get("is_demonstration") else ""
 
 
 def _first(rollouts: Sequence[JsonObject], is_templated: bool, is_correct: bool) -> JsonObject | None:

@@ -64,16 +64,15 @@ def load_inputs(config: Config) -> Inputs:
 
     tasks = [fitting(problems) for problems in task_problems(config.data).values()]
     evaluation = {name: fitting(set_problems(config.data, name)) for name in config.data.evaluation}
-    train = with_fitting_demonstrations(
-        [each for task in tasks for each in task], renderer, config.rollout.max_new_tokens
-    )
+    train = [each for task in tasks for each in task]
+    check_columns_of_help(config.data, train)
+    train = with_fitting_demonstrations(train, renderer, config.rollout.max_new_tokens)
     inputs = Inputs(renderer=renderer, train=train, evaluation=evaluation)
     check_vocabulary(config, inputs)
     check_hard_set(config, num_asked(config.data, inputs.train))
     check_surrogate(config.objective, loss_rule(config.objective))
     check_evolution(config, inputs.train)
     check_hints(inputs.train)
-    check_columns_of_help(config.data, inputs.train)
     return inputs
 
 

@@ -1,7 +1,5 @@
 """What a rank does once its settings are read: rank 0 conducts, the others serve its policy's calls."""
 
-import logging
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -9,7 +7,6 @@ from pathlib import Path
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import chat_renderer
-from megatron_p2o.data.tasks import column_lines
 from megatron_p2o.evaluation.benchmark import (
     checkpoint_subject,
     discard_responses,
@@ -27,19 +24,17 @@ from megatron_p2o.rollout.servers.server import EngineServer
 from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.rollout.supervisor import stop_all
 from megatron_p2o.run.conductor import conduct
-from megatron_p2o.run.inputs import lines_of_help, load_inputs, unknown_tokens
+from megatron_p2o.run.inputs import Inputs
 from megatron_p2o.run.parts import StartEngines
 from megatron_p2o.run_folder.checkpoints import POLICY_FOLDER, undamaged
 from megatron_p2o.run_folder.state import STATE_FILE, read_state
-from megatron_p2o.terminal import say
 from megatron_p2o.types import Template
-
-logger = logging.getLogger(__name__)
 
 
 def run_rank(
     config: Config,
     config_path: Path,
+    inputs: Inputs | None,
     servers: Mapping[str, EngineServer],
     evaluated: Path | None,
     template: str,
@@ -50,6 +45,7 @@ def run_rank(
 
     Args:
         config_path: the settings' file, in the run's folder.
+        inputs: of a training, on rank 0.
         servers: of `start_servers`, on rank 0.
         evaluated: the checkpoint to measure; None trains.
         template: text that the evaluation asks through.
@@ -58,13 +54,6 @@ def run_rank(
     run_dir = config_path.parent
     with ExitStack() as stack:
         stack.callback(stop_all, list(servers.values()))
-        # Before the weights, which take minutes: whatever is wrong with the problems is said in the first seconds.
-        inputs = load_inputs(config) if os.environ.get("RANK", "0") == "0" and not evaluated else None
-        if inputs is not None:
-            for line in [*column_lines(config.data), *lines_of_help(config.data, inputs.train)]:
-                say(line)
-            for notice in unknown_tokens(inputs):
-                logger.warning(notice)
         policy = build_policy(config)
         daemons = meet_daemons(config, config_path)
         outlet = open_outlet(config, policy.largest_weight_bytes, policy.meeting)

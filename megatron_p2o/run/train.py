@@ -15,11 +15,16 @@ from functools import partial
 from pathlib import Path
 
 from megatron_p2o.config.read import load_config
+from megatron_p2o.config.tree import Config
+from megatron_p2o.data.tasks import column_lines
 from megatron_p2o.machine.memory.here import with_planned_cache
 from megatron_p2o.processes import end_with_parent, exit_on_signal
 from megatron_p2o.rollout.servers.start import start_servers
+from megatron_p2o.run.inputs import Inputs, lines_of_help, load_inputs, unknown_tokens
 from megatron_p2o.run.ranks.rank_errors import report_error
-from megatron_p2o.terminal import set_up_logging
+from megatron_p2o.terminal import say, set_up_logging
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,12 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     config = with_planned_cache(replace(config, parallel=config.parallel.for_processes(num_processes)))
     is_first = os.environ.get("RANK", "0") == "0"
+    # Before all that takes long: whatever is wrong with the problems is said in the first seconds.
+    inputs = announced_inputs(config) if is_first and not options.evaluate else None
     servers = start_servers(config, run_dir, int(os.environ.get("GROUP_WORLD_SIZE", "1"))) if is_first else {}
 
     from megatron_p2o.run.rank import run_rank  # Megatron-core: seconds
 
-    run_rank(config, options.config, servers, options.evaluate, options.template, restart=options.restart)
+    run_rank(config, options.config, inputs, servers, options.evaluate, options.template, restart=options.restart)
     return 0
+
+
+def announced_inputs(config: Config) -> Inputs:
+    """Return the problems of a run, after saying how they are read. Raises as `load_inputs`."""
+    inputs = load_inputs(config)
+    for line in [*column_lines(config.data), *lines_of_help(config.data, inputs.train)]:
+        say(line)
+    for notice in unknown_tokens(inputs):
+        logger.warning(notice)
+    return inputs
 
 
 if __name__ == "__main__":

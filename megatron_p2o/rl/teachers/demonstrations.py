@@ -38,8 +38,7 @@ def demonstrations_of(problem: Problem, ledger: HardSampleLedger, config: Config
     num_shown = min(config.rollout.group_size - num_plain, len(responses))
     first = len(ledger.history(problem.id)) * num_shown
     turns = [(first + place) % len(responses) for place in range(num_shown)]
-    shown = [Demonstration(id=turn + 1, text=DEMONSTRATED, parent=None, response=responses[turn]) for turn in turns]
-    return (*shown, *(PLAIN,) * num_plain)
+    return (*(_demonstration(problem, turn) for turn in turns), *(PLAIN,) * num_plain)
 
 
 def demonstrated(prompts: Sequence[Prompt], engines: RolloutEngines, renderer: PromptRenderer) -> list[Completion]:
@@ -58,6 +57,16 @@ def demonstrated(prompts: Sequence[Prompt], engines: RolloutEngines, renderer: P
         )
         for prompt, token_ids, logprobs in zip(prompts, responses, engines.score(prompts, responses), strict=True)
     ]
+
+
+def _demonstration(problem: Problem, turn: int) -> Demonstration:
+    return Demonstration(
+        id=turn + 1,
+        text=DEMONSTRATED,
+        parent=None,
+        lineage_problem_ids=frozenset({problem.id}),
+        response=problem.demonstrations[turn],
+    )
 
 
 def _response_of(prompt: Prompt) -> str:

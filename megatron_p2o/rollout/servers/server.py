@@ -144,8 +144,10 @@ class EngineServer:
         return self._process.pid
 
     def begin(self) -> None:
-        """Have the process load the model and serve. Returns without waiting; call `wait_until_ready` next."""
+        """Have the process load the model and serve, without waiting; call `wait_until_ready` next. Idempotent."""
         assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            return
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # it died: wait_until_ready says why
             pipe.write(b"\n")
 

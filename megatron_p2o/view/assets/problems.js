@@ -84,15 +84,15 @@ function problemPage(data, step) {
 function ofStep(rollouts) {
   const side = (title, of) => element("section", {}, element("h2", {}, `${title} (${of.length})`), of.length ? of.map(rolloutCard) : empty("None in this step."));
   const templated = rollouts.filter((rollout) => rollout.is_templated);
-  return [element("div", { class: "sides" }, side("Asked plainly", rollouts.filter((rollout) => !rollout.is_templated)), side("Through a template", templated))];
+  return [element("div", { class: "sides" }, side("Asked plainly", rollouts.filter((rollout) => !rollout.is_templated)), side(templated.some((rollout) => rollout.is_demonstration) ? "Written by the teacher" : "Through a template", templated))];
 }
 
 function rolloutCard(rollout) {
   const verdict = rollout.reward === null ? "undecided" : rollout.is_solved ? "solved" : "failed";
-  const facts = [`reward ${rollout.reward === null ? "none" : shown(rollout.reward)}`, `advantage ${shown(rollout.advantage)}`, `${rollout.num_response_tokens} tokens`, `ended by ${rollout.finish_reason}`, `weights ${rollout.weight_versions.join(", ")}`];
+  const facts = [`reward ${rollout.reward === null ? "none" : shown(rollout.reward)}`, `advantage ${shown(rollout.advantage)}`, `${rollout.num_response_tokens} tokens`, `ended by ${rollout.finish_reason}`, ...(rollout.is_demonstration ? [] : [`weights ${rollout.weight_versions.join(", ")}`])];
   return element("article", { class: "card" },
     element("p", { class: "facts" }, element("strong", { class: verdict }, verdict), ` · ${facts.join(" · ")}`),
-    rollout.is_templated ? element("details", {}, element("summary", {}, "Template"), element("pre", {}, rollout.template)) : null,
+    rollout.is_templated && !rollout.is_demonstration ? element("details", {}, element("summary", {}, "Template"), element("pre", {}, rollout.template)) : null,
     rollout.tokens ? tokenText(rollout) : element("pre", {}, rollout.response),
     rollout.reason ? element("p", { class: "facts" }, rollout.reason) : null,
     rollout.feedback ? element("p", { class: "facts" }, rollout.feedback) : null);

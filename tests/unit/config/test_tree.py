@@ -155,6 +155,24 @@ def test_the_reference_preset_names_settings_and_breaks_no_rule() -> None:
             },
             "rollout.temperature=0.6 must be 1 with data.demonstrations_field",
         ),
+        *(
+            (
+                {
+                    "data.train": {"sums": TaskConfig(file="a.jsonl", demonstrations_field="shown")},
+                    "rollout.temperature": 1.0,
+                    "evolution.enabled": False,
+                    "rollout.group_size": 2,
+                    "assignment.num_plain": 0,
+                    **wrong,
+                },
+                said,
+            )
+            for wrong, said in (
+                ({"assignment.num_plain": 2}, "assignment.num_plain=2 must be less than rollout.group_size=2"),
+                ({"schedule.max_tokens": 1000}, "schedule.max_tokens=1000 counts sampled tokens"),
+                ({"data.curriculum": "learnable"}, "data.curriculum=learnable goes by what the policy solves"),
+            )
+        ),
         (
             {"assignment.weight": "transfer", "evolution.templates_file": "t.txt"},
             "assignment.weight=transfer needs trials",

@@ -153,6 +153,10 @@ def test_demonstrations_that_are_too_long_are_left_out_and_counted(
     said = "1 of 3 demonstrations are longer than rollout.max_new_tokens=5 tokens and left out"
     assert [record.message for record in caplog.records] == [said]
     assert with_fitting_demonstrations([PROBLEM], renderer, 5) == [PROBLEM] and len(caplog.records) == 1
+    with pytest.raises(
+        ValueError, match=r"all 3 demonstrations are longer than rollout\.max_new_tokens=2 tokens: raise"
+    ):
+        with_fitting_demonstrations(problems, renderer, 2)
 
 
 def test_decoding_gives_the_text_without_special_tokens_and_with_every_blank(renderer: ChatRenderer) -> None:

@@ -227,12 +227,33 @@ def test_hints_are_a_text_or_a_list_of_texts(cell: object, hints: tuple[str, ...
     task = DataConfig(train={"own": TaskConfig(file=str(path), hints_field="hints")})
     assert load_problems(path, task, "own")[0].hints == hints
     assert column_lines(task)[0].endswith("hash of the question, hints `hints`")
-    shown = DataConfig(train={"own": TaskConfig(file=str(path), demonstrations_field="hints")})
-    assert (
-        load_problems(path, shown, "own")[0].demonstrations == hints
-        and load_problems(path, shown, "own")[0].hints == ()
+    shown = DataConfig(
+        train={"own": TaskConfig(file=str(path), demonstrations_field="hints")},
+        evaluation={"set": EvaluationSetConfig(file=str(path))},
     )
-    assert column_lines(shown)[0].endswith("hash of the question, demonstrations `hints`")
+    problem = load_problems(path, shown, "own")[0]
+    assert tuple(text.strip() for text in problem.demonstrations) == hints and problem.hints == ()
+    assert [line.rpartition(", ")[2] for line in column_lines(shown)] == [
+        "demonstrations `hints`",
+        "id `id` or a hash of the question",
+    ]
+    assert set_problems(shown, "set")[0].demonstrations == (), "it is asked plainly"
+
+
+def test_the_first_blanks_of_a_demonstration_stay(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q", "answer": "2", "shown": ["    return 2"]})
+    assert only(path, replace(DATA, demonstrations_field="shown")).demonstrations == ("    return 2",)
+    assert only(path, replace(DATA, hints_field="shown")).hints == ("return 2",)
+
+
+def test_what_an_evaluation_set_brings_beside_its_questions_cannot_refuse_it(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q", "answer": "2", "shown": [{"role": "assistant"}]})
+    sets = {"set": EvaluationSetConfig(file=str(path))}
+    for column in ("hints_field", "demonstrations_field"):
+        data = replace(DATA, evaluation=sets, **{column: "shown"})
+        assert [problem.question for problem in set_problems(data, "set")] == ["q"]
+        with pytest.raises(ValueError, match="must be a text, or a list of texts"):
+            load_problems(path, data)
 
 
 @pytest.mark.parametrize("cell", [7, {"weak": "look"}, ["look", ""], ["look", 7], [["look"]], '["look", null]'])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_p2o.config.tree import Config, TaskConfig
+from megatron_p2o.metrics.step import speed_metrics
+from megatron_p2o.metrics.values import numbers_of
 from megatron_p2o.rl.hard_samples import HardSampleLedger, LedgerEntry
 from megatron_p2o.rl.sampling import SamplingParts, asked, given_templates, rollout_sampling, sample_and_grade
 from megatron_p2o.rl.teachers.demonstrations import DEMONSTRATED, demonstrations_of, uses_demonstrations
@@ -19,7 +21,7 @@ from megatron_p2o.testing.fakes import (
     fake_config,
     fake_problem,
 )
-from megatron_p2o.types import PLAIN, Demonstration, Problem
+from megatron_p2o.types import PLAIN, Demonstration, Group, Problem
 
 SHOWN = replace(fake_problem(1), demonstrations=("first", "second", "third"), task="train")
 WITHOUT = replace(fake_problem(2), task="train")
@@ -106,3 +108,15 @@ def test_a_demonstration_that_no_engine_has_read_has_no_verdict_and_no_gradient(
     rollouts = sample_and_grade(prompts, rollout_sampling(config, 0), parts)
     assert [rollout.is_decided or rollout.can_be_trained_on for rollout in rollouts] == [False] * 3
     assert engines.journal == ["score"], "no engine is asked for nothing"
+
+
+def test_a_teacher_s_tokens_are_not_sampled_tokens() -> None:
+    config, renderer = config_of(), FakeRenderer()
+    engines = FakeEngines(reply=lambda prompt, index: FakeReply(text="abc"))
+    parts = SamplingParts(engines=engines, grader=FakeGrader(), renderer=renderer, solved_at=1.0)
+    prompts = [
+        asked(SHOWN, each, renderer) for each in given_templates(SHOWN, FakeLibrary(), ledger_of(SHOWN, 0), config)
+    ]
+    rollouts = sample_and_grade(prompts, rollout_sampling(config, 0), parts)
+    group = Group(problem=SHOWN, rollouts=tuple(rollouts), advantages=(0.0,) * len(rollouts))
+    assert numbers_of(speed_metrics([group], [], {"rollout": 2.0}))["perf/rollout_tokens_per_s"] == 4 / 2

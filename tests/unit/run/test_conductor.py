@@ -390,6 +390,7 @@ def test_a_teacher_s_responses_are_cloned_where_they_solve_their_problem_and_no_
     }
     assert tries == {"p0": (0, 2, 1), "p1": (0, 1, 0), "p2": (0, 1, 1), "p3": (2, 0, 0)}
     rollouts = [line for file in sorted((config.run.folder / "rollouts").glob("*")) for line in whole_lines(file)]
+    assert all(line["is_demonstration"] == line["is_templated"] for line in rollouts)
     written = {(line["problem_id"], line["response"]) for line in rollouts if line["is_templated"]}
     assert written == {("p0", "\\boxed{2}"), ("p0", "\\boxed{3}"), ("p1", "no answer"), ("p2", "\\boxed{2}")}
     assert spent_in(config.run.folder)["sampled_training_tokens"] == 8, "only what was sampled: p3 in two epochs"

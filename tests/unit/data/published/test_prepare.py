@@ -502,7 +502,8 @@ def test_a_teacher_s_whole_responses_join_the_rows_of_their_problems(
             ("p0", 0, "stop", "first"),
             ("p1", 0, "length", "cut of"),
             ("p1", 1, "stop", " "),
-            ("p2", 0, "stop", "wrong, but whole"),
+            ("p2", 0, "abort", "lost"),
+            ("p2", 0, "stop", "wrong, but whole"),  # asked again when the evaluation went on
             ("elsewhere", 0, "stop", "another problem"),
         ):
             response = GradedResponse(
