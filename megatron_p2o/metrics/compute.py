@@ -45,7 +45,7 @@ class ComputeAccount:
     logprob_tokens: int = 0
     """Positions that went through a forward pass without gradient, for log-probs of policy or initial policy."""
     engine_read_tokens: int = 0
-    """Tokens that engines read for log-probs of given responses (`objective.context: distill`), prompts included."""
+    """Tokens that engines read for log-probs of given responses, prompts included."""
     optimizer_steps_count: int = 0
     """Optimizer steps that moved the weights."""
     engine_s: float = 0.0
