@@ -23,5 +23,5 @@ else
 fi
 # Three workers on two cores, a file each, those with the longest tests first: they wait for processes they started more than
 # half of the time.
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/integration/runs/test_{train_end_to_end,run_ends}.py \
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15 tests/integration/runs/test_{train_end_to_end,run_ends}.py \
     tests/slurm tests/integration tests/distributed tests/kernel_ops tests/unit
