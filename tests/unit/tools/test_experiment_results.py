@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[3]
-PAGES = {"hard_problems": "hard_problems", "masks": "hard_problems", "proposals": "evolution"}
+PAGES = {
+    "hard_problems": "hard_problems",
+    "masks": "hard_problems",
+    "smollm2": "hard_problems",
+    "proposals": "evolution",
+}
 """Experiment to the page that shows it."""
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiments" / "results").glob("*.json"))]
 
