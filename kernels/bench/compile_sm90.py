@@ -120,24 +120,30 @@ def token_loss_variants() -> list[Variant]:
     cispo = {"HAS_LOG_RATIO": False, "CISPO": True, "DUAL_CLIP": False}
     # With old log-probs the context ratio has been applied before.
     first, later = {"HAS_OLD": False, "HAS_MASK": True}, {"HAS_OLD": True, "HAS_MASK": False}
-    hard, soft, fading, one_sided = (
+    hard, soft, fading, default = (
         {name: name == chosen for name in ("SOFT", "FADING", "ONE_SIDED")}
         for chosen in ("", "SOFT", "FADING", "ONE_SIDED")
     )
     banded, capped = {"HAS_BAND": True, "HAS_CAP": False}, {"HAS_BAND": True, "HAS_CAP": True}
     no_kl, k2, k3 = {"K2": False, "K3": False}, {"K2": True, "K3": False}, {"K2": False, "K3": True}
     chosen = {
-        "ppo, first": ppo | first | hard | no_kl | banded,
-        "ppo, first, with k3": ppo | first | hard | k3 | banded,
+        "ppo, first": ppo | first | default | no_kl | banded,
+        "ppo, first, with k3": ppo | first | default | k3 | banded,
+        "ppo, first, hard": ppo | first | hard | no_kl | banded,
         "ppo, first, soft, capped, with k2": ppo | first | soft | k2 | capped,
-        "ppo, first, capped without a band": ppo | first | hard | no_kl | {"HAS_BAND": False, "HAS_CAP": True},
-        "ppo, first, unmasked": ppo | first | hard | no_kl | {"HAS_MASK": False, "HAS_BAND": False, "HAS_CAP": False},
-        "ppo, later": ppo | later | hard | no_kl | banded,
+        "ppo, first, capped without a band": ppo | first | default | no_kl | {"HAS_BAND": False, "HAS_CAP": True},
+        "ppo, first, unmasked": ppo
+        | first
+        | default
+        | no_kl
+        | {"HAS_MASK": False, "HAS_BAND": False, "HAS_CAP": False},
+        "ppo, later": ppo | later | default | no_kl | banded,
+        "ppo, later, hard": ppo | later | hard | no_kl | banded,
         "gspo, first, fading, capped": gspo | first | {"HAS_LOG_RATIO": False} | fading | no_kl | capped,
-        "gspo, later, with k3": gspo | later | {"HAS_LOG_RATIO": True} | hard | k3 | banded,
-        "gspo, later": gspo | later | {"HAS_LOG_RATIO": True} | hard | no_kl | banded,
-        "cispo, first": cispo | first | hard | no_kl | banded,
-        "cispo, first, one-sided, capped, with k3": cispo | first | one_sided | k3 | capped,
+        "gspo, later, with k3": gspo | later | {"HAS_LOG_RATIO": True} | default | k3 | banded,
+        "gspo, later": gspo | later | {"HAS_LOG_RATIO": True} | default | no_kl | banded,
+        "cispo, first": cispo | first | default | no_kl | banded,
+        "cispo, first, capped, with k3": cispo | first | default | k3 | capped,
     }
     kernel = loss_kernels.token_losses_kernel
     return [(f"token_losses, {label}", kernel, settings | {"BLOCK": 256}, {}) for label, settings in chosen.items()]

@@ -33,7 +33,7 @@ def compiled():
 
 
 def test_every_kernel_fits_hopper_and_keeps_to_its_spill_budget(compiled):
-    assert len(compiled) == 30
+    assert len(compiled) == 32
     for name, kernel in compiled.items():
         assert kernel["shared_bytes"] <= SHARED_BYTES_LIMIT, name
         assert kernel["registers"] <= 255, name
