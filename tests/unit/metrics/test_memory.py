@@ -1,5 +1,6 @@
 """Peaks of memory by phase, measured around the parts."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -58,17 +59,23 @@ def test_a_phase_that_fails_is_measured_all_the_same() -> None:
     assert clock.take().peak_bytes == {"train": 10, "refresh": 20}
 
 
+def held_and_given_back(num_bytes: int) -> None:
+    """Make so much memory resident for a moment: a mapping of its own, because the allocator may give memory that an
+    earlier test has left resident."""
+    with mmap.mmap(-1, num_bytes) as held:
+        for page in range(0, num_bytes, mmap.PAGESIZE):
+            held[page] = 1
+
+
 def test_resident_memory_that_was_given_back_counts_in_its_own_phase_only() -> None:
     meter = peak_meter()
     if meter is None:
         pytest.skip("this process may not reset the peak of its resident memory (/proc/self/clear_refs)")
     clock = PhaseClock(meter)
     with clock.measure("large"):
-        held = bytearray(b"\1") * (256 * MIB)
-        del held
+        held_and_given_back(256 * MIB)
     with clock.measure("small"):
-        held = bytearray(b"\1") * (64 * MIB)
-        del held
+        held_and_given_back(64 * MIB)
     with clock.measure("idle"):
         pass
     peaks = clock.take().peak_bytes
@@ -107,8 +114,7 @@ def test_a_family_is_a_process_and_all_below_it() -> None:
 
 
 def test_what_a_process_gave_back_is_in_its_peak_alone() -> None:
-    held = bytearray(b"\1") * (512 * MIB)
-    del held
+    held_and_given_back(512 * MIB)
     memory = own_host_memory()
     assert memory.peak_bytes - memory.resident_bytes > 256 * MIB
     assert memory.resident_bytes == pytest.approx(host_memory_of([os.getpid()]).resident_bytes, rel=0.05)
