@@ -88,7 +88,7 @@ def test_a_demonstration_is_read_on_the_bare_prompt_and_graded_and_the_rest_is_s
     for rollout in rollouts[:2]:
         completion = rollout.completion
         assert completion.prompt.is_templated and completion.prompt.template.text == DEMONSTRATED
-        assert completion.prompt.sampling_ids is not None and completion.weight_versions == ()
+        assert completion.weight_versions == ()
         np.testing.assert_array_equal(completion.prompt.sampling_ids, plain.sampling_ids)
         np.testing.assert_array_equal(completion.prompt.training_ids, plain.training_ids)
         assert completion.token_ids[-1] == END_OF_SEQUENCE and completion.finish_reason == "stop"
