@@ -1,6 +1,7 @@
 """Inputs of the head operations, and Triton kernels on CPU: the interpreter with the hardware's bfloat16."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,12 @@ def interpreted_triton() -> Iterator[None]:
     """Import every module of kernels so that launches run in Triton's interpreter.
 
     A kernel is bound to the interpreter or the compiler when its module is imported, so the variable is set only here,
-    and the processes that tests start do not inherit it.
+    and the processes that tests start do not inherit it. What an earlier test imported for the compiler is imported
+    anew.
     """
     pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be interpreted")
+    for name in [name for name in sys.modules if name.startswith("p2o_kernels.") and ".triton_" in name]:
+        del sys.modules[name]
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         import p2o_kernels.advantage.triton_kernels
@@ -100,8 +104,7 @@ def interpreted_triton() -> Iterator[None]:
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
     from triton.runtime.jit import JITFunction
 
-    kernel = p2o_kernels.lm_head.triton_kernels.exponentials_kernel
-    assert isinstance(kernel, InterpretedFunction), "the kernels were imported before this fixture, for the compiler"
+    assert isinstance(p2o_kernels.lm_head.triton_kernels.exponentials_kernel, InterpretedFunction)
     changed = ("create_dot", "create_fp_trunc", "create_minnumf", "create_maxnumf")
     originals = {name: getattr(InterpreterBuilder, name) for name in changed}
     _fix_bfloat16(InterpreterBuilder)
