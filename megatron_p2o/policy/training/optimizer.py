@@ -162,6 +162,16 @@ class Optimization:
         self.skip()
         return StepOutcome(grad_norm=grad_norm, outcome="applied" if is_finite else "non_finite")
 
+    def close(self) -> None:
+        """Let the optimizer forget the parameters. Nothing of this can be used afterwards.
+
+        Megatron's sharded optimizer updates views of them, whose graph holds the hooks that hold the model and, by it,
+        the process groups: a cycle through C++, which no collector sees.
+        """
+        for optimizer in self.optimizers:
+            vars(optimizer.optimizer).clear()
+            vars(optimizer).clear()
+
     def gather_weights(self) -> None:
         """Gather the weights completely, for reading outside a forward pass. Collective.
 

@@ -231,8 +231,7 @@ class MegatronPolicy:
             return
         self._finish_export()
         self._send([Command(method="close")] * self._config.parallel.num_replicas)
-        self._shard.writer.wait()
-        end_parallel(self._ranks)
+        self._end()
 
     def serve(self) -> None:
         """Follow rank 0's commands until it closes the policy. For every rank but 0.
@@ -244,13 +243,19 @@ class MegatronPolicy:
         while True:
             command = self._channel.receive()
             if command.method == "close":
-                self._shard.writer.wait()
-                end_parallel(self._ranks)
+                self._end()
                 return
             with self._channel.named_errors(command.method):
                 reply = self._execute(command)
                 if command.method != "deliver":
                     self._channel.gather(reply)
+
+    def _end(self) -> None:
+        """Finish what this rank has to write, and free its model and its process groups."""
+        self._shard.writer.wait()
+        self._shard.optimization.close()
+        del self._shard
+        end_parallel(self._ranks)
 
     def _next_weight(self, stream: Iterator[tuple[str, Tensor]]) -> tuple[str, Tensor] | None:
         """Return what the stream yields next, None at its end."""

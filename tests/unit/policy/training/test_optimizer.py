@@ -1,5 +1,6 @@
 """The optimizer's steps and learning rate in one process."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,3 +144,22 @@ def test_a_learning_rate_of_0_freezes_the_policy_whatever_else_is_set(model: Pat
             report = policy.update(SAMPLES, None, 120)
             assert report.outcome == "applied" and report.learning_rate == 0 and report.grad_norm > 0
         assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(policy).items())
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "distributed optimizer"])
+def test_a_closed_policy_leaves_no_thread_and_no_model(model: Path, is_sharded: bool):
+    """A group of gloo polls in threads of its own until the last layer that knows it is gone."""
+    before = num_gloo_threads()
+    parallel = ParallelConfig(timeout_s=30.0, distributed_optimizer=is_sharded)
+    with policy_of(policy_config(model, parallel=parallel)) as policy:
+        weight = weakref.ref(next(policy._shard.models[0].parameters()))
+        assert num_gloo_threads() > before
+        policy.update(SAMPLES, None, 120)
+    del policy  # knows the group of its commands
+    assert num_gloo_threads() == before
+    assert weight() is None
+
+
+def num_gloo_threads() -> int:
+    """Return how many threads of this process belong to a group of gloo."""
+    return sum("gloo" in name.read_text() for name in Path("/proc/self/task").glob("*/comm"))
