@@ -31,7 +31,8 @@ def row_of(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
     `curve`: (tokens sampled to learn, plain accuracy) at each evaluation. `tokens_to_half`: tokens at the first with
     an accuracy of at least `REACHED`; None if there is none. `round`: score of the best template and coverage at the
     end of the first round; None without one. `shifts`: mean log-ratio of templated responses, per token, in the first
-    and the last step that had some; None without templates.
+    and the last step that had some; None without templates. `correct`: right answers to each problem at the end, by
+    which arms can be compared again; in the order of the problems' ids, "-" where no grade was decided.
     """
     results = read_json_object(folder / "results.json")
     metrics = [line["metrics"] for line in read_lines(folder / "metrics.jsonl")]
@@ -47,6 +48,7 @@ def row_of(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
     return {
         "arm": arm,
         "seed": seed,
+        "correct": _correct(results["evaluation_problems"][name]),
         "accuracy": {each: outcome["accuracy"] for each, outcome in results["evaluation"].items()},
         "template_accuracy": templated["accuracy"] if templated else None,
         "tokens": results["compute"]["learning_tokens"],
@@ -59,6 +61,11 @@ def row_of(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
         "dropped_shift_share": fmean(dropped) if dropped else None,
         "curve": [list(point) for point in curve],
     }
+
+
+def _correct(problems: Mapping[str, Any]) -> str:
+    decided = problems["decided_by_problem"]
+    return " ".join(f"{problems['correct_by_problem'][each]:g}" if decided[each] else "-" for each in sorted(decided))
 
 
 def verdict(test: Mapping[str, Any], num_seeds: int, num_tests: int) -> str:

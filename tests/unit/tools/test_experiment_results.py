@@ -22,6 +22,9 @@ EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiments" / "results").g
 def run(tmp_path: Path) -> Path:
     results = {
         "evaluation": {"hard": {"accuracy": 0.75}, "easy": {"accuracy": 1.0}},
+        "evaluation_problems": {
+            "hard": {"correct_by_problem": {"b": 3, "a": 0, "c": 0}, "decided_by_problem": {"b": 4, "a": 4, "c": 0}}
+        },
         "templated_evaluation": {"hard": {"accuracy": 0.9}},
         "compute": {"learning_tokens": 300, "trained_tokens": 250, "wall_s": 61.4},
         "num_steps": 2,
@@ -45,6 +48,7 @@ def test_a_row_has_what_the_protocol_measures(tool: Any, run: Path) -> None:
     row = tool.row_of(run, "replace", 2, "hard")
     assert row["curve"] == [[0, 0.0], [200, 0.5], [300, 0.75]]
     assert row["tokens_to_half"] == 200
+    assert row["correct"] == "0 3 -"
     assert row["shifts"] == [3.0, 1.0]
     assert row["dropped_shift_share"] == pytest.approx(0.6)
     assert row["round"] == {"best_score": 0.25, "coverage": 0.5}
