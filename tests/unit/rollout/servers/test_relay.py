@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
@@ -259,6 +260,9 @@ def test_a_relay_that_is_killed_costs_its_engines_and_no_completion(tmp_path: Pa
         done = list(completions)
         assert sorted(index for index, _ in done) == list(range(6))
         assert {(each.token_ids.tolist()[0], each.finish_reason) for _, each in done} == {(7, "length")}
+        deadline = time.monotonic() + 60.0  # one engine may answer all before the other is back
+        while engines.broker.num_engines < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert engines.metrics()["engine/restarts_count"] == 2
         assert sorted(name for name in journal if "start" in name) == ["engine 0 start", "engine 1 start"]
     assert not killed.is_alive()
