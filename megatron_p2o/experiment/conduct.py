@@ -14,6 +14,7 @@ from megatron_p2o.config.read import dump_config, load_config
 from megatron_p2o.config.source import ConfigError
 from megatron_p2o.experiment.plan import Experiment, PlannedRun
 from megatron_p2o.files import read_json_object, write_whole
+from megatron_p2o.processes import exit_on_signal
 from megatron_p2o.run_folder.made_with import settings_of
 from megatron_p2o.run_folder.results import RESULTS_FILE, limit_reached, run_end
 from megatron_p2o.run_folder.resume_effects import effect_of
@@ -110,7 +111,7 @@ def run_missing(experiment: Experiment) -> list[PlannedRun]:
 
 
 class Child:
-    """Starts `p2o train` and passes SIGUSR1 on to it. Used in `with`."""
+    """Starts `p2o train`, passes SIGUSR1 on to it, and ends it at SIGTERM with the process. Used in `with`."""
 
     def __init__(self) -> None:
         self.is_stopping = False
@@ -125,7 +126,7 @@ class Child:
             try:
                 return self._process.wait()
             finally:
-                if self._process.poll() is None:  # an error here, such as an interrupt, which the child may not get
+                if self._process.poll() is None:  # an interrupt or SIGTERM here, which the child may not get
                     self._process.terminate()
                     self._process.wait()
                 self._process = None
@@ -136,11 +137,13 @@ class Child:
             self._process.send_signal(signal.SIGUSR1)
 
     def __enter__(self) -> "Child":
-        self._before = signal.signal(signal.SIGUSR1, self._stop)
+        handlers = {signal.SIGUSR1: self._stop, signal.SIGTERM: exit_on_signal}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGUSR1, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def job_lines(experiment: Experiment, script: Path) -> list[list[str]]:

@@ -4,13 +4,16 @@ import io
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import psutil
 import pytest
 
 from megatron_p2o.config.read import dump_config, load_config
@@ -396,3 +399,37 @@ def test_the_protocol_names_every_arm_and_the_budget_of_the_experiments() -> Non
         assert {*re.findall(r"`(\w+)`", " ".join(first_cells))} == {*experiment.arms}
         assert {run.seed for run in experiment.runs} == {1, 2, 3, 4, 5}
         assert f"{experiment.runs[0].config.schedule.max_tokens:,} sampled tokens" in page
+
+
+WAITING = """
+import sys
+import time
+from pathlib import Path
+from megatron_p2o.experiment.conduct import Child
+sys.executable = sys.argv[1]
+with Child() as child:
+    status = child.train(Path("settings.yaml"), Path(sys.argv[2]))
+    print(status, child.is_stopping)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "printed"),
+    [(signal.SIGTERM, 128 + signal.SIGTERM, ""), (signal.SIGUSR1, 0, f"{-signal.SIGUSR1} True\n")],
+)
+def test_a_signal_does_not_leave_the_run_that_trains(
+    number: signal.Signals, status: int, printed: str, tmp_path: Path
+) -> None:
+    program, log = tmp_path / "train", tmp_path / "log"
+    program.write_text("#!/bin/sh\necho $$\nexec sleep 600\n")
+    program.chmod(0o755)
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(program), str(log)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60.0
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert (process.communicate(timeout=60)[0], process.returncode) == (printed, status)
+    assert not psutil.pid_exists(int(log.read_text()))
