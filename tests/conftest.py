@@ -1,5 +1,6 @@
 """What every test shares: one thread, reproducible property tests, memory that is never silently zero."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -29,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
     names_gpu = all("gpu" in Path(argument.partition("::")[0]).name for argument in config.args)
     if any(Path("/dev").glob("nvidia[0-9]*")) and not selects_gpu and not names_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the collection made out of Python's garbage collection: each policy that is closed asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
