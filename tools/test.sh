@@ -21,7 +21,7 @@ if pyright --version > /dev/null 2>&1; then
 else
     echo "SKIPPED pyright: it fetches itself with npm, which this machine does not reach"
 fi
-# Three workers on two cores, a file each, those with the longest tests first: they wait for processes they started more than
+# Four workers on two cores, a file each, those with the longest tests first: they wait for processes they started more than
 # half of the time.
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15 tests/integration/runs/test_{train_end_to_end,run_ends}.py \
+python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 15 tests/integration/runs/test_{train_end_to_end,run_ends}.py \
     tests/slurm tests/integration tests/distributed tests/kernel_ops tests/unit
