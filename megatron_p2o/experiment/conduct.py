@@ -14,7 +14,6 @@ from megatron_p2o.config.read import dump_config, load_config
 from megatron_p2o.config.source import ConfigError
 from megatron_p2o.experiment.plan import Experiment, PlannedRun
 from megatron_p2o.files import read_json_object, write_whole
-from megatron_p2o.processes import exit_on_signal
 from megatron_p2o.run_folder.made_with import settings_of
 from megatron_p2o.run_folder.results import RESULTS_FILE, limit_reached, run_end
 from megatron_p2o.run_folder.resume_effects import effect_of
@@ -27,6 +26,9 @@ UNFIXED = (*LENGTHS, "model.template_date")
 
 NUM_LINES_SHOWN = 5
 """Last lines of a failed run's log that are shown."""
+
+END_TIMEOUT_S = 180.0
+"""For a run to end after SIGTERM; it gives its own processes a minute before it kills them."""
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ def missing_runs(experiment: Experiment) -> list[PlannedRun]:
 def run_missing(experiment: Experiment) -> list[PlannedRun]:
     """Run `missing_runs`, one after the other, and return those that failed.
 
-    SIGUSR1 makes the run that trains save and end, and starts no other.
+    SIGUSR1 makes the run that trains save and end, and starts no other. SIGTERM ends it and this process.
     """
     failed: list[PlannedRun] = []
     missing = missing_runs(experiment)
@@ -114,36 +116,66 @@ class Child:
     """Starts `p2o train`, passes SIGUSR1 on to it, and ends it at SIGTERM with the process. Used in `with`."""
 
     def __init__(self) -> None:
-        self.is_stopping = False
+        self._received: set[int] = set()
+        self._acts = False
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether SIGUSR1 has come."""
+        return signal.SIGUSR1 in self._received
 
     def train(self, settings: Path, log: Path) -> int:
         """Train a run to its end and return the exit status. What it prints is appended to `log`."""
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_p2o.cli", "train", str(settings)]
+        self._act()
+        self._acts = False  # until there is a process to act on
         with log.open("ab") as said:
-            self._process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+            self._process = process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
             try:
-                return self._process.wait()
+                self._acts = True
+                self._act()
+                return process.wait()
             finally:
-                if self._process.poll() is None:  # an interrupt or SIGTERM here, which the child may not get
-                    self._process.terminate()
-                    self._process.wait()
+                self._acts = False
                 self._process = None
+                _end(process)
+                self._acts = True
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.is_stopping = True
-        if self._process is not None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received.add(number)
+        if self._acts:
+            self._act()
+
+    def _act(self) -> None:
+        if signal.SIGTERM in self._received:
+            raise SystemExit(128 + signal.SIGTERM)
+        if self.is_stopping and self._process is not None:
             self._process.send_signal(signal.SIGUSR1)
 
     def __enter__(self) -> "Child":
-        handlers = {signal.SIGUSR1: self._stop, signal.SIGTERM: exit_on_signal}
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._acts = True
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGUSR1, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._act()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a run that still trains: an interrupt or SIGTERM came here, which it may not have got."""
+    if process.poll() is not None:
+        return
+    say("the run that trains is ended; the same command goes on with it")
+    process.terminate()
+    try:
+        process.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def job_lines(experiment: Experiment, script: Path) -> list[list[str]]:

@@ -163,14 +163,17 @@ class Optimization:
         return StepOutcome(grad_norm=grad_norm, outcome="applied" if is_finite else "non_finite")
 
     def close(self) -> None:
-        """Let the optimizer forget the parameters. Nothing of this can be used afterwards.
+        """Take Megatron's hooks off the parameters' gradients. Nothing of this can be used afterwards.
 
-        Megatron's sharded optimizer updates views of them, whose graph holds the hooks that hold the model and, by it,
-        the process groups: a cycle through C++, which no collector sees.
+        They hold the model and, by it, the process groups. Where something in the model still holds a graph of the
+        parameters, such as a sharded optimizer's views of them or a router's probabilities, that is a cycle through
+        C++, which no collector sees.
         """
-        for optimizer in self.optimizers:
-            vars(optimizer.optimizer).clear()
-            vars(optimizer).clear()
+        for module in self.modules:
+            for accumulator in module.grad_accs:
+                hooks = accumulator.register_hook(lambda *gradients: None).hooks_dict_ref()
+                if hooks is not None:
+                    hooks.clear()
 
     def gather_weights(self) -> None:
         """Gather the weights completely, for reading outside a forward pass. Collective.

@@ -402,30 +402,36 @@ def test_the_protocol_names_every_arm_and_the_budget_of_the_experiments() -> Non
 
 
 WAITING = """
-import sys
-import time
+import subprocess, sys, time
 from pathlib import Path
 from megatron_p2o.experiment.conduct import Child
-sys.executable = sys.argv[1]
+sys.executable, log = sys.argv[1], Path(sys.argv[2])
+start = subprocess.Popen.__init__
+def start_slowly(*args, **kwargs):  # the signal comes before anyone knows the process
+    start(*args, **kwargs)
+    time.sleep(float(sys.argv[3]))
+subprocess.Popen.__init__ = start_slowly
 with Child() as child:
-    status = child.train(Path("settings.yaml"), Path(sys.argv[2]))
-    print(status, child.is_stopping)
+    print(child.train(Path("settings.yaml"), log), child.is_stopping)
 """
 
 
+@pytest.mark.parametrize("starting_s", [0.0, 3.0], ids=["while it trains", "while it starts"])
 @pytest.mark.parametrize(
     ("number", "status", "printed"),
-    [(signal.SIGTERM, 128 + signal.SIGTERM, ""), (signal.SIGUSR1, 0, f"{-signal.SIGUSR1} True\n")],
+    [
+        (signal.SIGTERM, 128 + signal.SIGTERM, "the run that trains is ended; the same command goes on with it\n"),
+        (signal.SIGUSR1, 0, f"{-signal.SIGUSR1} True\n"),
+    ],
 )
 def test_a_signal_does_not_leave_the_run_that_trains(
-    number: signal.Signals, status: int, printed: str, tmp_path: Path
+    number: signal.Signals, status: int, printed: str, starting_s: float, tmp_path: Path
 ) -> None:
     program, log = tmp_path / "train", tmp_path / "log"
     program.write_text("#!/bin/sh\necho $$\nexec sleep 600\n")
     program.chmod(0o755)
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING, str(program), str(log)], stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-c", WAITING, str(program), str(log), str(starting_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60.0
         while not (log.exists() and log.read_text().endswith("\n")):
             assert process.poll() is None and time.monotonic() < deadline
