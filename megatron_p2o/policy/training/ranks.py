@@ -251,10 +251,9 @@ class MegatronPolicy:
                     self._channel.gather(reply)
 
     def _end(self) -> None:
-        """Finish what this rank has to write, and free its model and its process groups."""
+        """Finish what this rank has to write, and end its process groups; the model goes with this object."""
         self._shard.writer.wait()
         self._shard.optimization.close()
-        del self._shard
         end_parallel(self._ranks)
 
     def _next_weight(self, stream: Iterator[tuple[str, Tensor]]) -> tuple[str, Tensor] | None:

@@ -160,7 +160,8 @@ def test_a_closed_policy_leaves_no_thread_and_no_model(tmp_path: Path, model_typ
         weights = [weakref.ref(weight) for weight in policy._shard.models[0].parameters()]
         assert num_gloo_threads() > before
         policy.update(SAMPLES, None, 120)
-    del policy  # knows the group of its commands
+    del policy  # knows the model and the group of its commands
+    gc.collect()
     assert num_gloo_threads() == before
     assert all(weight() is None for weight in weights)
 
