@@ -50,7 +50,6 @@ echo "Installing into $venv with ${install[0]} (a few minutes the first time; ab
 for file in "${files[@]}"; do
     "${install[@]}" --no-deps -r "$file"
 done
-# One environment at a time: it is built in this folder.
-flock setup.py "${install[@]}" --no-deps --no-build-isolation --editable .
+"${install[@]}" --no-deps --no-build-isolation --editable .
 echo "$base" > "$venv/installed-base"
 [ "${1:-}" != "--dev" ] || echo "$dev" > "$venv/installed-dev"
