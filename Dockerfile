@@ -76,4 +76,5 @@ COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
     && p2o doctor --strict --require "torch==${TORCH_VERSION}" --require "sglang==${SGLANG_VERSION}" \
         --require "megatron-core==${MEGATRON_CORE_VERSION}" --require torch-memory-saver \
-        --require "transformer-engine==${TRANSFORMER_ENGINE_VERSION}" --require "nvidia-cudnn-cu13==${CUDNN_VERSION}"
+        --require "transformer-engine==${TRANSFORMER_ENGINE_VERSION}" --require "nvidia-cudnn-cu13==${CUDNN_VERSION}" \
+        --require triton --require sglang-kernel --require flashinfer-python

@@ -68,5 +68,5 @@ install --no-deps "$megatron" -r requirements/gpu.txt
 install --no-deps "$cudnn"
 install --no-deps --no-build-isolation --editable .
 requires=()
-for package in "${base[@]}" "$megatron" "$cudnn" "${engine[0]}"; do requires+=(--require "$package"); done
+for package in "${base[@]}" "$megatron" "$cudnn" "${engine[0]}" triton sglang-kernel flashinfer-python; do requires+=(--require "$package"); done
 run "$folder/bin/p2o" doctor --strict "${requires[@]}"

@@ -52,7 +52,10 @@ REQUIRED = {
 """Distributions without which no run starts, and the versions it takes."""
 
 REQUIRED_ON_GPU = ("triton", "sglang-kernel", "flashinfer-python")
-"""Distributions without which SGLang does not serve, or the fused kernels do not run, on a GPU."""
+"""Distributions without which SGLang does not serve, or the fused kernels do not run, on a GPU.
+
+Only a GPU that is visible or expected needs them: PyPI's torch for Linux is a CUDA build, on laptops too.
+"""
 
 OPTIONAL_ON_GPU = ("transformer-engine", "flash-attn", "torch-memory-saver")
 """Distributions that a run on a GPU does without."""
@@ -88,10 +91,9 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
         ValueError: one of `required` is no requirement.
     """
     num_visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    is_gpu_build = torch.version.cuda is not None
     findings = [_lane(num_visible), Finding(subject="python", finding=platform.python_version())]
     accepted: dict[str, str | None] = {**REQUIRED, **dict.fromkeys(OPTIONAL_ON_GPU)}
-    accepted |= dict.fromkeys(REQUIRED_ON_GPU, "" if is_gpu_build else None)
+    accepted |= dict.fromkeys(REQUIRED_ON_GPU, "" if num_gpus or num_visible else None)
     findings += [package_finding(name, versions) for name, versions in {**accepted, **_versions(required)}.items()]
     if num_visible:
         findings += _compiled_packages()
