@@ -18,6 +18,7 @@ from megatron_p2o.config.read import load_config
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.tasks import column_lines
 from megatron_p2o.machine.memory.here import with_planned_cache
+from megatron_p2o.policy.model.cpu_compat import without_compiler
 from megatron_p2o.processes import end_with_parent, exit_on_signal
 from megatron_p2o.rollout.servers.start import start_servers
 from megatron_p2o.run.inputs import Inputs, lines_of_help, load_inputs, unknown_tokens
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inputs = announced_inputs(config) if is_first and not options.evaluate else None
     servers = start_servers(config, run_dir, int(os.environ.get("GROUP_WORLD_SIZE", "1"))) if is_first else {}
 
-    from megatron_p2o.run.rank import run_rank  # Megatron-core: seconds
+    with without_compiler():
+        from megatron_p2o.run.rank import run_rank  # Megatron-core: seconds
 
     run_rank(config, options.config, inputs, servers, options.evaluate, options.template, restart=options.restart)
     return 0
