@@ -22,7 +22,6 @@ from megatron_p2o.rollout.refresh.outlet import open_outlet
 from megatron_p2o.rollout.servers.remote import meet_daemons
 from megatron_p2o.rollout.servers.server import EngineServer
 from megatron_p2o.rollout.start import start_engines
-from megatron_p2o.rollout.supervisor import stop_all
 from megatron_p2o.run.conductor import conduct
 from megatron_p2o.run.inputs import Inputs
 from megatron_p2o.run.parts import StartEngines
@@ -46,14 +45,13 @@ def run_rank(
     Args:
         config_path: the settings' file, in the run's folder.
         inputs: of a training, on rank 0.
-        servers: of `start_servers`, on rank 0.
+        servers: of `start_servers`, on rank 0; the caller stops them.
         evaluated: the checkpoint to measure; None trains.
         template: text that the evaluation asks through.
         restart: throw earlier responses of the evaluation away.
     """
     run_dir = config_path.parent
     with ExitStack() as stack:
-        stack.callback(stop_all, list(servers.values()))
         policy = build_policy(config)
         daemons = meet_daemons(config, config_path)
         outlet = open_outlet(config, policy.largest_weight_bytes, policy.meeting)

@@ -1,7 +1,7 @@
 """One rank of a run, started by torchrun as `-m megatron_p2o.run.train CONFIG`.
 
-It imports little, so that rank 0 starts the engines' processes first: they import SGLang while this one imports
-Megatron-core and builds the policy (`rank`).
+It imports little, so that rank 0 starts the engines' processes first: they import SGLang while this one reads the
+problems, imports Megatron-core and builds the policy (`rank`).
 """
 
 import argparse
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,14 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     config = with_planned_cache(replace(config, parallel=config.parallel.for_processes(num_processes)))
     is_first = os.environ.get("RANK", "0") == "0"
-    # Before all that takes long: whatever is wrong with the problems is said in the first seconds.
-    inputs = announced_inputs(config) if is_first and not options.evaluate else None
-    servers = start_servers(config, run_dir, int(os.environ.get("GROUP_WORLD_SIZE", "1"))) if is_first else {}
+    with ExitStack() as stack:
+        # Before all that takes long: their imports take the longest.
+        servers = start_servers(config, run_dir, int(os.environ.get("GROUP_WORLD_SIZE", "1"))) if is_first else {}
+        for server in servers.values():
+            stack.callback(server.stop)
+        # Next, so that whatever is wrong with the problems is said in the first seconds.
+        inputs = announced_inputs(config) if is_first and not options.evaluate else None
+        with without_compiler():
+            from megatron_p2o.run.rank import run_rank  # Megatron-core: seconds
 
-    with without_compiler():
-        from megatron_p2o.run.rank import run_rank  # Megatron-core: seconds
-
-    run_rank(config, options.config, inputs, servers, options.evaluate, options.template, restart=options.restart)
+        run_rank(config, options.config, inputs, servers, options.evaluate, options.template, restart=options.restart)
     return 0
 
 

@@ -14,6 +14,7 @@ else.
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import multiprocessing
@@ -84,6 +85,7 @@ def main() -> None:
     leave_out_models(Path(arguments["model_path"]))
     if arguments.get("device") == "cpu":
         fork_children()
+    importlib.import_module("sglang.srt.entrypoints.http_server")  # `run_server` would, for seconds
     if not sys.stdin.readline():  # whoever wanted the server has ended
         shutil.rmtree(settings["scratch"], ignore_errors=True)
         return

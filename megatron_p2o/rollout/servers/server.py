@@ -109,6 +109,8 @@ class EngineServer:
     def __init__(self, name: str, arguments: Mapping[str, Any], log_path: Path, expected_cache_tokens: int = 0) -> None:
         """Start the process, which imports SGLang, and return without waiting; call `begin` next.
 
+        Until then the log has a name of its own, so that a run that does not come to begin keeps the log of the last.
+
         Args:
             name: how errors call it, e.g. "engine 0".
             arguments: fields of SGLang's ServerArgs, `OWN_ARGUMENTS` excepted.
@@ -122,7 +124,8 @@ class EngineServer:
             if key in arguments:
                 raise ValueError(f"sglang.{key} is decided by the program: remove it")
         self.name = name
-        self.log_path = log_path
+        self._named_log_path = log_path
+        self.log_path = log_path.with_name(f"{log_path.name}.starting")
         self.api_key = secrets.token_urlsafe(32)
         """Opens /generate and the OpenAI routes."""
         self.admin_key = secrets.token_urlsafe(32)
@@ -148,6 +151,7 @@ class EngineServer:
         assert self._process.stdin is not None
         if self._process.stdin.closed:
             return
+        self.log_path = self.log_path.rename(self._named_log_path)
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # it died: wait_until_ready says why
             pipe.write(b"\n")
 
@@ -207,7 +211,9 @@ class EngineServer:
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait(timeout=KILL_TIMEOUT_S)
             assert self._process.stdin is not None
-            self._process.stdin.close()
+            if not self._process.stdin.closed:  # it did not begin
+                self._process.stdin.close()
+                self.log_path.unlink(missing_ok=True)
         self._release_ports()
         self._scratch.remove()
 

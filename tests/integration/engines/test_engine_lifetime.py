@@ -73,6 +73,7 @@ sys.stdin.readline()
 
 def test_a_process_that_waits_to_serve_ends_with_its_owner_and_leaves_nothing(tmp_path: Path) -> None:
     model = write_tiny_qwen3(tmp_path / "model", seed=5)
+    (tmp_path / "log").write_text("of the last session")
     command = [sys.executable, "-c", UNWANTED, str(model), str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
@@ -84,6 +85,7 @@ def test_a_process_that_waits_to_serve_ends_with_its_owner_and_leaves_nothing(tm
         owner.kill()
     process.wait(timeout=60)
     assert not Path(waiting["scratch"]).exists()
+    assert (tmp_path / "log").read_text() == "of the last session"
 
 
 OWNER = """
