@@ -41,7 +41,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def nan_empty() -> Iterator[None]:
     """Uninitialised tensors are NaN for the length of the test."""
-    # Imported here: many tests need no torch (tools/test_without_torch.sh).
+    # Imported here: many tests need no torch, which takes seconds.
     from megatron_p2o.testing.nan_empty import nan_filled_empty
 
     with nan_filled_empty():
