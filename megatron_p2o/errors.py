@@ -70,11 +70,12 @@ class Troubles:
 
     def tell(self) -> None:
         """Raise what was noted: a single error as it is, several as `SeveralErrors`."""
-        if len(self._errors) == 1:
-            raise self._errors[0]
+        messages = [message for error in self._errors for message in expected_messages(error) or ()]
+        several = tuple(dict.fromkeys(messages))  # two tasks may name the same file
+        if len(several) > 1:
+            raise SeveralErrors(several)
         if self._errors:
-            messages = [message for error in self._errors for message in expected_messages(error) or ()]
-            raise SeveralErrors(messages)
+            raise self._errors[0]
 
 
 def _file_message(error: OSError) -> str | None:

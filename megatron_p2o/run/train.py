@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inputs = announced_inputs(config) if is_first and not options.evaluate else None
     servers = start_servers(config, run_dir, int(os.environ.get("GROUP_WORLD_SIZE", "1"))) if is_first else {}
 
+    if is_first:
+        say(f"loading the policy from {config.model.path}")
+
     from megatron_p2o.run.rank import run_rank  # Megatron-core: seconds
 
     run_rank(config, options.config, inputs, servers, options.evaluate, options.template, restart=options.restart)
