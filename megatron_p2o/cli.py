@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_p2o import __version__
 from megatron_p2o.config.names import all_settings
-from megatron_p2o.config.read import ConfigError, dump_config, load_config, missing_paths
+from megatron_p2o.config.read import ConfigError, dump_config, load_config
 from megatron_p2o.config.tree import Config
 from megatron_p2o.errors import expected_message
 from megatron_p2o.files import limit_readers, limit_readers_as, write_whole
@@ -53,15 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
 
     _add_init(commands.add_parser("init", help="write the settings of a first run"))
-    train = commands.add_parser("train", help="train, or go on with a run that was interrupted")
-    _add_config_arguments(train)
-    train.add_argument("--dry-run", action="store_true", help="check settings and files, start nothing")
-    train.add_argument("--print-config", action="store_true", help="print the resolved settings and end")
-    train.add_argument("--num-nodes", type=int, help="nodes of the run, each with this command; srun tells by itself")
-    train.add_argument("--node-rank", type=int, default=0, help="this node's place, from 0")
-    train.add_argument("--head", default="", metavar="HOST:PORT", help="where node 0 can be reached by the others")
-    train.set_defaults(run=_train)
-
+    _add_train(commands.add_parser("train", help="train, or go on with a run that was interrupted"))
     _add_evaluation(commands.add_parser("eval", help="measure a policy on sets of problems, without templates"))
 
     compare = commands.add_parser("compare", help="run arms and seeds at one budget, and compare them")
@@ -86,18 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands.add_parser("plan", help="say what a run takes of memory and time, by simulation"))
 
     doctor = commands.add_parser("doctor", help="say what this machine offers and what is missing")
-    doctor.add_argument("--strict", action="store_true", help="exit with 1 when something required is missing")
+    doctor.add_argument("--strict", action="store_true", help="exit with 1 when the run cannot start on this machine")
     doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="require N GPUs that nobody else uses")
     doctor.add_argument(
         "--require", action="append", default=[], metavar="NAME[==VERSION]", help="require a package; repeatable"
     )
     doctor.add_argument(
-        "config", type=Path, nargs="?", help="settings file (YAML) whose policy and memory to check as well"
+        "config", type=Path, nargs="?", help="settings file (YAML) of a run: what it needs is checked as well"
     )
     doctor.add_argument(
         "--plan",
         metavar="GPUSxGIB",
-        help="plan the memory for nodes with N GPUs of M GiB (NxM, such as 8x80) instead of this machine",
+        help="plan memory and hours for nodes with N GPUs of M GiB (NxM, such as 8x80) instead of this machine",
     )
     _add_overrides(doctor)
     doctor.set_defaults(run=_doctor)
@@ -118,6 +110,21 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("config.yaml"), metavar="FILE", help="default: config.yaml")
     _add_overrides(parser)
     parser.set_defaults(run=_init)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_config_arguments(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check settings and files and print the plan, start nothing; exits with 2 when something is wrong with "
+        "them, with 0 when only this machine lacks something (p2o doctor CONFIG --strict exits with 1 then)",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and end")
+    parser.add_argument("--num-nodes", type=int, help="nodes of the run, each with this command; srun tells by itself")
+    parser.add_argument("--node-rank", type=int, default=0, help="this node's place, from 0")
+    parser.add_argument("--head", default="", metavar="HOST:PORT", help="where node 0 can be reached by the others")
+    parser.set_defaults(run=_train)
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -203,12 +210,10 @@ def _init(options: argparse.Namespace) -> int:
 
 def _checked_config(path: Path, overrides: Sequence[str]) -> Config:
     """Return the settings, or raise `ConfigError` with everything that is wrong with them and the files they name."""
-    from megatron_p2o.run.inputs import missing_packages
-    from megatron_p2o.run_folder.place import place_problems
+    from megatron_p2o.run.inputs import lacking_files
 
     config = load_config(path, overrides)
-    missing = [*place_problems(config.run), *missing_paths(config), *missing_packages(config)]
-    if missing:
+    if missing := lacking_files(config):
         raise ConfigError(missing)
     return config
 
@@ -217,13 +222,13 @@ def _train(options: argparse.Namespace) -> int:
     if options.print_config:
         say(dump_config(load_config(options.config, options.overrides)).removesuffix("\n"))
         return 0
-    config = _checked_config(options.config, options.overrides)
     if options.dry_run:
         # Imported here: it loads Megatron, which takes seconds that no other command needs.
         from megatron_p2o.run.dry_run import dry_run
 
-        dry_run(config)
+        dry_run(load_config(options.config, options.overrides), options.config)
         return 0
+    config = _checked_config(options.config, options.overrides)
     from megatron_p2o.evolve.reflection.probe import check_endpoint
     from megatron_p2o.machine.nodes import nodes_from_options, nodes_of_slurm
 
@@ -318,7 +323,7 @@ def _view(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     # Imported here: it loads torch and Megatron, which take seconds.
-    from megatron_p2o.data.tasks import num_asked, task_problems
+    from megatron_p2o.data.tasks import absent_files, num_epoch_problems
     from megatron_p2o.machine.memory.here import gpus_of
     from megatron_p2o.simulation.hardware import HARDWARE_FILE
     from megatron_p2o.simulation.plan import plan_lines, planned_run
@@ -327,11 +332,10 @@ def _plan(options: argparse.Namespace) -> int:
         raise ValueError(f"--steps={options.steps} must be at least 1")
     config = load_config(options.config, options.overrides)
     if options.problems is None:
-        lacking = [task.file for task in config.data.train.values() if not Path(task.file).exists()]
-        if lacking:
-            raise ValueError(f"{lacking[0]} is not here: say how many problems an epoch has with --problems")
-        problems = [problem for one in task_problems(config.data).values() for problem in one]
-        options.problems = sum(num_asked(config.data, problems).values())
+        absent = absent_files(config.data)
+        if absent:
+            raise ValueError(f"{absent[0]} is not here: say how many problems an epoch has with --problems")
+        options.problems = num_epoch_problems(config.data)
     named = {"prompt_tokens", "response_tokens", "hard_share"}
     changes = {name: value for name in named if (value := getattr(options, name)) is not None}
     gpus = gpus_of(config, options.gpus, "--gpus")
@@ -342,25 +346,20 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_p2o.machine.doctor import (
-        examine,
-        examine_endpoint,
-        examine_inputs,
-        examine_settings,
-        print_findings,
-    )
+    from megatron_p2o.machine.doctor import examine
+    from megatron_p2o.machine.findings import print_findings
     from megatron_p2o.machine.memory.here import gpus_of
+    from megatron_p2o.run.before.examination import examine_plan, examine_run
 
     if options.plan and options.config is None:
         raise ValueError("p2o doctor --plan needs a settings file, whose memory to plan")
     findings = examine(options.gpus, options.require)
     if options.config is not None:
         config = load_config(options.config, options.overrides)
-        findings += examine_settings(config, gpus_of(config, options.plan, "--plan") if options.plan else None)
-        if not options.plan:  # a plan is for other machines, where the files are
-            findings += examine_inputs(config)
-            if os.environ.get("SLURM_NODEID", "0") == "0":  # evolution runs on the first node of a job
-                findings += examine_endpoint(config, os.environ)
+        if options.plan:  # for other machines, where the files are
+            findings += examine_plan(config, gpus_of(config, options.plan, "--plan"))
+        else:
+            findings += examine_run(config, os.environ)
     print_findings(findings)
     return 1 if options.strict and any(finding.is_missing for finding in findings) else 0
 

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -31,6 +33,49 @@ def expected_message(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError | json.JSONDecodeError):
         return str(error)
     return None
+
+
+class SeveralErrors(ValueError):
+    """Several inputs cannot be used."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        """`messages`: what is wrong with each."""
+        self.messages = tuple(messages)
+        super().__init__("\n  ".join([f"{len(messages)} problems:", *messages]))
+
+
+def expected_messages(error: BaseException) -> tuple[str, ...] | None:
+    """Return the message for each thing that an error is about; None as `expected_message`."""
+    if isinstance(error, SeveralErrors):
+        return error.messages
+    message = expected_message(error)
+    return None if message is None else (message,)
+
+
+class Troubles:
+    """Collects the errors of inputs that do not depend on one another, so that all are told at once."""
+
+    def __init__(self) -> None:
+        self._errors: list[Exception] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Go on after the block where an error of an input has ended it."""
+        try:
+            yield
+        except Exception as error:
+            if expected_message(error) is None:
+                raise
+            self._errors.append(error)
+
+    def tell(self) -> None:
+        """Raise what was noted: a single error as it is, several as `SeveralErrors`."""
+        messages = [message for error in self._errors for message in expected_messages(error) or ()]
+        several = tuple(dict.fromkeys(messages))  # two tasks may name the same file
+        if len(several) > 1:
+            raise SeveralErrors(several)
+        if self._errors:
+            raise self._errors[0]
 
 
 def _file_message(error: OSError) -> str | None:

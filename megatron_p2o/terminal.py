@@ -7,6 +7,7 @@ change the title or set the clipboard. Everything that is printed or logged goes
 
 import logging
 import re
+import shutil
 import sys
 import threading
 import time
@@ -112,6 +113,35 @@ class Countdown:
         return f", about {duration_text(seconds)} left"
 
 
+WAITED_EVERY_S = 10.0
+"""Time between two lines about one wait where there is no terminal."""
+
+
+class WaitLine:
+    """Shows how a wait goes: a line that changes on a terminal, a line every `WAITED_EVERY_S` anywhere else."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`stream`: standard error by default."""
+        self._stream, self._clock = stream or sys.stderr, clock
+        self._told = clock()
+        self._is_shown = False
+
+    def show(self, text: str) -> None:
+        """Take what there is to say now."""
+        if self._stream.isatty():
+            self._is_shown = True
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be written over
+            print(f"\r\x1b[K{printable(text)[:width]}", end="", file=self._stream, flush=True)
+        elif self._clock() - self._told >= WAITED_EVERY_S:
+            self._told = self._clock()
+            say(text, self._stream)
+
+    def close(self) -> None:
+        """Take the line away from a terminal."""
+        if self._is_shown:
+            print("\r\x1b[K", end="", file=self._stream, flush=True)
+
+
 def duration_text(seconds: float) -> str:
     """Return a duration as people say it."""
     minutes, rest = divmod(round(seconds), 60)
@@ -119,6 +149,11 @@ def duration_text(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def size_text(num_bytes: int) -> str:
+    """Return a number of bytes as people say it."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 class _SafeRecord(logging.LogRecord):

@@ -43,7 +43,7 @@ from megatron_p2o.config.source import (
     read_overrides,
     read_with_bases,
 )
-from megatron_p2o.config.suggestions import did_you_mean
+from megatron_p2o.config.suggestions import did_you_mean, model_command, problems_command
 from megatron_p2o.config.tree import PRESETS, Config
 from megatron_p2o.config.yaml_reader import dump_yaml
 
@@ -130,20 +130,15 @@ def missing_paths(config: Config, *, for_training: bool = True) -> list[str]:
         missing.insert(
             0,
             f"model.path={config.model.path} must be an existing Hugging Face directory: "
-            f"correct the path (relative to {Path.cwd()}), or {download_hint(config.model.path)}",
+            f"correct the path (relative to {Path.cwd()}), or {model_command(config.model.path)}",
         )
     return missing
 
 
-def download_hint(path: str) -> str:
-    """Return how a model gets into the folder `path`."""
-    return f"download a model, for example: hf download Qwen/{Path(path).name or 'Qwen3-4B'} --local-dir {path}"
-
-
 def _made_by(file: str) -> str:
-    """Return which command makes a file of problems; "" where none does."""
-    is_published = file.endswith(".jsonl") and Path(file).parts[:1] == ("data",)
-    return ", or make the paper's problems: python tools/prepare_data.py (docs/data.md)" if is_published else ""
+    """Return which command makes a file of problems, for the end of a sentence; "" where none does."""
+    command = problems_command(file)
+    return f", or {command}" if command else ""
 
 
 def with_template_date(config: Config, recorded: Path) -> Config:

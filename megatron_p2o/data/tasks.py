@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_p2o.config.callables import names_code
 from megatron_p2o.config.tree import DataConfig
 from megatron_p2o.data.batches import asked_counts
 from megatron_p2o.data.columns import columns_of
@@ -61,6 +62,17 @@ def num_asked(data: DataConfig, problems: Sequence[Problem]) -> dict[str, int]:
     """Return how many problems of each task an epoch asks, before an incomplete last batch is left out."""
     counts = asked_counts(data.mix(problem.task for problem in problems))
     return dict(zip(data.train, counts, strict=True))
+
+
+def absent_files(data: DataConfig) -> list[str]:
+    """Return the files of training problems that are not here; code that makes problems is no file."""
+    return [task.file for task in data.train.values() if not names_code(task.file) and not Path(task.file).is_file()]
+
+
+def num_epoch_problems(data: DataConfig) -> int:
+    """Return how many problems an epoch asks, by the files of all tasks. Raises as `task_problems`."""
+    problems = [problem for task in task_problems(data).values() for problem in task]
+    return sum(num_asked(data, problems).values())
 
 
 def mix_lines(data: DataConfig, problems: Sequence[Problem]) -> list[str]:

@@ -1,11 +1,9 @@
 """`p2o doctor`: reports what this machine has and what is missing, without starting anything."""
 
 import importlib.util
-import os
 import platform
 import shutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,28 +11,8 @@ import torch
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
-from megatron_p2o.config.read import missing_paths
-from megatron_p2o.config.tree import Config
-from megatron_p2o.evolve.reflection.probe import has_checkpoint, needs_endpoint, probe
-from megatron_p2o.machine.memory.engine import Gpus
-from megatron_p2o.machine.memory.here import planned_memory
-from megatron_p2o.machine.nodes import nodes_of_slurm
-from megatron_p2o.machine.preflight import preflight
-from megatron_p2o.policy.model.architecture import read_architecture
+from megatron_p2o.machine.findings import Finding
 from megatron_p2o.policy.model.layer_choice import choose_layers, import_failure, machine_capabilities
-from megatron_p2o.policy.training.settings import (
-    PolicySettings,
-    check_weights,
-    machine_problems,
-    megatron_summary,
-    policy_settings,
-)
-from megatron_p2o.rollout.refresh.outlet import uses_devices
-from megatron_p2o.rollout.servers.server import EngineStartFailed
-from megatron_p2o.rollout.servers.server_arguments import check_arguments
-from megatron_p2o.run.inputs import batches_of, load_inputs, missing_packages, planned_steps, summary_of
-from megatron_p2o.run_folder.place import place_problems
-from megatron_p2o.terminal import say
 
 REQUIRED = {
     "torch": ">=2.11",
@@ -70,16 +48,6 @@ MIN_FREE_GPU_SHARE = 0.9
 """Least free share of a GPU's memory before a job starts. With less, another process still holds some."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One line of the report."""
-
-    subject: str
-    finding: str
-    is_missing: bool = False
-    """True when runs cannot start without it."""
-
-
 def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
     """Return what was found, most basic first.
 
@@ -107,112 +75,6 @@ def examine(num_gpus: int = 0, required: Collection[str] = ()) -> list[Finding]:
     findings += kernel_findings(capability, has_triton=importlib.util.find_spec("triton") is not None)
     findings.append(Finding(subject="apex", finding=_apex()))
     return findings
-
-
-def examine_settings(config: Config, gpus: Gpus | None = None) -> list[Finding]:
-    """Return whether the installed megatron-core and SGLang take the settings, the weights are whole, and memory does.
-
-    `gpus`: whose memory to plan instead of this machine's, which then need not hold weights or SGLang.
-    """
-    try:
-        settings = policy_settings(config)
-    except ValueError as error:
-        return [Finding(subject="settings", finding=str(error), is_missing=True)]
-    problems = machine_problems(config, settings, machine_capabilities())
-    findings = [Finding(subject="settings", finding=problem, is_missing=True) for problem in problems]
-    if not problems:
-        choice = choose_layers(config.model.layer_backend, machine_capabilities())
-        findings = [
-            Finding(subject="megatron", finding=megatron_summary(config)),
-            Finding(subject="layers, as set", finding=choice.layers_reason),
-            Finding(subject="attention, as set", finding=choice.attention_reason),
-        ]
-    if gpus is None:
-        findings += [_weights(config, settings), _engines(config)]
-    findings.append(_weight_transfer(config))
-    try:
-        return findings + [Finding(subject="plan", finding=line) for line in planned_memory(config, gpus)]
-    except ValueError as error:
-        return [*findings, Finding(subject="plan", finding=str(error), is_missing=True)]
-
-
-def _weights(config: Config, settings: PolicySettings) -> Finding:
-    subject = "weights"
-    try:
-        check_weights(config, settings)
-    except ValueError as error:
-        return Finding(subject=subject, finding=str(error), is_missing=True)
-    return Finding(subject=subject, finding=f"{config.model.path} holds those of its config.json")
-
-
-def _engines(config: Config) -> Finding:
-    subject = "engines, as set"
-    try:
-        check_arguments(config)
-    except (ValueError, EngineStartFailed) as error:
-        return Finding(subject=subject, finding=str(error), is_missing=True)
-    return Finding(subject=subject, finding=f"SGLang takes {', '.join(config.sglang) or 'no settings of its own'}")
-
-
-def examine_inputs(config: Config) -> list[Finding]:
-    """Return findings on the files that the settings name: whether they exist and can be read, and their content."""
-    lacking = [*place_problems(config.run), *missing_paths(config), *missing_packages(config)]
-    findings = [Finding(subject="files", finding=sentence, is_missing=True) for sentence in lacking]
-    if findings:
-        return findings
-    try:
-        inputs = load_inputs(config)
-        lines = summary_of(config, inputs)
-        num_steps = planned_steps(config.schedule, len(batches_of(config, inputs.train, epoch=0)))
-    except ValueError as error:
-        return [Finding(subject="inputs", finding=str(error), is_missing=True)]
-    findings = [Finding(subject="inputs", finding=line) for line in lines]
-    try:
-        architecture = read_architecture(Path(config.model.path))
-    except ValueError:  # `examine_settings` has said so
-        return findings
-    found = preflight(config, architecture, num_steps, nodes_of_slurm(os.environ), os.environ)
-    return [
-        *findings,
-        *(Finding(subject="machine", finding=line) for line in found.lines),
-        *(Finding(subject="machine", finding=problem, is_missing=True) for problem in found.problems),
-    ]
-
-
-def examine_endpoint(config: Config, environment: Mapping[str, str]) -> list[Finding]:
-    """Return whether the reflection endpoint answers one request; nothing when the run needs none.
-
-    It is missing where `p2o train` would not start without it. `environment` holds its key.
-    """
-    if not needs_endpoint(config.evolution):
-        return []
-    trouble = probe(config.evolution.reflection, environment)
-    if trouble is None:
-        return [Finding(subject="reflection", finding=f"{config.evolution.reflection.base_url} answers")]
-    is_missing = not trouble.is_passing and not has_checkpoint(config.run)
-    return [Finding(subject="reflection", finding=trouble.reason, is_missing=is_missing)]
-
-
-def _weight_transfer(config: Config) -> Finding:
-    """Return how the engines would get weights here, as far as one process can tell."""
-    subject = "weights to engines"
-    try:
-        if uses_devices(config):
-            way = "CUDA IPC" if torch.cuda.is_available() else "memory files, without CUDA"
-            return Finding(subject=subject, finding=f"on the engines' own devices: {way}")
-    except ValueError as error:
-        return Finding(subject=subject, finding=str(error), is_missing=True)
-    return Finding(subject=subject, finding="through host memory")
-
-
-def print_findings(findings: list[Finding], write: Callable[[str], None] = say) -> None:
-    """Write one aligned line per finding, and last how many are missing."""
-    width = max(len(finding.subject) for finding in findings)
-    for finding in findings:
-        mark = "MISSING " if finding.is_missing else ""
-        write(f"{finding.subject:<{width}}  {mark}{finding.finding}")
-    num_missing = sum(finding.is_missing for finding in findings)
-    write(f"{num_missing} of these are missing: see the lines marked MISSING" if num_missing else "nothing is missing")
 
 
 def _lane(num_visible: int) -> Finding:

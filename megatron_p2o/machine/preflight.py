@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_p2o.config.tree import Config
-from megatron_p2o.machine.memory.plan import GIB
 from megatron_p2o.machine.nodes import Nodes
 from megatron_p2o.policy.model.architecture import Architecture, element_bytes
+from megatron_p2o.terminal import size_text
 
 OPTIMIZER_BYTES = 8
 """Bytes of a parameter in AdamW's two means, which are float32."""
@@ -30,6 +30,18 @@ END_TIME = "SLURM_JOB_END_TIME"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """What the last steps of a run took."""
+
+    num_steps: int
+    """How many they are."""
+    step_s: float
+    """Their median."""
+    save_s: float
+    """The longest that training waited for a checkpoint among them; 0 where there was none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Preflight:
     """What was found."""
 
@@ -41,23 +53,29 @@ class Preflight:
 
 def preflight(
     config: Config,
-    architecture: Architecture,
-    num_steps: int,
+    architecture: Architecture | None,
+    num_steps: int | None,
     nodes: Nodes | None,
     environment: Mapping[str, str],
+    *,
+    pace: Pace | None = None,
     now: float | None = None,
 ) -> Preflight:
     """Return what a run of `num_steps` needs of disk, ports and time.
 
     Args:
+        architecture: None where it is not known, and nothing is said of the disk.
+        num_steps: None where it is not known, and nothing is said of the rollouts.
         nodes: of the launch; None for one machine.
         environment: that of the job.
+        pace: of the run so far; None before its first steps.
         now: seconds of the epoch; None: this moment.
     """
     found = Preflight()
-    _look_at_disk(config, architecture, num_steps, found)
+    if architecture is not None:
+        _look_at_disk(config, architecture, num_steps, found)
     _look_at_port(nodes, found)
-    _look_at_time(config, environment, time.time() if now is None else now, found)
+    _look_at_time(config, environment, pace, time.time() if now is None else now, found)
     return found
 
 
@@ -89,25 +107,23 @@ def rollout_bytes(config: Config, num_steps: int) -> int:
     return min(num_rollouts * longest, config.schedule.max_tokens * (ROW_BYTES + TOKEN_BYTES) + last_step)
 
 
-def _look_at_disk(config: Config, architecture: Architecture, num_steps: int, found: Preflight) -> None:
+def _look_at_disk(config: Config, architecture: Architecture, num_steps: int | None, found: Preflight) -> None:
     """Compare the free space with checkpoints, which must fit, and rollouts, which seldom become so large."""
     folder = config.run.folder.absolute()
     place = next(each for each in (folder, *folder.parents) if each.is_dir())
     free = shutil.disk_usage(place).free
     count, one = num_checkpoints(config), checkpoint_bytes(architecture, config.model.dtype)
-    rollouts = rollout_bytes(config, num_steps)
-    found.lines.append(
-        f"disk: {_size(free)} free in {place}; {count} checkpoints of {_size(one)} and at most {_size(rollouts)} of "
-        "rollouts"
-    )
+    rollouts = 0 if num_steps is None else rollout_bytes(config, num_steps)
+    of_rollouts = "" if num_steps is None else f" and at most {size_text(rollouts)} of rollouts"
+    found.lines.append(f"disk: {size_text(free)} free in {place}; {count} checkpoints of {size_text(one)}{of_rollouts}")
     if count * one > free:
         found.problems.append(
-            f"disk: {place} has {_size(free)} free, and {count} checkpoints take {_size(count * one)}: free some "
-            "space, name another run.directory, or lower schedule.keep_checkpoints"
+            f"disk: {place} has {size_text(free)} free, and {count} checkpoints take {size_text(count * one)}: free "
+            "some space, name another run.directory, or lower schedule.keep_checkpoints"
         )
     elif count * one + rollouts > free:
         found.lines.append(
-            f"disk may become short: {_size(rollouts)} of rollouts beside the checkpoints, if every response is as "
+            f"disk may become short: {size_text(rollouts)} of rollouts beside the checkpoints, if every response is as "
             "long as it may be: raise logging.rollouts_every_steps"
         )
 
@@ -129,20 +145,29 @@ def _look_at_port(nodes: Nodes | None, found: Preflight) -> None:
             found.lines.append(f"port {nodes.head_port}, at which the nodes meet, is free")
 
 
-def _look_at_time(config: Config, environment: Mapping[str, str], now: float, found: Preflight) -> None:
-    """Compare what is left of a job's time with a round that training waits for."""
+def _look_at_time(
+    config: Config, environment: Mapping[str, str], pace: Pace | None, now: float, found: Preflight
+) -> None:
+    """Compare what is left of a job's time with a step, and with a round that training waits for."""
     end = environment.get(END_TIME, "")
     if not end.isdigit():
         return
     left_s = int(end) - now
-    found.lines.append(f"time: {left_s / 60:.0f} minutes are left of the job")
+    left = f"{left_s / 60:.0f} minutes are left of the job"
+    if pace is None:
+        found.lines.append(f"time: {left}")
+    else:
+        num_fitting = max(0, int((left_s - pace.save_s) / pace.step_s))
+        took = f"the last {pace.num_steps} took {pace.step_s:.1f} s (median), a checkpoint {pace.save_s:.1f} s"
+        found.lines.append(f"time: {left}, enough for about {num_fitting} steps: {took}")
+        if num_fitting == 0:
+            found.problems.append(
+                f"time: {left}, not enough for one step and a checkpoint: of the run's steps {took}. Give the job more "
+                "time (sbatch --time)"
+            )
     evolution = config.evolution
     if evolution.searches and not evolution.beside_training and evolution.round_timeout_s > left_s:
         found.lines.append(
             f"time may become short: training waits for rounds of up to evolution.round_timeout_s="
             f"{evolution.round_timeout_s:g} s; a round that the job's end cuts off goes on in the next job"
         )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"

@@ -10,9 +10,11 @@ from pathlib import Path
 from megatron_p2o.algorithm import train
 from megatron_p2o.config.tree import Config
 from megatron_p2o.interfaces import PolicyDiverged, PromptEvolution
+from megatron_p2o.machine.preflight import Pace
 from megatron_p2o.policy.training.ranks import MegatronPolicy
 from megatron_p2o.rl.hard_samples import HardSampleLedger
 from megatron_p2o.rollout.engines import SglangEngines
+from megatron_p2o.run.before.pace import pace_of
 from megatron_p2o.run.beginning import Beginning, beginning_of
 from megatron_p2o.run.inputs import Inputs, batches_of, notices, planned_steps
 from megatron_p2o.run.observe.alarms import NothingLearnt, StepGivenUp
@@ -24,7 +26,7 @@ from megatron_p2o.run_folder.checkpoints import LATEST_FILE, POLICY_FOLDER, chec
 from megatron_p2o.run_folder.made_with import note_start
 from megatron_p2o.run_folder.results import finished_line, outcome_lines
 from megatron_p2o.run_folder.state import StopRequest
-from megatron_p2o.terminal import say
+from megatron_p2o.terminal import duration_text, say
 from megatron_p2o.types import Problem
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def conduct(config: Config, run_dir: Path, policy: MegatronPolicy, inputs: Input
         policy.plan_updates(num_steps * config.schedule.updates_per_step)
         begin_weights(policy, started.engines, beginning)
         redone = spent_since_checkpoint(run_dir, beginning)  # before the files forget it
-        say(begins_line(beginning, num_steps))
+        say(begins_line(beginning, num_steps, pace_of(run_dir)))
         files = open_files(config, run_dir, policy, beginning, num_steps, stack)
         changes = [asdict(each) for each in beginning.changes]
         note_start(run_dir, beginning.made_with, beginning.state.step, changes, redone)
@@ -80,12 +82,15 @@ def say_what_starts(config: Config, run_dir: Path, policy: MegatronPolicy, num_s
     say(f"policy loaded; starting {config.rollout.num_engines} engine(s), logs in {run_dir}/engines")
 
 
-def begins_line(beginning: Beginning, num_steps: int) -> str:
-    """Return where the run begins, which engines and weights are ready for."""
+def begins_line(beginning: Beginning, num_steps: int, pace: Pace | None) -> str:
+    """Return where the run begins, which engines and weights are ready for. `pace`: of its steps before."""
     state = beginning.state
     if beginning.checkpoint is None:
         return f"engines ready: a fresh run of {num_steps} steps"
-    return f"engines ready: goes on after step {state.step} of {num_steps}, from {beginning.checkpoint}"
+    left = ""
+    if pace is not None and state.step < num_steps:
+        left = f"; about {duration_text((num_steps - state.step) * pace.step_s)} left by its last steps"
+    return f"engines ready: goes on after step {state.step} of {num_steps}, from {beginning.checkpoint}{left}"
 
 
 def begin_weights(policy: MegatronPolicy, engines: SglangEngines, beginning: Beginning) -> None:

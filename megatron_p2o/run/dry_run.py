@@ -1,82 +1,58 @@
-"""What `p2o train --dry-run` reads and prints: everything a run would read, with nothing started."""
+"""What `p2o train --dry-run` prints: what the run would read, need and take, with nothing started."""
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
-from megatron_p2o.config.read import with_template_date
 from megatron_p2o.config.tree import Config
-from megatron_p2o.machine.layout import layout_line, num_gpus_here, with_layout
-from megatron_p2o.machine.memory.here import planned_memory
-from megatron_p2o.machine.nodes import nodes_of_slurm
-from megatron_p2o.machine.preflight import preflight
-from megatron_p2o.policy.model.layer_choice import machine_capabilities
-from megatron_p2o.policy.training.settings import (
-    check_values,
-    check_weights,
-    machine_problems,
-    megatron_summary,
-    policy_settings,
-)
-from megatron_p2o.rollout.servers.server import EngineStartFailed
-from megatron_p2o.rollout.servers.server_arguments import check_arguments
-from megatron_p2o.run.inputs import batches_of, load_inputs, planned_steps, summary_of
-from megatron_p2o.run.resume.resumption import check_resume, finished
+from megatron_p2o.errors import SeveralErrors
+from megatron_p2o.machine.findings import Finding
+from megatron_p2o.run.before.examination import HOURS, INPUTS, SO_FAR, examine_run
 from megatron_p2o.terminal import say
 
+PLAN, MACHINE = "problems and plan", "machine"
 
-def dry_run(config: Config) -> None:
-    """Read everything a run would read and print what was found. Starts nothing.
+PARTS = {INPUTS: PLAN, HOURS: PLAN, SO_FAR: SO_FAR}
+"""Title under which findings on a subject are printed; all others stand under `MACHINE`."""
+
+SELF_EXPLANATORY = (INPUTS, HOURS, SO_FAR, MACHINE, "plan")
+"""Subjects whose findings begin with what they are about."""
+
+
+def dry_run(config: Config, path: Path) -> None:
+    """Print everything that can be known of a run before it starts. Starts nothing.
+
+    What only this machine lacks is printed and is no error: settings are checked on a laptop for a cluster.
+
+    Args:
+        path: the settings' file, for the last line.
 
     Raises:
-        ValueError: a file, a row, a prompt or a setting of policy or engines is bad; the message names it.
+        ValueError: files, rows, prompts or settings are bad; the message names everything that is.
     """
-    given, nodes, problems = config.parallel, nodes_of_slurm(os.environ), list[str]()
-    num_nodes = nodes.count if nodes else 1
-    machine: list[str] = []
-    try:
-        config = with_layout(config, num_nodes)
-        machine.append(layout_line(given, config.parallel, num_nodes, num_gpus_here()))
-    except ValueError as error:
-        problems.append(str(error))
-    settings = policy_settings(config)
-    check_weights(config, settings)
-    check_values(config)
-    inputs = load_inputs(config)
-    summary = summary_of(config, inputs)
-    num_steps = planned_steps(config.schedule, len(batches_of(config, inputs.train, epoch=0)))
-    machine.append(f"megatron: {megatron_summary(config)}")
-    found = preflight(config, settings.architecture, num_steps, nodes, os.environ)
-    problems += [*machine_problems(config, settings, machine_capabilities()), *_engine_problems(config)]
-    try:
-        machine += planned_memory(config)
-    except ValueError as error:
-        problems.append(str(error))
-    problems += found.problems
-    say_part("problems and plan", summary)
-    say_part("machine", [*machine, *found.lines])
-    if resume := _resume_lines(config):
-        say_part("the run so far", resume)
-    for problem in problems:
-        say(f"not on this machine: {problem}")
-    if not problems:
+    findings = examine_run(config, os.environ)
+    fine = [finding for finding in findings if not finding.is_missing]
+    for title in (PLAN, MACHINE, SO_FAR):
+        lines = [_line(finding) for finding in fine if PARTS.get(finding.subject, MACHINE) == title]
+        if lines:
+            say_part(title, lines)
+    lacking = [finding for finding in findings if finding.is_missing and not finding.is_wrong]
+    for finding in lacking:
+        say(f"not on this machine: {finding.finding}")
+    wrong = [finding.finding for finding in findings if finding.is_wrong]
+    if len(wrong) > 1:
+        raise SeveralErrors(wrong)
+    if wrong:
+        raise ValueError(wrong[0])
+    if lacking:
+        say(f"the settings are right, but not for this machine: p2o doctor {path} --strict fails on what it lacks")
+    else:
         say("nothing is missing: the run can start")
 
 
-def _engine_problems(config: Config) -> list[str]:
-    try:
-        check_arguments(config)
-    except EngineStartFailed as error:
-        return [str(error)]
-    return []
-
-
-def _resume_lines(config: Config) -> list[str]:
-    """Return what has changed since the run's checkpoint, and whether it is finished; empty for a fresh run."""
-    dated = with_template_date(config, config.run.folder / "config.yaml")
-    resumed = check_resume(dated, config.run.folder)
-    changes = [f"changed since the checkpoint: {change}" for change in resumed.changes] if resumed else []
-    ending = finished(dated, config.run.folder, resumed)
-    return [*changes, *([ending] if ending else [])]
+def _line(finding: Finding) -> str:
+    is_whole = finding.subject in SELF_EXPLANATORY
+    return finding.finding if is_whole else f"{finding.subject}: {finding.finding}"
 
 
 MAX_SUBJECT_CHARACTERS = 30

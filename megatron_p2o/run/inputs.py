@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_p2o.config.read import missing_paths
 from megatron_p2o.config.rules import idle_settings
 from megatron_p2o.config.tree import Config, DataConfig, ScheduleConfig
 from megatron_p2o.data.batches import epoch_batches
@@ -13,6 +14,7 @@ from megatron_p2o.data.chat import ChatRenderer, chat_renderer, fitting_problems
 from megatron_p2o.data.curriculum import weight_of
 from megatron_p2o.data.tables import missing_package
 from megatron_p2o.data.tasks import column_lines, mix_lines, num_asked, set_problems, task_problems, task_weights
+from megatron_p2o.errors import Troubles
 from megatron_p2o.evolve.process.given import check_templates
 from megatron_p2o.evolve.reflection.leaks import leaked_answer
 from megatron_p2o.evolve.reflection.reflectors import check_settings
@@ -26,6 +28,7 @@ from megatron_p2o.rl.objective import loss_rule
 from megatron_p2o.rl.sampling import uses_hints
 from megatron_p2o.rl.surrogate import check_surrogate
 from megatron_p2o.rl.teachers.demonstrations import uses_demonstrations
+from megatron_p2o.run_folder.place import place_problems
 from megatron_p2o.terminal import listed
 from megatron_p2o.types import PLAIN, Problem, TokenIds
 
@@ -43,6 +46,11 @@ class Inputs:
     evaluation: Mapping[str, Sequence[Problem]]
 
 
+def lacking_files(config: Config) -> list[str]:
+    """Return one sentence for each file, folder and package of a training that is not there or cannot be used."""
+    return [*place_problems(config.run), *missing_paths(config), *missing_packages(config)]
+
+
 def missing_packages(config: Config, *, for_training: bool = True) -> list[str]:
     """Return one sentence for each package that the settings need and this machine lacks: readers of files, sinks."""
     data = config.data
@@ -52,28 +60,64 @@ def missing_packages(config: Config, *, for_training: bool = True) -> list[str]:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Read problems and tokenizer.
+    """Read problems and tokenizer, and check what the run does with them.
 
     Raises:
-        ValueError: a file, a row or a prompt is bad, or prompt evolution could never begin; the message names it.
+        ValueError: files, rows, prompts or code of the user's are bad, or prompt evolution could never begin; the
+            message names everything that is.
     """
-    renderer = chat_renderer(config)
+    troubles = Troubles()
+    with troubles.noted():
+        check_surrogate(config.objective, loss_rule(config.objective))
+    with troubles.noted():
+        check_search(config)
+    inputs = None
+    with troubles.noted():
+        inputs = read_problems(config)
+        check_problems(config, inputs)
+    troubles.tell()
+    assert inputs is not None, "what has kept it from being read was told"
+    return inputs
+
+
+def read_problems(config: Config) -> Inputs:
+    """Read problems and tokenizer. Raises `ValueError` for the files, rows and prompts that are bad."""
+    renderer: ChatRenderer | None = None
+    train: Sequence[Problem] = []
+    evaluation: dict[str, Sequence[Problem]] = {}
+    troubles = Troubles()
 
     def fitting(problems: Sequence[Problem]) -> Sequence[Problem]:
-        return fitting_problems(problems, renderer, config.data.skip_bad_rows)
+        return problems if renderer is None else fitting_problems(problems, renderer, config.data.skip_bad_rows)
 
-    tasks = [fitting(problems) for problems in task_problems(config.data).values()]
-    evaluation = {name: fitting(set_problems(config.data, name)) for name in config.data.evaluation}
-    train = [each for task in tasks for each in task]
-    check_columns_of_help(config.data, train)
-    train = with_fitting_demonstrations(train, renderer, config.rollout.max_new_tokens)
-    inputs = Inputs(renderer=renderer, train=train, evaluation=evaluation)
-    check_vocabulary(config, inputs)
-    check_hard_set(config, num_asked(config.data, inputs.train))
-    check_surrogate(config.objective, loss_rule(config.objective))
-    check_evolution(config, inputs.train)
-    check_hints(inputs.train)
-    return inputs
+    with troubles.noted():
+        renderer = chat_renderer(config)
+    with troubles.noted():
+        tasks = [fitting(problems) for problems in task_problems(config.data).values()]
+        train = [each for task in tasks for each in task]
+        check_columns_of_help(config.data, train)
+        if renderer is not None:
+            train = with_fitting_demonstrations(train, renderer, config.rollout.max_new_tokens)
+    for name in config.data.evaluation:
+        with troubles.noted():
+            evaluation[name] = fitting(set_problems(config.data, name))
+    troubles.tell()
+    assert renderer is not None, "what has kept it from being made was told"
+    return Inputs(renderer=renderer, train=train, evaluation=evaluation)
+
+
+def check_problems(config: Config, inputs: Inputs) -> None:
+    """Raise `ValueError` where a run cannot use its problems: as the checks do that follow, for all of them at once."""
+    troubles = Troubles()
+    with troubles.noted():
+        check_vocabulary(config, inputs)
+    with troubles.noted():
+        check_hard_set(config, num_asked(config.data, inputs.train))
+    with troubles.noted():
+        check_given_templates(config, inputs.train)
+    with troubles.noted():
+        check_hints(inputs.train)
+    troubles.tell()
 
 
 def batches_of(
@@ -94,13 +138,18 @@ def summary_of(config: Config, inputs: Inputs) -> list[str]:
     """Return a description of the inputs, one line each.
 
     Raises:
-        ValueError: there are fewer problems than a step takes.
+        ValueError: there are fewer problems than a step takes, or a reward function cannot be used.
     """
-    schedule = config.schedule
-    num_steps = len(batches_of(config, inputs.train, epoch=0))
+    schedule, num_steps = config.schedule, 0
+    rewards, undecided = "", list[str]()
+    troubles = Troubles()
+    with troubles.noted():
+        num_steps = len(batches_of(config, inputs.train, epoch=0))
+    with troubles.noted():
+        rewards, undecided = checked_rewards(config, inputs.train)
+    troubles.tell()
     at_most = "at most " if may_be_fewer(config) else ""
     longest = max(len(token_ids) for token_ids in _plain_prompts(inputs))
-    rewards, undecided = checked_rewards(config, inputs.train)
     return [
         *column_lines(config.data),
         f"train: {len(inputs.train)} problems, {at_most}{num_steps} steps in each of {schedule.epochs} epochs",
@@ -184,19 +233,27 @@ def check_hard_set(config: Config, num_asked: Mapping[str, int]) -> None:
         )
 
 
-def check_evolution(config: Config, train: Sequence[Problem]) -> None:
-    """Raise `ValueError` or `OSError` when the rules, the writer of templates, or what it is told cannot be had, or
-    where given templates cannot be used."""
+def check_given_templates(config: Config, train: Sequence[Problem]) -> None:
+    """Raise `ValueError` or `OSError` where templates are given and cannot be used."""
     evolution = config.evolution
     if evolution.enabled and evolution.templates_file is not None:
         check_templates(Path(evolution.templates_file), evolution.max_template_tokens, train, list(config.data.train))
-    if not evolution.searches:
+
+
+def check_search(config: Config) -> None:
+    """Raise `ValueError` or `OSError` when the rules, the writer of templates, or what it is told cannot be had."""
+    if not config.evolution.searches:
         return
+    troubles = Troubles()
     for task in config.data.train:
-        task_description_of(config, task)
-    rules_named(config.evolution.rules)
+        with troubles.noted():
+            task_description_of(config, task)
+    with troubles.noted():
+        rules_named(config.evolution.rules)
     if config.evolution.reflection.backend != "self":  # whose server has no address yet
-        check_settings(config.evolution.reflection)
+        with troubles.noted():
+            check_settings(config.evolution.reflection)
+    troubles.tell()
 
 
 def check_hints(train: Sequence[Problem]) -> None:

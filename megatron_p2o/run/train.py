@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.callback(server.stop)
         # Next, so that whatever is wrong with the problems is said in the first seconds.
         inputs = announced_inputs(config) if is_first and not options.evaluate else None
+        if is_first:
+            say(f"loading the policy from {config.model.path}")
         with without_compiler():
             from megatron_p2o.run.rank import run_rank  # Megatron-core: seconds
 

@@ -24,6 +24,9 @@ from megatron_p2o.simulation.run_cost import RunCost, SimulatedRun, mean_step_s,
 
 HOUR_S = 3600.0
 
+NUM_STEPS = 2
+"""Steps of each kind that are simulated where the hours alone are asked for."""
+
 
 def planned_run(
     config: Config,
@@ -121,6 +124,20 @@ def run_lines(run: SimulatedRun, cost: RunCost, num_gpus: int) -> list[str]:
         line("run, rounds beside training" + _used(run, True), beside_s),
         line("run that waits for its rounds" + _used(run, False), waiting_s),
         line("run without evolution", without_s),
+    ]
+
+
+def simulated_hours(config: Config, gpus: Gpus, num_problems: int) -> list[str]:
+    """Return the hours of a run on these GPUs, one line each, and what they were simulated with. Raises as
+    `planned_run`."""
+    run = planned_run(config, gpus, num_problems)
+    workload = run.workload
+    lines = run_lines(run, run_cost(run, NUM_STEPS), gpus.count * gpus.num_nodes)
+    return [
+        *(f"hours, simulated: {line}" for line in lines),
+        f"hours, simulated: for prompts of {workload.prompt_tokens} tokens and responses of "
+        f"{workload.response_tokens:g} (median), and speeds that no GPU has measured; without start, evaluations and "
+        "checkpoints. p2o plan takes other lengths",
     ]
 
 

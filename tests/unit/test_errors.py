@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_p2o.errors import expected_message
+from megatron_p2o.errors import SeveralErrors, Troubles, expected_message, expected_messages
 from megatron_p2o.files import write_whole
 from megatron_p2o.run_folder.lock import hold_run
 
@@ -67,3 +67,31 @@ def test_what_says_nothing_of_a_file_is_an_error_of_the_program() -> None:
     assert expected_message(undecodable.value) is None
     assert expected_message(KeyError("weight_map")) is None
     assert expected_message(ValueError("run.name=x must be free")) == "run.name=x must be free"
+
+
+def troubled(*errors: Exception) -> Troubles:
+    troubles = Troubles()
+    for error in errors:
+        with troubles.noted():
+            raise error
+    return troubles
+
+
+def test_troubles_are_told_all_at_once_and_a_single_one_as_it_is() -> None:
+    troubled().tell()
+    single = ValueError("a")
+    with pytest.raises(ValueError, match=r"^a$") as caught:
+        troubled(single).tell()
+    assert caught.value is single
+    with pytest.raises(SeveralErrors) as several:
+        troubled(single, SeveralErrors(["b", "c"]), ValueError("a"), FileNotFoundError(2, "gone", "file")).tell()
+    assert str(several.value) == "4 problems:\n  a\n  b\n  c\n  file: gone: check the path"
+    assert expected_messages(several.value) == ("a", "b", "c", "file: gone: check the path")
+    assert expected_messages(KeyError("a bug")) is None
+
+
+def test_an_error_of_the_program_is_no_trouble() -> None:
+    troubles = Troubles()
+    with pytest.raises(KeyError), troubles.noted():
+        raise KeyError("a bug")
+    troubles.tell()

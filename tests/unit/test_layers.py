@@ -40,11 +40,10 @@ ORDER: dict[str, tuple[str, ...]] = {
     "view": (*CONTRACT, "rl", "metrics", "evolve", "evaluation", "run_folder", "report"),
     "machine": (*CONTRACT, "policy", "rollout"),
     "simulation": (*CONTRACT, "rollout", "evolve", "policy", "machine"),
-    "run": (*CONTRACT, "config.read", *ROOMS, "rl", "algorithm", "run_folder", "evaluation", "machine"),
-    "machine.doctor": (*CONTRACT, "config.read", *ROOMS, "machine", "run_folder", "run"),
+    "run": (*CONTRACT, "config.read", *ROOMS, "rl", "algorithm", "run_folder", "evaluation", "machine", "simulation"),
     "experiment": (*CONTRACT, "config.read", "metrics", "evaluation", "run_folder", *READERS),
     "cli": (
-        *(*CONTRACT, "config.read", *ROOMS, "machine", "machine.doctor", "run_folder", "evaluation", "run", *READERS),
+        *(*CONTRACT, "config.read", *ROOMS, "machine", "run_folder", "evaluation", "run", *READERS),
         *("experiment", "simulation"),
     ),
 }

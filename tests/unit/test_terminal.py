@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 
 from megatron_p2o.metrics.console import ConsoleSink
-from megatron_p2o.terminal import Countdown, SafeConsole, listed, printable, say
+from megatron_p2o.terminal import Countdown, SafeConsole, WaitLine, listed, printable, say, size_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,3 +166,39 @@ def test_a_long_activity_tells_how_far_it_is_and_a_short_one_nothing() -> None:
     now[0] += 11_100
     unlimited.note(7)
     assert said[-1] == "a round: 7 done after 3 h 05 min"
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_wait_is_one_line_that_changes_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    screen = Screen()
+    line = WaitLine(screen)
+    line.show("one of two")
+    line.show("\x1b]0;title\x07 and what is longer than the screen")
+    line.close()
+    first, second, erased = screen.getvalue().split("\r\x1b[K")[1:]
+    assert (first, second, erased) == ("one of two", "\\x1b]0;title\\x07 an", "")
+    assert len(second) == 19 and "\n" not in screen.getvalue()
+
+
+def test_a_wait_is_a_line_now_and_then_in_a_log() -> None:
+    log, now = io.StringIO(), [0.0]
+    line = WaitLine(log, lambda: now[0])
+    for seconds in (1, 9, 10, 15, 19, 20, 45):
+        now[0] = float(seconds)
+        line.show(f"after {seconds}")
+    line.close()
+    assert log.getvalue() == "after 10\nafter 20\nafter 45\n"
+
+
+def test_sizes_are_said_in_the_unit_that_suits_them() -> None:
+    assert [size_text(size) for size in (0, 5 << 19, 1 << 30, 80 << 30)] == [
+        "0.0 MiB",
+        "2.5 MiB",
+        "1.0 GiB",
+        "80.0 GiB",
+    ]

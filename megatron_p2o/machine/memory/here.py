@@ -13,6 +13,7 @@ from megatron_p2o.config.source import shown
 from megatron_p2o.config.tree import Config
 from megatron_p2o.machine.layout import layout_line, with_layout
 from megatron_p2o.machine.memory.engine import Gpus, engine_share
+from megatron_p2o.machine.memory.host import host_lines
 from megatron_p2o.machine.memory.plan import GIB, MemoryPlan, memory_plan
 from megatron_p2o.machine.memory.words import check_fits, described, warning_of
 from megatron_p2o.machine.nodes import nodes_of_slurm
@@ -50,26 +51,32 @@ def with_planned_cache(config: Config) -> Config:
 
 def planned_memory(config: Config, gpus: Gpus | None = None) -> list[str]:
     """Return the parts of the memory plan for a GPU, and warnings, one line each. `gpus`: GPUs of other machines, with
-    everything installed; None: those of this node, no lines without any.
+    everything installed; None: those of this node. Without any: what the run takes at least of the machine's memory.
 
     Raises:
         ValueError: trainer and engines do not fit them; the message has the numbers and the settings to change.
     """
-    given = config.parallel
-    if gpus is not None:
-        config = with_layout(config, gpus.num_nodes, gpus.count)
-        plan = checked_plan(config, gpus, has_saver=True)
-    elif torch.cuda.is_available():
+    given, has_saver = config.parallel, True if gpus is not None else None
+    gpus = gpus or run_gpus(config)
+    if gpus is None:
         nodes = nodes_of_slurm(os.environ)
-        gpus = gpus_here(nodes.count if nodes else num_nodes_for(config, torch.cuda.device_count()))
-        config = with_layout(config, gpus.num_nodes, gpus.count)
-        plan = checked_plan(config, gpus)
-    else:
-        return []
+        num_nodes = nodes.count if nodes else 1
+        return host_lines(with_layout(config, num_nodes), read_architecture(Path(config.model.path)), num_nodes)
+    config = with_layout(config, gpus.num_nodes, gpus.count)
+    plan = checked_plan(config, gpus, has_saver=has_saver)
     lending = "engines lend theirs to the trainer" if plan.num_lending else "engines keep theirs"
     head = f"memory of {gpus.num_nodes} x {gpus.count} GPUs of {gpus.num_bytes / GIB:.1f} GiB, {lending}"
     layout = [layout_line(given, config.parallel, gpus.num_nodes, gpus.count)] if given != config.parallel else []
     return [*layout, head, *described(plan), *filter(None, [warning_of(plan)])]
+
+
+def run_gpus(config: Config) -> Gpus | None:
+    """Return the GPUs of a run that starts here: on the nodes of the `srun` step, else on as many as it takes. None
+    where this machine has none."""
+    if not torch.cuda.is_available():
+        return None
+    nodes = nodes_of_slurm(os.environ)
+    return gpus_here(nodes.count if nodes else num_nodes_for(config, torch.cuda.device_count()))
 
 
 def num_nodes_for(config: Config, num_gpus: int) -> int:

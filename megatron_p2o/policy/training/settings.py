@@ -79,10 +79,10 @@ def megatron_summary(config: Config) -> str:
     return f"{version('megatron-core')} takes {', '.join(config.megatron) or 'no settings of its own'}"
 
 
-def check_weights(config: Config, settings: PolicySettings) -> None:
+def check_weights(config: Config, architecture: Architecture) -> None:
     """Raise `ValueError` unless the tensors of `model.path` are those of its config.json. Reads their headers alone."""
     with WeightFiles(Path(config.model.path)) as files:
-        files.check(settings.architecture.weight_shapes())
+        files.check(architecture.weight_shapes())
 
 
 def check_values(config: Config) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_p2o.config.read import ConfigError, missing_paths
-from megatron_p2o.config.tree import Config
 from megatron_p2o.files import write_whole
 from megatron_p2o.run.before.draft import (
     TASKS,
@@ -21,8 +19,6 @@ from megatron_p2o.run.before.draft import (
 )
 from megatron_p2o.run.before.look import FileFacts, ModelFacts, longest_prompt, look_at_file, look_at_model, problems_in
 from megatron_p2o.run.dry_run import dry_run
-from megatron_p2o.run.inputs import missing_packages
-from megatron_p2o.run_folder.place import place_problems
 from megatron_p2o.terminal import say
 
 Ask = Callable[[str], str]
@@ -60,8 +56,7 @@ def write_first_settings(wanted: Wanted, overrides: Sequence[str], path: Path, a
     longest = longest_prompt(problems, config.model, config.data)
     lines = with_given([*lines, *size_lines(model, len(problems), longest, given, has_gpu=has_gpu)], given)
     config = drafted_config(lines)
-    check_files(config)
-    dry_run(config)
+    dry_run(config, path)
     write_whole(path, settings_text(head_of(model, file, len(problems)), lines))
     say(f"{path} written; to train: p2o train {path}; first, what this machine lacks: p2o doctor {path}")
 
@@ -73,13 +68,6 @@ def head_of(model: ModelFacts, file: FileFacts, num_problems: int) -> list[str]:
         f"Model: {model}.",
         f"Problems: {num_problems} in {file.path}, with the columns {', '.join(file.columns)}.",
     ]
-
-
-def check_files(config: Config) -> None:
-    """Raise `ConfigError` with every file and package that the settings name and this machine lacks."""
-    missing = [*place_problems(config.run), *missing_paths(config), *missing_packages(config)]
-    if missing:
-        raise ConfigError(missing)
 
 
 def completed(wanted: Wanted, ask: Ask | None) -> Wanted:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from megatron_p2o.config.read import download_hint
+from megatron_p2o.config.suggestions import model_command
 from megatron_p2o.config.tree import DataConfig, ModelConfig, one_task
 from megatron_p2o.data.chat import ChatRenderer, PromptLimit
 from megatron_p2o.data.columns import ANSWER_FIELDS, QUESTION_FIELDS, field_at
@@ -74,7 +74,7 @@ def look_at_model(path: str) -> ModelFacts:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"model.path={path} is no folder: give a Hugging Face directory, or {download_hint(path)}")
+        raise ValueError(f"model.path={path} is no folder: give a Hugging Face directory, or {model_command(path)}")
     architecture = read_architecture(folder)
     template = load_tokenizer(path).chat_template
     return ModelFacts(

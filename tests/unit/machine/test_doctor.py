@@ -1,25 +1,13 @@
 """What `p2o doctor` calls missing: the exit status of a job's preflight hangs on it."""
 
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from megatron_p2o.cli import main
-from megatron_p2o.machine.doctor import (
-    REQUIRED_ON_GPU,
-    Finding,
-    examine,
-    examine_settings,
-    kernel_findings,
-    package_finding,
-    print_findings,
-)
-from megatron_p2o.testing.policy_oracle import policy_config
-from megatron_p2o.testing.tiny_model import write_tiny_qwen3
+from megatron_p2o.machine.doctor import REQUIRED_ON_GPU, examine, kernel_findings, package_finding
+from megatron_p2o.machine.findings import Finding, print_findings
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
 
@@ -115,15 +103,3 @@ def test_strict_turns_what_is_missing_into_the_exit_status(capsys: pytest.Captur
     assert main(["doctor", "--gpus", "8"]) == 0
     assert main(["doctor", "--strict", "--gpus", "8"]) == 1
     assert "MISSING 0 of 8" in capsys.readouterr().out
-
-
-@needs_no_gpu
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [("auto", "through host memory"), ("device", "on the engines' own devices: memory files, without CUDA")],
-)
-def test_the_way_of_the_weights_to_the_engines_has_a_line(setting: Any, expected: str, tmp_path: Path) -> None:
-    directory = write_tiny_qwen3(tmp_path, vocab_size=131)
-    config = policy_config(directory)
-    findings = examine_settings(replace(config, rollout=replace(config.rollout, weight_transfer=setting)))
-    assert [each.finding for each in findings if each.subject == "weights to engines"] == [expected]

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_p2o.config.read import load_config
 from megatron_p2o.machine.nodes import Nodes
-from megatron_p2o.machine.preflight import Preflight, checkpoint_bytes, preflight, rollout_bytes
+from megatron_p2o.machine.preflight import Pace, Preflight, checkpoint_bytes, preflight, rollout_bytes
 from megatron_p2o.policy.model.architecture import read_architecture
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
@@ -23,10 +23,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_qwen3(tmp_path_factory.mktemp("tiny"))
 
 
-def found(model: Path, *overrides: str, nodes: Nodes | None = None, **environment: str) -> Preflight:
+def found(
+    model: Path, *overrides: str, nodes: Nodes | None = None, pace: Pace | None = None, **environment: str
+) -> Preflight:
     named = ["run.name=run", f"run.directory={model}", f"model.path={model}", "data.train=train.jsonl"]
     config = load_config(None, [*named, *overrides])
-    return preflight(config, read_architecture(model), NUM_STEPS, nodes, environment, now=1_000_000.0)
+    return preflight(config, read_architecture(model), NUM_STEPS, nodes, environment, pace=pace, now=1_000_000.0)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", 4 + 8), ("bfloat16", 2 + 4 + 8)])
@@ -97,3 +99,30 @@ def test_a_round_that_may_outlast_the_job_is_told(overrides: Sequence[str], is_w
     assert any("time may become short" in line for line in lines) == is_warned
     without: Any = found(model, *overrides).lines
     assert not any(line.startswith("time") for line in without)
+
+
+@pytest.mark.parametrize(
+    ("left_s", "num_fitting"), [(3600, 29), (250, 2), (249, 1), (130, 1), (129, 0), (5, 0), (-60, 0)]
+)
+def test_the_steps_that_fit_into_a_job_are_counted_by_the_run_s_own_pace(
+    left_s: int, num_fitting: int, model: Path
+) -> None:
+    pace = Pace(num_steps=20, step_s=120.0, save_s=10.0)
+    known = found(model, pace=pace, SLURM_JOB_END_TIME=str(1_000_000 + left_s))
+    (line,) = (line for line in known.lines if line.startswith("time: "))
+    assert line.endswith(
+        f"enough for about {num_fitting} steps: the last 20 took 120.0 s (median), a checkpoint 10.0 s"
+    )
+    assert len(known.problems) == (num_fitting == 0)
+    assert all("not enough for one step and a checkpoint" in problem for problem in known.problems)
+    assert all("sbatch --time" in problem for problem in known.problems)
+
+
+def test_what_is_not_known_of_a_run_is_left_out_and_the_rest_is_looked_at(model: Path) -> None:
+    config = load_config(None, ["run.name=run", f"run.directory={model}", "model.path=gone", "data.train=gone.jsonl"])
+    environment = {"SLURM_JOB_END_TIME": str(1_000_000 + 600)}
+    assert preflight(config, None, None, None, environment, now=1_000_000.0).lines == [
+        "time: 10 minutes are left of the job"
+    ]
+    (disk,) = preflight(config, read_architecture(model), None, None, {}).lines
+    assert disk.startswith("disk: ") and "rollouts" not in disk

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_p2o.config.tree import LoggingConfig
-from megatron_p2o.metrics.console import ConsoleSink
+from megatron_p2o.metrics.console import ConsoleSink, TimeLeft
 from megatron_p2o.metrics.jsonl import read_lines
 from megatron_p2o.metrics.log import open_metrics_log
 from megatron_p2o.metrics.rollouts import RolloutWriter
@@ -155,6 +155,32 @@ def test_without_a_terminal_the_console_prints_one_plain_line_per_step() -> None
     assert stream.getvalue() == (
         "rolling out [1/2]\nstep    7/20  epoch 1  eval/hard 0.125  reward 0.250  loss -0.5000\n"
     )
+
+
+def test_without_a_terminal_the_row_of_a_step_tells_the_time_left() -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(20, stream)
+    sink.write(record(19, **{"perf/step_s": 90.0}))
+    sink.write(record(19, **{"eval/hard/avg": 0.5}))
+    sink.write(record(20, **{"perf/step_s": 90.0}))
+    sink.close()
+    first, evaluation, last = stream.getvalue().splitlines()
+    assert first.endswith("  about 1 min 30 s left")
+    assert "left" not in evaluation and "left" not in last
+
+
+def test_the_time_left_is_what_the_newest_steps_took_with_all_between_them() -> None:
+    now = [1000.0]
+    left = TimeLeft(100, lambda: now[0])
+    assert left.after(record(11, **{"perf/step_s": 10.0})) == "about 14 min 50 s left"
+    now[0] += 30.0  # a step of 10 s, and an evaluation before it
+    assert left.after(record(12, **{"perf/step_s": 10.0})) == "about 29 min 20 s left"
+    told = ""
+    for step in range(13, 60):
+        now[0] += 5.0
+        told = left.after(record(step, **{"perf/step_s": 5.0}))
+    assert told == "about 3 min 25 s left", "41 steps of 5 s: what was slow is long ago"
+    assert left.after(record(60)) == ""
 
 
 def test_on_a_terminal_rows_scroll_above_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:

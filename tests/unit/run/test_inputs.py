@@ -79,7 +79,7 @@ def said(settings_file: Path, capsys: pytest.CaptureFixture[str], **settings: ob
         return "\n".join(unaligned(line) for line in printed.out.splitlines())
     assert status == BAD_INPUT
     for line in printed.err.removeprefix("p2o: ").splitlines():
-        assert line.strip() in findings or line.endswith("in the settings:"), "doctor and dry run say the same"
+        assert line.strip() in findings or line.endswith(" problems:"), "doctor and dry run say the same"
     assert "MISSING" in findings
     return printed.err
 

@@ -14,7 +14,8 @@ import pytest
 from megatron_p2o.cli import main
 from megatron_p2o.config.tree import Config, ReflectionConfig
 from megatron_p2o.evolve.reflection.probe import check_endpoint, probe
-from megatron_p2o.machine.doctor import Finding, examine_endpoint
+from megatron_p2o.machine.findings import Finding
+from megatron_p2o.run.before.examination import examine_endpoint
 from megatron_p2o.testing.fakes import fake_config
 
 KEY = "sk-very-secret"
