@@ -55,6 +55,7 @@ compile_for_torch() {
 }
 
 run "$python" -m venv "$folder"
+run bash tools/keep_versions.sh --release "$folder"
 needed="$(mktemp -d)"
 trap 'rm -rf "$needed"' EXIT
 [ "$dry_run" = 1 ] || needed_by_sglang "$needed" > "$needed/sglang.txt"
@@ -67,6 +68,7 @@ install --no-deps "$megatron" -r requirements/gpu.txt
 # Last: installing others drags it down, and fused attention then fails with CUDNN_STATUS_BAD_PARAM.
 install --no-deps "$cudnn"
 install --no-deps --no-build-isolation --editable .
+run bash tools/keep_versions.sh "$folder"
 requires=()
 for package in "${base[@]}" "$megatron" "$cudnn" "${engine[0]}" triton sglang-kernel flashinfer-python; do requires+=(--require "$package"); done
 run "$folder/bin/p2o" doctor --strict "${requires[@]}"

@@ -2,18 +2,17 @@
 
 import ast
 import re
-import shlex
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from megatron_p2o.cli import _parser  # pyright: ignore[reportPrivateUsage]
 from megatron_p2o.config.names import RENAMED
 from megatron_p2o.config.source import annotation_at
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import MAX_REPORTED_PROBLEMS
 from megatron_p2o.evolve.search.publish import RoundStats
+from megatron_p2o.metrics.compute import ComputeAccount, compute_metrics
 from megatron_p2o.metrics.memory import ProcessMemory
 from megatron_p2o.processes import HostMemory, RankMemory
 from megatron_p2o.run.trials import round_statistics
@@ -32,40 +31,12 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 README = TEXTS["README.md"]
 SOURCES = sorted((ROOT / "megatron_p2o").rglob("*.py"))
 
-AREAS = (
-    *("rollout", "train", "perf", "memory", "mismatch", "hard", "library", "evolution", "eval", "engine", "refresh"),
-    *("sinks", "task"),
-)
-"""What a metric's key begins with."""
-
 FILE_ENDINGS = ("py", "sh", "yaml", "md", "txt", "toml")
 
 
 def quoted(text: str) -> list[str]:
     """Return what stands in backticks on one line, outside blocks of code."""
     return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-
-
-def commands(text: str) -> Iterator[str]:
-    """Yield every command line of `p2o`, in blocks of code and in backticks."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    for line in [*lines, *quoted(text)]:
-        found = re.match(r"\s*(?:\S+ )*?(p2o (?:init|train|eval|report|doctor)\b[^#|]*)", line)
-        if found:
-            yield found[1].strip()
-
-
-COMMANDS = sorted({(page, command) for page, text in TEXTS.items() for command in commands(text)})
-
-
-@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
-def test_a_command_can_be_called_as_it_is_shown(page: str, command: str) -> None:
-    shown = re.sub(r"\[(\S+)\]", r"\1", command).replace(" N ", " 8 ").replace(" ...", "")
-    _, *arguments = shlex.split(shown)
-    if arguments[0] != "init" and all(argument.startswith("-") for argument in arguments[1:]):
-        arguments.append("config.yaml")  # the command is spoken of, not shown
-    _parser().parse_args(arguments)
 
 
 def settings(text: str) -> set[str]:
@@ -85,25 +56,73 @@ def test_every_setting_that_is_named_exists(page: str) -> None:
     assert not unknown
 
 
-def key_patterns() -> list[re.Pattern[str]]:
-    """Return a pattern for every string of the package that begins like a key, whatever is filled into it."""
-    patterns: set[str] = set()
-    for source in SOURCES:
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [str(part.value) if isinstance(part, ast.Constant) else None for part in node.values]
-                patterns.add("".join(r"[\w<>]+" if part is None else re.escape(part) for part in parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "/" in node.value:
-                patterns.add(re.escape(node.value))
-    return [
-        re.compile(pattern) for pattern in sorted(patterns) if pattern.startswith(tuple(f"{area}/" for area in AREAS))
-    ]
+NO_METRICS = {"policy": "the files of a checkpoint", "run": "addresses of the page of `p2o view`"}
+"""What other keys of mappings begin with, and what they name."""
+
+ANYTHING = r"[\w<>]+"
+"""Whatever is filled into a key."""
 
 
-KEYS = key_patterns()
+def pattern_of(node: ast.expr | None, constants: Mapping[str, str]) -> str:
+    """Return a pattern for a string of the code, in which names of constants stand for their text; "" for no string."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.escape(node.value)
+    if isinstance(node, ast.Name):
+        return re.escape(constants.get(node.id, ""))
+    if isinstance(node, ast.FormattedValue):
+        return pattern_of(node.value, constants) or ANYTHING
+    if isinstance(node, ast.JoinedStr):
+        return "".join(pattern_of(part, constants) for part in node.values)
+    return ""
 
 
-ROUND = RoundStats(epoch=0, library_version=1, ended_by="budget", num_hard=2, plain_coverage=0.5, outcomes={})
+def key_patterns(source: str) -> set[str]:
+    """Return a pattern for every key with a "/" of a mapping that a module makes."""
+    tree = ast.parse(source)
+    constants = {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    keys: list[ast.expr | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            keys += node.keys
+        elif isinstance(node, ast.DictComp):
+            keys.append(node.key)
+        elif isinstance(node, ast.Subscript):
+            keys.append(node.slice)
+    return {found for key in keys if re.match(r"[a-z]+/.", found := pattern_of(key, constants))}
+
+
+ROUND = RoundStats(
+    epoch=0, library_version=1, ended_by="budget", num_hard=2, plain_coverage=0.5, outcomes={}, task="<task>"
+)
+
+NAMED = {
+    *compute_metrics(ComputeAccount()),
+    *(f"task/{name}" if "/" in name else f"evolution/{name}" for name in round_statistics([ROUND])),
+}
+"""Keys that the code makes of other names."""
+
+
+def written_keys() -> list[re.Pattern[str]]:
+    """Return patterns of the metrics that the code writes."""
+    found = {key for source in SOURCES for key in key_patterns(source.read_text(encoding="utf-8"))}
+    made = {f"compute/{ANYTHING}", f"evolution/{ANYTHING}", f"task/{ANYTHING}/{ANYTHING}"}
+    assert made <= found, made - found
+    assert all(any(key.startswith(f"{area}/") for key in found) for area in NO_METRICS)
+    named = {re.escape(key) for key in NAMED}
+    return [re.compile(key) for key in sorted((found - made) | named) if key.partition("/")[0] not in NO_METRICS]
+
+
+KEYS = written_keys()
+
+AREAS = sorted({key.pattern.partition("/")[0] for key in KEYS})
+"""What a metric's key begins with."""
+
 
 METRIC = re.compile(rf"(?:{'|'.join(AREAS)})/[a-zA-Z_0-9<>]+(?:/[a-zA-Z_0-9<>]+)?")
 
@@ -113,17 +132,12 @@ def metrics(text: str) -> set[str]:
 
 
 def test_names_are_found_where_they_stand() -> None:
-    text = (
-        "`train/loss` and `optimizer.lr=1e-6`, `tools/x.py`, `config.py`\n```bash\nsrun p2o train a.yaml  # so\n```\n"
-    )
-    assert (metrics(text), settings(text), list(commands(text))) == (
-        {"train/loss"},
-        {"optimizer.lr"},
-        ["p2o train a.yaml"],
-    )
-    assert not any(pattern.fullmatch("train/lost") for pattern in KEYS)
+    text = "`train/loss` and `optimizer.lr=1e-6`, `tools/x.py`, `config.py`, `compute/gpu_h`"
+    assert (metrics(text), settings(text)) == ({"train/loss", "compute/gpu_h"}, {"optimizer.lr"})
+    for unknown in ("train/lost", "compute/lost", "evolution/lost", "task/<task>/lost", "hint/lost", "template/lost"):
+        assert metrics(f"`{unknown}`") and not any(pattern.fullmatch(unknown) for pattern in KEYS), unknown
     everywhere = "\n".join(TEXTS.values())
-    assert len(metrics(everywhere)) > 5 and len(settings(everywhere)) > 50 and len(COMMANDS) > 10
+    assert len(metrics(everywhere)) > 5 and len(settings(everywhere)) > 50
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -133,13 +147,11 @@ def test_every_metric_that_is_named_is_written_by_the_code(page: str) -> None:
 
 def test_every_metric_is_explained() -> None:
     page = metrics(TEXTS["docs/metrics.md"])
-    keys = {pattern.pattern for pattern in KEYS if not pattern.pattern.endswith(("/", "_"))}
-    written = {key for key in keys if "[" not in key}
-    assert written <= page
+    keys = {pattern.pattern for pattern in KEYS}
+    assert {key for key in keys if "[" not in key} <= {re.escape(name) for name in page}
     # A key with a part that is filled in is explained by a name, or by all the names it becomes.
     filled = {key for key in keys if "[" in key}
     assert not {key for key in filled if not any(re.fullmatch(key, name) for name in page)}
-    assert {f"evolution/{name}" for name in round_statistics([ROUND])} <= page
     memory = RankMemory(host=HostMemory(resident_bytes=1, peak_bytes=1), gpu_peak_bytes=1)
     others = {"graders": memory.host, "evolution": memory.host}
     of_memory = ProcessMemory().metrics([memory], [memory.host], others, {})
