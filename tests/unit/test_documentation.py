@@ -14,6 +14,7 @@ from megatron_p2o.config.source import annotation_at
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import MAX_REPORTED_PROBLEMS
 from megatron_p2o.evolve.search.publish import RoundStats
+from megatron_p2o.metrics.compute import PREFIX, ComputeAccount, compute_metrics
 from megatron_p2o.metrics.memory import ProcessMemory
 from megatron_p2o.processes import HostMemory, RankMemory
 from megatron_p2o.run.trials import round_statistics
@@ -34,7 +35,7 @@ SOURCES = sorted((ROOT / "megatron_p2o").rglob("*.py"))
 
 AREAS = (
     *("rollout", "train", "perf", "memory", "mismatch", "hard", "library", "evolution", "eval", "engine", "refresh"),
-    *("sinks", "task"),
+    *("sinks", "task", "template", "distill", "hint"),
 )
 """What a metric's key begins with."""
 
@@ -93,7 +94,11 @@ def key_patterns() -> list[re.Pattern[str]]:
             if isinstance(node, ast.JoinedStr):
                 parts = [str(part.value) if isinstance(part, ast.Constant) else None for part in node.values]
                 patterns.add("".join(r"[\w<>]+" if part is None else re.escape(part) for part in parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "/" in node.value:
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and re.fullmatch(r"\w+/[\w/]*", node.value)
+            ):
                 patterns.add(re.escape(node.value))
     return [
         re.compile(pattern) for pattern in sorted(patterns) if pattern.startswith(tuple(f"{area}/" for area in AREAS))
@@ -112,6 +117,19 @@ def metrics(text: str) -> set[str]:
     return {name for name in quoted(text) if METRIC.fullmatch(name)}
 
 
+def entries(text: str) -> dict[str, list[str]]:
+    """Return the cells after the first by each name in it, of all tables whose first column is headed `key`."""
+    found: dict[str, list[str]] = {}
+    for table in re.findall(r"^\| key \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, flags=re.MULTILINE):
+        for line in table.splitlines():
+            first, *cells = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+            found |= dict.fromkeys(quoted(first), cells)
+    return found
+
+
+ENTRIES = entries(TEXTS["docs/metrics.md"])
+
+
 def test_names_are_found_where_they_stand() -> None:
     text = (
         "`train/loss` and `optimizer.lr=1e-6`, `tools/x.py`, `config.py`\n```bash\nsrun p2o train a.yaml  # so\n```\n"
@@ -122,6 +140,8 @@ def test_names_are_found_where_they_stand() -> None:
         ["p2o train a.yaml"],
     )
     assert not any(pattern.fullmatch("train/lost") for pattern in KEYS)
+    table = "| key | is | healthy |\n|---|---|---|\n| `a/b`, `a/c` | π(y\\|x) | |\n\n| key |\n|---|\n| `a/d` |\n"
+    assert entries(table) == {"a/b": [r"π(y\|x)", ""], "a/c": [r"π(y\|x)", ""], "a/d": []}
     everywhere = "\n".join(TEXTS.values())
     assert len(metrics(everywhere)) > 5 and len(settings(everywhere)) > 50 and len(COMMANDS) > 10
 
@@ -132,7 +152,7 @@ def test_every_metric_that_is_named_is_written_by_the_code(page: str) -> None:
 
 
 def test_every_metric_is_explained() -> None:
-    page = metrics(TEXTS["docs/metrics.md"])
+    page = set(ENTRIES)
     keys = {pattern.pattern for pattern in KEYS if not pattern.pattern.endswith(("/", "_"))}
     written = {key for key in keys if "[" not in key}
     assert written <= page
@@ -144,6 +164,13 @@ def test_every_metric_is_explained() -> None:
     others = {"graders": memory.host, "evolution": memory.host}
     of_memory = ProcessMemory().metrics([memory], [memory.host], others, {})
     assert {re.sub(r"_\d+_", "_<i>_", key) for key in of_memory} <= page
+    assert set(compute_metrics(ComputeAccount())) <= page
+
+
+def test_every_metric_says_what_is_healthy_and_what_to_do() -> None:
+    for name, cells in ENTRIES.items():
+        # What a run has spent is neither healthy nor ill; a sentence above their table says so.
+        assert len(cells) == (1 if name.startswith(PREFIX) else 3) and all(cells), name
 
 
 @pytest.mark.parametrize("page", TEXTS)
