@@ -383,6 +383,23 @@ def test_the_cells_of_a_problem_are_its_epochs_and_open_all_that_was_asked_in_th
         assert page.evaluate("document.activeElement.textContent") == f"{HOSTILE}-0"
 
 
+def test_only_what_is_looked_at_is_asked_for_and_taken_apart(page: Any, hostile_run: Path) -> None:
+    num_rollouts = 60
+    lines = [rollout(f"{HOSTILE}-0", True)] * num_rollouts
+    (hostile_run / "rollouts" / "step-000003.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/problem?" in request.url else None)
+    with served(page, hostile_run) as address:
+        open_view(page, address, "problems")
+        page.click(".cell >> nth=1")
+        page.wait_for_selector("dialog[open] .tokens")
+        assert len(asked) == 1 and asked[0].endswith("&steps=3")
+        assert page.locator("dialog article").count() == num_rollouts
+        assert page.locator("dialog .tokens").count() < num_rollouts / 2, "those in sight, and a few below"
+        page.locator("dialog article").last.scroll_into_view_if_needed()
+        page.wait_for_selector("dialog article:last-child .tokens")
+
+
 def test_a_running_round_shows_budget_lineages_and_price_and_grows(page: Any, hostile_run: Path) -> None:
     with served(page, hostile_run) as address:
         open_view(page, address, "templates")
