@@ -20,6 +20,12 @@ from megatron_p2o.terminal import say, set_up_logging, was_told
 BAD_INPUT = 2
 """Exit status when the settings, or the files and folders they name, cannot be used."""
 
+RUNS = Path("runs")
+"""Where runs are unless `run.directory` says otherwise."""
+
+MAX_FOUND_RUNS = 12
+"""Runs that `p2o view` shows when none is named."""
+
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -71,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
 
     view = commands.add_parser("view", help="show runs on a local page, while they train and afterwards")
-    view.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    view.add_argument(
+        "runs", type=Path, nargs="*", metavar="RUN", help="run folder; default: the newest ones below runs/"
+    )
     view.add_argument("--port", type=int, default=0, help="port of the loopback address; default: a free one")
     view.set_defaults(run=_view)
 
@@ -315,9 +323,16 @@ def _report(options: argparse.Namespace) -> int:
 
 def _view(options: argparse.Namespace) -> int:
     # Imported here: no other command needs a web server.
+    from megatron_p2o.view.runs import newest_runs
     from megatron_p2o.view.server import serve_runs
 
-    serve_runs(options.runs, options.port)
+    runs = options.runs
+    if not runs:
+        found = newest_runs(RUNS)
+        runs = found[:MAX_FOUND_RUNS]
+        which = f"the newest {len(runs)} of {len(found)}" if len(found) > len(runs) else "newest first"
+        say(f"p2o view: {', '.join(map(str, runs))} ({which})")
+    serve_runs(runs, options.port)
     return 0
 
 

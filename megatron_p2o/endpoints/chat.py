@@ -102,8 +102,11 @@ class ChatEndpoint:
 
     def quotable(self, content: bytes | str) -> str:
         """Return the beginning of a message of others without the key, which some endpoints echo."""
-        text = content if isinstance(content, str) else content.decode(errors="replace")
-        return quoted(text.replace(self._api_key, "***") if self._api_key else text)
+        return quoted(self.without_key(content if isinstance(content, str) else content.decode(errors="replace")))
+
+    def without_key(self, text: str) -> str:
+        """Return a message of others with stars for the key."""
+        return text.replace(self._api_key, "***") if self._api_key else text
 
     async def _post(
         self, messages: Sequence[Mapping[str, str]], fields: dict[str, Any], extra_body: Mapping[str, Any]

@@ -91,7 +91,7 @@ def _problems(run: ViewedRun, examples: Sequence[JsonObject]) -> Iterator[Detail
     for problem_id in dict.fromkeys(id_ for id_ in (*shown, *others) if id_ in known):
         yield (
             f"problem?id={_component(problem_id)}",
-            lambda id_=problem_id: panels.problem_panel(run, id_, MAX_STEPS_OF_PROBLEM),
+            lambda id_=problem_id: panels.problem_panel(run, id_, max_steps=MAX_STEPS_OF_PROBLEM),
         )
 
 

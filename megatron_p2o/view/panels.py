@@ -13,9 +13,10 @@ from megatron_p2o.types import PLAIN
 from megatron_p2o.view.rounds import ViewedCandidate, ViewedRound
 from megatron_p2o.view.runs import ViewedRun
 from megatron_p2o.view.settings import differences
+from megatron_p2o.view.timeline import RoundTime, library_times, round_times, step_times
 
-MAX_SHOWN_STEPS = 50
-"""Latest steps of a problem whose rollouts are sent."""
+MAX_TIMED_STEPS = 300
+"""Latest steps whose times are sent."""
 
 MAX_REFUSALS = 200
 """Refused proposals that are sent of a round, newest first."""
@@ -100,18 +101,27 @@ def problems_panel(run: ViewedRun) -> JsonObject:
     }
 
 
-def problem_panel(run: ViewedRun, problem_id: str, max_steps: int = MAX_SHOWN_STEPS) -> JsonObject:
-    """Return a problem's rollouts of its latest steps; none when they were not written, or it does not exist."""
-    rollouts = run.rollouts().find(problem_id, max_steps)
-    return {"id": problem_id, "rollouts": rollouts}
+def problem_panel(run: ViewedRun, problem_id: str, steps: Sequence[int] = (), max_steps: int = 1) -> JsonObject:
+    """Return a problem's rollouts of some steps, by default of its latest ones, and all its steps that have any.
+
+    None when they were not written, or the problem does not exist.
+    """
+    index = run.rollouts()
+    known = index.steps_of(problem_id)
+    return {"id": problem_id, "steps": known, "rollouts": index.find(problem_id, steps or known[-max_steps:])}
 
 
 def rounds_panel(run: ViewedRun) -> list[JsonObject]:
     """Return the rounds of prompt evolution, newest first, each with its candidates."""
-    return [_round(found, run) for found in reversed(run.rounds())]
+    times = {time.epoch: time for time in _round_times(run)}
+    return [_round(found, run, times.get(found.number)) for found in reversed(run.rounds())]
 
 
-def _round(found: ViewedRound, run: ViewedRun) -> JsonObject:
+def _round_times(run: ViewedRun) -> list[RoundTime]:
+    return round_times(run.written(), frozenset(found.number for found in run.rounds()))
+
+
+def _round(found: ViewedRound, run: ViewedRun, time: RoundTime | None) -> JsonObject:
     candidates = found.candidates()
     texts = {candidate.id: candidate.text for candidate in candidates}
     published = found.published
@@ -127,9 +137,12 @@ def _round(found: ViewedRound, run: ViewedRun) -> JsonObject:
         "library_version": published.version if published else None,
         "ended_by": published.ended_by if published else None,
         "num_rollouts": found.num_rollouts,
+        "max_rollouts": found.max_rollouts,
         "num_control_rollouts": found.num_control_rollouts,
         "num_tokens": found.num_tokens,
-        "num_open_proposals": found.num_open_proposals,
+        "num_lineages": run.settings().get("evolution.num_lineages"),
+        "lineages": msgspec.to_builtins(found.lineages()),
+        "price": _price(run, time),
         "outcomes": found.outcome_counts(),
         "damage": found.damage,
         "candidates": [_candidate(candidate, texts, candidate.text in library) for candidate in candidates],
@@ -137,6 +150,20 @@ def _round(found: ViewedRound, run: ViewedRun) -> JsonObject:
             {"proposal": refusal.proposal, "parent": refusal.parent, "text": refusal.text, "outcome": refusal.outcome}
             for refusal in found.refusals()[:MAX_REFUSALS]
         ],
+    }
+
+
+def _price(run: ViewedRun, time: RoundTime | None) -> JsonObject:
+    """Return what a round took from training: over the steps beside it, or the seconds that training waited for it."""
+    waited_s = None if time is None or time.is_beside or time.end_s is None else time.end_s - time.begin_s
+    lines = run.written()
+    beside = [] if time is None else [step for step in step_times(lines) if time.is_beside_step(step)]
+    metrics = {line.step: line.metrics for line in run.lines()}
+    return {
+        "waited_s": waited_s,
+        "steps": [step.step for step in beside],
+        "prices": [metrics[step.step].get("engine/evolution_price") for step in beside],
+        "slowdowns": [metrics[step.step].get("engine/evolution_slowdown") for step in beside],
     }
 
 
@@ -192,6 +219,9 @@ def reflection_panel(run: ViewedRun, round_name: str, proposal: int) -> JsonObje
         "refusal": reflection.refusal,
         "prompt_tokens": reflection.prompt_tokens,
         "completion_tokens": reflection.completion_tokens,
+        "prompt": reflection.prompt,
+        "reply": reflection.reply,
+        "backend": run.settings().get("evolution.reflection.backend"),
     }
 
 
@@ -219,6 +249,19 @@ def engines_panel(run: ViewedRun) -> JsonObject:
     }
 
 
+def timeline_panel(run: ViewedRun) -> JsonObject:
+    """Return when the latest steps with their phases, and the rounds of prompt evolution, took place.
+
+    Times are in seconds since 1970; the end of a round that has none yet is null.
+    """
+    lines = run.written()
+    return {
+        "steps": msgspec.to_builtins(step_times(lines)[-MAX_TIMED_STEPS:]),
+        "rounds": msgspec.to_builtins(_round_times(run)),
+        "libraries": library_times(lines),
+    }
+
+
 def settings_panel(runs: Sequence[ViewedRun]) -> JsonObject:
     """Return the settings in which the runs differ from the defaults or from one another."""
     return {"runs": [run.name for run in runs], "rows": differences([run.settings() for run in runs])}
@@ -238,6 +281,7 @@ OF_ALL: Mapping[str, Callable[[Sequence[ViewedRun]], object]] = {
 
 OF_RUN: Mapping[str, Callable[[ViewedRun], object]] = {
     "metrics": metrics_panel,
+    "timeline": timeline_panel,
     "problems": problems_panel,
     "rounds": rounds_panel,
     "libraries": libraries_panel,

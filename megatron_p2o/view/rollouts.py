@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,9 +68,12 @@ class RolloutIndex:
             except OSError:  # it was moved away after it was listed
                 self._steps.pop(step, None)
 
-    def find(self, problem_id: str, max_steps: int) -> list[JsonObject]:
-        """Return the rollouts of the problem's latest `max_steps` steps, oldest first, each with its `step`."""
-        steps = [step for step in sorted(self._steps) if problem_id in self._steps[step].places][-max_steps:]
+    def steps_of(self, problem_id: str) -> list[int]:
+        """Return the steps with rollouts of the problem, oldest first."""
+        return [step for step in sorted(self._steps) if problem_id in self._steps[step].places]
+
+    def find(self, problem_id: str, steps: Sequence[int]) -> list[JsonObject]:
+        """Return the rollouts of the problem in these steps, each with its `step`."""
         return [line for step in steps for line in self.of_step(step, problem_id)]
 
     def most_steps(self) -> int:
@@ -86,28 +90,51 @@ class RolloutIndex:
             with known.path.open("rb") as file:
                 for place in known.places[problem_id]:
                     file.seek(place.start)
-                    for line in file.read(place.num_bytes).splitlines():
-                        found.append({"step": step, **json.loads(line, parse_constant=_none)})
-        except (OSError, ValueError):  # replaced since it was indexed: the next look finds the new one
+                    found += [_line(line) for line in file.read(place.num_bytes).splitlines()]
+        except OSError:  # gone since it was indexed
             return []
-        return found
+        # A file that was replaced since it was indexed has other lines there: the next look finds its own.
+        return [{"step": step, **line} for line in found if line.get("problem_id") == problem_id]
+
+    def _note(self, named: _Named) -> None:
+        self.facts[named.problem_id] = ProblemFacts(question=named.question, level=named.level, source=named.source)
 
     def _indexed(self, path: Path, identity: tuple[int, int]) -> _StepFile:
         indexed = _StepFile(path, identity)
-        start = 0
+        start, beginning = 0, b""
+        named: _Named | None = None
         for line in path.read_bytes().splitlines(keepends=True):
-            named = _named(line)
+            # Most lines are of the problem of the line before them, and reading them is most of the work.
+            if not beginning or not line.startswith(beginning):
+                named = _named(line)
+                beginning = _beginning(line, named)
+                if named is not None:
+                    self._note(named)
             if named is not None:
                 places = indexed.places.setdefault(named.problem_id, [])
                 if places and places[-1].start + places[-1].num_bytes == start:
                     places[-1] = _LineSpan(places[-1].start, places[-1].num_bytes + len(line))
                 else:
                     places.append(_LineSpan(start, len(line)))
-                self.facts[named.problem_id] = ProblemFacts(
-                    question=named.question, level=named.level, source=named.source
-                )
             start += len(line)
         return indexed
+
+
+def _beginning(line: bytes, named: _Named | None) -> bytes:
+    """Return how the line of a problem begins; nothing when that does not tell the problem."""
+    if named is None:
+        return b""
+    beginning = b'{"problem_id": %s, ' % json.dumps(named.problem_id, ensure_ascii=False).encode(errors="replace")
+    return beginning if line.startswith(beginning) else b""
+
+
+def _line(line: bytes) -> JsonObject:
+    """Return a rollout; nothing for a damaged one."""
+    try:
+        read = json.loads(line, parse_constant=_none)
+    except (ValueError, RecursionError):
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 _DECODER = msgspec.json.Decoder(_Named)

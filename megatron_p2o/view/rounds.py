@@ -86,12 +86,29 @@ class ViewedReflection:
     """Why the text is not used; "" when it is."""
     prompt_tokens: int
     completion_tokens: int
+    prompt: str
+    """The message that was sent; "" where none was, or the journal does not keep it."""
+    reply: str
+    """What came back; "" as well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewedLineage:
+    """A proposal that a lineage is working on."""
+
+    proposal: int
+    parent: int
+    stage: str
+    """What it waits for."""
+    candidate: int | None
+    """What it has become; None before it was better than its parent."""
 
 
 @dataclass(slots=True)
 class _Events:
     """What the events of a journal add up to."""
 
+    max_rollouts: int | None = None
     picks: dict[int, Picked] = field(default_factory=dict[int, Picked])
     reflections: dict[int, Reflected] = field(default_factory=dict[int, Reflected])
     candidate_of: dict[int, int] = field(default_factory=dict[int, int])
@@ -134,6 +151,11 @@ class ViewedRound:
         return self._events.num_rollouts
 
     @property
+    def max_rollouts(self) -> int | None:
+        """Rollouts that it may score candidates with; None where its journal does not tell."""
+        return self._events.max_rollouts
+
+    @property
     def num_control_rollouts(self) -> int:
         """Plain rollouts for comparison (`evolution.plain_control`)."""
         return self._events.num_control_rollouts
@@ -143,9 +165,28 @@ class ViewedRound:
         """Sampled tokens of all those."""
         return self._events.num_tokens
 
-    @property
-    def num_open_proposals(self) -> int:
-        return len(self._events.picks.keys() - self._events.outcomes.keys())
+    def lineages(self) -> list[ViewedLineage]:
+        """Return the proposals under way, oldest first; each is the work of one lineage."""
+        events = self._events
+        return [
+            ViewedLineage(
+                proposal=proposal,
+                parent=events.picks[proposal].parent,
+                stage=self._stage(proposal),
+                candidate=events.candidate_of.get(proposal),
+            )
+            for proposal in sorted(events.picks.keys() - events.outcomes.keys())
+        ]
+
+    def _stage(self, proposal: int) -> str:
+        events = self._events
+        pick, reflected = events.picks[proposal], events.reflections.get(proposal)
+        if proposal in events.candidate_of:
+            return "its candidate is tried on development problems"
+        if reflected is not None:
+            return "its text is compared with the parent" if not reflected.refusal else "its text was refused"
+        tried = events.scores.get(template_digest(self._text_of(pick.parent)), {})
+        return "reflection writes" if all(id_ in tried for id_ in pick.minibatch) else "the parent is tried"
 
     def outcome_counts(self) -> Mapping[str, int]:
         """Return proposals that are over, by outcome, the most frequent first."""
@@ -205,6 +246,8 @@ class ViewedRound:
             refusal=reflected.refusal,
             prompt_tokens=reflected.prompt_tokens,
             completion_tokens=reflected.completion_tokens,
+            prompt=reflected.prompt,
+            reply=reflected.reply,
         )
 
     def _text_of(self, candidate: int) -> str:
@@ -243,7 +286,7 @@ class ViewedRound:
         events = self._events
         match event:
             case Opened():
-                pass
+                events.max_rollouts = event.max_rollouts
             case Scored():
                 self._score(event)
             case Picked():

@@ -20,6 +20,43 @@ from megatron_p2o.view.settings import SettingsFile
 
 Content = TypeVar("Content")
 
+MARKS = ("config.yaml", "metrics.jsonl", "results.json")
+"""A folder with one of these files is that of a run."""
+
+MAX_DEPTH = 3
+"""Folders between `runs/` and a run, itself included: `runs/<experiment>/<group>/<run>`."""
+
+
+def newest_runs(folder: Path) -> list[Path]:
+    """Return the run folders below a folder, the one that was last written to first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[Path, int] = {}
+    folders = [folder]
+    for _ in range(MAX_DEPTH):
+        folders = [path for each in folders for path in _subfolders(each)]
+        times = {path: _last_written(path) for path in folders}
+        found |= {path: time for path, time in times.items() if time is not None}
+        folders = [path for path, time in times.items() if time is None]
+    if not found:
+        raise ValueError(f"there is no run below {folder}/: name its folder, as in p2o view RUN, or p2o train CONFIG")
+    return sorted(found, key=lambda path: (-found[path], path))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    except OSError:  # none, or not to be read
+        return []
+
+
+def _last_written(folder: Path) -> int | None:
+    """Return when a run last wrote, ns since 1970; None when the folder is none of a run."""
+    states = [state for mark in MARKS if (state := file_state(folder / mark)) is not None]
+    return max((time_ns for _, _, time_ns in states), default=None)
+
 
 class ViewedRun:
     """One run. Its methods may be called from several threads; each brings up to date what it returns."""
@@ -27,9 +64,8 @@ class ViewedRun:
     def __init__(self, directory: Path) -> None:
         """Raises `ValueError` when `directory` is no run folder."""
         self.directory = directory
-        marks = ("config.yaml", "metrics.jsonl", "results.json")
-        if not any((directory / mark).exists() for mark in marks):
-            raise ValueError(f"{directory} holds none of {', '.join(marks)}: name the directory of a run")
+        if not any((directory / mark).exists() for mark in MARKS):
+            raise ValueError(f"{directory} holds none of {', '.join(MARKS)}: name the directory of a run")
         self._lock = threading.Lock()
         self._metrics = MetricLines()
         self._metrics_file = FollowedFile(directory / "metrics.jsonl", self._metrics.clear, self._take_metrics)
@@ -52,6 +88,12 @@ class ViewedRun:
         with self._lock:
             self._metrics_file.catch_up()
             return self._metrics.by_step()
+
+    def written(self) -> Sequence[MetricLine]:
+        """Return the metrics line by line, in the order they were written."""
+        with self._lock:
+            self._metrics_file.catch_up()
+            return self._metrics.as_written()
 
     def ledger(self) -> Sequence[LedgerEntry]:
         """Return the ledger's entries in order; of a group that was recorded twice, the later record."""

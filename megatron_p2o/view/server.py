@@ -84,7 +84,10 @@ def make_app(runs: Sequence[ViewedRun], token: str) -> Starlette:
 
     async def problem(request: Request) -> Response:
         run, problem_id = run_of(request), request.query_params.get("id", "")
-        return await _json(request, lambda: panels.problem_panel(run, problem_id)) if run is not None else _missing()
+        numbers = [number for number in request.query_params.get("steps", "").split(",") if number]
+        if run is None or not all(number.isdecimal() for number in numbers):
+            return _missing()
+        return await _json(request, lambda: panels.problem_panel(run, problem_id, list(map(int, numbers))))
 
     async def reflection(request: Request) -> Response:
         run, asked = run_of(request), request.query_params

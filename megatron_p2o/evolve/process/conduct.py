@@ -60,7 +60,7 @@ async def conduct_round(
     journal or library cannot be written.
     """
     with open_journal(journal_path(run_dir, spec.epoch, spec.task), spec.fingerprint(), notify) as journal:
-        history = RoundHistory(journal.records, journal.append, spec.fingerprint())
+        history = RoundHistory(journal.records, journal.append, spec.fingerprint(), planned_rollouts(spec))
         round_ = open_round(spec, split, history, runner, reflector, notify)
         library = published_library(history, run_dir, spec.task)
         if library is not None:

@@ -22,6 +22,9 @@ class Opened:
 
     fingerprint: str
     """Fingerprint of the problems and settings. Events of another fingerprint mean something else."""
+    max_rollouts: int | None = None
+    """Rollouts that the round may score candidates with. None: its rules count in another unit. A resume with another
+    number opens the round again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,10 @@ class Reflected:
     """Tokens that it wrote."""
     num_unknown: int = 0
     """Replies whose endpoint did not count."""
+    prompt: str = ""
+    """The message that was sent; "" where no language model was asked."""
+    reply: str = ""
+    """What came back, shortened where it was long; "" as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,11 +124,22 @@ class ForeignJournal(ValueError):
 class RoundHistory:
     """Events of one round, on disk and folded into what the cores ask about."""
 
-    def __init__(self, records: Iterable[Any], append: Callable[[Any], None], fingerprint: str) -> None:
-        """Replay `records`; `append` keeps new ones. Raise `ForeignJournal` when they are not of this round."""
+    def __init__(
+        self,
+        records: Iterable[Any],
+        append: Callable[[Any], None],
+        fingerprint: str,
+        max_rollouts: int | None = None,
+    ) -> None:
+        """Replay `records`; `append` keeps new ones. Raise `ForeignJournal` when they are not of this round.
+
+        `max_rollouts`: as `Opened` keeps it, for those who watch the round.
+        """
         self._append = append
         self._fingerprint = fingerprint
         self._is_opened = False
+        self.max_rollouts: int | None = None
+        """The latest that the journal tells."""
         self.trials: dict[ScoreKey, Trial] = {}
         """Latest by key."""
         self.num_scored = 0
@@ -137,8 +155,8 @@ class RoundHistory:
         self.published: Published | None = None
         for record in records:
             self._apply(event_from_json(record))
-        if not self._is_opened:
-            self.add(Opened(fingerprint=fingerprint))
+        if not self._is_opened or max_rollouts not in (None, self.max_rollouts):
+            self.add(Opened(fingerprint=fingerprint, max_rollouts=max_rollouts))
 
     def add(self, event: Event) -> None:
         """Journal `event`, then count it."""
@@ -156,6 +174,7 @@ class RoundHistory:
         match event:
             case Opened():
                 self._check(event.fingerprint)
+                self.max_rollouts = event.max_rollouts
             case Scored():
                 self.trials[event.template, event.problem_id, event.occasion] = event.trial
                 if not event.occasion.startswith(CONTROL_OCCASION):

@@ -64,7 +64,9 @@ class ChatCompletions:
         """Raises `ReflectionUnavailable` for what the next request would meet as well, or after too many bad ones."""
         try:
             prompt = with_markup_as_text(reflection_prompt(request), self._control_tokens)
+            request.usage.prompt = prompt
             reply = await self._reply_to(prompt, request.proposal)
+            request.usage.reply = self._endpoint.without_key(reply.text)
             self._num_refused = 0
             _count(reply, request.usage)
             template = template_in(reply, request.parent_text)

@@ -28,12 +28,16 @@ class Example:
 
 @dataclass(kw_only=True, slots=True)
 class ReflectionUsage:
-    """Tokens that a request to reflection took."""
+    """What passed between a reflector and its language model, and the tokens that it took."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     num_unknown: int = 0
     """Replies whose endpoint did not say how many."""
+    prompt: str = ""
+    """The message that was sent."""
+    reply: str = ""
+    """The text that came back, reasoning in it included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +51,7 @@ class ReflectionRequest:
     task_description: str | None = None
     """What the model is to do, and how answers are judged. None: it is to put one final answer into a box."""
     usage: ReflectionUsage = field(default_factory=ReflectionUsage, compare=False)
-    """A reflector with a language model adds here what its reply took."""
+    """A reflector with a language model notes here what it sent, what came back, and what that took."""
 
 
 class ReflectionRefused(Exception):

@@ -21,6 +21,9 @@ from megatron_p2o.types import Problem, Template
 MAX_REFUSED_CHARS = 2_000
 """Longest kept text of a refused template."""
 
+MAX_REPLY_CHARS = 16_000
+"""Longest kept text of a reply. One with reasoning may have ten times as many."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundSettings:
@@ -213,8 +216,13 @@ class Round:
 
 
 def _kept(text: str) -> str:
-    """Return the part of a refused template that goes to the journal: short, and valid in JSON."""
-    return shorten(text, MAX_REFUSED_CHARS).encode(errors="replace").decode()
+    """Return the part of a refused template that goes to the journal."""
+    return _valid(shorten(text, MAX_REFUSED_CHARS))
+
+
+def _valid(text: str) -> str:
+    """Return `text` with a question mark for each half surrogate, which no file can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def _reflected(request: ReflectionRequest, text: str, refusal: str) -> Reflected:
@@ -225,4 +233,6 @@ def _reflected(request: ReflectionRequest, text: str, refusal: str) -> Reflected
         prompt_tokens=request.usage.prompt_tokens,
         completion_tokens=request.usage.completion_tokens,
         num_unknown=request.usage.num_unknown,
+        prompt=_valid(request.usage.prompt),
+        reply=_valid(shorten(request.usage.reply, MAX_REPLY_CHARS)),
     )

@@ -44,7 +44,7 @@ function columnOf(points, xs) {
 function numbersBelow(chart, lines) {
   const xs = positions(lines), stride = Math.ceil(xs.length / MAX_TABLE_ROWS);
   const kept = xs.filter((_, index) => (xs.length - 1 - index) % stride === 0);
-  const details = element("details", {}, element("summary", {}, kept.length === xs.length ? "Table" : `Table (${kept.length} of ${xs.length} rows)`));
+  const details = element("details", { "data-key": `table ${chart.title}` }, element("summary", {}, kept.length === xs.length ? "Table" : `Table (${kept.length} of ${xs.length} rows)`));
   details.addEventListener("toggle", () => {
     const columns = lines.map((line) => columnOf(line.points, kept));
     details.append(table([chart.x_label, ...lines.map((line) => line.name)], kept.map((x, row) => [shown(x), ...columns.map((column) => chartNumber(column[row], chart.unit))]), chart.title));

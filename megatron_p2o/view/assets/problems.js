@@ -1,28 +1,25 @@
 // The ledger as a heat map, and the rollouts of one problem side by side.
 "use strict";
 
-const PROBLEMS_AT_ONCE = 200;
+const PROBLEMS_AT_ONCE = 100;
 
 function problems(data, options, open, redraw) {
   const levels = [...new Set(data.problems.map((problem) => problem.level))].filter(Boolean).sort();
   const found = data.problems.filter((problem) => problem.id.includes(options.filter) && (!options.level || problem.level === options.level)
     && (options.state === "all" || stateOf(problem) === options.state)).sort(ORDERS[options.order]);
   const change = (name) => (event) => { options[name] = event.target.value; options.limit = PROBLEMS_AT_ONCE; redraw(); };
-  const choice = (name, label, values) => element("label", {}, `${label} `, element("select", { onchange: change(name) },
+  const choice = (name, label, values) => element("label", {}, `${label} `, element("select", { "data-key": name, onchange: change(name) },
     values.map(([value, text]) => element("option", { value, selected: options[name] === value }, text))));
   const shownNow = found.slice(0, options.limit);
-  const tries = Math.max(0, ...shownNow.map((problem) => problem.tries.length));
   return [
-    element("p", { class: "note" }, "One row per problem, one cell per time it was asked. Left half: asked plainly; right half: through a template. The fuller the colour, the more of the rollouts were solved; grey: not asked so."),
+    element("p", { class: "note" }, "One row per problem, one column per epoch. Left half of a cell: asked plainly; right half: through a template. The fuller the colour, the more of the rollouts were solved; grey: not asked so. Underlined: asked more than once in the epoch, all together; no cell: not asked. Arrow keys lead from cell to cell."),
     element("div", { class: "controls" },
-      element("label", {}, "Find ", element("input", { type: "search", value: options.filter, onchange: change("filter"), placeholder: "part of an id" })),
+      element("label", {}, "Find ", element("input", { type: "search", "data-key": "find", value: options.filter, onchange: change("filter"), placeholder: "part of an id" })),
       levels.length ? choice("level", "Level", [["", "all"], ...levels.map((level) => [level, level])]) : null,
       choice("state", "State", [["all", "all"], ["internalised", "internalised"], ["helped", "solved by a template only"], ["plain", "solved plainly"], ["unsolved", "never solved"], ["hurt", "solved plainly, failed with the template"]]),
       choice("order", "Order", [["id", "by id"], ["plain", "by plain success"], ["gain", "by gain of the template"]]),
       element("span", { class: "note" }, `${found.length} of ${data.problems.length} problems`)),
-    data.problems.length ? element("div", { class: "table" }, element("table", { class: "heat" },
-      element("thead", {}, element("tr", {}, element("th", {}, "problem"), ...Array.from({ length: tries }, (_, index) => element("th", { title: `time ${index + 1}` }, String(index + 1))))),
-      element("tbody", {}, shownNow.map((problem) => problemRow(problem, open))))) : empty("No group is recorded yet."),
+    data.problems.length ? heatMap(shownNow, data.epochs, open) : empty("No group is recorded yet."),
     found.length > options.limit ? element("button", { onclick: () => { options.limit += 5 * PROBLEMS_AT_ONCE; redraw(); } }, `Show more (${found.length - options.limit} left)`) : null,
   ];
 }
@@ -45,46 +42,69 @@ const ORDERS = {
   gain: (a, b) => { const gain = (s) => (s[1] && s[3] ? s[2] / s[3] - s[0] / s[1] : -2); return gain(triesOf(b)) - gain(triesOf(a)); },
 };
 
-function problemRow(problem, open) {
+function heatMap(found, epochs, open) {
+  const table = element("table", { class: "heat" },
+    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "problem"), ...epochs.map((epoch) => element("th", { scope: "col", "aria-label": `epoch ${epoch}`, title: `epoch ${epoch}` }, String(epoch))))),
+    element("tbody", {}, found.map((problem) => problemRow(problem, epochs, open))));
+  rove(table, "button");
+  return element("div", { class: "table", role: "region", "aria-label": "Problems by epoch" }, table);
+}
+
+function problemRow(problem, epochs, open) {
   return element("tr", {},
-    element("th", { scope: "row" }, element("button", { onclick: () => open(problem.id) }, problem.id), problem.is_internalised ? element("span", { class: "mark", title: "internalised: first solved through a template, later plainly" }, " ●") : null),
-    problem.tries.map(([step, epoch, plain, plainTries, templated, templatedTries]) => {
-      const words = `step ${step}, epoch ${epoch}: plain ${plain} of ${plainTries}, templated ${templated} of ${templatedTries}`;
-      const cell = element("button", { class: "cell", title: words, "aria-label": `${problem.id}, ${words}`, onclick: () => open(problem.id, step) }, halfCell("plain", plain, plainTries), halfCell("templated", templated, templatedTries));
-      return element("td", {}, cell);
-    }));
+    element("th", { scope: "row" }, element("button", { "data-key": `problem ${problem.id}`, title: problem.id, onclick: () => open(problem) }, problem.id), problem.is_internalised ? element("span", { class: "mark", title: "internalised: first solved through a template, later plainly" }, " ●") : null),
+    epochs.map((epoch) => element("td", {}, epochCell(problem, epoch, open))));
 }
 
-function halfCell(name, solved, tries) {
-  const part = element("i");
-  part.style.background = tries ? `rgb(var(--${name}) / ${solved ? 0.25 + (0.75 * solved) / tries : 0.07})` : "var(--rule)";
-  return part;
+function epochCell(problem, epoch, open) {
+  const tries = problem.tries.filter(([, of]) => of === epoch);
+  if (!tries.length) return null;
+  const [plain, plainTries, templated, templatedTries] = triesOf({ tries });
+  const words = `epoch ${epoch}, step${tries.length > 1 ? "s" : ""} ${tries.map(([step]) => step).join(", ")}: plain ${plain} of ${plainTries}, templated ${templated} of ${templatedTries}`;
+  const cell = element("button", { class: tries.length > 1 ? "cell many" : "cell", "data-key": `cell ${epoch} ${problem.id}`, title: words, "aria-label": `${problem.id}, ${words}`, onclick: () => open(problem, epoch) });
+  cell.style.background = `linear-gradient(90deg, ${halfColour("plain", plain, plainTries)} 50%, ${halfColour("templated", templated, templatedTries)} 50%)`;
+  return cell;
 }
 
-function problemPage(data, step) {
-  if (!data.rollouts.length) return [empty("The rollouts of this problem were not written, or not yet.")];
-  const steps = [...new Set(data.rollouts.map((rollout) => rollout.step))].sort((a, b) => b - a);
-  const first = data.rollouts[0];
+// A cell has no parts: whatever the page opens above them restyles them all.
+const halfColour = (name, solved, tries) => (tries ? `rgb(var(--${name}) / ${solved ? 0.25 + (0.75 * solved) / tries : 0.07})` : "var(--rule)");
+
+// `tries`: all that the ledger has of the problem; `epoch`: the one to show, or undefined for the latest step that has rollouts.
+// `load` gives the answer for other steps.
+function problemPage(data, tries, epoch, load) {
+  if (!data.steps.length) return [empty("The rollouts of this problem were not written, or not yet.")];
   const body = element("div");
-  const show = (wanted) => body.replaceChildren(...ofStep(data.rollouts.filter((rollout) => rollout.step === wanted)));
-  const chosen = steps.includes(step) ? step : steps[0];
-  const isElsewhere = step !== undefined && chosen !== step;
-  show(chosen);
+  const choices = stepChoices(data.steps, tries);
+  const show = (choice, { rollouts }) => body.replaceChildren(...choice.steps.flatMap((step) => ofStep(step, rollouts.filter((rollout) => rollout.step === step))));
+  const chosen = (epoch === undefined ? null : choices.find((choice) => choice.epoch === epoch)) ?? choices.find((choice) => choice.steps.length === 1 && choice.steps[0] === data.steps.at(-1));
+  show(chosen, data);
+  const first = data.rollouts[0] ?? { question: "", answer: null };
   return [
     element("p", { class: "facts" }, [first.task, first.source, first.level].filter(Boolean).join(", ")),
-    element("h3", {}, "Question"), element("pre", {}, first.question),
-    element("h3", {}, "Answer"), element("pre", {}, first.answer ?? "(none)"),
-    element("div", { class: "controls" }, element("label", {}, "Step ", element("select", { onchange: (event) => show(Number(event.target.value)) },
-      steps.map((number) => element("option", { value: number, selected: number === chosen }, String(number)))))),
-    isElsewhere ? empty(`The rollouts of step ${step} are not here: they were not written, or only later steps of a problem are kept.`) : null,
+    ...(data.rollouts.length ? [element("h3", {}, "Question"), element("pre", {}, first.question), element("h3", {}, "Answer"), element("pre", {}, first.answer ?? "(none)")] : []),
+    element("div", { class: "controls" }, element("label", {}, "Show ", element("select", { onchange: async (event) => { const choice = choices[Number(event.target.value)]; show(choice, await load(choice.steps)); } },
+      choices.map((choice, index) => element("option", { value: index, selected: choice === chosen }, choice.name))))),
     body,
   ];
 }
 
-function ofStep(rollouts) {
+// Returns what can be chosen of a problem, newest first: each epoch in which it was asked, and its steps where there are several.
+function stepChoices(known, tries) {
+  const epochOf = new Map(tries.map(([step, epoch]) => [step, epoch]));
+  const steps = [...new Set([...epochOf.keys(), ...known])].sort((a, b) => b - a);
+  return [...new Set(steps.map((step) => epochOf.get(step)))].flatMap((epoch) => {
+    const own = steps.filter((step) => epochOf.get(step) === epoch);
+    const single = own.map((step) => ({ name: epoch === undefined ? `step ${step}` : `epoch ${epoch}, step ${step}`, steps: [step], epoch: own.length > 1 ? undefined : epoch }));
+    return own.length > 1 && epoch !== undefined ? [{ name: `epoch ${epoch}, steps ${own.join(", ")}`, steps: own, epoch }, ...single] : single;
+  });
+}
+
+function ofStep(step, rollouts) {
+  if (!rollouts.length) return [empty(`The rollouts of step ${step} are not here: they were not written, or only later steps of a problem are kept.`)];
+
   const side = (title, of) => element("section", {}, element("h2", {}, `${title} (${of.length})`), of.length ? of.map(rolloutCard) : empty("None in this step."));
   const templated = rollouts.filter((rollout) => rollout.is_templated);
-  return [element("div", { class: "sides" }, side("Asked plainly", rollouts.filter((rollout) => !rollout.is_templated)), side(templated.some((rollout) => rollout.is_demonstration) ? "Written by the teacher" : "Through a template", templated))];
+  return [element("h3", {}, `Step ${step}`), element("div", { class: "sides" }, side("Asked plainly", rollouts.filter((rollout) => !rollout.is_templated)), side(templated.some((rollout) => rollout.is_demonstration) ? "Written by the teacher" : "Through a template", templated))];
 }
 
 function rolloutCard(rollout) {
@@ -93,7 +113,7 @@ function rolloutCard(rollout) {
   return element("article", { class: "card" },
     element("p", { class: "facts" }, element("strong", { class: verdict }, verdict), ` · ${facts.join(" · ")}`),
     rollout.is_templated && !rollout.is_demonstration ? element("details", {}, element("summary", {}, "Template"), element("pre", {}, rollout.template)) : null,
-    rollout.tokens ? tokenText(rollout) : element("pre", {}, rollout.response),
+    rollout.tokens ? whenInSight(element("pre", {}, rollout.response), () => tokenText(rollout)) : element("pre", {}, rollout.response),
     rollout.reason ? element("p", { class: "facts" }, rollout.reason) : null,
     rollout.feedback ? element("p", { class: "facts" }, rollout.feedback) : null);
 }

@@ -2,12 +2,12 @@
 "use strict";
 
 const POLL_MS = 2000;
-const VIEWS = { overview: "Overview", curves: "Curves", steps: "Steps", problems: "Problems", templates: "Templates", engines: "Engines", settings: "Settings", warnings: "Warnings" };
+const VIEWS = { overview: "Overview", curves: "Curves", steps: "Steps", problems: "Problems", templates: "Templates", engines: "Engines", memory: "Memory", settings: "Settings", warnings: "Warnings" };
 
 const byId = (id) => document.getElementById(id);
 const state = {
   runs: [], known: new Map(), filter: "", compared: new Set(),
-  problems: { filter: "", level: "", state: "all", order: "id", limit: 200 }, rounds: { round: null, candidate: null },
+  problems: { filter: "", level: "", state: "all", order: "id", limit: 200 }, rounds: { round: null, candidate: null }, timeline: { window: 30 },
 };
 
 // A page that is a file holds the answers to all questions, packed.
@@ -43,7 +43,8 @@ async function needed(view, number) {
     const { data, isNew } = await ask(`run/${each}/metrics`);
     return { data: { name: state.runs[each].name, metrics: data }, isNew };
   }));
-  if (view === "steps") return [await ofRun("metrics")];
+  if (view === "steps") return Promise.all([ofRun("metrics"), ofRun("timeline")]);
+  if (view === "memory") return [await ofRun("metrics")];
   if (view === "problems" || view === "warnings" || view === "engines") return [await ofRun(view)];
   if (view === "templates") return [await ofRun("rounds"), await ofRun("libraries")];
   if (view === "settings") return [await ask("settings")];
@@ -54,7 +55,8 @@ function drawn(view, answers) {
   const data = answers.map((answer) => answer.data);
   switch (view) {
     case "curves": return [curveControls(), ...curves(data, state.filter)];
-    case "steps": return steps({ metrics: data[0] });
+    case "steps": return steps(data[0], data[1], state.timeline, () => refresh(true));
+    case "memory": return memory(data[0]);
     case "problems": return problems(data[0], state.problems, openProblem, () => refresh(true));
     case "templates": return [...rounds(data[0], state.rounds, () => refresh(true), openReflection), ...libraries(data[1])];
     case "engines": return engines(data[0]);
@@ -67,7 +69,7 @@ function drawn(view, answers) {
 function curveControls() {
   const { number } = place();
   return element("div", { class: "controls" },
-    element("label", {}, "Find ", element("input", { type: "search", value: state.filter, placeholder: "part of a name", onchange: (event) => { state.filter = event.target.value.trim(); refresh(true); } })),
+    element("label", {}, "Find ", element("input", { type: "search", "data-key": "find", value: state.filter, placeholder: "part of a name", onchange: (event) => { state.filter = event.target.value.trim(); refresh(true); } })),
     state.runs.length > 1 ? element("fieldset", {}, element("legend", {}, "Compare with"), state.runs.map((run, each) => (each === number ? null : element("label", {}, element("input", {
       type: "checkbox", checked: state.compared.has(each), onchange: (event) => { event.target.checked ? state.compared.add(each) : state.compared.delete(each); refresh(true); } }), ` ${run.name} `)))) : null);
 }
@@ -84,9 +86,12 @@ function warnings(data) {
   return [table(["time", "where", "warning"], data.map((line) => [String(line.time).slice(0, 19).replace("T", " "), String(line.logger), element("span", {}, String(line.message))]), "Warnings")];
 }
 
-async function openProblem(id, step) {
-  const { data } = await ask(`run/${place().number}/problem?id=${encodeURIComponent(id)}`);
-  show(id, data === undefined ? leftOut() : problemPage(data, step));
+// `epoch`: undefined shows the latest step that has rollouts. A page that is a file holds all that it has of a problem in one answer.
+async function openProblem({ id, tries }, epoch) {
+  const address = `run/${place().number}/problem?id=${encodeURIComponent(id)}`;
+  const load = async (steps) => (await ask(frozen ? address : `${address}&steps=${steps.join(",")}`)).data;
+  const data = await load(tries.filter(([, of]) => of === epoch).map(([step]) => step));
+  show(id, data === undefined ? leftOut() : problemPage(data, tries, epoch, load));
 }
 
 async function openReflection(round, proposal) {
@@ -122,6 +127,23 @@ function drawFrame(view, number) {
   tell("left-out", told.flatMap((run) => run.left_out ?? []));
 }
 
+const keyOf = (node) => node?.dataset?.key;
+const withKey = (content, key) => [...content.querySelectorAll("[data-key]")].find((node) => keyOf(node) === key);
+
+// What the person has done to a view that its data does not tell: where the focus is, what is typed, what is folded out.
+function kept(content) {
+  const focused = content.contains(document.activeElement) ? document.activeElement : null;
+  return { key: keyOf(focused), typed: focused?.type === "search" ? focused.value : null, open: [...content.querySelectorAll("details[open][data-key]")].map(keyOf) };
+}
+
+function restore(content, { key, typed, open }) {
+  for (const each of open) { const folded = withKey(content, each); if (folded) folded.open = true; }
+  const node = key === undefined ? null : withKey(content, key);
+  if (!node) return;
+  if (typed !== null) node.value = typed;
+  node.focus({ preventScroll: true });
+}
+
 let shownPlace = "", isBusy = false, isWanted = false;
 
 async function refresh(isForced = false) {
@@ -135,10 +157,10 @@ async function refresh(isForced = false) {
     const isChanged = isForced || here !== shownPlace || answers.some((answer) => answer.isNew) || (view === "overview" && isNew);
     if (isNew || here !== shownPlace) drawFrame(view, number);
     if (isChanged) {
-      const focused = document.activeElement?.closest("#content") ? document.activeElement.getAttribute("placeholder") : null;
+      const was = kept(byId("content"));
       unfilled.clear();
       byId("content").replaceChildren(...drawn(view, answers).filter(Boolean));
-      if (focused) byId("content").querySelector(`[placeholder="${focused}"]`)?.focus();
+      if (here === shownPlace) restore(byId("content"), was);
       shownPlace = here;
     }
     const run = state.runs[number];

@@ -2,8 +2,10 @@
 
 import mmap
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +161,16 @@ def test_without_a_gpu_the_phases_peaks_are_host_memory() -> None:
         "memory/ranks_host_bytes": 3,
         "memory/rank_0_host_bytes": 3,
     }
+
+
+def test_the_page_has_a_meaning_for_every_number_of_memory() -> None:
+    package = Path(__file__).parents[3] / "megatron_p2o"
+    page = (package / "view" / "assets" / "memory.js").read_text()
+    meter = (package / "run" / "observe" / "processes.py").read_text()
+    others = [first or second for first, second in re.findall(r'others\["(\w+)"\]|others = \{"(\w+)"', meter)]
+    assert sorted(others) == ["evolution", "graders", "relays"]
+    held = HostMemory(resident_bytes=1, peak_bytes=2)
+    rank = RankMemory(host=held, agent=held, gpu_peak_bytes=3)
+    keys = ProcessMemory().metrics([rank], [held], dict.fromkeys(others, held), {"train": 4})
+    names = {key.removeprefix("memory/").removesuffix("_bytes") for key in keys} - {"rank_0_host", "engine_0_host"}
+    assert {name for name in names if not re.search(rf'"{name}", "\w|  {name}: "\w', page)} == set()

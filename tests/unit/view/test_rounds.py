@@ -51,6 +51,9 @@ REST = (
 )
 
 
+REFLECTS = "reflection writes"
+
+
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
     return tmp_path / "journal-0002.jsonl"
@@ -58,12 +61,13 @@ def journal(tmp_path: Path) -> Path:
 
 def test_a_round_is_followed_as_its_journal_grows(journal: Path) -> None:
     with Journal(journal) as opened:
-        history = RoundHistory([], opened.append, "fingerprint")
+        history = RoundHistory([], opened.append, "fingerprint", max_rollouts=90)
         for event in BEGINNING:
             history.add(event)
         viewed = ViewedRound(journal)
         viewed.catch_up()
-        assert (viewed.number, viewed.published, viewed.num_open_proposals) == (2, None, 1)
+        assert (viewed.number, viewed.published, viewed.max_rollouts) == (2, None, 90)
+        assert [(each.proposal, each.parent, each.stage) for each in viewed.lineages()] == [(2, 7, REFLECTS)]
         plain, child = viewed.candidates()
         assert (plain.id, plain.parent, plain.mean_score) == (0, None, 0.0)
         assert (child.id, child.parent, child.text, child.minibatch) == (7, 0, "Count.", ("a", "b"))
@@ -82,6 +86,33 @@ def test_a_round_is_followed_as_its_journal_grows(journal: Path) -> None:
         assert viewed.outcome_counts() == history.outcome_counts()
         assert (viewed.num_rollouts, viewed.num_control_rollouts) == (history.num_scored, 1)
         assert viewed.num_tokens == history.num_tokens + 5
+
+
+def test_a_lineage_is_told_by_what_its_proposal_waits_for(journal: Path) -> None:
+    stages: list[tuple[str, int | None]] = []
+    with Journal(journal) as opened:
+        history = RoundHistory([], opened.append, "fingerprint")
+        viewed = ViewedRound(journal)
+        for events in (
+            (scored("", "a", 0.0), Picked(proposal=0, parent=0, minibatch=("a", "b"))),
+            (scored("", "b", 0.0),),
+            (Reflected(proposal=0, text="Count."),),
+            (scored("Count.", "a", 1.0), Accepted(proposal=0, candidate=1)),
+        ):
+            for event in events:
+                history.add(event)
+            viewed.catch_up()
+            (lineage,) = viewed.lineages()
+            stages.append((lineage.stage, lineage.candidate))
+        history.add(Ended(proposal=0, outcome="accepted"))
+    viewed.catch_up()
+    assert stages == [
+        ("the parent is tried", None),
+        (REFLECTS, None),
+        ("its text is compared with the parent", None),
+        ("its candidate is tried on development problems", 1),
+    ]
+    assert viewed.lineages() == [] and viewed.max_rollouts is None
 
 
 def test_a_damaged_line_is_named_and_nothing_behind_it_is_shown(journal: Path) -> None:

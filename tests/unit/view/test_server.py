@@ -120,7 +120,7 @@ def test_the_problems_are_the_ledger(run: Path) -> None:
 def test_a_problem_has_its_rollouts_and_nan_is_null(run: Path) -> None:
     asked = client(run)
     unknown = asked.get(f"/{TOKEN}/api/run/0/problem", params={"id": "unknown"}).json()
-    assert unknown == {"id": "unknown", "rollouts": []}
+    assert unknown == {"id": "unknown", "steps": [], "rollouts": []}
     shown = asked.get(f"/{TOKEN}/api/run/0/problem", params={"id": HOSTILE}).json()
     assert shown["rollouts"] == [
         {
@@ -132,6 +132,22 @@ def test_a_problem_has_its_rollouts_and_nan_is_null(run: Path) -> None:
             "reward": None,
         }
     ]
+
+
+def test_the_rollouts_of_the_latest_step_are_sent_or_of_those_that_are_asked_for(run: Path) -> None:
+    for step in (2, 4):
+        line = {"problem_id": "a", "question": "", "response": f"of step {step}", "reward": 0.0}
+        (run / "rollouts" / f"step-{step:06d}.jsonl").write_text(json.dumps(line) + "\n")
+    asked = client(run)
+
+    def responses(query: str) -> list[str]:
+        shown = answer(asked, f"run/0/problem?id=a{query}")
+        assert shown["steps"] == [2, 4]
+        return [line["response"] for line in shown["rollouts"]]
+
+    assert responses("") == responses("&steps=") == ["of step 4"]
+    assert responses("&steps=2,3,4") == ["of step 2", "of step 4"]
+    assert asked.get(f"/{TOKEN}/api/run/0/problem?id=a&steps=x").status_code == 404
 
 
 def test_half_a_surrogate_is_shown_as_a_question_mark(run: Path) -> None:
@@ -151,7 +167,8 @@ def test_the_engines_and_what_reflection_saw_are_shown(run: Path) -> None:
         history = RoundHistory([], journal.append, "fingerprint")
         history.add(Picked(proposal=4, parent=0, minibatch=(HOSTILE,)))
         history.add(Scored(template=template_digest(""), problem_id=HOSTILE, occasion="", trial=trial))
-        history.add(Reflected(proposal=4, text="Count.", refusal="duplicate", prompt_tokens=9, completion_tokens=2))
+        reply: dict[str, Any] = {"refusal": "duplicate", "prompt_tokens": 9, "completion_tokens": 2}
+        history.add(Reflected(proposal=4, text="Count.", **reply, prompt=HOSTILE, reply="Well."))
     asked = client(run)
     shown = answer(asked, "run/0/engines")
     assert (shown["version"], shown["restarts"]) == (1, 2.0)
@@ -165,11 +182,43 @@ def test_the_engines_and_what_reflection_saw_are_shown(run: Path) -> None:
     reflection = answer(asked, "run/0/reflection?round=1 code&proposal=4")
     assert (reflection["parent"], reflection["parent_text"], reflection["text"]) == (0, "", "Count.")
     assert (reflection["refusal"], reflection["prompt_tokens"]) == ("duplicate", 9)
+    assert (reflection["prompt"], reflection["reply"], reflection["backend"]) == (HOSTILE, "Well.", None)
     (example,) = reflection["examples"]
     assert (example["problem_id"], example["question"], example["response"]) == (HOSTILE,) * 3
     assert (example["reward"], example["finish_reason"], example["feedback"]) == (0.5, "stop", "")
     assert answer(asked, "run/0/reflection?round=1 code&proposal=5") is None
     assert asked.get(f"/{TOKEN}/api/run/0/reflection?round=1&proposal=x").status_code == 404
+
+
+def test_a_round_tells_its_budget_its_lineages_and_its_price(run: Path) -> None:
+    (run / "config.yaml").write_text("evolution: {num_lineages: 4}\n")
+    (run / "metrics.jsonl").unlink()
+
+    def add(second: int, step: int, epoch: int, **metrics: float) -> None:
+        line = {"step": step, "epoch": epoch, "time": f"2026-01-01T00:00:{second:02d}+00:00", "metrics": metrics}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    with Journal(run / "evolution" / "journal-0000.jsonl") as journal:
+        history = RoundHistory([], journal.append, "fingerprint", max_rollouts=160)
+        history.add(Picked(proposal=0, parent=0, minibatch=("a",)))
+        trial = Trial(reward=0.0, response_text="", finish_reason="stop", num_tokens=3, weight_version=1)
+        history.add(Scored(template=template_digest(""), problem_id="b", occasion="", trial=trial))
+    add(10, 1, 0, **{"perf/step_s": 4.0, "engine/evolution_price": 0.9})
+    add(11, 1, 1, **{"hard/set_size": 3.0, "perf/evolution_s": 0.001})
+    add(20, 2, 1, **{"perf/step_s": 8.0, "engine/evolution_slowdown": 0.25})
+    asked = client(run)
+    (shown,) = answer(asked, "run/0/rounds")
+    assert (shown["num_rollouts"], shown["max_rollouts"], shown["num_lineages"]) == (1, 160, 4)
+    assert shown["lineages"] == [{"proposal": 0, "parent": 0, "stage": "the parent is tried", "candidate": None}]
+    assert shown["price"] == {"waited_s": None, "steps": [2], "prices": [None], "slowdowns": [0.25]}
+    add(30, 3, 1, **{"perf/step_s": 8.0, "engine/evolution_price": 0.5, "library/version": 1.0})
+    add(30, 3, 1, **{"library/version": 1.0, "evolution/round_s": 12.0})
+    add(40, 4, 1, **{"perf/step_s": 8.0, "engine/evolution_price": 0.7})
+    (shown,) = answer(asked, "run/0/rounds")
+    assert shown["price"] == {"waited_s": None, "steps": [2, 3], "prices": [None, 0.5], "slowdowns": [0.25, None]}
+    (time,) = answer(asked, "run/0/timeline")["rounds"]
+    assert time["end_s"] - time["begin_s"] == pytest.approx(12.0)
 
 
 def test_settings_and_warnings_are_shown(run: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,6 +171,17 @@ def test_history_replays_to_the_state_it_had() -> None:
         assert state.outcome_counts() == {"refused: empty": 1}
         assert state.published == Published(version=4, ended_by="budget")
     assert len(written) == 11, "replaying writes nothing"
+
+
+def test_the_budget_is_kept_and_another_one_opens_the_round_again() -> None:
+    written: list[Any] = []
+    assert RoundHistory([], written.append, "round-a", max_rollouts=60).max_rollouts == 60
+    assert RoundHistory(written, written.append, "round-a").max_rollouts == 60
+    assert RoundHistory(written, written.append, "round-a", max_rollouts=60).max_rollouts == 60
+    assert len(written) == 1, "nothing has changed"
+    assert RoundHistory(written, written.append, "round-a", max_rollouts=90).max_rollouts == 90
+    assert [record["max_rollouts"] for record in written] == [60, 90]
+    assert RoundHistory([{"event": "Opened", "fingerprint": "round-a"}], written.append, "round-a").max_rollouts is None
 
 
 def test_history_of_another_round_or_program_is_refused() -> None:

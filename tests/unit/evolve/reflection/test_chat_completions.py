@@ -169,6 +169,13 @@ def test_request_carries_model_prompt_sampling_and_key() -> None:
     assert seen.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
+def test_the_conversation_is_noted_as_it_was_but_for_the_key() -> None:
+    request = ReflectionRequest(proposal=4, parent_text="Be brave.", examples=())
+    _, seen = propose(json_reply(completion(f"{KEY}, no template")), request=request)
+    assert request.usage.prompt == seen.bodies[0]["messages"][0]["content"] != ""
+    assert request.usage.reply == "***, no template"
+
+
 @pytest.mark.parametrize(
     ("body", "taken"),
     [

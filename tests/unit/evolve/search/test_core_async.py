@@ -71,6 +71,7 @@ def test_the_journal_of_a_round_says_what_its_trials_and_reflections_took(tmp_pa
     def write(request: ReflectionRequest) -> str:
         request.usage.prompt_tokens += 100
         request.usage.completion_tokens += 3
+        request.usage.prompt, request.usage.reply = f"Improve {request.parent_text}\ud83d", "x" * 99_999
         return f"{BOTH_AFFINE} Version {request.proposal}."
 
     task, script = KeyPhraseTask(PROBLEMS), Script(write)
@@ -85,6 +86,13 @@ def test_the_journal_of_a_round_says_what_its_trials_and_reflections_took(tmp_pa
     assert tokens.minibatch + tokens.development == stats.num_tokens and tokens.control > 0
     written = len(script.requests)
     assert (tokens.reflection_prompt, tokens.reflection_completion) == (100 * written, 3 * written)
+    opened, *events = read_journal(journal_path(tmp_path, spec.epoch))[0]
+    assert opened["max_rollouts"] == 600
+    reflected = [event for event in events if event["event"] == "Reflected"]
+    assert {event["prompt"] for event in reflected} == {
+        f"Improve {request.parent_text}?" for request in script.requests
+    }
+    assert all(len(event["reply"]) < 20_000 and "characters left out" in event["reply"] for event in reflected)
 
 
 def test_no_rollout_is_asked_for_twice(tmp_path: Path) -> None:
