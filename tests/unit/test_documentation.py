@@ -12,7 +12,7 @@ from megatron_p2o.config.source import annotation_at
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import MAX_REPORTED_PROBLEMS
 from megatron_p2o.evolve.search.publish import RoundStats
-from megatron_p2o.metrics.compute import ComputeAccount, compute_metrics
+from megatron_p2o.metrics.compute import PREFIX, ComputeAccount, compute_metrics
 from megatron_p2o.metrics.memory import ProcessMemory
 from megatron_p2o.processes import HostMemory, RankMemory
 from megatron_p2o.run.trials import round_statistics
