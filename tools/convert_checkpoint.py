@@ -37,7 +37,7 @@ from megatron_p2o.run_folder.state import CheckpointError
 from megatron_p2o.terminal import printable, say, set_up_logging
 
 NUM_SAMPLES, NUM_RESPONSE_TOKENS = 16, 32
-"""Of the random tokens whose log-probs are compared."""
+"""Random sequences whose log-probs are compared, and the tokens of each that count as its response."""
 
 
 def main() -> None:

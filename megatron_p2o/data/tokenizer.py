@@ -30,11 +30,12 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         ValueError: there is none, it knows no words, or it has no chat template.
     """
     # Imported here: transformers takes seconds to import, and batches or tests without a model do not need it.
+    from huggingface_hub.errors import StrictDataclassError  # of a config.json whose values cannot be
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise ValueError(f"model.path={path} holds no tokenizer ({error}): give a Hugging Face directory") from error
     # transformers makes an empty tokenizer, without a word, for a model type it knows and finds no files of.
     if not tokenizer.encode(PROBE, add_special_tokens=False):

@@ -15,7 +15,7 @@ PHASES_BETWEEN = ("save", "evolution")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PhaseTime:
+class TimelinePhase:
     """A phase, in seconds since 1970."""
 
     name: str
@@ -24,14 +24,14 @@ class PhaseTime:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepTime:
+class TimelineStep:
     """A step, or what came after the last step of an epoch; times in seconds since 1970."""
 
     step: int
     begin_s: float
     end_s: float
     is_step: bool
-    phases: tuple[PhaseTime, ...]
+    phases: tuple[TimelinePhase, ...]
     """Those that were measured; between them and after them is what was not."""
 
 
@@ -46,15 +46,15 @@ class RoundTime:
     is_beside: bool
     """Training went on meanwhile. A round that has not ended is taken for one."""
 
-    def is_beside_step(self, step: StepTime) -> bool:
+    def is_beside_step(self, step: TimelineStep) -> bool:
         """Return whether it ran during the step."""
         is_before_its_end = self.end_s is None or step.begin_s < self.end_s
         return self.is_beside and step.is_step and step.end_s > self.begin_s and is_before_its_end
 
 
-def step_times(lines: Sequence[MetricLine]) -> list[StepTime]:
+def step_times(lines: Sequence[MetricLine]) -> list[TimelineStep]:
     """Return when the steps and the ends of epochs were, in the order of `lines`, which are as they were written."""
-    found: list[StepTime] = []
+    found: list[TimelineStep] = []
     for line in lines:
         end_s = _seconds(line.time)
         seconds = {name: line.metrics.get(f"perf/{name}_s", 0.0) for name in (*PHASES_IN_ORDER, *PHASES_BETWEEN)}
@@ -64,27 +64,29 @@ def step_times(lines: Sequence[MetricLine]) -> list[StepTime]:
         begin_s = end_s if step_s is None else end_s - step_s
         phases = (*_before(begin_s, seconds), *_after(begin_s, end_s, seconds))
         first_s = begin_s if step_s is not None else min(phase.begin_s for phase in phases)
-        found.append(StepTime(step=line.step, begin_s=first_s, end_s=end_s, is_step=step_s is not None, phases=phases))
+        found.append(
+            TimelineStep(step=line.step, begin_s=first_s, end_s=end_s, is_step=step_s is not None, phases=phases)
+        )
     return found
 
 
-def _before(end_s: float, seconds: Mapping[str, float]) -> list[PhaseTime]:
+def _before(end_s: float, seconds: Mapping[str, float]) -> list[TimelinePhase]:
     """Return the phases between steps that ended at `end_s`, one after the other."""
-    phases: list[PhaseTime] = []
+    phases: list[TimelinePhase] = []
     for name in reversed(PHASES_BETWEEN):
         if seconds[name] > 0:
-            phases.insert(0, PhaseTime(name=name, begin_s=end_s - seconds[name], end_s=end_s))
+            phases.insert(0, TimelinePhase(name=name, begin_s=end_s - seconds[name], end_s=end_s))
             end_s -= seconds[name]
     return phases
 
 
-def _after(begin_s: float, end_s: float, seconds: Mapping[str, float]) -> list[PhaseTime]:
+def _after(begin_s: float, end_s: float, seconds: Mapping[str, float]) -> list[TimelinePhase]:
     """Return the phases of a step, one after the other and none beyond its end."""
-    phases: list[PhaseTime] = []
+    phases: list[TimelinePhase] = []
     for name in PHASES_IN_ORDER:
         phase_end_s = min(end_s, begin_s + seconds[name])
         if phase_end_s > begin_s:
-            phases.append(PhaseTime(name=name, begin_s=begin_s, end_s=phase_end_s))
+            phases.append(TimelinePhase(name=name, begin_s=begin_s, end_s=phase_end_s))
             begin_s = phase_end_s
     return phases
 

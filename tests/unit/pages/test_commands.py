@@ -53,9 +53,9 @@ RUN = (
     r"p2o train \S+ --print-config",
     r"p2o eval --compare .*",
     r"p2o report .*",
-    r"p2o view .*",
+    r"p2o view\b.*",
     r"p2o plan .*",
-    r"p2o doctor .*",
+    r"p2o doctor\b.*",
     r"p2o compare \S+ --sbatch \S+",
     r"p2o compare \S+ --no-run",
     r"python -m megatron_p2o\.(config\.reference|data\.reasoning_gym) .*",
@@ -66,7 +66,8 @@ RUN = (
 TRAINS = "tests/integration/runs/test_train_end_to_end.py"
 
 ELSEWHERE = {
-    r"p2o train config\.yaml --set .*": TRAINS,
+    r"p2o train config\.yaml( --set .*)?": TRAINS,
+    r"p2o init": "tests/unit/run/before/test_first_settings.py",  # it asks
     r"python examples/tasks/palindrome/prepare\.py .*": "tests/integration/runs/test_example_tasks.py",
     r"p2o train examples/tasks/.*": "tests/integration/runs/test_example_tasks.py",
     r"p2o eval (runs|models|config\.yaml|\$run).*": "tests/integration/runs/test_evaluate_directory.py",
@@ -90,9 +91,11 @@ ELSEWHERE = {
 """Test that runs the same program, on small inputs."""
 
 SHOWN = {
-    r"bash examples/quickstart\.sh": "installs, and trains for ten minutes",
-    r"bash tools/test(_without_torch)?\.sh.*": "runs all these tests",
-    r"bash tools/install_(slurm_test|sandbox)\.sh": "installs Debian's packages; .ci/run does",
+    r"bash examples/(quickstart\.sh|tiny_cpu/compare\.sh 1 2 3)": "installs or trains for ten minutes and more",
+    r"bash tools/test\.sh.*": "runs all these tests",
+    r"(bash tools/install_(slurm_test|sandbox)\.sh|apt-get install .*)": "installs Debian's packages; .ci/run does",
+    r"(uv )?pip install .*": "downloads; tests/unit/tree/test_keep_versions.py installs beside the pinned packages",
+    r"(source \.venv/bin/activate|eval \"\$\(register-python-argcomplete p2o\)\")": "changes the reader's shell",
     r"bash tools/gpu_wheels\.sh": "downloads",
     r"bash (tools/gpu_session|kernels/bench/run_gpu)\.sh": "needs a GPU",
     r"python tools/check_megatron_core\.py .*": "downloads, and trains for minutes",

@@ -79,7 +79,7 @@ def _after(character: str, said: dict[int, int], text: Text) -> dict[int, int]:
 def quotations(page: str) -> list[str]:
     """Return what the first column of the page's tables quotes."""
     cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
-    return [quoted for cell in cells for quoted in re.findall(r'"([^"]+)"', cell)]
+    return [quoted.strip('"` ') for cell in cells for quoted in re.findall(r'"[^"]+"|^ `[^`]+` $', cell)]
 
 
 MESSAGES = [
@@ -109,7 +109,7 @@ def test_a_message_is_found_across_lines_and_placeholders() -> None:
 
 def test_the_page_quotes_messages() -> None:
     assert len(quotations(PAGE)) >= 10
-    assert quotations('| Symptom |\n|---|\n| "a ..." (`b`) | "c" |\n| d |\n') == ["a ..."]
+    assert quotations('| Symptom |\n|---|\n| "a ..." (`b`) | "c" |\n| d |\n| `e f` | `g` |\n') == ["a ...", "e f"]
 
 
 @pytest.mark.parametrize("quotation", quotations(PAGE))
