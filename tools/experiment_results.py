@@ -24,6 +24,9 @@ REACHED = 0.5
 SMALLEST_DIFFERENCE, LEVEL = 0.05, 0.05
 """They are of the rule by which an arm is better or worse."""
 
+SHOWN = {"heldout_hard": "hard", "heldout_easy": "easy"}
+"""What the table calls an evaluation set, where not by its name."""
+
 
 def row_of(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
     """Return what a finished run brought on the evaluation set `name`.
@@ -103,10 +106,11 @@ def results_of(experiment: Experiment, name: str, num_seeds: int) -> dict[str, A
 def table(results: Mapping[str, Any], arms: Sequence[str]) -> str:
     """Return the rows in Markdown, an arm each, every seed shown."""
     easy = next(each for each in results["runs"][0]["accuracy"] if each != results["set"])
+    main, other = (SHOWN.get(each, f"`{each}`") for each in (results["set"], easy))
     verdicts = {test["second"]: test["verdict"] for test in results["tests"]}
     lines = [
-        "| arm | hard, plainly | thousand tokens to 0.5 | easy, plainly | hard, best template | shift, first and last "
-        "| dropped shift | verdict |",
+        f"| arm | {main}, plainly | thousand tokens to 0.5 | {other}, plainly | {main}, best template "
+        "| shift, first and last | dropped shift | verdict |",
         "|---" * 8 + "|",
     ]
     for arm in arms:

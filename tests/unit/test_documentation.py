@@ -12,7 +12,7 @@ from megatron_p2o.config.source import annotation_at
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.chat import MAX_REPORTED_PROBLEMS
 from megatron_p2o.evolve.search.publish import RoundStats
-from megatron_p2o.metrics.compute import ComputeAccount, compute_metrics
+from megatron_p2o.metrics.compute import PREFIX, ComputeAccount, compute_metrics
 from megatron_p2o.metrics.memory import ProcessMemory
 from megatron_p2o.processes import HostMemory, RankMemory
 from megatron_p2o.run.trials import round_statistics
@@ -131,22 +131,41 @@ def metrics(text: str) -> set[str]:
     return {name for name in quoted(text) if METRIC.fullmatch(name)}
 
 
+def entries(text: str) -> dict[str, list[str]]:
+    """Return the cells after the first by each name in it, of all tables whose first column is headed `key`."""
+    found: dict[str, list[str]] = {}
+    for table in re.findall(r"^\| key \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, flags=re.MULTILINE):
+        for line in table.splitlines():
+            first, *cells = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+            found |= dict.fromkeys(quoted(first), cells)
+    return found
+
+
+ENTRIES = entries(TEXTS["docs/metrics.md"])
+
+
 def test_names_are_found_where_they_stand() -> None:
     text = "`train/loss` and `optimizer.lr=1e-6`, `tools/x.py`, `config.py`, `compute/gpu_h`"
     assert (metrics(text), settings(text)) == ({"train/loss", "compute/gpu_h"}, {"optimizer.lr"})
     for unknown in ("train/lost", "compute/lost", "evolution/lost", "task/<task>/lost", "hint/lost", "template/lost"):
         assert metrics(f"`{unknown}`") and not any(pattern.fullmatch(unknown) for pattern in KEYS), unknown
+    table = "| key | is | healthy |\n|---|---|---|\n| `a/b`, `a/c` | π(y\\|x) | |\n\n| key |\n|---|\n| `a/d` |\n"
+    assert entries(table) == {"a/b": [r"π(y\|x)", ""], "a/c": [r"π(y\|x)", ""], "a/d": []}
     everywhere = "\n".join(TEXTS.values())
     assert len(metrics(everywhere)) > 5 and len(settings(everywhere)) > 50
 
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_metric_that_is_named_is_written_by_the_code(page: str) -> None:
-    assert not {name for name in metrics(TEXTS[page]) if not any(pattern.fullmatch(name) for pattern in KEYS)}
+    # `eval/<set>` is what the console calls `eval/<set>/avg`.
+    written = {
+        name for name in metrics(TEXTS[page]) for key in KEYS if key.fullmatch(name) or key.fullmatch(f"{name}/avg")
+    }
+    assert not metrics(TEXTS[page]) - written
 
 
 def test_every_metric_is_explained() -> None:
-    page = metrics(TEXTS["docs/metrics.md"])
+    page = set(ENTRIES)
     keys = {pattern.pattern for pattern in KEYS}
     assert {key for key in keys if "[" not in key} <= {re.escape(name) for name in page}
     # A key with a part that is filled in is explained by a name, or by all the names it becomes.
@@ -156,6 +175,12 @@ def test_every_metric_is_explained() -> None:
     others = {"graders": memory.host, "evolution": memory.host}
     of_memory = ProcessMemory().metrics([memory], [memory.host], others, {})
     assert {re.sub(r"_\d+_", "_<i>_", key) for key in of_memory} <= page
+
+
+def test_every_metric_says_what_is_healthy_and_what_to_do() -> None:
+    for name, cells in ENTRIES.items():
+        # What a run has spent is neither healthy nor ill; a sentence above their table says so.
+        assert len(cells) == (1 if name.startswith(PREFIX) else 3) and all(cells), name
 
 
 @pytest.mark.parametrize("page", TEXTS)

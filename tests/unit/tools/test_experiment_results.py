@@ -82,9 +82,8 @@ def test_the_page_shows_the_table_of_the_committed_runs(tool: Any, name: str) ->
     results = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / f"{PAGES[name]}.md").read_text(encoding="utf-8")
     arms = list(dict.fromkeys(row["arm"] for row in results["runs"]))
-    rows = tool.table(results, arms).splitlines()[2:]
+    assert tool.table(results, arms) in page
     if name == "proposals":
-        rows += tool.round_table(results, arms).splitlines()[2:]
-    assert all(row in page for row in rows)
+        assert tool.round_table(results, arms) in page
     assert re.search(rf"figures/{name}\.svg", page)
     assert all(commit in page for commit in results["commits"])
