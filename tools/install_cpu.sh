@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-NEEDED_MIB=3500
+NEEDED_MIB=3500 NEEDED_WITH_CUDA_MIB=6500
 venv="${P2O_VENV:-.venv}"
 
 works() { command -v "$1" > /dev/null && "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; }
@@ -31,7 +31,7 @@ is_installed base "$base" || files+=(requirements/cpu.txt)
 
 free_mib="$(df --output=avail -m . | tail -n 1 | tr -d ' ')"
 if [ ! -e "$venv/installed-base" ] && [ "$free_mib" -lt "$NEEDED_MIB" ]; then
-    echo "install_cpu.sh: $PWD has $free_mib MiB of disk free, the packages take $NEEDED_MIB: free some space" >&2
+    echo "install_cpu.sh: $PWD has $free_mib MiB of disk free, the packages take $NEEDED_MIB or more: free some space" >&2
     exit 2
 fi
 # An environment that an interruption left without pip is made anew.
@@ -42,7 +42,8 @@ install=("$venv/bin/pip" install --quiet --disable-pip-version-check)
 if command -v uv > /dev/null && [ -z "${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-}" ]; then
     install=(uv pip install --quiet --python "$venv/bin/python")
 fi
-echo "Installing into $venv with ${install[0]} (a few minutes the first time; about $NEEDED_MIB MiB of disk, $free_mib free)"
+echo "Installing into $venv with ${install[0]} (a few minutes the first time; $NEEDED_MIB MiB of disk, or $NEEDED_WITH_CUDA_MIB where torch" \
+    "is a CUDA build, as PyPI's is; $free_mib free)"
 "${install[@]}" setuptools==80.9.0 wheel
 # torch with its dependencies, whatever build the package index gives; the rest is pinned as a whole.
 "${install[@]}" torch==2.13.0

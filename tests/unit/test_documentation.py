@@ -157,7 +157,11 @@ def test_names_are_found_where_they_stand() -> None:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_metric_that_is_named_is_written_by_the_code(page: str) -> None:
-    assert not {name for name in metrics(TEXTS[page]) if not any(pattern.fullmatch(name) for pattern in KEYS)}
+    # `eval/<set>` is what the console calls `eval/<set>/avg`.
+    written = {
+        name for name in metrics(TEXTS[page]) for key in KEYS if key.fullmatch(name) or key.fullmatch(f"{name}/avg")
+    }
+    assert not metrics(TEXTS[page]) - written
 
 
 def test_every_metric_is_explained() -> None:
@@ -171,7 +175,6 @@ def test_every_metric_is_explained() -> None:
     others = {"graders": memory.host, "evolution": memory.host}
     of_memory = ProcessMemory().metrics([memory], [memory.host], others, {})
     assert {re.sub(r"_\d+_", "_<i>_", key) for key in of_memory} <= page
-    assert set(compute_metrics(ComputeAccount())) <= page
 
 
 def test_every_metric_says_what_is_healthy_and_what_to_do() -> None:

@@ -6,7 +6,9 @@ Of the peers of a rank nothing is known but that they have connected: gloo check
 import dataclasses
 import io
 import os
+import pathlib
 import pickle
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -19,10 +21,12 @@ from torch.distributed import distributed_c10d
 
 CHECKPOINT_METADATA = "torch.distributed.checkpoint.metadata"
 
+# By this name Python 3.13 pickles paths, and other versions then load its checkpoints.
+sys.modules.setdefault("pathlib._local", pathlib)
+
 ALLOWED = frozenset(
     {
-        ("pathlib", "Path"),
-        ("pathlib", "PosixPath"),
+        *((module, name) for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath")),
         ("torch", "Size"),
         ("torch", "device"),
         ("torch.serialization", "_get_layout"),

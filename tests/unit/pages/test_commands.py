@@ -53,11 +53,12 @@ RUN = (
     r"p2o train \S+ --print-config",
     r"p2o eval --compare .*",
     r"p2o report .*",
-    r"p2o view\b.*",
+    r"p2o view .*",
     r"p2o plan .*",
-    r"p2o doctor\b.*",
+    r"p2o doctor.*",
     r"p2o compare \S+ --sbatch \S+",
     r"p2o compare \S+ --no-run",
+    r'eval "\$\(register-python-argcomplete p2o\)"',
     r"python -m megatron_p2o\.(config\.reference|data\.reasoning_gym) .*",
     r"python tools/prepare_data\.py --help",
 )
@@ -66,8 +67,8 @@ RUN = (
 TRAINS = "tests/integration/runs/test_train_end_to_end.py"
 
 ELSEWHERE = {
+    r"p2o init": "tests/unit/run/before/test_first_settings.py",
     r"p2o train config\.yaml( --set .*)?": TRAINS,
-    r"p2o init": "tests/unit/run/before/test_first_settings.py",  # it asks
     r"python examples/tasks/palindrome/prepare\.py .*": "tests/integration/runs/test_example_tasks.py",
     r"p2o train examples/tasks/.*": "tests/integration/runs/test_example_tasks.py",
     r"p2o eval (runs|models|config\.yaml|\$run).*": "tests/integration/runs/test_evaluate_directory.py",
@@ -91,11 +92,10 @@ ELSEWHERE = {
 """Test that runs the same program, on small inputs."""
 
 SHOWN = {
-    r"bash examples/(quickstart\.sh|tiny_cpu/compare\.sh 1 2 3)": "installs or trains for ten minutes and more",
-    r"bash tools/test\.sh.*": "runs all these tests",
-    r"(bash tools/install_(slurm_test|sandbox)\.sh|apt-get install .*)": "installs Debian's packages; .ci/run does",
-    r"(uv )?pip install .*": "downloads; tests/unit/tree/test_keep_versions.py installs beside the pinned packages",
-    r"(source \.venv/bin/activate|eval \"\$\(register-python-argcomplete p2o\)\")": "changes the reader's shell",
+    r"bash examples/(quickstart\.sh|tiny_cpu/compare\.sh .*)": "trains for ten minutes or more",
+    r"source \.venv/bin/activate": "comes with Python",
+    r"bash tools/test(_without_torch)?\.sh.*": "runs all these tests",
+    r"bash tools/install_(slurm_test|sandbox)\.sh": "installs Debian's packages; .ci/run does",
     r"bash tools/gpu_wheels\.sh": "downloads",
     r"bash (tools/gpu_session|kernels/bench/run_gpu)\.sh": "needs a GPU",
     r"python tools/check_megatron_core\.py .*": "downloads, and trains for minutes",
@@ -108,7 +108,7 @@ SHOWN = {
     r"docker build .*": "needs Docker, and downloads; tests/unit/tree/test_dockerfile.py reads the recipe",
     r"(docker run|apptainer) .*": "needs the GPU image",
     r"kubectl .*": "needs a cluster; tests/unit/tree/test_kubernetes.py reads the manifest",
-    r"hf download .*": "downloads",
+    r"(hf download|(apt-get|pip|uv pip) install) .*": "downloads",
 }
 """Commands that no test runs, and why. Their arguments and files are held to what there is."""
 
@@ -174,14 +174,10 @@ SHOWN_ON = {
 }
 IN_BLOCKS = sorted({command for _, command in SHOWN_ON})
 
-IN_SENTENCES = sorted(
-    {
-        found[1].strip()
-        for page in PAGES
-        for quoted in re.findall(r"`([^`\n]+)`", FENCED.sub("", page.read_text(encoding="utf-8")))
-        if (found := P2O.match(quoted))
-    }
-)
+QUOTED = {
+    quoted for page in PAGES for quoted in re.findall(r"`([^`\n]+)`", FENCED.sub("", page.read_text(encoding="utf-8")))
+}
+IN_SENTENCES = sorted({found[1].strip() for quoted in QUOTED if (found := P2O.match(quoted))})
 
 
 def entry_for(command: str) -> str:
@@ -213,7 +209,7 @@ def test_a_command_of_a_page_is_run_by_a_test_or_a_table_says_why_not(command: s
 
 
 def test_every_entry_is_of_a_command_and_every_test_that_it_names_is_of_its_program() -> None:
-    used = {entry_for(command) for command in IN_BLOCKS}
+    used = {entry_for(command) for command in {*IN_BLOCKS, *QUOTED}}
     assert {*RUN, *ELSEWHERE, *SHOWN} <= used, "an entry without a command"
     for entry, test in ELSEWHERE.items():
         text = (ROOT / test).read_text(encoding="utf-8")
@@ -307,7 +303,7 @@ def responses(num_right: int) -> list[GradedResponse]:
 
 
 def write_run(folder: Path, num_right: int) -> None:
-    """Write what a finished run leaves of its settings, metrics and results, and an evaluation of its policy."""
+    """Write what a finished run leaves of its settings, metrics and results."""
     config = load_config(ROOT / "examples/tiny_cpu/p2o.yaml", [f"run.name={folder.name}"])
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config))
@@ -321,7 +317,6 @@ def write_run(folder: Path, num_right: int) -> None:
     results = {"arm": "p2o", "seed": 1, "num_steps": 3, "evaluation": {"heldout": evaluation_record(outcome)}}
     counts = {"num_rollouts_train": 96, "num_rollouts_evolution": 0, "wall_s": 60.0, "compute": to_json(spent)}
     write_results_file(folder, results | counts)
-    write_evaluation(folder / "evaluations" / "step-000300", num_right)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +326,8 @@ def visited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("examples", "experiments", "tools"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "docs").mkdir()
-    write_tiny_qwen3(folder / "models" / "Qwen3-4B", max_positions=40960)
+    for model in {found for command in IN_BLOCKS for found in re.findall(r"p2o init --model (\S+)", command)}:
+        write_tiny_qwen3(folder / model, max_positions=40960)
     for name in ("problems", "heldout"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in PROBLEMS))
     commands = [each for each in IN_BLOCKS if re.match(r"p2o (report|view|eval --compare) ", each)]
@@ -347,7 +343,7 @@ def here(visited: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Go to that folder, where `p2o init` has written config.yaml as the README shows."""
     monkeypatch.chdir(visited)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
-    init = next(command for command in IN_BLOCKS if command.startswith("p2o init "))
+    init = next(command for command in IN_BLOCKS if command.startswith("p2o init --"))
     if not Path("config.yaml").exists():
         assert main(shlex.split(init)[1:]) == 0
     return visited
@@ -364,6 +360,9 @@ def variants(command: str) -> Iterator[list[str]]:
 def test_the_command_does_what_the_page_shows(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if command.startswith("p2o init"):
         Path("config.yaml").unlink()
+    if command.startswith("p2o eval --compare"):
+        for number, folder in enumerate(shlex.split(command)[3:]):
+            write_evaluation(Path(folder), num_right=20 + number)
     for words in variants(command):
         shorter = ["--steps", "1"] if words[1] == "plan" else []  # of each kind, which take seconds to simulate
         status = main([*words[1:], *shorter])

@@ -77,9 +77,10 @@ def _after(character: str, said: dict[int, int], text: Text) -> dict[int, int]:
 
 
 def quotations(page: str) -> list[str]:
-    """Return what the first column of the page's tables quotes."""
+    """Return what the first column of the page's tables quotes: words in a row, no settings or commands."""
     cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
-    return [quoted.strip('"` ') for cell in cells for quoted in re.findall(r'"[^"]+"|^ `[^`]+` $', cell)]
+    quoted = [first or second for cell in cells for first, second in re.findall(r'"([^"]+)"|`([^`]+)`', cell)]
+    return [each for each in quoted if " " in each and not re.match(r"p2o |[\w.]+: \S+$", each)]
 
 
 MESSAGES = [
@@ -109,7 +110,7 @@ def test_a_message_is_found_across_lines_and_placeholders() -> None:
 
 def test_the_page_quotes_messages() -> None:
     assert len(quotations(PAGE)) >= 10
-    assert quotations('| Symptom |\n|---|\n| "a ..." (`b`) | "c" |\n| d |\n| `e f` | `g` |\n') == ["a ...", "e f"]
+    assert quotations('| S |\n|-|\n| "a ..." (`b.c: d`) | "c d" |\n| `e f` or `g` |\n') == ["a ...", "e f"]
 
 
 @pytest.mark.parametrize("quotation", quotations(PAGE))

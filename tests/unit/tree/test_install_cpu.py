@@ -64,7 +64,7 @@ def steps(tree: Path) -> list[str]:
 def test_torch_comes_first_then_what_is_pinned_and_ours_and_again_nothing(tree: Path) -> None:
     first = install(tree, "--dev")
     assert first.returncode == 0, first.stderr
-    assert "3500 MiB of disk" in first.stdout
+    assert "3500 MiB of disk, or 6500 where torch is a CUDA build" in first.stdout
     wanted = ["setuptools", "torch==2.13.0", "requirements/cpu.txt", "requirements/dev.txt", "--editable ."]
     done = steps(tree)
     assert len(done) == len(wanted) and all(part in line for part, line in zip(wanted, done)), done
@@ -115,5 +115,8 @@ def test_uv_installs_where_it_is_unless_pip_is_told_where_packages_come_from(
 def test_too_little_disk_is_told_before_anything_is_made(tree: Path) -> None:
     stand_in(tree, "df", "#!/bin/sh\nprintf 'Avail\\n 120\\n'\n")
     done = install(tree)
-    assert done.returncode == 2 and "has 120 MiB of disk free, the packages take 3500: free some space" in done.stderr
+    assert (
+        done.returncode == 2
+        and "has 120 MiB of disk free, the packages take 3500 or more: free some space" in done.stderr
+    )
     assert not (tree / ".venv").exists()

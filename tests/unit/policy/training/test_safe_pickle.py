@@ -49,6 +49,13 @@ def test_members_of_allowed_enumerations_are_accepted_however_they_are_pickled(t
     check_pickle(pickled(ByGetattr(_MEM_FORMAT_ENCODING, member.name), tmp_path / "by_3.11.2"))
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"], ids=["other versions", "3.13"])
+def test_a_path_is_accepted_as_each_version_of_python_pickles_it(module: str, tmp_path: Path) -> None:
+    (tmp_path / "pickle").write_bytes(f"c{module}\nPosixPath\n(Vstep\ntR.".encode())
+    check_pickle(tmp_path / "pickle")
+    assert pickle.loads((tmp_path / "pickle").read_bytes()) == Path("step")
+
+
 @pytest.mark.parametrize(
     ("owner", "name"), [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (Path, "unlink")]
 )
