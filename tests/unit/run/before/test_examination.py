@@ -133,7 +133,7 @@ def test_the_dry_run_asks_the_reflection_endpoint_too(settings_file: Path, capsy
     overrides += [f"evolution.reflection.{name}={value}" for name, value in endpoint.items()]
     command = [str(settings_file), *(word for override in overrides for word in ("--set", override))]
     assert main(["train", *command, "--dry-run"]) == 0
-    assert "not on this machine: http://127.0.0.1:1/v1" in capsys.readouterr().out
+    assert "not on this machine: evolution.reflection: http://127.0.0.1:1/v1" in capsys.readouterr().out
     assert main(["doctor", *command, "--strict"]) == 1
     assert not of(examined(settings_file, *overrides, SLURM_NODEID="1"), "reflection")
 
@@ -209,6 +209,8 @@ def test_a_plan_for_gpus_elsewhere_has_memory_and_simulated_hours(planned: Path)
     assert re.fullmatch(r"hours, simulated: run: 4 steps, \d+\.\d h, \d+ GPU-hours", hours)
     assert "no GPU has measured" in how
     assert any(line.startswith("memory of a GPU, training: ") for line in of(findings, "plan"))
+    searching = of(examine_plan(load_config(planned, ["evolution.enabled=true"]), GPUS), "hours")
+    assert searching[0] == f"{hours}; rounds of evolution come on top, which p2o plan simulates"
 
 
 def test_hours_that_cannot_be_simulated_say_why(planned: Path) -> None:
