@@ -1,10 +1,9 @@
 """Starts the engines of a run, here and on its other nodes."""
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,14 +15,10 @@ from megatron_p2o.rollout.refresh.outlet import WeightOutlet
 from megatron_p2o.rollout.servers.remote import DaemonAddress, NodeMirror, RemoteServer
 from megatron_p2o.rollout.servers.server import EngineServer, Server
 from megatron_p2o.rollout.servers.server_arguments import does_release_memory, engine_places
-from megatron_p2o.rollout.servers.start import HeadRelay, engine_log, start_server
+from megatron_p2o.rollout.servers.start import HeadRelay, engine_log, start_server, wait_until_all_answer
 from megatron_p2o.rollout.supervisor import stop_all
-from megatron_p2o.terminal import WaitLine, duration_text
 
 logger = logging.getLogger(__name__)
-
-START_SHOWN_S = 1.0
-"""Time between two looks at how many engines answer."""
 
 SPARE_FILES = 256
 """Open files of a relay that are not connections to engines."""
@@ -77,7 +72,7 @@ def start_engines(
         unless_all_start.callback(stop_all, servers)  # which ends the waits
         for name in places:
             servers.append(start(name, 0))
-        wait_until_all_answer(servers, config.rollout.startup_timeout_s, waits)
+        wait_until_all_answer("engines", servers, config.rollout.startup_timeout_s, waits)
         lends = does_release_memory(config, torch.cuda.device_count()) if releases_memory is None else releases_memory
         engines = SglangEngines(
             *(config, run_dir, servers, start),
@@ -89,30 +84,6 @@ def start_engines(
         )
         unless_all_start.pop_all()
         return engines
-
-
-def wait_until_all_answer(servers: Sequence[Server], timeout_s: float, threads: ThreadPoolExecutor) -> None:
-    """Return when every server answers, with `threads` ended, and show meanwhile how many do.
-
-    Raises as `Server.wait_until_ready` of one that does not. The others are then still waited for, in `threads`, until
-    they are stopped.
-    """
-    began = time.monotonic()
-    futures = [threads.submit(server.wait_until_ready, timeout_s) for server in servers]
-    with closing(WaitLine()) as line:
-        while True:
-            _, left = wait(futures, START_SHOWN_S, return_when=FIRST_EXCEPTION)
-            for future in futures:
-                if future.done():
-                    future.result()
-            if not left:
-                threads.shutdown()
-                return
-            gone = duration_text(time.monotonic() - began)
-            line.show(
-                f"starting engines: {len(futures) - len(left)} of {len(futures)} answer after {gone}, at most "
-                f"{duration_text(timeout_s)} (rollout.startup_timeout_s)"
-            )
 
 
 def allow_connections(rollout: RolloutConfig) -> None:

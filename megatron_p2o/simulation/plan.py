@@ -20,12 +20,12 @@ from megatron_p2o.simulation.hardware import (
     refresh_s,
     update_token_s,
 )
-from megatron_p2o.simulation.run_cost import RunCost, SimulatedRun, mean_step_s, run_cost
+from megatron_p2o.simulation.run_cost import RunCost, SimulatedRun, mean_step_s, run_cost, steps_without
 
 HOUR_S = 3600.0
 
 NUM_STEPS = 2
-"""Steps of each kind that are simulated where the hours alone are asked for."""
+"""Steps that are simulated where the hours alone are asked for."""
 
 
 def planned_run(
@@ -128,13 +128,16 @@ def run_lines(run: SimulatedRun, cost: RunCost, num_gpus: int) -> list[str]:
 
 
 def simulated_hours(config: Config, gpus: Gpus, num_problems: int) -> list[str]:
-    """Return the hours of a run on these GPUs, one line each, and what they were simulated with. Raises as
-    `planned_run`."""
+    """Return the hours of a run on these GPUs by a few of its steps, and what they were simulated with, one line each.
+
+    Rounds of evolution take much longer to simulate and are left to `p2o plan`. Raises as `planned_run`.
+    """
     run = planned_run(config, gpus, num_problems)
+    cost = RunCost(off=steps_without(run, NUM_STEPS), alone=None, beside=None)
+    rounds = "; rounds of evolution come on top, which p2o plan simulates" if config.evolution.searches else ""
     workload = run.workload
-    lines = run_lines(run, run_cost(run, NUM_STEPS), gpus.count * gpus.num_nodes)
     return [
-        *(f"hours, simulated: {line}" for line in lines),
+        *(f"hours, simulated: {line}{rounds}" for line in run_lines(run, cost, gpus.count * gpus.num_nodes)),
         f"hours, simulated: for prompts of {workload.prompt_tokens} tokens and responses of "
         f"{workload.response_tokens:g} (median), and speeds that no GPU has measured; without start, evaluations and "
         "checkpoints. p2o plan takes other lengths",

@@ -6,9 +6,11 @@ import select
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,19 +21,23 @@ from megatron_p2o.config.tree import Config
 from megatron_p2o.processes import HostMemory, child_environment, host_memory_of
 from megatron_p2o.rollout.servers.relay import ENGINE_KEY, ENGINE_URL
 from megatron_p2o.rollout.servers.relay_link import RelayRoute
-from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed, open_private
+from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed, Server, open_private
 from megatron_p2o.rollout.servers.server_arguments import (
     EnginePlace,
     engine_places,
     longest_tokens,
     server_arguments,
 )
+from megatron_p2o.terminal import WaitLine, duration_text
 
 RELAY_MODULE = "megatron_p2o.rollout.servers.relay"
 LISTEN_TIMEOUT_S = 120.0
 """Time limit for a process that is to listen."""
 
 HEALTH_TIMEOUT_S = 10.0
+
+START_SHOWN_S = 1.0
+"""Time between two looks at how many servers answer."""
 
 
 def start_server(config: Config, run_dir: Path, place: EnginePlace, restart: int) -> EngineServer:
@@ -66,9 +72,36 @@ def start_reflection_server(config: Config, run_dir: Path, num_engines_here: int
     arguments["skip_tokenizer_init"] = False
     arguments["enable_memory_saver"] = False  # evolution goes on while the policy is trained
     server = EngineServer("reflection server", arguments, run_dir / "engines" / "reflection.log")
-    server.begin()
-    server.wait_until_ready(config.rollout.startup_timeout_s)
-    return server
+    with ThreadPoolExecutor(1, thread_name_prefix="reflection-start") as waits, ExitStack() as unless_it_answers:
+        unless_it_answers.callback(server.stop)  # which ends the wait
+        server.begin()
+        wait_until_all_answer("the reflection server", [server], config.rollout.startup_timeout_s, waits)
+        unless_it_answers.pop_all()
+        return server
+
+
+def wait_until_all_answer(what: str, servers: Sequence[Server], timeout_s: float, threads: ThreadPoolExecutor) -> None:
+    """Return when every server answers, with `threads` ended, and show meanwhile how many do.
+
+    Raises as `Server.wait_until_ready` of one that does not. The others are then still waited for, in `threads`, until
+    they are stopped.
+    """
+    began = time.monotonic()
+    futures = [threads.submit(server.wait_until_ready, timeout_s) for server in servers]
+    with closing(WaitLine()) as line:
+        while True:
+            _, left = wait(futures, START_SHOWN_S, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                if future.done():
+                    future.result()
+            if not left:
+                threads.shutdown()
+                return
+            gone = duration_text(time.monotonic() - began)
+            line.show(
+                f"starting {what}: {len(futures) - len(left)} of {len(futures)} answer after {gone}, at most "
+                f"{duration_text(timeout_s)} (rollout.startup_timeout_s)"
+            )
 
 
 def engine_log(run_dir: Path, place: EnginePlace, restart: int) -> Path:

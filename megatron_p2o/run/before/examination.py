@@ -58,10 +58,13 @@ def examine_run(config: Config, environment: Mapping[str, str]) -> list[Finding]
     is_laid_out = False
     with found.looking_at("layout", is_of_machine=True):
         config, is_laid_out = _with_layout(config, nodes, found), True
-    inputs, num_steps = (None, None) if lacking else _look_at_inputs(config, found)
-    architecture = _look_at_policy(config, found) if Path(config.model.path).is_dir() else None
+    inputs, num_steps, architecture = None, None, None
+    if Path(config.model.path).is_dir():
+        architecture = _look_at_policy(config, found)
     if architecture is not None:
         _look_at_weights(config, architecture, found, reads_values=is_first_node)
+        if not lacking:  # the tokenizer reads config.json, too
+            inputs, num_steps = _look_at_inputs(config, found)
     _look_at_engines(config, found)
     _look_at_transfer(config, found)
     if architecture is not None and is_laid_out:
@@ -113,7 +116,7 @@ def examine_endpoint(config: Config, environment: Mapping[str, str]) -> list[Fin
     if trouble is None:
         return [Finding(subject="reflection", finding=f"{config.evolution.reflection.base_url} answers")]
     is_missing = not trouble.is_passing and not has_checkpoint(config.run)
-    return [Finding(subject="reflection", finding=trouble.reason, is_missing=is_missing)]
+    return [Finding(subject="reflection", finding=f"evolution.reflection: {trouble.reason}", is_missing=is_missing)]
 
 
 def _nodes(environment: Mapping[str, str], found: Findings) -> Nodes | None:

@@ -10,7 +10,9 @@ import pytest
 
 from megatron_p2o import terminal
 from megatron_p2o.rollout import start
-from megatron_p2o.rollout.start import start_engines, wait_until_all_answer
+from megatron_p2o.rollout.servers import start as servers_start
+from megatron_p2o.rollout.servers.start import wait_until_all_answer
+from megatron_p2o.rollout.start import start_engines
 from megatron_p2o.testing.fakes import fake_config
 
 
@@ -43,7 +45,7 @@ def test_engines_that_take_their_time_are_counted_until_all_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(terminal, "WAITED_EVERY_S", 0.0)
-    monkeypatch.setattr(start, "START_SHOWN_S", 0.01)
+    monkeypatch.setattr(servers_start, "START_SHOWN_S", 0.01)
     answers, told = threading.Event(), threading.Event()
     slow = Mock(**{"wait_until_ready.side_effect": lambda timeout_s: answers.wait(30)})
     show = terminal.WaitLine.show
@@ -56,7 +58,7 @@ def test_engines_that_take_their_time_are_counted_until_all_answer(
 
     monkeypatch.setattr(terminal.WaitLine, "show", noted)
     with ThreadPoolExecutor(2) as threads:
-        wait_until_all_answer([slow, Mock()], 900.0, threads)
+        wait_until_all_answer("engines", [slow, Mock()], 900.0, threads)
     assert told.is_set()
     said = capsys.readouterr().err
     assert re.search(
@@ -71,7 +73,7 @@ def test_an_engine_that_fails_ends_the_wait_for_the_others() -> None:
     with ThreadPoolExecutor(2) as threads:
         try:
             with pytest.raises(RuntimeError, match="it died"):
-                wait_until_all_answer([waits, fails], 900.0, threads)
+                wait_until_all_answer("engines", [waits, fails], 900.0, threads)
             assert not never.is_set()
         finally:
             never.set()

@@ -59,8 +59,8 @@ def of(findings: Sequence[Finding], subject: str) -> list[str]:
     return [finding.finding for finding in findings if finding.subject == subject]
 
 
-def not_finite(folder: Path, model: Path) -> Path:
-    """Return a copy of the model with a weight that is not finite."""
+def not_finite(folder: Path) -> Path:
+    """Return a model with a weight that is not finite."""
     broken = write_tiny_qwen3(folder / "broken", max_positions=200)
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
@@ -69,9 +69,9 @@ def not_finite(folder: Path, model: Path) -> Path:
 
 
 def test_everything_that_is_wrong_is_told_at_once_by_dry_run_and_doctor(
-    settings_file: Path, whole_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = not_finite(tmp_path, whole_model)
+    broken = not_finite(tmp_path)
     (tmp_path / "held.jsonl").write_text(json.dumps({"question": " ", "answer": "2"}) + "\n")
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps({"id": "long", "question": "1+" * 50, "answer": "2"}) + "\n")
@@ -101,10 +101,8 @@ def test_everything_that_is_wrong_is_told_at_once_by_dry_run_and_doctor(
     assert "nothing is missing" not in told.out
 
 
-def test_the_doctor_reads_every_weight_on_the_first_node_of_a_job_alone(
-    settings_file: Path, whole_model: Path, tmp_path: Path
-) -> None:
-    model = f"model.path={not_finite(tmp_path, whole_model)}"
+def test_the_doctor_reads_every_weight_on_the_first_node_of_a_job_alone(settings_file: Path, tmp_path: Path) -> None:
+    model = f"model.path={not_finite(tmp_path)}"
     (finding,) = (each for each in examined(settings_file, model) if each.is_missing)
     assert finding.subject == "weights" and finding.is_wrong and "model.norm.weight" in finding.finding
     others = examined(settings_file, model, SLURM_NODEID="1")
@@ -133,7 +131,7 @@ def test_the_dry_run_asks_the_reflection_endpoint_too(settings_file: Path, capsy
     overrides += [f"evolution.reflection.{name}={value}" for name, value in endpoint.items()]
     command = [str(settings_file), *(word for override in overrides for word in ("--set", override))]
     assert main(["train", *command, "--dry-run"]) == 0
-    assert "not on this machine: http://127.0.0.1:1/v1" in capsys.readouterr().out
+    assert "not on this machine: evolution.reflection: http://127.0.0.1:1/v1" in capsys.readouterr().out
     assert main(["doctor", *command, "--strict"]) == 1
     assert not of(examined(settings_file, *overrides, SLURM_NODEID="1"), "reflection")
 
@@ -170,7 +168,7 @@ def test_a_run_that_has_made_steps_tells_the_hours_of_those_that_are_left(settin
     assert "of the run's last 3." in hours
 
 
-def test_a_job_that_ends_before_one_more_step_lacks_time(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_ends_before_one_more_step_lacks_time(settings_file: Path) -> None:
     write_steps(settings_file.parent / "test", [1e9, 1e9, 1e9])
     (lack,) = (each for each in examined(settings_file, SLURM_JOB_END_TIME="1") if each.is_missing)
     assert "not enough for one step and a checkpoint" in lack.finding and not lack.is_wrong
@@ -209,6 +207,8 @@ def test_a_plan_for_gpus_elsewhere_has_memory_and_simulated_hours(planned: Path)
     assert re.fullmatch(r"hours, simulated: run: 4 steps, \d+\.\d h, \d+ GPU-hours", hours)
     assert "no GPU has measured" in how
     assert any(line.startswith("memory of a GPU, training: ") for line in of(findings, "plan"))
+    searching = of(examine_plan(load_config(planned, ["evolution.enabled=true"]), GPUS), "hours")
+    assert searching[0] == f"{hours}; rounds of evolution come on top, which p2o plan simulates"
 
 
 def test_hours_that_cannot_be_simulated_say_why(planned: Path) -> None:
