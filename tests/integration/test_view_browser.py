@@ -377,6 +377,7 @@ def test_the_cells_of_a_problem_are_its_epochs_and_open_all_that_was_asked_in_th
         assert page.locator("dialog h3:text-matches('^Step')").all_inner_texts() == ["Step 2", "Step 1"]
         assert page.locator("dialog article").count() == 4, "two of each step"
         page.select_option("dialog select", label="epoch 2, step 3")
+        page.wait_for_selector("dialog h3:text-is('Step 3')")
         assert page.locator("dialog article").count() == 3
         page.keyboard.press("Escape")
         page.keyboard.press("ArrowDown")
