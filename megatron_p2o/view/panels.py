@@ -13,7 +13,7 @@ from megatron_p2o.types import PLAIN
 from megatron_p2o.view.rounds import ViewedCandidate, ViewedRound
 from megatron_p2o.view.runs import ViewedRun
 from megatron_p2o.view.settings import differences
-from megatron_p2o.view.timeline import RoundTime, library_times, round_times, step_times
+from megatron_p2o.view.timeline import RoundSpan, library_times, round_spans, step_spans
 
 MAX_TIMED_STEPS = 300
 """Latest steps whose times are sent."""
@@ -113,15 +113,15 @@ def problem_panel(run: ViewedRun, problem_id: str, steps: Sequence[int] = (), ma
 
 def rounds_panel(run: ViewedRun) -> list[JsonObject]:
     """Return the rounds of prompt evolution, newest first, each with its candidates."""
-    times = {time.epoch: time for time in _round_times(run)}
+    times = {time.epoch: time for time in _round_spans(run)}
     return [_round(found, run, times.get(found.number)) for found in reversed(run.rounds())]
 
 
-def _round_times(run: ViewedRun) -> list[RoundTime]:
-    return round_times(run.written(), frozenset(found.number for found in run.rounds()))
+def _round_spans(run: ViewedRun) -> list[RoundSpan]:
+    return round_spans(run.written(), frozenset(found.number for found in run.rounds()))
 
 
-def _round(found: ViewedRound, run: ViewedRun, time: RoundTime | None) -> JsonObject:
+def _round(found: ViewedRound, run: ViewedRun, time: RoundSpan | None) -> JsonObject:
     candidates = found.candidates()
     texts = {candidate.id: candidate.text for candidate in candidates}
     published = found.published
@@ -153,11 +153,11 @@ def _round(found: ViewedRound, run: ViewedRun, time: RoundTime | None) -> JsonOb
     }
 
 
-def _price(run: ViewedRun, time: RoundTime | None) -> JsonObject:
+def _price(run: ViewedRun, time: RoundSpan | None) -> JsonObject:
     """Return what a round took from training: over the steps beside it, or the seconds that training waited for it."""
     waited_s = None if time is None or time.is_beside or time.end_s is None else time.end_s - time.begin_s
     lines = run.written()
-    beside = [] if time is None else [step for step in step_times(lines) if time.is_beside_step(step)]
+    beside = [] if time is None else [step for step in step_spans(lines) if time.is_beside_step(step)]
     metrics = {line.step: line.metrics for line in run.lines()}
     return {
         "waited_s": waited_s,
@@ -256,8 +256,8 @@ def timeline_panel(run: ViewedRun) -> JsonObject:
     """
     lines = run.written()
     return {
-        "steps": msgspec.to_builtins(step_times(lines)[-MAX_TIMED_STEPS:]),
-        "rounds": msgspec.to_builtins(_round_times(run)),
+        "steps": msgspec.to_builtins(step_spans(lines)[-MAX_TIMED_STEPS:]),
+        "rounds": msgspec.to_builtins(_round_spans(run)),
         "libraries": library_times(lines),
     }
 

@@ -15,7 +15,7 @@ PHASES_BETWEEN = ("save", "evolution")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TimelinePhase:
+class PhaseSpan:
     """A phase, in seconds since 1970."""
 
     name: str
@@ -24,19 +24,19 @@ class TimelinePhase:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TimelineStep:
+class StepSpan:
     """A step, or what came after the last step of an epoch; times in seconds since 1970."""
 
     step: int
     begin_s: float
     end_s: float
     is_step: bool
-    phases: tuple[TimelinePhase, ...]
+    phases: tuple[PhaseSpan, ...]
     """Those that were measured; between them and after them is what was not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RoundTime:
+class RoundSpan:
     """The rounds of prompt evolution after an epoch, together; times in seconds since 1970."""
 
     epoch: int
@@ -46,60 +46,62 @@ class RoundTime:
     is_beside: bool
     """Training went on meanwhile. A round that has not ended is taken for one."""
 
-    def is_beside_step(self, step: TimelineStep) -> bool:
+    def is_beside_step(self, step: StepSpan) -> bool:
         """Return whether it ran during the step."""
         is_before_its_end = self.end_s is None or step.begin_s < self.end_s
         return self.is_beside and step.is_step and step.end_s > self.begin_s and is_before_its_end
 
 
-def step_times(lines: Sequence[MetricLine]) -> list[TimelineStep]:
+def step_spans(lines: Sequence[MetricLine]) -> list[StepSpan]:
     """Return when the steps and the ends of epochs were, in the order of `lines`, which are as they were written."""
-    found: list[TimelineStep] = []
+    found: list[StepSpan] = []
     for line in lines:
         end_s = _seconds(line.time)
-        seconds = {name: line.metrics.get(f"perf/{name}_s", 0.0) for name in (*PHASES_IN_ORDER, *PHASES_BETWEEN)}
+        seconds = {name: _phase_s(line, name) for name in (*PHASES_IN_ORDER, *PHASES_BETWEEN)}
         step_s = line.metrics.get("perf/step_s")
         if end_s is None or (step_s is None and all(seconds[name] <= 0 for name in PHASES_BETWEEN)):
             continue
         begin_s = end_s if step_s is None else end_s - step_s
         phases = (*_before(begin_s, seconds), *_after(begin_s, end_s, seconds))
         first_s = begin_s if step_s is not None else min(phase.begin_s for phase in phases)
-        found.append(
-            TimelineStep(step=line.step, begin_s=first_s, end_s=end_s, is_step=step_s is not None, phases=phases)
-        )
+        found.append(StepSpan(step=line.step, begin_s=first_s, end_s=end_s, is_step=step_s is not None, phases=phases))
     return found
 
 
-def _before(end_s: float, seconds: Mapping[str, float]) -> list[TimelinePhase]:
+def _phase_s(line: MetricLine, phase: str) -> float:
+    return line.metrics.get(f"perf/{phase}_s", 0.0)
+
+
+def _before(end_s: float, seconds: Mapping[str, float]) -> list[PhaseSpan]:
     """Return the phases between steps that ended at `end_s`, one after the other."""
-    phases: list[TimelinePhase] = []
+    phases: list[PhaseSpan] = []
     for name in reversed(PHASES_BETWEEN):
         if seconds[name] > 0:
-            phases.insert(0, TimelinePhase(name=name, begin_s=end_s - seconds[name], end_s=end_s))
+            phases.insert(0, PhaseSpan(name=name, begin_s=end_s - seconds[name], end_s=end_s))
             end_s -= seconds[name]
     return phases
 
 
-def _after(begin_s: float, end_s: float, seconds: Mapping[str, float]) -> list[TimelinePhase]:
+def _after(begin_s: float, end_s: float, seconds: Mapping[str, float]) -> list[PhaseSpan]:
     """Return the phases of a step, one after the other and none beyond its end."""
-    phases: list[TimelinePhase] = []
+    phases: list[PhaseSpan] = []
     for name in PHASES_IN_ORDER:
         phase_end_s = min(end_s, begin_s + seconds[name])
         if phase_end_s > begin_s:
-            phases.append(TimelinePhase(name=name, begin_s=begin_s, end_s=phase_end_s))
+            phases.append(PhaseSpan(name=name, begin_s=begin_s, end_s=phase_end_s))
             begin_s = phase_end_s
     return phases
 
 
-def round_times(lines: Sequence[MetricLine], epochs: frozenset[int]) -> list[RoundTime]:
+def round_spans(lines: Sequence[MetricLine], epochs: frozenset[int]) -> list[RoundSpan]:
     """Return when rounds were, oldest first.
 
     Args:
         lines: as they were written.
         epochs: those after which a round has begun: its journal is there.
     """
-    found: list[RoundTime] = []
-    running: RoundTime | None = None
+    found: list[RoundSpan] = []
+    running: RoundSpan | None = None
     for line in lines:
         now_s, round_s = _seconds(line.time), line.metrics.get("evolution/round_s")
         if now_s is None:
@@ -109,8 +111,8 @@ def round_times(lines: Sequence[MetricLine], epochs: frozenset[int]) -> list[Rou
             running = round_s = None
         if "hard/set_size" in line.metrics and line.epoch - 1 in epochs:
             found += [running] if running is not None else []
-            waited_s = line.metrics.get("perf/evolution_s", 0.0)
-            begun = RoundTime(epoch=line.epoch - 1, begin_s=now_s - waited_s, end_s=None, is_beside=True)
+            waited_s = _phase_s(line, "evolution")
+            begun = RoundSpan(epoch=line.epoch - 1, begin_s=now_s - waited_s, end_s=None, is_beside=True)
             if round_s is None:
                 running = begun
             else:  # training waited for it

@@ -250,6 +250,7 @@ def assert_views_show_foreign_text_as_text(page: Any, address: str) -> None:
 
 
 def assert_tokens_tell_their_numbers(page: Any) -> None:
+    page.locator("dialog summary").first.scroll_into_view_if_needed()
     tokens = page.locator("dialog .tokens")
     assert tokens.inner_text() == HOSTILE, "the parts and the rest are the response"
     spans = tokens.locator("span")
@@ -319,6 +320,7 @@ def test_numbers_of_tokens_are_reached_by_keyboard(page: Any, hostile_run: Path)
     with served(page, hostile_run) as address:
         open_view(page, address, "problems")
         page.click(".cell >> nth=3")
+        page.locator("dialog summary").first.scroll_into_view_if_needed()
         page.wait_for_selector("dialog[open] .tokens")
         assert page.locator("dialog .tokens span[tabindex='0']").count() == 1, "one stop of the Tab key"
         page.focus("dialog summary >> nth=0")  # the template, which stands before the tokens
@@ -341,6 +343,7 @@ def test_numbers_of_tokens_are_shown_by_a_tap(browser: Any, hostile_run: Path) -
     with served(phone, hostile_run) as address:
         open_view(phone, address, "problems")
         phone.tap(".cell >> nth=3")
+        phone.locator("dialog summary").first.scroll_into_view_if_needed()  # its template, above the response
         phone.wait_for_selector("dialog[open] .tokens")
         phone.tap("dialog .tokens span >> nth=1")
         assert focused_numbers(phone) == TOKEN_NUMBERS[1]
@@ -374,6 +377,7 @@ def test_the_cells_of_a_problem_are_its_epochs_and_open_all_that_was_asked_in_th
         assert page.locator("dialog h3:text-matches('^Step')").all_inner_texts() == ["Step 2", "Step 1"]
         assert page.locator("dialog article").count() == 4, "two of each step"
         page.select_option("dialog select", label="epoch 2, step 3")
+        page.wait_for_selector("dialog h3:text-is('Step 3')")
         assert page.locator("dialog article").count() == 3
         page.keyboard.press("Escape")
         page.keyboard.press("ArrowDown")

@@ -94,7 +94,7 @@ ELSEWHERE = {
 SHOWN = {
     r"bash examples/(quickstart\.sh|tiny_cpu/compare\.sh .*)": "trains for ten minutes or more",
     r"source \.venv/bin/activate": "comes with Python",
-    r"bash tools/test(_without_torch)?\.sh.*": "runs all these tests",
+    r"bash tools/test\.sh.*": "runs all these tests",
     r"bash tools/install_(slurm_test|sandbox)\.sh": "installs Debian's packages; .ci/run does",
     r"bash tools/gpu_wheels\.sh": "downloads",
     r"bash (tools/gpu_session|kernels/bench/run_gpu)\.sh": "needs a GPU",
