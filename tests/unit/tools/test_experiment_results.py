@@ -87,3 +87,16 @@ def test_the_page_shows_the_table_of_the_committed_runs(tool: Any, name: str) ->
         assert tool.round_table(results, arms) in page
     assert re.search(rf"figures/{name}\.svg", page)
     assert all(commit in page for commit in results["commits"])
+
+
+def test_the_example_shows_every_run_of_smollm2() -> None:
+    results = json.loads((ROOT / "experiments" / "results" / "smollm2.json").read_text(encoding="utf-8"))
+    page = (ROOT / "examples" / "smollm2_cpu" / "README.md").read_text(encoding="utf-8")
+    for row in results["runs"]:
+        shown = [row["curve"][0][1], row["accuracy"]["heldout"], row["accuracy"]["far"], row["template_accuracy"]]
+        cells = " | ".join("" if value is None else f"{value:.3f}" for value in shown).replace("|  ", "| ")
+        name = {"ratio_mask": "`ratio_mask`, the paper's", "soft": "`soft`, the authors' option"}.get(
+            row["arm"], f"`{row['arm']}`"
+        )
+        assert f"| {name} | {row['seed']} | {cells.strip()} |".replace("| |", "| |") in page, row
+    assert f"All {len(results['runs'])} runs" in page
