@@ -53,7 +53,7 @@ RUN = (
     r"p2o train \S+ --print-config",
     r"p2o eval --compare .*",
     r"p2o report .*",
-    r"p2o view .*",
+    r"p2o view.*",
     r"p2o plan .*",
     r"p2o doctor.*",
     r"p2o compare \S+ --sbatch \S+",
