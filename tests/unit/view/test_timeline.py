@@ -23,7 +23,7 @@ def spans(step: StepSpan) -> Mapping[str, tuple[float, float]]:
 
 def test_phases_stand_one_after_the_other_within_their_step() -> None:
     told = {"perf__step_s": 8.0, "perf__rollout_s": 4.0, "perf__train_s": 2.0, "perf__grade_s": 1.0}
-    (step,) = step_spans([line(20.0, 3, **told, perf__refresh_s=0.5, perf__save_s=1.5)])
+    (step,) = step_spans([line(20.0, 3, 0, **told, perf__refresh_s=0.5, perf__save_s=1.5)])
     assert (step.step, step.is_step, step.begin_s - NOON_S, step.end_s - NOON_S) == (3, True, 12.0, 20.0)
     assert spans(step) == {
         "save": (10.5, 12.0),  # a save is done between steps
