@@ -143,6 +143,12 @@ def planned_rollouts(spec: RoundSpec) -> int | None:
     return rollout_budget(spec, split)
 
 
+def most_rollouts(spec: RoundSpec) -> int | None:
+    """Return how many rollouts a round asks for, at most: plain control asks for as many again. None as above."""
+    scoring = planned_rollouts(spec)
+    return None if scoring is None else scoring * (1 + spec.settings.evolution.plain_control)
+
+
 def open_round(
     spec: RoundSpec,
     split: RoundSplit,

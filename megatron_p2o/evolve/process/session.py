@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.evolve.process.by_task import descriptions_of, problems_by_task, settings_by_task
-from megatron_p2o.evolve.process.conduct import planned_rollouts, salvage, split_of
+from megatron_p2o.evolve.process.conduct import most_rollouts, salvage, split_of
 from megatron_p2o.evolve.process.messages import FinishRound, Notice, RoundPublished, StartRound, TrialRequest
 from megatron_p2o.evolve.process.service_process import STOP_GRACE_S, LoopThread, ServiceLost, ServiceProcess
 from megatron_p2o.evolve.process.trial_replies import SubmitTrial, TrialReplies
@@ -152,7 +152,7 @@ class EvolutionSession:
         problems = {problem.id: problem for problem in hard}
         specs = self._specs(list(problems.values()), library, epoch)
         self._free_scores.clear()
-        budgets = [planned_rollouts(spec) or 0 for spec in specs]
+        budgets = [most_rollouts(spec) or 0 for spec in specs]
         self._replies, self._budget = [], sum(budgets) if all(budgets) else None
         if self._settings.evolution.guard_leaks and all(problem.answer is None for problem in hard):
             logger.warning("evolution: the problems have no gold answers: no template is refused for telling one")

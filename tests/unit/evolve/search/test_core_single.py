@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_p2o.evolve.process.conduct import journal_path, planned_rollouts, salvage, split_of
+from megatron_p2o.evolve.process.conduct import journal_path, most_rollouts, planned_rollouts, salvage, split_of
 from megatron_p2o.evolve.record.history import RoundHistory
 from megatron_p2o.evolve.record.journal import encode_line, read_journal
 from megatron_p2o.evolve.record.library import PublishedLibrary
@@ -66,6 +66,12 @@ def test_each_hard_problem_is_asked_through_the_one_template_written_for_it(tmp_
     )
     assert (stats.num_dev, stats.num_feedback, stats.coverage, stats.plain_coverage) == (0, 12, 0.0, None)
     assert planned_rollouts(SPEC) == 12, "evolution.max_rollouts is of a search"
+
+
+@pytest.mark.parametrize(("plain_control", "most"), [(False, 100), (True, 200)])
+def test_plain_control_asks_for_as_many_rollouts_again(plain_control: bool, most: int) -> None:
+    spec = round_spec(PROBLEMS, max_rollouts=100, plain_control=plain_control)
+    assert (planned_rollouts(spec), most_rollouts(spec)) == (100, most)
 
 
 def test_responses_that_training_has_sampled_are_not_sampled_again(tmp_path: Path) -> None:
