@@ -37,7 +37,7 @@ from megatron_p2o.run_folder.state import CheckpointError
 from megatron_p2o.terminal import printable, say, set_up_logging
 
 NUM_SAMPLES, NUM_RESPONSE_TOKENS = 16, 32
-"""Of the random tokens whose log-probs are compared."""
+"""Random sequences, and tokens of each, whose log-probs are compared."""
 
 
 def main() -> None:
