@@ -119,19 +119,17 @@ def compared_answers(ask: Any, tokenizer: Any, ours: Any) -> str:
         if ids != (theirs := ask("/tokenize", {"content": text, "parse_special": True})["tokens"]):
             raise SystemExit(f"{prompt!r} is {ids} here and {theirs} in llama.cpp")
         answer = ask("/completion", {"prompt": ids, **GREEDY})
-        steps = iter(answer["completion_probabilities"])
-        logprobs_RV = logprobs_of(ours, ids, answer["tokens"])
-        num_equal += logprobs_RV.argmax(-1).tolist() == answer["tokens"]
-        step = next(steps, None)
-        for logprobs_V, token in zip(logprobs_RV, answer["tokens"], strict=True):
-            gaps.append(float(logprobs_V.max() - logprobs_V[token]))
-            # llama.cpp gives no log-probs of a token that only begins a character.
-            if step is not None and step["id"] == token:
-                differences += [each["logprob"] - float(logprobs_V[each["id"]]) for each in step["top_logprobs"]]
-                num_positions += 1
-                step = next(steps, None)
-        if step is not None:
+        tokens, steps = answer["tokens"], answer["completion_probabilities"]
+        logprobs_RV = logprobs_of(ours, ids, tokens)
+        num_equal += logprobs_RV.argmax(-1).tolist() == tokens
+        gaps += [float(logprobs_V.max() - logprobs_V[token]) for logprobs_V, token in zip(logprobs_RV, tokens)]
+        # llama.cpp gives no log-probs of a token that leaves a character unfinished.
+        told = [t for t in range(len(tokens)) if not tokenizer.decode(tokens[: t + 1]).endswith("\ufffd")]
+        if [tokens[t] for t in told] != [step["id"] for step in steps]:
             raise SystemExit(f"{prompt!r}: llama.cpp's log-probs are not of its tokens")
+        num_positions += len(told)
+        for t, step in zip(told, steps):
+            differences += [each["logprob"] - float(logprobs_RV[t, each["id"]]) for each in step["top_logprobs"]]
     away = np.abs(differences)
     below = f", the others' tokens up to {max(gaps):.2g} nats below ours" if num_equal < len(PROMPTS) else ""
     return (
