@@ -29,9 +29,11 @@ is_installed base "$base" || files+=(requirements/cpu.txt)
 [ "${1:-}" != "--dev" ] || is_installed dev "$dev" || files+=(requirements/dev.txt)
 [ ${#files[@]} -gt 0 ] || exit 0
 
-free_mib="$(df --output=avail -m . | tail -n 1 | tr -d ' ')"
+parent="$(dirname "$venv")"
+[ -d "$parent" ] || parent=.
+free_mib="$(df --output=avail -m "$parent" | tail -n 1 | tr -d ' ')"
 if [ ! -e "$venv/installed-base" ] && [ "$free_mib" -lt "$NEEDED_MIB" ]; then
-    echo "install_cpu.sh: $PWD has $free_mib MiB of disk free, the packages take $NEEDED_MIB or more: free some space" >&2
+    echo "install_cpu.sh: $(cd "$parent" && pwd) has $free_mib MiB of disk free, the packages take $NEEDED_MIB or more: free some space" >&2
     exit 2
 fi
 # An environment that an interruption left without pip is made anew.

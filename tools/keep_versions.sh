@@ -16,7 +16,7 @@ FIRST_LINE="# By tools/keep_versions.sh: what .venv holds."
 is_ours() { [ ! -e uv.toml ] || [ "$(head -n 1 uv.toml)" = "$FIRST_LINE" ]; }
 
 rm -f "$folder/constraints.txt" "$folder/pip.conf"
-if is_ours; then rm -f uv.toml; fi
+if [ "$folder" = .venv ] && is_ours; then rm -f uv.toml; fi
 [ "$releases" = 0 ] || exit 0
 
 # Not what builds packages: each may ask for its own setuptools. A local build, such as +cpu, is as good as its version.

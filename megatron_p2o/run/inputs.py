@@ -53,10 +53,15 @@ def lacking_files(config: Config) -> list[str]:
 
 def missing_packages(config: Config, *, for_training: bool = True) -> list[str]:
     """Return one sentence for each package that the settings need and this machine lacks: readers of files, sinks."""
+    readers = missing_readers(config, for_training=for_training)
+    return [*readers, *(sink_problems(config.logging) if for_training else ())]
+
+
+def missing_readers(config: Config, *, for_training: bool = True) -> list[str]:
+    """Return one sentence for each package that the files of problems need and this machine lacks."""
     data = config.data
     files = [*(data.training_files.values() if for_training else ()), *data.evaluation_files.values()]
-    readers = [missing_package(Path(file)) for file in dict.fromkeys(files)]
-    return [*filter(None, readers), *(sink_problems(config.logging) if for_training else ())]
+    return [sentence for file in dict.fromkeys(files) if (sentence := missing_package(Path(file)))]
 
 
 def load_inputs(config: Config) -> Inputs:

@@ -387,6 +387,19 @@ def test_the_cells_of_a_problem_are_its_epochs_and_open_all_that_was_asked_in_th
         assert page.evaluate("document.activeElement.textContent") == f"{HOSTILE}-0"
 
 
+def test_what_is_typed_while_the_page_is_drawn_anew_is_searched_for(page: Any, hostile_run: Path) -> None:
+    with served(page, hostile_run) as address:
+        open_view(page, address, "problems")
+        assert page.locator(".heat tbody tr").count() > 1
+        page.focus("[data-key=find]")
+        page.keyboard.type("-19")
+        page.evaluate("document.querySelector('[data-key=find]').dataset.old = ''; refresh(true)")
+        page.wait_for_selector("[data-key=find]:not([data-old])")
+        assert page.input_value("[data-key=find]") == "-19"
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".heat tbody tr:only-child")
+
+
 def test_only_what_is_looked_at_is_asked_for_and_taken_apart(page: Any, hostile_run: Path) -> None:
     num_rollouts = 60
     lines = [rollout(f"{HOSTILE}-0", True)] * num_rollouts

@@ -1,6 +1,7 @@
 """Reflection by a language model behind an OpenAI-compatible endpoint: a hosted one, or the initial policy's server."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_p2o.config.tree import ReflectionConfig
@@ -66,7 +67,8 @@ class ChatCompletions:
             prompt = with_markup_as_text(reflection_prompt(request), self._control_tokens)
             request.usage.prompt = prompt
             reply = await self._reply_to(prompt, request.proposal)
-            request.usage.reply = self._endpoint.without_key(reply.text)
+            reply = replace(reply, text=self._endpoint.without_key(reply.text))
+            request.usage.reply = reply.text
             self._num_refused = 0
             _count(reply, request.usage)
             template = template_in(reply, request.parent_text)

@@ -1,7 +1,9 @@
 """The memory that a run without GPUs holds at least, from the settings and the architecture."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.machine.memory.engine import engine_memory, num_engine_parameters
@@ -59,9 +61,15 @@ def host_lines(config: Config, architecture: Architecture, num_nodes: int, num_b
     ]
 
 
-def machine_bytes() -> int:
-    """Return the memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""What a container may take, by version 2 and 1 of control groups."""
+
+
+def machine_bytes(limits: Sequence[Path] = CGROUP_LIMITS) -> int:
+    """Return the memory of this machine, or what the container of this process may take of it."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    written = [limit.read_text(encoding="ascii").strip() for limit in limits if limit.is_file()]
+    return min([whole, *(int(each) for each in written if each.isdecimal())])
 
 
 def _cache(config: Config, architecture: Architecture) -> str:

@@ -179,7 +179,8 @@ class RemoteServer:
                 raise EngineStartFailed(description["error"])
             if time.monotonic() > deadline:
                 raise EngineStartFailed(f"{self.name} was not ready within rollout.startup_timeout_s={timeout_s:g}")
-            time.sleep(READY_POLL_S)
+            if self._is_stopped.wait(READY_POLL_S):
+                raise EngineStartFailed(f"{self.name} was stopped while it started")
 
     def log_tail(self) -> str:
         try:

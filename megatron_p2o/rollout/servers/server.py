@@ -139,6 +139,7 @@ class EngineServer:
         self.base_url = f"http://{HOST}:{self._ports['port'].getsockname()[1]}"
         self._scratch = Scratch()
         self._lock = threading.RLock()
+        self._is_stopped = threading.Event()
         self._process = self._start(arguments)
 
     @property
@@ -179,11 +180,13 @@ class EngineServer:
         deadline = time.monotonic() + timeout_s
         while not self._answers():
             self._scratch.note(shared_memory_of(self.pid))
+            if self._is_stopped.is_set():
+                raise EngineStartFailed(f"{self.name} was stopped while it started")
             if not self._runs():
                 raise self._start_error("ended while starting")
             if time.monotonic() > deadline:
                 raise self._start_error(f"did not answer within rollout.startup_timeout_s={timeout_s:g}")
-            time.sleep(START_POLL_S)
+            self._is_stopped.wait(START_POLL_S)
         self._ports["port"].close()  # the server has it
         self._scratch.note(shared_memory_of(self.pid))
         self._warn_of_a_small_cache()
@@ -201,8 +204,9 @@ class EngineServer:
     def stop(self) -> None:
         """Kill the server and all it started: it holds nothing worth the seconds of an orderly end.
 
-        Idempotent; from any thread.
+        Idempotent; from any thread. What waits for it to be ready ends, also where the process cannot be killed.
         """
+        self._is_stopped.set()
         with self._lock:
             if self._process.returncode is not None:
                 return

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_p2o.config.read import with_template_date
+from megatron_p2o.config.read import missing_paths, with_template_date
 from megatron_p2o.config.tree import Config
 from megatron_p2o.data.tasks import absent_files, num_asked, num_epoch_problems
 from megatron_p2o.evolve.reflection.probe import has_checkpoint, needs_endpoint, probe
@@ -32,10 +32,19 @@ from megatron_p2o.rollout.refresh.outlet import uses_devices
 from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.rollout.servers.server_arguments import check_arguments, does_release_memory
 from megatron_p2o.run.before.pace import measured_hours, num_steps_done, pace_of, unknown_hours
-from megatron_p2o.run.inputs import Inputs, batches_of, lacking_files, load_inputs, planned_steps, summary_of
+from megatron_p2o.run.inputs import (
+    Inputs,
+    batches_of,
+    load_inputs,
+    missing_packages,
+    missing_readers,
+    planned_steps,
+    summary_of,
+)
 from megatron_p2o.run.resume.resumption import check_resume, finished
 from megatron_p2o.run_folder.place import place_problems
 from megatron_p2o.simulation.plan import simulated_hours
+from megatron_p2o.simulation.virtual_time import SimulationStalled
 
 INPUTS, HOURS, SO_FAR = "inputs", "hours", "the run so far"
 """Subjects of what the run reads, how long it takes, and where it stands."""
@@ -52,8 +61,9 @@ def examine_run(config: Config, environment: Mapping[str, str]) -> list[Finding]
     """
     found = Findings()
     is_first_node = environment.get("SLURM_NODEID", "0") == "0"
-    lacking = lacking_files(config)
-    found.refuse("files", lacking)
+    lacking = missing_paths(config)
+    found.refuse("files", [*place_problems(config.run), *lacking])
+    found.miss("packages", missing_packages(config))
     nodes = _nodes(environment, found)
     is_laid_out = False
     with found.looking_at("layout", is_of_machine=True):
@@ -63,7 +73,7 @@ def examine_run(config: Config, environment: Mapping[str, str]) -> list[Finding]
         architecture = _look_at_policy(config, found)
     if architecture is not None:
         _look_at_weights(config, architecture, found, reads_values=is_first_node)
-        if not lacking:  # the tokenizer reads config.json, too
+        if not lacking and not missing_readers(config):  # the tokenizer reads config.json, too
             inputs, num_steps = _look_at_inputs(config, found)
     _look_at_engines(config, found)
     _look_at_transfer(config, found)
@@ -225,5 +235,5 @@ def _hours(config: Config, inputs: Inputs, num_steps: int, pace: Pace | None) ->
 def _simulated(config: Config, gpus: Gpus, num_problems: int) -> list[str]:
     try:
         return simulated_hours(config, gpus, num_problems)
-    except ValueError as error:
+    except (ValueError, SimulationStalled) as error:
         return [f"hours: unknown, they cannot be simulated: {error}"]

@@ -7,7 +7,7 @@ const VIEWS = { overview: "Overview", curves: "Curves", steps: "Steps", problems
 const byId = (id) => document.getElementById(id);
 const state = {
   runs: [], known: new Map(), filter: "", compared: new Set(),
-  problems: { filter: "", level: "", state: "all", order: "id", limit: 200 }, rounds: { round: null, candidate: null }, timeline: { window: 30 },
+  problems: { filter: "", level: "", state: "all", order: "id", limit: 100 }, rounds: { round: null, candidate: null }, timeline: { window: 30 },
 };
 
 // A page that is a file holds the answers to all questions, packed.

@@ -67,13 +67,18 @@ def test_engines_that_take_their_time_are_counted_until_all_answer(
 
 
 def test_an_engine_that_fails_ends_the_wait_for_the_others() -> None:
-    never = threading.Event()
-    waits = Mock(**{"wait_until_ready.side_effect": lambda timeout_s: never.wait(30)})
+    ends, ended = threading.Event(), threading.Event()
+
+    def wait_until_ready(timeout_s: float) -> None:
+        ends.wait(30)
+        ended.set()
+
+    waits = Mock(**{"wait_until_ready.side_effect": wait_until_ready})
     fails = Mock(**{"wait_until_ready.side_effect": RuntimeError("it died")})
     with ThreadPoolExecutor(2) as threads:
         try:
             with pytest.raises(RuntimeError, match="it died"):
                 wait_until_all_answer("engines", [waits, fails], 900.0, threads)
-            assert not never.is_set()
+            assert not ended.is_set()
         finally:
-            never.set()
+            ends.set()

@@ -176,6 +176,11 @@ def test_the_conversation_is_noted_as_it_was_but_for_the_key() -> None:
     assert request.usage.reply == "***, no template"
 
 
+def test_a_template_that_holds_the_key_is_taken_without_it() -> None:
+    outcome, _ = propose(json_reply(completion(f"```\nSay {KEY}.\n```")))
+    assert outcome == "Say ***."
+
+
 @pytest.mark.parametrize(
     ("body", "taken"),
     [

@@ -73,3 +73,10 @@ def test_a_run_that_takes_more_than_the_machine_has_is_refused_on_a_single_machi
         host_lines(config_of(), architecture, num_nodes=1, num_bytes=need - 1)
     assert "on 2 nodes" in host_lines(config_of(), architecture, num_nodes=2, num_bytes=1)[0]
     assert machine_bytes() > 1 << 28
+
+
+@pytest.mark.parametrize(("limit", "is_taken"), [("1048576", True), ("max", False), (str(1 << 62), False)])
+def test_a_container_has_what_its_limit_says(limit: str, is_taken: bool, tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    found = machine_bytes([tmp_path / "memory.max", tmp_path / "absent"])
+    assert found == (1 << 20 if is_taken else machine_bytes([]))

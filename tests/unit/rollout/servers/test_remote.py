@@ -69,14 +69,14 @@ def engine_of(port: int, restart: int = 1) -> RemoteServer:
     return RemoteServer(address, place, restart, Path("engine-3.log"), NodeMirror(address, 10))
 
 
-def daemon_that(start: Callable[[dict[str, Any]], web.Response]) -> web.Application:
-    """Return a daemon whose engines are ready at once; `start` answers the order to start one."""
+def daemon_that(start: Callable[[dict[str, Any]], web.Response], state: str = "ready") -> web.Application:
+    """Return a daemon whose engines are in `state` at once; `start` answers the order to start one."""
 
     async def order(request: web.Request) -> web.Response:
         return start(await request.json())
 
     async def describe(request: web.Request) -> web.Response:
-        return web.json_response({"state": "ready", "is_alive": True})
+        return web.json_response({"state": state, "is_alive": True})
 
     app = web.Application()
     app.add_routes([web.post("/servers/3", order), web.get("/servers/3", describe)])
@@ -114,6 +114,20 @@ def test_a_daemon_that_is_not_replaced_is_named(is_stopped: bool, monkeypatch: p
             engine.stop()
         with pytest.raises(EngineStartFailed, match=rf"engine 3: the daemon of its node at http://127.0.0.1:{port}: "):
             engine.wait_until_ready(1e9)
+
+
+def test_an_engine_that_is_stopped_while_it_starts_is_not_waited_for() -> None:
+    async def stopped() -> None:
+        with reserve_port() as holder:
+            port = holder.getsockname()[1]
+            async with listening(daemon_that(lambda given: web.json_response({"daemon": "first"}), "starting"), port):
+                engine = await asyncio.to_thread(engine_of, port)
+                ready = asyncio.create_task(asyncio.to_thread(engine.wait_until_ready, 600))
+                await asyncio.to_thread(engine.stop)  # which the daemon refuses
+                with pytest.raises(EngineStartFailed, match="engine 3 was stopped while it started"):
+                    await asyncio.wait_for(ready, 60)
+
+    asyncio.run(stopped())
 
 
 def test_a_daemon_that_cannot_start_an_engine_is_not_waited_for() -> None:

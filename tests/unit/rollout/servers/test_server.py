@@ -3,6 +3,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from megatron_p2o.config.tree import (
     RunConfig,
     one_task,
 )
+from megatron_p2o.rollout.servers import server
 from megatron_p2o.rollout.servers.scratch import Scratch
-from megatron_p2o.rollout.servers.server import EngineServer, reserve_port
+from megatron_p2o.rollout.servers.server import EngineServer, EngineStartFailed, reserve_port
 from megatron_p2o.rollout.servers.server_arguments import (
     EnginePlace,
     check_arguments,
@@ -131,6 +133,25 @@ def test_a_server_s_address_and_keys_cannot_be_set(tmp_path: Path) -> None:
         EngineServer("engine 0", {"host": "0.0.0.0"}, tmp_path / "log")
 
 
+def test_a_wait_ends_with_stop_even_where_the_process_cannot_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LAUNCHER", "code")  # a Python that reads its input for ever
+    engine = EngineServer("engine 0", {"model_path": "model", "device": "cpu"}, tmp_path / "log")
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            ready = threads.submit(engine.wait_until_ready, 600.0)
+            monkeypatch.setattr(os, "killpg", lambda *_: None)
+            monkeypatch.setattr(server, "KILL_TIMEOUT_S", 0.1)
+            with pytest.raises(subprocess.TimeoutExpired):
+                engine.stop()
+            with pytest.raises(EngineStartFailed, match="engine 0 was stopped while it started"):
+                ready.result(timeout=60)
+    finally:
+        monkeypatch.undo()
+        engine.stop()
+
+
 def test_no_server_is_asked_where_nothing_is_set_or_another_setting_decides() -> None:
     check_arguments(config_with({}))
     with pytest.raises(ValueError, match=r"sglang\.tp_size is decided by rollout\.tensor_parallel"):
@@ -144,9 +165,9 @@ def test_a_reserved_port_is_given_to_nobody_else_and_still_serves() -> None:
         port = holder.getsockname()[1]
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))
-        with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)):
-            server.settimeout(5)
-            server.accept()[0].close()
+        with socket.create_server(("127.0.0.1", port)) as listener, socket.create_connection(("127.0.0.1", port)):
+            listener.settimeout(5)
+            listener.accept()[0].close()
 
 
 def test_reserved_ports_differ() -> None:

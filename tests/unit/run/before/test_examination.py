@@ -1,5 +1,6 @@
 """What a run would find is looked at before it starts; dry run and doctor say the same, and all of it."""
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,21 @@ def not_finite(folder: Path) -> Path:
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, broken / "model.safetensors")
     return broken
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_sink_s_package_is_what_this_machine_lacks_and_hides_nothing(
+    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = ("--set", "logging.wandb_project=p2o")
+    assert main(["train", str(settings_file), "--dry-run", *wandb]) == 0, (
+        "settings for a cluster are checked on a laptop"
+    )
+    assert "needs the package wandb" in capsys.readouterr().out
+    assert main(["train", str(settings_file), *wandb]) == BAD_INPUT
+    (tmp_path / "train.jsonl").write_text("no json\n")
+    found = examined(settings_file, wandb[1])
+    assert of(found, "packages") and of(found, "inputs")
 
 
 def test_everything_that_is_wrong_is_told_at_once_by_dry_run_and_doctor(
