@@ -3,9 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
+from megatron_p2o.cli import main
 from megatron_p2o.run.before.draft import TASKS, drafted_config, reward_lines, settings_text, size_lines
 from megatron_p2o.run.before.first_settings import Wanted, head_of, place_lines
 from megatron_p2o.run.before.look import FileFacts, ModelFacts, look_at_file
+from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "your_own_task.md").read_text(encoding="utf-8")
@@ -42,3 +47,17 @@ def test_the_page_shows_what_its_command_writes() -> None:
 def test_the_page_names_every_task() -> None:
     table = PAGE.partition("| your answers | `--task` |")[2].partition("\n\n")[0]
     assert re.findall(r"^\|[^|]*\| `([\w.:]+)`", table, flags=re.MULTILINE) == [*TASKS, "my_reward.py:reward"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page shows a machine without a GPU")
+def test_the_page_shows_every_line_of_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def subjects(printed: str) -> list[str]:
+        return re.findall(r"^  (\S.*?)  +\S", printed, flags=re.MULTILINE)
+
+    (tmp_path / "config.yaml").write_text(PAGE.partition("```yaml\n")[2].partition("```")[0])
+    model = write_tiny_qwen3(tmp_path / "model", max_positions=8192)
+    sets = {"model.path": model, "data.train": ROOT / TRAIN, "data.evaluation.heldout": ROOT / HELDOUT}
+    overrides = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
+    assert main(["train", str(tmp_path / "config.yaml"), "--dry-run", *overrides]) == 0
+    shown = PAGE.partition("problems and plan:\n")[2].partition("```")[0]
+    assert subjects(capsys.readouterr().out) == subjects(shown)
