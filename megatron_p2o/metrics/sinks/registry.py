@@ -87,12 +87,22 @@ def wanted_sinks(settings: LoggingConfig) -> dict[str, OpenSink]:
 
 def sink_problems(settings: LoggingConfig) -> list[str]:
     """Return one sentence for each sink that is asked for and cannot be had: no package, or no such callable."""
-    problems = [
+    return [*missing_sink_packages(settings), *own_sink_problems(settings)]
+
+
+def missing_sink_packages(settings: LoggingConfig) -> list[str]:
+    """Return one sentence for each built-in sink that is asked for and whose package this machine lacks."""
+    return [
         f"{kind.setting}={str(value).lower() if value is True else value} needs the package {package}: "
         f"pip install {package}, or set {kind.setting} to {kind.off}"
         for package, kind, value in _wanted_kinds(settings)
         if not _is_installed(package)
     ]
+
+
+def own_sink_problems(settings: LoggingConfig) -> list[str]:
+    """Return one sentence for each sink of the user's own that cannot be made."""
+    problems: list[str] = []
     for name, arguments in settings.sinks.items():
         try:
             _own_sink(name, arguments)

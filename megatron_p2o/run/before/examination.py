@@ -19,6 +19,7 @@ from megatron_p2o.machine.memory.engine import Gpus
 from megatron_p2o.machine.memory.here import num_nodes_for, planned_memory, run_gpus
 from megatron_p2o.machine.nodes import Nodes, nodes_of_slurm
 from megatron_p2o.machine.preflight import Pace, preflight
+from megatron_p2o.metrics.sinks.registry import missing_sink_packages, own_sink_problems
 from megatron_p2o.policy.model.architecture import Architecture, read_architecture
 from megatron_p2o.policy.model.layer_choice import choose_layers, machine_capabilities
 from megatron_p2o.policy.training.settings import (
@@ -36,7 +37,6 @@ from megatron_p2o.run.inputs import (
     Inputs,
     batches_of,
     load_inputs,
-    missing_packages,
     missing_readers,
     planned_steps,
     summary_of,
@@ -62,8 +62,8 @@ def examine_run(config: Config, environment: Mapping[str, str]) -> list[Finding]
     found = Findings()
     is_first_node = environment.get("SLURM_NODEID", "0") == "0"
     lacking = missing_paths(config)
-    found.refuse("files", [*place_problems(config.run), *lacking])
-    found.miss("packages", missing_packages(config))
+    found.refuse("files", [*place_problems(config.run), *lacking, *own_sink_problems(config.logging)])
+    found.miss("packages", [*missing_readers(config), *missing_sink_packages(config.logging)])
     nodes = _nodes(environment, found)
     is_laid_out = False
     with found.looking_at("layout", is_of_machine=True):

@@ -278,11 +278,14 @@ def test_packages_that_the_settings_need_are_missing(
     for package in needed:
         monkeypatch.setitem(sys.modules, package, None)  # what an absent package looks like
     (tmp_path / "held.jsonl").write_bytes(b"PAR1....")
-    settings = {"logging__tensorboard": "true", "logging__wandb_project": "p2o"}
-    settings |= {"logging__mlflow_experiment": "p2o", "logging__trackio_project": "p2o"}
-    printed = said(settings_file, capsys, **settings)
+    sinks = ("tensorboard=true", "wandb_project=p2o", "mlflow_experiment=p2o", "trackio_project=p2o")
+    settings = [word for sink in sinks for word in ("--set", f"logging.{sink}")]
+    assert main(["train", str(settings_file), "--dry-run", *settings]) == 0, "settings for a cluster, on a laptop"
+    printed = capsys.readouterr().out
+    assert main(["doctor", str(settings_file), "--strict", *settings]) == 1
+    told = capsys.readouterr().out
     for package in needed:
-        assert f"pip install {package}" in printed
+        assert f"pip install {package}" in printed and f"pip install {package}" in told
     overrides = ["--set", "logging.tensorboard=true"]
     assert main(["train", str(settings_file), *overrides]) == BAD_INPUT, "nothing is started"
     assert not (tmp_path / "test").exists()
