@@ -1,6 +1,6 @@
 """Run what a GPU has to show, most valuable first, and keep every result. Called by tools/gpu_session.sh.
 
-    python3 tools/gpu_session.py [--dry-run] [--budget-s 540]
+    python3 tools/gpu_session.py [--dry-run] [--budget-s 540] [--steps NAME ...]
 
 Under $OUT, or tools/results/gpu_session: `session.json` (device, versions, commit, and what became of each step),
 rewritten after every step; the steps' own JSON, test reports and logs. A step has its own time limit and never more
@@ -124,10 +124,8 @@ def main() -> int:
     scale = REHEARSAL if is_rehearsal else GPU
     deadline = time.monotonic() + (arguments.budget_s or scale.budget_s)
     session = Session(out, environment | {"is_rehearsal": is_rehearsal}, deadline, scale.limit_factor)
-    session.run(kernel_tests(out))
-    kernels = session.passed_kernels()
-    for step in steps(scale, kernels, out):
-        session.run(step)
+    run_chosen(session, [correctness_step(scale, out)], arguments.steps)
+    run_chosen(session, steps(scale, session.passed_kernels(), out), arguments.steps)
     print(f"{session.table()}\nresults: {out}")
     # On a GPU tests that were all skipped have shown nothing.
     good = ("passed", "skipped") if is_rehearsal else ("passed",)
@@ -138,11 +136,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, whatever machine this is")
     parser.add_argument("--budget-s", type=float, help="of all steps; default: 540 on a GPU")
+    parser.add_argument("--steps", nargs="+", help="run these alone, in the usual order; default: all")
     return parser.parse_args()
 
 
-def kernel_tests(out: Path) -> Step:
-    """Each kernel in a process of its own: one that hangs must not take the other's result along."""
+def correctness_step(scale: Scale, out: Path) -> Step:
+    """Every check that measures no time, side by side: most of it is compiling, which the host's cores share.
+
+    Each kernel has processes of its own: one that hangs must not take the other's results along.
+    """
     commands = {
         f"kernel_tests_{kernel}": tests(
             out / f"kernel_tests_{kernel}.xml",
@@ -151,16 +153,19 @@ def kernel_tests(out: Path) -> Step:
         )
         for kernel in KERNELS
     }
-    return Step(name="kernel_tests", limit_s=130, commands=commands)
+    commands["policy_tests"] = policy_tests(out)
+    for shape in scale.gate_shapes:
+        for kernel in KERNELS:
+            name = f"logprob_errors_{shape}_{kernel}"
+            commands[name] = errors_command(name, scale, shape, kernel, out)
+    return Step(name="correctness", limit_s=150, commands=commands)
 
 
 def steps(scale: Scale, kernels: Sequence[str], out: Path) -> list[Step]:
     """Return what follows the kernels' tests; only `kernels`, which passed them, are timed."""
     first, *more = (policy_loss_step(scale, kernels, tokens, out) for tokens in scale.tokens)
     return [
-        *(errors_step(scale, shape, kernels, out) for shape in scale.gate_shapes),
         first,
-        policy_tests(out),
         *(train_step(scale, shape, repeats, kernels, out) for shape, repeats in scale.models),
         refresh_step(scale, out),
         profile_step(scale, kernels, out),
@@ -170,10 +175,10 @@ def steps(scale: Scale, kernels: Sequence[str], out: Path) -> list[Step]:
     ]
 
 
-def errors_step(scale: Scale, shape: str, kernels: Sequence[str], out: Path) -> Step:
+def errors_command(name: str, scale: Scale, shape: str, kernel: str, out: Path) -> list[str]:
     """Log-prob errors against float64 beside those of the device's own product; hardly any timing."""
     options = ("--op", "linear_logprob", "--shape", shape, "--tokens", "128", "--repeats", "1", "--peers", "none")
-    return bench(f"logprob_errors_{shape}", 40, scale, out, *options, "--kernels", *kernels)
+    return bench_command(name, scale, out, *options, "--kernels", kernel)
 
 
 def policy_loss_step(scale: Scale, kernels: Sequence[str], tokens: int, out: Path) -> Step:
@@ -193,16 +198,19 @@ def advantage_step(scale: Scale, out: Path) -> Step:
 
 
 def bench(name: str, limit_s: float, scale: Scale, out: Path, *options: str) -> Step:
+    return Step(name=name, limit_s=limit_s, commands={name: bench_command(name, scale, out, *options)})
+
+
+def bench_command(name: str, scale: Scale, out: Path, *options: str) -> list[str]:
     command = [sys.executable, "tools/bench_kernels.py", "--device", scale.device, *options]
-    return Step(name=name, limit_s=limit_s, commands={name: [*command, "--json", str(out / f"{name}.json")]})
+    return [*command, "--json", str(out / f"{name}.json")]
 
 
-def policy_tests(out: Path) -> Step:
+def policy_tests(out: Path) -> list[str]:
     """The policy and shared device memory on one GPU."""
     files = [f"tests/distributed/test_{name}.py" for name in ("policy_gpu", "device_memory")]
     files += ["tests/unit/rollout/refresh/test_weights.py", "tests/unit/policy/training/test_settings.py"]
-    command = tests(out / "policy_tests.xml", *files)
-    return Step(name="policy_tests", limit_s=100, commands={"policy_tests": command})
+    return tests(out / "policy_tests.xml", *files)
 
 
 def train_step(scale: Scale, shape: str, repeats: int, kernels: Sequence[str], out: Path) -> Step:
@@ -294,6 +302,13 @@ class Session:
         temporary = self._out / "session.json.tmp"
         temporary.write_text(json.dumps(record, indent=1) + "\n")
         temporary.replace(self._out / "session.json")
+
+
+def run_chosen(session: Session, steps: Sequence[Step], names: Sequence[str] | None) -> None:
+    """Run the steps of these names; all of them without names."""
+    for step in steps:
+        if names is None or step.name in names:
+            session.run(step)
 
 
 def run_together(outcomes: Sequence[Outcome], limit_s: float, out: Path) -> None:

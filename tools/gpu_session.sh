@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 path="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
-wheels="${WHEELS:-.whl}"
+wheels="${WHEELS:-$PWD/.whl}"
 if compgen -G "$wheels/*.whl" > /dev/null; then
     site="$(mktemp -d)"
     trap 'rm -rf "$site"' EXIT
@@ -19,6 +19,9 @@ if compgen -G "$wheels/*.whl" > /dev/null; then
     # A wheel that does not fit costs the steps that need it, no others.
     install "$wheels"/*.whl || for wheel in "$wheels"/*.whl; do install "$wheel" || echo "not installed: $wheel"; done
     path="$site:$path"
+fi
+if [ -d "$wheels/verl" ]; then
+    path="$wheels/verl:$path"
 fi
 if [ -f "$wheels/COMMIT" ]; then
     P2O_COMMIT="$(cat "$wheels/COMMIT")"

@@ -10,5 +10,12 @@ platforms=()
 for glibc in 28 27 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
 python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
     "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --dest .whl "${packages[@]}"
+# VERL=a checkout of verl: its head for the comparison, without the rest of its package.
+if [ -n "${VERL:-}" ]; then
+    for file in utils/device.py utils/kernel/{__init__,kernels,linear_cross_entropy}.py; do
+        install -D -m 644 "$VERL/verl/$file" ".whl/verl/verl/$file"
+    done
+    touch .whl/verl/verl/{,utils/}__init__.py
+fi
 git describe --always --abbrev=12 --dirty > .whl/COMMIT
 du -sh .whl

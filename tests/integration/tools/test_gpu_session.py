@@ -94,13 +94,16 @@ def test_every_step_runs_without_a_gpu_without_git_and_with_the_carried_packages
     record = json.loads((tmp_path / "out" / "session.json").read_text())
     assert record["environment"]["commit"] == "abc" and record["environment"]["is_rehearsal"]
     results = {path.stem for path in (tmp_path / "out").glob("*.json")}
-    expected = {"policy_loss_64", "logprob_errors_tiny", "logprob", "advantage", "train_step_tiny", "weight_path"}
+    expected = {"policy_loss_64", "logprob_errors_tiny_plain", "logprob", "advantage", "train_step_tiny", "weight_path"}
     assert expected <= results
     assert all(json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in expected)
 
 
 def test_the_commands_for_a_gpu_are_ones_that_the_tools_take(session: ModuleType, tmp_path: Path, monkeypatch):
-    everything = [session.kernel_tests(tmp_path), *session.steps(session.GPU, session.KERNELS, tmp_path)]
+    everything = [
+        session.correctness_step(session.GPU, tmp_path),
+        *session.steps(session.GPU, session.KERNELS, tmp_path),
+    ]
     commands = [command for step in everything for command in step.commands.values()]
     parsed = set()
     for command in commands:
@@ -118,8 +121,8 @@ def test_the_commands_for_a_gpu_are_ones_that_the_tools_take(session: ModuleType
 
 def test_the_most_valuable_steps_fit_the_budget_at_their_limits(session: ModuleType, tmp_path: Path):
     limits = {step.name: step.limit_s for step in session.steps(session.GPU, session.KERNELS, tmp_path)}
-    first = ("logprob_errors_qwen3-4b", "policy_loss_16384", "policy_tests", "train_step_qwen3-0.6b")
-    spent = session.kernel_tests(tmp_path).limit_s + sum(limits[name] for name in first)
+    first = ("policy_loss_16384", "train_step_qwen3-0.6b", "train_step_qwen3-4b", "weight_path")
+    spent = session.correctness_step(session.GPU, tmp_path).limit_s + sum(limits[name] for name in first)
     assert spent <= session.GPU.budget_s <= 540
 
 
