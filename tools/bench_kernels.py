@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def main() -> None:
     else:
         shape = SHAPES[arguments.shape]
         result |= {"shape": {"name": arguments.shape} | asdict(shape)}
+        # What is measured stays, should the process be stopped.
+        keep = partial(write_result, arguments.json, result)
         result |= bench_head(
             shape,
             device,
@@ -47,11 +50,16 @@ def main() -> None:
             chosen_peers=arguments.peers,
             verl=arguments.verl,
             repeats=arguments.repeats,
+            keep=keep,
         )
     print_table(result)
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
+
+
+def write_result(path: Path | None, head: dict[str, Any], measured: dict[str, Any] | None = None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(head | (measured or {}), indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:

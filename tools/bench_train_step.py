@@ -24,7 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
@@ -69,11 +72,18 @@ def main() -> None:
         config = bench_config(model_path, arguments.tokens, device, recompute=arguments.recompute)
         config = replace(config, model=replace(config.model, layer_backend=arguments.layers))
         config = replace(config, head=HeadConfig(kernel=arguments.head_kernel))
+        settings = {
+            name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in arguments.megatron)
+        }
+        config = replace(config, megatron={**config.megatron, **settings})
+        result |= {"megatron": config.megatron}
         planned = asdict(trainer_memory(config, architecture))
         result |= {"lent": sorted(planned.pop("lent")), "planned_bytes": planned}
         with closing(build_policy(config)) as policy:
             result |= {"layers": policy.layers.layers, "attention": policy.layers.attention}
             result |= measure(policy, samples, arguments.repeats, device)
+            if arguments.profile:
+                result |= {"kernels": kernels_of_an_update(policy, samples, device)}
     result |= rates(result, architecture, samples, arguments.peak_tflops, device)
     print(json.dumps(result, indent=1))
     write_result(arguments.json, result)
@@ -93,6 +103,8 @@ def parse_arguments() -> argparse.Namespace:
     kernels = ("warp_specialized", "plain", "torch")
     parser.add_argument("--head-kernel", choices=kernels, default=kernels[0], help="head.kernel, of a GPU")
     parser.add_argument("--recompute", action="store_true", help="activations of every layer, to save memory")
+    parser.add_argument("--megatron", nargs="+", default=[], help="settings of `megatron`, as NAME=VALUE")
+    parser.add_argument("--profile", action="store_true", help="add the kernels of an update by device time")
     parser.add_argument("--peak-tflops", type=float, help="of the device; default: the data sheet's, if it is known")
     parser.add_argument("--threads", type=int, default=1, help="of torch on CPU")
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -170,6 +182,26 @@ def measure(
         # One update per rollout needs no other pass; each further one has its log-probs computed first.
         "forward_passes_per_rollout_token": {name: count / num_tokens for name, count in passes.items()},
     }
+
+
+def kernels_of_an_update(
+    policy: MegatronPolicy, samples: Sequence[TrainSample], device: torch.device, most: int = 40
+) -> dict[str, Any]:
+    """Return the time of an update's kernels together, and those that take most of it; operators on a CPU."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        policy.update(samples, None, sum(len(sample.response_ids) for sample in samples))
+    rows = [
+        {
+            "name": event.key[:120],
+            "calls": event.count,
+            "ms": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3,
+        }
+        for event in profiler.key_averages()
+        if not on_gpu or event.device_type == DeviceType.CUDA
+    ]
+    rows.sort(key=lambda row: -row["ms"])
+    return {"together_ms": sum(row["ms"] for row in rows), "longest": rows[:most]}
 
 
 def plain_update(

@@ -1,7 +1,9 @@
 """Benchmark of the head operations: gate, memory, and times of all providers in turns."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,10 @@ GATE_TOKENS = 128
 PEER_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError, OSError)
 """What a peer raises that does not support a shape, a dtype or a device (torch.OutOfMemoryError is a RuntimeError), or
 when it is imported beside other versions than it was built for."""
+
+
+Gate = tuple[dict[str, float], str]
+"""(Errors against float64, why a provider is not timed or "")."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +65,9 @@ def bench_head(
     chosen_peers: Sequence[str],
     verl: Path | None,
     repeats: int,
+    keep: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """Return the matmul ceiling, the rows, and why peers are missing."""
+    """Return the matmul ceiling, the rows, and why peers are missing; `keep` gets the result after each case."""
     with_main_grad = device.type == "cuda" and not is_scoring
     providers = (own_scoring_providers if is_scoring else own_policy_providers)(device, kernels)
     missing: dict[str, str] = {}
@@ -75,26 +82,33 @@ def bench_head(
     gate = {provider.name: _gate(provider, gate_case) for provider in providers}
     del gate_case
     rows: list[Row] = []
+    result: dict[str, Any] = {}
     for num_tokens in token_counts:
         for dead_share in dead_shares:
             case = make_case(shape, num_tokens, dead_share, device, with_main_grad=with_main_grad)
             work = (2 if is_scoring else 6) * num_tokens * shape.hidden_size * shape.vocab_size
             rows += _bench_case(providers, gate, case, work / 1e12, ceiling, repeats, device)
-    return {"matmul_tflops": ceiling, "missing": missing, "rows": [asdict(row) for row in rows]}
+            result = {"matmul_tflops": ceiling, "missing": missing, "rows": [asdict(row) for row in rows]}
+            keep(result)
+    return result
 
 
-def _gate(provider: Provider, case: Case) -> tuple[dict[str, float], str]:
-    """Return (errors against float64, why the provider is not timed or "")."""
+def _gate(provider: Provider, case: Case) -> Gate:
+    """Say on the error stream how long it took as well: most peers compile first."""
+    started = time.monotonic()
+    errors: dict[str, float] = {}
     try:
         errors = errors_against_float64(provider, case)
+        note = "" if passes_gate(provider, errors) else "failed the correctness gate"
     except PEER_FAILURES as error:
-        return {}, f"{type(error).__name__}: {str(error)[:120]}"
-    return errors, "" if passes_gate(provider, errors) else "failed the correctness gate"
+        note = f"{type(error).__name__}: {str(error)[:120]}"
+    print(f"{provider.name}: {time.monotonic() - started:.1f} s {note}", file=sys.stderr, flush=True)
+    return errors, note
 
 
 def _bench_case(
     providers: Sequence[Provider],
-    gate: Mapping[str, tuple[dict[str, float], str]],
+    gate: Mapping[str, Gate],
     case: Case,
     work_tflop: float,
     ceiling: float,

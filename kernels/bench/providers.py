@@ -147,7 +147,8 @@ def _plain(case: Case) -> Outcome:
 
 
 def _compiled() -> Callable[[Case], Outcome]:
-    compiled = torch.compile(_plain_logprobs)
+    # Each shape is compiled by itself: with symbolic sizes torch 2.11 fails on the second one (seen on an H200).
+    compiled = torch.compile(_plain_logprobs, dynamic=False)
 
     def run(case: Case) -> Outcome:
         logprobs_T, _ = compiled(case.hidden_TD, case.weight_VD, case.targets_T)
