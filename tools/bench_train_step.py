@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_train_step_") as folder:
         num_layers = arguments.num_layers or fitting_layers(arguments, Path(folder), device)
         result |= {"num_layers": num_layers, "num_layers_of_shape": SHAPES[arguments.shape]["num_hidden_layers"]}
-        model_path = write_random_model(Path(folder), arguments.shape, device, num_layers)
+        model_path = arguments.model or write_random_model(Path(folder), arguments.shape, device, num_layers)
         architecture = read_architecture(model_path)
         samples = make_samples(arguments.tokens, arguments.sample_tokens, arguments.prompt_tokens, architecture)
         config = bench_config(model_path, arguments.tokens, device, recompute=arguments.recompute)
@@ -103,6 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     kernels = ("warp_specialized", "plain", "torch")
     parser.add_argument("--head-kernel", choices=kernels, default=kernels[0], help="head.kernel, of a GPU")
     parser.add_argument("--recompute", action="store_true", help="activations of every layer, to save memory")
+    parser.add_argument("--model", type=Path, help="directory of a model of this shape; default: random weights")
     parser.add_argument("--megatron", nargs="+", default=[], help="settings of `megatron`, as NAME=VALUE")
     parser.add_argument("--profile", action="store_true", help="add the kernels of an update by device time")
     parser.add_argument("--peak-tflops", type=float, help="of the device; default: the data sheet's, if it is known")

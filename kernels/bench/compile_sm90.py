@@ -85,7 +85,7 @@ def variants() -> list[Variant]:
         exponentials_variant("scoring with entropy", Tile(), store=False, entropy=True),
         exponentials_variant("gradient with entropy, plain", PLAIN_TILE, store=True, entropy=True),
         exponentials_variant("scoring with entropy, plain", PLAIN_TILE, store=False, entropy=True),
-        ("target_logits", head_kernels.target_logits_kernel, block, {}),
+        ("target_logits", head_kernels.target_logits_kernel, {"BLOCK_ROWS": 64, "BLOCK_DEPTH": 64}, {}),
         *(
             (f"softmax_rows, {label}", head_kernels.softmax_rows_kernel, sums | {"BLOCK": 256}, {})
             for label, sums in (

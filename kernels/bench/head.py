@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from bench.cases import Case, Shape, make_case
 from bench.measure import (
     errors_against_float64,
@@ -69,6 +70,8 @@ def bench_head(
 ) -> dict[str, Any]:
     """Return the matmul ceiling, the rows, and why peers are missing; `keep` gets the result after each case."""
     with_main_grad = device.type == "cuda" and not is_scoring
+    # Peers compile parts of theirs with torch, each size by itself: with symbolic sizes torch 2.11 fails on the second.
+    torch._dynamo.config.automatic_dynamic_shapes = False
     providers = (own_scoring_providers if is_scoring else own_policy_providers)(device, kernels)
     missing: dict[str, str] = {}
     for name, make in peers(device, verl, is_scoring=is_scoring).items():

@@ -124,16 +124,20 @@ def errors_against_float64(provider: Provider, case: Case) -> dict[str, float]:
     return errors
 
 
-def product_logprobs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float = 1.0) -> Tensor:
+def product_logprobs(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float = 1.0, vocab_size: int | None = None
+) -> Tensor:
     """Return the log-probs, [T] float64, of logits by the device's own product with float32 sums and result.
 
     Everything after the product is float64: their error is what the device's accumulation costs (cuBLAS on a GPU).
+    Of a padded weight all rows are multiplied, as our kernels do; the first `vocab_size` count. For an odd number of
+    columns cuBLAS takes another kernel, with a third of the error of logits (H200, torch 2.11).
     """
     if hidden_TD.is_cuda:
         logits_TV = torch.mm(hidden_TD, weight_VD.T, out_dtype=torch.float32)
     else:
         logits_TV = hidden_TD.float() @ weight_VD.float().T
-    logprobs_TV = torch.log_softmax(logits_TV.double() / temperature, -1)
+    logprobs_TV = torch.log_softmax(logits_TV[:, :vocab_size].double() / temperature, -1)
     return logprobs_TV.gather(1, targets_T[:, None]).squeeze(1)
 
 
@@ -203,13 +207,15 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Return the commit of the checkout; outside of one, or on a machine without git, $P2O_COMMIT or "unknown"."""
-    carried = os.environ.get("P2O_COMMIT", "unknown")
+    """Return $P2O_COMMIT, which a copy of a checkout carries along; else the checkout's commit, or "unknown"."""
+    carried = os.environ.get("P2O_COMMIT")
+    if carried:
+        return carried
     command = ["git", "describe", "--always", "--abbrev=12"]
     try:
         done = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
         )
     except FileNotFoundError:
-        return carried
-    return done.stdout.strip() or carried
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -22,21 +22,31 @@ _SERIES_LIMIT = tl.constexpr(2.0**-5)
 
 @triton.jit
 def target_logits_kernel(
-    hidden_ptr, weight_ptr, targets_ptr, logits_ptr, num_columns, hidden_size, vocab_start,
-    hidden_stride, weight_stride, BLOCK: tl.constexpr,
+    hidden_ptr, weight_ptr, targets_ptr, logits_ptr, num_rows, num_columns, hidden_size, vocab_start,
+    hidden_stride, weight_stride, BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T,). logits[t] = hidden[t] . weight[target[t]], 0 when another rank holds the target."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.load(targets_ptr + row).to(tl.int64) - vocab_start
-    is_held = (column >= 0) & (column < num_columns)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, hidden_size, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        inside = offsets < hidden_size
-        hidden = tl.load(hidden_ptr + row * hidden_stride + offsets, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + column * weight_stride + offsets, mask=inside & is_held, other=0.0)
-        total += hidden * weight.to(tl.float32)
-    tl.store(logits_ptr + row, tl.sum(total, 0))
+    """Grid (row blocks,). logits[t] = hidden[t] . weight[target[t]], 0 when another rank holds the target.
+
+    The diagonal of a product of the block's hidden states and its targets' weights, so that tensor cores sum it as they
+    sum the other logits: they truncate, and an exact logit would be off against all others.
+    """
+    index = tl.arange(0, BLOCK_ROWS)
+    rows = tl.program_id(0) * BLOCK_ROWS + index
+    is_row = rows < num_rows
+    columns = tl.load(targets_ptr + rows, mask=is_row, other=-1).to(tl.int64) - vocab_start
+    is_held = (columns >= 0) & (columns < num_columns)
+    hidden_rows = hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride
+    weight_rows = weight_ptr + columns[:, None] * weight_stride
+    product = tl.zeros((BLOCK_ROWS, BLOCK_ROWS), tl.float32)
+    for start in range(0, hidden_size, BLOCK_DEPTH):
+        depths = (start + tl.arange(0, BLOCK_DEPTH))[None, :]
+        inside = depths < hidden_size
+        hidden = tl.load(hidden_rows + depths, mask=inside & is_row[:, None], other=0.0)
+        weight = tl.load(weight_rows + depths, mask=inside & is_held[:, None], other=0.0)
+        product = tl.dot(hidden, weight.T, product)
+    # Selected, not multiplied: a nan of one row must not reach another.
+    logits = tl.sum(tl.where(index[:, None] == index[None, :], product, 0.0), 1)
+    tl.store(logits_ptr + rows, tl.where(is_held, logits, 0.0), mask=is_row)
 
 
 # One form whatever the sizes of a batch are: the one that compile_sm90.py looks at, compiled once.

@@ -67,6 +67,17 @@ def choose_layers(setting: Literal["auto", "transformer_engine", "local"], capab
             assert_never(setting)
 
 
+def fused_operations(layers: LayerBackend, capabilities: Capabilities) -> dict[str, bool]:
+    """Return the fields of TransformerConfig by which Megatron fuses what lies between matrix products.
+
+    Megatron's own training scripts set them, the class does not. The activation is compiled by torch, the rotary
+    embedding is a kernel of Transformer Engine. Settings under `megatron` go first.
+    """
+    if not capabilities.has_cuda:
+        return {}
+    return {"bias_activation_fusion": True, "apply_rope_fusion": layers == "transformer_engine"}
+
+
 def _local_layers(capabilities: Capabilities, why: str) -> LayerChoice:
     kernel, kernel_reason = _local_attention(capabilities)
     return LayerChoice(

@@ -34,8 +34,11 @@ class PolicySettings:
     transformer: TransformerConfig
 
 
-def policy_settings(config: Config) -> PolicySettings:
+def policy_settings(config: Config, fused: Mapping[str, bool] | None = None) -> PolicySettings:
     """Return the settings of the policy. Local; reads config.json of `model.path`.
+
+    Args:
+        fused: `fused_operations` of the machine that will run it; they change no result.
 
     Raises:
         ValueError: they cannot work on any machine: a field of `megatron` that the installed version does not have or
@@ -47,7 +50,8 @@ def policy_settings(config: Config) -> PolicySettings:
     check_offload(config.megatron, is_sharded=is_sharded)
     check_lending(config.megatron, config.optimizer)
     with _named(config.megatron):
-        transformer = transformer_config(architecture, config.parallel, config.model.dtype, overrides.transformer)
+        chosen = {**(fused or {}), **overrides.transformer}
+        transformer = transformer_config(architecture, config.parallel, config.model.dtype, chosen)
         data_parallel_config(is_sharded=is_sharded, overrides=overrides)
         with suppress(RuntimeError):  # what is not installed is for `machine_problems`
             megatron_optimizer_config(config.optimizer, transformer, is_sharded=is_sharded, overrides=overrides)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_p2o.config.tree import Config
-from megatron_p2o.policy.model.layer_choice import Capabilities, choose_layers
+from megatron_p2o.policy.model.layer_choice import Capabilities, choose_layers, fused_operations
 from megatron_p2o.policy.model.model import build_models
 from megatron_p2o.policy.model.parallel import Ranks
 from megatron_p2o.policy.training.checkpoint import CheckpointWriter, load_checkpoint
@@ -53,12 +53,12 @@ class PolicyShard:
     """Built from `model.path`; must be constructed on all ranks, inside `cuda_stand_ins`."""
 
     def __init__(self, config: Config, ranks: Ranks, capabilities: Capabilities) -> None:
-        settings = policy_settings(config)
-        problems = machine_problems(config, settings, capabilities)
+        problems = machine_problems(config, policy_settings(config), capabilities)
         if problems:
             raise ValueError("; ".join(problems))
         self.config = config
         self.layers = choose_layers(config.model.layer_backend, capabilities)
+        settings = policy_settings(config, fused_operations(self.layers.layers, capabilities))
         self.ranks = ranks
         self.architecture = settings.architecture
         head = HeadOptions(kernel=config.head.kernel, weight_grad=config.head.weight_grad)
