@@ -13,6 +13,7 @@ import json
 import sys
 from dataclasses import asdict
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def main() -> None:
             chosen_peers=arguments.peers,
             verl=arguments.verl,
             repeats=arguments.repeats,
+            peers_s=arguments.peers_s,
             keep=keep,
         )
     print_table(result)
@@ -77,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of our LM head on CUDA",
     )
     parser.add_argument("--peers", nargs="+", default=["all"], help="all, none, or their names")
+    parser.add_argument("--peers-s", type=float, default=inf, help="seconds for the first runs of a case's peers")
     parser.add_argument("--verl", type=Path, help="root of a verl checkout, for its Triton kernel")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1, help="of torch on CPU")

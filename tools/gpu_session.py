@@ -184,7 +184,7 @@ def errors_command(name: str, scale: Scale, shape: str, kernel: str, out: Path) 
 def policy_loss_step(scale: Scale, kernels: Sequence[str], tokens: int, out: Path) -> Step:
     """The LM head with its loss beside every peer that is installed."""
     options = ["--op", "linear_policy_loss", "--shape", scale.head_shape, "--tokens", str(tokens), "--dead"]
-    options += [*map(str, scale.dead), "--repeats", str(scale.repeats), "--kernels", *kernels]
+    options += [*map(str, scale.dead), "--repeats", str(scale.repeats), "--kernels", *kernels, "--peers-s", "20"]
     return bench(f"policy_loss_{tokens}", 100, scale, out, *options)
 
 
@@ -217,7 +217,7 @@ def train_step(scale: Scale, shape: str, repeats: int, kernels: Sequence[str], o
     """An optimizer step with MFU, tokens/s and the peak of memory beside the plan's."""
     name = f"train_step_{shape}"
     command = [sys.executable, "tools/bench_train_step.py", "--shape", shape, "--repeats", str(repeats)]
-    command += [*scale.train_options, "--head-kernel", kernels[0], "--json", str(out / f"{name}.json")]
+    command += [*scale.train_options, "--profile", "--head-kernel", kernels[0], "--json", str(out / f"{name}.json")]
     return Step(name=name, limit_s=75, commands={name: command})
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,16 @@ def bench_head(
     chosen_peers: Sequence[str],
     verl: Path | None,
     repeats: int,
+    peers_s: float = inf,
     keep: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """Return the matmul ceiling, the rows, and why peers are missing; `keep` gets the result after each case."""
+    """Return the matmul ceiling, the rows, and why peers are missing.
+
+    Args:
+        peers_s: seconds for the first runs of all peers on a case, in which they tune themselves for its size. Once
+            they are over, the other peers are left out and say so.
+        keep: gets the result after each case.
+    """
     with_main_grad = device.type == "cuda" and not is_scoring
     # Peers compile parts of theirs with torch, each size by itself: with symbolic sizes torch 2.11 fails on the second.
     torch._dynamo.config.automatic_dynamic_shapes = False
@@ -77,7 +85,7 @@ def bench_head(
     for name, make in peers(device, verl, is_scoring=is_scoring).items():
         if chosen_peers == ["all"] or name in chosen_peers:
             try:
-                providers.append(make())
+                providers.append(replace(make(), is_peer=True))
             except PEER_FAILURES as error:
                 missing[name] = f"{type(error).__name__}: {str(error)[:120]}"
     gate_case = make_case(shape, GATE_TOKENS, 0.0, device, with_main_grad=with_main_grad)
@@ -90,7 +98,7 @@ def bench_head(
         for dead_share in dead_shares:
             case = make_case(shape, num_tokens, dead_share, device, with_main_grad=with_main_grad)
             work = (2 if is_scoring else 6) * num_tokens * shape.hidden_size * shape.vocab_size
-            rows += _bench_case(providers, gate, case, work / 1e12, ceiling, repeats, device)
+            rows += _bench_case(providers, gate, case, work / 1e12, ceiling, repeats, peers_s, device)
             result = {"matmul_tflops": ceiling, "missing": missing, "rows": [asdict(row) for row in rows]}
             keep(result)
     return result
@@ -116,9 +124,11 @@ def _bench_case(
     work_tflop: float,
     ceiling: float,
     repeats: int,
+    peers_s: float,
     device: torch.device,
 ) -> list[Row]:
     """Measure the memory of every provider that passed, then their times in turns."""
+    started = time.monotonic()
     # Whole rollouts are dead, so the share can differ from the one that was asked for.
     dead_share = 1 - float(case.is_live_T.double().mean())
     rows: list[Row] = []
@@ -126,7 +136,9 @@ def _bench_case(
     for provider in providers:
         errors, note = gate[provider.name]
         row = Row(provider=provider.name, tokens=len(case.targets_T), dead_share=dead_share, errors=errors, note=note)
-        if not note:
+        if not note and provider.is_peer and time.monotonic() - started > peers_s:
+            row = replace(row, note=f"left out: the first runs of those before took more than {peers_s:.0f} s")
+        elif not note:
             prepared = for_contract(provider, case)
             try:
                 extra = extra_peak_bytes(provider, prepared, device) / 2**20
@@ -136,6 +148,7 @@ def _bench_case(
                 contract = "" if provider.contract == "policy" else "cross-entropy only"
                 row = replace(row, extra_peak_mib=extra, note=contract)
                 calls.append(partial(provider.run, prepared))
+            print(f"{provider.name}: {time.monotonic() - started:.1f} s after the start", file=sys.stderr, flush=True)
         rows.append(row)
     times = iter(time_interleaved(calls, repeats, device))
     return [row if row.extra_peak_mib is None else _timed(row, next(times), work_tflop, ceiling) for row in rows]

@@ -45,6 +45,7 @@ class Provider:
     error of the device's own product with float32 sums on the same inputs, plus `measure.FLOAT32_LOGPROB_ERROR`."""
     max_gradient_error: float = 3e-2
     """Correctness gate, relative against float64."""
+    is_peer: bool = False
 
 
 OWN_NAMES: dict[Kernel, str] = {"warp_specialized": "ours", "plain": "ours, no warp specialization"}
@@ -86,13 +87,13 @@ def peers(device: torch.device, verl: Path | None, *, is_scoring: bool) -> Mappi
     }
     if device.type == "cuda":
         makers |= {
-            "torch.compile": lambda: Provider(name="torch.compile", run=_compiled()),
+            "verl": lambda: _verl(verl),
             "liger-ce": _liger_ce,
+            "torch.compile": lambda: Provider(name="torch.compile", run=_compiled()),
             "quack": lambda: _quack(None),
             "quack-base": lambda: _quack(False),
             "cce": lambda: _cce("high"),
             "cce-exact": lambda: _cce(None),
-            "verl": lambda: _verl(verl),
         }
     return makers
 

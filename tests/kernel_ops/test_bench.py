@@ -134,6 +134,35 @@ def test_a_peer_built_for_other_versions_is_named_and_left_out(bench, tmp_path, 
     assert [row["provider"] for row in result["rows"]] == ["ours", "plain"]
 
 
+def test_peers_that_come_after_the_time_for_first_runs_are_left_out_and_named(bench, monkeypatch):
+    import bench.head
+
+    plain = bench.providers.Provider(name="peer", run=bench.providers._plain)
+    monkeypatch.setattr(bench.head, "peers", lambda *_, **options: {"peer": lambda: plain})
+    kept = []
+    result = bench.head.bench_head(
+        bench.cases.SHAPES["tiny"],
+        CPU,
+        is_scoring=False,
+        token_counts=[64, 96],
+        dead_shares=[0.0],
+        kernels=(),
+        chosen_peers=["all"],
+        verl=None,
+        repeats=1,
+        peers_s=0.0,
+        keep=kept.append,
+    )
+    assert [(row["provider"], row["median_ms"] is None) for row in result["rows"][:3]] == [
+        ("ours", False),
+        ("plain", False),
+        ("peer", True),
+    ]
+    assert "left out" in result["rows"][2]["note"]
+    # What was measured is handed out after each case.
+    assert [len(each["rows"]) for each in kept] == [3, 6]
+
+
 def test_the_readme_shows_the_committed_results_and_nothing_else(bench):
     text = bench.tables.README.read_text()
     for marker in bench.tables.MARKERS:

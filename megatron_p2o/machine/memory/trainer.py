@@ -111,9 +111,9 @@ def num_trainer_parameters(config: Config, architecture: Architecture) -> int:
 def stored_inputs(config: Config, architecture: Architecture) -> int:
     """Return the elements of the layers' inputs that one micro-batch leaves on a rank, recomputed layers or not."""
     parallel = config.parallel
-    num_stored = math.ceil(
-        architecture.num_layers / (parallel.pipeline * config.megatron.get("recompute_num_layers", 1))
-    )
+    # "uniform" stores one input of so many layers; "block" recomputes so many layers of a stage, each by itself.
+    num_together = 1 if keeps_a_block(config) else config.megatron.get("recompute_num_layers", 1)
+    num_stored = math.ceil(architecture.num_layers / (parallel.pipeline * num_together))
     tokens = (
         config.optimizer.micro_batch_tokens
         // parallel.context
@@ -135,9 +135,18 @@ def likely_activations(config: Config, architecture: Architecture) -> int:
     whole = 6 * architecture.hidden_size // (parallel.tensor if parallel.is_sequence_parallel else 1)
     layer = tokens * (whole + (6 * query + 5 * key + 5 * inner) // parallel.tensor)
     if config.megatron.get("recompute_granularity") == "full":
-        num_at_once = config.megatron.get("recompute_num_layers", 1)
-        return parallel.pipeline * stored_inputs(config, architecture) + num_at_once * layer
+        num_recomputed = config.megatron.get("recompute_num_layers", 1)
+        inputs = parallel.pipeline * stored_inputs(config, architecture)
+        if keeps_a_block(config):
+            num_kept = max(0, math.ceil(architecture.num_layers / parallel.pipeline) - num_recomputed)
+            return inputs + (parallel.pipeline * num_kept + 1) * layer
+        return inputs + num_recomputed * layer
     return architecture.num_layers * layer
+
+
+def keeps_a_block(config: Config) -> bool:
+    """Whether a stage recomputes its first layers only and keeps what the others need."""
+    return config.megatron.get("recompute_method") == "block"
 
 
 def bucket_bytes(config: Config, architecture: Architecture) -> int:

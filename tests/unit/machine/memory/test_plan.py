@@ -221,6 +221,11 @@ def test_activations_that_likely_do_not_fit_are_warned_of_until_they_are_recompu
     recomputing = replace(config, megatron={"recompute_granularity": "full", "recompute_num_layers": 1})
     assert plan_of(recomputing, architecture).trainer.likely_activations == 16384 * 2 * (36 * 2560 + elements)
     assert warning_of(plan_of(recomputing, architecture)) == ""
+    # 20 of the 36 layers are recomputed; 16 keep theirs, and one at a time of the others has it again.
+    block = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 20}
+    kept = plan_of(replace(config, megatron=block), architecture).trainer
+    assert kept.likely_activations == 16384 * 2 * (36 * 2560 + 17 * elements)
+    assert kept.activations == plan_of(recomputing, architecture).trainer.activations == 16384 * 2 * 36 * 2560
     # With the whole optimizer on each rank, its step takes more: 4 bytes for each parameter of 2.
     whole = plan_of(replace(recomputing, parallel=ParallelConfig(data=8)), architecture).trainer
     assert whole.likely_activations == 2 * whole.parameters > 15e9
