@@ -47,11 +47,24 @@ def serve_runs(run_dirs: Sequence[Path], port: int) -> None:
     token = secrets.token_urlsafe(16)
     app = make_app([ViewedRun(directory) for directory in run_dirs], token)
     bound = _listen(port)
-    number = bound.getsockname()[1]
-    say(f"p2o view: http://127.0.0.1:{number}/{token}/")
-    say(f"The address holds a secret. From another machine, first: ssh -L {number}:127.0.0.1:{number} HOST")
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-    uvicorn.Server(config).run(sockets=[bound])
+    _Server(config, bound.getsockname()[1], token).run(sockets=[bound])
+
+
+class _Server(uvicorn.Server):
+    """Tells its address once it serves: from then on a signal ends it, even one that a shell lets be ignored."""
+
+    def __init__(self, config: uvicorn.Config, number: int, token: str) -> None:
+        super().__init__(config)
+        self._number = number
+        self._token = token
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        say(f"p2o view: http://127.0.0.1:{self._number}/{self._token}/")
+        say(
+            f"The address holds a secret. From another machine, first: ssh -L {self._number}:127.0.0.1:{self._number} HOST"
+        )
 
 
 def _listen(port: int) -> socket.socket:

@@ -11,6 +11,8 @@ import pytest
 from megatron_p2o.cli import MAX_FOUND_RUNS, main
 from megatron_p2o.view.runs import newest_runs
 
+END_TIMEOUT_S = 60
+
 
 def make_run(folder: Path, time_s: int, mark: str = "metrics.jsonl") -> Path:
     folder.mkdir(parents=True)
@@ -46,13 +48,16 @@ def test_view_without_a_run_ends_where_there_is_none(
 def test_view_without_a_run_says_which_it_shows(tmp_path: Path) -> None:
     for number in range(MAX_FOUND_RUNS + 1):
         make_run(tmp_path / "runs" / f"run{number:02d}", 100 + number)
-    command = [sys.executable, "-m", "megatron_p2o.cli", "view"]
+    # A shell without job control starts what runs in the background with SIGINT ignored, and so do some services.
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "megatron_p2o.cli", "view"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             told, address = process.stdout.readline(), process.stdout.readline()
-        finally:
             process.send_signal(signal.SIGINT)
+            process.wait(timeout=END_TIMEOUT_S)
+        finally:
+            process.kill()
     names = ", ".join(f"runs/run{number:02d}" for number in range(MAX_FOUND_RUNS, 0, -1))
     assert told == f"p2o view: {names} (the newest {MAX_FOUND_RUNS} of {MAX_FOUND_RUNS + 1})\n"
     assert address.startswith("p2o view: http://127.0.0.1:")
