@@ -54,17 +54,16 @@ def serve_runs(run_dirs: Sequence[Path], port: int) -> None:
 class _Server(uvicorn.Server):
     """Tells its address once it serves: from then on a signal ends it, even one that a shell lets be ignored."""
 
-    def __init__(self, config: uvicorn.Config, number: int, token: str) -> None:
+    def __init__(self, config: uvicorn.Config, port: int, token: str) -> None:
         super().__init__(config)
-        self._number = number
+        self._port = port
         self._token = token
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        say(f"p2o view: http://127.0.0.1:{self._number}/{self._token}/")
-        say(
-            f"The address holds a secret. From another machine, first: ssh -L {self._number}:127.0.0.1:{self._number} HOST"
-        )
+        port = self._port
+        say(f"p2o view: http://127.0.0.1:{port}/{self._token}/")
+        say(f"The address holds a secret. From another machine, first: ssh -L {port}:127.0.0.1:{port} HOST")
 
 
 def _listen(port: int) -> socket.socket:

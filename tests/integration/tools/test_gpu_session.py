@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[3]
 TOOLS = ROOT / "tools"
 ON_THE_MACHINE = """
 aiohappyeyeballs aiohttp aiosignal annotated-doc anyio attrs certifi charset-normalizer click contourpy cycler einops
-execnet filelock fonttools frozenlist fsspec h11 hf-xet httpcore httpx huggingface-hub hypothesis idna iniconfig jinja2
-kiwisolver markdown-it-py markupsafe matplotlib mdurl mpmath multidict networkx numpy packaging pillow pluggy
-prometheus-client propcache psutil pyarrow pygments pyparsing pytest pytest-xdist python-dateutil pyyaml regex requests
-rich safetensors sentencepiece shellingham six sortedcontainers sympy tabulate tokenizers tqdm transformers triton typer
-typing-extensions urllib3 uvloop yarl
+execnet filelock fonttools frozenlist fsspec h11 hf-xet httpcore httpx huggingface-hub hypothesis idna iniconfig
+jinja2 kiwisolver markdown-it-py markupsafe matplotlib mdurl mpmath multidict networkx numpy packaging pillow pluggy
+prometheus-client propcache psutil pyarrow pygments pyparsing pytest pytest-timeout pytest-xdist python-dateutil
+pyyaml regex requests rich safetensors sentencepiece shellingham six sortedcontainers sympy tabulate tokenizers tqdm
+transformers triton typer typing-extensions urllib3 uvloop yarl
 """
 """Of the packages that this project pins, those that come with a lent GPU's torch, transformers and pytest."""
 
