@@ -67,15 +67,16 @@ def choose_layers(setting: Literal["auto", "transformer_engine", "local"], capab
             assert_never(setting)
 
 
-def fused_operations(layers: LayerBackend, capabilities: Capabilities) -> dict[str, bool]:
+def fused_operations(layers: LayerBackend, capabilities: Capabilities, *, is_dense: bool) -> dict[str, bool]:
     """Return the fields of TransformerConfig by which Megatron fuses what lies between matrix products.
 
     Megatron's own training scripts set them, the class does not. The activation is compiled by torch, the rotary
-    embedding is a kernel of Transformer Engine. Settings under `megatron` go first.
+    embedding is a kernel of Transformer Engine. Experts, whose numbers of tokens change with each pack, keep an
+    activation that is not compiled: theirs has not been measured. Settings under `megatron` go first.
     """
     if not capabilities.has_cuda:
         return {}
-    return {"bias_activation_fusion": True, "apply_rope_fusion": layers == "transformer_engine"}
+    return {"bias_activation_fusion": is_dense, "apply_rope_fusion": layers == "transformer_engine"}
 
 
 def _local_layers(capabilities: Capabilities, why: str) -> LayerChoice:

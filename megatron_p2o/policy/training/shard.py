@@ -53,12 +53,14 @@ class PolicyShard:
     """Built from `model.path`; must be constructed on all ranks, inside `cuda_stand_ins`."""
 
     def __init__(self, config: Config, ranks: Ranks, capabilities: Capabilities) -> None:
-        problems = machine_problems(config, policy_settings(config), capabilities)
+        settings = policy_settings(config)
+        problems = machine_problems(config, settings, capabilities)
         if problems:
             raise ValueError("; ".join(problems))
         self.config = config
         self.layers = choose_layers(config.model.layer_backend, capabilities)
-        settings = policy_settings(config, fused_operations(self.layers.layers, capabilities))
+        is_dense = settings.architecture.experts is None
+        settings = policy_settings(config, fused_operations(self.layers.layers, capabilities, is_dense=is_dense))
         self.ranks = ranks
         self.architecture = settings.architecture
         head = HeadOptions(kernel=config.head.kernel, weight_grad=config.head.weight_grad)

@@ -1,6 +1,7 @@
 """The policy's settings are checked before ranks start: by the dry run and by `p2o doctor CONFIG`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_p2o.cli import main
+from megatron_p2o.policy.model.layer_choice import Capabilities, fused_operations
+from megatron_p2o.policy.training.settings import policy_settings
+from megatron_p2o.testing.policy_oracle import policy_config
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 
 
@@ -56,6 +60,21 @@ def test_the_dry_run_and_the_doctor_refuse_what_megatron_would(
     assert main(["doctor", path, "--strict"]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("settings"))
     assert "MISSING" in line and message in line
+
+
+def test_a_gpu_fuses_what_a_setting_does_not_turn_off(model: Path):
+    gpu = Capabilities(has_cuda=True, flash_attn_problem=None, transformer_engine_problem=None)
+    cpu = Capabilities(has_cuda=False, flash_attn_problem="needs CUDA", transformer_engine_problem="needs CUDA")
+    fused = fused_operations("transformer_engine", gpu, is_dense=True)
+    assert fused == {"bias_activation_fusion": True, "apply_rope_fusion": True}
+    assert fused_operations("local", gpu, is_dense=True) == {"bias_activation_fusion": True, "apply_rope_fusion": False}
+    assert not fused_operations("transformer_engine", gpu, is_dense=False)["bias_activation_fusion"]
+    assert fused_operations("local", cpu, is_dense=True) == {}
+    local = fused_operations("local", gpu, is_dense=True)
+    assert policy_settings(policy_config(model), local).transformer.bias_activation_fusion
+    off = replace(policy_config(model), megatron={"bias_activation_fusion": False})
+    assert not policy_settings(off, local).transformer.bias_activation_fusion
+    assert not policy_settings(policy_config(model)).transformer.bias_activation_fusion
 
 
 def test_what_only_this_machine_lacks_is_named_by_the_dry_run_and_missing_for_the_doctor(
