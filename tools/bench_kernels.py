@@ -61,7 +61,9 @@ def main() -> None:
 def write_result(path: Path | None, head: dict[str, Any], measured: dict[str, Any] | None = None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(head | (measured or {}), indent=1) + "\n")
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(head | (measured or {}), indent=1) + "\n")
+        temporary.replace(path)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -36,7 +36,7 @@ from random_policy import SHAPES, bench_config, measured_on, write_config, write
 from bench.cases import Shape
 from bench.measure import matmul_ceiling, peak_bytes, time_interleaved
 
-from megatron_p2o.config.tree import HeadConfig
+from megatron_p2o.config.tree import Config, HeadConfig
 from megatron_p2o.machine.memory.plan import GIB
 from megatron_p2o.machine.memory.trainer import trainer_memory
 from megatron_p2o.policy.model.architecture import Architecture, read_architecture
@@ -64,18 +64,15 @@ def main() -> None:
     result |= {"sample_tokens": arguments.sample_tokens, "prompt_tokens": arguments.prompt_tokens}
     result |= {"recompute": arguments.recompute, "environment": measured_on(device)}
     with tempfile.TemporaryDirectory(prefix="bench_train_step_") as folder:
-        num_layers = arguments.num_layers or fitting_layers(arguments, Path(folder), device)
-        result |= {"num_layers": num_layers, "num_layers_of_shape": SHAPES[arguments.shape]["num_hidden_layers"]}
-        model_path = arguments.model or write_random_model(Path(folder), arguments.shape, device, num_layers)
+        model_path = arguments.model
+        if model_path is None:
+            num_layers = arguments.num_layers or fitting_layers(arguments, Path(folder), device)
+            model_path = write_random_model(Path(folder), arguments.shape, device, num_layers)
         architecture = read_architecture(model_path)
+        result |= {"num_layers": architecture.num_layers}
+        result |= {"num_layers_of_shape": SHAPES[arguments.shape]["num_hidden_layers"]}
         samples = make_samples(arguments.tokens, arguments.sample_tokens, arguments.prompt_tokens, architecture)
-        config = bench_config(model_path, arguments.tokens, device, recompute=arguments.recompute)
-        config = replace(config, model=replace(config.model, layer_backend=arguments.layers))
-        config = replace(config, head=HeadConfig(kernel=arguments.head_kernel))
-        settings = {
-            name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in arguments.megatron)
-        }
-        config = replace(config, megatron={**config.megatron, **settings})
+        config = config_of(arguments, model_path, device)
         result |= {"megatron": config.megatron}
         planned = asdict(trainer_memory(config, architecture))
         result |= {"lent": sorted(planned.pop("lent")), "planned_bytes": planned}
@@ -112,6 +109,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def config_of(arguments: argparse.Namespace, model_path: Path, device: torch.device) -> Config:
+    config = bench_config(model_path, arguments.tokens, device, recompute=arguments.recompute)
+    settings = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in arguments.megatron)}
+    return replace(
+        config,
+        model=replace(config.model, layer_backend=arguments.layers),
+        head=HeadConfig(kernel=arguments.head_kernel),
+        megatron={**config.megatron, **settings},
+    )
+
+
 def fitting_layers(arguments: argparse.Namespace, folder: Path, device: torch.device) -> int:
     """Return how many layers of the shape fit the device with optimizer and activations; all of them without CUDA."""
     num_layers = SHAPES[arguments.shape]["num_hidden_layers"]
@@ -120,8 +128,7 @@ def fitting_layers(arguments: argparse.Namespace, folder: Path, device: torch.de
     available = torch.cuda.get_device_properties(device).total_memory - TRAINER_RESERVE_BYTES
     for count in range(num_layers, 0, -1):
         path = write_config(folder / "planned", arguments.shape, count)
-        config = bench_config(path, arguments.tokens, device, recompute=arguments.recompute)
-        planned = trainer_memory(config, read_architecture(path))
+        planned = trainer_memory(config_of(arguments, path, device), read_architecture(path))
         if planned.resident + planned.likely_activations <= available:
             return count
     raise SystemExit(

@@ -27,6 +27,9 @@ KERNELS = ("warp_specialized", "plain")
 LEAST_S = 20.0
 """A step is not begun with less time left."""
 
+POLL_S = 0.1
+"""Between two looks at the commands that run."""
+
 KILL_S = 5.0
 """Kept free for the end of a step that is cut off."""
 
@@ -122,6 +125,10 @@ def main() -> int:
     environment = machine()
     is_rehearsal = arguments.dry_run or not environment.get("has_cuda")
     scale = REHEARSAL if is_rehearsal else GPU
+    known = [step.name for step in (correctness_step(scale, out), *steps(scale, KERNELS, out))]
+    unknown = [name for name in arguments.steps or () if name not in known]
+    if unknown:
+        raise SystemExit(f"--steps {' '.join(unknown)}: there is no such step, only {', '.join(known)}")
     deadline = time.monotonic() + (arguments.budget_s or scale.budget_s)
     session = Session(out, environment | {"is_rehearsal": is_rehearsal}, deadline, scale.limit_factor)
     run_chosen(session, [correctness_step(scale, out)], arguments.steps)
@@ -177,7 +184,8 @@ def steps(scale: Scale, kernels: Sequence[str], out: Path) -> list[Step]:
 
 def errors_command(name: str, scale: Scale, shape: str, kernel: str, out: Path) -> list[str]:
     """Log-prob errors against float64 beside those of the device's own product; hardly any timing."""
-    options = ("--op", "linear_logprob", "--shape", shape, "--tokens", "128", "--repeats", "1", "--peers", "none")
+    options = ["--op", "linear_logprob", "--shape", shape, "--tokens", "128", "--repeats", "1", "--peers", "none"]
+    options += ["--note", "Errors; the times are none: other processes ran on the GPU."]
     return bench_command(name, scale, out, *options, "--kernels", kernel)
 
 
@@ -319,14 +327,20 @@ def run_together(outcomes: Sequence[Outcome], limit_s: float, out: Path) -> None
         outcome.limit_s = limit_s
         with log_of(out, outcome).open("wb") as log:
             running.append((outcome, subprocess.Popen(outcome.command, stdout=log, stderr=log, start_new_session=True)))
+    left = list(running)
+    while left and time.monotonic() - start < limit_s:
+        for outcome, process in left:
+            if process.poll() is not None:
+                outcome.status = "passed" if process.returncode == 0 else "failed"
+                outcome.seconds = time.monotonic() - start
+        left = [(outcome, process) for outcome, process in left if process.returncode is None]
+        time.sleep(POLL_S)
+    for outcome, process in left:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        outcome.status, outcome.seconds = "cut off", time.monotonic() - start
     for outcome, process in running:
-        try:
-            outcome.exit_code = process.wait(max(0.0, start + limit_s - time.monotonic()))
-            outcome.status = "passed" if outcome.exit_code == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            outcome.exit_code, outcome.status = process.wait(), "cut off"
-        outcome.seconds = time.monotonic() - start
+        outcome.exit_code = process.returncode
         judge_report(outcome, out / f"{outcome.name}.xml")
         if outcome.status not in ("passed", "skipped"):
             outcome.note = last_words(log_of(out, outcome))

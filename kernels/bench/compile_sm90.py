@@ -27,7 +27,7 @@ from bench.halved_ranges import halved_ranges
 
 from p2o_kernels.advantage import triton_kernels as advantage_kernels
 from p2o_kernels.lm_head import triton_kernels as head_kernels
-from p2o_kernels.lm_head.triton_path import PLAIN_TILE, Tile
+from p2o_kernels.lm_head.triton_path import PLAIN_TILE, TARGET_ROWS, Tile
 from p2o_kernels.policy_loss import triton_kernels as loss_kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -85,7 +85,12 @@ def variants() -> list[Variant]:
         exponentials_variant("scoring with entropy", Tile(), store=False, entropy=True),
         exponentials_variant("gradient with entropy, plain", PLAIN_TILE, store=True, entropy=True),
         exponentials_variant("scoring with entropy, plain", PLAIN_TILE, store=False, entropy=True),
-        ("target_logits", head_kernels.target_logits_kernel, {"BLOCK_ROWS": 64, "BLOCK_DEPTH": 64}, {}),
+        (
+            "target_logits",
+            head_kernels.target_logits_kernel,
+            {"BLOCK_ROWS": TARGET_ROWS, "BLOCK_DEPTH": Tile().depth},
+            {},
+        ),
         *(
             (f"softmax_rows, {label}", head_kernels.softmax_rows_kernel, sums | {"BLOCK": 256}, {})
             for label, sums in (

@@ -74,12 +74,10 @@ def bench_head(
 
     Args:
         peers_s: seconds for the first runs of all peers on a case, in which they tune themselves for its size. Once
-            they are over, the other peers are left out and say so.
+            they are over, the other peers are left out and say so; the one that is running goes on.
         keep: gets the result after each case.
     """
     with_main_grad = device.type == "cuda" and not is_scoring
-    # Peers compile parts of theirs with torch, each size by itself: with symbolic sizes torch 2.11 fails on the second.
-    torch._dynamo.config.automatic_dynamic_shapes = False
     providers = (own_scoring_providers if is_scoring else own_policy_providers)(device, kernels)
     missing: dict[str, str] = {}
     for name, make in peers(device, verl, is_scoring=is_scoring).items():
@@ -90,17 +88,19 @@ def bench_head(
                 missing[name] = f"{type(error).__name__}: {str(error)[:120]}"
     gate_case = make_case(shape, GATE_TOKENS, 0.0, device, with_main_grad=with_main_grad)
     ceiling = matmul_ceiling(shape, repeats, device)
-    gate = {provider.name: _gate(provider, gate_case) for provider in providers}
-    del gate_case
     rows: list[Row] = []
     result: dict[str, Any] = {}
-    for num_tokens in token_counts:
-        for dead_share in dead_shares:
-            case = make_case(shape, num_tokens, dead_share, device, with_main_grad=with_main_grad)
-            work = (2 if is_scoring else 6) * num_tokens * shape.hidden_size * shape.vocab_size
-            rows += _bench_case(providers, gate, case, work / 1e12, ceiling, repeats, peers_s, device)
-            result = {"matmul_tflops": ceiling, "missing": missing, "rows": [asdict(row) for row in rows]}
-            keep(result)
+    # Peers compile parts of theirs with torch, each size by itself: with symbolic sizes torch 2.11 fails on the second.
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        gate = {provider.name: _gate(provider, gate_case) for provider in providers}
+        del gate_case
+        for num_tokens in token_counts:
+            for dead_share in dead_shares:
+                case = make_case(shape, num_tokens, dead_share, device, with_main_grad=with_main_grad)
+                work = (2 if is_scoring else 6) * num_tokens * shape.hidden_size * shape.vocab_size
+                rows += _bench_case(providers, gate, case, work / 1e12, ceiling, repeats, peers_s, device)
+                result = {"matmul_tflops": ceiling, "missing": missing, "rows": [asdict(row) for row in rows]}
+                keep(result)
     return result
 
 
@@ -128,16 +128,17 @@ def _bench_case(
     device: torch.device,
 ) -> list[Row]:
     """Measure the memory of every provider that passed, then their times in turns."""
-    started = time.monotonic()
     # Whole rollouts are dead, so the share can differ from the one that was asked for.
     dead_share = 1 - float(case.is_live_T.double().mean())
     rows: list[Row] = []
     calls: list[partial[Any]] = []
+    of_peers_s = 0.0
     for provider in providers:
+        started = time.monotonic()
         errors, note = gate[provider.name]
         row = Row(provider=provider.name, tokens=len(case.targets_T), dead_share=dead_share, errors=errors, note=note)
-        if not note and provider.is_peer and time.monotonic() - started > peers_s:
-            row = replace(row, note=f"left out: the first runs of those before took more than {peers_s:.0f} s")
+        if not note and provider.is_peer and of_peers_s >= peers_s:
+            row = replace(row, note=f"left out: the first runs of those before took {of_peers_s:.0f} s")
         elif not note:
             prepared = for_contract(provider, case)
             try:
@@ -148,7 +149,9 @@ def _bench_case(
                 contract = "" if provider.contract == "policy" else "cross-entropy only"
                 row = replace(row, extra_peak_mib=extra, note=contract)
                 calls.append(partial(provider.run, prepared))
-            print(f"{provider.name}: {time.monotonic() - started:.1f} s after the start", file=sys.stderr, flush=True)
+            took_s = time.monotonic() - started
+            of_peers_s += took_s if provider.is_peer else 0.0
+            print(f"{provider.name}, first run: {took_s:.1f} s", file=sys.stderr, flush=True)
         rows.append(row)
     times = iter(time_interleaved(calls, repeats, device))
     return [row if row.extra_peak_mib is None else _timed(row, next(times), work_tflop, ceiling) for row in rows]

@@ -159,7 +159,8 @@ def _compiled() -> Callable[[Case], Outcome]:
 
 def _plain_scoring(case: Case) -> Outcome:
     with torch.no_grad():
-        return Outcome(logprobs_T=_plain_logprobs(case.hidden_TD, case.weight_VD, case.targets_T)[0])
+        logprobs_TV = torch.log_softmax((case.hidden_TD @ case.weight_VD.T).float(), -1)
+        return Outcome(logprobs_T=logprobs_TV.gather(1, case.targets_T[:, None]).squeeze(1))
 
 
 def _without_main_grad(case: Case, loss: Tensor, logprobs_T: Tensor | None) -> Outcome:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_p2o.config.tree import Config
 from megatron_p2o.machine.memory.engine import cache_bytes_of_token, num_engine_parameters
+from megatron_p2o.machine.memory.trainer import recomputed_share
 from megatron_p2o.policy.model.architecture import Architecture, element_bytes
 from megatron_p2o.records import from_json, from_text
 from megatron_p2o.simulation.batch import EngineCoefficients
@@ -113,7 +114,7 @@ def engine_coefficients(gpu: GpuSpeed, architecture: Architecture, config: Confi
 def update_token_s(gpu: GpuSpeed, architecture: Architecture, config: Config, workload: Workload) -> float:
     """Return what the updates of a step take for each sampled token, if every rollout carries gradient: at most."""
     updates = config.schedule.updates_per_step
-    passes = 3.0 + (config.megatron.get("recompute_granularity") == "full")
+    passes = 3.0 + recomputed_share(config, architecture)
     passes += (updates - 1) / updates  # what later updates train on is scored before the first one moves the policy
     passes += (config.objective.kl_coefficient > 0) + 2 * config.logprobs.recompute
     length = min(config.rollout.max_new_tokens, round(workload.response_tokens))

@@ -17,7 +17,7 @@ from p2o_kernels.lm_head.shard import HeadShard, SoftmaxChunk, WeightGrad
 
 _DESCRIPTOR_ALIGNMENT = 8
 """bfloat16 elements in the 16 bytes that a tensor descriptor's row stride must be a multiple of."""
-_TARGET_ROWS = 64
+TARGET_ROWS = 64
 """Rows of a block whose targets' logits are one product's diagonal."""
 _ROW_BLOCK = 1024
 """Elements of a row that the passes around the products take at a time."""
@@ -97,10 +97,10 @@ class TritonHead:
     def _target_logits(self, shard: HeadShard, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
         """Return the targets' logits before the temperature."""
         logits_C = torch.empty(len(hidden_CD), dtype=torch.float32, device=hidden_CD.device)
-        kernels.target_logits_kernel[(triton.cdiv(len(hidden_CD), _TARGET_ROWS),)](
+        kernels.target_logits_kernel[(triton.cdiv(len(hidden_CD), TARGET_ROWS),)](
             hidden_CD, shard.weight_VD, targets_C, logits_C, len(hidden_CD), len(shard.weight_VD), hidden_CD.shape[1],
             shard.vocab_start, hidden_CD.stride(0), shard.weight_VD.stride(0),
-            BLOCK_ROWS=_TARGET_ROWS, BLOCK_DEPTH=self.tile.depth,
+            BLOCK_ROWS=TARGET_ROWS, BLOCK_DEPTH=self.tile.depth,
         )  # fmt: skip
         return _sum_over_ranks(logits_C, shard.tp_group)
 

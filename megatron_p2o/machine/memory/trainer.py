@@ -144,6 +144,16 @@ def likely_activations(config: Config, architecture: Architecture) -> int:
     return architecture.num_layers * layer
 
 
+def recomputed_share(config: Config, architecture: Architecture) -> float:
+    """Return the share of the layers that the backward pass computes again."""
+    if config.megatron.get("recompute_granularity") != "full":
+        return 0.0
+    if not keeps_a_block(config):
+        return 1.0
+    of_stage = math.ceil(architecture.num_layers / config.parallel.pipeline)
+    return min(1.0, config.megatron.get("recompute_num_layers", 1) / of_stage)
+
+
 def keeps_a_block(config: Config) -> bool:
     """Whether a stage recomputes its first layers only and keeps what the others need."""
     return config.megatron.get("recompute_method") == "block"

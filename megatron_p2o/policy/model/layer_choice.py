@@ -71,8 +71,8 @@ def fused_operations(layers: LayerBackend, capabilities: Capabilities, *, is_den
     """Return the fields of TransformerConfig by which Megatron fuses what lies between matrix products.
 
     Megatron's own training scripts set them, the class does not. The activation is compiled by torch, the rotary
-    embedding is a kernel of Transformer Engine. Experts, whose numbers of tokens change with each pack, keep an
-    activation that is not compiled: theirs has not been measured. Settings under `megatron` go first.
+    embedding is a kernel of Transformer Engine. Experts keep their activation as it is: theirs, with another number of
+    tokens each time, has not been measured. Settings under `megatron` go first.
     """
     if not capabilities.has_cuda:
         return {}

@@ -38,7 +38,7 @@ def policy_settings(config: Config, fused: Mapping[str, bool] | None = None) -> 
     """Return the settings of the policy. Local; reads config.json of `model.path`.
 
     Args:
-        fused: `fused_operations` of the machine that will run it; they change no result.
+        fused: `fused_operations` of the machine that will run it; they change results by rounding alone.
 
     Raises:
         ValueError: they cannot work on any machine: a field of `megatron` that the installed version does not have or
@@ -51,6 +51,8 @@ def policy_settings(config: Config, fused: Mapping[str, bool] | None = None) -> 
     check_lending(config.megatron, config.optimizer)
     with _named(config.megatron):
         chosen = {**(fused or {}), **overrides.transformer}
+        if overrides.transformer.get("use_te_activation_func"):  # the other way to fuse; Megatron refuses both
+            chosen["bias_activation_fusion"] = overrides.transformer.get("bias_activation_fusion", False)
         transformer = transformer_config(architecture, config.parallel, config.model.dtype, chosen)
         data_parallel_config(is_sharded=is_sharded, overrides=overrides)
         with suppress(RuntimeError):  # what is not installed is for `machine_problems`

@@ -148,12 +148,28 @@ def test_no_step_is_begun_without_time(session: ModuleType, tmp_path: Path):
 
 def test_only_kernels_whose_tests_passed_are_timed(session: ModuleType, tmp_path: Path):
     run = session.Session(tmp_path, {}, time.monotonic() + 1000)
-    commands = {
-        "kernel_tests_warp_specialized": [sys.executable, "-c", "raise SystemExit(1)"],
-        "kernel_tests_plain": [sys.executable, "-c", ""],
-    }
-    run.run(session.Step(name="kernel_tests", limit_s=300, commands=commands))
+    commands = {name: [sys.executable, "-c", ""] for name in session.correctness_step(session.GPU, tmp_path).commands}
+    commands["kernel_tests_warp_specialized"] = [sys.executable, "-c", "raise SystemExit(1)"]
+    run.run(session.Step(name="correctness", limit_s=300, commands=commands))
     assert run.passed_kernels() == ["plain"]
+
+
+def test_each_command_of_a_step_has_its_own_time(session: ModuleType, tmp_path: Path):
+    run = session.Session(tmp_path, {}, time.monotonic() + 1000)
+    commands = {"long": [sys.executable, "-c", "import time; time.sleep(3)"], "short": [sys.executable, "-c", ""]}
+    run.run(session.Step(name="both", limit_s=300, commands=commands))
+    long, short = run.outcomes
+    assert [long.status, short.status] == ["passed", "passed"] and short.seconds < long.seconds
+
+
+def test_a_step_that_there_is_not_is_refused_before_any_runs(session: ModuleType, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--dry-run", "--steps", "advantage", "kernel_tests"])
+    monkeypatch.setattr(session, "machine", lambda: {})
+    monkeypatch.setattr(session.os, "chdir", lambda folder: None)
+    with pytest.raises(SystemExit, match="kernel_tests: there is no such step, only correctness, "):
+        session.main()
+    assert not (tmp_path / "session.json").exists()
 
 
 def test_tests_that_were_all_skipped_do_not_count_as_passed(session: ModuleType, tmp_path: Path):

@@ -55,6 +55,9 @@ def test_an_update_counts_its_passes_over_a_rollout(tmp_path: Path) -> None:
 
     assert passes({}) == pytest.approx(3)  # forward, and twice that backward
     assert passes({"megatron": {"recompute_granularity": "full"}}) == pytest.approx(4)
+    half = {"recompute_granularity": "full", "recompute_method": "block"}
+    half["recompute_num_layers"] = architecture.num_layers // 2
+    assert passes({"megatron": half}) == pytest.approx(3.5)
     assert passes({"schedule.problems_per_update": 2}) == pytest.approx(3.5)  # half is scored beforehand
     assert passes({"objective.kl_coefficient": 0.1, "logprobs.recompute": True}) == pytest.approx(6)
     assert passes({"parallel.data": 2}) == pytest.approx(3 / 2)  # two GPUs

@@ -74,6 +74,8 @@ def test_a_gpu_fuses_what_a_setting_does_not_turn_off(model: Path):
     assert policy_settings(policy_config(model), local).transformer.bias_activation_fusion
     off = replace(policy_config(model), megatron={"bias_activation_fusion": False})
     assert not policy_settings(off, local).transformer.bias_activation_fusion
+    other = replace(policy_config(model), megatron={"use_te_activation_func": True})
+    assert not policy_settings(other, local).transformer.bias_activation_fusion
     assert not policy_settings(policy_config(model)).transformer.bias_activation_fusion
 
 
