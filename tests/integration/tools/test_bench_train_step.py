@@ -1,6 +1,5 @@
 """The benchmark of a training step runs where there is no GPU, and counts what it says."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -48,6 +47,15 @@ def test_a_shape_is_cut_to_the_layers_that_fit(
 
     properties = SimpleNamespace(total_memory=gpu_gib << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    arguments = argparse.Namespace(shape=shape, tokens=16384, recompute=True)
-    layers = bench_train_step.fitting_layers(arguments, tmp_path, torch.device("cuda"))
+    command = ["bench_train_step.py", "--shape", shape, "--tokens", "16384"]
+    monkeypatch.setattr(sys, "argv", [*command, "--recompute"])
+    layers = bench_train_step.fitting_layers(bench_train_step.parse_arguments(), tmp_path, torch.device("cuda"))
     assert layers == expected
+    # With nothing computed again fewer layers of the larger model fit, and no fewer where some are.
+    monkeypatch.setattr(sys, "argv", command)
+    kept = bench_train_step.fitting_layers(bench_train_step.parse_arguments(), tmp_path, torch.device("cuda"))
+    assert (kept < layers) == (shape == "qwen3-4b")
+    block = ["recompute_granularity=full", "recompute_method=block", "recompute_num_layers=20"]
+    monkeypatch.setattr(sys, "argv", [*command, "--megatron", *block])
+    some = bench_train_step.fitting_layers(bench_train_step.parse_arguments(), tmp_path, torch.device("cuda"))
+    assert kept <= some <= layers
