@@ -30,7 +30,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
-from random_policy import ROOT, measured_on, write_result  # isort: skip; makes ours importable
+from random_policy import ROOT, measured_on  # isort: skip; makes ours importable
+
+from bench.measure import write_result
+
 from process_tree import run_measured  # isort: skip
 from trl_comparison import compared, table, told  # isort: skip
 

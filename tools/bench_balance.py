@@ -29,7 +29,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
-from random_policy import QWEN3, SHAPES, write_result  # isort: skip; makes ours importable
+from random_policy import QWEN3, SHAPES  # isort: skip; makes ours importable
+
+from bench.measure import write_result
 
 from megatron_p2o.policy.model.architecture import Architecture, read_architecture
 from megatron_p2o.rl.packing import plan_micro_batches

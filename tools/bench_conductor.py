@@ -40,7 +40,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
 from fake_engines import VERSION, completion  # isort: skip
-from random_policy import measured_on, write_result  # isort: skip; makes ours importable
+from random_policy import measured_on  # isort: skip; makes ours importable
+
+from bench.measure import write_result
 
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, one_task
 from megatron_p2o.processes import HostMemory, allow_many_files

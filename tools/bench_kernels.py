@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 from bench.advantage import bench_grouped_advantage  # noqa: E402
 from bench.cases import SHAPES  # noqa: E402
 from bench.head import bench_head  # noqa: E402
-from bench.measure import environment  # noqa: E402
+from bench.measure import environment, write_result  # noqa: E402
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         shape = SHAPES[arguments.shape]
         result |= {"shape": {"name": arguments.shape} | asdict(shape)}
         # What is measured stays, should the process be stopped.
-        keep = partial(write_result, arguments.json, result)
+        keep = partial(write_measured, arguments.json, result)
         result |= bench_head(
             shape,
             device,
@@ -58,12 +58,8 @@ def main() -> None:
     write_result(arguments.json, result)
 
 
-def write_result(path: Path | None, head: dict[str, Any], measured: dict[str, Any] | None = None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(head | (measured or {}), indent=1) + "\n")
-        temporary.replace(path)
+def write_measured(path: Path | None, head: dict[str, Any], measured: dict[str, Any]) -> None:
+    write_result(path, head | measured)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -44,7 +44,10 @@ from torch.multiprocessing import set_sharing_strategy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
-from random_policy import SHAPES, bench_config, measured_on, write_random_model, write_result  # isort: skip; makes ours importable
+from random_policy import SHAPES, bench_config, measured_on, write_random_model  # isort: skip; makes ours importable
+
+from bench.measure import write_result
+
 from weight_path import Seconds, measure_path, send_ours  # isort: skip
 
 from megatron_p2o.config.tree import Config, RolloutConfig

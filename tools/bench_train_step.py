@@ -31,10 +31,10 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH leaves it out
 
-from random_policy import SHAPES, bench_config, measured_on, write_config, write_random_model, write_result  # isort: skip; makes ours importable
+from random_policy import SHAPES, bench_config, measured_on, write_config, write_random_model  # isort: skip; makes ours importable
 
 from bench.cases import Shape
-from bench.measure import matmul_ceiling, peak_bytes, time_interleaved
+from bench.measure import matmul_ceiling, peak_bytes, time_interleaved, write_result
 
 from megatron_p2o.config.tree import Config, HeadConfig
 from megatron_p2o.machine.memory.plan import GIB
@@ -64,13 +64,10 @@ def main() -> None:
     result |= {"sample_tokens": arguments.sample_tokens, "prompt_tokens": arguments.prompt_tokens}
     result |= {"recompute": arguments.recompute, "environment": measured_on(device)}
     with tempfile.TemporaryDirectory(prefix="bench_train_step_") as folder:
-        model_path = arguments.model
-        if model_path is None:
-            num_layers = arguments.num_layers or fitting_layers(arguments, Path(folder), device)
-            model_path = write_random_model(Path(folder), arguments.shape, device, num_layers)
+        num_layers = arguments.num_layers or fitting_layers(arguments, Path(folder), device)
+        result |= {"num_layers": num_layers, "num_layers_of_shape": SHAPES[arguments.shape]["num_hidden_layers"]}
+        model_path = write_random_model(Path(folder), arguments.shape, device, num_layers)
         architecture = read_architecture(model_path)
-        result |= {"num_layers": architecture.num_layers}
-        result |= {"num_layers_of_shape": SHAPES[arguments.shape]["num_hidden_layers"]}
         samples = make_samples(arguments.tokens, arguments.sample_tokens, arguments.prompt_tokens, architecture)
         config = config_of(arguments, model_path, device)
         result |= {"megatron": config.megatron}
@@ -100,7 +97,6 @@ def parse_arguments() -> argparse.Namespace:
     kernels = ("warp_specialized", "plain", "torch")
     parser.add_argument("--head-kernel", choices=kernels, default=kernels[0], help="head.kernel, of a GPU")
     parser.add_argument("--recompute", action="store_true", help="activations of every layer, to save memory")
-    parser.add_argument("--model", type=Path, help="directory of a model of this shape; default: random weights")
     parser.add_argument("--megatron", nargs="+", default=[], help="settings of `megatron`, as NAME=VALUE")
     parser.add_argument("--profile", action="store_true", help="add the kernels of an update by device time")
     parser.add_argument("--peak-tflops", type=float, help="of the device; default: the data sheet's, if it is known")

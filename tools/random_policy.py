@@ -71,13 +71,6 @@ def measured_on(device: torch.device) -> dict[str, str]:
     return environment(device) | {"megatron-core": version("megatron-core")}
 
 
-def write_result(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a benchmark's result as JSON where `--json` asks for it."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def write_config(folder: Path, shape: str, num_layers: int | None = None) -> Path:
     """Write the config.json of a shape, with its own number of layers or `num_layers`; return the folder."""
     folder.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """Time, memory and errors of one provider on one case."""
 
+import json
 import os
 import platform
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench.cases import Case, Shape
@@ -204,6 +206,15 @@ def environment(device: torch.device) -> dict[str, str]:
         "commit": _commit(),
         "python": platform.python_version(),
     } | versions
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a benchmark's result as JSON where `--json` asks for it; one that is there stays whole until then."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(path)
 
 
 def _commit() -> str:
