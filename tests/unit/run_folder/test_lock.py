@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -13,6 +14,7 @@ from megatron_p2o.run_folder.lock import hold_run
 HOLD = """
 import sys, time
 from pathlib import Path
+from typing import TextIO
 from megatron_p2o.run_folder.lock import hold_run
 with hold_run(Path(sys.argv[1])):
     print("held", flush=True)
@@ -35,9 +37,15 @@ def test_a_second_holder_is_told_who_has_the_folder_until_that_is_killed(tmp_pat
 
 
 def test_a_patient_start_takes_the_folder_when_the_one_before_lets_go(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_held, may_end = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def tell(text: str, stream: TextIO) -> None:
+        assert stream is sys.stderr
+        told.append(text)
+        may_end.set()
 
     def hold() -> None:
         with hold_run(tmp_path):
@@ -45,10 +53,10 @@ def test_a_patient_start_takes_the_folder_when_the_one_before_lets_go(
             assert may_end.wait(20)
 
     before = threading.Thread(target=hold)
+    monkeypatch.setattr("megatron_p2o.run_folder.lock.say", tell)
     before.start()
     assert is_held.wait(20)
-    threading.Timer(0.1, may_end.set).start()
     with hold_run(tmp_path, patience_s=20), pytest.raises(ValueError, match="in use by process"), hold_run(tmp_path):
         pass
     before.join()
-    assert capsys.readouterr().err == f"waiting for another p2o to let go of {tmp_path / 'lock'}\n"
+    assert told == [f"waiting for another p2o to let go of {tmp_path / 'lock'}"]

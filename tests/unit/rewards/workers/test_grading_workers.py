@@ -72,7 +72,7 @@ def new_worker(workers: GradingWorkers, *old: int) -> int:
 
 
 def test_an_answer_that_uses_up_its_processor_time_is_an_error_and_its_neighbours_are_graded() -> None:
-    with workers_of(deadline_s=0.5) as workers:
+    with workers_of(deadline_s=1.0) as workers:
         futures = [workers.submit(request) for request in [RIGHT, algebra_request(*ENDLESS), WRONG] * 3]
         grades = [future.result(PATIENCE_S) for future in futures]
         assert grades == [CORRECT, Grade.undecided(UNDECIDED["out_of_time"]), INCORRECT] * 3
@@ -80,13 +80,13 @@ def test_an_answer_that_uses_up_its_processor_time_is_an_error_and_its_neighbour
 
 
 def test_time_that_passes_without_the_processor_decides_nothing() -> None:
-    with workers_of(deadline_s=0.2) as workers:
+    with workers_of(deadline_s=1.0) as workers:
         assert workers.submit(RIGHT).result(PATIENCE_S) == CORRECT
         (worker,) = workers.worker_pids
         kill(worker, signal.SIGSTOP)
         answer = workers.submit(RIGHT)
         wait_until(answer.running)
-        time.sleep(1.0)  # five times the deadline
+        time.sleep(3.0)  # three times the deadline
         kill(worker, signal.SIGCONT)
         assert answer.result(PATIENCE_S) == CORRECT
         assert workers.worker_pids == [worker] and workers.counts == {"graded": 2}
@@ -110,7 +110,7 @@ def test_an_answer_whose_worker_is_killed_is_graded_by_another() -> None:
 @pytest.mark.parametrize("num_characters", [1, MANY_CHARACTERS])
 def test_an_answer_whose_worker_is_stopped_is_graded_by_another(num_characters: int) -> None:
     # Long enough for a busy machine, on which a worker that may run does run now and then.
-    with workers_of(stall_timeout_s=1.5) as workers:
+    with workers_of(stall_timeout_s=3.0) as workers:
         assert workers.submit(RIGHT).result(PATIENCE_S) == CORRECT
         (stopped,) = workers.worker_pids
         kill(stopped, signal.SIGSTOP)
