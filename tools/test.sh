@@ -29,7 +29,6 @@ fi
 wait "$supervision" || { cat "$made/log"; exit 1; }
 trap 'rm -rf "$made"' EXIT
 export P2O_TINY_POLICY="$made/tiny"
-# Three workers on two cores, a file each, those with the longest tests first: they wait for processes they started more than
-# half of the time.
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15 tests/integration/runs/test_{train_end_to_end,run_ends}.py \
-    tests/slurm tests/integration tests/distributed tests/kernel_ops tests/unit
+# Three workers on two cores, a file each, those that start processes first: they wait for them more than half of the time.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15 tests/slurm tests/integration tests/distributed \
+    tests/kernel_ops tests/unit

@@ -41,8 +41,15 @@ def test_a_rank_that_dies_is_reported_with_its_exit_code():
 def test_a_hanging_rank_is_killed_at_the_limit():
     def sleep_on_rank_1() -> int:
         if dist.get_rank() == 1:
-            time.sleep(60)
+            time.sleep(600)
         return os.getpid()
 
-    with pytest.raises(TimeoutError, match=r"sleep_on_rank_1 did not end on ranks \[1\] within 0.7 s"):
-        run_gloo_ranks(sleep_on_rank_1, 2, timeout_s=0.7)
+    message = ""
+    for limit_s in (0.7, 5.0, 60.0):  # on a busy machine rank 0 may not end within the shorter ones either
+        with pytest.raises(TimeoutError) as caught:
+            run_gloo_ranks(sleep_on_rank_1, 2, timeout_s=limit_s)
+        message = str(caught.value)
+        assert message.endswith(f" within {limit_s:g} s; they were killed")
+        if "ranks [1]" in message:
+            break
+    assert message.startswith("sleep_on_rank_1 did not end on ranks [1] within ")

@@ -1,13 +1,16 @@
 """Two agents of `p2o` on this machine, as on two nodes: their ranks stand in node order, and fail as one run."""
 
 import re
-import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_p2o.config.read import dump_config
 from megatron_p2o.config.tree import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig, one_task
+from megatron_p2o.rollout.servers.server import reserve_port
+
+END_TIMEOUT_S = 300
 
 AGENT = """
 import sys
@@ -21,7 +24,7 @@ from megatron_p2o.run.ranks.rank_errors import failure_message
 sys.addaudithook(lambda event, given: print("unpickled", given) if event == "pickle.find_class" else None)
 node_rank, folder = int(sys.argv[1]), sys.argv[2]
 for port, script in zip(sys.argv[3:5], sys.argv[5:]):
-    settings = agent_settings(2, nodes_from_options(2, node_rank, f"127.0.0.1:{port}"), timeout_s=60)
+    settings = agent_settings(2, nodes_from_options(2, node_rank, f"127.0.0.1:{port}"), timeout_s=240)
     try:
         elastic_launch(settings, sys.executable)("-c", script, folder, str(node_rank))
     except ChildFailedError as error:
@@ -41,7 +44,7 @@ import os, signal, sys, time
 from pathlib import Path
 if os.environ["RANK"] == "3":
     os.kill(os.getpid(), signal.SIGKILL)
-word, deadline = Path(sys.argv[1], "error-rank-3.txt"), time.monotonic() + 60
+word, deadline = Path(sys.argv[1], "error-rank-3.txt"), time.monotonic() + 240
 while not word.exists() and time.monotonic() < deadline:
     time.sleep(0.05)
 time.sleep(1.1)  # agents note whole seconds
@@ -50,28 +53,27 @@ sys.exit(4)
 
 
 def test_ranks_of_two_nodes_stand_in_node_order_and_both_nodes_name_the_one_that_fails(tmp_path: Path) -> None:
-    with socket.socket() as first, socket.socket() as second:
-        for holder in (first, second):
-            holder.bind(("127.0.0.1", 0))
+    with reserve_port() as first, reserve_port() as second:
         ports = [str(holder.getsockname()[1]) for holder in (first, second)]
-    # The second node first: who comes first must not decide.
-    agents = [
-        subprocess.Popen(
-            [sys.executable, "-c", AGENT, str(node_rank), str(tmp_path), *ports, RANK, RANK_OF_A_RUN_THAT_FAILS],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for node_rank in (1, 0)
-    ]
-    try:
-        printed = [agent.communicate(timeout=120)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
+        scripts = (RANK, RANK_OF_A_RUN_THAT_FAILS)
+        printed = printed_by_nodes(AGENT, [str(tmp_path), *ports, *scripts])
     names = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name.isdigit()}
     assert names == {f"{rank}": f"{rank // 2} {rank} {rank % 2} 4 127.0.0.1 {ports[0]}" for rank in range(4)}
     told = f"p2o: rank 3 on host1 was ended by SIGKILL; the run is in {tmp_path}\np2o: the kernel sends SIGKILL"
     assert [each[: len(told)] for each in printed] == [told, told]
+
+
+def printed_by_nodes(program: str, arguments: Sequence[str]) -> list[str]:
+    """Return what the agents of two nodes print; each is given its node's rank before `arguments`."""
+    agents = [
+        subprocess.Popen([sys.executable, "-c", program, str(rank), *arguments], stdout=subprocess.PIPE, text=True)
+        for rank in (1, 0)  # who comes first must not decide
+    ]
+    try:
+        return [agent.communicate(timeout=END_TIMEOUT_S)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
 
 
 AGENT_OF_ENGINES = """
@@ -81,7 +83,7 @@ from megatron_p2o.run.launch import agent_settings
 from megatron_p2o.machine.nodes import nodes_from_options
 
 nodes = nodes_from_options(2, int(sys.argv[1]), f"127.0.0.1:{sys.argv[2]}")
-elastic_launch(agent_settings(1, nodes, timeout_s=60), sys.executable)("-c", *sys.argv[3:])
+elastic_launch(agent_settings(1, nodes, timeout_s=240), sys.executable)("-c", *sys.argv[3:])
 """
 
 MEETS_DAEMONS = """
@@ -118,24 +120,12 @@ def test_the_key_of_a_node_s_daemon_reaches_rank_0_and_is_not_in_the_store(tmp_p
         model=ModelConfig(path="model"),
         data=DataConfig(train=one_task("unused")),
         rollout=RolloutConfig(num_engines=2, max_total_tokens=4096),
-        parallel=ParallelConfig(data=2, timeout_s=60),
+        parallel=ParallelConfig(data=2, timeout_s=240),
     )
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
+    with reserve_port() as holder:
         port = str(holder.getsockname()[1])
-    command = [sys.executable, "-c", AGENT_OF_ENGINES]
-    nodes = [
-        subprocess.Popen(
-            [*command, str(node), port, MEETS_DAEMONS, str(tmp_path / "config.yaml")], stdout=subprocess.PIPE, text=True
-        )
-        for node in (1, 0)
-    ]
-    try:
-        printed = [node.communicate(timeout=120)[0] for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
+        printed = printed_by_nodes(AGENT_OF_ENGINES, [port, MEETS_DAEMONS, str(tmp_path / "config.yaml")])
     # With its key the daemon looks for an engine that nobody has started; without, it does not look.
     assert re.fullmatch(r"500 401 False \['daemon-1-[0-9a-f]{32}\.json'\]\n", "".join(printed)), printed
     assert [path.name for path in (tmp_path / "engines").iterdir()] == ["daemon-1.log"]

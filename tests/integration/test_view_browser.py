@@ -50,6 +50,19 @@ TOKEN_NUMBERS = [
 
 START_TIMEOUT_S = 120
 RUN_TIMEOUT_S = 1500
+PAGE_TIMEOUT_MS = 120_000
+
+HELD_REWARD = """
+import time
+from pathlib import Path
+
+def reward(problem, response, finish_reason):
+    folder = Path({folder!r})
+    while (folder / "run" / "rollouts" / "step-000002.jsonl").exists() and not (folder / "seen").exists():
+        time.sleep(0.5)
+    return float(len(response) % 2)
+"""
+"""Answers of the third step are graded only when the page has shown the second."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -82,11 +95,17 @@ def browser() -> Iterator[Any]:
         launched.close()
 
 
+def new_page(browser: Any, **options: Any) -> Any:
+    """Return a page that waits longer for what it is to show than Playwright does by itself."""
+    opened = browser.new_page(**options)
+    opened.set_default_timeout(PAGE_TIMEOUT_MS)
+    return opened
+
+
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
     """Yield a page that fails the test for an error of a script, a request to another server or a dialog."""
-    opened = browser.new_page(viewport={"width": 1200, "height": 900})
-    opened.set_default_timeout(60_000)
+    opened = new_page(browser, viewport={"width": 1200, "height": 900})
     faults: list[str] = []
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
@@ -280,7 +299,7 @@ def test_the_page_grows_with_the_run_and_says_when_the_run_is_gone(page: Any, ho
 
 
 def test_the_page_says_when_the_server_has_ended(browser: Any, hostile_run: Path) -> None:
-    page, other = browser.new_page(), browser.new_page()
+    page, other = new_page(browser), new_page(browser)
     with served(other, hostile_run) as address:
         open_view(page, address, "overview")
     page.wait_for_selector("#status:has-text('Not up to date')")
@@ -289,7 +308,7 @@ def test_the_page_says_when_the_server_has_ended(browser: Any, hostile_run: Path
 
 
 def test_it_can_be_used_by_keyboard_and_on_a_phone(browser: Any, hostile_run: Path) -> None:
-    phone = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
+    phone = new_page(browser, viewport={"width": 360, "height": 740}, color_scheme="dark")
     with served(phone, hostile_run) as address:
         for view in VIEWS:
             open_view(phone, address, view)
@@ -339,7 +358,7 @@ def test_numbers_of_tokens_are_reached_by_keyboard(page: Any, hostile_run: Path)
 
 
 def test_numbers_of_tokens_are_shown_by_a_tap(browser: Any, hostile_run: Path) -> None:
-    phone = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True).new_page()
+    phone = new_page(browser, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     with served(phone, hostile_run) as address:
         open_view(phone, address, "problems")
         phone.tap(".cell >> nth=3")
@@ -489,8 +508,10 @@ def test_memory_is_shown_by_kind_peak_and_process(page: Any, hostile_run: Path) 
 def test_it_follows_a_real_run(page: Any, tiny: Path, tmp_path: Path) -> None:
     train = tmp_path / "train.jsonl"
     train.write_text("".join((tiny / "problems" / "train.jsonl").read_text().splitlines(keepends=True)[:24]))
+    (tmp_path / "held.py").write_text(HELD_REWARD.format(folder=str(tmp_path)))
     settings = [
         *(f"run.directory={tmp_path}", "run.name=run", f"model.path={tiny}/model", f"data.train={train}"),
+        *(f"grading.function={tmp_path}/held.py:reward", f"grading.timeout_s={RUN_TIMEOUT_S}"),
         f"data.evaluation.heldout_easy={tiny}/problems/heldout_easy.jsonl",
         f"data.evaluation.heldout_hard={tiny}/problems/heldout_hard.jsonl",
         *("schedule.problems_per_step=8", "schedule.problems_per_update=8", "schedule.epochs=1"),
@@ -509,6 +530,7 @@ def test_it_follows_a_real_run(page: Any, tiny: Path, tmp_path: Path) -> None:
                 open_view(page, address, "problems")
                 page.click(".cell >> nth=0")
                 page.wait_for_selector("dialog[open] article")
+                (tmp_path / "seen").touch()
                 assert training.wait(timeout=RUN_TIMEOUT_S) == 0, (tmp_path / "log").read_text()
                 page.keyboard.press("Escape")
                 page.wait_for_selector("#status:text-is('finished')")

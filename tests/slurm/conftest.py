@@ -22,8 +22,8 @@ NODES = ("node1", "node2", "node3", "node4")
 NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 """Program to its Debian package."""
 
-COMMAND_TIMEOUT_S = 60
-START_TIMEOUT_S = 30
+COMMAND_TIMEOUT_S = 180
+START_TIMEOUT_S = 120
 POLL_S = 0.5
 
 CONFIGURATION = """
@@ -32,7 +32,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=16
 CryptoType=crypto/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
@@ -53,6 +53,7 @@ SlurmdSpoolDir={folder}/spool/%n
 StateSaveLocation={folder}/state
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
+MessageTimeout=60
 SlurmctldTimeout=60
 SlurmdTimeout=30
 KillWait=5
@@ -61,6 +62,7 @@ JobRequeue=1
 GresTypes=gpu
 PlugStackConfig={folder}/plugstack.conf
 """
+"""A slurmd that takes longer than `cred_expire` refuses a job step; a job that is queued again waits as long."""
 
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=4000 Gres=gpu:8\n"
 PARTITION = "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO\n"

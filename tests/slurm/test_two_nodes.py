@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_p2o.testing.run_files import whole_lines
+
 pytestmark = pytest.mark.slow
 
 WAIT_S = 480
@@ -112,7 +114,8 @@ def submit(cluster: Any, tiny: Path, problems: Path, checkout: Path) -> Job:
 def any_update_applied(run: Path) -> bool:
     """Whether a step with templated rollouts changed the weights: only then it has a loss."""
     return any(
-        {"rollout/reward_templated", "train/loss"} <= line["metrics"].keys() for line in lines(run / "metrics.jsonl")
+        {"rollout/reward_templated", "train/loss"} <= line["metrics"].keys()
+        for line in whole_lines(run / "metrics.jsonl")
     )
 
 

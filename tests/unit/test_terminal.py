@@ -110,7 +110,7 @@ def test_logs_of_every_library_and_tracebacks_are_safe() -> None:
         input=HOSTILE.encode("utf-8", "surrogatepass"),
         capture_output=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     lines = found.stderr.decode()

@@ -16,7 +16,7 @@ from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8)
-WAIT_S = 20
+WAIT_S = 120
 
 
 class FakeClient:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_p2o.rollout.inside_sglang import weight_loader
 
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 120.0
 POLL_S = 0.01
 
 

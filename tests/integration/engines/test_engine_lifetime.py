@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 pytestmark = pytest.mark.slow
 
 START_TIMEOUT_S = 300
+REMOVAL_TIMEOUT_S = 60
 
 
 def config_of(model: Path, **sglang: Any) -> Config:
@@ -157,5 +159,8 @@ def test_the_next_engine_removes_what_a_server_leaves_that_is_killed_with_its_pa
     assert not alive
     owned_server["owner"].wait(timeout=30)
     Scratch().remove()  # no one else was left to
-    assert not scratch.exists()
-    assert not [path for path in shared if path.exists()]
+    deadline = time.monotonic() + REMOVAL_TIMEOUT_S
+    # An engine of another test may have begun to remove them before, and ours then leaves that to it.
+    while scratch.exists() or any(path.exists() for path in shared):
+        assert time.monotonic() < deadline, "something is left"
+        time.sleep(0.1)

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParam
 pytestmark = pytest.mark.slow
 
 WAIT_S = 240
+MOST_TRIES = 10
 CACHE_TOKENS = 4096
 RARE_END = 101
 """A token that ends a completion, like the model's own: completions have many lengths."""
@@ -85,6 +87,33 @@ def training(engines: SglangEngines) -> list[Completion]:
     return [answers[index] for index in range(NUM_TRAINING)]
 
 
+def train_amid_evolution(engines: SglangEngines) -> tuple[list[str], list[Completion], list[Completion]]:
+    """Have training come when the first request of evolution has ended.
+
+    Return the kinds of the requests in the order in which they ended, and the completions of both kinds.
+    """
+    ended: list[str] = []
+
+    async def submit_training() -> list[Future[Completion]]:
+        asked = prompts("training", NUM_TRAINING)
+        futures = [
+            engines.broker.submit(prompt, own) for prompt, own in zip(asked, own_sampling(asked, TRAINING), strict=True)
+        ]
+        for future in futures:
+            future.add_done_callback(lambda _: ended.append("training"))
+        return futures
+
+    behind = submit_evolution(engines, prompts("evolution", NUM_EVOLUTION))
+    for future in behind:
+        future.add_done_callback(lambda _: ended.append("evolution"))
+    done, _ = wait(behind, WAIT_S, return_when=FIRST_COMPLETED)
+    assert done, "the engine is at work on evolution"
+    # On the broker's loop, where no request ends before its end is noted.
+    ahead = engines.broker._thread.run(submit_training()).result(WAIT_S)
+    first, preempted = ([future.result(WAIT_S) for future in futures] for futures in (ahead, behind))
+    return ended, first, preempted
+
+
 def assert_equal_bits(ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
@@ -95,40 +124,47 @@ def test_training_overtakes_a_hundred_evolution_requests_which_lose_no_token(eng
     alone = training(engines)
     undisturbed = [future.result(WAIT_S) for future in submit_evolution(engines, prompts("evolution", NUM_EVOLUTION))]
 
-    engines.metrics()
-    behind = submit_evolution(engines, prompts("evolution", NUM_EVOLUTION))
-    done, _ = wait(behind, WAIT_S, return_when=FIRST_COMPLETED)
-    assert done, "the engine is at work on evolution"
-    answers = engines.generate(prompts("training", NUM_TRAINING), TRAINING)
-    started = [next(answers)]
-    num_before = sum(future.done() for future in behind)
-    first = dict([*started, *answers])
-    num_overtaken_by = sum(future.done() for future in behind) - num_before
-    # The cache holds 14 requests of evolution: training would wait for more than 80 of them in an engine's own order.
-    assert num_before < NUM_EVOLUTION // 2
-    # KV cache for all of training is taken at once: 24 x (40 + 100) of 4,096 tokens. What is left holds two or three
-    # requests of evolution while training samples its 100 tokens.
-    assert num_overtaken_by <= 4
+    # While this process is stalled the engine goes on with evolution: that may add to both numbers.
+    for _ in range(MOST_TRIES):
+        engines.metrics()
+        ended, first, preempted = train_amid_evolution(engines)
+        assert_equal_bits(first, alone)
+        assert_equal_bits(preempted, undisturbed)
+        begin, end = ended.index("training"), len(ended) - ended[::-1].index("training")
+        num_before, num_overtaken_by = ended[:begin].count("evolution"), ended[begin:end].count("evolution")
+        # The cache holds 14 requests of evolution: training would wait for more than 80 of them in an engine's own
+        # order. KV cache for all of training is taken at once: 24 x (40 + 100) of 4,096 tokens. What is left holds two
+        # or three requests of evolution while training samples its 100 tokens.
+        if num_before < NUM_EVOLUTION // 2 and num_overtaken_by <= 4:
+            break
+    else:
+        pytest.fail(f"training came after {num_before} requests of evolution and was overtaken by {num_overtaken_by}")
     assert (engines.metrics()["engine/evolution_pauses_count"] > 0) == (max_slowdown_of(engines) == 0)
-    preempted = [future.result(WAIT_S) for future in behind]
-    assert_equal_bits([first[index] for index in range(NUM_TRAINING)], alone)
-    assert_equal_bits(preempted, undisturbed)
 
 
 def test_evolution_that_gave_way_to_training_survives_its_engine(engines: SglangEngines) -> None:
     alone = training(engines)
     undisturbed = [future.result(WAIT_S) for future in submit_evolution(engines, prompts("evolution", 30))]
 
-    engines.metrics()
-    behind = submit_evolution(engines, prompts("evolution", 30))
-    wait(behind, WAIT_S, return_when=FIRST_COMPLETED)
-    answers = engines.generate(prompts("training", NUM_TRAINING), TRAINING)
-    first = [next(answers)]
-    assert any(not future.done() for future in behind)
-    os.kill(engines._supervisor.servers[0].pid, signal.SIGKILL)
-    by_index = dict([*first, *answers])
-    assert_equal_bits([by_index[index] for index in range(NUM_TRAINING)], alone)
-    assert_equal_bits([future.result(WAIT_S) for future in behind], undisturbed)
+    for _ in range(MOST_TRIES):
+        behind = submit_evolution(engines, prompts("evolution", 30))
+        wait(behind, WAIT_S, return_when=FIRST_COMPLETED)
+        answers = engines.generate(prompts("training", NUM_TRAINING), TRAINING)
+        first = [next(answers)]
+        does_evolution_wait = any(not future.done() for future in behind)
+        if does_evolution_wait:
+            os.kill(engines._supervisor.servers[0].pid, signal.SIGKILL)
+        by_index = dict([*first, *answers])
+        assert_equal_bits([by_index[index] for index in range(NUM_TRAINING)], alone)
+        assert_equal_bits([future.result(WAIT_S) for future in behind], undisturbed)
+        if does_evolution_wait:
+            break
+    else:
+        pytest.fail("evolution was always over when the first of training was")
+    # If both ended just before the engine did, its end shows only when somebody looks.
+    deadline = time.monotonic() + WAIT_S
+    while engines._supervisor.num_restarts == 0 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert engines.metrics()["engine/restarts_count"] == 1
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import pytest
 from megatron_p2o.config.read import load_config
 from megatron_p2o.metrics.sinks.registry import run_id_of
 from megatron_p2o.metrics.sinks.services import PARAMS_PER_CALL, flat_settings, name_for_mlflow
+from megatron_p2o.rollout.servers.server import reserve_port
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "p2o_qwen3_4b.yaml"
 KEY = "rollout/reward_level_1+2"
@@ -116,16 +116,17 @@ def answers(address: str) -> bool:
         return False
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Yield a port of this machine that is nobody's but the test's server's."""
+    with reserve_port() as holder:
+        yield holder.getsockname()[1]
 
 
 @needs("mlflow")
 def test_an_mlflow_server_keeps_redone_steps_in_one_run_and_tells_changed_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = free_port()
     address = f"http://127.0.0.1:{port}"
     store = ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--artifacts-destination", f"{tmp_path}/files"]
     command = ["-m", "mlflow", "server", *store, "--port", str(port), "--workers", "1"]
@@ -154,9 +155,9 @@ def test_an_mlflow_server_keeps_redone_steps_in_one_run_and_tells_changed_settin
 @needs("trackio")
 @pytest.mark.parametrize("place", ["folder", "server"])
 def test_trackio_keeps_redone_steps_in_the_run_of_the_folder(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, port = tmp_path / "trackio", free_port()
+    store = tmp_path / "trackio"
     of_server = {"TRACKIO_DIR": str(store), "GRADIO_SERVER_PORT": str(port), "TRACKIO_WRITE_TOKEN": "a-write-token"}
     address = f"http://127.0.0.1:{port}/"
     if place == "server":
@@ -172,11 +173,14 @@ def test_trackio_keeps_redone_steps_in_the_run_of_the_folder(
     def rows(query: str) -> list[Any]:
         if not (store / "p2o.db").exists():
             return []
-        with closing(sqlite3.connect(f"file:{store}/p2o.db?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"file:{store}/p2o.db?mode=ro", uri=True, timeout=WAIT_S)) as database:
             return database.execute(query).fetchall()
 
     def points() -> Points:
-        found = rows("select step, metrics from metrics order by id")
+        try:
+            found = rows("select step, metrics from metrics order by id")
+        except sqlite3.OperationalError:  # the file is there before its tables
+            return []
         return [(step, json.loads(metrics)[KEY]) for step, metrics in found]
 
     with server:

@@ -19,7 +19,8 @@ from megatron_p2o.types import Grade, Problem
 KEY = "P2O_TEST_OF_THE_JUDGE"
 PROBLEM = Problem(id="rain", question="Write a haiku about rain.", answer=None)
 RESPONSES = ("Rain on the old roof.", "VERDICT 000000000000 10", "")
-LIMIT_S = 120.0
+LIMIT_S = 400.0
+"""Longer than the judge is asked twice."""
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def test_nonsense_of_a_real_model_is_no_verdict_and_a_dead_one_none_either(
     server = start_reflection_server(config, tmp_path / "run", num_engines_here=0)
     try:
         monkeypatch.setenv(KEY, server.api_key)
-        with judged_by(f"{server.base_url}/v1", max_tokens=16, max_retries=0, timeout_s=30.0) as grader:
+        with judged_by(f"{server.base_url}/v1", max_tokens=16, max_retries=0, timeout_s=120.0) as grader:
             grader.check()
             grades = grades_of(grader)
             assert [grade.reward for grade in grades] == [None] * len(RESPONSES)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[3]
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 pytestmark = pytest.mark.slow
 

@@ -51,8 +51,11 @@ WARM_LIBRARY = PublishedLibrary(
     version=1, templates=(Template(id=1, text=" ".join(KEY_PHRASES["affine"]), parent=None, score=0.3),)
 )
 SOLVED = Trial(reward=1.0, response_text="", finish_reason="stop", num_tokens=1, weight_version=1)
-LIMIT_S = 30.0
+LIMIT_S = 120.0
 """For anything that must happen soon."""
+
+ROUND_TIMEOUT_S = 600.0
+"""Longer than any round here takes. Where it is to be over, the session's clock is put forward."""
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def config_of(phrases: Path, **evolution: Any) -> Config:
     settings = {
         "max_rollouts": 600,
         "reflection": ReflectionConfig(backend="phrasebook", phrases=str(phrases)),
-        "round_timeout_s": 60.0,
+        "round_timeout_s": ROUND_TIMEOUT_S,
         **evolution,
     }
     return Config(
@@ -97,11 +100,29 @@ def is_running(process_id: int) -> bool:
     return state != "Z"
 
 
-def wait_until_gone(process_id: int) -> None:
+def wait_until(is_so: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + LIMIT_S
-    while is_running(process_id):
-        assert time.monotonic() < deadline, f"process {process_id} still runs after {LIMIT_S:g} s"
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {LIMIT_S:g} s: {what}"
         time.sleep(0.01)
+
+
+def wait_until_gone(process_id: int) -> None:
+    wait_until(lambda: not is_running(process_id), f"the end of process {process_id}")
+
+
+def time_machine(session: EvolutionSession) -> Callable[[], None]:
+    """Return what puts the clock of a session past the end of the round that runs. Call this before it begins."""
+    loop, ahead_s = session._thread._loop, 0.0
+    time_s = loop.time
+
+    def put_forward() -> None:
+        nonlocal ahead_s
+        ahead_s = ROUND_TIMEOUT_S
+        loop.call_soon_threadsafe(lambda: None)  # wakes it where it sleeps until the time is over
+
+    loop.time = lambda: time_s() + ahead_s
+    return put_forward
 
 
 def scores_in(path: Path) -> set[tuple[str, str]]:
@@ -121,6 +142,7 @@ class KillingTask(KeyPhraseTask):
         """Process ids."""
         self.journalled: list[tuple[int, set[tuple[str, str]]]] = []
         """At each kill: number of requests so far, scores on disk."""
+        self.after_signal: Callable[[], None] = lambda: None
         self._kill_at = kill_at
         self._journal = journal
         self._signal = signal_number
@@ -134,6 +156,7 @@ class KillingTask(KeyPhraseTask):
             if self._signal == signal.SIGKILL:
                 wait_until_gone(self.signalled[-1])
                 self.journalled.append((len(self.asked), scores_in(self._journal)))
+            self.after_signal()
         return super().submit(template_text, problem, sampling)
 
 
@@ -391,14 +414,21 @@ def test_late_round_publishes_what_it_has_and_says_so(
             return unanswered[-1]
         return task.submit(text, problem, sampling)
 
-    config = config_of(phrases, round_timeout_s=6.0, plain_control=True)
-    sessions.append(EvolutionSession(config, tmp_path, submit_trial))
-    library = sessions[0].evolve(PROBLEMS, WARM_LIBRARY, epoch=0)
-    (stats,) = sessions[0].last_rounds
+    config = config_of(phrases, plain_control=True)
+    session = EvolutionSession(config, tmp_path, submit_trial, finish_grace_s=ROUND_TIMEOUT_S)
+    sessions.append(session)
+    put_forward = time_machine(session)
+    running = session.start(PROBLEMS, WARM_LIBRARY, epoch=0)
+    journal = journal_path(tmp_path, 0)
+    wait_until(lambda: len(unanswered) > 0 and len(scores_in(journal)) == 200, "every answer is in the journal")
+    put_forward()
+    library = running.result(LIMIT_S)
+    (stats,) = session.last_rounds
     assert stats is not None and stats.ended_by == "deadline" and stats.num_rollouts == 200
-    assert library.templates and sessions[0].num_service_losses == 0
-    assert unanswered and all(future.cancelled() for future in unanswered), "nobody waits for them any more"
-    assert "round 0 is cut off by evolution.round_timeout_s=6 before its budget of rollouts is spent" in caplog.text
+    assert library.templates and session.num_service_losses == 0
+    assert all(future.cancelled() for future in unanswered), "nobody waits for them any more"
+    limit = f"evolution.round_timeout_s={ROUND_TIMEOUT_S:g}"
+    assert f"round 0 is cut off by {limit} before its budget of rollouts is spent" in caplog.text
     assert "round 0 ended by deadline after 200 rollouts" in caplog.text
     assert round_statistics([stats])["is_cut_off"] == 1
     (line,) = rounds_path(tmp_path).read_text().splitlines()
@@ -406,9 +436,9 @@ def test_late_round_publishes_what_it_has_and_says_so(
 
 
 def test_frozen_service_is_given_up_and_killed(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:
-    config = config_of(phrases, round_timeout_s=3.0)
-    session, task = killing_session(config, tmp_path, {20}, signal.SIGSTOP, finish_grace_s=0.2)
+    session, task = killing_session(config_of(phrases), tmp_path, {20}, signal.SIGSTOP, finish_grace_s=0.2)
     sessions.append(session)
+    task.after_signal = time_machine(session)
     library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
     assert session.last_rounds[0].ended_by == "service_lost"
     assert library.version == 1

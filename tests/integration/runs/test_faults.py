@@ -15,7 +15,9 @@ from megatron_p2o.testing.run_files import repeatable_numbers, steps_done
 
 ROOT = Path(__file__).parents[3]
 RUN_TIMEOUT_S = 1500
-END_TIMEOUT_S = 60
+END_TIMEOUT_S = 240
+"""Longest end of a run whose rank was killed: its agent alone may take `rank_errors.STOP_TIMEOUT_S`."""
+
 POLL_S = 0.02
 
 AS_TEXT: dict[str, Any] = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -21,6 +21,12 @@ NUM_EARLY_KILLS = 4
 LATEST_KILL_S = 14.0
 """Ranks import for about five seconds, and engines start after ten."""
 
+PF_FORKNOEXEC = 0x40
+"""Flag of a process that was forked and has not yet executed a program; from linux/sched.h."""
+
+LONGEST_FORK_S = 30.0
+"""A fork that lives for longer is not about to execute anything."""
+
 SECRETS = {
     name: f"planted-{name.lower()}" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "TEACHER_LOGIN")
 }
@@ -60,6 +66,15 @@ def command(tiny: Path, runs: Path) -> list[str]:
     return [*p2o, "train", str(ROOT / "examples" / "tiny_cpu" / "p2o.yaml"), *sets]
 
 
+def is_starting(process: psutil.Process) -> bool:
+    """Return whether a process is about to execute a program: until then all it has is its parent's."""
+    try:
+        flags = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[6]
+    except OSError as error:
+        raise psutil.NoSuchProcess(process.pid) from error
+    return int(flags) & PF_FORKNOEXEC != 0 and time.time() - process.create_time() < LONGEST_FORK_S
+
+
 class Watch:
     """What is seen of a process and all that it starts, again and again until it ends."""
 
@@ -73,6 +88,7 @@ class Watch:
     def look(self, parent: psutil.Process) -> None:
         for member in (parent, *parent.children(recursive=True)):
             try:
+                is_itself = not is_starting(member)  # before the rest is read: what is a program stays one
                 line = " ".join(member.cmdline())
                 addresses = [each.laddr.ip for each in member.net_connections("inet") if each.status == "LISTEN"]
                 environment = "\0".join(member.environ().values())
@@ -80,7 +96,7 @@ class Watch:
                 continue
             self.command_lines.add(line)
             self.listening |= {(address, line) for address in addresses}
-            if member != parent:
+            if member != parent and is_itself:
                 held = {name for name, value in SECRETS.items() if value in environment}
                 self.secrets_held.setdefault(line, set()).update(held)
 

@@ -17,7 +17,7 @@ TOOL = Path(__file__).parents[3] / "tools" / "bench_train_step.py"
 def test_both_heads_agree_and_one_forward_pass_serves_an_update(tmp_path: Path):
     command = [sys.executable, str(TOOL), "--shape", "tiny", "--tokens", "256", "--repeats", "1"]
     command += ["--json", str(tmp_path / "result.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["layers"], result["attention"]) == ("local", "sdpa")

@@ -22,14 +22,14 @@ TOOL = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
 
 def convert(*arguments: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_runs_checkpoint_is_converted_there_and_back(tmp_path: Path):
     config = policy_config(write_tiny_qwen3(tmp_path / "source"))
     step = tmp_path / "run" / "checkpoints" / "step-000001"
     with closing(build_policy(config)) as policy:
-        digests = policy.save(step / "policy").result(30)
+        digests = policy.save(step / "policy").result(300)
     write_manifest(step, {f"policy/{name}": digest for name, digest in digests.items()})
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
     there = convert("to-hf", step, "--out", tmp_path / "there")
@@ -52,7 +52,7 @@ def test_a_trained_checkpoint_and_its_directory_are_compared_both_ways(tmp_path:
     step = tmp_path / "run" / "checkpoints" / "step-000001"
     with closing(build_policy(config)) as policy:
         policy.update(random_samples([9, 3, 14], vocab_size=256), None, 26)
-        digests = policy.save(step / "policy").result(30)
+        digests = policy.save(step / "policy").result(300)
     write_manifest(step, {f"policy/{name}": digest for name, digest in digests.items()})
     settings = tmp_path / "run" / "config.yaml"
     settings.write_text(dump_config(config))

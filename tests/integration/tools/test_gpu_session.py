@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -154,9 +155,28 @@ def test_only_kernels_whose_tests_passed_are_timed(session: ModuleType, tmp_path
     assert run.passed_kernels() == ["plain"]
 
 
+WAIT_FOR_FILE = """
+import sys, time
+from pathlib import Path
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.05)
+"""
+
+
 def test_each_command_of_a_step_has_its_own_time(session: ModuleType, tmp_path: Path):
     run = session.Session(tmp_path, {}, time.monotonic() + 1000)
-    commands = {"long": [sys.executable, "-c", "import time; time.sleep(3)"], "short": [sys.executable, "-c", ""]}
+    is_noted = tmp_path / "is_noted"
+    commands = {
+        "long": [sys.executable, "-c", WAIT_FOR_FILE, str(is_noted)],
+        "short": [sys.executable, "-c", ""],
+    }
+
+    def let_the_long_one_end() -> None:
+        while len(run.outcomes) < 2 or run.outcomes[1].status == "not run":
+            time.sleep(0.05)
+        is_noted.touch()
+
+    threading.Thread(target=let_the_long_one_end, daemon=True).start()
     run.run(session.Step(name="both", limit_s=300, commands=commands))
     long, short = run.outcomes
     assert [long.status, short.status] == ["passed", "passed"] and short.seconds < long.seconds

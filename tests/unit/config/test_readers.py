@@ -32,7 +32,7 @@ def modes(folder: Path) -> set[int]:
 )
 def test_readers_are_those_that_the_run_names(readable_by: str, expected: set[int], tmp_path: Path) -> None:
     arguments = [str(tmp_path / "run"), readable_by]
-    subprocess.run([sys.executable, "-c", WRITE, *arguments], check=True, timeout=60, umask=0o002)
+    subprocess.run([sys.executable, "-c", WRITE, *arguments], check=True, timeout=300, umask=0o002)
     assert modes(tmp_path / "run") == expected
 
 
@@ -41,7 +41,7 @@ def test_a_folder_of_before_is_closed_and_none_is_opened(tmp_path: Path) -> None
         folder = tmp_path / name
         folder.mkdir()
         folder.chmod(before)
-        subprocess.run([sys.executable, "-c", WRITE, str(folder), readable_by], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", WRITE, str(folder), readable_by], check=True, timeout=300)
         assert folder.stat().st_mode & 0o7777 == after
 
 
@@ -52,6 +52,6 @@ def test_a_report_is_as_private_as_the_run_it_is_of(mode: int, expected: int, tm
     (run / "metrics.jsonl").touch()
     run.chmod(mode)
     command = [sys.executable, "-m", "megatron_p2o.cli", "report", str(run), "--output", str(tmp_path / "out")]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=60, umask=0o022, check=False)
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=300, umask=0o022, check=False)
     assert outcome.returncode == 0, outcome.stderr
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {expected}

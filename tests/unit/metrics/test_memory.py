@@ -21,6 +21,8 @@ from megatron_p2o.processes import (
 )
 
 MIB = 2**20
+NUM_READINGS = 5
+"""The kernel may take pages back between two readings, when memory is short; what leaks is in all of them."""
 
 
 class ScriptedMeter:
@@ -74,16 +76,20 @@ def test_resident_memory_that_was_given_back_counts_in_its_own_phase_only() -> N
     if meter is None:
         pytest.skip("this process may not reset the peak of its resident memory (/proc/self/clear_refs)")
     clock = PhaseClock(meter)
-    with clock.measure("large"):
-        held_and_given_back(256 * MIB)
-    with clock.measure("small"):
-        held_and_given_back(64 * MIB)
-    with clock.measure("idle"):
-        pass
-    peaks = clock.take().peak_bytes
+    held = {"large": 256 * MIB, "small": 64 * MIB}
+    beside: dict[str, int] = {}
+    for _ in range(NUM_READINGS):
+        for phase, num_bytes in held.items():
+            with clock.measure(phase):
+                held_and_given_back(num_bytes)
+        with clock.measure("idle"):
+            pass
+        peaks = clock.take().peak_bytes
+        beside = {phase: abs(peaks[phase] - peaks["idle"] - num_bytes) for phase, num_bytes in held.items()}
+        if max(beside.values()) < 2 * MIB:
+            break
     # Two MiB for whatever the interpreter does besides.
-    assert abs(peaks["large"] - peaks["idle"] - 256 * MIB) < 2 * MIB
-    assert abs(peaks["small"] - peaks["idle"] - 64 * MIB) < 2 * MIB
+    assert max(beside.values()) < 2 * MIB, beside
 
 
 HOLDING = """
@@ -117,9 +123,13 @@ def test_a_family_is_a_process_and_all_below_it() -> None:
 
 def test_what_a_process_gave_back_is_in_its_peak_alone() -> None:
     held_and_given_back(512 * MIB)
-    memory = own_host_memory()
+    memory = seen = HostMemory()
+    for _ in range(NUM_READINGS):
+        memory, seen = own_host_memory(), host_memory_of([os.getpid()])
+        if memory.resident_bytes == pytest.approx(seen.resident_bytes, rel=0.05):
+            break
     assert memory.peak_bytes - memory.resident_bytes > 256 * MIB
-    assert memory.resident_bytes == pytest.approx(host_memory_of([os.getpid()]).resident_bytes, rel=0.05)
+    assert memory.resident_bytes == pytest.approx(seen.resident_bytes, rel=0.05)
 
 
 def memory(resident: int, peak: int) -> HostMemory:

@@ -83,7 +83,7 @@ def jobs() -> dict[str, Config]:
         }
     """
     done = subprocess.run(
-        ["bash", "-euc", stand_in + block], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+        ["bash", "-euc", stand_in + block], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
     )
     jobs: dict[str, Config] = {}
     for text in done.stdout.split("JOB ")[1:]:

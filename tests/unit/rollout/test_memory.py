@@ -1,5 +1,6 @@
 """Engines whose memory is lent to the trainer between sampling and refresh: order, and what goes wrong on the way."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_p2o.config.tree import Config, ModelConfig
+from megatron_p2o.rollout.broker import Broker
 from megatron_p2o.rollout.engines import SglangEngines
 from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.servers.server_arguments import does_release_memory
@@ -19,7 +21,7 @@ from megatron_p2o.testing.engines.sglang_server import FakeSglangServer, fused_m
 from megatron_p2o.testing.fakes import fake_config
 from megatron_p2o.types import PLAIN, Problem, Prompt, SamplingParams
 
-WAIT_S = 20
+WAIT_S = 120
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=1)
 PROMPT = Prompt(
     problem=Problem(id="1", question="", answer=""),
@@ -32,9 +34,9 @@ PROMPT = Prompt(
 class Run:
     """Two engines, their servers and everything that was asked of them, in order."""
 
-    def __init__(self, folder: Path, stall_timeout_s: float, request_timeout_s: float = WAIT_S) -> None:
-        settings = {"model.path": str(folder), "rollout.stall_timeout_s": stall_timeout_s, "rollout.max_restarts": 1}
-        settings |= {"rollout.request_timeout_s": request_timeout_s}
+    def __init__(self, folder: Path) -> None:
+        settings = {"model.path": str(folder), "rollout.stall_timeout_s": WAIT_S, "rollout.max_restarts": 1}
+        settings |= {"rollout.request_timeout_s": WAIT_S}
         self.config = fake_config({**settings, "rollout.startup_timeout_s": WAIT_S, "rollout.num_engines": 2})
         self.journal: list[str] = []
         self.servers = [FakeSglangServer(f"engine {index}", self.journal) for index in range(2)]
@@ -74,17 +76,9 @@ class Run:
         assert {answer.weight_versions for answer in answers.values()} == {(version,)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def first_load(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Load weights once without a tight limit: torch takes seconds for the first load of a process."""
-    warm_up = Run(tmp_path_factory.mktemp("first"), stall_timeout_s=WAIT_S)
-    with closing(warm_up.engines):
-        warm_up.refresh(1)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    made = Run(tmp_path, stall_timeout_s=WAIT_S)
+    made = Run(tmp_path)
     with closing(made.engines):
         yield made
 
@@ -122,21 +116,29 @@ def test_a_refresh_of_engines_that_kept_their_memory_asks_for_none(run: Run) -> 
     run.assert_serves(1)
 
 
-def test_a_request_on_its_way_is_kept_and_no_engine_is_taken_for_dead(tmp_path: Path) -> None:
-    run = Run(tmp_path, stall_timeout_s=0.4, request_timeout_s=1.0)
-    with closing(run.engines):
-        for server in run.servers:
-            server.answers.clear()
-        with until(lambda: sum(server.num_waiting for server in run.servers) == 4, "the requests came to the engines"):
-            waiting = [run.engines.broker.submit(PROMPT, SAMPLING, priority="evolution") for _ in range(4)]
-        run.engines.release_memory()
-        time.sleep(1.2)  # more than a request, three times what an engine may take while it should sample
-        for server in run.servers:
-            server.answers.set()
-        run.refresh(1)
-        assert {future.result(WAIT_S).weight_versions for future in waiting} == {(1,)}
-        assert not [line for line in run.journal if "abort" in line]
-        assert run.engines.metrics()["engine/restarts_count"] == 0
+def test_a_request_on_its_way_is_kept_and_no_engine_is_taken_for_dead(run: Run) -> None:
+    for server in run.servers:
+        server.answers.clear()
+    with until(lambda: sum(server.num_waiting for server in run.servers) == 4, "the requests came to the engines"):
+        waiting = [run.engines.broker.submit(PROMPT, SAMPLING, priority="evolution") for _ in range(4)]
+    run.engines.release_memory()
+    put_clock_forward(run.engines.broker)
+    for server in run.servers:
+        server.answers.set()
+    run.refresh(1)
+    assert {future.result(WAIT_S).weight_versions for future in waiting} == {(1,)}
+    assert not [line for line in run.journal if "abort" in line]
+    assert run.engines.metrics()["engine/restarts_count"] == 0
+
+
+def put_clock_forward(broker: Broker) -> None:
+    """Let the limits of a request and of an engine that should sample pass three times: also that of a probe."""
+    thread, clock = broker._thread, broker._clock
+    real = thread.loop.time
+    for turn in (1, 2, 3):
+        thread.loop.time = clock._time_s = lambda turn=turn: real() + turn * WAIT_S
+        for _ in range(3):  # what is due has its turn, and what that asks for
+            thread.run(asyncio.sleep(0)).result(WAIT_S)
 
 
 def test_an_engine_that_dies_while_its_memory_is_lent_is_started_when_it_is_back(run: Run) -> None:

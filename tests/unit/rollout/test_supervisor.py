@@ -11,7 +11,7 @@ from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.servers.server import EngineStartFailed
 from megatron_p2o.rollout.supervisor import Supervisor
 
-WAIT_S = 20
+WAIT_S = 120
 
 
 class FakeServer:

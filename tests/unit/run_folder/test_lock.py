@@ -55,8 +55,8 @@ def test_a_patient_start_takes_the_folder_when_the_one_before_lets_go(
     before = threading.Thread(target=hold)
     monkeypatch.setattr("megatron_p2o.run_folder.lock.say", tell)
     before.start()
-    assert is_held.wait(20)
-    with hold_run(tmp_path, patience_s=20), pytest.raises(ValueError, match="in use by process"), hold_run(tmp_path):
+    assert is_held.wait(120)
+    with hold_run(tmp_path, patience_s=120), pytest.raises(ValueError, match="in use by process"), hold_run(tmp_path):
         pass
     before.join()
     assert told == [f"waiting for another p2o to let go of {tmp_path / 'lock'}"]

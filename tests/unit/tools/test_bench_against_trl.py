@@ -41,20 +41,31 @@ def test_ratios_are_taken_within_a_turn_and_medians_over_the_turns() -> None:
     assert "| wall_s | 20 | 20 | 1.00 (0.50-2.00) |" in table(rows).splitlines()
 
 
-def test_a_program_is_measured_with_what_it_starts(tmp_path: Path) -> None:
-    from process_tree import run_measured
+def test_a_program_is_measured_with_what_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from process_tree import ProcessTree, run_measured
 
-    # The child holds 64 MiB until both have used some processor time.
+    # The child holds 64 MiB until a sample has seen them, and half a second of the parent.
     child = "held = bytearray(64 << 20); held[::4096] = b'x' * len(held[::4096]); input()"
     program = f"""if True:
         import subprocess, sys, time
+        from pathlib import Path
         child = subprocess.Popen([sys.executable, "-c", {child!r}], stdin=subprocess.PIPE)
         while time.process_time() < 1.5: pass
+        while not Path("is_seen").exists(): time.sleep(0.05)
         child.communicate(b"\\n")
     """
     script = tmp_path / "parent.py"
     script.write_text(program)
-    taken = run_measured([sys.executable, str(script)], os.environ, tmp_path / "log", tmp_path, 120)
+    sample = ProcessTree._sample
+
+    def noted_sample(tree: ProcessTree) -> None:
+        sample(tree)
+        has_worked = any(program == "parent.py" and cpu_s >= 0.5 for program, cpu_s in tree._cpu_s.values())
+        if has_worked and tree._peak_bytes >= 64 << 20:
+            (tmp_path / "is_seen").touch()
+
+    monkeypatch.setattr(ProcessTree, "_sample", noted_sample)
+    taken = run_measured([sys.executable, str(script)], os.environ, tmp_path / "log", tmp_path, 300)
     assert taken.peak_bytes >= 64 << 20
     assert 0.5 <= taken.cpu_s_by_program["parent.py"] <= taken.cpu_s < 60
 

@@ -51,7 +51,7 @@ def install(tree: Path, *options: str, **variables: str) -> "subprocess.Complete
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "P2O_"))}
     environment = kept | {"PATH": f"{tree / 'programs'}:/usr/bin:/bin"} | variables
     command = ["bash", "tools/install_cpu.sh", *options]
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 def steps(tree: Path) -> list[str]:

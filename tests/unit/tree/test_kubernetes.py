@@ -63,7 +63,7 @@ def test_a_pod_checks_its_node_and_trains_as_the_node_of_its_index(
     stub.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" >> {called}; printf "\\n" >> {called}\n')
     stub.chmod(0o755)
     given = {**environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run([*CONTAINER["command"], *CONTAINER["args"]], env=given, cwd=ROOT, check=True, timeout=60)
+    subprocess.run([*CONTAINER["command"], *CONTAINER["args"]], env=given, cwd=ROOT, check=True, timeout=300)
     doctor, train = (line.split("\0")[:-1] for line in called.read_text().splitlines())
     assert doctor[0] == "doctor" and "--strict" in doctor and train[0] == "train"
     options = p2o_parser().parse_args(train)

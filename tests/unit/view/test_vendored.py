@@ -48,7 +48,7 @@ def copy(tmp_path: Path) -> Path:
 def fetched(copy: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{copy / 'bin'}:{os.environ['PATH']}"}
     command = ["bash", str(copy / "tools" / SCRIPT.name)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_nothing_is_fetched_where_the_files_are_there(copy: Path) -> None:

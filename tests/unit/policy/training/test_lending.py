@@ -30,6 +30,8 @@ from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 Lend = Literal["none", "gradients", "optimizer", "all"]
 LENDS: tuple[Lend, ...] = get_args(Lend)
 MIB = 2**20
+NUM_READINGS = 5
+"""The kernel may take pages back between two readings, when memory is short; what leaks is in all of them."""
 KINDS = [(dtype, is_sharded) for dtype in ("float32", "bfloat16") for is_sharded in (False, True)]
 
 
@@ -77,13 +79,18 @@ def test_the_process_gives_back_the_memory_of_all_it_lends(tmp_path: Path, lend:
     with policy_of(config) as policy:
         policy.update(SAMPLES, None, 120)
         policy._shard.lend()  # makes the copies on the host, which stay
-        policy.update(SAMPLES, None, 120)
-        lent = sum(held_bytes(policy)[part] for part in trainer_memory(config, read_architecture(tmp_path)).lent)
-        before = resident_bytes()
-        policy._shard.lend()
+        lent = given_back = 0
+        for _ in range(NUM_READINGS):
+            policy.update(SAMPLES, None, 120)
+            lent = sum(held_bytes(policy)[part] for part in trainer_memory(config, read_architecture(tmp_path)).lent)
+            before = resident_bytes()
+            policy._shard.lend()
+            given_back = before - resident_bytes()
+            # Pages that tensors share with others stay.
+            if given_back == pytest.approx(lent, abs=2 * MIB):
+                break
         assert lent > 32 * MIB
-        # Pages that tensors share with others stay.
-        assert before - resident_bytes() == pytest.approx(lent, abs=2 * MIB)
+        assert given_back == pytest.approx(lent, abs=2 * MIB)
 
 
 def resident_bytes() -> int:

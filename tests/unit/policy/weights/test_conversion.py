@@ -21,7 +21,7 @@ def trained_checkpoint(config: Config, directory: Path) -> dict[str, torch.Tenso
     """Write a checkpoint after an update; return its weights."""
     with closing(build_policy(config)) as policy:
         policy.update(SAMPLES, None, 30)
-        policy.save(directory).result(30)
+        policy.save(directory).result(300)
         return dict(policy.weights())
 
 

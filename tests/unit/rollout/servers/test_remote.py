@@ -172,6 +172,6 @@ def test_weights_are_sent_to_a_daemon_once_and_again_to_the_one_that_takes_its_p
 def test_a_daemon_without_a_key_does_not_serve(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_p2o.run.node_daemon", str(tmp_path / "config.yaml"), "127.0.0.1"]
     outcome = subprocess.run(
-        [*command, "--parent", str(os.getpid())], input="\n", capture_output=True, text=True, timeout=60, check=False
+        [*command, "--parent", str(os.getpid())], input="\n", capture_output=True, text=True, timeout=300, check=False
     )
     assert outcome.returncode == 1 and outcome.stderr == "no key on standard input\n"
