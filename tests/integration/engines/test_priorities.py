@@ -27,7 +27,7 @@ from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParam
 
 pytestmark = pytest.mark.slow
 
-WAIT_S = 240
+WAIT_S = 600
 MOST_TRIES = 10
 CACHE_TOKENS = 4096
 RARE_END = 101

@@ -132,7 +132,7 @@ def test_a_request_on_its_way_is_kept_and_no_engine_is_taken_for_dead(run: Run) 
 
 
 def put_clock_forward(broker: Broker) -> None:
-    """Let the limits of a request and of an engine that should sample pass three times: also that of a probe."""
+    """Let the limits of a request and of a stall pass three times: a probe that begins at one fails at the next."""
     thread, clock = broker._thread, broker._clock
     real = thread.loop.time
     for turn in (1, 2, 3):
