@@ -15,6 +15,7 @@ from megatron_p2o.config.read import ConfigError, dump_config, load_config
 from megatron_p2o.config.tree import Config
 from megatron_p2o.errors import expected_message
 from megatron_p2o.files import limit_readers, limit_readers_as, write_whole
+from megatron_p2o.processes import see_children_end
 from megatron_p2o.terminal import say, set_up_logging, was_told
 
 BAD_INPUT = 2
@@ -32,6 +33,7 @@ INTERRUPTED = 128 + signal.SIGINT
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     set_up_logging()
+    see_children_end()
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could follow on its command line
         import argcomplete

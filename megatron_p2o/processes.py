@@ -1,4 +1,4 @@
-"""Process settings: end with the parent, open many files, and the environment of child processes."""
+"""Process settings: end with the parent, see children end, open many files, and the environment of children."""
 
 import ctypes
 import os
@@ -83,6 +83,15 @@ def end_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         sys.exit("the parent process is gone")
+
+
+def see_children_end() -> None:
+    """Have the kernel tell how a child ended, also where whoever started this process ignored SIGCHLD.
+
+    It hands that on. Python would then take every child for one that ended well, a rank that was killed too.
+    """
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def allow_many_files() -> int:

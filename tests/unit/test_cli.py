@@ -17,6 +17,21 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"p2o {__version__}\n"
 
 
+FALSE_UNDER_IGNORED_SIGCHLD = """
+import signal, subprocess
+from megatron_p2o.cli import main
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+main([])
+print("false:", subprocess.run(["false"]).returncode)
+"""
+
+
+def test_it_sees_its_children_fail_whatever_signals_it_was_started_to_ignore() -> None:
+    command = [sys.executable, "-c", FALSE_UNDER_IGNORED_SIGCHLD]
+    outcome = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert outcome.stdout.splitlines()[-1] == "false: 1"
+
+
 def test_the_command_alone_shows_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,7 +168,10 @@ class EngineServer:
         with self._lock:
             if self._process.returncode is not None:
                 return False
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            try:
+                return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            except ChildProcessError:  # foreign code in this process has reaped it
+                return False
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Return when the server answers requests that carry its key.
@@ -212,7 +215,8 @@ class EngineServer:
                 return
             if self._runs():
                 self._scratch.note(shared_memory_of(self.pid))
-            os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was reaped, see `_runs`, and all it started has ended
+                os.killpg(self.pid, signal.SIGKILL)
             self._process.wait(timeout=KILL_TIMEOUT_S)
             assert self._process.stdin is not None
             if not self._process.stdin.closed:  # it did not begin

@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -149,6 +150,22 @@ def test_a_wait_ends_with_stop_even_where_the_process_cannot_be_killed(
                 ready.result(timeout=60)
     finally:
         monkeypatch.undo()
+        engine.stop()
+
+
+def test_a_server_whose_end_foreign_code_has_seen_is_one_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LAUNCHER", "code")  # a Python that reads its input for ever
+    engine = EngineServer("engine 0", {"model_path": "model", "device": "cpu"}, tmp_path / "log")
+    try:
+        assert engine.is_alive()
+        os.kill(engine.pid, signal.SIGKILL)
+        os.waitpid(engine.pid, 0)
+        assert not engine.is_alive()
+        with pytest.raises(EngineStartFailed, match="engine 0 ended while starting"):
+            engine.wait_until_ready(60.0)
+    finally:
         engine.stop()
 
 
