@@ -62,6 +62,7 @@ def problems(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.timeout(3000)  # each of its waits has a limit of its own
 def test_a_job_survives_its_time_limit_and_a_lost_node(
     cluster: Any, tiny: Path, problems: Path, checkout: Path
 ) -> None:

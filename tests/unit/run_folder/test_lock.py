@@ -14,11 +14,10 @@ from megatron_p2o.run_folder.lock import hold_run
 HOLD = """
 import sys, time
 from pathlib import Path
-from typing import TextIO
 from megatron_p2o.run_folder.lock import hold_run
 with hold_run(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
