@@ -2,14 +2,16 @@
 
 import asyncio
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from megatron_p2o.config.tree import AssignmentConfig, EvolutionConfig
 from megatron_p2o.evolve.process.conduct import conduct_round, journal_path, split_of
+from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.evolve.record.history import RoundHistory
 from megatron_p2o.evolve.record.journal import read_journal
 from megatron_p2o.evolve.record.library import PublishedLibrary, library_path, load_library
@@ -27,6 +29,9 @@ KEY_PHRASES: Mapping[str, tuple[str, str]] = {name: family.key_phrases for name,
 
 SUCCESS_RATES = (0.0, 0.15, 0.97)
 """Probability of success with none, one and both key phrases of the problem's family."""
+
+SOON_S = 120.0
+"""For anything that must happen soon."""
 
 
 def make_problems(num_problems: int) -> list[Problem]:
@@ -170,3 +175,45 @@ def history_of(spec: RoundSpec, run_dir: Path) -> RoundHistory:
     """Return what the journal of a round says."""
     records, _ = read_journal(journal_path(run_dir, spec.epoch))
     return RoundHistory(records, lambda _: None, spec.fingerprint())
+
+
+def is_running(process_id: int) -> bool:
+    """Return whether the process lives; a zombie does not."""
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until(is_so: Callable[[], bool], what: str) -> None:
+    """Return once it is so; fail the test with `what` after `SOON_S`."""
+    deadline = time.monotonic() + SOON_S
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {SOON_S:g} s: {what}"
+        time.sleep(0.01)
+
+
+def wait_until_gone(process_id: int) -> None:
+    """Return once a process has ended; see `wait_until`."""
+    wait_until(lambda: not is_running(process_id), f"the end of process {process_id}")
+
+
+def time_machine(session: EvolutionSession, round_timeout_s: float) -> Callable[[], None]:
+    """Return what puts the clock of a session past the end of the round that runs. Call this before it begins."""
+    loop, ahead_s = session._thread._loop, 0.0
+    time_s = loop.time
+
+    def put_forward() -> None:
+        nonlocal ahead_s
+        ahead_s = round_timeout_s
+        loop.call_soon_threadsafe(lambda: None)  # wakes it where it sleeps until the time is over
+
+    loop.time = lambda: time_s() + ahead_s
+    return put_forward
+
+
+def scores_in(path: Path) -> set[tuple[str, str]]:
+    """Return (template digest, problem id) of the scores in a journal."""
+    records, _ = read_journal(path)
+    return {(record["template"], record["problem_id"]) for record in records if record["event"] == "Scored"}

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -35,14 +34,24 @@ from megatron_p2o.evolve.process.beside import BesideTraining
 from megatron_p2o.evolve.process.conduct import journal_path
 from megatron_p2o.evolve.process.session import EvolutionSession
 from megatron_p2o.evolve.record.history import template_digest
-from megatron_p2o.evolve.record.journal import read_journal
 from megatron_p2o.evolve.record.library import EMPTY_LIBRARY, PublishedLibrary, library_path, load_library
 from megatron_p2o.evolve.search.publish import rounds_path
 from megatron_p2o.evolve.trial import FreeScore, Rejection, Trial
 from megatron_p2o.interfaces import RoundInterrupted
 from megatron_p2o.records import to_json
 from megatron_p2o.run.trials import round_statistics
-from megatron_p2o.testing.evolution import KEY_PHRASES, KeyPhraseTask, families_served, make_problems
+from megatron_p2o.testing.evolution import (
+    KEY_PHRASES,
+    SOON_S,
+    KeyPhraseTask,
+    families_served,
+    is_running,
+    make_problems,
+    scores_in,
+    time_machine,
+    wait_until,
+    wait_until_gone,
+)
 from megatron_p2o.tiny.problems import PHRASES
 from megatron_p2o.types import Problem, SamplingParams, Template
 
@@ -51,9 +60,6 @@ WARM_LIBRARY = PublishedLibrary(
     version=1, templates=(Template(id=1, text=" ".join(KEY_PHRASES["affine"]), parent=None, score=0.3),)
 )
 SOLVED = Trial(reward=1.0, response_text="", finish_reason="stop", num_tokens=1, weight_version=1)
-LIMIT_S = 120.0
-"""For anything that must happen soon."""
-
 ROUND_TIMEOUT_S = 600.0
 """Longer than any round here takes. Where it is to be over, the session's clock is put forward."""
 
@@ -89,45 +95,6 @@ def config_of(phrases: Path, **evolution: Any) -> Config:
         hard=HardConfig(min_problems=10),
         evolution=EvolutionConfig(**settings),
     )
-
-
-def is_running(process_id: int) -> bool:
-    """Return whether the process lives; a zombie does not."""
-    try:
-        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until(is_so: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not is_so():
-        assert time.monotonic() < deadline, f"not within {LIMIT_S:g} s: {what}"
-        time.sleep(0.01)
-
-
-def wait_until_gone(process_id: int) -> None:
-    wait_until(lambda: not is_running(process_id), f"the end of process {process_id}")
-
-
-def time_machine(session: EvolutionSession) -> Callable[[], None]:
-    """Return what puts the clock of a session past the end of the round that runs. Call this before it begins."""
-    loop, ahead_s = session._thread._loop, 0.0
-    time_s = loop.time
-
-    def put_forward() -> None:
-        nonlocal ahead_s
-        ahead_s = ROUND_TIMEOUT_S
-        loop.call_soon_threadsafe(lambda: None)  # wakes it where it sleeps until the time is over
-
-    loop.time = lambda: time_s() + ahead_s
-    return put_forward
-
-
-def scores_in(path: Path) -> set[tuple[str, str]]:
-    records, _ = read_journal(path)
-    return {(record["template"], record["problem_id"]) for record in records if record["event"] == "Scored"}
 
 
 class KillingTask(KeyPhraseTask):
@@ -257,7 +224,7 @@ def test_a_round_beside_training_that_is_cut_off_goes_on_where_it_was(
     sessions.append(first)
     beside = BesideTraining(first)
     assert beside.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0) is EMPTY_LIBRARY
-    assert first_task.is_under_way.wait(LIMIT_S)
+    assert first_task.is_under_way.wait(SOON_S)
     running = beside.running
     assert running is not None and running.epoch == 0
     process_id = first.service_process_id
@@ -417,12 +384,12 @@ def test_late_round_publishes_what_it_has_and_says_so(
     config = config_of(phrases, plain_control=True)
     session = EvolutionSession(config, tmp_path, submit_trial, finish_grace_s=ROUND_TIMEOUT_S)
     sessions.append(session)
-    put_forward = time_machine(session)
+    put_forward = time_machine(session, ROUND_TIMEOUT_S)
     running = session.start(PROBLEMS, WARM_LIBRARY, epoch=0)
     journal = journal_path(tmp_path, 0)
     wait_until(lambda: len(unanswered) > 0 and len(scores_in(journal)) == 200, "every answer is in the journal")
     put_forward()
-    library = running.result(LIMIT_S)
+    library = running.result(SOON_S)
     (stats,) = session.last_rounds
     assert stats is not None and stats.ended_by == "deadline" and stats.num_rollouts == 200
     assert library.templates and session.num_service_losses == 0
@@ -438,7 +405,7 @@ def test_late_round_publishes_what_it_has_and_says_so(
 def test_frozen_service_is_given_up_and_killed(tmp_path: Path, phrases: Path, sessions: list[EvolutionSession]) -> None:
     session, task = killing_session(config_of(phrases), tmp_path, {20}, signal.SIGSTOP, finish_grace_s=0.2)
     sessions.append(session)
-    task.after_signal = time_machine(session)
+    task.after_signal = time_machine(session, ROUND_TIMEOUT_S)
     library = session.evolve(PROBLEMS, EMPTY_LIBRARY, epoch=0)
     assert session.last_rounds[0].ended_by == "service_lost"
     assert library.version == 1
@@ -618,12 +585,12 @@ def test_service_dies_with_rank_0(tmp_path: Path, phrases: Path) -> None:
         os.kill(service, signal.SIGSTOP)  # so that it cannot notice the closed socket: only the kernel can end it
     finally:
         rank_0.kill()
-        rank_0.wait(LIMIT_S)
+        rank_0.wait(SOON_S)
     wait_until_gone(service)
 
 
 def test_service_holds_no_torch() -> None:
     named = "{'torch', 'megatron', 'openai', 'httpx'}"
     program = f"import sys, megatron_p2o.evolve.process.service; print({named} & set(sys.modules))"
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=LIMIT_S).stdout
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=SOON_S).stdout
     assert printed.strip() == b"set()"
