@@ -134,11 +134,16 @@ def test_a_server_s_address_and_keys_cannot_be_set(tmp_path: Path) -> None:
         EngineServer("engine 0", {"host": "0.0.0.0"}, tmp_path / "log")
 
 
+def never_ready(folder: Path, monkeypatch: pytest.MonkeyPatch) -> EngineServer:
+    """Return a server whose process reads its input for ever; the caller must stop it."""
+    monkeypatch.setattr(server, "LAUNCHER", "code")
+    return EngineServer("engine 0", {"model_path": "model", "device": "cpu"}, folder / "log")
+
+
 def test_a_wait_ends_with_stop_even_where_the_process_cannot_be_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "LAUNCHER", "code")  # a Python that reads its input for ever
-    engine = EngineServer("engine 0", {"model_path": "model", "device": "cpu"}, tmp_path / "log")
+    engine = never_ready(tmp_path, monkeypatch)
     try:
         with ThreadPoolExecutor(1) as threads:
             ready = threads.submit(engine.wait_until_ready, 600.0)
@@ -156,8 +161,7 @@ def test_a_wait_ends_with_stop_even_where_the_process_cannot_be_killed(
 def test_a_server_whose_end_foreign_code_has_seen_is_one_that_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "LAUNCHER", "code")  # a Python that reads its input for ever
-    engine = EngineServer("engine 0", {"model_path": "model", "device": "cpu"}, tmp_path / "log")
+    engine = never_ready(tmp_path, monkeypatch)
     try:
         assert engine.is_alive()
         os.kill(engine.pid, signal.SIGKILL)
