@@ -3,7 +3,6 @@
 The second of the pair is on another node, as far as the run can tell: behind that node's daemon.
 """
 
-import asyncio
 import base64
 import copy
 import json
@@ -36,6 +35,7 @@ from megatron_p2o.rollout.refresh.refresh_verdict import RefreshFailed
 from megatron_p2o.rollout.servers.client import EngineClient
 from megatron_p2o.rollout.servers.remote import ADDRESS_VARIABLE, KeptDaemon
 from megatron_p2o.rollout.start import start_engines
+from megatron_p2o.testing.engines.losses import ENGINE_START_TIMEOUT_S, find_hang_soon, wait_for_engines
 from megatron_p2o.testing.tiny_model import write_tiny_qwen3
 from megatron_p2o.types import PLAIN, Completion, Problem, Prompt, SamplingParams
 
@@ -43,10 +43,6 @@ pytestmark = pytest.mark.slow
 
 EOS = 2
 WAIT_S = 120
-START_TIMEOUT_S = 300
-HANG_TIMEOUT_S = 8
-"""How soon an engine that hangs is found, where one is to hang."""
-
 MOST_REFRESHES = 20
 TOLERANCE = 1e-5
 """fp32 log-probs of about -10: measured 3e-6 at most."""
@@ -57,7 +53,7 @@ def config_of(model: Path, **rollout: Any) -> Config:
         "num_engines": 2,
         "max_running_requests": 32,
         "max_total_tokens": 16384,
-        "startup_timeout_s": START_TIMEOUT_S,
+        "startup_timeout_s": ENGINE_START_TIMEOUT_S,
         "request_timeout_s": WAIT_S,
         "stall_timeout_s": WAIT_S,
         "max_restarts": 1,
@@ -573,32 +569,3 @@ def test_losing_every_engine_for_good_is_one_error_with_their_last_words(
     engines.close()
     engines.close()
     assert not psutil.wait_procs(family, timeout=WAIT_S)[1]
-
-
-def wait_for_engines(engines: SglangEngines, count: int, num_restarts: float = 0) -> None:
-    """Wait until `count` engines serve and this run has had `num_restarts`.
-
-    An engine that ends when it has nothing to do is taken for one that serves until somebody looks.
-    """
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while engines._supervisor.num_restarts < num_restarts or engines.broker.num_engines < count:
-        state = f"{engines.broker.num_engines} engines after {engines._supervisor.num_restarts} restarts"
-        assert time.monotonic() < deadline, state
-        time.sleep(0.2)
-
-
-def find_hang_soon(engines: SglangEngines, name: str) -> None:
-    """Lose patience with one engine, which is to hang. With the others it is so long that none is lost by mistake."""
-    broker = engines.broker
-    (engine,) = [each for each in broker._engines if each.name == name]
-
-    async def watch_again() -> None:
-        engine.client._answer_timeout_s = HANG_TIMEOUT_S
-        assert engine.heartbeat is not None
-        engine.heartbeat.cancel()
-        usual_s, broker._stall_timeout_s = broker._stall_timeout_s, HANG_TIMEOUT_S
-        engine.heartbeat = broker._thread.later(broker._watch(engine))
-        await asyncio.sleep(0)  # it begins, and takes the limit
-        broker._stall_timeout_s = usual_s
-
-    broker._thread.finish(watch_again(), f"watch {name}")
